@@ -1,0 +1,1 @@
+"""How ids travel: captioned pictures, shards, and whole optimizer steps of batches."""

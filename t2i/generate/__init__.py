@@ -1,0 +1,1 @@
+"""Captions to pictures: batches, guidance, a seed per caption, PNG files."""

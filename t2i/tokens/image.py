@@ -1,0 +1,108 @@
+"""Pictures to codes and back: centre crop, and diffusers' VQModel behind a small face.
+
+MoVQGAN is VQModel with norm_type "spatial" (https://github.com/ai-forever/MoVQGAN).
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import VQModel
+from PIL import Image
+from torch import Tensor
+
+from t2i.errors import UserError
+
+
+def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
+    """Crop the centre square of the shorter side and resize it to size x size (bicubic).
+
+    A picture that already has that size is returned unchanged.
+
+    Source: paper sec. 2.1 (centre crop); filter of MoVQGAN's own preprocessing.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.size == (size, size):
+        return image
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
+
+
+def to_pixels(images: list[Image.Image]) -> Tensor:
+    """Stack RGB pictures of one size as float32 in [-1, 1]."""
+    return pixels_of(torch.from_numpy(np.stack([np.asarray(image) for image in images])))  # (B, 3, H, W)
+
+
+def pixels_of(pictures: Tensor) -> Tensor:
+    """Scale uint8 pictures (B, H, W, 3) to float32 pixels (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pictures_of(pixels: Tensor) -> Tensor:
+    """Round pixels (B, 3, H, W) in [-1, 1] to uint8 pictures (B, H, W, 3)."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class ImageTokenizer:
+    """A frozen VQModel: pixels (B, 3, H, W) <-> codes (B, K), row by row over the code grid."""
+
+    def __init__(self, model: VQModel, *, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.folder = folder
+        self.downscale = 2 ** (len(model.config.block_out_channels) - 1)
+        self.codebook_size: int = model.config.num_vq_embeddings
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageTokenizer":
+        """Open a diffusers VQModel folder.
+
+        Raises:
+            UserError: the folder is not one, or its decoder cannot be fed codes.
+        """
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
+        model = VQModel.from_pretrained(folder)
+        if not model.config.lookup_from_codebook:
+            raise UserError(f"{folder}/config.json has lookup_from_codebook false; decoding codes needs true.")
+        return cls(model, folder=folder, device=device)
+
+    def num_codes(self, image_size: int) -> int:
+        """Count the codes of one picture of image_size x image_size pixels."""
+        if image_size % self.downscale:
+            raise UserError(f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels a code.")
+        return (image_size // self.downscale) ** 2
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Map pixels (B, 3, H, W) in [-1, 1] to codes (B, K), int64."""
+        latents = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latents  # (B, C, h, w)
+        codes = self.model.quantize(latents)[2][2]
+        return codes.reshape(len(pixels), -1)
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Map codes (B, K) of square pictures to pixels (B, 3, H, W), float32, about [-1, 1].
+
+        Raises:
+            ValueError: a code outside the codebook, or K that is no square number.
+        """
+        batch, num_codes = codes.shape
+        side = round(num_codes**0.5)
+        if side * side != num_codes:
+            raise ValueError(f"{num_codes} codes do not fill a square picture.")
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            found = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"codes {found} found; the codebook has 0 to {self.codebook_size - 1}.")
+        shape = (batch, side, side, self.model.config.vq_embed_dim)
+        flat = codes.flatten().to(self.model.device)
+        return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()
+
+    def fingerprint(self) -> str:
+        """Hash the weights and the configuration that decides codes (hex SHA-256)."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()

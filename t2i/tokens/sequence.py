@@ -1,0 +1,99 @@
+"""(caption ids, codes) <-> one sequence.
+
+text-to-image  <doc> <text> caption </text> <image> codes </image> </doc>   (paper sec. 2.1)
+image-only     <doc> <image> codes </image> </doc>                           (paper, Figure 6)
+text-only      <doc> <text> caption </text> </doc>
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from t2i.tokens.vocab import VocabLayout
+
+Mode = Literal["text-to-image", "image-only", "text-only"]
+
+IGNORED = -100
+"""The label of a position that the loss does not count."""
+
+NUM_MARKERS = {"text-to-image": 6, "image-only": 4, "text-only": 4}
+
+
+def caption_room(*, mode: Mode, seq_len: int, num_codes: int) -> int:
+    """Count the caption ids that fit into one sequence.
+
+    Raises:
+        ValueError: seq_len cannot even hold the picture.
+    """
+    room = seq_len - NUM_MARKERS[mode] - (0 if mode == "text-only" else num_codes)
+    if room < 0:
+        raise ValueError(
+            f"data.seq_len is {seq_len}; one image needs {num_codes} tokens plus {NUM_MARKERS[mode]} markers"
+        )
+    return room
+
+
+def encode_sequence(caption_ids: Tensor, codes: Tensor, *, layout: VocabLayout, mode: Mode, seq_len: int) -> Tensor:
+    """Build one sequence of ids, padded with `<pad>`: (seq_len,) int64.
+
+    A caption that does not fit loses its end; a picture never does.
+
+    Args:
+        caption_ids: (T,) ids of the text tokenizer; empty for the empty caption.
+        codes: (K,) image codes.
+
+    Raises:
+        ValueError: an id or a code out of range, or a picture that does not fit.
+    """
+    room = caption_room(mode=mode, seq_len=seq_len, num_codes=len(codes))
+    text = layout.check_text(caption_ids.long())[:room]
+    image = layout.image_ids(codes.long())
+    ids = {
+        "text-to-image": [*_text(text, layout), *_image(image, layout)],
+        "image-only": _image(image, layout),
+        "text-only": _text(text, layout),
+    }[mode]
+    body = torch.cat([_marker("<doc>", layout), *ids, _marker("</doc>", layout)])
+    return torch.nn.functional.pad(body, (0, seq_len - len(body)), value=layout.pad_id)
+
+
+def decode_sequence(ids: Tensor, *, layout: VocabLayout) -> tuple[Tensor, Tensor]:
+    """Read caption ids (T,) and codes (K,) back out of one sequence of any mode."""
+    caption_ids = _between(ids, layout.special_id("<text>"), layout.special_id("</text>"))
+    image_ids = _between(ids, layout.special_id("<image>"), layout.special_id("</image>"))
+    return layout.check_text(caption_ids), layout.codes_of(image_ids)
+
+
+def prompt(caption_ids: Tensor, *, layout: VocabLayout, mode: Mode = "text-to-image") -> Tensor:
+    """Build what stands before the first image code: <doc> <text> caption </text> <image>."""
+    text = [] if mode == "image-only" else _text(layout.check_text(caption_ids.long()), layout)
+    return torch.cat([_marker("<doc>", layout), *text, _marker("<image>", layout)])
+
+
+def next_token_labels(input_ids: Tensor, *, layout: VocabLayout) -> Tensor:
+    """Shift ids (B, S) to next-token labels (B, S); `<pad>` and what follows the end are IGNORED."""
+    labels = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=layout.pad_id)
+    return labels.masked_fill(labels == layout.pad_id, IGNORED)
+
+
+def _marker(token: str, layout: VocabLayout) -> Tensor:
+    return torch.tensor([layout.special_id(token)])
+
+
+def _text(ids: Tensor, layout: VocabLayout) -> list[Tensor]:
+    return [_marker("<text>", layout), ids, _marker("</text>", layout)]
+
+
+def _image(ids: Tensor, layout: VocabLayout) -> list[Tensor]:
+    return [_marker("<image>", layout), ids, _marker("</image>", layout)]
+
+
+def _between(ids: Tensor, start: int, end: int) -> Tensor:
+    """Cut out what stands between two markers; empty if they are absent."""
+    starts, ends = (ids == start).nonzero().flatten(), (ids == end).nonzero().flatten()
+    if not len(starts):
+        return ids[:0]
+    if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
+        raise ValueError(f"a sequence has markers {start} and {end} {len(starts)} and {len(ends)} times; wanted once each.")
+    return ids[starts[0] + 1 : ends[0]]

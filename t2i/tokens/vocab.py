@@ -1,0 +1,103 @@
+"""Id ranges of the grown vocabulary.
+
+Text rows stay where the checkpoint has them; six special tokens, `<pad>` and the image codes follow. For the paper:
+50,432 rows + 7 + 16,384 codes, padded to 66,824 rows (paper sec. 2.1).
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from t2i.errors import UserError
+
+SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
+
+
+@dataclass(frozen=True)
+class VocabLayout:
+    """Which ids are text, special tokens, padding and image codes; a code becomes an id only here."""
+
+    num_text_rows: int
+    """Rows of the language model's embedding, those that no token uses included."""
+    num_text_tokens: int
+    """Ids that the text tokenizer can produce; rows from here to num_text_rows are never sampled."""
+    codebook_size: int
+    """Image codes."""
+    multiple: int = 8
+    """The whole vocabulary is padded to a multiple of this."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_text_tokens <= self.num_text_rows:
+            raise UserError(
+                f"the text tokenizer has {self.num_text_tokens} ids; the language model has {self.num_text_rows} rows."
+            )
+        if self.codebook_size < 1 or self.multiple < 1:
+            raise UserError(f"codebook_size {self.codebook_size} and multiple {self.multiple} must be positive.")
+
+    def special_id(self, token: str) -> int:
+        """Look up one of SPECIAL_TOKENS."""
+        return self.num_text_rows + SPECIAL_TOKENS.index(token)
+
+    @property
+    def pad_id(self) -> int:
+        """The id of `<pad>`, never a target."""
+        return self.num_text_rows + len(SPECIAL_TOKENS)
+
+    @property
+    def first_image_id(self) -> int:
+        """The id of image code 0."""
+        return self.pad_id + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """All rows, padded to the multiple."""
+        used = self.first_image_id + self.codebook_size
+        return -(-used // self.multiple) * self.multiple
+
+    def image_ids(self, codes: Tensor) -> Tensor:
+        """Map codes to ids.
+
+        Raises:
+            ValueError: a code outside the codebook.
+        """
+        _check_range("image code", codes, self.codebook_size)
+        return codes + self.first_image_id
+
+    def codes_of(self, ids: Tensor) -> Tensor:
+        """Map ids of image codes back to codes.
+
+        Raises:
+            ValueError: an id that is no image code.
+        """
+        codes = ids - self.first_image_id
+        _check_range("image code", codes, self.codebook_size)
+        return codes
+
+    def check_text(self, ids: Tensor) -> Tensor:
+        """Return `ids` unchanged if each is one the text tokenizer can produce, else raise ValueError."""
+        _check_range("caption id", ids, self.num_text_tokens)
+        return ids
+
+    def is_text(self) -> Tensor:
+        """Mark the ids that the text tokenizer can produce: (V,) bool."""
+        return torch.arange(self.vocab_size) < self.num_text_tokens
+
+    def is_special(self) -> Tensor:
+        """Mark the six special tokens, `<pad>` not among them: (V,) bool."""
+        ids = torch.arange(self.vocab_size)
+        return (ids >= self.num_text_rows) & (ids < self.pad_id)
+
+    def is_image(self) -> Tensor:
+        """Mark the image codes: (V,) bool."""
+        ids = torch.arange(self.vocab_size)
+        return (ids >= self.first_image_id) & (ids < self.first_image_id + self.codebook_size)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the four numbers that config.json and the manifest keep."""
+        return asdict(self)
+
+
+def _check_range(kind: str, values: Tensor, end: int) -> None:
+    if values.numel() and (values.min() < 0 or values.max() >= end):
+        raise ValueError(f"{kind}s from {int(values.min())} to {int(values.max())} found; allowed are 0 to {end - 1}.")

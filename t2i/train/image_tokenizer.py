@@ -1,0 +1,275 @@
+"""Train a small MoVQ image tokenizer on one's own pictures: diffusers' VQModel with spatial norms.
+
+An autoencoder first learns without a codebook; k-means on its latents then makes the first codebook; from there
+on codes follow their latents by exponential averages, and codes that nobody uses move to where latents are.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.errors import DataError, UserError
+from t2i.tokens.image import pixels_of
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.pt"
+KMEANS_LATENTS = 65_536
+KMEANS_ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How the image tokenizer is built and trained."""
+
+    image_size: int = 64
+    """Pixels a side."""
+    channels: tuple[int, ...] = (32, 32, 64, 96)
+    """Channels of each resolution, finest first; each a multiple of 32. One code covers 2^(levels - 1) pixels a side."""
+    latent_channels: int = 4
+    """Numbers in a codebook vector (MoVQGAN: 4)."""
+    codebook_size: int = 512
+    """Number of codes."""
+    layers_per_block: int = 1
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    max_steps: int = 4_500
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Pictures a step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
+    continuous_share: float = 0.1
+    """Share of the steps before the codebook comes in."""
+    edge_weight: float = 1.0
+    """Weight of the L1 loss of picture gradients, at full and half size, beside the L1 loss of pixels."""
+    commitment_weight: float = 0.25
+    """Weight of the squared distance of latents to their codes."""
+    codebook_decay: float = 0.99
+    """A step's memory in the averages that codes follow."""
+    revive_every: int = 50
+    """Steps between revivals of codes that are used less than 3% of the even share."""
+    save_every: int = 500
+    """Steps between saves that the same command goes on from."""
+    seed: int = 0
+
+
+def build_model(config: TokenizerConfig) -> VQModel:
+    """Make a random VQModel of MoVQGAN's family, attention at the coarsest resolution only."""
+    if any(channels % 32 for channels in config.channels):
+        raise UserError(f"--channels is {config.channels}; spatial norms need multiples of 32.")
+    levels = len(config.channels)
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1),
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        vq_embed_dim=config.latent_channels,
+        num_vq_embeddings=config.codebook_size,
+        norm_num_groups=32,
+        norm_type="spatial",
+        lookup_from_codebook=True,
+        sample_size=config.image_size,
+    )
+
+
+class Codebook:
+    """Codes as exponential averages of the latents that chose them."""
+
+    def __init__(self, weight: Tensor, *, decay: float, counts: Tensor | None = None) -> None:
+        self.weight = weight  # (N, C), updated in place: it is the model's own parameter
+        self.decay = decay
+        self.counts = torch.ones(len(weight)) if counts is None else counts
+        self.sums = weight.detach() * self.counts[:, None]
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Choose the nearest code for latents (M, C): codes (M,)."""
+        return torch.cdist(latents, self.weight).argmin(1)
+
+    @torch.no_grad()
+    def follow(self, latents: Tensor, codes: Tensor) -> None:
+        """Move each code towards the mean of the latents that chose it."""
+        ones = torch.ones(len(codes))
+        zeros = torch.zeros_like(self.counts)
+        self.counts.lerp_(zeros.index_add(0, codes, ones), 1 - self.decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add(0, codes, latents), 1 - self.decay)
+        used = self.counts > 1e-4
+        self.weight[used] = self.sums[used] / self.counts[used, None]
+
+    @torch.no_grad()
+    def revive(self, latents: Tensor, *, generator: torch.Generator) -> int:
+        """Put codes with less than 3% of the even share onto random latents; return how many."""
+        even_share = float(self.counts.mean())
+        dead = (self.counts < 0.03 * even_share).nonzero().flatten()
+        picks = torch.randint(len(latents), (len(dead),), generator=generator)
+        self.weight[dead] = latents[picks]
+        self.counts[dead] = even_share
+        self.sums[dead] = latents[picks] * even_share
+        return len(dead)
+
+
+def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> Tensor:
+    """Cluster points (M, C) into num_centres centres (N, C) by Lloyd's iterations from random points.
+
+    An empty cluster is moved onto the point that is farthest from its centre.
+    """
+    if len(points) < num_centres:
+        raise DataError(f"{len(points)} latents cannot make {num_centres} codes: use more pictures or fewer codes.")
+    centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
+    for _ in range(KMEANS_ITERATIONS):
+        distances, nearest = torch.cdist(points, centres).min(1)
+        counts = torch.bincount(nearest, minlength=num_centres)
+        sums = torch.zeros_like(centres).index_add(0, nearest, points)
+        empty = counts == 0
+        centres = sums / counts.clamp(min=1)[:, None]
+        centres[empty] = points[distances.topk(int(empty.sum())).indices]
+    return centres
+
+
+def reconstruction_loss(output: Tensor, pixels: Tensor, *, edge_weight: float) -> Tensor:
+    """Mean absolute error of pixels (B, 3, H, W) and of their gradients at full and half size."""
+    difference = output - pixels
+    half = F.avg_pool2d(difference, 2)
+    return difference.abs().mean() + edge_weight * (_gradients(difference) + _gradients(half))
+
+
+def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out: Path) -> VQModel:
+    """Train on uint8 pictures (N, H, W, 3) and return the model; progress and a resumable state live in `out`.
+
+    Flipped copies double the pictures.
+
+    Raises:
+        UserError: `out` holds the state of a training with another configuration.
+    """
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = build_model(config)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
+    first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)
+    num_continuous = round(config.max_steps * config.continuous_share)
+    batches = _batches(pictures, config.batch_size, generator)
+    bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
+    for step in bar:
+        if step == num_continuous:
+            _start_codebook(model, codebook, batches, generator)
+        _set_lr(optimizer, config, step)
+        pixels = next(batches)
+        loss, latents = _step_loss(model, pixels, codebook if step >= num_continuous else None, config)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
+            codebook.revive(latents, generator=generator)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % config.save_every == 0:
+            _save(out / STATE_FILE, config, model, optimizer, codebook, generator, step + 1)
+    return model
+
+
+def _step_loss(
+    model: VQModel, pixels: Tensor, codebook: Codebook | None, config: TokenizerConfig
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one batch and its latents (M, C); without a codebook latents are decoded as they are."""
+    latents = model.encode(pixels).latents  # (B, C, h, w)
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
+    quantised, commitment = latents, pixels.new_zeros(())
+    if codebook is not None:
+        codes = codebook.nearest(flat.detach())
+        codebook.follow(flat.detach(), codes)
+        chosen = codebook.weight[codes].unflatten(0, latents.permute(0, 2, 3, 1).shape[:3]).permute(0, 3, 1, 2)
+        commitment = F.mse_loss(latents, chosen)
+        quantised = latents + (chosen - latents).detach()
+    output = model.decoder(model.post_quant_conv(quantised), quantised)
+    loss = reconstruction_loss(output, pixels, edge_weight=config.edge_weight)
+    return loss + config.commitment_weight * commitment, flat.detach()
+
+
+def _gradients(pixels: Tensor) -> Tensor:
+    return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
+
+
+def _batches(pictures: np.ndarray, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw random pictures for ever, half of them mirrored: pixels (B, 3, H, W)."""
+    while True:
+        picks = torch.randint(len(pictures), (batch_size,), generator=generator)
+        pixels = pixels_of(torch.from_numpy(pictures[picks.numpy()]))
+        mirrored = torch.rand(batch_size, generator=generator) < 0.5
+        yield torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+
+
+@torch.no_grad()
+def _start_codebook(
+    model: VQModel, codebook: Codebook, batches: Iterator[Tensor], generator: torch.Generator
+) -> None:
+    latents: list[Tensor] = []
+    while sum(map(len, latents)) < KMEANS_LATENTS:
+        latents.append(model.encode(next(batches)).latents.permute(0, 2, 3, 1).flatten(0, 2))
+    centres = kmeans(torch.cat(latents), num_centres=len(codebook.weight), generator=generator)
+    codebook.weight.copy_(centres)
+    codebook.sums.copy_(centres)
+    codebook.counts.fill_(1.0)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, config: TokenizerConfig, step: int) -> None:
+    warm_up = min(1.0, (step + 1) / 100)
+    cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / config.max_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * warm_up * cosine
+
+
+def _save(
+    path: Path,
+    config: TokenizerConfig,
+    model: VQModel,
+    optimizer: torch.optim.Optimizer,
+    codebook: Codebook,
+    generator: torch.Generator,
+    step: int,
+) -> None:
+    state = {
+        "config": asdict(config),
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "counts": codebook.counts,
+        "sums": codebook.sums,
+        "generator": generator.get_state(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def _restore(
+    path: Path,
+    config: TokenizerConfig,
+    model: VQModel,
+    optimizer: torch.optim.Optimizer,
+    codebook: Codebook,
+    generator: torch.Generator,
+) -> int:
+    """Load a saved state if there is one and return the step to go on from."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["config"] != asdict(config):
+        changed = [key for key, value in asdict(config).items() if state["config"].get(key) != value]
+        raise UserError(f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out.")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    codebook.counts.copy_(state["counts"])
+    codebook.sums.copy_(state["sums"])
+    generator.set_state(state["generator"])
+    logger.info("going on from step %d of %d", state["step"], config.max_steps)
+    return int(state["step"])
