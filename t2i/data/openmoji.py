@@ -28,8 +28,8 @@ COMBINATION_SHARE = 0.1
 """Share of toned variants of the other base pictures that training never sees."""
 
 SPLIT_RULE = (
-    "sha256 of the base picture (code points without skin tones and U+FE0F): 10% of bases are heldout with all"
-    " their variants; of the other bases' skin-toned variants, 10% by sha256 of the key are combinations"
+    "sha256 of the base picture (code points without skin tones and U+FE0F): 10% of bases are heldout with"
+    " all their variants; of the other bases' skin-toned variants, 10% by sha256 of the key are combinations"
 )
 
 LICENCE = "OpenMoji 17 (openmoji.org), CC BY-SA 4.0"
@@ -76,7 +76,9 @@ def render(key: str, *, size: int = RENDER_SIZE) -> Image.Image:
     """Draw one emoji on white, size x size pixels, RGB."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_path=str(_svg_folder() / f"{key}.svg"), width=size, height=size, background="white")
+    png = resvg_py.svg_to_bytes(
+        svg_path=str(_svg_folder() / f"{key}.svg"), width=size, height=size, background="white"
+    )
     return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGB")
 
 
@@ -91,7 +93,6 @@ def captioned_keys() -> tuple[dict[str, str], Counter[str]]:
         else:
             captions[path.stem] = caption
     return captions, left_out
-
 
 
 def _svg_folder() -> Path:
@@ -111,7 +112,7 @@ def _cldr_names() -> dict[str, str]:
 
 
 def _readable(name: str) -> str:
-    """Undo the emoji package's spelling: ":man_dark_skin_tone_curly_hair:" -> "man: dark skin tone, curly hair"."""
+    """Undo the emoji package's spelling: ":man_dark_skin_tone_bald:" -> "man: dark skin tone, bald"."""
     words = name.strip(":").replace("_", " ")
     first_tone = TONE.search(words)
     if first_tone is None:

@@ -1,7 +1,8 @@
 """(picture, caption) pairs out of what people have.
 
 A source is named by one string: `openmoji` (the embedded set), or a folder. A folder with metadata.jsonl or
-metadata.csv is read as Hugging Face's imagefolder; any other folder as pictures with a .txt caption of the same stem.
+metadata.csv is read as Hugging Face's imagefolder; any other folder as pictures with a .txt caption of the same
+stem.
 """
 
 import io
@@ -9,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -72,9 +74,13 @@ def open_source(name: str, *, heldout_share: float = 0.02) -> Source:
     if not folder.is_dir():
         raise DataError(f"--source {name} is neither `openmoji` nor a folder that exists.")
     metadata = next((folder / file for file in METADATA_NAMES if (folder / file).is_file()), None)
-    source = _image_folder(folder, metadata, heldout_share) if metadata else _text_folder(folder, heldout_share)
+    source = (
+        _image_folder(folder, metadata, heldout_share) if metadata else _text_folder(folder, heldout_share)
+    )
     if not source.pairs:
-        raise DataError(f"{folder} holds no captioned picture ({', '.join(IMAGE_SUFFIXES)} beside .txt, or metadata).")
+        raise DataError(
+            f"{folder} holds no captioned picture ({', '.join(IMAGE_SUFFIXES)} beside .txt, or metadata)."
+        )
     return source
 
 
@@ -85,7 +91,7 @@ def read_picture(data: bytes) -> Image.Image:
         ValueError: more than MAX_IMAGE_PIXELS pixels.
         OSError: another format, or broken bytes.
     """
-    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_IMAGE_PIXELS}")
     image = ImageOps.exif_transpose(image)
@@ -99,7 +105,7 @@ def read_picture(data: bytes) -> Image.Image:
 def _openmoji() -> Source:
     captions, left_out = openmoji.captioned_keys()
     pairs = [
-        Pair(key=key, caption=caption, split=openmoji.split_of(key), open=lambda key=key: openmoji.render(key))
+        Pair(key=key, caption=caption, split=openmoji.split_of(key), open=partial(openmoji.render, key))
         for key, caption in captions.items()
     ]
     return Source("openmoji", pairs, openmoji.SPLIT_RULE, openmoji.LICENCE, left_out)
@@ -108,7 +114,7 @@ def _openmoji() -> Source:
 def _text_folder(folder: Path, heldout_share: float) -> Source:
     """Pair every picture below `folder` with the .txt file of the same stem beside it."""
     left_out: Counter[str] = Counter()
-    pairs = []
+    pairs: list[Pair] = []
     for path in _pictures(folder):
         caption_file = path.with_suffix(".txt")
         if not caption_file.is_file():
@@ -155,7 +161,9 @@ def _add(
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
 
 
 def _split_rule(heldout_share: float) -> str:

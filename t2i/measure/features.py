@@ -180,7 +180,7 @@ def _publish(data: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
         part.write(data)
-    os.replace(part.name, path)
+    Path(part.name).replace(path)
 
 
 def _check(data: bytes, origin: Path | str) -> None:

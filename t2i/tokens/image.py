@@ -65,13 +65,17 @@ class ImageTokenizer:
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
         model = VQModel.from_pretrained(folder)
         if not model.config.lookup_from_codebook:
-            raise UserError(f"{folder}/config.json has lookup_from_codebook false; decoding codes needs true.")
+            raise UserError(
+                f"{folder}/config.json has lookup_from_codebook false; decoding codes needs true."
+            )
         return cls(model, folder=folder, device=device)
 
     def num_codes(self, image_size: int) -> int:
         """Count the codes of one picture of image_size x image_size pixels."""
         if image_size % self.downscale:
-            raise UserError(f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels a code.")
+            raise UserError(
+                f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels a code."
+            )
         return (image_size // self.downscale) ** 2
 
     @torch.inference_mode()

@@ -34,7 +34,9 @@ def caption_room(*, mode: Mode, seq_len: int, num_codes: int) -> int:
     return room
 
 
-def encode_sequence(caption_ids: Tensor, codes: Tensor, *, layout: VocabLayout, mode: Mode, seq_len: int) -> Tensor:
+def encode_sequence(
+    caption_ids: Tensor, codes: Tensor, *, layout: VocabLayout, mode: Mode, seq_len: int
+) -> Tensor:
     """Build one sequence of ids, padded with `<pad>`: (seq_len,) int64.
 
     A caption that does not fit loses its end; a picture never does.
@@ -95,5 +97,7 @@ def _between(ids: Tensor, start: int, end: int) -> Tensor:
     if not len(starts):
         return ids[:0]
     if len(starts) != 1 or len(ends) != 1 or ends[0] < starts[0]:
-        raise ValueError(f"a sequence has markers {start} and {end} {len(starts)} and {len(ends)} times; wanted once each.")
+        raise ValueError(
+            f"a sequence has markers {start} and {end} {len(starts)} and {len(ends)} times; wanted once each."
+        )
     return ids[starts[0] + 1 : ends[0]]

@@ -1,7 +1,7 @@
 """Id ranges of the grown vocabulary.
 
-Text rows stay where the checkpoint has them; six special tokens, `<pad>` and the image codes follow. For the paper:
-50,432 rows + 7 + 16,384 codes, padded to 66,824 rows (paper sec. 2.1).
+Text rows stay where the checkpoint has them; six special tokens, `<pad>` and the image codes follow. For the
+paper: 50,432 rows + 7 + 16,384 codes, padded to 66,824 rows (paper sec. 2.1).
 """
 
 from dataclasses import asdict, dataclass
@@ -30,10 +30,13 @@ class VocabLayout:
     def __post_init__(self) -> None:
         if not 0 < self.num_text_tokens <= self.num_text_rows:
             raise UserError(
-                f"the text tokenizer has {self.num_text_tokens} ids; the language model has {self.num_text_rows} rows."
+                f"the text tokenizer has {self.num_text_tokens} ids;"
+                f" the language model has {self.num_text_rows} rows."
             )
         if self.codebook_size < 1 or self.multiple < 1:
-            raise UserError(f"codebook_size {self.codebook_size} and multiple {self.multiple} must be positive.")
+            raise UserError(
+                f"codebook_size {self.codebook_size} and multiple {self.multiple} must be positive."
+            )
 
     def special_id(self, token: str) -> int:
         """Look up one of SPECIAL_TOKENS."""
@@ -100,4 +103,6 @@ class VocabLayout:
 
 def _check_range(kind: str, values: Tensor, end: int) -> None:
     if values.numel() and (values.min() < 0 or values.max() >= end):
-        raise ValueError(f"{kind}s from {int(values.min())} to {int(values.max())} found; allowed are 0 to {end - 1}.")
+        raise ValueError(
+            f"{kind}s from {int(values.min())} to {int(values.max())} found; allowed are 0 to {end - 1}."
+        )

@@ -1,7 +1,7 @@
 """Train a small MoVQ image tokenizer on one's own pictures: diffusers' VQModel with spatial norms.
 
-An autoencoder first learns without a codebook; k-means on its latents then makes the first codebook; from there
-on codes follow their latents by exponential averages, and codes that nobody uses move to where latents are.
+An autoencoder first learns without a codebook; k-means on its latents then makes the first codebook; from
+there on codes follow their latents by exponential averages, and codes that nobody uses move to where latents are.
 """
 
 import logging
@@ -33,7 +33,7 @@ class TokenizerConfig:
     image_size: int = 64
     """Pixels a side."""
     channels: tuple[int, ...] = (32, 32, 64, 96)
-    """Channels of each resolution, finest first; each a multiple of 32. One code covers 2^(levels - 1) pixels a side."""
+    """Channels of each resolution, finest first; multiples of 32; a code covers 2^(levels - 1) pixels a side."""
     latent_channels: int = 4
     """Numbers in a codebook vector (MoVQGAN: 4)."""
     codebook_size: int = 512
@@ -122,7 +122,9 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
     An empty cluster is moved onto the point that is farthest from its centre.
     """
     if len(points) < num_centres:
-        raise DataError(f"{len(points)} latents cannot make {num_centres} codes: use more pictures or fewer codes.")
+        raise DataError(
+            f"{len(points)} latents cannot make {num_centres} codes: use more pictures or fewer codes."
+        )
     centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
     for _ in range(KMEANS_ITERATIONS):
         distances, nearest = torch.cdist(points, centres).min(1)
@@ -142,7 +144,7 @@ def reconstruction_loss(output: Tensor, pixels: Tensor, *, edge_weight: float) -
 
 
 def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out: Path) -> VQModel:
-    """Train on uint8 pictures (N, H, W, 3) and return the model; progress and a resumable state live in `out`.
+    """Train on uint8 pictures (N, H, W, 3) and return the model; `out` holds a resumable state.
 
     Flipped copies double the pictures.
 
@@ -180,14 +182,16 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
 def _step_loss(
     model: VQModel, pixels: Tensor, codebook: Codebook | None, config: TokenizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of one batch and its latents (M, C); without a codebook latents are decoded as they are."""
+    """Return the loss of one batch and its latents (M, C); without a codebook they are decoded as they are."""
     latents = model.encode(pixels).latents  # (B, C, h, w)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
     quantised, commitment = latents, pixels.new_zeros(())
     if codebook is not None:
         codes = codebook.nearest(flat.detach())
         codebook.follow(flat.detach(), codes)
-        chosen = codebook.weight[codes].unflatten(0, latents.permute(0, 2, 3, 1).shape[:3]).permute(0, 3, 1, 2)
+        chosen = (
+            codebook.weight[codes].unflatten(0, latents.permute(0, 2, 3, 1).shape[:3]).permute(0, 3, 1, 2)
+        )
         commitment = F.mse_loss(latents, chosen)
         quantised = latents + (chosen - latents).detach()
     output = model.decoder(model.post_quant_conv(quantised), quantised)
@@ -265,7 +269,9 @@ def _restore(
     state = torch.load(path, weights_only=True)
     if state["config"] != asdict(config):
         changed = [key for key, value in asdict(config).items() if state["config"].get(key) != value]
-        raise UserError(f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out.")
+        raise UserError(
+            f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     codebook.counts.copy_(state["counts"])
