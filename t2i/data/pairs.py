@@ -1,8 +1,8 @@
 """(picture, caption) pairs out of what people have.
 
 A source is named by one string: `openmoji` (the embedded set), or a folder. A folder with metadata.jsonl or
-metadata.csv is read as Hugging Face's imagefolder; any other folder as pictures with a .txt caption of the same
-stem.
+metadata.csv is read as Hugging Face's imagefolder; any other folder as pictures with .txt captions of the
+same stem.
 """
 
 import io

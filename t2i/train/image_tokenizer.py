@@ -1,7 +1,7 @@
 """Train a small MoVQ image tokenizer on one's own pictures: diffusers' VQModel with spatial norms.
 
 An autoencoder first learns without a codebook; k-means on its latents then makes the first codebook; from
-there on codes follow their latents by exponential averages, and codes that nobody uses move to where latents are.
+there on codes follow their latents by exponential averages, and codes nobody uses move to where latents are.
 """
 
 import logging
@@ -33,7 +33,7 @@ class TokenizerConfig:
     image_size: int = 64
     """Pixels a side."""
     channels: tuple[int, ...] = (32, 32, 64, 96)
-    """Channels of each resolution, finest first; multiples of 32; a code covers 2^(levels - 1) pixels a side."""
+    """Channels of each resolution, finest first, multiples of 32; a code covers 2^(levels - 1) pixels."""
     latent_channels: int = 4
     """Numbers in a codebook vector (MoVQGAN: 4)."""
     codebook_size: int = 512
@@ -182,7 +182,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
 def _step_loss(
     model: VQModel, pixels: Tensor, codebook: Codebook | None, config: TokenizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of one batch and its latents (M, C); without a codebook they are decoded as they are."""
+    """Return the loss of one batch and its latents (M, C); no codebook: decoded as they are."""
     latents = model.encode(pixels).latents  # (B, C, h, w)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
     quantised, commitment = latents, pixels.new_zeros(())
