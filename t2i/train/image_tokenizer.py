@@ -36,11 +36,11 @@ class TokenizerConfig:
     """Channels of each resolution, finest first, multiples of 32; a code covers 2^(levels - 1) pixels."""
     latent_channels: int = 4
     """Numbers in a codebook vector (MoVQGAN: 4)."""
-    codebook_size: int = 512
+    codebook_size: int = 1_024
     """Number of codes."""
     layers_per_block: int = 1
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
-    max_steps: int = 4_500
+    max_steps: int = 9_000
     """Optimizer steps."""
     batch_size: int = 16
     """Pictures a step."""
@@ -50,6 +50,10 @@ class TokenizerConfig:
     """Share of the steps before the codebook comes in."""
     edge_weight: float = 1.0
     """Weight of the L1 loss of picture gradients, at full and half size, beside the L1 loss of pixels."""
+    colour_weight: float = 4.0
+    """Weight of the squared error, of pixels and of 8x8 patch means: L1 alone paints rare colours brown."""
+    channel_swap_share: float = 0.3
+    """Share of training pictures with permuted colour channels, so that rare colours are practised."""
     commitment_weight: float = 0.25
     """Weight of the squared distance of latents to their codes."""
     codebook_decay: float = 0.99
@@ -136,11 +140,14 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
     return centres
 
 
-def reconstruction_loss(output: Tensor, pixels: Tensor, *, edge_weight: float) -> Tensor:
-    """Mean absolute error of pixels (B, 3, H, W) and of their gradients at full and half size."""
+def reconstruction_loss(
+    output: Tensor, pixels: Tensor, *, edge_weight: float, colour_weight: float
+) -> Tensor:
+    """Compare pictures (B, 3, H, W): absolute error, its gradients at two sizes, squared error at two sizes."""
     difference = output - pixels
-    half = F.avg_pool2d(difference, 2)
-    return difference.abs().mean() + edge_weight * (_gradients(difference) + _gradients(half))
+    edges = _gradients(difference) + _gradients(F.avg_pool2d(difference, 2))
+    colours = difference.square().mean() + F.avg_pool2d(difference, 8).square().mean()
+    return difference.abs().mean() + edge_weight * edges + colour_weight * colours
 
 
 def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out: Path) -> VQModel:
@@ -158,7 +165,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)
     num_continuous = round(config.max_steps * config.continuous_share)
-    batches = _batches(pictures, config.batch_size, generator)
+    batches = _batches(pictures, config, generator)
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     for step in bar:
         if step == num_continuous:
@@ -195,7 +202,9 @@ def _step_loss(
         commitment = F.mse_loss(latents, chosen)
         quantised = latents + (chosen - latents).detach()
     output = model.decoder(model.post_quant_conv(quantised), quantised)
-    loss = reconstruction_loss(output, pixels, edge_weight=config.edge_weight)
+    loss = reconstruction_loss(
+        output, pixels, edge_weight=config.edge_weight, colour_weight=config.colour_weight
+    )
     return loss + config.commitment_weight * commitment, flat.detach()
 
 
@@ -203,13 +212,16 @@ def _gradients(pixels: Tensor) -> Tensor:
     return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
 
 
-def _batches(pictures: np.ndarray, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw random pictures for ever, half of them mirrored: pixels (B, 3, H, W)."""
+def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw random pictures for ever, half of them mirrored, some recoloured: pixels (B, 3, H, W)."""
+    size = (config.batch_size, 1, 1, 1)
     while True:
-        picks = torch.randint(len(pictures), (batch_size,), generator=generator)
+        picks = torch.randint(len(pictures), size[:1], generator=generator)
         pixels = pixels_of(torch.from_numpy(pictures[picks.numpy()]))
-        mirrored = torch.rand(batch_size, generator=generator) < 0.5
-        yield torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        mirrored = torch.rand(size, generator=generator) < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        recoloured = torch.rand(size, generator=generator) < config.channel_swap_share
+        yield torch.where(recoloured, pixels[:, torch.randperm(3, generator=generator)], pixels)
 
 
 @torch.no_grad()

@@ -1,0 +1,72 @@
+"""Grow a language model's vocabulary by new rows; the rows that it has stay as they are, bit for bit."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from t2i.errors import UserError
+
+INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
+
+
+def new_rows(old: Tensor, *, count: int, kind: str, generator: torch.Generator) -> Tensor:
+    """Make rows (count, D) to put after the rows `old` (V, D).
+
+    Args:
+        kind: "random": open_lm's initialisation, a normal of deviation D^-0.5 cut at three deviations;
+            "mean": the mean of the old rows, jittered by a hundredth of their deviation so that codes can part.
+    """
+    width = old.shape[1]
+    if kind == "random":
+        std = width**-0.5
+        rows = torch.empty(count, width)
+        return nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator).to(old.dtype)
+    if kind == "mean":
+        jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
+        return (old.float().mean(0) + jitter).to(old.dtype)
+    raise UserError(f"model.rows is {kind!r}; wanted is random, mean or a .safetensors file.")
+
+
+def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed: int) -> None:
+    """Grow the embedding and the head of any causal LM, in place, to vocab_size rows.
+
+    Args:
+        rows: "random", "mean", or a .safetensors file with input_rows and, for an untied head, output_rows, each
+            (new rows, D).
+
+    Raises:
+        UserError: the model has more rows already, or the file's rows have another shape.
+    """
+    old_input, old_output = (
+        module.weight.detach().clone()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    count = vocab_size - len(old_input)
+    if count < 0:
+        raise UserError(f"the model has {len(old_input)} rows; the layout has only {vocab_size}.")
+    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(seed)
+    given = load_file(rows) if Path(rows).suffix == ".safetensors" else {}
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    sides = [(INPUT_ROWS, old_input, model.get_input_embeddings())]
+    if not is_tied:
+        sides.append((OUTPUT_ROWS, old_output, model.get_output_embeddings()))
+    for name, old, module in sides:
+        if given:
+            added = _given(given, name, rows, shape=(count, old.shape[1]))
+        else:
+            added = new_rows(old, count=count, kind=rows, generator=generator)
+        with torch.no_grad():
+            module.weight[: len(old)] = old
+            module.weight[len(old) :] = added
+
+
+def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"model.rows: {file} has no tensor {name}; it has {', '.join(tensors)}.")
+    if tuple(tensors[name].shape) != shape:
+        raise UserError(f"model.rows: {name} in {file} is {tuple(tensors[name].shape)}; wanted is {shape}.")
+    return tensors[name]

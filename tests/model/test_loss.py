@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2i.model.loss import split_sums, token_losses
+
+KINDS = {"num_text_rows": 20, "first_image_id": 27}
+
+
+def batch(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 200, 16, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(48, 16, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(48, (3, 200), generator=generator)
+    labels[torch.rand(3, 200, generator=generator) < 0.2] = -100
+    return hidden, labels, head
+
+
+def test_losses_and_gradients_equal_plain_cross_entropy():
+    hidden, labels, head = batch()
+    losses, partitions = token_losses(hidden, labels, head=head)
+    (losses.sum() + 0.1 * partitions.sum()).backward()
+    gradients = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    logits = hidden @ head.T
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    squares = logits.logsumexp(-1).square() * (labels != -100)
+    (plain.sum() + 0.1 * squares.sum()).backward()
+    # Sums of about 500 terms in fp32, in another order.
+    assert torch.allclose(losses, plain, atol=1e-5)
+    assert torch.allclose(partitions, squares, rtol=1e-5)
+    assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
+    assert torch.allclose(gradients[1], head.grad, atol=1e-4)
+
+
+def test_the_split_equals_a_loop_over_tokens():
+    hidden, labels, head = batch()
+    losses, _ = token_losses(hidden, labels, head=head)
+    sums = split_sums(losses, labels, **KINDS)
+    twin = {"text": [0.0, 0], "image": [0.0, 0], "special": [0.0, 0]}
+    for row in range(3):
+        for place in range(200):
+            label = labels[row, place].item()
+            if label == -100:
+                continue
+            kind = "text" if label < 20 else "special" if label < 27 else "image"
+            logits = head @ hidden[row, place]
+            twin[kind][0] -= logits.log_softmax(-1)[label].item()
+            twin[kind][1] += 1
+    for kind, (total, count) in sums.items():
+        assert count.item() == twin[kind][1] > 0
+        assert total.item() == pytest.approx(twin[kind][0], rel=1e-5)
+
+
+def test_bf16_sums_are_fp32_and_close_to_an_upcast_twin():
+    hidden, labels, head = batch(torch.bfloat16)
+    losses, _ = token_losses(hidden, labels, head=head)
+    twin, _ = token_losses(hidden.float(), labels, head=head.float())
+    assert losses.dtype == torch.float32
+    # bf16 logits of size 4 are rounded by up to 0.01 each; the rounding averages out over 480 tokens.
+    assert abs(losses.sum() - twin.sum()).item() / (labels != -100).sum().item() < 1e-3
+
+
+def test_padding_never_reaches_the_loss():
+    hidden, labels, head = batch()
+    losses, _ = token_losses(hidden, labels, head=head)
+    assert (losses[labels == -100] == 0).all()
+    nothing, _ = token_losses(hidden, torch.full_like(labels, -100), head=head)
+    assert nothing.sum().item() == 0
