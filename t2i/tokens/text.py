@@ -1,10 +1,14 @@
 """Captions to ids: a Hugging Face fast tokenizer (GPT-NeoX-20B's layout) behind a small face."""
 
+import ast
 import hashlib
 import json
+import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +53,31 @@ class TextTokenizer:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE of the structure of GPT-NeoX-20B's: NFC, `<|endoftext|>` and `<|padding|>` first."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe), name="trained here")
+
+
+def standard_library_texts() -> list[str]:
+    """Gather English from this Python's standard library: the documentation strings of its top-level modules."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+        texts += [text for text in found if text]
+    return texts

@@ -1,0 +1,118 @@
+"""Every knob of a training run, with its unit; the defaults are the demo on the embedded pictures."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ASSETS = Path(__file__).parent / "assets"
+"""What the package carries: an image tokenizer and a text tokenizer for the embedded pictures."""
+
+EMBEDDED_SHARDS = Path("data/openmoji64")
+"""Where the embedded pictures' shards are made on first use."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    shards: Path = EMBEDDED_SHARDS
+    """Folder made by launchers/prepare.py; the default is made on first use."""
+    mode: Literal["text-to-image", "image-only", "text-only"] = "text-to-image"
+    """What a sequence holds."""
+    seq_len: int = 96
+    """Tokens a sequence, padding included (paper: 1,152). A longer caption loses its end."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one, which guidance needs (the paper is silent)."""
+    num_workers: int = 0
+    """Loader processes a rank; the order of samples does not depend on it."""
+    num_canonical_nodes: int = 1
+    """Streaming's canonical nodes: fixes the order of samples whatever the number of ranks."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What learns."""
+
+    init: str = "random"
+    """`random`, or a model folder to start from."""
+    rows: str = "random"
+    """New embedding and head rows: `random`, `mean`, or a .safetensors file."""
+    hidden_size: int = 192
+    """Width of a random model."""
+    num_layers: int = 6
+    """Layers of a random model."""
+    num_heads: int = 6
+    """Attention heads of a random model."""
+    norm_type: str = "default_layer_norm"
+    """open_lm's name of the norm of a random model."""
+    qk_norm: bool = False
+    """Normalise queries and keys of a random model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it learns: AdamW, cosine after a linear warm-up."""
+
+    max_steps: int = 800
+    """Optimizer steps (paper: 100B tokens)."""
+    global_batch_tokens: int = 3_072
+    """Tokens a step over all ranks, padding included (paper: 1M), rounded to whole sequences."""
+    lr: float = 1.5e-3
+    """Peak learning rate (paper: 3e-4)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up (paper: 2,000)."""
+    min_lr_ratio: float = 0.05
+    """Last learning rate as a share of the peak."""
+    beta1: float = 0.9
+    """Adam's memory of gradients."""
+    beta2: float = 0.95
+    """Adam's memory of squared gradients."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms have none."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition, a token."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step always makes one."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    eval_every: int = 200
+    """Steps between held-out losses; 0 for never."""
+    eval_pictures: int = 256
+    """Held-out pictures of each split that are measured."""
+    sample_every: int = 0
+    """Steps between grids of sampled pictures; 0 for never."""
+    seed: int = 0
+    """Seed of weights, sample order and caption dropout."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    run_dir: Path = Path("runs/train")
+    """The run's folder; the same command again goes on there."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are drawn from captions."""
+
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 for none."""
+    temperature: float = 1.0
+    """0 for the most likely code each time."""
+    top_k: int = 50
+    """Codes kept before a draw; 0 for all."""
+    top_p: float = 1.0
+    """Of those, the most likely that together reach this probability."""
+    seed: int = 0
+    """Picture i is drawn with seed + i."""

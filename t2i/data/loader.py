@@ -1,0 +1,157 @@
+"""Shards to whole optimizer steps of sequences: deterministic, resumable in mid-epoch, for any number of ranks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from streaming import StreamingDataLoader, StreamingDataset
+from torch import Tensor
+
+from t2i.config import DataConfig
+from t2i.data.hashing import hash_uniform
+from t2i.data.shards import read_manifest
+from t2i.errors import DataError, UserError
+from t2i.tokens.sequence import encode_sequence
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+
+
+def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
+    """Decide whether a caption is replaced by the empty one: a hash, the same on every rank."""
+    return hash_uniform("caption dropout", seed, epoch, key) < share
+
+
+class SequenceDataset(StreamingDataset):
+    """Sequences built at read time, so that one shard set serves every vocabulary and every mode."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        layout: VocabLayout,
+        num_sequences: int,
+        seed: int,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        super().__init__(
+            local=str(config.shards / "train"),
+            batch_size=num_sequences,
+            shuffle=True,
+            shuffle_seed=seed,
+            num_canonical_nodes=config.num_canonical_nodes,
+        )
+        self.config, self.layout, self.seed = config, layout, seed
+        made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
+        self.tokenizer = None if tokenizer.fingerprint() == made_by else tokenizer
+
+    def __getitem__(self, at: Any) -> dict[str, Any]:
+        """Read one sample as input_ids (S,) and its key."""
+        sample = super().__getitem__(at)
+        epoch = self.next_epoch - 1
+        if self.tokenizer is None:
+            caption_ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
+        else:
+            caption_ids = self.tokenizer.encode(sample["caption"])
+        if is_dropped(seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout):
+            caption_ids = caption_ids[:0]
+        input_ids = encode_sequence(
+            caption_ids,
+            torch.from_numpy(sample["codes"].astype("int64")),
+            layout=self.layout,
+            mode=self.config.mode,
+            seq_len=self.config.seq_len,
+        )
+        return {"input_ids": input_ids, "key": sample["key"]}
+
+
+class StepLoader:
+    """An endless stream of this rank's share of optimizer steps, with a position that can be saved."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        layout: VocabLayout,
+        global_batch: int,
+        world_size: int,
+        seed: int,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        num_samples = read_manifest(config.shards)["counts"]["train"]
+        if num_samples < global_batch:
+            raise UserError(
+                f"{config.shards} has {num_samples} training pairs; one step takes {global_batch}"
+                " (train.global_batch_tokens / data.seq_len)."
+            )
+        if global_batch % world_size:
+            raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
+        num_sequences = global_batch // world_size
+        dataset = SequenceDataset(
+            config, layout=layout, num_sequences=num_sequences, seed=seed, tokenizer=tokenizer
+        )
+        self.loader = StreamingDataLoader(
+            dataset,
+            batch_size=num_sequences,
+            num_workers=config.num_workers,
+            drop_last=True,
+            persistent_workers=config.num_workers > 0,
+        )
+        self.position: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield input_ids (B, S) and keys for ever, epoch after epoch."""
+        while True:
+            for batch in self.loader:
+                self.position = self.loader.state_dict()
+                yield batch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch yielded last, from 0."""
+        return 0 if self.position is None else int(self.position["epoch"])
+
+    def state_dict(self) -> str:
+        """Return the position after the batch yielded last, as JSON."""
+        return json.dumps(self.position)
+
+    def load_state_dict(self, state: str) -> None:
+        """Go on from a saved position."""
+        self.position = json.loads(state)
+        if self.position is not None:
+            self.loader.load_state_dict(self.position)
+
+
+def stack_sequences(
+    samples: list[dict[str, Any]],
+    *,
+    layout: VocabLayout,
+    config: DataConfig,
+    captions: list[Tensor] | None = None,
+) -> Tensor:
+    """Build the sequences (B, S) of read samples, under their own caption ids or the given ones."""
+    own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
+    return torch.stack(
+        [
+            encode_sequence(
+                caption_ids,
+                torch.from_numpy(sample["codes"].astype("int64")),
+                layout=layout,
+                mode=config.mode,
+                seq_len=config.seq_len,
+            )
+            for sample, caption_ids in zip(samples, own if captions is None else captions, strict=True)
+        ]
+    )
+
+
+def check_shards(folder: Path, *, layout: VocabLayout) -> None:
+    """Compare a shard folder's manifest with the vocabulary that sequences will be built for.
+
+    Raises:
+        DataError: the codebooks differ.
+    """
+    codebook_size = read_manifest(folder)["codebook_size"]
+    if codebook_size != layout.codebook_size:
+        raise DataError(f"{folder} has {codebook_size} image codes; the model has {layout.codebook_size}.")
