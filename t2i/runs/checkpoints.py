@@ -1,0 +1,143 @@
+"""Checkpoints committed whole or not at all: written aside, hashed, synced, renamed; `latest` last.
+
+DeepSpeed's own save writes in place and its load starts silently from step 0 when `latest` is missing; so its files
+are only a part (engine/) of a folder that has one manifest of sizes and hashes.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from t2i.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS, LATEST, MANIFEST, STAGING = "checkpoints", "latest", "manifest.json", ".saving"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Name the folder of one step's checkpoint."""
+    return run_dir / CHECKPOINTS / f"step_{step:06d}"
+
+
+def begin(run_dir: Path) -> Path:
+    """Make an empty folder to write a checkpoint into; what a killed save left there is removed."""
+    staging = run_dir / CHECKPOINTS / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def commit(run_dir: Path, *, step: int, facts: dict[str, Any], keep_last: int) -> Path:
+    """Turn the written folder into the checkpoint of `step` and drop the oldest beyond keep_last.
+
+    Args:
+        facts: JSON-plain; kept in the manifest beside step and files.
+
+    Raises:
+        CheckpointError: the checkpoint exists already.
+    """
+    staging, final = run_dir / CHECKPOINTS / STAGING, step_folder(run_dir, step)
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; a checkpoint is never overwritten.")
+    files = {}
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            _sync(path)
+            files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, "xxh64": _hash(path)}
+    manifest = staging / MANIFEST
+    manifest.write_text(json.dumps({"step": step, **facts, "files": files}, indent=1))
+    for path in (manifest, *(path for path in staging.rglob("*") if path.is_dir()), staging):
+        _sync(path)
+    staging.rename(final)
+    _sync(final.parent)
+    _replace(run_dir / LATEST, f"{final.relative_to(run_dir).as_posix()}\n")
+    for old in sorted(final.parent.glob("step_??????"))[:-keep_last]:
+        trash = old.with_name(f".trash-{old.name}")
+        old.rename(trash)
+        shutil.rmtree(trash)
+    return final
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: the first file that is missing, of another size, or of other content.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    for name, wanted in files:
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != wanted["bytes"]:
+            raise CheckpointError(f"{file} has {size} bytes; the manifest says {wanted['bytes']}.")
+        if _hash(file) != wanted["xxh64"]:
+            raise CheckpointError(f"{file} has another content than the manifest says.")
+    return manifest
+
+
+def choose(run_dir: Path) -> Path | None:
+    """Find the newest whole checkpoint; None if the run has none yet. A bad one is set aside as .bad.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole: never a silent start from step 0.
+    """
+    reasons = []
+    for folder in sorted((run_dir / CHECKPOINTS).glob("step_??????"), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            logger.warning("setting a bad checkpoint aside: %s", error)
+            folder.rename(_free_name(folder.with_suffix(".bad")))
+            continue
+        return folder
+    bad = sorted((run_dir / CHECKPOINTS).glob("step_??????.bad*"))
+    if reasons or bad:
+        listed = " ".join(reasons) or ", ".join(map(str, bad))
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} is whole: {listed} Start anew in another --run-dir."
+        )
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}{number}")
+    return free
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)

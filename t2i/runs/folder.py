@@ -1,0 +1,136 @@
+"""A run's folder explains itself: what was asked, on what machine, how far it is, and every number."""
+
+import dataclasses
+import fcntl
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from t2i.config import RunConfig
+from t2i.errors import UserError
+
+RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
+    "resolved.yaml",
+    "ds_config.json",
+    "environment.json",
+    "status.json",
+    "metrics.jsonl",
+    ".lock",
+)
+REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
+FREE_TO_CHANGE = (
+    "train.max_steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.sample_every",
+    "train.eval_every",
+    "train.eval_pictures",
+    "data.num_workers",
+    "model.gradient_checkpointing",
+)
+"""Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Turn a configuration into plain values, for YAML and for comparing."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
+
+
+def open_run(config: RunConfig, *, ds_config: dict[str, Any]) -> IO[str]:
+    """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
+
+    Raises:
+        UserError: the folder belongs to a running process, or was made with other science settings.
+    """
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"run folder {run_dir} is in use by another process; choose another --run-dir."
+        ) from error
+    resolved = run_dir / RESOLVED
+    if resolved.exists():
+        changed = differences(yaml.safe_load(resolved.read_text()), plain(config))
+        if changed:
+            listed = "; ".join(changed)
+            raise UserError(f"{run_dir} was begun with other settings ({listed}). Choose another --run-dir.")
+    resolved.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
+    (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
+    return lock
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], *, prefix: str = "") -> list[str]:
+    """List the science keys whose values differ, as sentences; run_dir and free keys are not compared."""
+    changed = []
+    for key in {**found, **wanted}:
+        name = f"{prefix}{key}"
+        if name in FREE_TO_CHANGE or name == "run_dir":
+            continue
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new, prefix=f"{name}.")
+        elif old != new:
+            changed.append(f"{name} is {old} there, {new} here")
+    return changed
+
+
+def environment() -> dict[str, Any]:
+    """Describe this process: command, versions, machine."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in REPORTED_PACKAGES},
+    }
+
+
+def write_status(run_dir: Path, *, state: str, step: int, code: int | None = None, reason: str = "") -> None:
+    """Write status.json: state is running, done, stopped or failed; code is the exit status once it ended."""
+    status = {"state": state, "code": code, "step": step, "reason": reason, "time": time.strftime("%FT%T%z")}
+    temporary = run_dir / f".{STATUS}.tmp"
+    temporary.write_text(json.dumps(status, indent=1))
+    temporary.replace(run_dir / STATUS)
+
+
+def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
+    """Append one row to metrics.jsonl with one write."""
+    with (run_dir / METRICS).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line that a kill tore is passed over."""
+    path = run_dir / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:
+                raise
+    return rows
+
+
+def rewind_metrics(run_dir: Path, *, step: int) -> None:
+    """Move rows after `step` to metrics.jsonl.rewound, so that no figure shows a step twice."""
+    rows = read_metrics(run_dir)
+    later = [row for row in rows if row["step"] > step]
+    if not (run_dir / METRICS).exists():
+        return
+    with (run_dir / f"{METRICS}.rewound").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in later)
+    temporary = run_dir / f".{METRICS}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    temporary.replace(run_dir / METRICS)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from t2i.errors import CheckpointError
+from t2i.runs import checkpoints
+
+
+def save(run_dir, step, keep_last=9):
+    staging = checkpoints.begin(run_dir)
+    (staging / "engine").mkdir()
+    (staging / "model.safetensors").write_bytes(b"weights of %d" % step)
+    (staging / "engine" / "state.pt").write_bytes(b"x" * 100)
+    return checkpoints.commit(run_dir, step=step, facts={"tokens": step * 10}, keep_last=keep_last)
+
+
+def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
+    assert checkpoints.choose(tmp_path) is None
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    assert checkpoints.choose(tmp_path) == newest
+    assert (tmp_path / "latest").read_text().strip() == "checkpoints/step_000010"
+    assert checkpoints.verify(newest)["tokens"] == 100
+
+
+def truncate(folder):
+    (folder / "engine" / "state.pt").write_bytes(b"x" * 99)
+
+
+def flip(folder):
+    (folder / "model.safetensors").write_bytes(b"weightt of 10")
+
+
+def remove(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def tear(folder):
+    (folder / "manifest.json").write_text('{"step": 10, "fi')
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove, tear])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_chosen(tmp_path, damage):
+    good, bad = save(tmp_path, 5), save(tmp_path, 10)
+    damage(bad)
+    assert checkpoints.choose(tmp_path) == good
+    assert bad.with_suffix(".bad").is_dir()
+    damage(good)
+    for _ in range(2):  # the second try must not start from step 0 either
+        with pytest.raises(CheckpointError, match="no checkpoint of .* is whole"):
+            checkpoints.choose(tmp_path)
+
+
+def test_a_killed_save_leaves_the_one_before(tmp_path, monkeypatch):
+    good = save(tmp_path, 5)
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_sync", die)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 10)
+    assert checkpoints.choose(tmp_path) == good
+    assert checkpoints.choose(tmp_path) != save(tmp_path, 10)
+
+
+def test_only_the_last_are_kept_and_none_is_overwritten(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000002",
+        "step_000003",
+    ]
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(tmp_path, 3)
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    manifest = json.loads((save(tmp_path, 5) / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model.safetensors", "engine/state.pt"}
