@@ -32,11 +32,13 @@ class SequenceDataset(StreamingDataset):
         *,
         layout: VocabLayout,
         num_sequences: int,
+        epoch_size: int,
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
         super().__init__(
             local=str(config.shards / "train"),
+            epoch_size=epoch_size,
             batch_size=num_sequences,
             shuffle=True,
             shuffle_seed=seed,
@@ -89,7 +91,14 @@ class StepLoader:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
         num_sequences = global_batch // world_size
         dataset = SequenceDataset(
-            config, layout=layout, num_sequences=num_sequences, seed=seed, tokenizer=tokenizer
+            config,
+            layout=layout,
+            num_sequences=num_sequences,
+            # Whole steps only, or the order at an epoch's end would depend on the number of ranks. Which samples
+            # sit out differs from epoch to epoch.
+            epoch_size=num_samples // global_batch * global_batch,
+            seed=seed,
+            tokenizer=tokenizer,
         )
         self.loader = StreamingDataLoader(
             dataset,

@@ -1,0 +1,61 @@
+"""Command lines: dataclasses to flags, run files as flags put before them."""
+
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from t2i.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], *, description: str) -> T:
+    """Read this process's command line into a dataclass.
+
+    `--config FILE.yaml` holds flags written down; the command line wins over it. The deepspeed launcher's own
+    `--local_rank=N` is passed over.
+    """
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    file = next(
+        (value for word, value in zip(arguments, [*arguments[1:], ""], strict=True) if word == "--config"),
+        None,
+    )
+    flags = flags_of(Path(file)) if file else []
+    return tyro.cli(kind, args=[*flags, *arguments], description=description)
+
+
+def flags_of(file: Path) -> list[str]:
+    """Write a run file out as flags: {data: {seq_len: 96}} -> --data.seq_len 96.
+
+    Raises:
+        UserError: no such file, or no mapping of keys in it.
+    """
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"--config {file} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {file} is no YAML: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {file} holds {type(values).__name__}; wanted is a mapping of keys.")
+    return _flags(values, prefix="--")
+
+
+def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flags += _flags(value, prefix=f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            flags.append(f"{prefix}{key}" if value else f"{prefix}{_negated(key)}")
+        else:
+            flags += [f"{prefix}{key}", str(value)]
+    return flags
+
+
+def _negated(key: str) -> str:
+    head, _, tail = key.rpartition(".")
+    return f"{head}.no-{tail}" if head else f"no-{tail}"

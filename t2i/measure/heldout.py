@@ -1,0 +1,104 @@
+"""Held-out losses: what pictures cost that training never saw, under their own, a wrong and an empty caption."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from t2i.config import DataConfig
+from t2i.data.loader import stack_sequences
+from t2i.data.shards import read_split
+from t2i.model.loss import split_sums, token_losses
+from t2i.tokens.sequence import next_token_labels
+from t2i.tokens.vocab import VocabLayout
+
+CAPTIONS = ("own", "wrong", "empty")
+HELDOUT_SPLITS = ("heldout", "combinations")
+
+
+@dataclass(frozen=True)
+class CaptionMeter:
+    """Image loss of one split under three captions, nats a code, and its text loss, nats a token."""
+
+    split: str
+    num_pictures: int
+    own: float
+    wrong: float
+    """Each picture under the caption of another one, half the split away."""
+    empty: float
+    text: float | None
+    """None where no caption is read."""
+
+
+def heldout_rows(
+    model: Any, *, config: DataConfig, layout: VocabLayout, num_pictures: int, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Measure every held-out split of the shards; rows for metrics.jsonl."""
+    rows = []
+    for split in HELDOUT_SPLITS:
+        meter = caption_meter(
+            model, split=split, config=config, layout=layout, num_pictures=num_pictures, batch_size=batch_size
+        )
+        if meter is not None:
+            rows.append(
+                {
+                    "split": split,
+                    "num_pictures": meter.num_pictures,
+                    "image_loss": meter.own,
+                    "text_loss": meter.text,
+                    "image_loss_wrong_caption": meter.wrong,
+                    "image_loss_empty_caption": meter.empty,
+                }
+            )
+    return rows
+
+
+@torch.inference_mode()
+def caption_meter(
+    model: Any, *, split: str, config: DataConfig, layout: VocabLayout, num_pictures: int, batch_size: int
+) -> CaptionMeter | None:
+    """Measure one split, its pictures spread evenly over it; None if the shards have no such split.
+
+    With several ranks, each takes whole batches; sums and counts are reduced once.
+    """
+    samples = list(read_split(config.shards, split))
+    if not samples:
+        return None
+    samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
+    own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
+    half = len(own) // 2
+    captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sums = torch.zeros(3, 4, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    starts = range(rank * batch_size, len(samples), world_size * batch_size)
+    for row, kind in enumerate(CAPTIONS):
+        for start in starts:
+            batch = slice(start, start + batch_size)
+            ids = stack_sequences(
+                samples[batch], layout=layout, config=config, captions=captions[kind][batch]
+            )
+            sums[row] += _sums(model, ids, layout)
+    model.train(was_training)
+    if dist.is_initialized():
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist()
+    text = (sums[0, 2] / sums[0, 3]).item() if sums[0, 3] else None
+    return CaptionMeter(
+        split, num_pictures=len(samples), own=own_loss, wrong=wrong_loss, empty=empty_loss, text=text
+    )
+
+
+def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
+    """Sum the losses of one batch (B, S): image nats, image tokens, text nats, text tokens."""
+    labels = next_token_labels(input_ids, layout=layout).to(model.device)
+    hidden = model.model(input_ids.to(model.device)).last_hidden_state
+    losses, _ = token_losses(hidden, labels, head=model.get_output_embeddings().weight)
+    sums = split_sums(
+        losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
+    )
+    return torch.stack([*sums["image"], *sums["text"]]).double().cpu()

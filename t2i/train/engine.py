@@ -1,0 +1,121 @@
+"""The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from t2i.config import RunConfig, TrainConfig
+from t2i.errors import UserError
+from t2i.model.loss import split_sums, token_losses
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.tokens.vocab import VocabLayout
+
+OWNED_BY_THE_RUN = {
+    "gradient_clipping": "train.grad_clip",
+    "train_batch_size": "train.global_batch_tokens",
+    "gradient_accumulation_steps": "train.global_batch_tokens",
+    "scheduler": "train.warmup_steps",
+}
+KINDS = ("text", "image", "special")
+
+
+class Learner(nn.Module):
+    """The language model with its split loss: what DeepSpeed sees as one module."""
+
+    def __init__(self, model: OpenLMForCausalLM, *, layout: VocabLayout, with_z_loss: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layout = layout
+        self.with_z_loss = with_z_loss
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Sum losses over one micro-batch (B, S): (7,) sums of text, image, special, their counts, and z."""
+        hidden = self.model.model(input_ids).last_hidden_state
+        losses, partitions = token_losses(hidden, labels, head=self.model.output.weight)
+        sums = split_sums(
+            losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
+        )
+        totals = [sums[kind][0] for kind in KINDS]
+        counts = [sums[kind][1].float() for kind in KINDS]
+        return torch.stack([*totals, *counts, partitions.sum()])
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and check that it leaves the science to the run.
+
+    Raises:
+        UserError: no such file, no JSON, or a number that the run's configuration owns.
+    """
+    try:
+        ds_config: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"--ds_config {path} is no JSON: {error}.") from error
+    for key, owner in OWNED_BY_THE_RUN.items():
+        if key in ds_config:
+            raise UserError(f"{path} sets {key}, which --{owner} owns; remove it from the JSON.")
+    params = ds_config.get("optimizer", {}).get("params", {})
+    if set(params) - {"torch_adam"} or "type" in ds_config.get("optimizer", {}):
+        raise UserError(
+            f"{path} sets the optimizer, which --train.lr and its neighbours own; only torch_adam is free."
+        )
+    if "train_micro_batch_size_per_gpu" not in ds_config:
+        raise UserError(f"{path} lacks train_micro_batch_size_per_gpu (sequences).")
+    return ds_config
+
+
+def global_batch(config: RunConfig, *, world_size: int) -> int:
+    """Count the sequences of one step: global_batch_tokens / seq_len, rounded to what the ranks divide."""
+    per_rank = round(config.train.global_batch_tokens / config.data.seq_len / world_size)
+    return max(1, per_rank) * world_size
+
+
+def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
+    """Split a rank's sequences into equal micro-batches of at most micro_batch: (steps, sequences each)."""
+    steps = next(
+        steps
+        for steps in range(1, per_rank + 1)
+        if per_rank % steps == 0 and per_rank // steps <= micro_batch
+    )
+    return steps, per_rank // steps
+
+
+def make_engine(
+    learner: Learner, *, config: TrainConfig, ds_config: dict[str, Any], per_rank: int
+) -> deepspeed.DeepSpeedEngine:
+    """Hand model, optimizer and clipping to DeepSpeed."""
+    steps, micro_batch = accumulation(per_rank, micro_batch=ds_config["train_micro_batch_size_per_gpu"])
+    optimizer = {
+        "type": "AdamW",
+        "params": {
+            "lr": config.lr,
+            "betas": [config.beta1, config.beta2],
+            "weight_decay": config.weight_decay,
+            **ds_config.get("optimizer", {}).get("params", {}),
+        },
+    }
+    whole = {
+        **ds_config,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": config.grad_clip,
+        "optimizer": optimizer,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=learner, model_parameters=parameter_groups(learner, config=config), config=whole
+    )
+    return engine
+
+
+def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
+    """Group parameters: matrices decay, norms and biases do not."""
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in learned if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0},
+    ]

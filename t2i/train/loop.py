@@ -1,0 +1,297 @@
+"""The training loop: whole optimizer steps, one small reduction a step, checkpoints, and periodic work as callables."""
+
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.config import RunConfig
+from t2i.data.loader import StepLoader
+from t2i.errors import CheckpointError, NumericalError, Stopped
+from t2i.runs import checkpoints
+from t2i.runs.ckpt import IMAGE_TOKENIZER
+from t2i.runs.folder import append_metrics, rewind_metrics, write_status
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.sequence import next_token_labels
+from t2i.tokens.text import TextTokenizer
+from t2i.train.engine import KINDS
+from t2i.train.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED = 3
+"""Steps in a row without a finite gradient after which a run ends."""
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """Work between steps that every rank does together, such as a held-out loss."""
+
+    every: int
+    """Steps between calls; 0 for never."""
+    work: Callable[[int], list[dict[str, Any]]]
+    """Takes the step, returns rows for metrics.jsonl."""
+
+
+@dataclass
+class Progress:
+    """What a run has done; saved and restored with the weights."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    """Real tokens, padding not counted."""
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps whose update was left out for a gradient that was not finite."""
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: deepspeed.DeepSpeedEngine,
+        loader: StepLoader,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
+        periodic: list[Periodic],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.loader = loader
+        self.text_tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        self.periodic = periodic
+        self.layout = engine.module.layout
+        self.progress = Progress()
+        self.is_first = dist.get_rank() == 0
+
+    def run(self) -> None:
+        """Train from where the run folder stands to max_steps.
+
+        Raises:
+            Stopped: a signal asked for it; everything is saved.
+            NumericalError: three steps in a row without a finite gradient.
+        """
+        self.restore()
+        config, progress = self.config.train, self.progress
+        bar = tqdm(initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first)
+        batches = iter(self.loader)
+        skipped_in_a_row = 0
+        with stop_flag() as flag:
+            while progress.step < config.max_steps:
+                row, should_stop = self.step(batches, should_stop=flag.is_set)
+                skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
+                if skipped_in_a_row == MAX_SKIPPED:
+                    raise NumericalError(
+                        f"the gradient was not finite in steps {progress.step - 2} to {progress.step};"
+                        f" the last checkpoint is {checkpoints.choose(self.config.run_dir)}. Try a smaller train.lr."
+                    )
+                if progress.step % config.log_every == 0:
+                    self.log([row])
+                bar.set_postfix(loss=_short(row["loss"]), image=_short(row["image_loss"]))
+                bar.update()
+                for periodic in self.periodic:
+                    if periodic.every and (
+                        progress.step % periodic.every == 0 or progress.step == config.max_steps
+                    ):
+                        self.log(periodic.work(progress.step))
+                is_due = progress.step % config.save_every == 0 or progress.step == config.max_steps
+                if (is_due or should_stop) and not skipped_in_a_row:
+                    self.save()
+                if should_stop and progress.step < config.max_steps:
+                    raise Stopped(
+                        f"Stopped at step {progress.step} of {config.max_steps}; the same command goes on."
+                    )
+        bar.close()
+
+    def step(
+        self, batches: Iterator[dict[str, Any]], *, should_stop: Callable[[], bool]
+    ) -> tuple[dict[str, Any], bool]:
+        """Do one optimizer step over the whole global batch; return its row and whether any rank wants to stop."""
+        started = time.perf_counter()
+        input_ids = next(batches)["input_ids"].to(self.engine.device)  # (B, S)
+        data_seconds = time.perf_counter() - started
+        labels = next_token_labels(input_ids, layout=self.layout)
+        total = self.reduce(torch.tensor([(labels >= 0).sum().item()], dtype=torch.float64))[0].item()
+        lr = learning_rate(self.progress.step, config=self.config.train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        sums = self.accumulate(input_ids, labels, total)
+        skipped_before = self.engine.skipped_steps
+        is_finite = bool(torch.isfinite(sums).all())
+        extra = torch.tensor([float(should_stop()), float(not is_finite)], dtype=torch.float64)
+        sums = self.reduce(torch.cat([sums.double().cpu(), extra]))
+        self.engine.step()
+        was_skipped = self.engine.skipped_steps > skipped_before or sums[8].item() > 0
+        self.progress.step += 1
+        self.progress.samples += len(input_ids) * dist.get_world_size()
+        self.progress.tokens += int(total)
+        self.progress.skipped += was_skipped
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        grad_norm = self.engine.get_global_grad_norm()
+        row = {
+            "step": self.progress.step,
+            "epoch": self.loader.epoch,
+            "samples": self.progress.samples,
+            "tokens": self.progress.tokens,
+            "padded": input_ids.numel() * dist.get_world_size() - int(total),
+            **loss_row(sums),
+            "lr": lr,
+            "grad_norm": None if grad_norm is None else _number(float(grad_norm)),
+            "skipped": was_skipped,
+            "tokens_per_second": total / seconds,
+            "seconds": self.progress.seconds,
+            "data_seconds": data_seconds,
+        }
+        return row, sums[7].item() > 0
+
+    def accumulate(self, input_ids: Tensor, labels: Tensor, total: float) -> Tensor:
+        """Run forward and backward over the micro-batches; return the summed losses and counts (7,).
+
+        Each rank's gradient is of sum * accumulation * world / total, which DeepSpeed's two means turn into the
+        gradient of the mean over all tokens of all ranks, however unequal their counts.
+        """
+        engine, z_loss = self.engine, self.config.train.z_loss
+        micro_batch = engine.train_micro_batch_size_per_gpu()
+        scale = engine.gradient_accumulation_steps() * dist.get_world_size() / total
+        summed = torch.zeros(7, device=engine.device)
+        pairs = list(zip(input_ids.split(micro_batch), labels.split(micro_batch), strict=True))
+        for index, (ids, wanted) in enumerate(pairs):
+            engine.set_gradient_accumulation_boundary(index == len(pairs) - 1)
+            sums = engine(ids, wanted)
+            engine.backward((sums[:3].sum() + z_loss * sums[6]) * scale)
+            if index < len(pairs) - 1:
+                engine.step()
+            summed += sums.detach()
+        return summed
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        values = values.to(self.engine.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to metrics.jsonl on the first rank."""
+        if self.is_first:
+            for row in rows:
+                append_metrics(self.config.run_dir, row)
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step: a Hugging Face folder plus engine/ for DeepSpeed's state."""
+        run_dir, step = self.config.run_dir, self.progress.step
+        if checkpoints.step_folder(run_dir, step).exists():
+            return
+        staging = run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
+        if self.is_first:
+            checkpoints.begin(run_dir)
+        dist.barrier()
+        client_state = {"random": torch.get_rng_state()}
+        self.engine.save_checkpoint(str(staging), tag="engine", client_state=client_state, save_latest=False)
+        dist.barrier()
+        if self.is_first:
+            self.engine.module.model.save_pretrained(staging)
+            self.text_tokenizer.tokenizer.save_pretrained(staging)
+            facts = {
+                "progress": vars(self.progress),
+                "loader": self.loader.state_dict(),
+                "world_size": dist.get_world_size(),
+            }
+            checkpoints.commit(run_dir, step=step, facts=facts, keep_last=self.config.train.keep_last)
+            write_status(run_dir, state="running", step=step)
+        dist.barrier()
+
+    def restore(self) -> None:
+        """Load the newest whole checkpoint, if there is one, on every rank.
+
+        Raises:
+            CheckpointError: it was made by another number of ranks, or none is whole.
+        """
+        run_dir = self.config.run_dir
+        chosen = [checkpoints.choose(run_dir) if self.is_first else None]
+        dist.broadcast_object_list(chosen)
+        if self.is_first and not (run_dir / IMAGE_TOKENIZER).exists():
+            shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER)
+        folder: Path | None = chosen[0]
+        if folder is None:
+            return
+        manifest = checkpoints.verify(folder)
+        if manifest["world_size"] != dist.get_world_size():
+            found, wanted = manifest["world_size"], dist.get_world_size()
+            raise CheckpointError(
+                f"{folder} was made by {found} ranks; this run has {wanted}. Use {found} again."
+            )
+        loaded, client_state = self.engine.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")
+        torch.set_rng_state(client_state["random"])
+        self.progress = Progress(**manifest["progress"])
+        self.loader.load_state_dict(manifest["loader"])
+        if self.is_first:
+            rewind_metrics(run_dir, step=self.progress.step)
+            logger.warning("resuming at step %d of %d", self.progress.step, self.config.train.max_steps)
+
+
+def loss_row(sums: Tensor) -> dict[str, float | int | None]:
+    """Divide summed losses and counts (7,) once: nats a token by class, None where nothing was counted."""
+    totals, counts = sums[:3], sums[3:6]
+    row: dict[str, float | int | None] = {"loss": _number((totals.sum() / counts.sum()).item())}
+    for kind, total, count in zip(KINDS, totals, counts, strict=True):
+        row[f"{kind}_loss"] = _number((total / count).item()) if count else None
+        row[f"{kind}_tokens"] = int(count)
+    return row
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal, read once a step."""
+
+    signals: int = 0
+
+    def is_set(self) -> bool:
+        """Tell whether a signal has come."""
+        return self.signals > 0
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Turn SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C ends at once."""
+    flag = StopFlag()
+
+    def note(number: int, frame: object) -> None:
+        flag.signals += 1
+        if number == signal.SIGINT and flag.signals > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan or inf: a value that is not finite is stored as null."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,166 @@
+"""One training run, from its settings to its last checkpoint."""
+
+import logging
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from t2i.config import ASSETS, EMBEDDED_SHARDS, RunConfig
+from t2i.errors import EXPECTED, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, *, ds_config_path: Path) -> None:
+    """Train in this process, one rank of a launched job or a job of its own.
+
+    Raises:
+        UserError, DataError, NumericalError, CheckpointError, Stopped: see t2i.errors.
+    """
+    prepare_environment()
+    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
+    import deepspeed
+    import torch.distributed as dist
+
+    quiet_libraries()
+    from t2i.train.engine import read_ds_config
+
+    ds_config = read_ds_config(ds_config_path)
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    is_first = dist.get_rank() == 0
+    lock = None
+    if is_first:
+        from t2i.runs.folder import open_run
+
+        lock = open_run(config, ds_config=ds_config)
+    try:
+        _train(config, ds_config)
+    except Exception as error:
+        if is_first:
+            _report_failure(config, error)
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def prepare_environment() -> None:
+    """Fill in what a launcher sets, for streaming and for a process without a launcher."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+
+
+def quiet_libraries() -> None:
+    """Turn other libraries' chatter down to warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("DeepSpeed", "streaming", "transformers", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    from t2i.data.loader import StepLoader
+    from t2i.data.shards import check_image_tokenizer, read_manifest
+    from t2i.measure.heldout import heldout_rows
+    from t2i.runs.folder import write_status
+    from t2i.tokens.image import ImageTokenizer
+    from t2i.tokens.text import TextTokenizer
+    from t2i.train.build import build_model
+    from t2i.train.engine import Learner, global_batch, make_engine
+    from t2i.train.loop import Periodic, Trainer
+
+    world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
+    if config.data.shards == EMBEDDED_SHARDS and is_first:
+        prepare_embedded(EMBEDDED_SHARDS)
+    dist.barrier()
+    manifest = read_manifest(config.data.shards)
+    text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, manifest))
+    image_tokenizer = ImageTokenizer.load(Path(manifest["image_tokenizer"]["name"]))
+    if is_first:
+        check_image_tokenizer(config.data.shards, image_tokenizer)
+    model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
+    num_sequences = global_batch(config, world_size=world_size)
+    loader = StepLoader(
+        config.data,
+        layout=layout,
+        global_batch=num_sequences,
+        world_size=world_size,
+        seed=config.train.seed,
+        tokenizer=text_tokenizer,
+    )
+    learner = Learner(model, layout=layout, with_z_loss=config.train.z_loss > 0)
+    engine = make_engine(
+        learner, config=config.train, ds_config=ds_config, per_rank=num_sequences // world_size
+    )
+
+    def measure(step: int) -> list[dict[str, Any]]:
+        rows = heldout_rows(model, config=config.data, layout=layout, num_pictures=config.train.eval_pictures)
+        return [{"step": step, **row} for row in rows]
+
+    trainer = Trainer(
+        config,
+        engine=engine,
+        loader=loader,
+        text_tokenizer=text_tokenizer,
+        image_tokenizer=image_tokenizer,
+        periodic=[Periodic(every=config.train.eval_every, work=measure)],
+    )
+    trainer.run()
+    if is_first:
+        write_status(config.run_dir, state="done", step=trainer.progress.step, code=0)
+
+
+def prepare_embedded(out: Path) -> None:
+    """Make the embedded pictures' shards at `out`, unless they are there."""
+    from t2i.data.pairs import open_source
+    from t2i.data.shards import PrepareConfig, prepare
+    from t2i.tokens.image import ImageTokenizer
+    from t2i.tokens.text import TextTokenizer
+
+    prepare(
+        open_source("openmoji"),
+        out=out,
+        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        config=PrepareConfig(),
+    )
+
+
+def _text_tokenizer_folder(config: RunConfig, manifest: dict[str, Any]) -> Path:
+    """A language model brings its own tokenizer; a random one takes that of the shards."""
+    if config.model.init == "random":
+        return Path(manifest["text_tokenizer"]["name"])
+    folder = Path(config.model.init)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")
+    return folder
+
+
+def _report_failure(config: RunConfig, error: Exception) -> None:
+    from t2i.errors import Stopped
+    from t2i.runs.checkpoints import LATEST
+    from t2i.runs.folder import write_status
+
+    if not config.run_dir.is_dir() or (isinstance(error, UserError) and "in use" in str(error)):
+        return
+    (config.run_dir / "error.txt").write_text(traceback.format_exc())
+    latest = config.run_dir / LATEST
+    step = int(latest.read_text().strip()[-6:]) if latest.is_file() else 0
+    code = error.exit_code if isinstance(error, EXPECTED) else 1
+    state = "stopped" if isinstance(error, Stopped) else "failed"
+    write_status(config.run_dir, state=state, step=step, code=code, reason=str(error))
+    if not isinstance(error, EXPECTED):
+        print(f"The traceback is also in {config.run_dir / 'error.txt'}.", file=sys.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,197 @@
+"""The whole training path on tiny pictures: one process here, two through the real launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from t2i.config import ASSETS, DataConfig, ModelConfig, RunConfig, TrainConfig
+from t2i.data.pairs import open_source
+from t2i.data.shards import PrepareConfig, prepare
+from t2i.errors import CheckpointError, UserError
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.folder import read_metrics
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+from t2i.train.run import train
+
+ROOT = Path(__file__).parents[2]
+DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(
+            folder / f"{index}.png"
+        )
+        (folder / f"{index}.txt").write_text(f"picture {index} " * rng.integers(1, 4))
+    out = folder.with_name("shards")
+    prepare(
+        open_source(str(folder), heldout_share=0.2),
+        out=out,
+        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        config=PrepareConfig(),
+    )
+    return out
+
+
+def config_of(shards, run_dir, **train_settings):
+    settings = {
+        "max_steps": 6,
+        "global_batch_tokens": 8 * 90,
+        "save_every": 3,
+        "eval_every": 6,
+        "eval_pictures": 4,
+    }
+    return RunConfig(
+        run_dir=run_dir,
+        data=DataConfig(shards=shards, seq_len=90),
+        model=ModelConfig(hidden_size=32, num_layers=2, num_heads=2),
+        train=TrainConfig(**{**settings, "warmup_steps": 2, **train_settings}),
+    )
+
+
+def weights(run_dir, step):
+    return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    config = config_of(shards, tmp_path_factory.mktemp("runs") / "whole")
+    train(config, ds_config_path=DS_CONFIG)
+    return config
+
+
+def test_a_run_explains_itself(finished):
+    run_dir = finished.run_dir
+    rows = read_metrics(run_dir)
+    steps = [row for row in rows if "split" not in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert {row["split"] for row in rows if "split" in row} == {"heldout"}
+    assert steps[0]["image_tokens"] == 8 * 64
+    assert steps[0]["special_tokens"] == 8 * 5  # `<doc>` is never a target
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+    assert yaml.safe_load((run_dir / "resolved.yaml").read_text())["train"]["max_steps"] == 6
+    assert (run_dir / "latest").read_text().strip() == "checkpoints/step_000006"
+
+
+def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path):
+    config = replace(finished, run_dir=tmp_path / "run")
+    # The schedule must not see the earlier end, so the first half stops by signal-like interruption.
+    calls = []
+
+    def stop_after_three():
+        calls.append(1)
+        return len(calls) == 3
+
+    from t2i.errors import Stopped
+    from t2i.train import loop
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.StopFlag, "is_set", lambda self: stop_after_three())
+        with pytest.raises(Stopped, match="Stopped at step 3 of 6"):
+            train(config, ds_config_path=DS_CONFIG)
+    assert json.loads((config.run_dir / "status.json").read_text())["code"] == 75
+    train(config, ds_config_path=DS_CONFIG)
+    whole, resumed = weights(finished.run_dir, 6), weights(config.run_dir, 6)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [
+        [row["loss"] for row in read_metrics(run) if "split" not in row]
+        for run in (finished.run_dir, config.run_dir)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_accumulation_does_not_change_the_step(finished, tmp_path):
+    ds_config = {**json.loads(DS_CONFIG.read_text()), "train_micro_batch_size_per_gpu": 2}
+    (tmp_path / "small.json").write_text(json.dumps(ds_config))
+    config = replace(finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=1))
+    train(config, ds_config_path=tmp_path / "small.json")
+    once = replace(finished, run_dir=tmp_path / "once", train=replace(finished.train, max_steps=1))
+    train(once, ds_config_path=DS_CONFIG)
+    # Adam's first step is lr * sign-like, so an error of 1e-7 in a gradient near zero can move a weight by lr / 2.
+    accumulated, plain = weights(config.run_dir, 1), weights(once.run_dir, 1)
+    differences = torch.cat([(accumulated[name] - plain[name]).abs().flatten() for name in plain])
+    assert differences.max() <= config.train.lr
+    assert (differences > 1e-6).float().mean() < 1e-3
+
+
+def test_a_second_run_in_the_folder_with_other_science_is_refused(finished):
+    with pytest.raises(UserError, match="train.lr is"):
+        train(replace(finished, train=replace(finished.train, lr=1.0)), ds_config_path=DS_CONFIG)
+
+
+def test_a_ds_config_that_claims_a_number_of_the_run_is_refused(finished, tmp_path):
+    (tmp_path / "bad.json").write_text('{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1}')
+    with pytest.raises(UserError, match=r"gradient_clipping, which --train\.grad_clip owns"):
+        train(replace(finished, run_dir=tmp_path / "run"), ds_config_path=tmp_path / "bad.json")
+
+
+def test_any_ckpt_opens(finished):
+    run = open_checkpoint(str(finished.run_dir))
+    one = open_checkpoint(str(finished.run_dir / "checkpoints" / "step_000003"))
+    assert run.folder.name == "step_000006"
+    assert one.run_dir == finished.run_dir.resolve()
+    assert run.layout.vocab_size == run.model.get_input_embeddings().weight.shape[0]
+    with pytest.raises(UserError, match="is no run folder"):
+        open_checkpoint("./nowhere")
+
+
+def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_path):
+    run_dir = tmp_path / "two"
+    model, settings = finished.model, finished.train
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
+        "launchers/train.py",
+        "--ds_config", str(DS_CONFIG), "--run-dir", str(run_dir), "--data.shards", str(finished.data.shards),
+        "--data.seq-len", "90", "--model.hidden-size", str(model.hidden_size),
+        "--model.num-layers", str(model.num_layers),
+        "--model.num-heads", str(model.num_heads), "--train.max-steps", "6", "--train.save-every", "3",
+        "--train.global-batch-tokens", str(settings.global_batch_tokens), "--train.warmup-steps", "2",
+        "--train.eval-every", "6", "--train.eval-pictures", "4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        environment.pop(name, None)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = [row for row in read_metrics(finished.run_dir) if "split" not in row]
+    two = [row for row in read_metrics(run_dir) if "split" not in row]
+    assert [row["image_tokens"] for row in two] == [row["image_tokens"] for row in one]
+    assert [row["text_tokens"] for row in two] == [row["text_tokens"] for row in one]
+    # Sums in another order; the first loss sees equal weights, later ones Adam's amplified rounding.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
+    heldout = [
+        [row["image_loss"] for row in read_metrics(run) if "split" in row]
+        for run in (run_dir, finished.run_dir)
+    ]
+    assert heldout[0] == pytest.approx(heldout[1], abs=1e-4)
+    with pytest.raises(CheckpointError, match="was made by 2 ranks; this run has 1"):
+        train(
+            replace(finished, run_dir=run_dir, train=replace(settings, max_steps=7)), ds_config_path=DS_CONFIG
+        )
