@@ -19,10 +19,8 @@ def parse(kind: type[T], *, description: str) -> T:
     `--local_rank=N` is passed over.
     """
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    file = next(
-        (value for word, value in zip(arguments, [*arguments[1:], ""], strict=True) if word == "--config"),
-        None,
-    )
+    place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
+    file = arguments[place] if place < len(arguments) else None
     flags = flags_of(Path(file)) if file else []
     return tyro.cli(kind, args=[*flags, *arguments], description=description)
 

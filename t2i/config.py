@@ -12,6 +12,18 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 
 
 @dataclass(frozen=True)
+class PrepareConfig:
+    """How shards are made."""
+
+    image_size: int = 64
+    """Pixels a side, after a centre crop (paper: 256)."""
+    batch_size: int = 32
+    """Pictures encoded at a time."""
+    unit_pairs: int = 512
+    """Pairs of one resumable unit of work, which is also one shard file a split."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
 

@@ -1,9 +1,67 @@
 """No test may reach the network; arithmetic is single-threaded so that it repeats."""
 
 import os
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
+
+from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    from t2i.data.pairs import open_source
+    from t2i.data.shards import prepare
+    from t2i.tokens.image import ImageTokenizer
+    from t2i.tokens.text import TextTokenizer
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(120):
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(
+            folder / f"{index}.png"
+        )
+        (folder / f"{index}.txt").write_text(f"picture {index} " * rng.integers(1, 4))
+    out = folder.with_name("shards")
+    prepare(
+        open_source(str(folder), heldout_share=0.3),
+        out=out,
+        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        config=PrepareConfig(),
+    )
+    return out
+
+
+def config_of(shards, run_dir, **train_settings):
+    settings = {
+        "max_steps": 6,
+        "global_batch_tokens": 8 * 90,
+        "save_every": 3,
+        "eval_every": 6,
+        "eval_pictures": 4,
+    }
+    return RunConfig(
+        run_dir=run_dir,
+        data=DataConfig(shards=shards, seq_len=90),
+        model=ModelConfig(hidden_size=32, num_layers=2, num_heads=2),
+        train=TrainConfig(**{**settings, "warmup_steps": 2, **train_settings}),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory):
+    from t2i.train.run import train
+
+    config = config_of(shards, tmp_path_factory.mktemp("runs") / "whole")
+    train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    return config

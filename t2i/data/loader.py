@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
 from t2i.data.shards import read_manifest
-from t2i.errors import DataError, UserError
+from t2i.errors import UserError
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -153,14 +152,3 @@ def stack_sequences(
             for sample, caption_ids in zip(samples, own if captions is None else captions, strict=True)
         ]
     )
-
-
-def check_shards(folder: Path, *, layout: VocabLayout) -> None:
-    """Compare a shard folder's manifest with the vocabulary that sequences will be built for.
-
-    Raises:
-        DataError: the codebooks differ.
-    """
-    codebook_size = read_manifest(folder)["codebook_size"]
-    if codebook_size != layout.codebook_size:
-        raise DataError(f"{folder} has {codebook_size} image codes; the model has {layout.codebook_size}.")

@@ -56,6 +56,8 @@ class Source:
     """Licence and credit of the pictures, or "not stated"."""
     left_out: Counter[str]
     """Number of entries without a usable pair, by reason."""
+    heldout_share: float = 0.0
+    """What open_source was given; the embedded set has a rule of its own."""
 
 
 def open_source(name: str, *, heldout_share: float = 0.02) -> Source:
@@ -122,7 +124,7 @@ def _text_folder(folder: Path, heldout_share: float) -> Source:
             continue
         caption = caption_file.read_text(encoding="utf-8", errors="replace")
         _add(pairs, left_out, folder, path.relative_to(folder).as_posix(), caption, heldout_share)
-    return Source(str(folder), pairs, _split_rule(heldout_share), "not stated", left_out)
+    return Source(str(folder), pairs, _split_rule(heldout_share), "not stated", left_out, heldout_share)
 
 
 def _image_folder(folder: Path, metadata: Path, heldout_share: float) -> Source:
@@ -145,7 +147,7 @@ def _image_folder(folder: Path, metadata: Path, heldout_share: float) -> Source:
             continue
         _add(pairs, left_out, folder, name, str(row[column] or ""), heldout_share)
     pairs.sort(key=lambda pair: pair.key)
-    return Source(str(folder), pairs, _split_rule(heldout_share), "not stated", left_out)
+    return Source(str(folder), pairs, _split_rule(heldout_share), "not stated", left_out, heldout_share)
 
 
 def _add(

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from streaming.base.format import reader_from_json
 from streaming.base.util import merge_index
 from tqdm import tqdm
 
+from t2i.config import PrepareConfig
 from t2i.data.floors import code_floors
 from t2i.data.pairs import SPLITS, Pair, Source
 from t2i.errors import DataError, UserError
@@ -39,18 +40,6 @@ MANIFEST, BROKEN, ROUND_TRIP, RECONSTRUCTIONS = (
     "reconstructions.png",
 )
 NUM_ROUND_TRIP = 8
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """How shards are made."""
-
-    image_size: int = 64
-    """Pixels a side, after a centre crop (paper: 256)."""
-    batch_size: int = 32
-    """Pictures encoded at a time."""
-    unit_pairs: int = 512
-    """Pairs of one resumable unit of work, which is also one shard file a split."""
 
 
 def prepare(
@@ -70,6 +59,7 @@ def prepare(
     arguments = {
         "format_version": FORMAT_VERSION,
         "source": source.name,
+        "heldout_share": source.heldout_share,
         "image_size": config.image_size,
         "unit_pairs": config.unit_pairs,
         "image_tokenizer": image_tokenizer.fingerprint(),
@@ -143,6 +133,34 @@ def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
         raise DataError(
             f"{tokenizer.folder} gives the codes of {folder} to only {agreement:.0%} here; wanted is 95%."
         )
+
+
+def check_shards(folder: Path) -> dict[str, int]:
+    """Read every sample of a shard folder; return the number of samples of each split.
+
+    Raises:
+        DataError: a count or a range that the manifest does not tell of.
+    """
+    manifest = read_manifest(folder)
+    counts = {}
+    for split, wanted in manifest["counts"].items():
+        samples = tqdm(read_split(folder, split), total=wanted, unit="sample", desc=split)
+        counts[split] = sum(1 for sample in samples if _in_range(sample, folder, manifest))
+        if counts[split] != wanted:
+            raise DataError(f"{folder / split} has {counts[split]} samples; the manifest says {wanted}.")
+    return counts
+
+
+def _in_range(sample: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> bool:
+    num_tokens = manifest["text_tokenizer"]["num_tokens"]
+    if (
+        sample["codes"].max() >= manifest["codebook_size"]
+        or len(sample["codes"]) != manifest["codes_per_image"]
+    ):
+        raise DataError(f"{folder}: sample {sample['key']} has codes that its tokenizer cannot make.")
+    if len(sample["caption_ids"]) and sample["caption_ids"].max() >= num_tokens:
+        raise DataError(f"{folder}: sample {sample['key']} has caption ids from {num_tokens} on.")
+    return True
 
 
 def _begin(part: Path, arguments: dict[str, Any]) -> None:
@@ -245,6 +263,7 @@ def _finish(
         "source": source.name,
         "licence": source.licence,
         "split_rule": source.split_rule,
+        "heldout_share": source.heldout_share,
         "counts": {split: counts[split] for split in SPLITS if counts[split]},
         "broken": len(broken),
         "left_out": dict(source.left_out),

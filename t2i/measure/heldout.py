@@ -22,7 +22,6 @@ HELDOUT_SPLITS = ("heldout", "combinations")
 class CaptionMeter:
     """Image loss of one split under three captions, nats a code, and its text loss, nats a token."""
 
-    split: str
     num_pictures: int
     own: float
     wrong: float
@@ -38,10 +37,10 @@ def heldout_rows(
     """Measure every held-out split of the shards; rows for metrics.jsonl."""
     rows = []
     for split in HELDOUT_SPLITS:
-        meter = caption_meter(
-            model, split=split, config=config, layout=layout, num_pictures=num_pictures, batch_size=batch_size
-        )
-        if meter is not None:
+        samples = list(read_split(config.shards, split))
+        samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
+        if samples:
+            meter = caption_meter(model, samples, config=config, layout=layout, batch_size=batch_size)
             rows.append(
                 {
                     "split": split,
@@ -57,16 +56,12 @@ def heldout_rows(
 
 @torch.inference_mode()
 def caption_meter(
-    model: Any, *, split: str, config: DataConfig, layout: VocabLayout, num_pictures: int, batch_size: int
-) -> CaptionMeter | None:
-    """Measure one split, its pictures spread evenly over it; None if the shards have no such split.
+    model: Any, samples: list[dict[str, Any]], *, config: DataConfig, layout: VocabLayout, batch_size: int
+) -> CaptionMeter:
+    """Measure samples (caption_ids and codes each) under their own, a wrong and the empty caption.
 
     With several ranks, each takes whole batches; sums and counts are reduced once.
     """
-    samples = list(read_split(config.shards, split))
-    if not samples:
-        return None
-    samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
     half = len(own) // 2
     captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
@@ -89,7 +84,7 @@ def caption_meter(
     own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist()
     text = (sums[0, 2] / sums[0, 3]).item() if sums[0, 3] else None
     return CaptionMeter(
-        split, num_pictures=len(samples), own=own_loss, wrong=wrong_loss, empty=empty_loss, text=text
+        num_pictures=len(samples), own=own_loss, wrong=wrong_loss, empty=empty_loss, text=text
     )
 
 

@@ -14,6 +14,8 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 IMAGE_TOKENIZER = "image_tokenizer"
+DATA_MANIFEST = "data_manifest.json"
+"""What the model was trained on: the manifest of its shards, kept beside it."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
+from t2i.data.shards import MANIFEST
 from t2i.errors import CheckpointError, NumericalError, Stopped
 from t2i.runs import checkpoints
-from t2i.runs.ckpt import IMAGE_TOKENIZER
+from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import append_metrics, rewind_metrics, write_status
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
@@ -229,6 +230,7 @@ class Trainer:
         dist.broadcast_object_list(chosen)
         if self.is_first and not (run_dir / IMAGE_TOKENIZER).exists():
             shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER)
+            shutil.copyfile(self.config.data.shards / MANIFEST, run_dir / DATA_MANIFEST)
         folder: Path | None = chosen[0]
         if folder is None:
             return

@@ -119,8 +119,9 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
 def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless they are there."""
+    from t2i.config import PrepareConfig
     from t2i.data.pairs import open_source
-    from t2i.data.shards import PrepareConfig, prepare
+    from t2i.data.shards import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 

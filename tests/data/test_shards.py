@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i.config import ASSETS, DataConfig
+from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data import shards
 from t2i.data.floors import code_floors
 from t2i.data.loader import StepLoader, is_dropped
@@ -19,7 +19,7 @@ from t2i.tokens.sequence import decode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
-CONFIG = shards.PrepareConfig(unit_pairs=8, batch_size=4)
+CONFIG = PrepareConfig(unit_pairs=8, batch_size=4)
 
 
 @pytest.fixture(scope="module")

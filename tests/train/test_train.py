@@ -7,72 +7,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
-from t2i.config import ASSETS, DataConfig, ModelConfig, RunConfig, TrainConfig
-from t2i.data.pairs import open_source
-from t2i.data.shards import PrepareConfig, prepare
 from t2i.errors import CheckpointError, UserError
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics
-from t2i.tokens.image import ImageTokenizer
-from t2i.tokens.text import TextTokenizer
 from t2i.train.run import train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(40):
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(
-            folder / f"{index}.png"
-        )
-        (folder / f"{index}.txt").write_text(f"picture {index} " * rng.integers(1, 4))
-    out = folder.with_name("shards")
-    prepare(
-        open_source(str(folder), heldout_share=0.2),
-        out=out,
-        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
-        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-        config=PrepareConfig(),
-    )
-    return out
-
-
-def config_of(shards, run_dir, **train_settings):
-    settings = {
-        "max_steps": 6,
-        "global_batch_tokens": 8 * 90,
-        "save_every": 3,
-        "eval_every": 6,
-        "eval_pictures": 4,
-    }
-    return RunConfig(
-        run_dir=run_dir,
-        data=DataConfig(shards=shards, seq_len=90),
-        model=ModelConfig(hidden_size=32, num_layers=2, num_heads=2),
-        train=TrainConfig(**{**settings, "warmup_steps": 2, **train_settings}),
-    )
-
-
 def weights(run_dir, step):
     return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    config = config_of(shards, tmp_path_factory.mktemp("runs") / "whole")
-    train(config, ds_config_path=DS_CONFIG)
-    return config
 
 
 def test_a_run_explains_itself(finished):

@@ -1,0 +1,135 @@
+"""Captions to PNG files: fixed batches, a seed a caption, nothing drawn twice."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i.config import SampleConfig
+from t2i.errors import UserError
+from t2i.model.sampling_open_lm import sample_codes
+from t2i.runs.ckpt import Checkpoint
+from t2i.tokens.image import pictures_of
+from t2i.tokens.sequence import caption_room, prompt
+
+SETTINGS = "settings.json"
+BATCH_SIZE = 32
+
+
+def draw_codes(
+    checkpoint: Checkpoint, captions: Sequence[str], *, config: SampleConfig, first_seed: int | None = None
+) -> Tensor:
+    """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i."""
+    layout, model = checkpoint.layout, checkpoint.model
+    num_codes = model.config.codes_per_image
+    room = caption_room(
+        mode="text-to-image", seq_len=model.config.max_position_embeddings, num_codes=num_codes
+    )
+    texts = [checkpoint.text_tokenizer.encode(caption)[:room] for caption in captions]
+    start = config.seed if first_seed is None else first_seed
+    return sample_codes(
+        model,
+        [prompt(text, layout=layout).tolist() for text in texts],
+        empty_prompt=prompt(torch.tensor([]), layout=layout).tolist(),
+        image_ids=range(layout.first_image_id, layout.first_image_id + layout.codebook_size),
+        num_codes=num_codes,
+        seeds=[start + index for index in range(len(captions))],
+        guidance_scale=config.guidance_scale,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def draw_pictures(
+    checkpoint: Checkpoint, captions: Sequence[str], *, config: SampleConfig, first_seed: int | None = None
+) -> list[Image.Image]:
+    """Draw one picture a caption."""
+    codes = draw_codes(checkpoint, captions, config=config, first_seed=first_seed)
+    pictures = pictures_of(checkpoint.image_tokenizer.decode(codes)).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def draw_folder(
+    checkpoint: Checkpoint,
+    captions: dict[str, str],
+    *,
+    out: Path,
+    config: SampleConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    description: str = "draw",
+) -> list[Path]:
+    """Draw every caption to out/NAME.png and return all paths in order; pictures that exist are kept.
+
+    Batches are fixed by index and ranks take whole batches, so pictures do not depend on the number of ranks.
+
+    Args:
+        captions: file names without ending, and their captions.
+
+    Raises:
+        UserError: `out` holds pictures of another checkpoint or other settings.
+    """
+    settings = {"checkpoint": str(checkpoint.folder.resolve()), **asdict(config)}
+    out.mkdir(parents=True, exist_ok=True)
+    _same_settings(out / SETTINGS, settings)
+    names = list(captions)
+    paths = [out / f"{name}.png" for name in names]
+    starts = list(range(0, len(names), BATCH_SIZE))[rank::world_size]
+    for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
+        batch = slice(start, start + BATCH_SIZE)
+        if all(path.exists() for path in paths[batch]):
+            continue
+        texts = [captions[name] for name in names[batch]]
+        pictures = draw_pictures(checkpoint, texts, config=config, first_seed=config.seed + start)
+        for path, text, picture in zip(paths[batch], texts, pictures, strict=True):
+            _write(path, picture, {"caption": text, **settings})
+    return paths
+
+
+def grid(pictures: Sequence[Image.Image], *, columns: int) -> Image.Image:
+    """Lay pictures of one size out in rows, on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for place, (x, y) in zip(range(len(pictures)), _places(columns), strict=False):
+        sheet.paste(pictures[place], (x * width, y * height))
+    return sheet
+
+
+def _places(columns: int) -> Iterator[tuple[int, int]]:
+    y = 0
+    while True:
+        yield from ((x, y) for x in range(columns))
+        y += 1
+
+
+def _same_settings(file: Path, settings: dict[str, object]) -> None:
+    if file.exists():
+        found = json.loads(file.read_text())
+        changed = [
+            f"{key}: {found.get(key)} there, {settings[key]} asked"
+            for key in settings
+            if found.get(key) != settings[key]
+        ]
+        if changed:
+            raise UserError(
+                f"{file.parent} holds pictures of other settings ({'; '.join(changed)}). Choose another --out."
+            )
+        return
+    file.write_text(json.dumps(settings, indent=1))
+
+
+def _write(path: Path, picture: Image.Image, facts: dict[str, object]) -> None:
+    metadata = PngInfo()
+    for key, value in facts.items():
+        metadata.add_text(key, str(value))
+    temporary = path.with_suffix(".tmp")
+    picture.save(temporary, format="PNG", pnginfo=metadata)
+    temporary.replace(path)

@@ -1,0 +1,70 @@
+"""Every command's first contact: help without torch, the nearest right key, exit status and sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2i.cli import flags_of
+from t2i.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("launchers", "eval") for path in (ROOT / folder).glob("*.py")
+)
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_no_torch(command):
+    check = f"""
+import runpy, sys
+sys.argv = [{command!r}, "--help"]
+try:
+    runpy.run_path({command!r}, run_name="__main__")
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+heavy = {{"torch", "transformers", "diffusers", "numpy", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run("-c", check)
+    assert done.returncode == 0, done.stderr
+    assert "Example" in done.stdout
+
+
+def test_a_wrong_key_names_the_nearest_right_one():
+    done = run("launchers/train.py", "--train.warmup-step", "3")
+    assert done.returncode == 2
+    assert "--train.warmup-steps" in done.stderr
+
+
+def test_wrong_use_is_a_sentence_and_status_2():
+    done = run("launchers/prepare.py")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert done.stderr.strip() == "give either --out DIR to prepare, or --check DIR to check."
+
+
+def test_a_missing_source_is_status_3(tmp_path):
+    done = run("launchers/prepare.py", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 3
+    assert "nowhere is neither" in done.stderr
+
+
+def test_run_files_are_flags_written_down(tmp_path):
+    (tmp_path / "run.yaml").write_text("run_dir: runs/x\ndata: {seq_len: 80}\nmodel: {qk_norm: false}\n")
+    assert flags_of(tmp_path / "run.yaml") == [
+        "--run_dir",
+        "runs/x",
+        "--data.seq_len",
+        "80",
+        "--model.no-qk_norm",
+    ]
+    (tmp_path / "bad.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds list; wanted is a mapping"):
+        flags_of(tmp_path / "bad.yaml")

@@ -1,0 +1,93 @@
+"""The stages after training, on one tiny run: draw, score, export, and use the export without t2i."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from t2i.config import SampleConfig
+from t2i.errors import UserError
+from t2i.generate.draw import draw_folder
+from t2i.measure.coco import score
+from t2i.measure.features import load_features
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.export import export
+
+CAPTIONS = {f"{index:02d}": f"picture {index}" for index in range(3)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(finished):
+    return open_checkpoint(str(finished.run_dir))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "tiny"
+    export(checkpoint, out=out, command="python launchers/export.py")
+    return out
+
+
+def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):
+    paths = draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=5))
+    assert Image.open(paths[1]).text["caption"] == "picture 1"
+    assert Image.open(paths[1]).text["seed"] == "5"
+    before = [path.stat().st_mtime_ns for path in paths]
+    first = paths[0].read_bytes()
+    paths[0].unlink()
+    again = draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=5))
+    assert again[0].read_bytes() == first
+    assert set(tmp_path.iterdir()) == {*paths, tmp_path / "settings.json"}
+    assert before != [path.stat().st_mtime_ns for path in paths]  # the batch with the missing one, once
+    with pytest.raises(UserError, match="seed: 5 there, 6 asked"):
+        draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=6))
+
+
+def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
+    scores = score(
+        checkpoint,
+        out=tmp_path,
+        extractor=load_features("efficientnet_lite0"),
+        sample=SampleConfig(),
+        num_samples=10,
+    )
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert "fid" not in scores
+    assert set(scores["rows"]) == {"real", "reconstructions", "model", "shuffled", "untrained"}
+    assert all(row["fd_efficientnet_lite0"] > 0 for row in scores["rows"].values())
+    assert {"n", "features", "resize", "reference", "captions_sha256", "sampler", "checkpoint"} <= set(scores)
+    assert scores["captions_heard"]["heldout"]["own"] > 0
+
+
+def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, exported):
+    again = open_checkpoint(str(exported))
+    assert again.layout == checkpoint.layout
+    assert (exported / "data_manifest.json").is_file()
+    with pytest.raises(UserError, match="exists already"):
+        export(checkpoint, out=exported, command="again")
+
+
+def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
+    card = (exported / "README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0]
+    guard = (
+        "import sys\n"
+        "class NoT2I:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name.split('.')[0] != 't2i', name\n"
+        "sys.meta_path.insert(0, NoT2I())\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", guard + lines],
+        cwd=exported,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(exported / "grinning face.png").size == (64, 64)
