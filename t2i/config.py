@@ -128,3 +128,42 @@ class SampleConfig:
     """Of those, the most likely that together reach this probability."""
     seed: int = 0
     """Picture i is drawn with seed + i."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How the image tokenizer is built and trained."""
+
+    image_size: int = 64
+    """Pixels a side."""
+    channels: tuple[int, ...] = (32, 32, 64, 96)
+    """Channels of each resolution, finest first, multiples of 32; a code covers 2^(levels - 1) pixels."""
+    latent_channels: int = 4
+    """Numbers in a codebook vector (MoVQGAN: 4)."""
+    codebook_size: int = 1_024
+    """Number of codes."""
+    layers_per_block: int = 1
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    max_steps: int = 9_000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Pictures a step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
+    continuous_share: float = 0.1
+    """Share of the steps before the codebook comes in."""
+    edge_weight: float = 1.0
+    """Weight of the L1 loss of picture gradients, at full and half size, beside the L1 loss of pixels."""
+    colour_weight: float = 4.0
+    """Weight of the squared error, of pixels and of 8x8 patch means: L1 alone paints rare colours brown."""
+    channel_swap_share: float = 0.3
+    """Share of training pictures with permuted colour channels, so that rare colours are practised."""
+    commitment_weight: float = 0.25
+    """Weight of the squared distance of latents to their codes."""
+    codebook_decay: float = 0.99
+    """A step's memory in the averages that codes follow."""
+    revive_every: int = 50
+    """Steps between revivals of codes that are used less than 3% of the even share."""
+    save_every: int = 500
+    """Steps between saves that the same command goes on from."""
+    seed: int = 0

@@ -93,6 +93,15 @@ def draw_folder(
     return paths
 
 
+def draw_grid(checkpoint: Checkpoint, captions: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """Draw captions with the default settings onto one sheet; the model is left in the mode it was in."""
+    was_training = checkpoint.model.training
+    checkpoint.model.eval()
+    pictures = draw_pictures(checkpoint, captions, config=SampleConfig())
+    checkpoint.model.train(was_training)
+    return grid(pictures, columns=columns)
+
+
 def grid(pictures: Sequence[Image.Image], *, columns: int) -> Image.Image:
     """Lay pictures of one size out in rows, on white."""
     width, height = pictures[0].size

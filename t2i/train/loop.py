@@ -23,11 +23,12 @@ from t2i.data.shards import MANIFEST
 from t2i.errors import CheckpointError, NumericalError, Stopped
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.folder import append_metrics, rewind_metrics, write_status
+from t2i.runs.folder import rewind_metrics, write_status
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import KINDS
+from t2i.train.metrics import MetricsWriter
 from t2i.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Trainer:
         self.periodic = periodic
         self.layout = engine.module.layout
         self.progress = Progress()
+        self.writer: MetricsWriter | None = None
         self.is_first = dist.get_rank() == 0
 
     def run(self) -> None:
@@ -90,6 +92,14 @@ class Trainer:
             NumericalError: three steps in a row without a finite gradient.
         """
         self.restore()
+        self.writer = MetricsWriter(self.config.run_dir) if self.is_first else None
+        try:
+            self._steps()
+        finally:
+            if self.writer:
+                self.writer.close()
+
+    def _steps(self) -> None:
         config, progress = self.config.train, self.progress
         bar = tqdm(initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first)
         batches = iter(self.loader)
@@ -191,9 +201,9 @@ class Trainer:
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows to metrics.jsonl on the first rank."""
-        if self.is_first:
+        if self.writer:
             for row in rows:
-                append_metrics(self.config.run_dir, row)
+                self.writer.write(row)
 
     def save(self) -> None:
         """Commit a checkpoint of this step: a Hugging Face folder plus engine/ for DeepSpeed's state."""

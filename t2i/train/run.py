@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from t2i.config import ASSETS, EMBEDDED_SHARDS, RunConfig
 from t2i.errors import EXPECTED, UserError
 
 logger = logging.getLogger(__name__)
+
+PRODUCT_SIZE = 256
+NUM_SAMPLED = 16
+"""Held-out captions drawn every train.sample_every steps, always the same."""
 
 
 def train(config: RunConfig, *, ds_config_path: Path) -> None:
@@ -67,8 +72,10 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from t2i.data.loader import StepLoader
-    from t2i.data.shards import check_image_tokenizer, read_manifest
+    from t2i.data.shards import check_image_tokenizer, read_manifest, read_split
+    from t2i.generate.draw import draw_grid
     from t2i.measure.heldout import heldout_rows
+    from t2i.runs.ckpt import Checkpoint
     from t2i.runs.folder import write_status
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
@@ -95,6 +102,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         seed=config.train.seed,
         tokenizer=text_tokenizer,
     )
+    warn_of_slow_bf16(model, ds_config, tokens=num_sequences // world_size * config.data.seq_len)
     learner = Learner(model, layout=layout, with_z_loss=config.train.z_loss > 0)
     engine = make_engine(
         learner, config=config.train, ds_config=ds_config, per_rank=num_sequences // world_size
@@ -104,17 +112,65 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         rows = heldout_rows(model, config=config.data, layout=layout, num_pictures=config.train.eval_pictures)
         return [{"step": step, **row} for row in rows]
 
+    drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
+    captions = [sample["caption"] for sample in read_split(config.data.shards, "heldout")]
+    captions = captions[:: max(1, len(captions) // NUM_SAMPLED)][:NUM_SAMPLED]
+
+    def sample(step: int) -> list[dict[str, Any]]:
+        if is_first and captions:
+            path = config.run_dir / "samples" / f"step_{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            draw_grid(drawer, captions).save(path)
+        return []
+
     trainer = Trainer(
         config,
         engine=engine,
         loader=loader,
         text_tokenizer=text_tokenizer,
         image_tokenizer=image_tokenizer,
-        periodic=[Periodic(every=config.train.eval_every, work=measure)],
+        periodic=[
+            Periodic(every=config.train.eval_every, work=measure),
+            Periodic(every=config.train.sample_every, work=sample),
+        ],
     )
     trainer.run()
     if is_first:
         write_status(config.run_dir, state="done", step=trainer.progress.step, code=0)
+
+
+def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> None:
+    """Warn once where bf16 is asked of a CPU that is slow at it, with the time a step will take."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
+        return
+    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
+        return
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    step_seconds = 3 * num_parameters * tokens / PRODUCT_SIZE**3 * seconds[torch.bfloat16]
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    logger.warning(
+        "bf16 is %.0f times slower than fp32 on this CPU: expect about %.0f s a step. For speed use"
+        " --ds_config ds_configs/zero2_fp32.json.",
+        ratio,
+        step_seconds,
+    )
+
+
+def _product_seconds(dtype: Any) -> float:
+    """Time one product of PRODUCT_SIZE-square matrices, the best of three."""
+    import torch
+
+    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def prepare_embedded(out: Path) -> None:

@@ -1,0 +1,74 @@
+"""Train an image tokenizer on your own pictures, or measure one.
+
+Examples:
+  python launchers/tokenizer.py train --source openmoji --out tokenizers/mine
+  python launchers/tokenizer.py evaluate --tokenizer tokenizers/mine --source openmoji --out measured
+
+A stopped training goes on with the same command.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from t2i.cli import parse
+from t2i.config import ASSETS, TokenizerConfig
+from t2i.errors import run_command
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a VQModel with spatial norms (MoVQGAN's family)."""
+
+    out: Path
+    """Folder of the tokenizer, in diffusers format."""
+    source: str = "openmoji"
+    """`openmoji`, or a folder of captioned pictures."""
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(prefix_name=False)] = field(
+        default_factory=TokenizerConfig
+    )
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a tokenizer folder on held-out pictures: PSNR, SSIM, codes in use, Frechet distance."""
+
+    out: Path
+    """Folder of measures.json and reconstructions.png."""
+    tokenizer: Path = ASSETS / "image_tokenizer"
+    """diffusers VQModel folder."""
+    source: str = "openmoji"
+    image_size: int = 64
+    """Pixels a side."""
+
+
+def main() -> None:
+    command = parse(Train | Evaluate, description=__doc__ or "")  # type: ignore[arg-type]
+    from t2i.data.pairs import open_source
+    from t2i.train.tokenizer_run import make_tokenizer, measure_folder
+
+    if isinstance(command, Train):
+        line = shlex.join(["python", *sys.argv])
+        measures = make_tokenizer(command.source, out=command.out, config=command.tokenizer, command=line)
+    else:
+        command.out.mkdir(parents=True, exist_ok=True)
+        measures = measure_folder(
+            command.tokenizer,
+            source=open_source(command.source),
+            image_size=command.image_size,
+            grid=command.out / "reconstructions.png",
+        )
+        (command.out / "measures.json").write_text(json.dumps(asdict(measures), indent=1))
+    print(
+        f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
+    )
+    print(f"on {measures.num_pictures} held-out pictures; look at {command.out / 'reconstructions.png'}.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,72 @@
+"""How good an image tokenizer is: what pictures look like after a round trip, and how many codes do the work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2i.measure.features import FeatureExtractor, extract
+from t2i.measure.frechet import frechet_distance, statistics
+from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Means over pictures of a round trip."""
+
+    num_pictures: int
+    psnr: float
+    """Decibels, on uint8 pictures."""
+    ssim: float
+    """Structural similarity of grey values, 11x11 Gaussian window (Wang et al. 2004)."""
+    codes_in_use: float
+    """Share of the codebook that occurs at least once."""
+    distance: float
+    """Frechet distance of reconstructions to the pictures, on the extractor's features."""
+
+
+def evaluate_tokenizer(
+    tokenizer: ImageTokenizer, pictures: np.ndarray, *, extractor: FeatureExtractor, batch_size: int = 32
+) -> tuple[Reconstruction, np.ndarray]:
+    """Send uint8 pictures (N, H, W, 3) through the tokenizer and back; return the measures and the pictures."""
+    codes, back, psnr, ssim = [], [], [], []
+    for start in range(0, len(pictures), batch_size):
+        batch = torch.from_numpy(pictures[start : start + batch_size])
+        codes.append(tokenizer.encode(pixels_of(batch)))
+        decoded = pictures_of(tokenizer.decode(codes[-1])).cpu()
+        error = (decoded.float() - batch.float()).square().flatten(1).mean(1).clamp(min=1e-4)
+        psnr.append(10 * (255**2 / error).log10())
+        ssim.append(structural_similarity(decoded, batch))
+        back.append(decoded.numpy())
+    reconstructed = np.concatenate(back)
+    real, made = (
+        statistics(extract(images, extractor, batch_size=batch_size)) for images in (pictures, reconstructed)
+    )
+    measures = Reconstruction(
+        num_pictures=len(pictures),
+        psnr=float(torch.cat(psnr).mean()),
+        ssim=float(torch.cat(ssim).mean()),
+        codes_in_use=torch.cat(codes).unique().numel() / tokenizer.codebook_size,
+        distance=frechet_distance(made, real),
+    )
+    return measures, reconstructed
+
+
+def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Compare uint8 pictures (B, H, W, 3) by their grey values: (B,), 1 for equal ones."""
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    x, y = ((picture.float() @ weights)[:, None] for picture in (first, second))  # (B, 1, H, W)
+    offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    line = torch.exp(-(offsets.float() ** 2) / (2 * SSIM_SIGMA**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+    mean_x, mean_y = F.conv2d(x, window), F.conv2d(y, window)
+    var_x = F.conv2d(x * x, window) - mean_x**2
+    var_y = F.conv2d(y * y, window) - mean_y**2
+    cov = F.conv2d(x * y, window) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ratio = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    return (ratio / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).flatten(1).mean(1)

@@ -1,0 +1,28 @@
+"""Where a run's numbers go: metrics.jsonl is the record, TensorBoard a view of it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from t2i.runs.folder import append_metrics
+
+
+class MetricsWriter:
+    """Append rows to metrics.jsonl and to TensorBoard's events."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.events = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one row; `split` names its group in TensorBoard."""
+        append_metrics(self.run_dir, row)
+        group = row.get("split", "train")
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                self.events.add_scalar(f"{group}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        self.events.close()

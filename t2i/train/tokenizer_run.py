@@ -1,0 +1,100 @@
+"""Make an image tokenizer from a source of pictures: train, measure on held-out pictures, write its card."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from t2i.config import TokenizerConfig
+from t2i.data.pairs import Source, open_source
+from t2i.errors import DataError, UserError
+from t2i.measure.features import load_features, metric_key
+from t2i.measure.reconstruction import Reconstruction, evaluate_tokenizer
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize
+from t2i.train.image_tokenizer import STATE_FILE, train_image_tokenizer
+
+FEATURES = "efficientnet_lite0"
+
+
+def make_tokenizer(source_name: str, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
+    """Train on the training split of a source; weights are stored in fp16.
+
+    Args:
+        command: what made it, for the card.
+
+    Raises:
+        UserError: `out` holds a finished tokenizer, or the state of another training.
+    """
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} holds a tokenizer already; choose another.")
+    source = open_source(source_name)
+    pictures = read_pictures(source, split="train", image_size=config.image_size)
+    model = train_image_tokenizer(pictures, config=config, out=out)
+    part = out / ".part"
+    model.half().save_pretrained(part)
+    measures = measure_folder(
+        part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"
+    )
+    (part / "README.md").write_text(
+        _card(source, measures, config, num_trained=len(pictures), command=command)
+    )
+    for path in part.iterdir():
+        path.replace(out / path.name)
+    part.rmdir()
+    (out / STATE_FILE).unlink()
+    return measures
+
+
+def measure_folder(folder: Path, *, source: Source, image_size: int, grid: Path) -> Reconstruction:
+    """Measure a tokenizer folder on a source's held-out pictures; save originals above reconstructions."""
+    pictures = read_pictures(source, split="heldout", image_size=image_size)
+    extractor = load_features(FEATURES)
+    measures, back = evaluate_tokenizer(ImageTokenizer.load(folder), pictures, extractor=extractor)
+    step = max(1, len(pictures) // 32)
+    rows = []
+    for start in range(0, min(32, len(pictures) // step) // 8 * 8, 8):
+        for images in (pictures[::step], back[::step]):
+            rows.append(np.concatenate(list(images[start : start + 8]), axis=1))
+    if rows:
+        Image.fromarray(np.concatenate(rows)).save(grid)
+    return measures
+
+
+def read_pictures(source: Source, *, split: str, image_size: int) -> np.ndarray:
+    """Read one split's pictures, cropped and resized: uint8 (N, H, W, 3); broken ones are left out.
+
+    Raises:
+        DataError: none could be read.
+    """
+    pictures = []
+    for pair in tqdm(
+        [pair for pair in source.pairs if pair.split == split], unit="picture", desc=f"read {split}"
+    ):
+        try:
+            pictures.append(np.asarray(centre_crop_resize(pair.open(), size=image_size)))
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+    if not pictures:
+        raise DataError(f"{source.name} has no {split} picture that can be read.")
+    return np.stack(pictures)
+
+
+def _card(
+    source: Source, measures: Reconstruction, config: TokenizerConfig, *, num_trained: int, command: str
+) -> str:
+    settings = "\n".join(f"- {key}: {value}" for key, value in asdict(config).items())
+    return f"""# Image tokenizer
+
+diffusers `VQModel(norm_type="spatial")`, trained by `{command}` on {num_trained} training pictures of
+`{source.name}` (licence of the pictures: {source.licence}; split: {source.split_rule}).
+
+Measured on {measures.num_pictures} held-out pictures (weights stored in fp16, computed in fp32):
+
+| PSNR | SSIM | codes in use | {metric_key(FEATURES)} |
+| --- | --- | --- | --- |
+| {measures.psnr:.2f} dB | {measures.ssim:.4f} | {measures.codes_in_use:.1%} | {measures.distance:.2f} |
+
+{settings}
+"""

@@ -1,0 +1,108 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from t2i.config import TokenizerConfig
+from t2i.errors import DataError, UserError
+from t2i.measure.reconstruction import structural_similarity
+from t2i.tokens.image import ImageTokenizer
+from t2i.train import image_tokenizer
+from t2i.train.image_tokenizer import Codebook, build_model, kmeans, train_image_tokenizer
+from t2i.train.tokenizer_run import make_tokenizer
+
+TINY = TokenizerConfig(
+    image_size=16,
+    channels=(32, 32),
+    codebook_size=8,
+    max_steps=20,
+    batch_size=4,
+    save_every=10,
+    revive_every=5,
+)
+
+
+def squares(count=24):
+    rng = np.random.default_rng(0)
+    return np.broadcast_to(rng.integers(0, 255, (count, 1, 1, 3), dtype=np.uint8), (count, 16, 16, 3)).copy()
+
+
+def test_kmeans_finds_separate_clusters():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    generator = torch.Generator().manual_seed(0)
+    points = centres.repeat(50, 1) + 0.1 * torch.randn(200, 2, generator=generator)
+    found = kmeans(points, num_centres=4, generator=generator)
+    assert torch.cdist(centres, found).min(1).values.max() < 0.1
+    with pytest.raises(DataError, match="3 latents cannot make 4 codes"):
+        kmeans(points[:3], num_centres=4, generator=generator)
+
+
+def test_codes_follow_their_latents_and_dead_ones_are_revived():
+    codebook = Codebook(torch.tensor([[0.0, 0.0], [100.0, 100.0]]), decay=0.5)
+    latents = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
+    for _ in range(20):
+        codebook.follow(latents, codebook.nearest(latents))
+    assert torch.allclose(codebook.weight[0], torch.tensor([2.0, 1.0]), atol=1e-3)
+    assert codebook.revive(latents, generator=torch.Generator().manual_seed(0)) == 1
+    assert codebook.weight[1].tolist() in latents.tolist()
+
+
+def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monkeypatch):
+    pictures = squares()
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    torch.set_num_threads(1)
+    whole = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    step_loss, calls = image_tokenizer._step_loss, []
+
+    def stop_at_fifteen(*args):
+        calls.append(1)
+        if len(calls) == 15:
+            raise Stop
+        return step_loss(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(image_tokenizer, "_step_loss", stop_at_fifteen)
+        with pytest.raises(Stop):
+            train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped")
+    resumed = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    with pytest.raises(UserError, match="other settings \\(lr\\)"):
+        train_image_tokenizer(pictures, config=replace(TINY, lr=0.1), out=tmp_path / "stopped")
+
+
+def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    (tmp_path / "pictures").mkdir()
+    for index, picture in enumerate(squares(150)):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{index}.png")
+        (tmp_path / "pictures" / f"{index}.txt").write_text("a square")
+    out = tmp_path / "made"
+    measures = make_tokenizer(str(tmp_path / "pictures"), out=out, config=TINY, command="made by a test")
+    tokenizer = ImageTokenizer.load(out)
+    assert tokenizer.num_codes(16) == 64
+    assert f"{measures.psnr:.2f} dB" in (out / "README.md").read_text()
+    assert not list(out.glob("*.pt"))
+    with pytest.raises(UserError, match="holds a tokenizer already"):
+        make_tokenizer(str(tmp_path / "pictures"), out=out, config=TINY, command="again")
+
+
+def test_channels_must_suit_spatial_norms():
+    with pytest.raises(UserError, match="multiples of 32"):
+        build_model(replace(TINY, channels=(32, 48)))
+
+
+def test_structural_similarity_is_one_for_equal_pictures_and_falls_with_noise():
+    rng = np.random.default_rng(0)
+    pictures = torch.from_numpy(rng.integers(0, 255, (2, 16, 16, 3), dtype=np.uint8))
+    noisy = (pictures.float() + 40 * torch.randn(pictures.shape)).clamp(0, 255).to(torch.uint8)
+    assert structural_similarity(pictures, pictures).tolist() == pytest.approx([1, 1])
+    assert (structural_similarity(noisy, pictures) < 0.95).all()
