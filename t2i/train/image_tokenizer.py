@@ -5,6 +5,7 @@ there on codes follow their latents by exponential averages, and codes nobody us
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -201,7 +202,7 @@ def _start_codebook(
 
 def _set_lr(optimizer: torch.optim.Optimizer, config: TokenizerConfig, step: int) -> None:
     warm_up = min(1.0, (step + 1) / 100)
-    cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / config.max_steps))
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
     for group in optimizer.param_groups:
         group["lr"] = config.lr * warm_up * cosine
 
