@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install lint test
+OUT ?= runs/demo
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install demo lint test
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
+	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
 
@@ -15,6 +19,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# Each line can be copied and run alone; finished work is not repeated.
+demo: install
+	$(BIN)/python launchers/prepare.py --source openmoji --out data/openmoji64
+	$(BIN)/deepspeed launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
+	$(BIN)/python eval/coco_fid.py $(OUT)
+	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export
+	$(BIN)/python launchers/report.py $(OUT)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from t2i.measure.coco import score
 from t2i.measure.features import load_features
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
+from t2i.study.report import write_report
 
 CAPTIONS = {f"{index:02d}": f"picture {index}" for index in range(3)}
 
@@ -91,3 +92,23 @@ def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(exported / "grinning face.png").size == (64, 64)
+
+
+def test_the_report_is_one_page_with_everything_inside(finished, checkpoint):
+    out = finished.run_dir / "eval"
+    score(
+        checkpoint,
+        out=out,
+        extractor=load_features("efficientnet_lite0"),
+        sample=SampleConfig(),
+        num_samples=10,
+    )
+    page = write_report(finished.run_dir).read_text()
+    assert page.count("<svg") == 2
+    assert page.count('alt="drawn"') == 10
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "drawn by the same model before training" in page
+    with pytest.raises(UserError, match="is no run folder"):
+        write_report(finished.run_dir / "nowhere")

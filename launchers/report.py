@@ -1,0 +1,32 @@
+"""Write a run's report.html: curves, pictures, yardsticks, settings.
+
+Examples:
+  python launchers/report.py runs/train
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from t2i.cli import parse
+from t2i.errors import run_command
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Which run."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder."""
+
+
+def main() -> None:
+    command = parse(ReportCommand, description=__doc__ or "")
+    from t2i.study.report import write_report
+
+    print(f"Open {write_report(command.run)} in a browser.")
+
+
+if __name__ == "__main__":
+    run_command(main)

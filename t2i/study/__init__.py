@@ -1,0 +1,1 @@
+"""What runs say together: figures and reports, read from run folders alone."""

@@ -1,0 +1,85 @@
+"""One run as one page: report.html, with everything inside it."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+from t2i.errors import UserError
+from t2i.measure.coco import heldout_halves
+from t2i.runs.folder import ENVIRONMENT, RESOLVED, STATUS, read_metrics
+from t2i.study.figures import loss_curves
+from t2i.tokens.image import centre_crop_resize
+
+TEMPLATE = Path(__file__).with_name("report.html")
+NUM_PICTURES = 24
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from the files of the run folder; return its path.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (run_dir / RESOLVED).is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
+    rows = read_metrics(run_dir)
+    manifest = _json(run_dir / "data_manifest.json")
+    scores = _json(run_dir / "eval" / "scores.json")
+    floors = manifest.get("floors_nats", {}).get("heldout", {})
+    steps = [row for row in rows if "split" not in row]
+    page = jinja2.Template(
+        TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    ).render(
+        name=run_dir.name,
+        status=_json(run_dir / STATUS),
+        environment=_json(run_dir / ENVIRONMENT),
+        settings=yaml.safe_load((run_dir / RESOLVED).read_text()),
+        manifest=manifest,
+        scores=scores,
+        floors=floors,
+        last=steps[-1] if steps else {},
+        heldout=[
+            row for row in rows if "split" in row and row["step"] == (steps[-1]["step"] if steps else 0)
+        ],
+        curves={
+            kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
+            for kind in ("image", "text")
+        },
+        pictures=_pictures(run_dir, manifest) if scores else [],
+    )
+    path = run_dir / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _pictures(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
+    """Pair drawn pictures with the real ones of their captions, spread over the drawn half."""
+    drawn = sorted((run_dir / "eval" / "model").glob("*.png"))
+    pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
+    step = max(1, len(drawn) // NUM_PICTURES)
+    shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_PICTURES]
+    return [
+        {
+            "caption": pair.caption,
+            "split": pair.split,
+            "real": _data_url(centre_crop_resize(pair.open(), size=manifest["image_size"])),
+            "drawn": _data_url(Image.open(path)),
+        }
+        for pair, path in shown
+    ]
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
