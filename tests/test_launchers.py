@@ -68,3 +68,9 @@ def test_run_files_are_flags_written_down(tmp_path):
     (tmp_path / "bad.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds list; wanted is a mapping"):
         flags_of(tmp_path / "bad.yaml")
+
+
+def test_the_environment_is_described():
+    done = run("-m", "t2i.env")
+    assert done.returncode == 0
+    assert {"torch", "deepspeed", "g++", "shared"} <= {line.split()[0] for line in done.stdout.splitlines()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import ASSETS, EMBEDDED_SHARDS, RunConfig
+from t2i.env import extensions_folder
 from t2i.errors import EXPECTED, UserError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     from t2i.train.engine import read_ds_config
 
     ds_config = read_ds_config(ds_config_path)
+    if os.environ["RANK"] == "0" and not extensions_folder().exists():
+        logger.warning(
+            "DeepSpeed builds its C++ operators once, for one to eight minutes, in %s", extensions_folder()
+        )
     deepspeed.init_distributed(dist_backend=None, verbose=False)
     is_first = dist.get_rank() == 0
     lock = None
@@ -59,6 +64,7 @@ def prepare_environment() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
 
 
 def quiet_libraries() -> None:
