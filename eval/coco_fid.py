@@ -32,7 +32,7 @@ class ScoreCommand:
     inception: Path | None = None
     """Inception-2015-12-05 weights; by default clean-fid's address, hash-checked."""
     resize: Literal["clean", "legacy_tensorflow"] = "clean"
-    sample: Annotated[SampleConfig, tyro.conf.arg(prefix_name=False)] = field(default_factory=SampleConfig)
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class PrepareCommand:
     """Folder with tokenizer.json."""
     heldout_share: float = 0.02
     """Share of a folder's pictures that training never sees; openmoji has its own rule."""
-    shards: Annotated[PrepareConfig, tyro.conf.arg(prefix_name=False)] = field(default_factory=PrepareConfig)
+    shards: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
 
 def main() -> None:

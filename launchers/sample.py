@@ -26,7 +26,7 @@ class SampleCommand:
     """Captions, or one text file with a caption a line."""
     out: Path
     """Folder of the PNG files."""
-    sample: Annotated[SampleConfig, tyro.conf.arg(prefix_name=False)] = field(default_factory=SampleConfig)
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
 def captions_of(prompts: tuple[str, ...]) -> list[str]:

@@ -29,9 +29,7 @@ class Train:
     """Folder of the tokenizer, in diffusers format."""
     source: str = "openmoji"
     """`openmoji`, or a folder of captioned pictures."""
-    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(prefix_name=False)] = field(
-        default_factory=TokenizerConfig
-    )
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
 
 
 @dataclass(frozen=True)
