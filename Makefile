@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test
+.PHONY: help install demo lint test test-newest
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
+	@echo "make test-newest   an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
 
@@ -36,3 +37,6 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-newest: install
+	$(BIN)/python -m pytest -m newest_transformers

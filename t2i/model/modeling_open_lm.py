@@ -222,18 +222,20 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, V), or of the last logits_to_keep positions only.
 
         Args:
             labels: (B, S), shifted inside as transformers does; -100 is not counted.
+            cache: what newer transformers releases call past_key_values.
         """
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )

@@ -1,0 +1,63 @@
+"""The exported folder under the newest transformers release, in an environment of its own (needs pip's index)."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.export import export
+
+pytestmark = pytest.mark.newest_transformers
+
+SCRIPT = """
+import sys, torch, transformers
+from diffusers import VQModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True).eval()
+assert "t2i" not in sys.modules
+ids = torch.arange(1, 25)[None]
+tokenizer = AutoTokenizer.from_pretrained(".")
+image_tokenizer = VQModel.from_pretrained(".", subfolder="image_tokenizer").eval()
+with torch.inference_mode():
+    logits = model(ids).logits
+generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+picture = model.draw(["picture 3"], tokenizer=tokenizer, image_tokenizer=image_tokenizer)[0]
+assert picture.size == (64, 64)
+version = str(transformers.__version__)
+torch.save({"logits": logits, "generated": generated, "version": version}, sys.argv[1])
+"""
+
+
+def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
+    export(open_checkpoint(str(finished.run_dir)), out=tmp_path / "exported", command="a test")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5"]
+    subprocess.run(pip, check=True)
+    # What is not replaced comes from this environment, after the new one's own packages.
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [python, "-c", SCRIPT, str(tmp_path / "found.pt")],
+        cwd=tmp_path / "exported",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    model = open_checkpoint(str(tmp_path / "exported")).model
+    ids = torch.arange(1, 25)[None]
+    found = torch.load(Path(tmp_path / "found.pt"), weights_only=True)
+    assert int(found["version"].split(".")[0]) >= 5
+    with torch.inference_mode():
+        # The same weights and products; 1e-5 is fp32's rounding at logits of about 1.
+        assert torch.allclose(found["logits"], model(ids).logits, atol=1e-5)
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert found["generated"].tolist() == wanted.tolist()
