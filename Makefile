@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml
 
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
-	$(BIN)/python launchers/prepare.py --source openmoji --out data/openmoji64
+	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	$(BIN)/deepspeed launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
 	$(BIN)/python eval/coco_fid.py $(OUT)
 	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export

@@ -7,6 +7,9 @@ from typing import Literal
 ASSETS = Path(__file__).parent / "assets"
 """What the package carries: an image tokenizer and a text tokenizer for the embedded pictures."""
 
+EMBEDDED_VIEWS = 8
+"""PrepareConfig.views of the embedded pictures, which are only some 3,500."""
+
 EMBEDDED_SHARDS = Path("data/openmoji64")
 """Where the embedded pictures' shards are made on first use."""
 
@@ -17,6 +20,8 @@ class PrepareConfig:
 
     image_size: int = 64
     """Pixels a side, after a centre crop (paper: 256)."""
+    views: int = 1
+    """Copies of each training picture: as it is, and shifted by up to a sixteenth of its side. Against overfitting."""
     batch_size: int = 32
     """Pictures encoded at a time."""
     unit_pairs: int = 512

@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ from tqdm import tqdm
 
 from t2i.config import PrepareConfig
 from t2i.data.floors import code_floors
+from t2i.data.hashing import hash_uniform
 from t2i.data.pairs import SPLITS, Pair, Source
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, pixels_of, to_pixels
+from t2i.tokens.image import (
+    ImageTokenizer,
+    centre_crop_resize,
+    pictures_of,
+    pixels_of,
+    shifted,
+    to_pixels,
+)
 from t2i.tokens.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,6 +69,7 @@ def prepare(
         "source": source.name,
         "heldout_share": source.heldout_share,
         "image_size": config.image_size,
+        "views": config.views,
         "unit_pairs": config.unit_pairs,
         "image_tokenizer": image_tokenizer.fingerprint(),
         "text_tokenizer": text_tokenizer.fingerprint(),
@@ -201,7 +210,7 @@ def _write_unit(
     kept: list[tuple[Pair, Image.Image]] = []
     for pair in pairs:
         try:
-            kept.append((pair, centre_crop_resize(pair.open(), size=config.image_size)))
+            kept += views(pair, config)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             broken.append({"key": pair.key, "reason": f"{type(error).__name__}: {error}"})
     codes = _encode([image for _, image in kept], image_tokenizer, config.batch_size)
@@ -228,6 +237,20 @@ def _write_unit(
                         }
                     )
     _write_json(_unit_file(part, index), {"counts": counts, "broken": broken})
+
+
+def views(pair: Pair, config: PrepareConfig) -> list[tuple[Pair, Image.Image]]:
+    """Crop and resize a pair's picture; a training pair also gets shifted copies, with keys KEY@1, KEY@2, ..."""
+    image = centre_crop_resize(pair.open(), size=config.image_size)
+    made = [(pair, image)]
+    reach = config.image_size // 16
+    for number in range(1, config.views if pair.split == "train" else 1):
+        right, down = (
+            int(hash_uniform("view", pair.key, number, axis) * (2 * reach + 1)) - reach
+            for axis in ("right", "down")
+        )
+        made.append((replace(pair, key=f"{pair.key}@{number}"), shifted(image, right=right, down=down)))
+    return made
 
 
 def _encode(images: list[Image.Image], tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:

@@ -30,6 +30,15 @@ def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
 
 
+def shifted(image: Image.Image, *, right: int, down: int) -> Image.Image:
+    """Move a picture by some pixels, repeating its edge where it left."""
+    pixels = np.asarray(image)
+    reach = max(abs(right), abs(down))
+    padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    top, left = reach - down, reach - right
+    return Image.fromarray(padded[top : top + image.height, left : left + image.width])
+
+
 def to_pixels(images: list[Image.Image]) -> Tensor:
     """Stack RGB pictures of one size as float32 in [-1, 1]."""
     return pixels_of(torch.from_numpy(np.stack([np.asarray(image) for image in images])))  # (B, 3, H, W)

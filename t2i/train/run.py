@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from t2i.config import ASSETS, EMBEDDED_SHARDS, RunConfig
+from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, PrepareConfig, RunConfig
 from t2i.env import extensions_folder
 from t2i.errors import EXPECTED, UserError
 
@@ -181,7 +181,6 @@ def _product_seconds(dtype: Any) -> float:
 
 def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless they are there."""
-    from t2i.config import PrepareConfig
     from t2i.data.pairs import open_source
     from t2i.data.shards import prepare
     from t2i.tokens.image import ImageTokenizer
@@ -192,7 +191,7 @@ def prepare_embedded(out: Path) -> None:
         out=out,
         image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
         text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-        config=PrepareConfig(),
+        config=PrepareConfig(views=EMBEDDED_VIEWS),
     )
 
 

@@ -14,7 +14,7 @@ from t2i.data.floors import code_floors
 from t2i.data.loader import StepLoader, is_dropped
 from t2i.data.pairs import open_source
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ImageTokenizer, pictures_of, to_pixels
+from t2i.tokens.image import ImageTokenizer, pictures_of, shifted, to_pixels
 from t2i.tokens.sequence import decode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -188,3 +188,21 @@ def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
             seed=0,
             tokenizer=text_tokenizer,
         )
+
+
+def test_views_shift_training_pictures_only(source):
+    for pair in source.pairs[:12]:
+        made = shards.views(pair, PrepareConfig(views=4))
+        assert len(made) == (4 if pair.split == "train" else 1)
+        assert [view.key for view, _ in made[1:]] == [
+            f"{pair.key}@{number}" for number in range(1, len(made))
+        ]
+        assert {view.split for view, _ in made} == {pair.split}
+
+
+def test_a_shift_moves_the_picture_and_repeats_its_edge():
+    pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    moved = np.asarray(shifted(Image.fromarray(pixels), right=1, down=-2))
+    assert (moved[:2, 1:] == pixels[2:, :3]).all()
+    assert (moved[:2, 0] == pixels[2:, 0]).all()
+    assert (moved[2:, 1:] == pixels[3, :3]).all()
