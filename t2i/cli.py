@@ -1,5 +1,6 @@
 """Command lines: dataclasses to flags, run files as flags put before them."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,9 @@ def parse(kind: type[T], *, description: str) -> T:
     place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
     file = arguments[place] if place < len(arguments) else None
     flags = flags_of(Path(file)) if file else []
-    return tyro.cli(kind, args=[*flags, *arguments], description=description)
+    command = tyro.cli(kind, args=[*flags, *arguments], description=description)
+    quiet_libraries()
+    return command
 
 
 def flags_of(file: Path) -> list[str]:
@@ -57,3 +60,10 @@ def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
 def _negated(key: str) -> str:
     head, _, tail = key.rpartition(".")
     return f"{head}.no-{tail}" if head else f"no-{tail}"
+
+
+def quiet_libraries() -> None:
+    """Turn other libraries' chatter down to warnings."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("DeepSpeed", "streaming", "transformers", "torch", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)

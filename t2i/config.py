@@ -78,6 +78,8 @@ class TrainConfig:
     """Tokens a step over all ranks, padding included (paper: 1M), rounded to whole sequences."""
     lr: float = 1.5e-3
     """Peak learning rate (paper: 3e-4)."""
+    new_rows_lr: float | None = None
+    """Peak learning rate of the embedding and head rows that were added; None for that of all others."""
     warmup_steps: int = 50
     """Steps of linear warm-up (paper: 2,000)."""
     min_lr_ratio: float = 0.05

@@ -70,3 +70,54 @@ def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int
     if tuple(tensors[name].shape) != shape:
         raise UserError(f"model.rows: {name} in {file} is {tuple(tensors[name].shape)}; wanted is {shape}.")
     return tensors[name]
+
+
+class _JoinedRows(nn.Module):
+    """Old rows (V0, D) and new rows (V1, D) as two parameters, joined where they are used."""
+
+    def __init__(self, weight: Tensor, *, num_old: int) -> None:
+        super().__init__()
+        self.old = nn.Parameter(weight[:num_old].clone())
+        self.new = nn.Parameter(weight[num_old:].clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows (V, D)."""
+        return torch.cat([self.old, self.new])
+
+
+class JoinedEmbedding(_JoinedRows):
+    """An embedding whose new rows are a parameter of their own."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(input_ids, self.weight)
+
+
+class JoinedHead(_JoinedRows):
+    """A bias-free head whose new rows are a parameter of their own."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight)
+
+
+def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
+    """Make the rows from num_old on parameters of their own, in place, so that they can learn at their own rate.
+
+    Raises:
+        UserError: the head is tied to the embedding.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is head.weight:
+        raise UserError("new rows of a tied head cannot learn at a rate of their own (train.new_rows_lr).")
+    model.set_input_embeddings(JoinedEmbedding(embedding.weight.detach(), num_old=num_old))
+    model.set_output_embeddings(JoinedHead(head.weight.detach(), num_old=num_old))
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with joined rows as the one weight that they are everywhere else."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, _JoinedRows):
+            old, new = state.pop(f"{name}.old"), state.pop(f"{name}.new")
+            state[f"{name}.weight"] = torch.cat([old, new])
+    return state

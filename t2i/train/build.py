@@ -9,7 +9,7 @@ from t2i.config import ModelConfig, RunConfig
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.resize import grow_vocabulary
+from t2i.model.resize import grow_vocabulary, split_rows
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -37,6 +37,8 @@ def build_model(
     model.config.vocab_layout = layout.to_dict()
     model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
+    if config.train.new_rows_lr is not None:
+        split_rows(model, num_old=layout.num_text_rows)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, layout

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -35,7 +35,9 @@ class Learner(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Sum losses over one micro-batch (B, S): (7,) sums of text, image, special, their counts, and z."""
         hidden = self.model.model(input_ids).last_hidden_state
-        losses, partitions = token_losses(hidden, labels, head=self.model.output.weight)
+        losses, partitions = token_losses(
+            hidden, labels, head=cast(Tensor, self.model.get_output_embeddings().weight)
+        )
         sums = split_sums(
             losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
         )
@@ -113,9 +115,18 @@ def make_engine(
 
 
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
-    """Group parameters: matrices decay, norms and biases do not."""
-    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in learned if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0},
+    """Group parameters: matrices decay, norms and biases do not, new rows may have a rate of their own.
+
+    `lr_scale` is what the schedule's learning rate is multiplied by.
+    """
+    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    new_rows = [value for name, value in learned.items() if name.endswith(".new")]
+    others = [value for name, value in learned.items() if not name.endswith(".new")]
+    groups = [
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
+    if config.new_rows_lr is not None:
+        scale = config.new_rows_lr / config.lr
+        groups.append({"params": new_rows, "weight_decay": config.weight_decay, "lr_scale": scale})
+    return groups

@@ -21,6 +21,7 @@ from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards import MANIFEST
 from t2i.errors import CheckpointError, NumericalError, Stopped
+from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import rewind_metrics, write_status
@@ -142,7 +143,7 @@ class Trainer:
         total = self.reduce(torch.tensor([(labels >= 0).sum().item()], dtype=torch.float64))[0].item()
         lr = learning_rate(self.progress.step, config=self.config.train)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         sums = self.accumulate(input_ids, labels, total)
         skipped_before = self.engine.skipped_steps
         is_finite = bool(torch.isfinite(sums).all())
@@ -218,7 +219,8 @@ class Trainer:
         self.engine.save_checkpoint(str(staging), tag="engine", client_state=client_state, save_latest=False)
         dist.barrier()
         if self.is_first:
-            self.engine.module.model.save_pretrained(staging)
+            model = self.engine.module.model
+            model.save_pretrained(staging, state_dict=merged_state_dict(model))
             self.text_tokenizer.tokenizer.save_pretrained(staging)
             facts = {
                 "progress": vars(self.progress),

@@ -31,7 +31,6 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    quiet_libraries()
     from t2i.train.engine import read_ds_config
 
     ds_config = read_ds_config(ds_config_path)
@@ -65,13 +64,6 @@ def prepare_environment() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
-
-
-def quiet_libraries() -> None:
-    """Turn other libraries' chatter down to warnings."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("DeepSpeed", "streaming", "transformers", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:

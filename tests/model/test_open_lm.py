@@ -8,7 +8,7 @@ import torch
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
-from t2i.model.resize import grow_vocabulary
+from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
 from t2i.model.sampling_open_lm import choose, sample_codes
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
@@ -191,3 +191,17 @@ print(sampling.sample_codes(model, {PROMPTS}, seeds=range(7), **{SETTINGS}).toli
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(wanted)
+
+
+def test_split_rows_change_nothing_and_merge_bit_for_bit():
+    model, ids = tiny(), torch.randint(64, (2, 5))
+    grow_vocabulary(model, vocab_size=100, rows="mean", seed=0)
+    logits, state = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    split_rows(model, num_old=64)
+    assert torch.equal(model(ids).logits, logits)
+    assert model.get_input_embeddings().new.shape == (36, 32)
+    merged = merged_state_dict(model)
+    assert set(merged) == set(state)
+    assert all(torch.equal(merged[name], state[name]) for name in state)
+    with pytest.raises(UserError, match="tied head"):
+        split_rows(tiny(tie_word_embeddings=True), num_old=60)

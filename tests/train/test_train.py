@@ -12,9 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from t2i.config import ASSETS
+from t2i.data.shards import read_manifest
 from t2i.errors import CheckpointError, UserError
+from t2i.model.resize import merged_state_dict
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics
+from t2i.tokens.text import TextTokenizer
+from t2i.train.build import build_model
 from t2i.train.run import train
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +150,24 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
         train(
             replace(finished, run_dir=run_dir, train=replace(settings, max_steps=7)), ds_config_path=DS_CONFIG
         )
+
+
+def test_new_rows_learn_at_their_own_rate(finished, tmp_path):
+    config = replace(
+        finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=2, new_rows_lr=0.0)
+    )
+    train(config, ds_config_path=DS_CONFIG)
+    start = {name: value.clone() for name, value in _untrained(config).items()}
+    end = weights(config.run_dir, 2)
+    num_old = open_checkpoint(str(config.run_dir)).layout.num_text_rows
+    for name in ("model.tok_embeddings.weight", "output.weight"):
+        assert torch.equal(end[name][num_old:], start[name][num_old:])
+        assert not torch.equal(end[name][:num_old], start[name][:num_old])
+
+
+def _untrained(config):
+    manifest = read_manifest(config.data.shards)
+    model, _ = build_model(
+        config, manifest=manifest, text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer")
+    )
+    return merged_state_dict(model)
