@@ -23,6 +23,9 @@ RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
     "metrics.jsonl",
     ".lock",
 )
+SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
+"""Folder of the grids drawn in training, and the captions of each of them, a line each."""
+
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
 FREE_TO_CHANGE = (
     "train.max_steps",

@@ -41,7 +41,7 @@ def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, floa
         axes.axhline(floor, color="0.5", linewidth=0.8, linestyle=style, label=f"{name}: {floor:.2f}")
     axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats a token")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     return to_svg(figure)
 
 

@@ -29,7 +29,7 @@ from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import KINDS
-from t2i.train.metrics import MetricsWriter
+from t2i.train.metrics import MetricsWriter, peak_memory_bytes
 from t2i.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,9 @@ class Trainer:
             "skipped": was_skipped,
             "tokens_per_second": total / seconds,
             "seconds": self.progress.seconds,
+            "step_seconds": seconds,
             "data_seconds": data_seconds,
+            "memory_bytes": peak_memory_bytes(self.engine.device),
         }
         return row, sums[7].item() > 0
 

@@ -64,6 +64,10 @@ def prepare_environment() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
 
 
 def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
@@ -74,7 +78,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.generate.draw import draw_grid
     from t2i.measure.heldout import heldout_rows
     from t2i.runs.ckpt import Checkpoint
-    from t2i.runs.folder import write_status
+    from t2i.runs.folder import SAMPLE_CAPTIONS, SAMPLES, write_status
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
     from t2i.train.build import build_model
@@ -116,9 +120,10 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
     def sample(step: int) -> list[dict[str, Any]]:
         if is_first and captions:
-            path = config.run_dir / "samples" / f"step_{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            draw_grid(drawer, captions).save(path)
+            folder = config.run_dir / SAMPLES
+            folder.mkdir(exist_ok=True)
+            (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
+            draw_grid(drawer, captions).save(folder / f"step_{step:06d}.png")
         return []
 
     trainer = Trainer(
