@@ -122,10 +122,19 @@ def check_text_use(config: DataConfig, *, manifest: dict[str, Any], tokenizer: T
         raise UserError(
             f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {wanted} tokens."
         )
+    check_text_tokenizer(config.shards, manifest=manifest, tokenizer=tokenizer)
+
+
+def check_text_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    """Check that a tokenizer is the one that packed text shards, whose ids cannot be made anew.
+
+    Raises:
+        DataError: it is another.
+    """
     made_by = manifest["text_tokenizer"]
     if made_by["fingerprint"] != tokenizer.fingerprint():
         raise DataError(
-            f"{config.shards} was made with the text tokenizer {made_by['name']} ({made_by['fingerprint'][:12]}),"
+            f"{folder} was made with the text tokenizer {made_by['name']} ({made_by['fingerprint'][:12]}),"
             f" not {tokenizer.name} ({tokenizer.fingerprint()[:12]}). Prepare it again with --text-tokenizer."
         )
 

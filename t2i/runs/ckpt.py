@@ -52,6 +52,11 @@ def find(name: str) -> tuple[Path, Path | None]:
     raise UserError(f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME).")
 
 
+def home(model: "LanguageModel") -> Path:
+    """Return the folder that a model's measures belong to: its run, else its own."""
+    return model.run_dir or model.folder
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A model and its text tokenizer, with image codes or without."""
