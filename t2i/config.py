@@ -107,7 +107,10 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between held-out losses; 0 for never."""
     eval_pictures: int = 256
-    """Held-out pictures of each split that are measured."""
+    """Held-out pictures, or sequences of text, of each split that are measured."""
+    eval_text: str = ""
+    """Text that forgetting is measured on, before the first step and every eval_every: text shards, a .txt file, a
+    folder of them or a dataset's name. Empty for none."""
     sample_every: int = 0
     """Steps between grids of sampled pictures; 0 for never."""
     seed: int = 0

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.eval_every",
     "train.eval_pictures",
+    "train.eval_text",
     "data.num_workers",
     "model.gradient_checkpointing",
 )

@@ -47,6 +47,8 @@ class Periodic:
     """Steps between calls; 0 for never."""
     work: Callable[[int], list[dict[str, Any]]]
     """Takes the step, returns rows for metrics.jsonl."""
+    at_start: bool = False
+    """Also before the first step."""
 
 
 @dataclass
@@ -106,6 +108,9 @@ class Trainer:
         bar = tqdm(initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first)
         batches = iter(self.loader)
         skipped_in_a_row = 0
+        for periodic in self.periodic:
+            if periodic.every and periodic.at_start and progress.step == 0:
+                self.log(periodic.work(0))
         with stop_flag() as flag:
             while progress.step < config.max_steps:
                 row, should_stop = self.step(batches, should_stop=flag.is_set)

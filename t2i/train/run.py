@@ -132,6 +132,9 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         return [{"step": step, **row} for row in rows]
 
     periodic = [Periodic(every=config.train.eval_every, work=measure)]
+    if config.train.eval_text:
+        work = _text_meter(config, model, layout, text_tokenizer)
+        periodic.append(Periodic(every=config.train.eval_every, work=work, at_start=True))
     if image_tokenizer is not None:
         drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
         periodic.append(Periodic(every=config.train.sample_every, work=_sampler(config, drawer)))
@@ -166,6 +169,23 @@ def _sampler(config: RunConfig, drawer: Any) -> Callable[[int], list[dict[str, A
         return []
 
     return sample
+
+
+def _text_meter(
+    config: RunConfig, model: Any, layout: Any, tokenizer: Any
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Make the periodic work that measures what is left of the language model."""
+    from t2i.measure.forgetting import text_cost, text_sequences
+
+    settings = {"seq_len": config.data.seq_len, "num_sequences": config.train.eval_pictures}
+    ids = text_sequences(config.train.eval_text, tokenizer=tokenizer, **settings)
+
+    def measure(step: int) -> list[dict[str, Any]]:
+        cost = text_cost(model, ids, layout=layout)
+        row = {"text_loss": cost.loss, "text_loss_text_rows": cost.loss_text_rows, "leaked": cost.leaked}
+        return [{"step": step, "split": "text", **row}]
+
+    return measure
 
 
 def with_found_start(config: RunConfig) -> RunConfig:

@@ -121,7 +121,7 @@ def grown_run(text_run, finished, tmp_path_factory):
         finished,
         run_dir=tmp_path_factory.mktemp("grown") / "run",
         model=replace(finished.model, init=str(text_run.run_dir)),
-        train=replace(finished.train, max_steps=1, eval_every=0),
+        train=replace(finished.train, max_steps=1, eval_every=1, eval_text=str(text_run.data.shards)),
     )
     train(config, ds_config_path=DS_CONFIG)
     return config
@@ -134,6 +134,17 @@ def test_a_pre_trained_run_gives_its_text_rows_and_every_layer(text_run, grown_r
         kept = value[: layout.num_text_rows] if value.shape[0] == layout.vocab_size else value
         assert torch.equal(kept, start[name]), name
     assert layout.codebook_size == read_manifest(grown_run.data.shards)["codebook_size"]
+
+
+def test_forgetting_is_measured_before_the_first_step_and_on(text_run, grown_run):
+    before, after = [row for row in read_metrics(grown_run.run_dir) if row.get("split") == "text"]
+    trained = [row for row in read_metrics(text_run.run_dir) if "split" in row][-1]
+    assert (before["step"], after["step"]) == (0, 1)
+    # Among text rows the grown model is the one that was trained, to fp32 rounding of a wider product; over all rows
+    # it also pays for what its new rows draw away. A few sequences are measured here, so means differ.
+    assert before["text_loss_text_rows"] == pytest.approx(trained["text_loss"], abs=1e-3)
+    assert before["text_loss"] > before["text_loss_text_rows"]
+    assert 0 < before["leaked"] < 1
 
 
 def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_markers(
