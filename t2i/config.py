@@ -51,9 +51,13 @@ class ModelConfig:
     """What learns."""
 
     init: str = "random"
-    """`random`, or a model folder to start from."""
+    """`random`, or a CKPT to start from: a run, a checkpoint of it, an exported or converted folder, a hub name."""
     rows: str = "random"
-    """New embedding and head rows: `random`, `mean`, or a .safetensors file."""
+    """New embedding and head rows: `random`, `mean`, or a .safetensors file such as launchers/align.py makes."""
+    scramble: Literal["none", "within-tensors", "moments", "layer-order"] = "none"
+    """Destroy what model.init knows, as a control: shuffle each tensor, draw it anew with its moments, move layers."""
+    learn: Literal["all", "embeddings", "norms", "first-half", "feed-forward"] = "all"
+    """What learns (paper, Figure 6): all rows; these and norms; these two and the first half of layers, or all MLPs."""
     hidden_size: int = 192
     """Width of a random model."""
     num_layers: int = 6
@@ -103,7 +107,10 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between held-out losses; 0 for never."""
     eval_pictures: int = 256
-    """Held-out pictures of each split that are measured."""
+    """Held-out pictures, or sequences of text, of each split that are measured."""
+    eval_text: str = ""
+    """Text that forgetting is measured on, before the first step and every eval_every: text shards, a .txt file, a
+    folder of them or a dataset's name. Empty for none."""
     sample_every: int = 0
     """Steps between grids of sampled pictures; 0 for never."""
     seed: int = 0
@@ -119,6 +126,37 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """How image rows are aligned to text rows."""
+
+    num_pairs: int = 1_024
+    """Pairs that a picture must find its caption among, over all ranks (paper: N = 1,024)."""
+    max_steps: int = 300
+    """Optimizer steps of Adam."""
+    lr: float = 3e-3
+    """Learning rate, constant."""
+    temperature: float = 0.07
+    """What similarities are divided by at the start; it learns."""
+    save_every: int = 50
+    """Steps between held-out retrieval and saves that the same command goes on from."""
+    seed: int = 0
+    """Seed of rows and sample order."""
+
+
+@dataclass(frozen=True)
+class AlignRun:
+    """One alignment."""
+
+    run_dir: Path
+    """Where its rows and metrics go."""
+    data: DataConfig
+    """Captions are never dropped here, and sequences are text-to-image."""
+    model: str
+    """The language model."""
+    align: AlignConfig = field(default_factory=AlignConfig)
 
 
 @dataclass(frozen=True)

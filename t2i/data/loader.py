@@ -22,6 +22,19 @@ def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
     return hash_uniform("caption dropout", seed, epoch, key) < share
 
 
+def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextTokenizer | None:
+    """Return the tokenizer if captions must be read with it anew; None where the shards' ids are its own."""
+    made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
+    return None if tokenizer.fingerprint() == made_by else tokenizer
+
+
+def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
+    """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
+    if tokenizer is None:
+        return torch.from_numpy(sample["caption_ids"].astype("int64"))
+    return tokenizer.encode(sample["caption"])
+
+
 class SequenceDataset(StreamingDataset):
     """Sequences built at read time, so that one shard set serves every vocabulary and every mode."""
 
@@ -44,17 +57,18 @@ class SequenceDataset(StreamingDataset):
             num_canonical_nodes=config.num_canonical_nodes,
         )
         self.config, self.layout, self.seed = config, layout, seed
-        made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
-        self.tokenizer = None if tokenizer.fingerprint() == made_by else tokenizer
+        self.tokenizer = tokenizer_to_apply(config, tokenizer=tokenizer)
 
     def __getitem__(self, at: Any) -> dict[str, Any]:
         """Read one sample as input_ids (S,) and its key."""
         sample = super().__getitem__(at)
         epoch = self.next_epoch - 1
-        if self.tokenizer is None:
-            caption_ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
-        else:
-            caption_ids = self.tokenizer.encode(sample["caption"])
+        if "codes" not in sample:  # text shards hold whole sequences
+            return {
+                "input_ids": torch.from_numpy(sample["caption_ids"].astype("int64")),
+                "key": sample["key"],
+            }
+        caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
         if is_dropped(seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout):
             caption_ids = caption_ids[:0]
         input_ids = encode_sequence(

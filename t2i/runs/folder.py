@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from t2i.config import RunConfig
+from t2i.config import AlignRun, RunConfig
 from t2i.errors import UserError
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.eval_every",
     "train.eval_pictures",
+    "train.eval_text",
     "data.num_workers",
     "model.gradient_checkpointing",
 )
@@ -46,7 +47,7 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: RunConfig, *, ds_config: dict[str, Any]) -> IO[str]:
+def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
 
     Raises:

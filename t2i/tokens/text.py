@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,6 +39,21 @@ class TextTokenizer:
     def num_tokens(self) -> int:
         """One more than the largest id that a text can produce."""
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a document.
+
+        Raises:
+            UserError: the vocabulary has no `<|endoftext|>` and the tokenizer names no end token.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        end = self.tokenizer.eos_token or "<|endoftext|>"
+        if end not in vocabulary:
+            raise UserError(
+                f"{self.name} has no end token: neither eos_token nor {end} is in its vocabulary."
+            )
+        return int(vocabulary[end])
 
     def encode(self, text: str) -> Tensor:
         """Map one caption to ids (T,), int64, without special tokens, even where it spells one."""
@@ -74,10 +90,16 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
 def standard_library_texts() -> list[str]:
     """Gather English from this Python's standard library: the documentation strings of its top-level modules."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(folder.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        texts += [text for text in found if text]
-    return texts
+    return [text for path in sorted(folder.glob("*.py")) for text in documentation_strings(path)]
+
+
+def documentation_strings(path: Path) -> list[str]:
+    """Read the documentation strings of one Python file; a file that this Python cannot parse has none."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in found if text]

@@ -23,7 +23,7 @@ class VocabLayout:
     num_text_tokens: int
     """Ids that the text tokenizer can produce; rows from here to num_text_rows are never sampled."""
     codebook_size: int
-    """Image codes."""
+    """Image codes; 0 for a language model alone."""
     multiple: int = 8
     """The whole vocabulary is padded to a multiple of this."""
 
@@ -33,9 +33,9 @@ class VocabLayout:
                 f"the text tokenizer has {self.num_text_tokens} ids;"
                 f" the language model has {self.num_text_rows} rows."
             )
-        if self.codebook_size < 1 or self.multiple < 1:
+        if self.codebook_size < 0 or self.multiple < 1:
             raise UserError(
-                f"codebook_size {self.codebook_size} and multiple {self.multiple} must be positive."
+                f"codebook_size is {self.codebook_size}, multiple {self.multiple}; wanted are 0 and 1, or more."
             )
 
     def special_id(self, token: str) -> int:
