@@ -52,13 +52,18 @@ def _language_model(config: ModelConfig, text_tokenizer: TextTokenizer, seq_len:
             )
         return OpenLMForCausalLM.from_pretrained(config.init, dtype=torch.float32)
     return OpenLMForCausalLM(
-        OpenLMConfig(
-            vocab_size=-(-text_tokenizer.num_tokens // 8) * 8,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            norm_type=config.norm_type,
-            qk_norm=config.qk_norm,
-            max_position_embeddings=seq_len,
-        )
+        random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
+    )
+
+
+def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
+    """Describe a random language model, its text rows rounded up to a multiple of 8."""
+    return OpenLMConfig(
+        vocab_size=-(-num_text_tokens // 8) * 8,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        norm_type=config.norm_type,
+        qk_norm=config.qk_norm,
+        max_position_embeddings=seq_len,
     )
