@@ -160,6 +160,30 @@ class AlignRun:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What a plan is made for; the numbers about data count only where the shards are not made yet."""
+
+    gpu: str = "a100-80gb"
+    """a100-40gb, a100-80gb, h100-80gb, h200, b200, l40s, rtx4090, rtx3090; `cpu` measures this machine."""
+    num_gpus: int = 1
+    """GPUs, or processes on the CPU."""
+    mfu: float = 0.4
+    """Share of the peak that the model's own products reach without gradient checkpointing; a guess until measured."""
+    price: float = 0.0
+    """US dollars a GPU hour; 0 for no cost."""
+    text_rows: int = 50_432
+    """Rows of the language model's embedding (open_lm-1b's), unless model.init says."""
+    codebook_size: int = 16_384
+    """Image codes (paper sec. 2.1)."""
+    codes_per_image: int = 1_024
+    """Codes of a picture (paper sec. 2.1)."""
+    num_pairs: int = 134_000_000
+    """Captioned pictures (paper sec. 2.1)."""
+    caption_tokens: int = 30
+    """Tokens of a caption on average (paper sec. 2.1)."""
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How pictures are drawn from captions."""
 

@@ -66,17 +66,40 @@ def start_processes() -> None:
 
 
 def prepare_environment() -> None:
-    """Fill in what a launcher sets, for streaming and for a process without a launcher."""
+    """Fill in what a launcher sets, for streaming and for a process without a launcher.
+
+    RANK alone tells a launched process; `deepspeed`, `torchrun`, Slurm's script and an operator's pod each leave
+    something out of the rest.
+
+    Raises:
+        UserError: a launched process lacks an address or a size, or has a local rank beyond its node.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    _check_launch()
     import torch
 
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
+
+
+def _check_launch() -> None:
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, so a launcher started this, but {', '.join(missing)} is not.")
+    local_rank, on_this_node, in_all = (
+        int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    )
+    if local_rank >= on_this_node or in_all % on_this_node:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}, LOCAL_WORLD_SIZE {on_this_node} and WORLD_SIZE {in_all} do not fit together;"
+            " LOCAL_WORLD_SIZE is the number of processes on each node."
+        )
 
 
 def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
@@ -223,7 +246,7 @@ def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> 
 
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
         return
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -237,11 +260,11 @@ def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> 
     )
 
 
-def _product_seconds(dtype: Any) -> float:
-    """Time one product of PRODUCT_SIZE-square matrices, the best of three."""
+def product_seconds(dtype: Any, *, size: int = PRODUCT_SIZE) -> float:
+    """Time one product of two matrices of size x size on this CPU, the best of three."""
     import torch
 
-    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
+    matrix = torch.ones(size, size, dtype=dtype)
     times = []
     for _ in range(3):
         started = time.perf_counter()

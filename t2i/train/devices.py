@@ -1,0 +1,72 @@
+"""What GPUs can do on paper, and what this machine's processors can do by a short measurement."""
+
+import os
+from dataclasses import dataclass
+
+from t2i.errors import UserError
+
+MEASURED_SIZE = 1024
+"""Side of the matrices whose product tells a CPU's speed."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or one process's share of a CPU."""
+
+    name: str
+    peak_flops: float
+    """Products and sums a second in the precision of training, without sparsity."""
+    memory_bytes: float
+    source: str
+    """Where the two numbers are from."""
+    unit: str = "GPU"
+    """What there is one or many of."""
+
+
+def _gpu(name: str, teraflops: float, gibibytes: float, source: str) -> Device:
+    return Device(name, teraflops * 1e12, gibibytes * 2**30, f"{source}, bf16 dense")
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("a100-40gb", 312, 40, "NVIDIA A100 data sheet"),
+        _gpu("a100-80gb", 312, 80, "NVIDIA A100 data sheet"),
+        _gpu("h100-80gb", 989, 80, "NVIDIA H100 SXM data sheet"),
+        _gpu("h200", 989, 141 * 1e9 / 2**30, "NVIDIA H200 SXM data sheet"),
+        _gpu("b200", 2250, 180 * 1e9 / 2**30, "NVIDIA DGX B200 data sheet"),
+        _gpu("l40s", 362, 48 * 1e9 / 2**30, "NVIDIA L40S data sheet"),
+        _gpu("rtx4090", 165, 24, "NVIDIA Ada GPU architecture paper, sums in fp32"),
+        _gpu("rtx3090", 71, 24, "NVIDIA GA102 GPU architecture paper, sums in fp32"),
+    )
+}
+
+
+def find_device(name: str, *, num_processes: int, is_half: bool) -> Device:
+    """Look up a GPU, or measure this machine for `cpu`.
+
+    Raises:
+        UserError: an unknown name, or a precision that a GPU's number is not known for.
+    """
+    if name == "cpu":
+        return measure_cpu(num_processes=num_processes, is_half=is_half)
+    if name not in GPUS:
+        raise UserError(f"--gpu is {name!r}; known are {', '.join(GPUS)} and cpu.")
+    if not is_half:
+        raise UserError(f"the peak of {name} is known for bf16 only; give a --ds_config that enables it.")
+    return GPUS[name]
+
+
+def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
+    """Time one matrix product on all cores, and share it and the memory out among the processes."""
+    import torch
+
+    from t2i.train.run import product_seconds
+
+    dtype = torch.bfloat16 if is_half else torch.float32
+    flops = 2 * MEASURED_SIZE**3 / product_seconds(dtype, size=MEASURED_SIZE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    source = (
+        f"a product of {MEASURED_SIZE} x {MEASURED_SIZE} in {dtype} timed here, on {os.cpu_count()} cores"
+    )
+    return Device("cpu", flops / num_processes, memory / num_processes, source, unit="process")

@@ -1,0 +1,131 @@
+"""What a model of open_lm's shape needs on a device: exact counts, estimated bytes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.loss import CHUNK_ROWS
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size where the JSON has none."""
+
+LOGIT_BYTES = 20
+"""What one logit costs when its chunk's gradient is made, whatever the weights' precision (a test measures it)."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers in a model."""
+
+    total: int
+    learned: int
+    in_products: int
+    """In the matrices that every token is multiplied by: all but the norms and an untied embedding."""
+    learned_in_products: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one device at the busiest moment, when the backward pass leaves the head."""
+
+    weights: float
+    gradients: float
+    """This rank's shard, in the precision that they are summed in."""
+    optimizer: float
+    """This rank's shard of fp32 weights and Adam's two averages."""
+    buckets: float
+    logits: float
+    """One chunk's logits with their gradients, and the head's gradient, whole, beside a chunk's."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(vars(self).values())
+
+
+def weight_bytes(ds_config: dict[str, Any]) -> int:
+    """Tell the bytes of one weight."""
+    is_half = any(ds_config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
+    return 2 if is_half else 4
+
+
+def count_parameters(config: OpenLMConfig) -> Counts:
+    """Count a model's numbers without making any of them."""
+    with torch.device("meta"):
+        model = OpenLMForCausalLM(config)
+    rows = None if config.tie_word_embeddings else model.get_input_embeddings().weight
+    values = list(model.parameters())
+    products = [value for value in values if value.dim() == 2 and value is not rows]
+    return Counts(
+        total=sum(value.numel() for value in values),
+        learned=sum(value.numel() for value in values if value.requires_grad),
+        in_products=sum(value.numel() for value in products),
+        learned_in_products=sum(value.numel() for value in products if value.requires_grad),
+    )
+
+
+def estimate_memory(
+    model: OpenLMConfig,
+    *,
+    counts: Counts,
+    ds_config: dict[str, Any],
+    num_gpus: int,
+    num_tokens: int,
+    is_checkpointed: bool,
+) -> Memory:
+    """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens."""
+    element = weight_bytes(ds_config)
+    summed_in = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32" if element == 4 else "bf16")
+    zero = ds_config["zero_optimization"]
+    num_buckets = 2 if zero.get("overlap_comm") else 1
+    rows = model.vocab_size
+    return Memory(
+        weights=element * counts.total,
+        gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
+        optimizer=12 * counts.learned / num_gpus,
+        buckets=element * num_buckets * zero.get("reduce_bucket_size", DEFAULT_BUCKET),
+        logits=CHUNK_ROWS * rows * LOGIT_BYTES + 2 * element * rows * model.hidden_size,
+        activations=activation_bytes(
+            model, num_tokens=num_tokens, element_bytes=element, is_checkpointed=is_checkpointed
+        ),
+    )
+
+
+def activation_bytes(
+    model: OpenLMConfig, *, num_tokens: int, element_bytes: int, is_checkpointed: bool
+) -> float:
+    """Estimate what the backward pass needs of the forward pass, attention's squares never being stored.
+
+    A layer keeps, a token, in widths D: what both norms take and give (4), queries, keys and values (3, and 2 more
+    where queries and keys are rotated or normalised) and attention's result (1); and in widths of the feed-forward
+    its gate, value, gate's activation and product (4). Checkpointing keeps what a layer takes (1) and one layer whole.
+    """
+    width, inner = model.hidden_size, model.intermediate_size
+    is_turned = model.positional_embedding_type == "rotary" or model.qk_norm
+    statistics = 4 * (
+        4 + model.num_attention_heads
+    )  # fp32: two norms' mean and deviation, attention's normaliser
+    layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner) + statistics
+    outside = element_bytes * 2 * width + 8  # the last norm, and the rows that the loss counts
+    kept = layer if not is_checkpointed else element_bytes * width
+    whole = layer if is_checkpointed else 0
+    return num_tokens * (model.num_hidden_layers * kept + whole + outside)
+
+
+def flops_a_token(model: OpenLMConfig, *, counts: Counts, seq_len: int) -> float:
+    """Count products and sums of a token's forward and backward pass.
+
+    Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and
+    12 L D S for attention, its square counted whole, as is usual for MFU (Source: PaLM, appendix B).
+    """
+    attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
+    return 4 * counts.in_products + 2 * counts.learned_in_products + attention
+
+
+def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:
+    """Estimate a checkpoint: the weights for others and for DeepSpeed, fp32 weights and Adam's averages."""
+    return 2 * element_bytes * counts.total + 12 * counts.learned
