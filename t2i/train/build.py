@@ -34,6 +34,7 @@ def build_model(
         codebook_size=manifest["codebook_size"],
     )
     grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
+    model.generation_config.suppress_tokens = [layout.pad_id, *layout.unused_ids()]
     model.config.vocab_layout = layout.to_dict()
     model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
