@@ -90,7 +90,7 @@ def plain_names(tensors: Mapping[str, Any], *, prefixes: tuple[str, ...]) -> dic
     return plain
 
 
-def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, source: Path) -> None:
+def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, source: Path | str) -> None:
     """Hold names and shapes against those of the model to be filled.
 
     Raises:

@@ -106,7 +106,7 @@ def load_vq(tensors: dict[str, Any], *, layout: SourceLayout, source: Path) -> V
         renamed[new_name] = value[:, :, 0, 0] if is_matrix else value
     with torch.device("meta"):
         model = VQModel(**config)
-    check_fit(renamed, model.state_dict(), source=source)
+    check_fit(renamed, model.state_dict(), source=f"{source}, in diffusers' names,")
     if layout.unit_codes:
         # Of codes of one length, the nearest to a latent of any length is the one of the nearest direction.
         codes = renamed["quantize.embedding.weight"]
