@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from twins.image_tokenizers import SMALL, Released, in_released_form
 from twins.open_lm import SIZES, OpenLM
@@ -60,9 +62,9 @@ def converted(home):
     return home / "model"
 
 
-def launch(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["launchers/convert.py", *map(str, words)])
-    runpy.run_path(str(ROOT / "launchers" / "convert.py"), run_name="__main__")
+def launch(monkeypatch, *words, name="convert.py"):
+    monkeypatch.setattr(sys, "argv", [f"launchers/{name}", *map(str, words)])
+    runpy.run_path(str(ROOT / "launchers" / name), run_name="__main__")
 
 
 def test_the_commands_convert_and_take_back_bit_for_bit(home, tmp_path, monkeypatch, capsys):
@@ -200,3 +202,33 @@ def test_image_tokenizers_are_proved_on_stored_pictures(kind, layout, tmp_path, 
     with pytest.raises(CheckpointError, match="another one: latents differ by .*; nothing written"):
         convert_vq(tmp_path / "released.ckpt", layout=layout, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_converted_tokenizer_is_measured_at_another_size_on_any_folder(tmp_path, monkeypatch, capsys):
+    torch.save(Released("movqgan", **SMALL["movqgan"]).state_dict(), tmp_path / "released.ckpt")
+    launch(
+        monkeypatch, "movqgan", "--checkpoint", tmp_path / "released.ckpt", "--out", tmp_path / "tokenizer"
+    )
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(9):
+        picture = Image.fromarray(rng.integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize((150, 100))
+        picture.save(tmp_path / "pictures" / f"{index}.jpg")
+        (tmp_path / "pictures" / f"{index}.txt").write_text("noise")
+    words = [
+        "evaluate", "--tokenizer", tmp_path / "tokenizer", "--source", tmp_path / "pictures", "--split", "all",
+        "--num-pictures", "8",
+    ]  # fmt: skip
+    launch(monkeypatch, *words, "--image-size", 96, "--out", tmp_path / "measured", name="tokenizer.py")
+    found = json.loads((tmp_path / "measured" / "measures.json").read_text())
+    assert (found["num_pictures"], found["image_size"], found["split"]) == (8, 96, "all")
+    assert 0 < found["codes_in_use"] <= 1
+    assert Image.open(tmp_path / "measured" / "reconstructions.png").size == (8 * 96, 2 * 96)
+    for size, out, message in (
+        (96, "measured", "holds measures already"),
+        (100, "other", "is no multiple of"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            launch(monkeypatch, *words, "--image-size", size, "--out", tmp_path / out, name="tokenizer.py")
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
