@@ -31,7 +31,7 @@ SIZES = {
 }
 """open_lm's published configs with its defaults: hidden_dim, n_layers, n_heads."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "post_embed_norm": False,
     "weight_tying": False,
     "qk_norm": False,
@@ -94,7 +94,9 @@ def config_of(values: dict[str, Any], *, source: str) -> OpenLMConfig:
     missing = [key for key in SIZE_KEYS if key not in values]
     if missing:
         raise UserError(f"config {source} has no {', '.join(missing)}.")
-    known = DEFAULTS | {key: value for key, value in values.items() if key in (*SIZE_KEYS, *DEFAULTS)}
+    known: dict[str, Any] = DEFAULTS | {
+        key: value for key, value in values.items() if key in (*SIZE_KEYS, *DEFAULTS)
+    }
     wanted = {"ffn_type": ("swiglu", "swiglu_torch"), "moe_freq": (0,)}
     for key, choices in wanted.items():
         if known[key] not in choices:
@@ -196,8 +198,8 @@ def open_lm_state(tensors: Mapping[str, Tensor], *, config: OpenLMConfig) -> dic
     """Turn our folder's tensors back into open_lm's state dict, the rotary buffers included."""
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
-        shared = state.get("tok_embeddings.weight", state.get("output.weight"))
-        state |= {"tok_embeddings.weight": shared, "output.weight": shared}
+        both = ("tok_embeddings.weight", "output.weight")  # a folder holds one of them
+        state |= dict.fromkeys(both, next(state[name] for name in both if name in state))
     if config.positional_embedding_type != "none":
         buffer = _frequencies(config).to(state["tok_embeddings.weight"].dtype)
         for layer in range(config.num_hidden_layers):

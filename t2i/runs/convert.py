@@ -14,6 +14,7 @@ from t2i.errors import CheckpointError, UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.reference import open_lm_logits
+from t2i.model.resize import never_generate
 from t2i.model.weights import (
     RELEASED_CONFIGS,
     load_open_lm,
@@ -137,10 +138,9 @@ def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path) -> list[str
 
 def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> None:
     """Let generate() end at the tokenizer's end and never choose a row that no token uses."""
-    generation = model.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(generation, name, getattr(tokenizer.tokenizer, name))
-    generation.suppress_tokens = list(range(tokenizer.num_tokens, model.config.vocab_size)) or None
+        setattr(model.generation_config, name, getattr(tokenizer.tokenizer, name))
+    never_generate(model, list(range(tokenizer.num_tokens, model.config.vocab_size)))
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ def source_pixels(tensors: Tensors, codes: Tensor, *, layout: SourceLayout) -> T
     code = _codebook(tensors, layout=layout)[codes].movedim(-1, 1)  # (B, E, h, w)
     hidden = _conv(tensors, "decoder.conv_in", _conv(tensors, "post_quant_conv", code), padding=1)
     hidden = _middle(tensors, "decoder", hidden, layout=layout, code=code)
-    levels = []
+    levels: list[str] = []
     while _has(tensors, f"{layout.up}.{len(levels)}"):
         levels.append(f"{layout.up}.{len(levels)}")
     for name in reversed(levels) if layout.finest_first else levels:

@@ -20,7 +20,7 @@ NEOX = "EleutherAI/gpt-neox-20b"
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 """Ids 0 and 1 of GPT-NeoX-20B's tokenizer and of those trained here."""
 
-SIDE = {"padding_side": "left"}
+SIDE = "left"
 """Where transformers pads a batch of prompts: a causal model goes on from the last position."""
 
 
@@ -43,9 +43,9 @@ class TextTokenizer:
         if not file.is_file():
             tokenizer = _from_hub(str(name))
         elif (folder / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **SIDE)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side=SIDE)
         else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **SIDE)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side=SIDE)
         return cls(_with_ends(tokenizer), name=str(name))
 
     @property
@@ -73,7 +73,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     if Path(name).exists() or name.startswith((".", "/")) or name.count("/") > 1:
         raise UserError(f"{name} is no text tokenizer: it has no tokenizer.json.")
     try:
-        return AutoTokenizer.from_pretrained(name, **SIDE)
+        return AutoTokenizer.from_pretrained(name, padding_side=SIDE)
     except OSError as error:
         raise UserError(
             f"{name} is no folder with tokenizer.json, and the hub does not give it"
@@ -103,7 +103,7 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
     )
     bpe.train_from_iterator(texts, trainer)
     return TextTokenizer(
-        _with_ends(PreTrainedTokenizerFast(tokenizer_object=bpe, **SIDE)), name="trained here"
+        _with_ends(PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side=SIDE)), name="trained here"
     )
 
 

@@ -9,7 +9,7 @@ from t2i.config import ModelConfig, RunConfig
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.resize import grow_vocabulary, split_rows
+from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -34,7 +34,7 @@ def build_model(
         codebook_size=manifest["codebook_size"],
     )
     grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
-    model.generation_config.suppress_tokens = [layout.pad_id, *layout.unused_ids()]
+    never_generate(model, [layout.pad_id, *layout.unused_ids()])
     model.config.vocab_layout = layout.to_dict()
     model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)

@@ -85,6 +85,22 @@ def test_the_commands_convert_and_take_back_bit_for_bit(home, tmp_path, monkeypa
     assert {key: again[key] for key in OLD} == OLD
 
 
+def test_a_tied_model_is_taken_back_with_both_names(home, tmp_path):
+    state = OpenLM(**OLD, weight_tying=True).state_dict()
+    torch.save(state, tmp_path / "tied.pt")
+    (tmp_path / "tied.json").write_text(json.dumps(OLD | {"weight_tying": True}))
+    convert_open_lm(
+        tmp_path / "tied.pt",
+        config_name=str(tmp_path / "tied.json"),
+        text_tokenizer=str(home / "tokenizer"),
+        out=tmp_path / "model",
+    )
+    convert_back(str(tmp_path / "model"), out=tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "open_lm.pt", weights_only=True)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
 def test_a_converted_model_trains_and_codes_come_after_its_rows(converted, finished, tmp_path):
     config = replace(
         finished,
