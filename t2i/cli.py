@@ -13,14 +13,17 @@ from t2i.errors import UserError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], *, description: str) -> T:
+def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     """Read this process's command line into a dataclass.
 
     `--config FILE.yaml` holds flags written down; the command line wins over it. The deepspeed launcher's own
     `--local_rank=N` is passed over.
+
+    Args:
+        has_run_file: False where --config is a flag of the command's own.
     """
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    file = _config_file(arguments)
+    file = _config_file(arguments) if has_run_file else None
     flags = flags_of(Path(file)) if file else []
     command = tyro.cli(kind, args=[*flags, *arguments], description=description)
     quiet_libraries()

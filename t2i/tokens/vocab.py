@@ -96,6 +96,11 @@ class VocabLayout:
         ids = torch.arange(self.vocab_size)
         return (ids >= self.first_image_id) & (ids < self.first_image_id + self.codebook_size)
 
+    def unused_ids(self) -> list[int]:
+        """List the rows that no token and no code uses: those after the text tokens, and after the codes."""
+        after_text = range(self.num_text_tokens, self.num_text_rows)
+        return [*after_text, *range(self.first_image_id + self.codebook_size, self.vocab_size)]
+
     def to_dict(self) -> dict[str, int]:
         """Return the four numbers that config.json and the manifest keep."""
         return asdict(self)

@@ -12,7 +12,7 @@ from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.learn import set_learned
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.resize import grow_vocabulary, split_rows
+from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.scramble import scramble
 from t2i.runs.ckpt import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
@@ -45,6 +45,7 @@ def build_model(
     model, layout = start.model, start.layout
     if start.num_kept < layout.vocab_size and not is_text(manifest):
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
+        never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
