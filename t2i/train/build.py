@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from t2i.config import RunConfig
+from t2i.config import ModelConfig, RunConfig
 from t2i.data.text_shards import is_text
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
