@@ -37,8 +37,7 @@ def heldout_rows(
     """Measure every held-out split of the shards; rows for metrics.jsonl."""
     rows = []
     for split in HELDOUT_SPLITS:
-        samples = list(read_split(config.shards, split))
-        samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
+        samples = list(read_split(config.shards, split, num_samples=num_pictures, remote=config.remote))
         if samples:
             meter = caption_meter(model, samples, config=config, layout=layout, batch_size=batch_size)
             rows.append(

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "train.eval_every",
     "train.eval_pictures",
     "data.num_workers",
+    "data.cache_limit",
     "model.gradient_checkpointing",
 )
 """Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""

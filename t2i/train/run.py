@@ -70,7 +70,14 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from t2i.data.loader import StepLoader
-    from t2i.data.shards import check_image_tokenizer, read_manifest, read_split
+    from t2i.data.shards import (
+        IMAGE_TOKENIZER,
+        TEXT_TOKENIZER,
+        check_image_tokenizer,
+        fetch_shards,
+        read_manifest,
+        read_split,
+    )
     from t2i.generate.draw import draw_grid
     from t2i.measure.heldout import heldout_rows
     from t2i.runs.ckpt import Checkpoint
@@ -82,12 +89,16 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.train.loop import Periodic, Trainer
 
     world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
-    if config.data.shards == EMBEDDED_SHARDS and is_first:
+    if config.data.shards == EMBEDDED_SHARDS and not config.data.remote and is_first:
         prepare_embedded(EMBEDDED_SHARDS)
+    if config.data.remote and os.environ["LOCAL_RANK"] == "0":
+        fetch_shards(config.data.shards, remote=config.data.remote)
     dist.barrier()
     manifest = read_manifest(config.data.shards)
-    text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, manifest))
-    image_tokenizer = ImageTokenizer.load(Path(manifest["image_tokenizer"]["name"]))
+    text_tokenizer = TextTokenizer.load(
+        _text_tokenizer_folder(config, own=config.data.shards / TEXT_TOKENIZER)
+    )
+    image_tokenizer = ImageTokenizer.load(config.data.shards / IMAGE_TOKENIZER)
     if is_first:
         check_image_tokenizer(config.data.shards, image_tokenizer)
     model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
@@ -111,8 +122,8 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         return [{"step": step, **row} for row in rows]
 
     drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
-    captions = [sample["caption"] for sample in read_split(config.data.shards, "heldout")]
-    captions = captions[:: max(1, len(captions) // NUM_SAMPLED)][:NUM_SAMPLED]
+    heldout = read_split(config.data.shards, "heldout", num_samples=NUM_SAMPLED, remote=config.data.remote)
+    captions = [sample["caption"] for sample in heldout]
 
     def sample(step: int) -> list[dict[str, Any]]:
         if is_first and captions:
@@ -174,7 +185,7 @@ def _product_seconds(dtype: Any) -> float:
 def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless they are there."""
     from t2i.data.pairs import open_source
-    from t2i.data.shards import prepare
+    from t2i.data.prepare import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 
@@ -187,10 +198,10 @@ def prepare_embedded(out: Path) -> None:
     )
 
 
-def _text_tokenizer_folder(config: RunConfig, manifest: dict[str, Any]) -> Path:
-    """A language model brings its own tokenizer; a random one takes that of the shards."""
+def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
+    """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
     if config.model.init == "random":
-        return Path(manifest["text_tokenizer"]["name"])
+        return own
     folder = Path(config.model.init)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")
