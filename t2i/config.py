@@ -15,6 +15,34 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """What is read of a source, and which pairs are left out, each counted in the manifest by reason."""
+
+    caption_key: str = ""
+    """Column, json key or tar ending of the caption; empty for `txt` in tars, else `text` or `caption`."""
+    image_key: str = ""
+    """Column of the pictures in parquet and Hugging Face data sets; empty for their usual names."""
+    pair_key: str = ""
+    """Column or json key that names a pair, such as url: the first of a name is kept. Empty for its place."""
+    hub_split: str = "train"
+    """Split of a Hugging Face data set."""
+    hub_subset: str = ""
+    """Subset (configuration) of a Hugging Face data set; empty for its default."""
+    min_side: int = 0
+    """Pixels that the shorter side has at least."""
+    max_aspect: float = 0.0
+    """Longer side at most so many times the shorter; 0 for any."""
+    min_caption: int = 1
+    """Characters that a caption has at least."""
+    max_caption: int = 0
+    """Characters that a caption has at most; 0 for any."""
+    score_key: str = ""
+    """Column or json key of a score, such as aesthetic or similarity."""
+    min_score: float | None = None
+    """Smallest score that is kept, of score_key; None for any."""
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """How shards are made."""
 
@@ -25,7 +53,11 @@ class PrepareConfig:
     batch_size: int = 32
     """Pictures encoded at a time."""
     unit_pairs: int = 512
-    """Pairs of one resumable unit of work, which is also one shard file a split."""
+    """Pairs of one resumable unit of work, which is also one shard file a split; a tar is always one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
+    workers: int = 0
+    """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +65,11 @@ class DataConfig:
     """What is trained on."""
 
     shards: Path = EMBEDDED_SHARDS
-    """Folder made by launchers/prepare.py; the default is made on first use."""
+    """Folder made by launchers/prepare.py; the default is made on first use. With `remote`: the local cache."""
+    remote: str = ""
+    """Where the shards lie (s3://BUCKET/FOLDER, gs://, ...); they come to `shards` when needed. Empty: in `shards`."""
+    cache_limit: str | None = None
+    """Size that the cache of `remote` stays below, such as 100gb; None for any."""
     mode: Literal["text-to-image", "image-only", "text-only"] = "text-to-image"
     """What a sequence holds."""
     seq_len: int = 96

@@ -50,6 +50,9 @@ class SequenceDataset(StreamingDataset):
     ) -> None:
         super().__init__(
             local=str(config.shards / "train"),
+            remote=f"{config.remote.rstrip('/')}/train" if config.remote else None,
+            validate_hash="xxh64" if config.remote else None,
+            cache_limit=config.cache_limit,
             epoch_size=epoch_size,
             batch_size=num_sequences,
             shuffle=True,
@@ -103,7 +106,7 @@ class StepLoader:
         if global_batch % world_size:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
         num_sequences = global_batch // world_size
-        dataset = SequenceDataset(
+        dataset = _open_dataset(
             config,
             layout=layout,
             num_sequences=num_sequences,
@@ -143,6 +146,14 @@ class StepLoader:
         self.position = json.loads(state)
         if self.position is not None:
             self.loader.load_state_dict(self.position)
+
+
+def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
+    """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
+    try:
+        return SequenceDataset(config, **settings)
+    except ValueError as error:
+        raise UserError(f"data.shards {config.shards} cannot be read: {error}") from error
 
 
 def stack_sequences(

@@ -20,7 +20,7 @@ from t2i.config import DataConfig
 from t2i.data.documents import Documents
 from t2i.data.floors import code_floors
 from t2i.data.hashing import hash_uniform
-from t2i.data.shards import FORMAT_VERSION, MANIFEST, read_manifest, read_split
+from t2i.data.shards import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, read_split, side_files
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 
@@ -80,6 +80,7 @@ def prepare_text(
             raise DataError(
                 f"{documents.name}: {pack.num_documents} {split} documents do not fill one sequence of {seq_len}."
             )
+    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": documents.name,
@@ -96,6 +97,7 @@ def prepare_text(
             "num_tokens": text_tokenizer.num_tokens,
         },
         "floors_nats": text_floors(part, num_tokens=text_tokenizer.num_tokens),
+        "files": side_files(part),
         "arguments": arguments,
     }
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -45,11 +45,9 @@ def heldout_rows(
     rows = []
     to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
     for split in HELDOUT_SPLITS:
-        samples = list(read_split(config.shards, split))
-        samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
         samples = [
             {**sample, "caption_ids": caption_ids_of(sample, tokenizer=to_apply).numpy()}
-            for sample in samples
+            for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
         ]
         if samples:
             meter = caption_meter(model, samples, config=config, layout=layout, batch_size=batch_size)
@@ -73,8 +71,7 @@ def heldout_text_rows(
 
     With several ranks, each takes whole batches; sum and count are reduced once.
     """
-    samples = list(read_split(config.shards, "heldout"))
-    samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]
+    samples = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
     ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = torch.zeros(4, dtype=torch.float64)

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     "train.eval_pictures",
     "train.eval_text",
     "data.num_workers",
+    "data.cache_limit",
     "model.gradient_checkpointing",
 )
 """Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""

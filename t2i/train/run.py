@@ -106,7 +106,13 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from t2i.data.loader import StepLoader
-    from t2i.data.shards import check_image_tokenizer, read_manifest
+    from t2i.data.shards import (
+        IMAGE_TOKENIZER,
+        TEXT_TOKENIZER,
+        check_image_tokenizer,
+        fetch_shards,
+        read_manifest,
+    )
     from t2i.data.text_shards import check_text_use, is_text
     from t2i.measure.heldout import heldout_rows, heldout_text_rows
     from t2i.runs.ckpt import Checkpoint
@@ -118,17 +124,21 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.train.loop import Periodic, Trainer
 
     world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
-    if config.data.shards == EMBEDDED_SHARDS and is_first:
+    if config.data.shards == EMBEDDED_SHARDS and not config.data.remote and is_first:
         prepare_embedded(EMBEDDED_SHARDS)
+    if config.data.remote and os.environ["LOCAL_RANK"] == "0":
+        fetch_shards(config.data.shards, remote=config.data.remote)
     dist.barrier()
     manifest = read_manifest(config.data.shards)
     config = with_found_start(config)
-    text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, manifest))
+    text_tokenizer = TextTokenizer.load(
+        _text_tokenizer_folder(config, own=config.data.shards / TEXT_TOKENIZER)
+    )
     image_tokenizer = None
     if is_text(manifest):
         check_text_use(config.data, manifest=manifest, tokenizer=text_tokenizer)
     else:
-        image_tokenizer = ImageTokenizer.load(Path(manifest["image_tokenizer"]["name"]))
+        image_tokenizer = ImageTokenizer.load(config.data.shards / IMAGE_TOKENIZER)
         if is_first:
             check_image_tokenizer(config.data.shards, image_tokenizer)
             warn_of_other_tokenizer(text_tokenizer, manifest)
@@ -186,8 +196,8 @@ def _sampler(config: RunConfig, drawer: Any) -> Callable[[int], list[dict[str, A
     from t2i.generate.draw import draw_grid
     from t2i.runs.folder import SAMPLE_CAPTIONS, SAMPLES
 
-    captions = [sample["caption"] for sample in read_split(config.data.shards, "heldout")]
-    captions = captions[:: max(1, len(captions) // NUM_SAMPLED)][:NUM_SAMPLED]
+    heldout = read_split(config.data.shards, "heldout", num_samples=NUM_SAMPLED, remote=config.data.remote)
+    captions = [sample["caption"] for sample in heldout]
 
     def sample(step: int) -> list[dict[str, Any]]:
         if dist.get_rank() == 0 and captions:
@@ -276,7 +286,7 @@ def product_seconds(dtype: Any, *, size: int = PRODUCT_SIZE) -> float:
 def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless they are there."""
     from t2i.data.pairs import open_source
-    from t2i.data.shards import prepare
+    from t2i.data.prepare import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 
@@ -289,10 +299,10 @@ def prepare_embedded(out: Path) -> None:
     )
 
 
-def _text_tokenizer_folder(config: RunConfig, manifest: dict[str, Any]) -> Path:
-    """A language model brings its own tokenizer; a random one takes that of the shards."""
+def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
+    """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
     if config.model.init == "random":
-        return Path(manifest["text_tokenizer"]["name"])
+        return own
     folder = Path(config.model.init)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")
