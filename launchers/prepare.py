@@ -1,14 +1,15 @@
 """Encode captioned pictures, or documents, into shards, once.
 
 Examples:
-  python launchers/prepare.py --source openmoji --out data/openmoji64
+  python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
   python launchers/prepare.py --source 'cc3m/{00000..00331}.tar' --out data/cc3m --min-side 128 --workers 8
   torchrun --nproc-per-node 8 launchers/prepare.py --source coco:coco2014 --out data/coco --dtype bfloat16
   python launchers/prepare.py --source my_pictures --preview 8
   python launchers/prepare.py --source text:docstrings --out data/docstrings --seq-len 96
   python launchers/prepare.py --check data/mine
 
-A killed preparation goes on with the same command (one of documents begins anew). docs/data.md has a command for every source.
+A killed preparation goes on with the same command; one of documents begins anew. docs/data.md has a command for
+every source.
 """
 
 import os

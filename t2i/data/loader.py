@@ -72,7 +72,12 @@ class SequenceDataset(StreamingDataset):
                 "key": sample["key"],
             }
         caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
-        if is_dropped(seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout):
+        has_prompt = (
+            self.config.mode == "text-to-image"
+        )  # else the caption is no condition, but all or nothing
+        if has_prompt and is_dropped(
+            seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout
+        ):
             caption_ids = caption_ids[:0]
         input_ids = encode_sequence(
             caption_ids,

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from t2i.errors import UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.runs.checkpoints import CHECKPOINTS, choose
+from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -40,16 +46,20 @@ def find(name: str) -> tuple[Path, Path | None]:
     """
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
-        folder = choose(path)
+        folder = newest_readable(path)
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
     if (path / "config.json").is_file():
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/")):
+    refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{refusal}.")
+    try:
         return Path(snapshot_download(name)), None
-    raise UserError(f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME).")
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{refusal}: {str(error).splitlines()[0]}") from error
 
 
 def home(model: "LanguageModel") -> Path:

@@ -88,8 +88,7 @@ def _spread(folder: Path) -> list[Path]:
 
 def _commands(run_dir: Path) -> list[str]:
     """Write out what made the run's files, to be copied and run again."""
-    words = [word for word in _json(run_dir / ENVIRONMENT)["command"] if not word.startswith("--local_rank")]
-    commands = [shlex.join(["deepspeed", *words])]
+    commands = [_json(run_dir / ENVIRONMENT)["command"]]
     if (run_dir / "eval" / "scores.json").is_file():
         commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
     return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]

@@ -86,11 +86,13 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
 
 
 def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
-    return OpenLMForCausalLM(
-        random_model_config(
+    try:
+        description = random_model_config(
             config.model, num_text_tokens=text_tokenizer.num_tokens, seq_len=config.data.seq_len
         )
-    )
+    except ValueError as error:
+        raise UserError(f"model.*: {error}.") from error
+    return OpenLMForCausalLM(description)
 
 
 def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
@@ -108,7 +110,16 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
 
 def _loaded_model(name: str) -> OpenLMForCausalLM:
     folder, _ = find(name)
-    return OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != OpenLMConfig.model_type:
+        raise UserError(
+            f"model.init is {name}, a model of type {kind!r}; wanted is {OpenLMConfig.model_type!r}."
+        )
+    model, report = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    strange = {key: names for key, names in report.items() if names}
+    if strange:
+        raise UserError(f"model.init is {name}, whose weights do not fit its config.json: {strange}.")
+    return model
 
 
 def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:

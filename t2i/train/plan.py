@@ -245,7 +245,8 @@ def _memory_lines(plan: Plan) -> list[str]:
         *(f"  {label:34}{_gib(one):>10}{_gib(two):>24}" for label, one, two in rows),
         f"  {'together':34}{_gib(plain.total):>10}{_gib(checkpointed.total):>24}",
         f"  {'largest micro-batch':34}{plan.largest_micro_batch[False]:>10}{plan.largest_micro_batch[True]:>24}",
-        f"  {_gib(chosen.total)} of {_gib(plan.device.memory_bytes)} GiB with {SHARE_LEFT_FREE:.0%} kept free: {verdict}",
+        f"  {_gib(chosen.total)} of {_gib(plan.device.memory_bytes)} GiB"
+        f" with {SHARE_LEFT_FREE:.0%} kept free: {verdict}",
     ]
 
 
@@ -255,9 +256,11 @@ def _time_lines(plan: Plan) -> list[str]:
     return [
         f"time, estimated for {plan.asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s a {device.unit}"
         f" ({device.source})",
-        f"  {plan.flops_a_token / 1e9:.3g} GFLOP a token; {plan.tokens_per_second / num_gpus:,.0f} tokens/s a {device.unit}"
+        f"  {plan.flops_a_token / 1e9:.3g} GFLOP a token;"
+        f" {plan.tokens_per_second / num_gpus:,.0f} tokens/s a {device.unit}"
         f" and {plan.tokens_per_second:,.0f} in all, padding included; {plan.step_seconds:.3g} s a step",
-        f"  {plan.hours:,.3g} hours = {plan.hours / 24:,.2f} days; {plan.hours * num_gpus:,.4g} {device.unit} hours{cost}",
+        f"  {plan.hours:,.3g} hours = {plan.hours / 24:,.2f} days;"
+        f" {plan.hours * num_gpus:,.4g} {device.unit} hours{cost}",
         "  not counted: start-up, waiting for data, held-out losses, sample grids, checkpoints, steps done again",
     ]
 
