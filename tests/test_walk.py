@@ -46,7 +46,7 @@ def test_shards_are_checked_and_the_tokenizer_measured(shards, tmp_path):
     assert "all readable and in range" in run("launchers/prepare.py", "--check", shards)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/walk.md", "docs/paper.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/walk.md", "docs/paper.md", "docs/weights.md"])
 def test_every_file_that_the_docs_name_exists(page):
     named = re.findall(r"`((?:t2i|launchers|eval|docs|ds_configs)/[\w./-]*)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
