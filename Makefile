@@ -23,11 +23,17 @@ $(VENV)/.installed: pyproject.toml
 
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
+	@echo "[1/5] captioned pictures become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
-	$(BIN)/deepspeed launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
-	$(BIN)/python eval/coco_fid.py $(OUT)
+	@echo "[2/5] a language model learns to draw"
+	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
+	@echo "[3/5] its pictures beside their yardsticks"
+	test -f $(OUT)/eval/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
+	@echo "[4/5] an export that draws without t2i"
 	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export
+	@echo "[5/5] a report"
 	$(BIN)/python launchers/report.py $(OUT)
+	@echo 'Try: $(BIN)/python launchers/sample.py $(OUT) --prompts "woman: dark skin tone" --out pictures'
 
 lint: install
 	$(BIN)/ruff format --check .

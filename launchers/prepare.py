@@ -1,22 +1,29 @@
-"""Encode captioned pictures into shards, once.
+"""Encode captioned pictures, or documents, into shards, once.
 
 Examples:
   python launchers/prepare.py --source openmoji --out data/openmoji64
-  python launchers/prepare.py --source my_pictures --out data/mine
+  python launchers/prepare.py --source 'cc3m/{00000..00331}.tar' --out data/cc3m --min-side 128 --workers 8
+  torchrun --nproc-per-node 8 launchers/prepare.py --source coco:coco2014 --out data/coco --dtype bfloat16
+  python launchers/prepare.py --source my_pictures --preview 8
+  python launchers/prepare.py --source text:docstrings --out data/docstrings --seq-len 96
   python launchers/prepare.py --check data/mine
 
-A killed preparation goes on with the same command.
+A killed preparation goes on with the same command (one of documents begins anew). docs/data.md has a command for every source.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from t2i.cli import parse
-from t2i.config import ASSETS, PrepareConfig
+from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.errors import UserError, run_command
+
+NUM_SHOWN = 8
+CHECK_SHEET, PREVIEW_SHEET = "check.png", Path("prepare_preview.png")
 
 
 @dataclass(frozen=True)
@@ -24,45 +31,130 @@ class PrepareCommand:
     """What to encode, with what, to where."""
 
     source: str = "openmoji"
-    """`openmoji`, a folder with .txt captions, or a folder with metadata.jsonl or metadata.csv."""
+    """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
+    or a Hugging Face data set (USER/NAME, or hf: before any name). For text-only training: text:docstrings,
+    text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
     out: Path | None = None
     """Folder of the shards."""
     check: Path | None = None
-    """Only read this shard folder whole, and report."""
+    """Only hash and read this shard folder whole, report, and show eight samples in its check.png."""
+    preview: int = 0
+    """Only show so many pictures of the source as the model will see them, in prepare_preview.png and here."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
     """Folder with tokenizer.json."""
     heldout_share: float = 0.02
-    """Share of a folder's pictures that training never sees; openmoji has its own rule."""
+    """Share of a source's pictures or documents that training never sees; openmoji and COCO have their own rules."""
+    seq_len: int = 96
+    """Tokens a sequence of documents, which data.seq_len must equal."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     shards: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
 
 def main() -> None:
     command = parse(PrepareCommand, description=__doc__ or "")
-    if (command.out is None) == (command.check is None):
-        raise UserError("give either --out DIR to prepare, or --check DIR to check.")
-    from t2i.data.pairs import open_source
-    from t2i.data.shards import check_shards, prepare
-    from t2i.tokens.image import ImageTokenizer
-    from t2i.tokens.text import TextTokenizer
+    if [command.out is not None, command.check is not None, command.preview > 0].count(True) != 1:
+        raise UserError("give one of --out DIR to prepare, --check DIR to check, --preview N to look.")
+    from t2i.data.documents import PREFIX
 
     if command.check:
-        for split, count in check_shards(command.check).items():
-            print(f"{split}: {count} samples, all readable and in range")
+        check(command.check)
+    elif command.out and command.source.startswith(PREFIX):
+        pack(command, command.out)
+    elif command.out:
+        encode(command, command.out)
+    else:
+        look(command)
+
+
+def check(folder: Path) -> None:
+    from t2i.data.shards import check_shards, read_manifest
+    from t2i.data.sheet import draw_sheet, show_shards
+    from t2i.data.text_shards import check_text_shards, is_text
+
+    if is_text(read_manifest(folder)):
+        for split, count in check_text_shards(folder).items():
+            print(f"{split}: {count} sequences, all readable and in range")
         return
-    assert command.out is not None
+    for split, count in check_shards(folder).items():
+        print(f"{split}: {count} samples, all readable and in range")
+    rows = show_shards(folder, num=NUM_SHOWN)
+    draw_sheet(rows).save(folder / CHECK_SHEET)
+    for row in rows:
+        print(f"{row.caption}\n  {row.facts}")
+    print(f"These {len(rows)} decoded: {folder / CHECK_SHEET}")
+
+
+def pack(command: PrepareCommand, out: Path) -> None:
+    from t2i.data.documents import open_documents
+    from t2i.data.text_shards import prepare_text
+    from t2i.tokens.text import TextTokenizer
+
+    manifest = prepare_text(
+        open_documents(command.source),
+        out=out,
+        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        seq_len=command.seq_len,
+        heldout_share=command.heldout_share,
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
+    print(f"{out}: {counts} sequences of {command.seq_len} tokens.")
+
+
+def encode(command: PrepareCommand, out: Path) -> None:
+    from t2i.data.pairs import open_source
+    from t2i.data.prepare import prepare
+    from t2i.data.ranks import place_in_job
+    from t2i.tokens.text import TextTokenizer
+
+    rank, world_size = place_in_job()
     manifest = prepare(
-        open_source(command.source, heldout_share=command.heldout_share),
-        out=command.out,
-        image_tokenizer=ImageTokenizer.load(command.image_tokenizer),
+        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        out=out,
+        image_tokenizer=load_image_tokenizer(command),
+        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        config=command.shards,
+        rank=rank,
+        world_size=world_size,
+    )
+    if rank > 0:
+        return
+    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
+    print(f"{out}: {counts}; {manifest['broken']} broken. Look at {out / 'reconstructions.png'}.")
+    for reason, count in manifest["left_out"].items():
+        print(f"left out: {count} times {reason}")
+    if command.shards.dtype != "float32":
+        print(f"{manifest['codes_equal_float32']:.1%} of the codes of a sample equal float32's.")
+
+
+def look(command: PrepareCommand) -> None:
+    from t2i.data.pairs import open_source
+    from t2i.data.sheet import draw_sheet, preview
+    from t2i.tokens.text import TextTokenizer
+
+    rows = preview(
+        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        num=command.preview,
+        image_tokenizer=load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
     )
-    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
-    print(
-        f"{command.out}: {counts}; {manifest['broken']} broken. Look at {command.out / 'reconstructions.png'}."
-    )
+    draw_sheet(rows).save(PREVIEW_SHEET)
+    for row in rows:
+        print(f"{row.caption}\n  {row.facts}")
+    print(f"Crops and their codes decoded, beside their captions: {PREVIEW_SHEET}. Nothing else was written.")
+
+
+def load_image_tokenizer(command: PrepareCommand) -> Any:
+    """Open it on this rank's GPU, if there is one."""
+    import torch
+
+    from t2i.tokens.image import ImageTokenizer
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, command.shards.dtype)
+    return ImageTokenizer.load(command.image_tokenizer, device=device, dtype=dtype)
 
 
 if __name__ == "__main__":

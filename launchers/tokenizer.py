@@ -3,6 +3,8 @@
 Examples:
   python launchers/tokenizer.py train --source openmoji --out tokenizers/mine
   python launchers/tokenizer.py evaluate --tokenizer tokenizers/mine --source openmoji --out measured
+  python launchers/tokenizer.py evaluate --tokenizer tokenizers/movqgan_270m --source my_pictures --split all
+    --image-size 256 --out measured_256
 
 A stopped training goes on with the same command.
 """
@@ -12,13 +14,13 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from t2i.cli import parse
 from t2i.config import ASSETS, TokenizerConfig
-from t2i.errors import run_command
+from t2i.errors import UserError, run_command
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,20 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a tokenizer folder on held-out pictures: PSNR, SSIM, codes in use, Frechet distance."""
+    """Measure a tokenizer folder on pictures: PSNR, SSIM, codes in use, Frechet distance."""
 
     out: Path
-    """Folder of measures.json and reconstructions.png."""
+    """New folder of measures.json and reconstructions.png."""
     tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     source: str = "openmoji"
+    """`openmoji`, or a folder of captioned pictures."""
+    split: Literal["heldout", "train", "all"] = "heldout"
+    """Which of the source's pictures; all, where the tokenizer was not trained on them."""
+    num_pictures: int = 5_000
+    """At most so many, chosen by the hash of their key."""
     image_size: int = 64
-    """Pixels a side."""
+    """Pixels a side, a multiple of the pixels of a code; released tokenizers were trained at 256."""
 
 
 def main() -> None:
@@ -54,18 +61,24 @@ def main() -> None:
         line = shlex.join(["python", *sys.argv])
         measures = make_tokenizer(command.source, out=command.out, config=command.tokenizer, command=line)
     else:
+        if (command.out / "measures.json").exists():
+            raise UserError(f"--out {command.out} holds measures already; choose another.")
         command.out.mkdir(parents=True, exist_ok=True)
         measures = measure_folder(
             command.tokenizer,
             source=open_source(command.source),
             image_size=command.image_size,
             grid=command.out / "reconstructions.png",
+            split=command.split,
+            num_pictures=command.num_pictures,
         )
-        (command.out / "measures.json").write_text(json.dumps(asdict(measures), indent=1))
+        settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
+        found = {**settings, "image_size": command.image_size, **asdict(measures)}
+        (command.out / "measures.json").write_text(json.dumps(found, indent=1))
     print(
         f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
     )
-    print(f"on {measures.num_pictures} held-out pictures; look at {command.out / 'reconstructions.png'}.")
+    print(f"on {measures.num_pictures} pictures; look at {command.out / 'reconstructions.png'}.")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,30 @@ from t2i.errors import UserError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], *, description: str) -> T:
+def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     """Read this process's command line into a dataclass.
 
     `--config FILE.yaml` holds flags written down; the command line wins over it. The deepspeed launcher's own
     `--local_rank=N` is passed over.
+
+    Args:
+        has_run_file: False where --config is a flag of the command's own.
     """
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
-    file = arguments[place] if place < len(arguments) else None
+    file = _config_file(arguments) if has_run_file else None
     flags = flags_of(Path(file)) if file else []
     command = tyro.cli(kind, args=[*flags, *arguments], description=description)
     quiet_libraries()
     return command
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    """Find what `--config FILE` or `--config=FILE` names; None where there is none, and tyro says what is wrong."""
+    for place, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            return value or next(iter(arguments[place + 1 :]), None)
+    return None
 
 
 def flags_of(file: Path) -> list[str]:
@@ -53,7 +64,8 @@ def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
         elif isinstance(value, bool):
             flags.append(f"{prefix}{key}" if value else f"{prefix}{_negated(key)}")
         else:
-            flags += [f"{prefix}{key}", str(value)]
+            words = value if isinstance(value, list) else [value]
+            flags += [f"{prefix}{key}", *map(str, words)]
     return flags
 
 
@@ -63,7 +75,8 @@ def _negated(key: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Turn other libraries' chatter down to warnings."""
+    """Turn other libraries' chatter down to errors; t2i's own lines are plain sentences."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("DeepSpeed", "streaming", "transformers", "torch", "root"):
+    logging.getLogger("t2i").setLevel(logging.INFO)
+    for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

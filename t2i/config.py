@@ -15,6 +15,34 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """What is read of a source, and which pairs are left out, each counted in the manifest by reason."""
+
+    caption_key: str = ""
+    """Column, json key or tar ending of the caption; empty for `txt` in tars, else `text` or `caption`."""
+    image_key: str = ""
+    """Column of the pictures in parquet and Hugging Face data sets; empty for their usual names."""
+    pair_key: str = ""
+    """Column or json key that names a pair, such as url: the first of a name is kept. Empty for its place."""
+    hub_split: str = "train"
+    """Split of a Hugging Face data set."""
+    hub_subset: str = ""
+    """Subset (configuration) of a Hugging Face data set; empty for its default."""
+    min_side: int = 0
+    """Pixels that the shorter side has at least."""
+    max_aspect: float = 0.0
+    """Longer side at most so many times the shorter; 0 for any."""
+    min_caption: int = 1
+    """Characters that a caption has at least."""
+    max_caption: int = 0
+    """Characters that a caption has at most; 0 for any."""
+    score_key: str = ""
+    """Column or json key of a score, such as aesthetic or similarity."""
+    min_score: float | None = None
+    """Smallest score that is kept, of score_key; None for any."""
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """How shards are made."""
 
@@ -25,7 +53,11 @@ class PrepareConfig:
     batch_size: int = 32
     """Pictures encoded at a time."""
     unit_pairs: int = 512
-    """Pairs of one resumable unit of work, which is also one shard file a split."""
+    """Pairs of one resumable unit of work, which is also one shard file a split; a tar is always one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
+    workers: int = 0
+    """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +65,11 @@ class DataConfig:
     """What is trained on."""
 
     shards: Path = EMBEDDED_SHARDS
-    """Folder made by launchers/prepare.py; the default is made on first use."""
+    """Folder made by launchers/prepare.py; the default is made on first use. With `remote`: the local cache."""
+    remote: str = ""
+    """Where the shards lie (s3://BUCKET/FOLDER, gs://, ...); they come to `shards` when needed. Empty: in `shards`."""
+    cache_limit: str | None = None
+    """Size that the cache of `remote` stays below, such as 100gb; None for any."""
     mode: Literal["text-to-image", "image-only", "text-only"] = "text-to-image"
     """What a sequence holds."""
     seq_len: int = 96
@@ -51,9 +87,13 @@ class ModelConfig:
     """What learns."""
 
     init: str = "random"
-    """`random`, or a model folder to start from."""
+    """`random`, or a CKPT to start from: a run, a checkpoint of it, an exported or converted folder, a hub name."""
     rows: str = "random"
-    """New embedding and head rows: `random`, `mean`, or a .safetensors file."""
+    """New embedding and head rows: `random`, `mean`, or a .safetensors file such as launchers/align.py makes."""
+    scramble: Literal["none", "within-tensors", "moments", "layer-order"] = "none"
+    """Destroy what model.init knows, as a control: shuffle each tensor, draw it anew with its moments, move layers."""
+    learn: Literal["all", "embeddings", "norms", "first-half", "feed-forward"] = "all"
+    """What learns (paper, Figure 6): all rows; these and norms; these two and the first half of layers, or all MLPs."""
     hidden_size: int = 192
     """Width of a random model."""
     num_layers: int = 6
@@ -103,7 +143,10 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between held-out losses; 0 for never."""
     eval_pictures: int = 256
-    """Held-out pictures of each split that are measured."""
+    """Held-out pictures, or sequences of text, of each split that are measured."""
+    eval_text: str = ""
+    """Text that forgetting is measured on, before the first step and every eval_every: text shards, a .txt file, a
+    folder of them or a dataset's name. Empty for none."""
     sample_every: int = 0
     """Steps between grids of sampled pictures; 0 for never."""
     seed: int = 0
@@ -119,6 +162,37 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """How image rows are aligned to text rows."""
+
+    num_pairs: int = 1_024
+    """Pairs that a picture must find its caption among, over all ranks (paper: N = 1,024)."""
+    max_steps: int = 300
+    """Optimizer steps of Adam."""
+    lr: float = 3e-3
+    """Learning rate, constant."""
+    temperature: float = 0.07
+    """What similarities are divided by at the start; it learns."""
+    save_every: int = 50
+    """Steps between held-out retrieval and saves that the same command goes on from."""
+    seed: int = 0
+    """Seed of rows and sample order."""
+
+
+@dataclass(frozen=True)
+class AlignRun:
+    """One alignment."""
+
+    run_dir: Path
+    """Where its rows and metrics go."""
+    data: DataConfig
+    """Captions are never dropped here, and sequences are text-to-image."""
+    model: str
+    """The language model."""
+    align: AlignConfig = field(default_factory=AlignConfig)
 
 
 @dataclass(frozen=True)

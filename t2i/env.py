@@ -16,6 +16,18 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 
 
+def operators_built(*names: str) -> bool:
+    """Tell whether DeepSpeed's C++ operators of these names are there, so that nobody waits for a compiler."""
+    return all(any(extensions_folder().rglob(f"{name}*.so")) for name in names)
+
+
+def use_own_tools() -> None:
+    """Put this environment's programs first on PATH: torch calls `ninja` by name, and a venv need not be active."""
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+
+
 def describe() -> dict[str, str]:
     """Collect the facts, one short text each."""
     facts = {
@@ -28,6 +40,7 @@ def describe() -> dict[str, str]:
             facts[name] = version(name)
         except PackageNotFoundError:
             facts[name] = "not installed"
+    use_own_tools()
     for tool in ("g++", "ninja"):
         facts[tool] = shutil.which(tool) or "not found: DeepSpeed's operators cannot be built"
     facts["operators"] = str(extensions_folder())

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     from t2i.data.pairs import open_source
-    from t2i.data.shards import prepare
+    from t2i.data.prepare import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 

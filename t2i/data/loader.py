@@ -22,6 +22,19 @@ def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
     return hash_uniform("caption dropout", seed, epoch, key) < share
 
 
+def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextTokenizer | None:
+    """Return the tokenizer if captions must be read with it anew; None where the shards' ids are its own."""
+    made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
+    return None if tokenizer.fingerprint() == made_by else tokenizer
+
+
+def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
+    """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
+    if tokenizer is None:
+        return torch.from_numpy(sample["caption_ids"].astype("int64"))
+    return tokenizer.encode(sample["caption"])
+
+
 class SequenceDataset(StreamingDataset):
     """Sequences built at read time, so that one shard set serves every vocabulary and every mode."""
 
@@ -37,6 +50,9 @@ class SequenceDataset(StreamingDataset):
     ) -> None:
         super().__init__(
             local=str(config.shards / "train"),
+            remote=f"{config.remote.rstrip('/')}/train" if config.remote else None,
+            validate_hash="xxh64" if config.remote else None,
+            cache_limit=config.cache_limit,
             epoch_size=epoch_size,
             batch_size=num_sequences,
             shuffle=True,
@@ -44,17 +60,18 @@ class SequenceDataset(StreamingDataset):
             num_canonical_nodes=config.num_canonical_nodes,
         )
         self.config, self.layout, self.seed = config, layout, seed
-        made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
-        self.tokenizer = None if tokenizer.fingerprint() == made_by else tokenizer
+        self.tokenizer = tokenizer_to_apply(config, tokenizer=tokenizer)
 
     def __getitem__(self, at: Any) -> dict[str, Any]:
         """Read one sample as input_ids (S,) and its key."""
         sample = super().__getitem__(at)
         epoch = self.next_epoch - 1
-        if self.tokenizer is None:
-            caption_ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
-        else:
-            caption_ids = self.tokenizer.encode(sample["caption"])
+        if "codes" not in sample:  # text shards hold whole sequences
+            return {
+                "input_ids": torch.from_numpy(sample["caption_ids"].astype("int64")),
+                "key": sample["key"],
+            }
+        caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
         if is_dropped(seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout):
             caption_ids = caption_ids[:0]
         input_ids = encode_sequence(
@@ -89,7 +106,7 @@ class StepLoader:
         if global_batch % world_size:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
         num_sequences = global_batch // world_size
-        dataset = SequenceDataset(
+        dataset = _open_dataset(
             config,
             layout=layout,
             num_sequences=num_sequences,
@@ -129,6 +146,14 @@ class StepLoader:
         self.position = json.loads(state)
         if self.position is not None:
             self.loader.load_state_dict(self.position)
+
+
+def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
+    """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
+    try:
+        return SequenceDataset(config, **settings)
+    except ValueError as error:
+        raise UserError(f"data.shards {config.shards} cannot be read: {error}") from error
 
 
 def stack_sequences(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from t2i.config import DataConfig, SampleConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs import Pair, open_source
+from t2i.data.pairs import Pair, reopen_source
 from t2i.errors import DataError
 from t2i.generate.draw import draw_folder
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
@@ -52,7 +52,7 @@ def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halv
     Raises:
         DataError: the source has fewer than 20 held-out pairs.
     """
-    source = open_source(manifest["source"], heldout_share=manifest["heldout_share"])
+    source = reopen_source(manifest)
     pairs = [pair for pair in source.pairs if pair.split in HELDOUT_SPLITS]
     pairs.sort(key=lambda pair: hash_uniform("halves", pair.key))
     half = len(pairs) // 2 if num_samples is None else min(num_samples, len(pairs) // 2)
@@ -154,7 +154,7 @@ def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
     """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code."""
-    source = open_source(manifest["source"], heldout_share=manifest["heldout_share"])
+    source = reopen_source(manifest)
     config = DataConfig(seq_len=checkpoint.model.config.max_position_embeddings)
     meters = {}
     for split in HELDOUT_SPLITS:

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.loader import stack_sequences
+from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.model.loss import split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels
+from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 CAPTIONS = ("own", "wrong", "empty")
@@ -32,13 +33,22 @@ class CaptionMeter:
 
 
 def heldout_rows(
-    model: Any, *, config: DataConfig, layout: VocabLayout, num_pictures: int, batch_size: int = 32
+    model: Any,
+    *,
+    config: DataConfig,
+    layout: VocabLayout,
+    tokenizer: TextTokenizer,
+    num_pictures: int,
+    batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """Measure every held-out split of the shards; rows for metrics.jsonl."""
+    """Measure every held-out split of the shards; rows for metrics.jsonl. Captions are read by `tokenizer`."""
     rows = []
+    to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
     for split in HELDOUT_SPLITS:
-        samples = list(read_split(config.shards, split))
-        samples = samples[:: max(1, len(samples) // num_pictures)][:num_pictures]
+        samples = [
+            {**sample, "caption_ids": caption_ids_of(sample, tokenizer=to_apply).numpy()}
+            for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
+        ]
         if samples:
             meter = caption_meter(model, samples, config=config, layout=layout, batch_size=batch_size)
             rows.append(
@@ -52,6 +62,29 @@ def heldout_rows(
                 }
             )
     return rows
+
+
+def heldout_text_rows(
+    model: Any, *, config: DataConfig, layout: VocabLayout, num_sequences: int, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Measure the held-out sequences of text shards; a row for metrics.jsonl.
+
+    With several ranks, each takes whole batches; sum and count are reduced once.
+    """
+    samples = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
+    ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sums = torch.zeros(4, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in ids.split(batch_size)[rank::world_size]:
+            sums += _sums(model, batch, layout)
+    model.train(was_training)
+    if dist.is_initialized():
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    return [{"split": "heldout", "num_sequences": len(ids), "text_loss": (sums[2] / sums[3]).item()}]
 
 
 @torch.inference_mode()

@@ -10,9 +10,10 @@ NORM_TYPES = (
     "lp_layer_norm",
     "gain_only_layer_norm",
     "gain_only_lp_layer_norm",
+    "no_wb_layer_norm",
     "rms_norm",
 )
-POSITIONS = ("rotary", "head_rotary")
+POSITIONS = ("rotary", "head_rotary", "none")
 
 
 class OpenLMConfig(PretrainedConfig):
@@ -22,8 +23,9 @@ class OpenLMConfig(PretrainedConfig):
         hidden_size: width D.
         intermediate_size: width of the feed-forward; None for open_lm's 256 * ceil(int(8 D / 3) / 256).
         positional_embedding_type: "rotary", or "head_rotary": the released 1B model's rotation along the heads,
-            which leaves every query-key product unchanged and so is no position encoding at all.
-        norm_type: one of open_lm's names; gain_only has no bias, lp equals its namesake outside autocast.
+            which leaves every query-key product unchanged and so equals "none", no position encoding at all.
+        norm_type: one of open_lm's names; gain_only has no bias, no_wb neither bias nor gain, and lp equals its
+            namesake outside autocast.
         qk_norm: normalise queries and keys over all heads together.
         vocab_layout: num_text_rows, num_text_tokens, codebook_size, multiple; None for a language model alone.
         codes_per_image: length of the code grid, row by row; None for a language model alone.

@@ -23,8 +23,9 @@ def make_norm(config: OpenLMConfig) -> nn.Module:
     """Build the norm that config.norm_type names, over the last dimension D."""
     if config.norm_type == "rms_norm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    has_bias = not config.norm_type.startswith("gain_only")
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=has_bias)
+    has_gain = config.norm_type != "no_wb_layer_norm"
+    has_bias = has_gain and not config.norm_type.startswith("gain_only")
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=has_gain, bias=has_bias)
 
 
 def rotary_angles(positions: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,8 @@ class OpenLMPreTrainedModel(PreTrainedModel):
             std = module.weight.shape[1] ** -0.5 / math.sqrt(2 * getattr(module, "residual_depth", 0.5))
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            nn.init.ones_(module.weight)
+            if module.weight is not None:
+                nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 

@@ -64,6 +64,12 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
             module.weight[len(old) :] = added
 
 
+def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
+    """Keep transformers' generate() from choosing these rows, now and after the model is saved."""
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = ids or None
+
+
 def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:
     if name not in tensors:
         raise UserError(f"model.rows: {file} has no tensor {name}; it has {', '.join(tensors)}.")

@@ -52,6 +52,40 @@ def find(name: str) -> tuple[Path, Path | None]:
     raise UserError(f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME).")
 
 
+def home(model: "LanguageModel") -> Path:
+    """Return the folder that a model's measures belong to: its run, else its own."""
+    return model.run_dir or model.folder
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model and its text tokenizer, with image codes or without."""
+
+    folder: Path
+    run_dir: Path | None
+    """Its run, for a run folder or one of its checkpoints; None for any other folder."""
+    model: OpenLMForCausalLM
+    text_tokenizer: TextTokenizer
+    layout: VocabLayout
+    """Of a language model alone: all of its rows are text, codebook_size is 0."""
+
+
+def open_language_model(name: str, *, device: torch.device | str = "cpu") -> LanguageModel:
+    """Load a CKPT for measuring text; it may be a language model that has not met pictures.
+
+    Raises:
+        UserError: it is no CKPT, or has no tokenizer.
+    """
+    folder, run_dir = find(name)
+    text_tokenizer = TextTokenizer.load(folder)
+    model = OpenLMForCausalLM.from_pretrained(folder).eval().to(device)
+    if model.config.vocab_layout is not None:
+        layout = VocabLayout(**model.config.vocab_layout)
+    else:
+        layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
+    return LanguageModel(folder, run_dir, model, text_tokenizer, layout)
+
+
 def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a CKPT for sampling and measuring, without DeepSpeed and without pickles.
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import yaml
 
-from t2i.config import RunConfig
+from t2i.config import AlignRun, RunConfig
 from t2i.errors import UserError
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
@@ -23,6 +23,9 @@ RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
     "metrics.jsonl",
     ".lock",
 )
+SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
+"""Folder of the grids drawn in training, and the captions of each of them, a line each."""
+
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
 FREE_TO_CHANGE = (
     "train.max_steps",
@@ -32,7 +35,9 @@ FREE_TO_CHANGE = (
     "train.sample_every",
     "train.eval_every",
     "train.eval_pictures",
+    "train.eval_text",
     "data.num_workers",
+    "data.cache_limit",
     "model.gradient_checkpointing",
 )
 """Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""
@@ -43,7 +48,7 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: RunConfig, *, ds_config: dict[str, Any]) -> IO[str]:
+def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
 
     Raises:

@@ -1,7 +1,6 @@
 """Curves as SVG text, from rows of metrics.jsonl."""
 
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -9,17 +8,10 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from t2i.study.statistics import ema
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-
-
-def smooth(values: Sequence[float], *, decay: float = 0.95) -> list[float]:
-    """Average exponentially, corrected for the start (paper, Figure 6: 0.95)."""
-    averages, average = [], 0.0
-    for count, value in enumerate(values, start=1):
-        average = decay * average + (1 - decay) * value
-        averages.append(average / (1 - decay**count))
-    return averages
 
 
 def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, float]) -> str:
@@ -30,7 +22,7 @@ def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, floa
     if train:
         steps, values = zip(*train, strict=True)
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(values), color=COLOURS[0], label="training (average, 0.95)")
+        axes.plot(steps, ema(values), color=COLOURS[0], label="training (average, 0.95)")
     for colour, split in zip(COLOURS[1:], ("heldout", "combinations"), strict=False):
         points = [
             (row["step"], row[key]) for row in rows if row.get("split") == split and row.get(key) is not None
@@ -41,7 +33,7 @@ def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, floa
         axes.axhline(floor, color="0.5", linewidth=0.8, linestyle=style, label=f"{name}: {floor:.2f}")
     axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats a token")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     return to_svg(figure)
 
 

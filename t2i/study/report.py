@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from t2i.errors import UserError
 from t2i.measure.coco import heldout_halves
-from t2i.runs.folder import ENVIRONMENT, RESOLVED, STATUS, read_metrics
+from t2i.runs.folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_metrics
 from t2i.study.figures import loss_curves
 from t2i.tokens.image import centre_crop_resize
 
@@ -52,6 +53,9 @@ def write_report(run_dir: Path) -> Path:
             for kind in ("image", "text")
         },
         pictures=_pictures(run_dir, manifest) if scores else [],
+        samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
+        sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
+        commands=_commands(run_dir),
     )
     path = run_dir / "report.html"
     path.write_text(page)
@@ -73,6 +77,26 @@ def _pictures(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
         }
         for pair, path in shown
     ]
+
+
+def _spread(folder: Path) -> list[Path]:
+    """Choose the first, the last and up to two grids of samples between them."""
+    paths = sorted(folder.glob("step_*.png"))
+    places = {round(share * (len(paths) - 1)) for share in (0, 1 / 3, 2 / 3, 1)} if paths else set()
+    return [paths[place] for place in sorted(places)]
+
+
+def _commands(run_dir: Path) -> list[str]:
+    """Write out what made the run's files, to be copied and run again."""
+    words = [word for word in _json(run_dir / ENVIRONMENT)["command"] if not word.startswith("--local_rank")]
+    commands = [shlex.join(["deepspeed", *words])]
+    if (run_dir / "eval" / "scores.json").is_file():
+        commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
+    return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 def _data_url(image: Image.Image) -> str:

@@ -22,12 +22,13 @@ def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
 
     Source: paper sec. 2.1 (centre crop); filter of MoVQGAN's own preprocessing.
     """
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
     if image.size == (size, size):
         return image
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=1)
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    # Cropped first, or the filter would see pixels outside the square; half pixels round as Pillow does.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1)
 
 
 def shifted(image: Image.Image, *, right: int, down: int) -> Image.Image:
@@ -55,29 +56,42 @@ def pictures_of(pixels: Tensor) -> Tensor:
 
 
 class ImageTokenizer:
-    """A frozen VQModel: pixels (B, 3, H, W) <-> codes (B, K), row by row over the code grid."""
+    """A frozen VQModel: pixels (B, 3, H, W) <-> codes (B, K), row by row over the code grid.
 
-    def __init__(self, model: VQModel, *, folder: Path, device: torch.device | str = "cpu") -> None:
+    Weights, and the search for the nearest code, stay in fp32; dtype is that of the products before and after.
+    """
+
+    def __init__(
+        self,
+        model: VQModel,
+        *,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model.eval().requires_grad_(False).to(device)
         self.folder = folder
+        self.dtype = dtype
         self.downscale = 2 ** (len(model.config.block_out_channels) - 1)
         self.codebook_size: int = model.config.num_vq_embeddings
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageTokenizer":
+    def load(
+        cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "ImageTokenizer":
         """Open a diffusers VQModel folder.
 
+        Args:
+            dtype: of the convolutions; torch.bfloat16 is faster on GPUs and changes some codes (code_agreement).
+
         Raises:
-            UserError: the folder is not one, or its decoder cannot be fed codes.
+            UserError: the folder is not one.
         """
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
-        model = VQModel.from_pretrained(folder)
-        if not model.config.lookup_from_codebook:
-            raise UserError(
-                f"{folder}/config.json has lookup_from_codebook false; decoding codes needs true."
-            )
-        return cls(model, folder=folder, device=device)
+        # The switch lets the decoder take codes; folders older than it lack it, and weights do not depend on it.
+        model = VQModel.from_pretrained(folder, lookup_from_codebook=True)
+        return cls(model, folder=folder, device=device, dtype=dtype)
 
     def num_codes(self, image_size: int) -> int:
         """Count the codes of one picture of image_size x image_size pixels."""
@@ -90,8 +104,9 @@ class ImageTokenizer:
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """Map pixels (B, 3, H, W) in [-1, 1] to codes (B, K), int64."""
-        latents = self.model.encode(pixels.to(self.model.device, self.model.dtype)).latents  # (B, C, h, w)
-        codes = self.model.quantize(latents)[2][2]
+        with self._precision():
+            latents = self.model.encode(pixels.to(self.model.device)).latents  # (B, C, h, w)
+        codes = self.model.quantize(latents.float())[2][2]
         return codes.reshape(len(pixels), -1)
 
     @torch.inference_mode()
@@ -110,7 +125,14 @@ class ImageTokenizer:
             raise ValueError(f"codes {found} found; the codebook has 0 to {self.codebook_size - 1}.")
         shape = (batch, side, side, self.model.config.vq_embed_dim)
         flat = codes.flatten().to(self.model.device)
-        return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()
+        with self._precision():
+            return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()
+
+    def _precision(self) -> torch.autocast:
+        is_lower = self.dtype != torch.float32
+        return torch.autocast(
+            self.model.device.type, dtype=self.dtype if is_lower else None, enabled=is_lower
+        )
 
     def fingerprint(self) -> str:
         """Hash the weights and the configuration that decides codes (hex SHA-256)."""
@@ -119,3 +141,8 @@ class ImageTokenizer:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def code_agreement(tokenizer: ImageTokenizer, reference: ImageTokenizer, pixels: Tensor) -> float:
+    """Measure the share of codes of pixels (B, 3, H, W) that both tokenizers choose."""
+    return (tokenizer.encode(pixels) == reference.encode(pixels)).float().mean().item()

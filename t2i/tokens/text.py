@@ -4,15 +4,25 @@ import ast
 import hashlib
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2i.errors import UserError
+
+NEOX = "EleutherAI/gpt-neox-20b"
+"""The tokenizer of every released open_lm model, by its name on the hub: 50,277 ids."""
+
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
+"""Ids 0 and 1 of GPT-NeoX-20B's tokenizer and of those trained here."""
+
+SIDE = "left"
+"""Where transformers pads a batch of prompts: a causal model goes on from the last position."""
 
 
 class TextTokenizer:
@@ -23,21 +33,41 @@ class TextTokenizer:
         self.name = name
 
     @classmethod
-    def load(cls, folder: Path) -> "TextTokenizer":
-        """Open a folder that holds tokenizer.json.
+    def load(cls, name: Path | str) -> "TextTokenizer":
+        """Open a folder that holds tokenizer.json, or a tokenizer of the hub.
 
         Raises:
-            UserError: there is none.
+            UserError: the folder has none, or the hub does not give it.
         """
+        folder = Path(name)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{folder} is no text tokenizer: it has no tokenizer.json.")
-        return cls(PreTrainedTokenizerFast(tokenizer_file=str(file)), name=str(folder))
+            tokenizer = _from_hub(str(name))
+        elif (folder / "tokenizer_config.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side=SIDE)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side=SIDE)
+        return cls(_with_ends(tokenizer), name=str(name))
 
     @property
     def num_tokens(self) -> int:
         """One more than the largest id that a text can produce."""
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def end_id(self) -> int:
+        """The id that ends a document.
+
+        Raises:
+            UserError: the vocabulary has no `<|endoftext|>` and the tokenizer names no end token.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        end = self.tokenizer.eos_token or "<|endoftext|>"
+        if end not in vocabulary:
+            raise UserError(
+                f"{self.name} has no end token: neither eos_token nor {end} is in its vocabulary."
+            )
+        return int(vocabulary[end])
 
     def encode(self, text: str) -> Tensor:
         """Map one caption to ids (T,), int64, without special tokens, even where it spells one."""
@@ -55,6 +85,26 @@ class TextTokenizer:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+def _from_hub(name: str) -> PreTrainedTokenizerFast:
+    if Path(name).exists() or name.startswith((".", "/")) or name.count("/") > 1:
+        raise UserError(f"{name} is no text tokenizer: it has no tokenizer.json.")
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side=SIDE)
+    except OSError as error:
+        raise UserError(
+            f"{name} is no folder with tokenizer.json, and the hub does not give it"
+            f" ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Name the end of a text, and padding, where tokenizer.json alone cannot say which tokens they are."""
+    if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.bos_token = tokenizer.eos_token = tokenizer.unk_token = END_OF_TEXT
+        tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TEXT
+    return tokenizer
+
+
 def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     """Train a byte-level BPE of the structure of GPT-NeoX-20B's: NFC, `<|endoftext|>` and `<|padding|>` first."""
     bpe = Tokenizer(models.BPE())
@@ -63,21 +113,29 @@ def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokeni
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
+        special_tokens=[END_OF_TEXT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe), name="trained here")
+    return TextTokenizer(
+        _with_ends(PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side=SIDE)), name="trained here"
+    )
 
 
 def standard_library_texts() -> list[str]:
     """Gather English from this Python's standard library: the documentation strings of its top-level modules."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(folder.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-        texts += [text for text in found if text]
-    return texts
+    return [text for path in sorted(folder.glob("*.py")) for text in documentation_strings(path)]
+
+
+def documentation_strings(path: Path) -> list[str]:
+    """Read the documentation strings of one Python file; a file that this Python cannot parse has none."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in found if text]

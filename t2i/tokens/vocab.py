@@ -23,7 +23,7 @@ class VocabLayout:
     num_text_tokens: int
     """Ids that the text tokenizer can produce; rows from here to num_text_rows are never sampled."""
     codebook_size: int
-    """Image codes."""
+    """Image codes; 0 for a language model alone."""
     multiple: int = 8
     """The whole vocabulary is padded to a multiple of this."""
 
@@ -33,9 +33,9 @@ class VocabLayout:
                 f"the text tokenizer has {self.num_text_tokens} ids;"
                 f" the language model has {self.num_text_rows} rows."
             )
-        if self.codebook_size < 1 or self.multiple < 1:
+        if self.codebook_size < 0 or self.multiple < 1:
             raise UserError(
-                f"codebook_size {self.codebook_size} and multiple {self.multiple} must be positive."
+                f"codebook_size is {self.codebook_size}, multiple {self.multiple}; wanted are 0 and 1, or more."
             )
 
     def special_id(self, token: str) -> int:
@@ -95,6 +95,11 @@ class VocabLayout:
         """Mark the image codes: (V,) bool."""
         ids = torch.arange(self.vocab_size)
         return (ids >= self.first_image_id) & (ids < self.first_image_id + self.codebook_size)
+
+    def unused_ids(self) -> list[int]:
+        """List the rows that no token and no code uses: those after the text tokens, and after the codes."""
+        after_text = range(self.num_text_tokens, self.num_text_rows)
+        return [*after_text, *range(self.first_image_id + self.codebook_size, self.vocab_size)]
 
     def to_dict(self) -> dict[str, int]:
         """Return the four numbers that config.json and the manifest keep."""

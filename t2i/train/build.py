@@ -1,58 +1,95 @@
 """The model that learns: made at random or loaded, its vocabulary grown by the image codes."""
 
-from pathlib import Path
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from t2i.config import ModelConfig, RunConfig
+from t2i.data.text_shards import is_text
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.learn import set_learned
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.resize import grow_vocabulary, split_rows
+from t2i.model.resize import grow_vocabulary, never_generate, split_rows
+from t2i.model.scramble import scramble
+from t2i.runs.ckpt import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+
+@dataclass(frozen=True)
+class Start:
+    """A language model before its vocabulary grows, and what its rows mean."""
+
+    model: OpenLMForCausalLM
+    layout: VocabLayout
+    """That of the rows which are kept."""
+    num_kept: int
+    """Rows that stay as they are."""
 
 
 def build_model(
     config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer
 ) -> tuple[OpenLMForCausalLM, VocabLayout]:
-    """Make the language model of config.model and grow it for the codes that `manifest` tells of.
+    """Make the language model of config.model, grow it for the codes of `manifest`, freeze what does not learn.
+
+    Shards of text alone need no codes: the model keeps the rows that it has.
 
     Raises:
-        UserError: model.init is no open_lm folder, or the tokenizer has more ids than it has rows.
+        UserError: model.init is no CKPT, its tokenizer has more ids than it has rows, or settings contradict.
     """
     torch.manual_seed(config.train.seed)
-    model = _language_model(config.model, text_tokenizer, config.data.seq_len)
-    if model.config.vocab_layout is not None:
-        raise UserError(
-            f"model.init is {config.model.init}, which has image codes already; wanted is a language model."
-        )
-    layout = VocabLayout(
-        num_text_rows=model.config.vocab_size,
-        num_text_tokens=text_tokenizer.num_tokens,
-        codebook_size=manifest["codebook_size"],
-    )
-    grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
-    model.config.vocab_layout = layout.to_dict()
-    model.config.codes_per_image = manifest["codes_per_image"]
+    start = starting_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
+    model, layout = start.model, start.layout
+    if start.num_kept < layout.vocab_size and not is_text(manifest):
+        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
+        never_generate(model, [layout.pad_id, *layout.unused_ids()])
+        model.config.vocab_layout = layout.to_dict()
+        model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
     if config.train.new_rows_lr is not None:
-        split_rows(model, num_old=layout.num_text_rows)
+        if len(model.get_input_embeddings().weight) == start.num_kept:
+            raise UserError("train.new_rows_lr is set, but no row is new.")
+        split_rows(model, num_old=start.num_kept)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    set_learned(model, recipe=config.model.learn)
     return model, layout
 
 
-def _language_model(config: ModelConfig, text_tokenizer: TextTokenizer, seq_len: int) -> OpenLMForCausalLM:
-    if config.init != "random":
-        if not (Path(config.init) / "config.json").is_file():
-            raise UserError(
-                f"model.init is {config.init}; wanted is `random` or a model folder with config.json."
-            )
-        return OpenLMForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer) -> Start:
+    """Make or load the language model, scrambled if asked, with the rows that can be kept.
+
+    All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
+    """
+    if config.model.init == "random":
+        if config.model.scramble != "none":
+            raise UserError(f"model.scramble is {config.model.scramble}, but model.init is random.")
+        model = _random_model(config, text_tokenizer)
+    else:
+        model = _loaded_model(config.model.init)
+    codebook_size = manifest.get("codebook_size", 0)
+    rows, num_kept = model.config.vocab_size, model.config.vocab_size
+    if model.config.vocab_layout is None:
+        layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
+    else:
+        layout = VocabLayout(**model.config.vocab_layout)
+        if not is_text(manifest) and not _knows_codes(config.model.init, manifest):
+            layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
+            num_kept = layout.first_image_id
+            model.resize_token_embeddings(num_kept)
+    if config.model.scramble != "none":
+        scramble(model, kind=config.model.scramble, seed=config.train.seed)
+    return Start(model=model, layout=layout, num_kept=num_kept)
+
+
+def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
     return OpenLMForCausalLM(
-        random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
+        random_model_config(
+            config.model, num_text_tokens=text_tokenizer.num_tokens, seq_len=config.data.seq_len
+        )
     )
 
 
@@ -67,3 +104,18 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
         qk_norm=config.qk_norm,
         max_position_embeddings=seq_len,
     )
+
+
+def _loaded_model(name: str) -> OpenLMForCausalLM:
+    folder, _ = find(name)
+    return OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:
+    """Tell whether a CKPT was trained on codes of the image tokenizer that made these shards."""
+    folder, run_dir = find(name)
+    file = (run_dir or folder) / DATA_MANIFEST
+    if not file.is_file():
+        return False
+    trained_on = json.loads(file.read_text()).get("image_tokenizer", {})
+    return bool(trained_on.get("fingerprint") == manifest["image_tokenizer"]["fingerprint"])

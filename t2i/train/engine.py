@@ -117,7 +117,7 @@ def make_engine(
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
     """Group parameters: matrices decay, norms and biases do not, new rows may have a rate of their own.
 
-    `lr_scale` is what the schedule's learning rate is multiplied by.
+    `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     new_rows = [value for name, value in learned.items() if name.endswith(".new")]
@@ -129,4 +129,10 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str
     if config.new_rows_lr is not None:
         scale = config.new_rows_lr / config.lr
         groups.append({"params": new_rows, "weight_decay": config.weight_decay, "lr_scale": scale})
-    return groups
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_state_bytes(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Count the bytes of Adam's moments on this rank."""
+    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in moments if isinstance(value, Tensor))

@@ -21,6 +21,7 @@ from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards import MANIFEST
 from t2i.errors import CheckpointError, NumericalError, Stopped
+from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
@@ -28,8 +29,8 @@ from t2i.runs.folder import rewind_metrics, write_status
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
-from t2i.train.engine import KINDS
-from t2i.train.metrics import MetricsWriter
+from t2i.train.engine import KINDS, optimizer_state_bytes
+from t2i.train.metrics import MetricsWriter, peak_memory_bytes
 from t2i.train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Periodic:
     """Steps between calls; 0 for never."""
     work: Callable[[int], list[dict[str, Any]]]
     """Takes the step, returns rows for metrics.jsonl."""
+    at_start: bool = False
+    """Also before the first step."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Trainer:
         engine: deepspeed.DeepSpeedEngine,
         loader: StepLoader,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: ImageTokenizer,
+        image_tokenizer: ImageTokenizer | None,
         periodic: list[Periodic],
     ) -> None:
         self.config = config
@@ -105,6 +108,9 @@ class Trainer:
         bar = tqdm(initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first)
         batches = iter(self.loader)
         skipped_in_a_row = 0
+        for periodic in self.periodic:
+            if periodic.every and periodic.at_start and progress.step == 0:
+                self.log(periodic.work(0))
         with stop_flag() as flag:
             while progress.step < config.max_steps:
                 row, should_stop = self.step(batches, should_stop=flag.is_set)
@@ -170,7 +176,9 @@ class Trainer:
             "skipped": was_skipped,
             "tokens_per_second": total / seconds,
             "seconds": self.progress.seconds,
+            "step_seconds": seconds,
             "data_seconds": data_seconds,
+            "memory_bytes": peak_memory_bytes(self.engine.device),
         }
         return row, sums[7].item() > 0
 
@@ -222,8 +230,11 @@ class Trainer:
             model = self.engine.module.model
             model.save_pretrained(staging, state_dict=merged_state_dict(model))
             self.text_tokenizer.tokenizer.save_pretrained(staging)
+            num_learned, num_all = num_parameters(model)
             facts = {
                 "progress": vars(self.progress),
+                "parameters": {"learned": num_learned, "all": num_all},
+                "optimizer_state_bytes": optimizer_state_bytes(self.engine),
                 "loader": self.loader.state_dict(),
                 "world_size": dist.get_world_size(),
             }
@@ -240,8 +251,9 @@ class Trainer:
         run_dir = self.config.run_dir
         chosen = [checkpoints.choose(run_dir) if self.is_first else None]
         dist.broadcast_object_list(chosen)
-        if self.is_first and not (run_dir / IMAGE_TOKENIZER).exists():
-            shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER)
+        if self.is_first and not (run_dir / DATA_MANIFEST).exists():
+            if self.image_tokenizer is not None:
+                shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
             shutil.copyfile(self.config.data.shards / MANIFEST, run_dir / DATA_MANIFEST)
         folder: Path | None = chosen[0]
         if folder is None:

@@ -1,8 +1,10 @@
 """Where a run's numbers go: metrics.jsonl is the record, TensorBoard a view of it."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from t2i.runs.folder import append_metrics
@@ -26,3 +28,10 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush TensorBoard's events."""
         self.events.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Tell the most memory that this process has held: on its GPU, or in all where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

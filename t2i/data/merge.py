@@ -1,0 +1,94 @@
+"""Whole units to one data set, in the order of the units: repeated keys out, one index a split."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming.base.format import reader_from_json
+from streaming.base.util import merge_index
+
+from t2i.data.units import (
+    REPEATED,
+    Encoder,
+    facts_file,
+    key_hash,
+    keys_file,
+    unit_name,
+    write_rows,
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What all units hold together."""
+
+    counts: Counter[str]
+    left_out: Counter[str]
+    broken: list[dict[str, str]]
+    replaced: list[Path]
+    """Unit folders that another one without repeated keys stands for."""
+
+
+def merge_units(part: Path, num_units: int, *, encoder: Encoder) -> Merged:
+    """Write each split's index over its units; of a key in several units the first is kept."""
+    merged = Merged(Counter(), Counter(), [], [])
+    repeated = repeated_keys([np.load(keys_file(part, index)) for index in range(num_units)])
+    names: dict[str, list[str]] = {}
+    for index in range(num_units):
+        facts = json.loads(facts_file(part, index).read_text())
+        merged.left_out.update(facts["left_out"])
+        merged.broken.extend(facts["broken"])
+        for split, count in facts["counts"].items():
+            name = unit_name(index)
+            if index in repeated:
+                merged.replaced.append(part / split / name)
+                name, num_left_out, count = _without(part, split, name, repeated[index], encoder)
+                merged.left_out[REPEATED] += num_left_out
+            if count:
+                names.setdefault(split, []).append(name)
+                merged.counts[split] += count
+    for split in names:
+        (part / split / "index.json").unlink(missing_ok=True)
+        merge_index([str(part / split / name / "index.json") for name in names[split]], str(part / split))
+    return merged
+
+
+def repeated_keys(hashes: list[np.ndarray]) -> dict[int, set[int]]:
+    """Find the keys, by hash, that an earlier unit has: by unit."""
+    together = np.concatenate(hashes)
+    units = np.repeat(np.arange(len(hashes)), [len(one) for one in hashes])
+    order = np.argsort(together, kind="stable")
+    later = order[1:][together[order[1:]] == together[order[:-1]]]
+    found: dict[int, set[int]] = {}
+    for place in later:
+        found.setdefault(int(units[place]), set()).add(int(together[place]))
+    return found
+
+
+def read_unit(part: Path, split: str, name: str) -> Iterator[dict[str, Any]]:
+    """Read the samples of one unit's shard."""
+    for shard in json.loads((part / split / name / "index.json").read_text())["shards"]:
+        reader = reader_from_json(str(part / split), name, shard)
+        for place in range(reader.samples):
+            yield reader[place]
+
+
+def _without(part: Path, split: str, name: str, repeated: set[int], encoder: Encoder) -> tuple[str, int, int]:
+    """Write a unit's shard again without repeated keys; return its name, the pictures left out, the rows kept."""
+    kept: list[dict[str, Any]] = []
+    num_left_out, is_kept = 0, True
+    views = encoder.config.views if split == "train" else 1
+    for place, row in enumerate(read_unit(part, split, name)):
+        if place % views == 0:  # a picture; its views follow and share its fate
+            is_kept = key_hash(row["key"]) not in repeated
+            num_left_out += not is_kept
+        if is_kept:
+            kept.append(row)
+    name = f"{name}_once"
+    if kept:
+        write_rows(part, split, name, rows=kept, encoder=encoder)
+    return name, num_left_out, len(kept)

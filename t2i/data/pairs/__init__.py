@@ -1,0 +1,163 @@
+"""(picture, caption) pairs out of what people have; open_source is the one face of all of them.
+
+Each file here knows one kind of source and lists its entries; `pair.py` sifts entries into pairs.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from t2i.config import SourceConfig
+from t2i.data import openmoji
+from t2i.data.pairs.coco import caption_files, has_both, read_coco
+from t2i.data.pairs.folders import find_metadata, read_image_folder, read_text_folder
+from t2i.data.pairs.hub import units_of_dataset
+from t2i.data.pairs.pair import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    Entry,
+    LeftOut,
+    Pair,
+    Read,
+    Source,
+    Unit,
+    read_picture,
+    sift,
+)
+from t2i.data.pairs.pattern import expand
+from t2i.data.pairs.tables import units_of_tables
+from t2i.data.pairs.tars import units_of_tars
+from t2i.errors import DataError, UserError
+
+__all__ = [
+    "SPLITS",
+    "UNREADABLE",
+    "LeftOut",
+    "Pair",
+    "Source",
+    "Unit",
+    "open_source",
+    "read_picture",
+    "reopen_source",
+]
+
+SPLITS = ("train", "heldout", "combinations")
+AS_IT_IS = SourceConfig()
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+Sift = Callable[..., Iterator[Pair]]
+"""`sift` with its rules filled in; takes a reader."""
+
+
+def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig = AS_IT_IS) -> Source:
+    """Open a source without reading its pictures.
+
+    Args:
+        name: `openmoji`, a folder, tars or parquet files by path, brace and glob, `coco:DIR`, or a Hugging Face data
+            set (USER/NAME, or hf: before any name or folder).
+        heldout_share: share of the pictures, by hash of the key, that training never sees.
+        config: what is read of a row, and what is left out.
+
+    Raises:
+        DataError: nothing is there, or nothing usable.
+        UserError: the settings contradict.
+    """
+    if config.min_score is not None and not config.score_key:
+        raise UserError(f"min_score is {config.min_score}, but score_key names no column or json key.")
+    sieve = partial(sift, heldout_share=heldout_share, config=config)
+    if name == "openmoji":
+        source = _openmoji(sieve)
+    else:
+        rule = f"sha256 of the key below {heldout_share} of its range is heldout"
+        source = replace(_open(name, sieve, config), heldout_share=heldout_share)
+        source = replace(source, split_rule=source.split_rule or rule)
+    return replace(source, name=name, config=config)
+
+
+def reopen_source(manifest: dict[str, Any]) -> Source:
+    """Open the source that a manifest tells of, read and filtered as it was then."""
+    config = SourceConfig(**manifest.get("reading", {}))
+    return open_source(manifest["source"], heldout_share=manifest["heldout_share"], config=config)
+
+
+def _open(name: str, sieve: Sift, config: SourceConfig) -> Source:
+    kind, _, rest = name.partition(":")
+    if kind == "coco":
+        return _coco(Path(rest), sieve)
+    if kind == "hf" or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
+        reads = units_of_dataset(rest if kind == "hf" else name, config=config)
+        return Source(units=partial(_sifted, reads, sieve))
+    if not Path(name).is_dir():
+        return _files(expand(name), sieve, config)
+    folder = Path(name)
+    metadata = find_metadata(folder)
+    if metadata:
+        return _listed(partial(read_image_folder, metadata=metadata, caption_key=config.caption_key), sieve)
+    files = sorted(folder.glob("*.tar")) or sorted(folder.glob("*.parquet"))
+    return _files(files, sieve, config) if files else _listed(partial(read_text_folder, folder=folder), sieve)
+
+
+def _openmoji(sieve: Sift) -> Source:
+    captions, left_out = openmoji.captioned_keys()
+
+    def entries(left_out: Counter[str]) -> Iterator[Entry]:
+        for key, caption in captions.items():
+            yield Entry(key, caption, partial(openmoji.render, key), split=openmoji.split_of(key))
+
+    source = _listed(entries, sieve)
+    return replace(
+        source,
+        split_rule=openmoji.SPLIT_RULE,
+        licence=openmoji.LICENCE,
+        left_out=source.left_out + left_out,
+    )
+
+
+def _coco(folder: Path, sieve: Sift) -> Source:
+    source = _listed(partial(read_coco, folder=folder), sieve)
+    if has_both(caption_files(folder)):
+        return replace(source, split_rule="pictures of captions_val*.json are heldout, all others train")
+    return source
+
+
+def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
+    suffixes = {path.suffix for path in paths}
+    if suffixes == {".tar"}:
+        left_out: Counter[str] = Counter()
+        reads = units_of_tars(paths, left_out, config=config)
+        return Source(units=partial(_sifted, reads, sieve), left_out=left_out)
+    if suffixes == {".parquet"}:
+        return Source(
+            units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve)
+        )
+    found = ", ".join(sorted(suffix or "no ending" for suffix in suffixes))
+    raise DataError(f"--source names files with {found}; wanted are all .tar, or all .parquet.")
+
+
+def _listed(read: Read, sieve: Sift) -> Source:
+    """Make a source whose pairs are all listed now, as the files of a folder are."""
+    left_out: Counter[str] = Counter()
+    pairs = list(sieve(left_out, read=read))
+    if not pairs:
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.items())
+        usual = f"no captioned picture ({', '.join(IMAGE_SUFFIXES)} beside .txt, metadata, .tar or .parquet)"
+        raise DataError(f"--source names a folder of which nothing is left: {reasons or usual}.")
+    return Source(units=partial(_runs, pairs), left_out=left_out)
+
+
+def _sifted(reads: Sequence[Read], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
+    """Make units whose entries are listed when they are read; their size is that of what they read."""
+    return [partial(sieve, read=read) for read in reads]
+
+
+def _runs(pairs: Sequence[Pair], num_pairs: int) -> list[Unit]:
+    """Cut listed pairs into units of equal size."""
+    return [partial(_run, pairs, start, start + num_pairs) for start in range(0, len(pairs), num_pairs)]
+
+
+def _run(pairs: Sequence[Pair], start: int, end: int, left_out: Counter[str]) -> Sequence[Pair]:
+    return pairs[start:end]

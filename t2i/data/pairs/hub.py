@@ -1,0 +1,80 @@
+"""A Hugging Face data set, streamed: nothing is downloaded but what is read.
+
+A unit is one of the data set's own shards (a parquet file or a tar, mostly). There is no going back to one picture of
+a stream, so a pair holds its picture's bytes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from t2i.config import SourceConfig
+from t2i.data.pairs.folders import CAPTION_COLUMNS
+from t2i.data.pairs.pair import Entry, Read, read_picture
+from t2i.data.pairs.tables import IMAGE_COLUMNS, choose_column, picture_bytes
+from t2i.errors import DataError
+
+KEY_COLUMNS = ("key", "__key__")
+
+
+def units_of_dataset(name: str, *, config: SourceConfig) -> list[Read]:
+    """Open a data set by its name or folder, and make a unit of each of its shards.
+
+    Raises:
+        DataError: it cannot be opened, or lacks a column.
+    """
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config.hub_subset or None, split=config.hub_split, streaming=True)
+        features = dict(rows.features or next(iter(rows)))
+    except (OSError, ValueError, StopIteration) as error:
+        raise DataError(f"the Hugging Face data set {name} cannot be opened: {error}") from error
+    names = list(features)
+    pictures = tuple(column for column in names if isinstance(features[column], ImageFeature))
+    where = f"the data set {name}"
+    columns = {
+        "image": choose_column(
+            names, asked=config.image_key, usual=pictures or IMAGE_COLUMNS, where=where, flag="--image-key"
+        ),
+        "caption": choose_column(
+            names,
+            asked=config.caption_key,
+            usual=(*CAPTION_COLUMNS, "txt"),
+            where=where,
+            flag="--caption-key",
+        ),
+    }
+    if columns["image"] in pictures:
+        rows = rows.cast_column(columns["image"], ImageFeature(decode=False))
+    shards = range(rows.num_shards)
+    return [partial(read_shard, rows=rows, index=index, columns=columns) for index in shards]
+
+
+def read_shard(left_out: Counter[str], *, rows: Any, index: int, columns: dict[str, str]) -> Iterator[Entry]:
+    """Read one shard's rows, with keys of the column `key` or `__key__`, else SHARD/ROW."""
+    shard = rows.shard(num_shards=rows.num_shards, index=index)
+    for place, row in enumerate(shard):
+        key = next((row[name] for name in KEY_COLUMNS if name in row), f"{index:06d}/{place:06d}")
+        cell = row.pop(columns["image"])
+        yield Entry(str(key), row[columns["caption"]], partial(open_cell, cell), facts=_flat(row))
+
+
+def open_cell(cell: Any) -> Image.Image:
+    """Read a picture out of a cell: bytes, or a path that the data set streams from."""
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+        from datasets.utils.file_utils import xopen
+
+        with xopen(cell["path"], "rb") as file:
+            return read_picture(file.read())
+    return read_picture(picture_bytes(cell))
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Lay a WebDataset row's json open, so that its keys are facts like columns."""
+    inner = row.get("json")
+    return {**inner, **row} if isinstance(inner, dict) else row

@@ -1,0 +1,123 @@
+"""Parquet files with picture bytes: a column of bytes, or Hugging Face's struct of bytes and path.
+
+A unit is a run of whole row groups of one file. Listing reads the small columns only; a picture is read with its row
+group, which is kept while its neighbours are opened.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from t2i.config import SourceConfig
+from t2i.data.pairs.folders import CAPTION_COLUMNS
+from t2i.data.pairs.pair import Entry, Read, read_picture
+from t2i.errors import DataError
+
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
+KEY_COLUMN = "key"
+
+
+def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) -> list[Read]:
+    """Cut each file into runs of row groups of at least `num_pairs` rows, from the files' footers alone.
+
+    Raises:
+        DataError: a file is no parquet, or lacks a column.
+    """
+    units: list[Read] = []
+    for path in paths:
+        groups: list[int] = []
+        num_rows = 0
+        footer = _footer(path)
+        columns = _columns(path, footer.schema.to_arrow_schema().names, config)
+        for group in range(footer.num_row_groups):
+            groups.append(group)
+            num_rows += footer.row_group(group).num_rows
+            if num_rows >= num_pairs or group == footer.num_row_groups - 1:
+                units.append(partial(read_rows, path=path, groups=tuple(groups), columns=columns))
+                groups, num_rows = [], 0
+    return units
+
+
+def read_rows(
+    left_out: Counter[str], *, path: Path, groups: tuple[int, ...], columns: dict[str, str]
+) -> Iterator[Entry]:
+    """List the rows of some row groups, with keys of the column `key`, else FILE/GROUP/ROW."""
+    import pyarrow.parquet as pq
+
+    small = [name for role, name in columns.items() if role != "image"]
+    file = pq.ParquetFile(path)
+    for group in groups:
+        rows = file.read_row_group(group, columns=small, use_threads=False).to_pylist()
+        for place, row in enumerate(rows):
+            key, at = row.get(KEY_COLUMN), f"{path.stem}/{group}/{place}"
+            picture = partial(read_cell, path, group, place, columns["image"])
+            yield Entry(at if key is None else str(key), row[columns["caption"]], picture, facts=row)
+
+
+def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
+    """Read one picture.
+
+    Raises:
+        ValueError: the cell holds no bytes.
+    """
+    return read_picture(picture_bytes(_pictures(path, group, column)[place].as_py()))
+
+
+def picture_bytes(cell: Any) -> bytes:
+    """Take the bytes out of a cell: themselves, or in a struct of bytes and path."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        raise ValueError(f"no picture bytes, but {type(data).__name__}")
+    return data
+
+
+def choose_column(names: list[str], *, asked: str, usual: tuple[str, ...], where: str, flag: str) -> str:
+    """Find the column that was asked for, else the first of the usual ones.
+
+    Raises:
+        DataError: there is none.
+    """
+    candidates = (asked,) if asked else usual
+    found = next((name for name in candidates if name in names), None)
+    if found is None:
+        wanted = ", ".join(candidates)
+        raise DataError(f"{where} has the columns {', '.join(names)}; wanted is one of {wanted} ({flag}).")
+    return found
+
+
+def _columns(path: Path, names: list[str], config: SourceConfig) -> dict[str, str]:
+    """Choose the columns to read, by role."""
+    chosen = {
+        "image": choose_column(
+            names, asked=config.image_key, usual=IMAGE_COLUMNS, where=str(path), flag="--image-key"
+        ),
+        "caption": choose_column(
+            names, asked=config.caption_key, usual=CAPTION_COLUMNS, where=str(path), flag="--caption-key"
+        ),
+    }
+    for role, name in (("key", KEY_COLUMN), ("pair", config.pair_key), ("score", config.score_key)):
+        if name in names:
+            chosen[role] = name
+    return chosen
+
+
+def _footer(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no parquet file: {error}.") from error
+
+
+@lru_cache(maxsize=2)
+def _pictures(path: Path, group: int, column: str) -> Any:
+    """Read one row group's pictures as an Arrow column."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)

@@ -1,0 +1,224 @@
+"""A source to a shard folder: units encoded by any number of ranks, merged by the first when all are whole.
+
+OUT.part/ is the only state that ranks share, and what a killed preparation goes on from; it becomes OUT when all is
+there. Unit i is rank i's, modulo the number of ranks, and depends on nothing but the source and the arguments: so do
+the shards.
+"""
+
+import json
+import logging
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from t2i.config import PrepareConfig, SourceConfig
+from t2i.data.decode import decoding
+from t2i.data.floors import code_floors
+from t2i.data.merge import Merged, merge_units
+from t2i.data.pairs import SPLITS, Source
+from t2i.data.ranks import signs_of_life, wait_for
+from t2i.data.roundtrip import write_round_trip
+from t2i.data.shards import (
+    BROKEN,
+    FORMAT_VERSION,
+    IMAGE_TOKENIZER,
+    MANIFEST,
+    TEXT_TOKENIZER,
+    read_manifest,
+    read_split,
+    side_files,
+)
+from t2i.data.units import Encoder, facts_file, write_json, write_unit
+from t2i.errors import DataError, UserError
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "arguments.json"
+WORKING = ("units", "ranks", "writing")
+"""Folders of OUT.part that OUT needs no more."""
+
+FLOOR_CODES = 2**24
+"""Codes of each split, of pictures evenly spread, that floors are counted on."""
+
+
+def prepare(
+    source: Source,
+    *,
+    out: Path,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    config: PrepareConfig,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Encode a source into shards at `out` and return the manifest; a finished or half-made `out` is gone on with.
+
+    With several ranks each is called alike and returns when the first one has merged all units.
+
+    Raises:
+        UserError: `out` was begun with other arguments.
+        DataError: no picture of the source could be read.
+        LostRankError: a rank shows no life and owes units.
+    """
+    arguments = _arguments(source, image_tokenizer, text_tokenizer, config)
+    part = out.with_name(out.name + ".part")
+    ranks = part / "ranks"
+    if not out.exists() and rank == 0:
+        _begin(part, arguments)
+    if rank > 0:
+        wait_for(lambda: [] if out.exists() or (part / ARGUMENTS).exists() else [0], folder=ranks)
+    if out.exists():
+        return _finished(out, arguments)
+    _same_arguments(part, json.loads((part / ARGUMENTS).read_text()), arguments)
+    units = source.units(config.unit_pairs)
+
+    def owing() -> set[int]:
+        return {index % world_size for index in range(len(units)) if not facts_file(part, index).exists()}
+
+    with _signs(ranks, rank, world_size), decoding(config) as pool:
+        encoder = Encoder(image_tokenizer, text_tokenizer, config, pool, shows_progress=rank == 0)
+        mine = range(rank, len(units), world_size)
+        for index in tqdm(mine, unit="unit", desc="encode", disable=rank > 0):
+            if not out.exists() and not facts_file(part, index).exists():
+                write_unit(part, index, unit=units[index], encoder=encoder)
+        if rank == 0:
+            wait_for(owing, folder=ranks)
+            merged = _finish(part, len(units), source, encoder, arguments)
+            part.rename(out)
+            _sweep(out, part, merged)
+        else:
+            wait_for(lambda: [] if out.exists() else [0], folder=ranks)
+    return read_manifest(out)
+
+
+def _arguments(
+    source: Source, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer, config: PrepareConfig
+) -> dict[str, Any]:
+    """Gather all that decides what is in the shards."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": source.name,
+        "heldout_share": source.heldout_share,
+        "reading": _changed(source.config),
+        "image_size": config.image_size,
+        "views": config.views,
+        "unit_pairs": config.unit_pairs,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "image_tokenizer": image_tokenizer.fingerprint(),
+        "text_tokenizer": text_tokenizer.fingerprint(),
+    }
+
+
+def _changed(config: SourceConfig) -> dict[str, Any]:
+    """List the settings that are not the defaults."""
+    defaults = asdict(SourceConfig())
+    return {key: value for key, value in asdict(config).items() if value != defaults[key]}
+
+
+def _begin(part: Path, arguments: dict[str, Any]) -> None:
+    (part / "units").mkdir(parents=True, exist_ok=True)
+    if not (part / ARGUMENTS).exists():
+        write_json(part / ARGUMENTS, arguments)
+
+
+def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(out)
+    _same_arguments(out, manifest["arguments"], arguments)
+    logger.info("%s is already prepared", out)
+    return manifest
+
+
+def _same_arguments(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    changed = [
+        f"{key}: {found.get(key)} there, {wanted[key]} asked"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was made with other arguments ({'; '.join(changed)}). Choose another --out."
+        )
+
+
+def _signs(folder: Path, rank: int, world_size: int) -> AbstractContextManager[None]:
+    return signs_of_life(folder, rank=rank) if world_size > 1 else nullcontext()
+
+
+def _finish(
+    part: Path, num_units: int, source: Source, encoder: Encoder, arguments: dict[str, Any]
+) -> Merged:
+    """Merge the units, keep the tokenizers and a round trip, count floors, write the manifest."""
+    image_tokenizer, text_tokenizer, config = encoder.image_tokenizer, encoder.text_tokenizer, encoder.config
+    merged = merge_units(part, num_units, encoder=encoder)
+    if not merged.counts["train"]:
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.left_out.items())
+        raise DataError(
+            f"no picture of {source.name} could be read for training: {len(merged.broken)} broken, {reasons or '0'}"
+            f" left out; see {part / 'units'}."
+        )
+    (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
+    _keep_tokenizers(part, image_tokenizer, text_tokenizer)
+    agreement = write_round_trip(part, source, image_tokenizer, config)
+    num_codes = image_tokenizer.num_codes(config.image_size)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "source": source.name,
+        "licence": source.licence,
+        "split_rule": source.split_rule,
+        "heldout_share": source.heldout_share,
+        "reading": arguments["reading"],
+        "counts": {split: merged.counts[split] for split in SPLITS if merged.counts[split]},
+        "broken": len(merged.broken),
+        "left_out": dict(sorted((source.left_out + merged.left_out).items())),
+        "image_size": config.image_size,
+        "codes_per_image": num_codes,
+        "codebook_size": image_tokenizer.codebook_size,
+        "codes_equal_float32": agreement,
+        "image_tokenizer": {
+            "name": str(image_tokenizer.folder),
+            "fingerprint": image_tokenizer.fingerprint(),
+        },
+        "text_tokenizer": {
+            "name": text_tokenizer.name,
+            "fingerprint": text_tokenizer.fingerprint(),
+            "num_tokens": text_tokenizer.num_tokens,
+        },
+        "floors_nats": code_floors(
+            {split: _codes(part, split, num_pictures=FLOOR_CODES // num_codes) for split in merged.counts},
+            codebook_size=image_tokenizer.codebook_size,
+        ),
+        "files": side_files(part),
+        "arguments": arguments,
+        "prepare": asdict(config),
+    }
+    write_json(part / MANIFEST, manifest)
+    return merged
+
+
+def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
+    return np.stack([sample["codes"] for sample in read_split(part, split, num_samples=num_pictures)])
+
+
+def _keep_tokenizers(part: Path, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
+    """Copy both tokenizers beside the shards, which may be moved to another machine then."""
+    (part / IMAGE_TOKENIZER).mkdir(exist_ok=True)
+    for path in image_tokenizer.folder.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, part / IMAGE_TOKENIZER / path.name)
+    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
+
+
+def _sweep(out: Path, part: Path, merged: Merged) -> None:
+    """Remove what only the preparation needed."""
+    (out / ARGUMENTS).unlink()
+    replaced = [out / path.relative_to(part) for path in merged.replaced]
+    for folder in (*(out / name for name in WORKING), *replaced):
+        shutil.rmtree(folder, ignore_errors=True)

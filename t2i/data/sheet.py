@@ -1,0 +1,101 @@
+"""Pictures beside their captions on one sheet: a source before anything is written, and shards as they are."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from t2i.config import PrepareConfig
+from t2i.data.pairs import Source
+from t2i.data.roundtrip import sample_pictures
+from t2i.data.shards import IMAGE_TOKENIZER, TEXT_TOKENIZER, read_split
+from t2i.errors import DataError
+from t2i.tokens.image import ImageTokenizer, pictures_of, to_pixels
+from t2i.tokens.text import TextTokenizer
+
+TEXT_WIDTH, TEXT_COLUMNS, MARGIN = 420, 56, 8
+"""Pixels and characters of a caption's lines; pixels between parts."""
+
+SHOWN_CODES = 12
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row of a sheet."""
+
+    pictures: list[Image.Image]
+    caption: str
+    facts: str
+    """Key, ids and codes, for the printed text."""
+
+
+def preview(
+    source: Source,
+    *,
+    num: int,
+    image_tokenizer: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    config: PrepareConfig,
+) -> list[Shown]:
+    """Show usable pictures as the model will see them: the crop, its codes decoded, the caption's ids.
+
+    Raises:
+        DataError: no picture of the source can be used.
+    """
+    sampled = sample_pictures(source, config=config, num=num)
+    if not sampled:
+        raise DataError(f"no picture of {source.name} can be read; see what filters leave.")
+    codes = image_tokenizer.encode(to_pixels([image for _, image in sampled])).cpu()
+    decoded = decode_codes(codes, image_tokenizer)
+    return [
+        Shown(
+            [image, back],
+            pair.caption,
+            _facts(pair.key, pair.split, text_tokenizer.encode(pair.caption).tolist(), row.tolist()),
+        )
+        for (pair, image), back, row in zip(sampled, decoded, codes, strict=True)
+    ]
+
+
+def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
+    """Decode samples of a shard folder, evenly spread, with the captions that their ids spell."""
+    image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER)
+    text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+    samples = list(read_split(folder, split, num_samples=num))
+    codes = torch.from_numpy(np.stack([sample["codes"] for sample in samples]).astype("int64"))  # (B, K)
+    shown = []
+    for sample, picture in zip(samples, decode_codes(codes, image_tokenizer), strict=True):
+        ids = sample["caption_ids"].astype("int64")
+        caption = text_tokenizer.decode(torch.from_numpy(ids))
+        facts = _facts(sample["key"], split, ids.tolist(), sample["codes"].tolist())
+        shown.append(Shown([picture], caption, facts))
+    return shown
+
+
+def decode_codes(codes: torch.Tensor, tokenizer: ImageTokenizer) -> list[Image.Image]:
+    """Turn codes (B, K) into pictures."""
+    return [Image.fromarray(picture) for picture in pictures_of(tokenizer.decode(codes)).cpu().numpy()]
+
+
+def draw_sheet(rows: list[Shown]) -> Image.Image:
+    """Draw rows below each other: pictures, then the caption."""
+    side = max(96, rows[0].pictures[0].height)
+    left = MARGIN + len(rows[0].pictures) * (side + MARGIN)
+    sheet = Image.new("RGB", (left + TEXT_WIDTH, MARGIN + len(rows) * (side + MARGIN)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, row in enumerate(rows):
+        top = MARGIN + number * (side + MARGIN)
+        for place, picture in enumerate(row.pictures):
+            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (MARGIN + place * (side + MARGIN), top))
+        lines = textwrap.wrap(row.caption, TEXT_COLUMNS)[: side // 18]
+        draw.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=4)
+    return sheet
+
+
+def _facts(key: str, split: str, ids: list[int], codes: list[int]) -> str:
+    some = " ".join(map(str, codes[:SHOWN_CODES]))
+    return f"{key} [{split}]\n  {len(ids)} ids: {' '.join(map(str, ids))}\n  {len(codes)} codes: {some} ..."

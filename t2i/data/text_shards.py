@@ -1,0 +1,202 @@
+"""Documents to shards for text-only training: ids joined by the tokenizer's end token, cut into whole sequences.
+
+The folder is one of t2i/data/shards.py without pictures: train/, heldout/ and a manifest that has no image keys. A
+sequence is text alone, with no marker, as language models are trained; so its model is a plain language model.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming import MDSWriter
+from tqdm import tqdm
+
+from t2i.config import DataConfig
+from t2i.data.documents import Documents
+from t2i.data.floors import code_floors
+from t2i.data.hashing import hash_uniform
+from t2i.data.shards import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, read_split, side_files
+from t2i.errors import DataError, UserError
+from t2i.tokens.text import TextTokenizer
+
+SPLITS = ("train", "heldout")
+FLOOR_SEQUENCES = 20_000
+"""Sequences of each split, from its start, that floors are counted on."""
+
+
+@dataclass
+class _Pack:
+    """Ids of one split that do not fill a sequence yet, and what was written."""
+
+    seq_len: int
+    ids: list[int] = field(default_factory=list)
+    num_documents: int = 0
+    num_sequences: int = 0
+
+    def add(self, ids: list[int]) -> Iterator[list[int]]:
+        """Take one document's ids, yield the sequences that are full."""
+        self.num_documents += 1
+        self.ids += ids
+        while len(self.ids) >= self.seq_len:
+            yield self.ids[: self.seq_len]
+            self.ids = self.ids[self.seq_len :]
+            self.num_sequences += 1
+
+
+def prepare_text(
+    documents: Documents, *, out: Path, text_tokenizer: TextTokenizer, seq_len: int, heldout_share: float
+) -> dict[str, Any]:
+    """Pack documents into shards at `out` and return the manifest; a killed preparation begins anew.
+
+    A document that was there before, letter by letter, is left out. Which split it goes to is a hash of its text.
+
+    Raises:
+        UserError: `out` was made with other arguments.
+        DataError: a split does not fill one sequence.
+    """
+    arguments = {
+        "source": documents.name,
+        "seq_len": seq_len,
+        "heldout_share": heldout_share,
+        "text_tokenizer": text_tokenizer.fingerprint(),
+    }
+    if out.exists():
+        manifest = read_manifest(out)
+        if manifest.get("arguments") != arguments:
+            found = manifest.get("arguments")
+            raise UserError(f"{out} was made with {found}; asked is {arguments}. Choose another --out.")
+        return manifest
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    packs, digest = _write(documents, part, text_tokenizer, seq_len=seq_len, heldout_share=heldout_share)
+    for split, pack in packs.items():
+        if not pack.num_sequences:
+            raise DataError(
+                f"{documents.name}: {pack.num_documents} {split} documents do not fill one sequence of {seq_len}."
+            )
+    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "source": documents.name,
+        "versions": documents.versions,
+        "gathered_sha256": digest,
+        "split_rule": f"sha256 of the document below {heldout_share} of its range is heldout",
+        "heldout_share": heldout_share,
+        "counts": {split: packs[split].num_sequences for split in SPLITS},
+        "documents": {split: packs[split].num_documents for split in SPLITS},
+        "sequence_tokens": seq_len,
+        "text_tokenizer": {
+            "name": text_tokenizer.name,
+            "fingerprint": text_tokenizer.fingerprint(),
+            "num_tokens": text_tokenizer.num_tokens,
+        },
+        "floors_nats": text_floors(part, num_tokens=text_tokenizer.num_tokens),
+        "files": side_files(part),
+        "arguments": arguments,
+    }
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    part.rename(out)
+    return manifest
+
+
+def is_text(manifest: dict[str, Any]) -> bool:
+    """Tell shards of documents from shards of pictures."""
+    return "sequence_tokens" in manifest
+
+
+def check_text_use(config: DataConfig, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    """Check that a run may read text shards.
+
+    Raises:
+        UserError: another mode or sequence length.
+        DataError: another text tokenizer made them.
+    """
+    if config.mode != "text-only":
+        raise UserError(f"{config.shards} holds text alone; data.mode is {config.mode}, wanted is text-only.")
+    if config.seq_len != manifest["sequence_tokens"]:
+        wanted = manifest["sequence_tokens"]
+        raise UserError(
+            f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {wanted} tokens."
+        )
+    check_text_tokenizer(config.shards, manifest=manifest, tokenizer=tokenizer)
+
+
+def check_text_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    """Check that a tokenizer is the one that packed text shards, whose ids cannot be made anew.
+
+    Raises:
+        DataError: it is another.
+    """
+    made_by = manifest["text_tokenizer"]
+    if made_by["fingerprint"] != tokenizer.fingerprint():
+        raise DataError(
+            f"{folder} was made with the text tokenizer {made_by['name']} ({made_by['fingerprint'][:12]}),"
+            f" not {tokenizer.name} ({tokenizer.fingerprint()[:12]}). Prepare it again with --text-tokenizer."
+        )
+
+
+def check_text_shards(folder: Path) -> dict[str, int]:
+    """Read every sequence; return the number of each split.
+
+    Raises:
+        DataError: a count, a length or an id that the manifest does not tell of.
+    """
+    manifest = read_manifest(folder)
+    counts = {}
+    for split, wanted in manifest["counts"].items():
+        sequences = [sample["caption_ids"] for sample in read_split(folder, split)]
+        counts[split] = len(sequences)
+        if counts[split] != wanted:
+            raise DataError(f"{folder / split} has {counts[split]} sequences; the manifest says {wanted}.")
+        if any(len(ids) != manifest["sequence_tokens"] for ids in sequences):
+            raise DataError(
+                f"{folder / split} has a sequence that is not {manifest['sequence_tokens']} long."
+            )
+        if max(int(ids.max()) for ids in sequences) >= manifest["text_tokenizer"]["num_tokens"]:
+            raise DataError(f"{folder / split} has ids that its tokenizer cannot make.")
+    return counts
+
+
+def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
+    """Score each split with a uniform, a unigram and a bigram model counted on train, in nats a token."""
+    ids = {}
+    for split in SPLITS:
+        samples = zip(range(FLOOR_SEQUENCES), read_split(folder, split), strict=False)
+        ids[split] = np.stack([sample["caption_ids"] for _, sample in samples]).astype(np.int64)
+    floors = code_floors(ids, codebook_size=num_tokens)
+    kept = ("uniform", "unigram", "bigram")
+    return {split: {name: values[name] for name in kept} for split, values in floors.items()}
+
+
+def _write(
+    documents: Documents, part: Path, tokenizer: TextTokenizer, *, seq_len: int, heldout_share: float
+) -> tuple[dict[str, _Pack], str]:
+    """Write both splits; return what was packed and the hash of all documents."""
+    kind = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
+    columns = {"key": "str", "caption_ids": f"ndarray:{kind}"}
+    packs = {split: _Pack(seq_len) for split in SPLITS}
+    seen: set[bytes] = set()
+    digest = hashlib.sha256()
+    with (
+        MDSWriter(out=str(part / "train"), columns=columns) as train,
+        MDSWriter(out=str(part / "heldout"), columns=columns) as heldout,
+    ):
+        writers = {"train": train, "heldout": heldout}
+        for text in tqdm(documents.texts, unit="document", desc="pack"):
+            key = hashlib.sha256(text.encode()).digest()[:16]
+            if key in seen:
+                continue
+            seen.add(key)
+            digest.update(key)
+            split = "heldout" if hash_uniform(text) < heldout_share else "train"
+            ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
+            for sequence in packs[split].add(ids):
+                name = f"{split}-{packs[split].num_sequences:08d}"
+                writers[split].write({"key": name, "caption_ids": np.array(sequence, dtype=kind)})
+    return packs, digest.hexdigest()

@@ -1,0 +1,173 @@
+"""One unit of a preparation: its pairs to codes, written aside and moved into place whole.
+
+What is in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys.npy (hashes of its keys) and, written
+last, units/000003.json, which says that the unit is whole.
+"""
+
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from PIL import Image
+from streaming import MDSWriter
+from tqdm import tqdm
+
+from t2i.config import PrepareConfig
+from t2i.data.decode import decode_all, view_key
+from t2i.data.pairs import Pair, Unit
+from t2i.tokens.image import ImageTokenizer, to_pixels
+from t2i.tokens.text import TextTokenizer
+
+HASH = "xxh64"
+"""The hash in the index of shards, checked when they are downloaded and by --check."""
+REPEATED = "a key that was there before"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What turns pairs into rows, the same on every rank."""
+
+    image_tokenizer: ImageTokenizer
+    text_tokenizer: TextTokenizer
+    config: PrepareConfig
+    pool: Executor | None
+    """Processes that read pictures; None to read them here."""
+    shows_progress: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture or view with its codes."""
+
+    key: str
+    split: str
+    caption: str
+    is_view: bool
+    """A shifted copy; it stands behind its picture."""
+    codes: np.ndarray
+
+
+def unit_name(index: int) -> str:
+    """Name a unit's folder in each split."""
+    return f"unit_{index:06d}"
+
+
+def facts_file(part: Path, index: int) -> Path:
+    """Name the file that says a unit is whole."""
+    return part / "units" / f"{index:06d}.json"
+
+
+def keys_file(part: Path, index: int) -> Path:
+    """Name the file of the hashes of a unit's keys."""
+    return part / "units" / f"{index:06d}.keys.npy"
+
+
+def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
+    """Encode one unit and write its shard of each split; a half-written one is replaced."""
+    left_out: Counter[str] = Counter()
+    broken: list[dict[str, str]] = []
+    pairs = _first_of_each_key(unit(left_out), left_out)
+    rows = list(_encode(pairs, encoder, broken=broken, left_out=left_out))
+    counts = Counter(row.split for row in rows)
+    for split in counts:
+        wanted = (row for row in rows if row.split == split)
+        write_rows(part, split, unit_name(index), rows=columns_of(wanted, encoder), encoder=encoder)
+    hashes = [key_hash(row.key) for row in rows if not row.is_view]
+    np.save(keys_file(part, index), np.array(hashes, dtype=np.uint64))
+    write_json(facts_file(part, index), {"counts": counts, "broken": broken, "left_out": left_out})
+
+
+def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[dict[str, Any]]:
+    """Spell rows as the columns of a shard."""
+    id_type = smallest_type(encoder.text_tokenizer.num_tokens)
+    for row in rows:
+        ids = encoder.text_tokenizer.encode(row.caption).numpy().astype(id_type)
+        yield {"key": row.key, "caption": row.caption, "caption_ids": ids, "codes": row.codes}
+
+
+def column_kinds(encoder: Encoder) -> dict[str, str]:
+    """Name MDS's types of the columns."""
+    return {
+        "key": "str",
+        "caption": "str",
+        "caption_ids": f"ndarray:{smallest_type(encoder.text_tokenizer.num_tokens)}",
+        "codes": f"ndarray:{smallest_type(encoder.image_tokenizer.codebook_size)}",
+    }
+
+
+def smallest_type(num_values: int) -> str:
+    """Choose the smallest unsigned type, of 16 bits at least, that holds so many values."""
+    return "uint16" if num_values <= 2**16 else "uint32"
+
+
+def write_rows(
+    part: Path, split: str, name: str, *, rows: Iterable[dict[str, Any]], encoder: Encoder
+) -> None:
+    """Write one shard folder, aside under a name of this process, then move it into place."""
+    aside = part / "writing" / f"{socket.gethostname()}-{os.getpid()}" / split / name
+    shutil.rmtree(aside, ignore_errors=True)
+    with MDSWriter(out=str(aside), columns=column_kinds(encoder), size_limit=None, hashes=[HASH]) as writer:
+        for row in rows:
+            writer.write(row)
+    final = part / split / name
+    shutil.rmtree(final, ignore_errors=True)
+    final.parent.mkdir(exist_ok=True)
+    aside.rename(final)
+
+
+def key_hash(key: str) -> int:
+    """Hash a key to 64 bits."""
+    return xxhash.xxh64_intdigest(key.encode())
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterator[Pair]:
+    seen: set[str] = set()
+    for pair in pairs:
+        if pair.key in seen:
+            left_out[REPEATED] += 1
+            continue
+        seen.add(pair.key)
+        yield pair
+
+
+def _encode(
+    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
+) -> Iterator[Row]:
+    """Encode pictures in batches that depend on the unit alone; list what is broken, count what filters refuse."""
+    code_type = smallest_type(encoder.image_tokenizer.codebook_size)
+    pictures = _pictures(pairs, encoder, broken=broken, left_out=left_out)
+    for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
+        codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
+        for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
+            key = view_key(pair.key, number)
+            yield Row(key, pair.split, pair.caption, is_view=number > 0, codes=row)
+
+
+def _pictures(
+    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
+) -> Iterator[tuple[Pair, int, Image.Image]]:
+    """Read pictures and their views, with the number of the view."""
+    done = decode_all(pairs, config=encoder.config, pool=encoder.pool)
+    for pair, decoded in tqdm(done, unit="pair", leave=False, disable=not encoder.shows_progress):
+        if decoded.left_out:
+            left_out[decoded.left_out] += 1
+        if decoded.broken:
+            broken.append({"key": pair.key, "reason": decoded.broken})
+        yield from ((pair, number, image) for number, image in enumerate(decoded.pictures))

@@ -1,0 +1,175 @@
+"""What is left of the language model: cost of held-out text, probability that leaks to image codes, completions."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from t2i.data.documents import PREFIX, open_documents
+from t2i.data.shards import MANIFEST, read_manifest, read_split
+from t2i.data.text_shards import check_text_tokenizer, is_text
+from t2i.errors import DataError
+from t2i.runs.ckpt import find, open_language_model
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+
+PROMPTS = (
+    "Simply put, the theory of relativity states that",
+    "Translate English to French:\nsea otter => loutre de mer\npeppermint => menthe poivrée\n"
+    "plush girafe => girafe peluche\ncheese =>",
+)
+"""The paper's two (Table 1)."""
+
+RESULTS = "forgetting.json"
+CHUNK_ROWS = 256
+"""Positions whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Cost of text, nats a token."""
+
+    num_tokens: int
+    loss: float
+    """Over the whole vocabulary."""
+    loss_text_rows: float
+    """With text rows alone to choose from: what the model still knows of text."""
+    leaked: float
+    """Mean probability that goes to anything but text."""
+
+
+def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_sequences: int) -> Tensor:
+    """Read held-out text as at most num_sequences packed sequences: (N, S).
+
+    Args:
+        text: a shard folder (of documents: its held-out sequences; of pictures: its held-out captions), a .txt file, a
+            folder of them, or a dataset's name.
+
+    Raises:
+        DataError: it fills no sequence, or its ids are another tokenizer's.
+    """
+    folder = Path(text)
+    if not (folder / MANIFEST).is_file():
+        documents: Iterable[str] = open_documents(f"{PREFIX}{text}").texts
+    elif is_text(manifest := read_manifest(folder)):
+        check_text_tokenizer(folder, manifest=manifest, tokenizer=tokenizer)
+        samples = list(read_split(folder, "heldout"))
+        samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]
+        return torch.stack([torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples])
+    else:
+        documents = (sample["caption"] for sample in read_split(folder, "heldout"))
+    ids: list[int] = []
+    for document in documents:
+        ids += [*tokenizer.encode(document).tolist(), tokenizer.end_id]
+        if len(ids) >= seq_len * num_sequences:
+            break
+    count = min(num_sequences, len(ids) // seq_len)
+    if count == 0:
+        raise DataError(f"{text} has {len(ids)} tokens; one sequence takes {seq_len}.")
+    return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+
+
+@torch.inference_mode()
+def text_cost(model: Any, input_ids: Tensor, *, layout: VocabLayout, batch_size: int = 32) -> TextCost:
+    """Measure packed text (N, S). With several ranks, each takes whole batches; sums are reduced once."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sums = torch.zeros(4, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for batch in input_ids.split(batch_size)[rank::world_size]:
+        sums += _sums(model, batch.to(model.device), layout)
+    model.train(was_training)
+    if dist.is_initialized():
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    loss, loss_text_rows, leaked, count = sums.tolist()
+    return TextCost(
+        int(count), loss=loss / count, loss_text_rows=loss_text_rows / count, leaked=leaked / count
+    )
+
+
+def completions(
+    model: Any,
+    prompts: Iterable[str],
+    *,
+    tokenizer: TextTokenizer,
+    layout: VocabLayout,
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Complete prompts greedily among text tokens, up to the end token (paper, Table 1)."""
+    barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
+    found = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)[None].to(model.device)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            suppress_tokens=barred,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.end_id,
+        )
+        completion = made[0, ids.shape[1] :]
+        found.append(tokenizer.decode(completion[completion != tokenizer.end_id]))
+    return found
+
+
+def forgetting(
+    ckpts: dict[str, str],
+    *,
+    texts: dict[str, str],
+    prompts: Iterable[str],
+    seq_len: int,
+    num_sequences: int,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Measure CKPTs, by name, on the same texts and prompts, each with its own tokenizer."""
+    models = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, ckpt in ckpts.items():
+        opened = open_language_model(ckpt, device=device)
+        tokenizer, layout = opened.text_tokenizer, opened.layout
+        costs = {}
+        for kind, text in texts.items():
+            ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
+            cost = text_cost(opened.model, ids, layout=layout)
+            costs[kind] = asdict(cost) | {
+                "perplexity": math.exp(cost.loss),
+                "perplexity_text_rows": math.exp(cost.loss_text_rows),
+            }
+        completed = completions(
+            opened.model, prompts, tokenizer=tokenizer, layout=layout, max_new_tokens=max_new_tokens
+        )
+        models[name] = {"ckpt": str(opened.folder), "costs": costs, "completions": completed}
+    return {"texts": texts, "prompts": list(prompts), "models": models}
+
+
+def write_results(results: dict[str, Any], *, ckpt: str, out: Path | None) -> Path:
+    """Write forgetting.json, by default (None) into the CKPT's run or folder; return its path."""
+    folder, run_dir = find(ckpt)
+    path = out or (run_dir or folder) / RESULTS
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    return path
+
+
+def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
+    """Sum over one batch (B, S): loss, loss among text, leaked probability, tokens."""
+    hidden = model.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1)  # (N, D)
+    labels = input_ids[:, 1:].flatten()
+    head = model.get_output_embeddings().weight
+    sums = torch.zeros(4, dtype=torch.float64)
+    for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+        logits = (rows @ head.T.to(rows.dtype)).float()  # (N, V)
+        target = logits.gather(1, targets[:, None])[:, 0]
+        everything, text = logits.logsumexp(-1), logits[:, : layout.num_text_tokens].logsumexp(-1)
+        leaked = 1 - (text - everything).exp()
+        parts = (everything - target, text - target, leaked, torch.ones_like(leaked))
+        sums += torch.stack([part.sum() for part in parts]).double().cpu()
+    return sums

@@ -1,0 +1,88 @@
+"""Which parameters learn: the paper's ladder from the rows alone to everything (Figure 6)."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from t2i.errors import UserError
+
+RECIPES = ("all", "embeddings", "norms", "first-half", "feed-forward")
+FEED_FORWARD_NAMES = ("feed_forward", "mlp")
+"""What model classes call the feed-forward part of a layer: open_lm's name and transformers' own."""
+
+
+def set_learned(model: PreTrainedModel, *, recipe: str) -> None:
+    """Freeze, in place, every parameter that the recipe does not name.
+
+    embeddings: the rows of embedding and head. norms: these, all norms, the last one too, and learned positions.
+    first-half and feed-forward: what norms has, and the first half of the layers or all feed-forward parts.
+
+    Raises:
+        UserError: an unknown recipe, or one that adds nothing to this model.
+
+    Source: paper, Figure 6.
+    """
+    learned = {id(value) for module in _learned_modules(model, recipe) for value in module.parameters()}
+    for value in model.parameters():
+        value.requires_grad_(id(value) in learned)
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the numbers that learn, and all."""
+    sizes = [(value.numel(), value.requires_grad) for value in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Find the stack of layers: the outermost ModuleList.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
+    if found is None:
+        raise UserError(f"{type(model).__name__} has no list of layers.")
+    return found
+
+
+def _learned_modules(model: PreTrainedModel, recipe: str) -> list[nn.Module]:
+    rows = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if recipe == "all":
+        return [model]
+    if recipe == "embeddings":
+        return rows
+    lower = rows + _norms_and_positions(model)
+    if recipe == "norms":
+        return lower
+    if recipe == "first-half":
+        return lower + _first_half(layers_of(model))
+    if recipe == "feed-forward":
+        return lower + [_feed_forward(layer) for layer in layers_of(model)]
+    raise UserError(f"model.learn is {recipe!r}; wanted is one of {', '.join(RECIPES)}.")
+
+
+def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
+    """Find norms, the modules that own vectors only, and embeddings of anything but ids."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        is_norm = bool(own) and all(value.dim() == 1 for value in own)
+        is_position = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
+        if is_norm or is_position:
+            found.append(module)
+    return found
+
+
+def _first_half(layers: nn.ModuleList) -> list[nn.Module]:
+    if len(layers) < 2:
+        raise UserError(f"model.learn is first-half; a model of {len(layers)} layer has no first half.")
+    return list(layers[: len(layers) // 2])
+
+
+def _feed_forward(layer: nn.Module) -> nn.Module:
+    names = [name for name, _ in layer.named_children()]
+    name = next((name for name in FEED_FORWARD_NAMES if name in names), None)
+    if name is None:
+        raise UserError(
+            f"model.learn is feed-forward; a layer here has {', '.join(names)}, none of {FEED_FORWARD_NAMES}."
+        )
+    return layer.get_submodule(name)

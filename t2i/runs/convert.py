@@ -1,0 +1,207 @@
+"""Released weights as folders of ours and back; a folder appears whole, and only after it proved itself."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2i.data import openmoji
+from t2i.errors import CheckpointError, UserError
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.reference import open_lm_logits
+from t2i.model.resize import never_generate
+from t2i.model.weights import (
+    RELEASED_CONFIGS,
+    load_open_lm,
+    open_lm_config,
+    open_lm_state,
+    open_lm_tensors,
+    read_config,
+)
+from t2i.released import RELEASES, read_weights, sha256_of, weight_files
+from t2i.runs.ckpt import find
+from t2i.tokens.image import ImageTokenizer, to_pixels
+from t2i.tokens.reference import source_codes, source_latents, source_pixels
+from t2i.tokens.text import NEOX, TextTokenizer
+from t2i.tokens.weights import SourceLayout, load_vq, vq_tensors
+
+OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
+NUM_PROOF_IDS = 24
+LOGITS = 2e-5
+"""Largest difference of logits that fp32 rounding explains, as a share of the largest logit or of 5."""
+
+LATENTS, PIXELS = 1e-4, 2e-4
+"""The same for latents, as a share of the largest or of 1, and for decoded pixels in [-1, 1]."""
+CODES = 0.99
+"""Least share of equal codes: rounding may tip a latent that lies between two codes."""
+PROOF_PICTURES = ("1F600", "1F34E", "1F3E0", "1F415")
+"""A face, an apple, a house and a dog of the embedded set."""
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give an empty folder to write into, which becomes `out` when all went well.
+
+    Raises:
+        UserError: `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"--out {out} exists already; choose another.")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def identify(checkpoint: Path) -> tuple[list[str], set[str]]:
+    """Hash a checkpoint's files.
+
+    Returns:
+        a sentence a file, and the names of the known releases among them.
+    """
+    hashes = {file: sha256_of(file) for file in weight_files(checkpoint)}
+    known = {RELEASES[value] for value in hashes.values() if value in RELEASES}
+    sentences = []
+    for file, value in hashes.items():
+        what = f"known release {RELEASES[value]}" if value in RELEASES else "not a known release"
+        sentences.append(f"{file.name}: SHA-256 {value}, {what}")
+    return sentences, known
+
+
+def convert_open_lm(
+    checkpoint: Path, *, config_name: str | None, text_tokenizer: str | None, out: Path
+) -> list[str]:
+    """Turn an open_lm checkpoint into a folder that model.init takes; return what was found, sentence by sentence.
+
+    Args:
+        checkpoint: a file, or a Hugging Face folder that open_lm wrote.
+        config_name: a published name or a file; None for the folder's own, or a known release's.
+        text_tokenizer: folder or hub name; None for the folder's own, else GPT-NeoX-20B's.
+
+    Raises:
+        UserError: `out` exists, or checkpoint, config and tokenizer are not of one kind.
+        CheckpointError: the checkpoint cannot be trusted, does not fit, or the folder gives other logits.
+    """
+    with new_folder(out) as part:
+        sentences, releases = identify(checkpoint)
+        config = read_config(_config_name(config_name, checkpoint=checkpoint, releases=releases))
+        own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
+        tokenizer = TextTokenizer.load(text_tokenizer or own)
+        _check_rows(tokenizer, config=config)
+        tensors = open_lm_tensors(read_weights(checkpoint))
+        model = load_open_lm(tensors, config=config, source=checkpoint)
+        prepare_generation(model, tokenizer)
+        model.save_pretrained(part)
+        tokenizer.tokenizer.save_pretrained(part)
+        proof = prove_logits(part, tensors=tensors)
+    return [*sentences, proof]
+
+
+def convert_back(ckpt: str, *, out: Path) -> None:
+    """Write a CKPT's language model as open_lm's state dict and json: `open_lm.pt` and `open_lm.json` in `out`.
+
+    Raises:
+        UserError: `out` exists, or ckpt is no CKPT.
+    """
+    folder, _ = find(ckpt)
+    with new_folder(out) as part:
+        config = OpenLMConfig.from_pretrained(folder)
+        torch.save(open_lm_state(read_weights(folder), config=config), part / OPEN_LM_WEIGHTS)
+        (part / OPEN_LM_CONFIG).write_text(json.dumps(open_lm_config(config), indent=4))
+
+
+def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path) -> list[str]:
+    """Turn a released image tokenizer into a diffusers folder; return what was found, sentence by sentence.
+
+    Raises:
+        UserError: `out` exists, or there is no checkpoint.
+        CheckpointError: it cannot be trusted, does not fit, or the folder gives other codes or pictures.
+    """
+    with new_folder(out) as part:
+        sentences, _ = identify(checkpoint)
+        tensors, left_out = vq_tensors(read_weights(checkpoint), layout=layout)
+        load_vq(tensors, layout=layout, source=checkpoint).save_pretrained(part)
+        proof = prove_codes(part, tensors=tensors, layout=layout)
+    if left_out:
+        sentences.append(f"left out, not needed to encode or decode: {', '.join(left_out)}")
+    return [*sentences, proof]
+
+
+def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> None:
+    """Let generate() end at the tokenizer's end and never choose a row that no token uses."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer.tokenizer, name))
+    never_generate(model, list(range(tokenizer.num_tokens, model.config.vocab_size)))
+
+
+@torch.inference_mode()
+def prove_logits(folder: Path, *, tensors: dict[str, Tensor]) -> str:
+    """Hold the logits of a written folder against a forward pass in open_lm's terms; return a sentence.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    model = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
+    wanted = open_lm_logits(tensors, ids, config=model.config)
+    difference = (model(ids).logits - wanted).abs().max().item()
+    if not difference <= LOGITS * max(5, wanted.abs().max().item()):
+        raise CheckpointError(
+            f"the converted model gives logits that differ by {difference:.1e}; nothing written."
+        )
+    return (
+        f"proved: {NUM_PROOF_IDS} tokens through the written folder give the logits of a forward pass in open_lm's"
+        f" own terms (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
+    )
+
+
+@torch.inference_mode()
+def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayout) -> str:
+    """Hold a written folder against the release's own steps on stored pictures; return a sentence.
+
+    Raises:
+        CheckpointError: latents, codes or decoded pictures differ by more than rounding.
+    """
+    tokenizer = ImageTokenizer.load(folder)
+    pixels = to_pixels([openmoji.render(key) for key in PROOF_PICTURES])
+    latents = source_latents(tensors, pixels, layout=layout)
+    codes = source_codes(tensors, latents, layout=layout).flatten(1)  # (B, K)
+    pictures = source_pixels(tensors, codes.view(-1, *latents.shape[2:]), layout=layout)
+    latent_error = (tokenizer.model.encode(pixels).latents - latents).abs().max().item()
+    pixel_error = (tokenizer.decode(codes) - pictures).abs().max().item()
+    num_equal = int((tokenizer.encode(pixels) == codes).sum())
+    found = (
+        f"latents differ by {latent_error:.1e}, pixels by {pixel_error:.1e},"
+        f" {num_equal} of {codes.numel()} codes are equal"
+    )
+    is_close = latent_error <= LATENTS * max(1, latents.abs().max().item()) and pixel_error <= PIXELS
+    if not is_close or num_equal < CODES * codes.numel():
+        raise CheckpointError(f"the converted tokenizer is another one: {found}; nothing written.")
+    return f"proved: {len(pixels)} pictures through the written folder and through the release's own steps: {found}"
+
+
+def _config_name(given: str | None, *, checkpoint: Path, releases: set[str]) -> str:
+    right = next((RELEASED_CONFIGS[name] for name in releases if name in RELEASED_CONFIGS), None)
+    if right and given and read_config(given).to_dict() != read_config(right).to_dict():
+        raise UserError(f"--config {given} is wrong for this release; wanted is {right}.")
+    own = checkpoint / "config.json"
+    name = given or right or (str(own) if own.is_file() else None)
+    if name is None:
+        raise UserError("give --config NAME|FILE: the checkpoint is no known release and has no config.json.")
+    return name
+
+
+def _check_rows(tokenizer: TextTokenizer, *, config: OpenLMConfig) -> None:
+    if tokenizer.num_tokens > config.vocab_size:
+        raise UserError(
+            f"text tokenizer {tokenizer.name} has {tokenizer.num_tokens} ids; the model has {config.vocab_size} rows."
+        )

@@ -1,0 +1,196 @@
+"""What a comparison of paired runs can say: differences with intervals, a test at equal tokens, worth in tokens.
+
+Arms are paired by seed: the same order of data, the same evaluation batches. Rows are seeds, columns steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+POWER = 0.8
+"""The chance to see a difference that the smallest detectable one is stated for."""
+
+
+def ema(values: Sequence[float], *, decay: float = 0.95) -> list[float]:
+    """Average exponentially, corrected for the start (paper, Figure 6: 0.95)."""
+    averages, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = decay * average + (1 - decay) * value
+        averages.append(average / (1 - decay**count))
+    return averages
+
+
+@dataclass(frozen=True)
+class DifferenceCurve:
+    """Mean of first - second over paired seeds, with its interval, at each step: (T,) each."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    """Bounds are nan with a single seed, which has no interval."""
+
+
+def difference_curve(first: np.ndarray, second: np.ndarray) -> DifferenceCurve:
+    """Compare two arms (seeds, T) step by step; the interval is Student's, of each step alone."""
+    differences = _paired(first, second)
+    mean = differences.mean(0)
+    half = _half_width(differences)
+    return DifferenceCurve(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired t-test of two arms at equal tokens."""
+
+    num_seeds: int
+    mean: float
+    """Of first - second."""
+    low: float
+    high: float
+    p_value: float
+    smallest_detectable: float
+    """The difference that so many seeds, as noisy as these, would have found with a chance of 0.8."""
+
+    @property
+    def verdict(self) -> str:
+        """lower, higher, or no difference seen: what the first arm's value is."""
+        if not self.p_value < 1 - CONFIDENCE:  # nan, of a single seed, is no evidence
+            return "no difference seen"
+        return "lower" if self.mean < 0 else "higher"
+
+
+def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
+    """Test whether two arms differ at one point: a value a seed, in the same order of seeds."""
+    differences = _paired(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
+    count, mean = len(differences), float(differences.mean())
+    half = float(_half_width(differences))
+    return PairedTest(
+        num_seeds=count,
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p_value=_p_value(differences),
+        smallest_detectable=smallest_detectable(float(_deviation(differences)), num_seeds=count),
+    )
+
+
+def smallest_detectable(deviation: float, *, num_seeds: int) -> float:
+    """Compute the mean difference that a two-sided paired t-test finds with probability POWER; nan for one seed.
+
+    Args:
+        deviation: standard deviation of the paired differences.
+    """
+    if num_seeds < 2:
+        return float("nan")
+    freedom = num_seeds - 1
+    threshold = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+    low, high = 0.0, 2 * threshold + 10.0
+    for _ in range(60):  # bisection on the non-centrality
+        middle = (low + high) / 2
+        power = stats.nct.sf(threshold, freedom, middle) + stats.nct.cdf(-threshold, freedom, middle)
+        low, high = (low, middle) if power > POWER else (middle, high)
+    return high * deviation / num_seeds**0.5
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a head start is worth at one loss, over paired seeds."""
+
+    loss: float
+    """The loss that both arms reach, the mean of the first arm's seeds."""
+    first_tokens: int
+    """Where the first arm stands."""
+    extra_tokens: float
+    """What the second arm needs beyond that; nan if some seed does not reach the loss in its budget."""
+    low: float
+    high: float
+    factor: float
+    """Tokens of the second arm over tokens of the first."""
+    num_reached: int
+    """Seeds of the second arm that reach it."""
+
+
+def worth_in_tokens(
+    tokens: Sequence[int], first: np.ndarray, second: np.ndarray, *, at: Sequence[int]
+) -> list[Worth]:
+    """Ask, at some columns, how many tokens the second arm needs to reach the first arm's loss.
+
+    Args:
+        tokens: (T,) tokens trained at each column, the same for both arms.
+        first, second: (seeds, T) losses, smoothed before if they are noisy.
+        at: columns of the first arm to ask at.
+    """
+    first, second = np.atleast_2d(first), np.atleast_2d(second)
+    found = []
+    for column in at:
+        needed = np.array(
+            [
+                tokens_to_reach(tokens, losses, loss=loss)
+                for losses, loss in zip(second, first[:, column], strict=True)
+            ]
+        )
+        extra = needed - tokens[column]
+        half = float(_half_width(extra))
+        found.append(
+            Worth(
+                loss=float(first[:, column].mean()),
+                first_tokens=int(tokens[column]),
+                extra_tokens=float(extra.mean()),
+                low=float(extra.mean()) - half,
+                high=float(extra.mean()) + half,
+                factor=float((needed / tokens[column]).mean()),
+                num_reached=int(np.isfinite(needed).sum()),
+            )
+        )
+    return found
+
+
+def tokens_to_reach(tokens: Sequence[int], losses: Sequence[float], *, loss: float) -> float:
+    """Find the tokens at which a curve first is at or below a loss, between points by a line; nan if it never is."""
+    below = np.flatnonzero(np.asarray(losses) <= loss)
+    if not len(below):
+        return float("nan")
+    place = int(below[0])
+    if place == 0:
+        return float(tokens[0])
+    before, after = losses[place - 1], losses[place]
+    share = (before - loss) / (before - after)
+    return float(tokens[place - 1] + share * (tokens[place] - tokens[place - 1]))
+
+
+def rank_agreement(first: Sequence[float], second: Sequence[float]) -> float:
+    """Compute Kendall's tau of two orders of the same arms, such as by perplexity and by FID."""
+    return float(stats.kendalltau(first, second).statistic)
+
+
+def _paired(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    if first.shape != second.shape:
+        raise ValueError(f"paired arms have shapes {first.shape} and {second.shape}; wanted are equal ones.")
+    return first - second
+
+
+def _deviation(differences: np.ndarray) -> np.ndarray:
+    if len(differences) < 2:
+        return np.full(differences.shape[1:], np.nan)
+    return differences.std(0, ddof=1)
+
+
+def _half_width(differences: np.ndarray) -> np.ndarray:
+    """Half of Student's interval of the mean over the first axis."""
+    count = len(differences)
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, max(1, count - 1))
+    return quantile * _deviation(differences) / count**0.5
+
+
+def _p_value(differences: np.ndarray) -> float:
+    count = len(differences)
+    if count < 2:
+        return float("nan")
+    deviation = float(_deviation(differences))
+    if deviation == 0:
+        return 1.0 if differences.mean() == 0 else 0.0
+    statistic = abs(differences.mean()) / (deviation / count**0.5)
+    return float(2 * stats.t.sf(statistic, count - 1))

@@ -1,0 +1,133 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from t2i.config import ASSETS, DataConfig
+from t2i.data import documents
+from t2i.data.documents import open_documents, prose
+from t2i.data.shards import read_manifest, read_split
+from t2i.data.text_shards import check_text_shards, check_text_use, is_text, prepare_text
+from t2i.errors import DataError, UserError
+from t2i.tokens.text import TextTokenizer, documentation_strings
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.load(ASSETS / "text_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for index in range(60):
+        (folder / f"{index:02d}.txt").write_text(
+            f"Document number {index} tells of {index * 7} small things.\n"
+        )
+    (folder / "60.txt").write_text((folder / "00.txt").read_text())
+    return folder
+
+
+def prepare(folder, out, tokenizer, **changes):
+    settings = {"seq_len": 16, "heldout_share": 0.3, **changes}
+    return prepare_text(open_documents(f"text:{folder}"), out=out, text_tokenizer=tokenizer, **settings)
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tokenizer, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "text"
+    prepare(folder, out, tokenizer)
+    return out
+
+
+def ids_of(prepared, split):
+    return [int(one) for sample in read_split(prepared, split) for one in sample["caption_ids"]]
+
+
+def test_documents_are_packed_whole_and_once_and_splits_share_none(prepared, folder, tokenizer):
+    texts = {path.read_text().strip() for path in folder.glob("*.txt")}
+    found = {}
+    for split in ("train", "heldout"):
+        pieces = tokenizer.tokenizer.decode(ids_of(prepared, split)).split("<|endoftext|>")
+        found[split] = pieces[:-1]  # what did not fill the last sequence is left out
+        assert set(found[split]) <= texts
+    both = found["train"] + found["heldout"]
+    assert len(both) == len(set(both))
+    manifest = read_manifest(prepared)
+    assert sum(manifest["documents"].values()) == 60  # the double is left out
+    for split in ("train", "heldout"):
+        assert manifest["documents"][split] - len(found[split]) <= 1
+    assert is_text(manifest)
+    assert not {"codes_per_image", "codebook_size", "image_tokenizer", "image_size"} & set(manifest)
+
+
+def test_floors_of_text_are_ordered_as_models_are(prepared):
+    floors = read_manifest(prepared)["floors_nats"]["heldout"]
+    assert floors["bigram"] < floors["unigram"] < floors["uniform"] == pytest.approx(np.log(2048))
+
+
+def test_the_same_documents_give_the_same_hash_and_others_another(prepared, folder, tokenizer, tmp_path):
+    again = prepare(folder, tmp_path / "again", tokenizer)
+    assert again["gathered_sha256"] == read_manifest(prepared)["gathered_sha256"]
+    (tmp_path / "one.txt").write_text(
+        "First of all.\n\nSecond, a paragraph of some length.\n\n" * 2 + "End. " * 40
+    )
+    one = prepare(tmp_path / "one.txt", tmp_path / "other", tokenizer, seq_len=4, heldout_share=0.5)
+    assert one["gathered_sha256"] != again["gathered_sha256"]
+    assert sum(one["documents"].values()) == 3
+
+
+def test_checks_count_and_read_everything(prepared, tokenizer):
+    counts = check_text_shards(prepared)
+    assert counts == read_manifest(prepared)["counts"]
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    (prepared / "manifest.json").write_text(json.dumps({**manifest, "sequence_tokens": 15}))
+    with pytest.raises(DataError, match="a sequence that is not 15 long"):
+        check_text_shards(prepared)
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_other_uses_are_refused(prepared, folder, tokenizer):
+    config = DataConfig(shards=prepared, mode="text-only", seq_len=16)
+    manifest = read_manifest(prepared)
+    check_text_use(config, manifest=manifest, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="holds text alone; data.mode is image-only"):
+        check_text_use(replace(config, mode="image-only"), manifest=manifest, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="data.seq_len is 96; the sequences of .* have 16 tokens"):
+        check_text_use(replace(config, seq_len=96), manifest=manifest, tokenizer=tokenizer)
+    other = {**manifest, "text_tokenizer": {"name": "another", "fingerprint": "0" * 64}}
+    with pytest.raises(DataError, match="made with the text tokenizer another"):
+        check_text_use(config, manifest=other, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="Choose another --out"):
+        prepare(folder, prepared, tokenizer, heldout_share=0.2)
+
+
+def test_sources_that_are_none_are_refused(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="holds no .txt file"):
+        open_documents(f"text:{tmp_path}")
+    with pytest.raises(DataError, match="does not exist"):
+        open_documents("text:./nowhere.txt")
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(DataError, match="do not fill one sequence of 16"):
+        prepare(tmp_path, tmp_path / "out", tokenizer)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(documents, "PACKAGES", ("numpy", "no_such_package"))
+    with pytest.raises(DataError, match="reads no_such_package, which is not installed"):
+        open_documents("text:docstrings")
+
+
+def test_documentation_is_read_and_prose_kept(tmp_path):
+    (tmp_path / "code.py").write_text(
+        '"""A heading.\n\nThis paragraph has quite enough words to be taken for prose by any reader of it.\n\n'
+        '>>> x = f(1)  # and this paragraph is an example, however many words it may have in it\n"""\n'
+        'def f():\n    "Return it."\n'
+    )
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    texts = documentation_strings(tmp_path / "code.py")
+    assert [prose(text) for text in texts] == [
+        "This paragraph has quite enough words to be taken for prose by any reader of it.", "",
+    ]  # fmt: skip
+    assert documentation_strings(tmp_path / "broken.py") == []

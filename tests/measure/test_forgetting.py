@@ -1,0 +1,119 @@
+import json
+import math
+
+import pytest
+import torch
+
+from t2i.data.documents import open_documents
+from t2i.data.text_shards import prepare_text
+from t2i.errors import DataError
+from t2i.measure.forgetting import (
+    PROMPTS,
+    completions,
+    forgetting,
+    text_cost,
+    text_sequences,
+    write_results,
+)
+from t2i.runs.ckpt import open_language_model
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return open_language_model(str(finished.run_dir))
+
+
+def test_costs_equal_a_twin_with_whole_distributions(model):
+    ids = torch.randint(model.layout.num_text_tokens, (3, 9), generator=torch.Generator().manual_seed(0))
+    cost = text_cost(model.model, ids, layout=model.layout, batch_size=2)
+    loss, among_text, leaked = [], [], []
+    with torch.no_grad():
+        for row in ids:
+            probabilities = model.model(row[None]).logits[0].double().softmax(-1)
+            for place in range(8):
+                text = probabilities[place, : model.layout.num_text_tokens]
+                loss.append(-math.log(probabilities[place, row[place + 1]]))
+                among_text.append(-math.log(text[row[place + 1]] / text.sum()))
+                leaked.append(1 - float(text.sum()))
+    assert cost.num_tokens == 24
+    # fp32 logits against double probabilities
+    assert cost.loss == pytest.approx(sum(loss) / 24, abs=1e-5)
+    assert cost.loss_text_rows == pytest.approx(sum(among_text) / 24, abs=1e-5)
+    assert cost.leaked == pytest.approx(sum(leaked) / 24, abs=1e-5)
+    assert cost.leaked > 0.1
+
+
+def test_completions_are_the_likeliest_text_step_by_step(model):
+    found = completions(
+        model.model, ["picture"], tokenizer=model.text_tokenizer, layout=model.layout, max_new_tokens=5
+    )
+    ids = model.text_tokenizer.encode("picture")
+    made = []
+    for _ in range(5):
+        with torch.no_grad():
+            logits = model.model(torch.cat([ids, torch.tensor(made, dtype=torch.long)])[None]).logits[0, -1]
+        made.append(int(logits[: model.layout.num_text_tokens].argmax()))
+        if made[-1] == model.text_tokenizer.end_id:
+            made.pop()
+            break
+    assert found == [model.text_tokenizer.decode(torch.tensor(made, dtype=torch.long))]
+
+
+def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_path):
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"Text {n} says that {n} is a number." for n in range(300))
+    )
+    tokenizer = model.text_tokenizer
+    settings = {"tokenizer": tokenizer, "seq_len": 16, "num_sequences": 5}
+    from_file = text_sequences(str(tmp_path / "text.txt"), **settings)
+    assert from_file.shape == (5, 16)
+    assert tokenizer.decode(from_file.flatten()).startswith(
+        "Text 0 says that 0 is a number.<|endoftext|>Text 1"
+    )
+    prepare_text(
+        open_documents(f"text:{tmp_path / 'text.txt'}"),
+        out=tmp_path / "shards",
+        text_tokenizer=tokenizer,
+        seq_len=16,
+        heldout_share=0.5,
+    )
+    assert text_sequences(str(tmp_path / "shards"), **settings).shape == (5, 16)
+    captions = text_sequences(str(finished.data.shards), **settings)
+    assert tokenizer.decode(captions.flatten()).count("picture") > 5
+    (tmp_path / "short.txt").write_text("Short.")
+    with pytest.raises(DataError, match="one sequence takes 16"):
+        text_sequences(str(tmp_path / "short.txt"), **settings)
+
+
+def test_a_model_is_measured_beside_its_reference(finished, tmp_path):
+    first = str(finished.run_dir / "checkpoints" / "step_000003")
+    results = forgetting(
+        {"model": str(finished.run_dir), "reference": first},
+        texts={"text": str(finished.data.shards)},
+        prompts=PROMPTS,
+        seq_len=16,
+        num_sequences=4,
+        max_new_tokens=3,
+    )
+    costs = [results["models"][name]["costs"]["text"] for name in ("model", "reference")]
+    assert costs[0]["perplexity"] < costs[1]["perplexity"]
+    assert costs[0]["perplexity"] > costs[0]["perplexity_text_rows"]
+    assert len(results["models"]["model"]["completions"]) == 2
+    path = write_results(results, ckpt=str(finished.run_dir), out=tmp_path / "forgetting.json")
+    assert json.loads(path.read_text()) == results
+
+
+def test_text_shards_of_another_tokenizer_are_refused(model, finished, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Text {n} says that {n} is a number." for n in range(90)))
+    prepare_text(
+        open_documents(f"text:{tmp_path / 'text.txt'}"),
+        out=tmp_path / "shards",
+        text_tokenizer=model.text_tokenizer,
+        seq_len=16,
+        heldout_share=0.5,
+    )
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    manifest["text_tokenizer"]["fingerprint"] = "0" * 64
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="was made with the text tokenizer"):
+        text_sequences(str(tmp_path / "shards"), tokenizer=model.text_tokenizer, seq_len=16, num_sequences=2)

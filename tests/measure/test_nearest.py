@@ -1,0 +1,72 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2i.errors import UserError
+from t2i.measure.nearest import compare_rows, linear_cka, nearest, nearness, random_nearer, write_results
+from t2i.runs.ckpt import open_language_model
+
+
+def test_nearest_equals_every_pair_compared():
+    generator = torch.Generator().manual_seed(0)
+    rows, others = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    cosines, places = nearest(rows, others, count=3)
+    for row, found, at in zip(rows, cosines, places, strict=True):
+        all_cosines = [float(F.cosine_similarity(row, other, dim=0)) for other in others]
+        order = sorted(range(11), key=lambda place: -all_cosines[place])[:3]
+        assert at.tolist() == order
+        assert found.tolist() == pytest.approx([all_cosines[place] for place in order], abs=1e-6)
+
+
+def test_copies_of_text_rows_are_nearer_to_text_than_text_and_noise():
+    text = torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
+    found = nearness(text[:20] * 3, text)
+    assert found.image.tolist() == pytest.approx([1.0] * 20)
+    assert found.tokens[:, 0].tolist() == list(range(20))
+    assert found.text.max() < 0.95  # a row is not its own neighbour
+    assert random_nearer(found.image, found.random) == 0
+
+
+def test_noise_is_as_near_as_noise():
+    generator = torch.Generator().manual_seed(2)
+    image, text = torch.randn(400, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    found = nearness(image, text)
+    # The standard error of this share over 400 draws a side is at most 0.02; four of them.
+    assert random_nearer(found.image, found.random) == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_random_row_that_ties_counts_half():
+    assert random_nearer(torch.tensor([1.0, 2.0]), torch.tensor([2.0])) == 0.75
+
+
+def test_cka_sees_through_rotation_and_scale_and_tells_strangers_apart():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(200, 6, generator=generator)
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    assert linear_cka(rows, 5 * rows @ rotation + 1) == pytest.approx(1)
+    assert linear_cka(rows, torch.randn(200, 6, generator=generator)) < 0.1
+    x, y = rows - rows.mean(0), rows[:, :3] ** 2 - (rows[:, :3] ** 2).mean(0)
+    gram_x, gram_y = x @ x.T, y @ y.T  # the twin compares all pairs of rows
+    twin = (gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm())
+    assert linear_cka(rows, rows[:, :3] ** 2) == pytest.approx(twin.item(), abs=1e-5)
+
+
+def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
+    now = open_language_model(str(finished.run_dir))
+    before = open_language_model(str(finished.run_dir / "checkpoints" / "step_000003"))
+    results = compare_rows(now, before=before)
+    assert set(results) == {"input", "output"}
+    assert len(results["input"]["nearest_tokens"]) == now.layout.codebook_size
+    assert 0.5 < results["input"]["cka"] < 1
+    path = write_results(results, model=now, out=tmp_path / "nearest.json")
+    assert json.loads(path.read_text())["output"]["compared"] == results["output"]["compared"]
+
+
+def test_a_language_model_alone_is_refused(finished):
+    model = open_language_model(str(finished.run_dir))
+    alone = replace(model, layout=replace(model.layout, codebook_size=0))
+    with pytest.raises(UserError, match="a language model without image codes"):
+        compare_rows(alone, before=None)

@@ -1,0 +1,96 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from t2i.config import DataConfig
+from t2i.data.shards import read_split
+from t2i.errors import DataError, UserError
+from t2i.measure.perplexity import by_place, data_of, perplexity, write_results
+from t2i.runs.ckpt import open_language_model
+from t2i.tokens.sequence import encode_sequence
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    return open_language_model(str(finished.run_dir))
+
+
+@pytest.fixture(scope="module")
+def results(model, finished):
+    return perplexity(model, config=data_of(model, shards=None, mode=None), batch_size=5)
+
+
+def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
+    costs = {"text": [], "image": [], "special": []}
+    by_code = []
+    layout = model.layout
+    for sample in read_split(finished.data.shards, "heldout"):
+        ids = encode_sequence(
+            torch.from_numpy(sample["caption_ids"].astype("int64")),
+            torch.from_numpy(sample["codes"].astype("int64")),
+            layout=layout,
+            mode="text-to-image",
+            seq_len=90,
+        )
+        ids = ids[ids != layout.pad_id]
+        with torch.no_grad():
+            logs = model.model(ids[None]).logits[0].double().log_softmax(-1)
+        row = [-float(logs[place, ids[place + 1]]) for place in range(len(ids) - 1)]
+        for loss, label in zip(row, ids[1:].tolist(), strict=True):
+            kind = (
+                "text"
+                if label < layout.num_text_rows
+                else "image"
+                if label >= layout.first_image_id
+                else "special"
+            )
+            costs[kind].append(loss)
+        by_code.append(
+            [one for one, label in zip(row, ids[1:], strict=True) if label >= layout.first_image_id]
+        )
+    found = results["heldout"]
+    for kind, losses in costs.items():
+        assert found[kind]["tokens"] == len(losses)
+        assert found[kind]["nats"] == pytest.approx(
+            sum(losses) / len(losses), abs=1e-4
+        )  # fp32 against double
+        assert found[kind]["perplexity"] == pytest.approx(math.exp(found[kind]["nats"]))
+    total = sum(sum(losses) for losses in costs.values()) / sum(len(losses) for losses in costs.values())
+    assert found["total"]["nats"] == pytest.approx(total, abs=1e-4)
+    means = torch.tensor(by_code).mean(0)
+    assert found["image_loss_by_code"] == pytest.approx(means.tolist(), abs=1e-4)
+    assert found["image_loss_by_row"][2] == pytest.approx(means[16:24].mean().item(), abs=1e-4)
+    assert found["image_loss_by_column"][3] == pytest.approx(means[3::8].mean().item(), abs=1e-4)
+
+
+def test_bits_a_pixel_count_the_whole_picture():
+    # Four codes of log 2 nats, a bit each, over four pixels.
+    assert by_place(torch.full((4,), math.log(2)), image_size=2)["bits_per_pixel"] == pytest.approx(1)
+    assert "image_loss_by_row" not in by_place(torch.ones(5), image_size=2)
+
+
+def test_image_only_sequences_have_no_text(model, finished):
+    found = perplexity(model, config=DataConfig(finished.data.shards, mode="image-only", seq_len=90))[
+        "heldout"
+    ]
+    assert found["text"] is None
+    assert found["image"]["tokens"] == 64 * found["num_pictures"]
+
+
+def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
+    config = data_of(model, shards=None, mode=None)
+    path = write_results(results, model=model, config=config, out=tmp_path / "perplexity.json")
+    written = json.loads(path.read_text())
+    assert written["shards"] == str(finished.data.shards)
+    assert written["splits"] == results
+
+
+def test_what_cannot_be_measured_is_refused(model, finished):
+    with pytest.raises(UserError, match="say with --data.shards"):
+        data_of(replace(model, run_dir=None), shards=None, mode=None)
+    other = replace(model, layout=replace(model.layout, codebook_size=5))
+    with pytest.raises(DataError, match="has 1024 codes; the model of .* knows 5"):
+        perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))

@@ -1,0 +1,84 @@
+"""An exported folder as the language model that it also is: transformers' pipeline and the text benchmarks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import pipeline
+
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.export import export
+
+QUESTIONS = [
+    {"question": f"picture {index} is a", "choices": ["picture", "house", "dog"], "answer": index % 3}
+    for index in range(6)
+]
+TASK = {
+    "task": "pictures",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}],
+}
+
+LAUNCHERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "tiny"
+    export(open_checkpoint(str(finished.run_dir)), out=out, command="a test")
+    return out
+
+
+def test_a_pipeline_generates_text(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    generate = pipeline("text-generation", model=str(exported), trust_remote_code=True, device="cpu")
+    prompts = ["picture 3", "a picture of"]
+    found = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
+    assert [each[0]["generated_text"].startswith(prompt) for each, prompt in zip(found, prompts, strict=True)]
+    # Padding beside a longer prompt changes nothing.
+    alone = generate(prompts[0], max_new_tokens=5, do_sample=False)
+    assert alone == found[0]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs the extra: pip install '.[eval]'"
+)
+def test_the_language_model_evaluation_harness_runs(exported, tmp_path):
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    task = {**TASK, "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}}}
+    (tmp_path / "pictures.yaml").write_text(yaml.safe_dump(task))
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf",
+        "--model_args", f"pretrained={exported},trust_remote_code=True,dtype=float32",
+        "--tasks", "pictures", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2",
+        "--output_path", str(tmp_path / "found"),
+    ]  # fmt: skip
+    # Not the variables of a training that ran in this process.
+    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
+    environment = {**kept, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next((tmp_path / "found").rglob("results_*.json")).read_text())
+    assert found["results"]["pictures"]["acc,none"] * 6 == pytest.approx(
+        round(found["results"]["pictures"]["acc,none"] * 6)
+    )
+    assert found["n-samples"]["pictures"]["effective"] == 6

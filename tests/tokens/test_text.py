@@ -1,0 +1,70 @@
+"""Tokenizers of GPT-NeoX-20B's structure: from tokenizer.json alone, from a whole folder, from the hub's cache."""
+
+import shutil
+
+import pytest
+import torch
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+from transformers.utils import hub
+
+from t2i.errors import UserError
+from t2i.tokens.text import NEOX, TextTokenizer, train_text_tokenizer
+from t2i.tokens.vocab import VocabLayout
+
+CAPTION = "a red  apple, <|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory):
+    """Two special tokens first, merges, then runs of 24 down to 2 spaces as added tokens that are not special."""
+    tokenizer = train_text_tokenizer(["a red apple and a green house"] * 3, vocab_size=300)
+    runs = [AddedToken(" " * count, special=False, normalized=True) for count in range(24, 1, -1)]
+    tokenizer.tokenizer.add_tokens(runs)
+    folder = tmp_path_factory.mktemp("neox")
+    tokenizer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_every_way_to_load_gives_the_same_ids_and_ends(neox, tmp_path, monkeypatch):
+    shutil.copy(neox / "tokenizer.json", tmp_path)
+    snapshot = tmp_path / "cache" / f"models--{NEOX.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    shutil.copytree(neox, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path / "cache"))
+    ways = [TextTokenizer.load(name) for name in (neox, tmp_path, NEOX)]
+    assert len({way.fingerprint() for way in ways}) == 1
+    for way in ways:
+        assert way.encode(CAPTION).tolist() == ways[0].encode(CAPTION).tolist()
+        assert way.decode(way.encode(CAPTION)) == CAPTION
+        assert 0 not in way.encode(CAPTION)
+        tokenizer = way.tokenizer
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
+        assert tokenizer.padding_side == "left"
+
+
+def test_runs_of_spaces_are_counted_and_padding_rows_are_not(neox):
+    tokenizer = TextTokenizer.load(neox)
+    num_tokens = tokenizer.num_tokens
+    assert tokenizer.encode("a  b").tolist().count(num_tokens - 1) == 1  # two spaces: the last id
+    layout = VocabLayout(num_text_rows=num_tokens + 155, num_text_tokens=num_tokens, codebook_size=16)
+    assert layout.special_id("<doc>") == num_tokens + 155
+    assert layout.unused_ids()[:155] == list(range(num_tokens, num_tokens + 155))
+    used = layout.is_text() | layout.is_special() | layout.is_image()
+    used[layout.pad_id] = True
+    assert layout.unused_ids() == torch.arange(layout.vocab_size)[~used].tolist()
+
+
+def test_a_saved_tokenizer_is_transformers_own(neox, tmp_path):
+    TextTokenizer.load(neox).tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.eos_token, again.padding_side) == ("<|endoftext|>", "left")
+    assert again("a red apple")["input_ids"] == TextTokenizer.load(neox).encode("a red apple").tolist()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/nowhere"])
+def test_what_is_neither_folder_nor_hub_name_is_refused(name):
+    with pytest.raises(UserError, match="is no text tokenizer: it has no tokenizer.json"):
+        TextTokenizer.load(name)
