@@ -110,7 +110,9 @@ def activation_bytes(
         4 + model.num_attention_heads
     )  # fp32: two norms' mean and deviation, attention's normaliser
     layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner) + statistics
-    outside = element_bytes * 2 * width + 8  # the last norm, and the rows that the loss counts
+    outside = (
+        element_bytes * 2 * width + 24
+    )  # the last norm, the rows that the loss counts, their places and labels
     kept = layer if not is_checkpointed else element_bytes * width
     whole = layer if is_checkpointed else 0
     return num_tokens * (model.num_hidden_layers * kept + whole + outside)

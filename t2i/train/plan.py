@@ -4,7 +4,9 @@ Parameters and batches are counted with the run's own code. Memory and disk are 
 DeepSpeed's and against real tensors; time is arithmetic on a utilisation that somebody states.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ SHARE_LEFT_FREE = 0.08
 CHARACTERS_A_TOKEN = 4.5
 """Of English captions under a BPE of 50,000; a guess."""
 
-MDS_BYTES_A_PAIR = 45
-"""The key, the sizes of the columns and the place in the shard's index."""
+KEY_BYTES, MDS_BYTES_A_PAIR = 12, 24
+"""A key, which is a guess, and the columns' sizes with the pair's place, which a test measures."""
 
 
 @dataclass(frozen=True)
@@ -89,36 +91,20 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
     """Count and estimate what `config` needs on plan.num_gpus devices.
 
     Raises:
-        UserError: an unknown device, a ZeRO stage that this does not know, or embedded shards not made yet.
+        UserError: an unknown device, impossible numbers, a ZeRO stage that this does not know, or embedded shards
+            not made yet.
     """
-    _check_zero(ds_config)
+    _check(ds_config, plan)
     element = weight_bytes(ds_config)
     device = find_device(plan.gpu, num_processes=plan.num_gpus, is_half=element == 2)
     data = known_data(config, plan=plan)
     model = model_config(config, data=data)
     counts = count_parameters(model)
-    sequences = global_batch(config, world_size=plan.num_gpus)
-    steps, micro_batch = accumulation(
-        sequences // plan.num_gpus, micro_batch=ds_config["train_micro_batch_size_per_gpu"]
-    )
-
-    def memory(num_sequences: int, *, is_checkpointed: bool) -> Memory:
-        return estimate_memory(
-            model,
-            counts=counts,
-            ds_config=ds_config,
-            num_gpus=plan.num_gpus,
-            num_tokens=num_sequences * config.data.seq_len,
-            is_checkpointed=is_checkpointed,
-        )
-
-    room = device.memory_bytes * (1 - SHARE_LEFT_FREE)
-    largest = {}
-    for is_checkpointed in (False, True):
-        fixed = memory(0, is_checkpointed=is_checkpointed).total
-        each = memory(1, is_checkpointed=is_checkpointed).total - fixed
-        largest[is_checkpointed] = max(0, int((room - fixed) / each))
-    flops = flops_a_token(model, counts=counts, seq_len=config.data.seq_len)
+    memory = partial(estimate_memory, model, counts=counts, ds_config=ds_config, num_gpus=plan.num_gpus)
+    seq_len, sequences = config.data.seq_len, global_batch(config, world_size=plan.num_gpus)
+    limit = ds_config["train_micro_batch_size_per_gpu"]
+    steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
+    flops = flops_a_token(model, counts=counts, seq_len=seq_len)
     # A forward pass is a third of a step's products; checkpointing does it twice.
     useful = 0.75 if config.model.gradient_checkpointing else 1.0
     return Plan(
@@ -131,15 +117,35 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
         global_batch=sequences,
         accumulation=steps,
         micro_batch=micro_batch,
-        memory={flag: memory(micro_batch, is_checkpointed=flag) for flag in (False, True)},
-        largest_micro_batch=largest,
+        memory={
+            flag: memory(num_tokens=micro_batch * seq_len, is_checkpointed=flag) for flag in (False, True)
+        },
+        largest_micro_batch={
+            flag: largest_micro_batch(partial(memory, is_checkpointed=flag), seq_len=seq_len, device=device)
+            for flag in (False, True)
+        },
         flops_a_token=flops,
         tokens_per_second=plan.num_gpus * plan.mfu * useful * device.peak_flops / flops,
         checkpoint_bytes=checkpoint_bytes(counts, element_bytes=element),
     )
 
 
-def _check_zero(ds_config: dict[str, Any]) -> None:
+def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: Device) -> int:
+    """Count the sequences whose activations fit beside the rest; 0 if not even one does.
+
+    Args:
+        memory: of num_tokens, in which it is linear.
+    """
+    fixed = memory(num_tokens=0).total
+    room = device.memory_bytes * (1 - SHARE_LEFT_FREE) - fixed
+    return max(0, int(room / (memory(num_tokens=seq_len).total - fixed)))
+
+
+def _check(ds_config: dict[str, Any], plan: PlanConfig) -> None:
+    if plan.num_gpus < 1 or not 0 < plan.mfu <= 1:
+        raise UserError(
+            f"--num-gpus is {plan.num_gpus} and --mfu {plan.mfu}; wanted are at least 1, and above 0 up to 1."
+        )
     zero = ds_config.get("zero_optimization", {})
     offloads = [key for key in zero if key.startswith("offload")]
     if zero.get("stage") != 2 or offloads:
@@ -179,7 +185,7 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
 def pair_bytes(plan: PlanConfig) -> float:
     """Estimate a pair's bytes in a shard: codes and caption ids of two or four bytes each, and the caption."""
     caption = plan.caption_tokens * (CHARACTERS_A_TOKEN + _id_bytes(plan.text_rows))
-    return plan.codes_per_image * _id_bytes(plan.codebook_size) + caption + MDS_BYTES_A_PAIR
+    return plan.codes_per_image * _id_bytes(plan.codebook_size) + caption + KEY_BYTES + MDS_BYTES_A_PAIR
 
 
 def _id_bytes(num_values: int) -> int:
@@ -230,7 +236,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     plain, checkpointed = plan.memory[False], plan.memory[True]
     room = plan.device.memory_bytes * (1 - SHARE_LEFT_FREE)
     chosen = plan.memory[plan.config.model.gradient_checkpointing]
-    verdict = "fits" if chosen.total <= room else "does not fit"
+    verdict = f"{SHARE_LEFT_FREE:.0%} kept free: {'fits' if chosen.total <= room else 'does not fit'}"
     names = {
         "weights": "weights",
         "gradients": f"gradients, 1/{plan.asked.num_gpus}",
@@ -245,22 +251,24 @@ def _memory_lines(plan: Plan) -> list[str]:
         *(f"  {label:34}{_gib(one):>10}{_gib(two):>24}" for label, one, two in rows),
         f"  {'together':34}{_gib(plain.total):>10}{_gib(checkpointed.total):>24}",
         f"  {'largest micro-batch':34}{plan.largest_micro_batch[False]:>10}{plan.largest_micro_batch[True]:>24}",
-        f"  {_gib(chosen.total)} of {_gib(plan.device.memory_bytes)} GiB"
-        f" with {SHARE_LEFT_FREE:.0%} kept free: {verdict}",
+        f"  {_gib(chosen.total)} of {_gib(plan.device.memory_bytes)} GiB with {verdict}",
     ]
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    device, num_gpus, price = plan.device, plan.asked.num_gpus, plan.asked.price
-    cost = f"; {plan.hours * num_gpus * price:,.0f} dollars at {price:g} an hour" if price else ""
+    device, asked, hours = plan.device, plan.asked, plan.hours
+    each, in_all = plan.tokens_per_second / asked.num_gpus, plan.tokens_per_second
+    cost = (
+        f"; {hours * asked.num_gpus * asked.price:,.0f} dollars at {asked.price:g} an hour"
+        if asked.price
+        else ""
+    )
     return [
-        f"time, estimated for {plan.asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s a {device.unit}"
+        f"time, estimated for {asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s a {device.unit}"
         f" ({device.source})",
-        f"  {plan.flops_a_token / 1e9:.3g} GFLOP a token;"
-        f" {plan.tokens_per_second / num_gpus:,.0f} tokens/s a {device.unit}"
-        f" and {plan.tokens_per_second:,.0f} in all, padding included; {plan.step_seconds:.3g} s a step",
-        f"  {plan.hours:,.3g} hours = {plan.hours / 24:,.2f} days;"
-        f" {plan.hours * num_gpus:,.4g} {device.unit} hours{cost}",
+        f"  {plan.flops_a_token / 1e9:.3g} GFLOP a token; {each:,.0f} tokens/s a {device.unit}, {in_all:,.0f} in all,"
+        f" padding included; {plan.step_seconds:.3g} s a step",
+        f"  {hours:,.1f} hours = {hours / 24:,.2f} days; {hours * asked.num_gpus:,.1f} {device.unit} hours{cost}",
         "  not counted: start-up, waiting for data, held-out losses, sample grids, checkpoints, steps done again",
     ]
 
