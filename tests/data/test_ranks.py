@@ -144,7 +144,13 @@ def test_silence_is_measured_by_changes_and_not_by_clocks(tmp_path):
 
 
 def test_accelerate_launch_prepares_with_two_ranks(tmp_path, arguments):
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
     command = [
         *launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_port", "29633", "launchers/prepare.py", "--source", arguments["source"].name,
