@@ -111,7 +111,7 @@ def _arguments(
         "views": config.views,
         "unit_pairs": config.unit_pairs,
         "batch_size": config.batch_size,
-        "dtype": config.dtype,
+        "dtype": str(image_tokenizer.dtype).removeprefix("torch."),
         "image_tokenizer": image_tokenizer.fingerprint(),
         "text_tokenizer": text_tokenizer.fingerprint(),
     }
