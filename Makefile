@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-newest
+.PHONY: help install demo lint test test-s3 test-newest
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
+	@echo "make test-s3       training from a bucket of an S3 server on this machine"
 	@echo "make test-newest   an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
@@ -43,6 +44,9 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-s3: install
+	$(BIN)/python -m pytest -m s3
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers

@@ -15,7 +15,7 @@ every source.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +24,6 @@ from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.errors import UserError, run_command
 
 NUM_SHOWN = 8
-CHECK_SHEET, PREVIEW_SHEET = "check.png", Path("prepare_preview.png")
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,15 @@ class PrepareCommand:
     out: Path | None = None
     """Folder of the shards."""
     check: Path | None = None
-    """Only hash and read this shard folder whole, report, and show eight samples in its check.png."""
+    """Only hash and read this shard folder whole, report, and show eight of its samples decoded."""
     preview: int = 0
-    """Only show so many pictures of the source as the model will see them, in prepare_preview.png and here."""
+    """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
+    sheet: Path = Path("sheet.png")
+    """Picture file that --check and --preview draw."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
     """Folder with tokenizer.json."""
     heldout_share: float = 0.02
@@ -60,7 +63,7 @@ def main() -> None:
     from t2i.data.documents import PREFIX
 
     if command.check:
-        check(command.check)
+        check(command.check, sheet=command.sheet)
     elif command.out and command.source.startswith(PREFIX):
         pack(command, command.out)
     elif command.out:
@@ -69,7 +72,7 @@ def main() -> None:
         look(command)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.shards import check_shards, read_manifest
     from t2i.data.sheet import draw_sheet, show_shards
     from t2i.data.text_shards import check_text_shards, is_text
@@ -81,10 +84,10 @@ def check(folder: Path) -> None:
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
     rows = show_shards(folder, num=NUM_SHOWN)
-    draw_sheet(rows).save(folder / CHECK_SHEET)
+    draw_sheet(rows).save(sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
-    print(f"These {len(rows)} decoded: {folder / CHECK_SHEET}")
+    print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
 
 
 def pack(command: PrepareCommand, out: Path) -> None:
@@ -125,7 +128,7 @@ def encode(command: PrepareCommand, out: Path) -> None:
     print(f"{out}: {counts}; {manifest['broken']} broken. Look at {out / 'reconstructions.png'}.")
     for reason, count in manifest["left_out"].items():
         print(f"left out: {count} times {reason}")
-    if command.shards.dtype != "float32":
+    if command.dtype != "float32":
         print(f"{manifest['codes_equal_float32']:.1%} of the codes of a sample equal float32's.")
 
 
@@ -141,10 +144,10 @@ def look(command: PrepareCommand) -> None:
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
     )
-    draw_sheet(rows).save(PREVIEW_SHEET)
+    draw_sheet(rows).save(command.sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
-    print(f"Crops and their codes decoded, beside their captions: {PREVIEW_SHEET}. Nothing else was written.")
+    print(f"Crops and their codes decoded, beside their captions: {command.sheet}. Nothing else was written.")
 
 
 def load_image_tokenizer(command: PrepareCommand) -> Any:
@@ -154,7 +157,7 @@ def load_image_tokenizer(command: PrepareCommand) -> Any:
     from t2i.tokens.image import ImageTokenizer
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, command.shards.dtype)
+    dtype = getattr(torch, command.dtype)
     return ImageTokenizer.load(command.image_tokenizer, device=device, dtype=dtype)
 
 

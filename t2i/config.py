@@ -54,8 +54,6 @@ class PrepareConfig:
     """Pictures encoded at a time."""
     unit_pairs: int = 512
     """Pairs of one resumable unit of work, which is also one shard file a split; a tar is always one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     workers: int = 0
     """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,10 +44,19 @@ def test_commands_take_a_run_folder_a_checkpoint_and_an_export(finished, tmp_pat
 
 
 def test_shards_are_checked_and_the_tokenizer_measured(shards, tmp_path):
-    assert "all readable and in range" in run("launchers/prepare.py", "--check", shards)
+    printed = run("launchers/prepare.py", "--check", shards, "--sheet", tmp_path / "sheet.png")
+    assert "all readable and in range" in printed
+    assert printed.count("64 codes:") == 8
+    assert Image.open(tmp_path / "sheet.png").height > 8 * 64
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/walk.md", "docs/paper.md", "docs/weights.md"])
+def test_a_source_is_looked_at_before_anything_is_written(tmp_path):
+    printed = run("launchers/prepare.py", "--preview", "3", "--sheet", tmp_path / "sheet.png")
+    assert printed.count("64 codes:") == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "sheet.png"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_every_file_that_the_docs_name_exists(page):
     named = re.findall(r"`((?:t2i|launchers|eval|docs|ds_configs)/[\w./-]*)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -68,6 +68,7 @@ def prepare(
         LostRankError: a rank shows no life and owes units.
     """
     arguments = _arguments(source, image_tokenizer, text_tokenizer, config)
+    units = source.units(config.unit_pairs)
     part = out.with_name(out.name + ".part")
     ranks = part / "ranks"
     if not out.exists() and rank == 0:
@@ -77,7 +78,6 @@ def prepare(
     if out.exists():
         return _finished(out, arguments)
     _same_arguments(part, json.loads((part / ARGUMENTS).read_text()), arguments)
-    units = source.units(config.unit_pairs)
 
     def owing() -> set[int]:
         return {index % world_size for index in range(len(units)) if not facts_file(part, index).exists()}
@@ -111,7 +111,7 @@ def _arguments(
         "views": config.views,
         "unit_pairs": config.unit_pairs,
         "batch_size": config.batch_size,
-        "dtype": config.dtype,
+        "dtype": str(image_tokenizer.dtype).removeprefix("torch."),
         "image_tokenizer": image_tokenizer.fingerprint(),
         "text_tokenizer": text_tokenizer.fingerprint(),
     }

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
 from t2i.data.hashing import hash_uniform
@@ -151,7 +151,10 @@ def read_picture(data: bytes) -> Image.Image:
         ValueError: more than MAX_IMAGE_PIXELS pixels.
         OSError: another format, or broken bytes.
     """
-    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:  # whose own text holds an address in memory
+        raise UnidentifiedImageError("cannot identify JPEG, PNG or WebP") from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_IMAGE_PIXELS}")
     image = ImageOps.exif_transpose(image)
