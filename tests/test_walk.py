@@ -39,7 +39,8 @@ def test_commands_take_a_run_folder_a_checkpoint_and_an_export(finished, tmp_pat
     assert pictures[0] == pictures[1]
     printed = run("eval/coco_fid.py", exported, "--num-samples", "10", "--out", tmp_path / "scores")
     assert "fd_efficientnet_lite0" in printed
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["n"] == 10
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["n"] == 10 and scores["captions_heard"]["heldout"]["own"] > 0
 
 
 def test_shards_are_checked_and_the_tokenizer_measured(shards, tmp_path):
