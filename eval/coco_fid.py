@@ -71,7 +71,7 @@ class CompareCommand:
 
 
 def score_model(command: ScoreCommand) -> None:
-    from t2i.generate.processes import join
+    from t2i.generate.processes import join, leave
     from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.ckpt import open_checkpoint
 
@@ -96,7 +96,7 @@ def score_model(command: ScoreCommand) -> None:
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
         print_scores(scores, out=drawing.out)
-    processes.destroy_process_group()
+    leave(processes)
 
 
 def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
@@ -155,7 +155,8 @@ def compare(command: CompareCommand) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        compare(parse(CompareCommand, description=__doc__ or "", verb="compare"))
+        sys.argv[:2] = [f"{sys.argv[0]} compare"]  # the verb becomes part of the program's name
+        compare(parse(CompareCommand, description=__doc__ or ""))
     else:
         score_model(parse(ScoreCommand, description=__doc__ or ""))
 

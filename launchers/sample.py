@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError(f"--layout {command.layout} wants one --prompts path; found {len(command.prompts)}.")
     from t2i.generate.draw import draw_folder
     from t2i.generate.layouts import Benchmark, read_benchmark
-    from t2i.generate.processes import join
+    from t2i.generate.processes import join, leave
     from t2i.runs.ckpt import open_checkpoint
 
     if command.layout == "plain":
@@ -78,7 +78,7 @@ def main() -> None:
         print(f"{len(work.captions)} pictures in {work.drawn}; each carries its caption and settings.")
         if work.sheets:
             print(f"{len(work.sheets)} sheets of them in {command.out}.")
-    processes.destroy_process_group()
+    leave(processes)
 
 
 if __name__ == "__main__":

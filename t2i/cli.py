@@ -13,22 +13,17 @@ from t2i.errors import UserError
 T = TypeVar("T")
 
 
-def parse(kind: type[T], *, description: str, verb: str = "") -> T:
+def parse(kind: type[T], *, description: str) -> T:
     """Read this process's command line into a dataclass.
 
     `--config FILE.yaml` holds flags written down; the command line wins over it. The deepspeed launcher's own
     `--local_rank=N` is passed over.
-
-    Args:
-        verb: the first word of the command line, where it chose `kind`.
     """
-    words = sys.argv[2:] if verb else sys.argv[1:]
-    arguments = [word for word in words if not word.startswith("--local_rank")]
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     place = arguments.index("--config") + 1 if "--config" in arguments else len(arguments)
     file = arguments[place] if place < len(arguments) else None
     flags = flags_of(Path(file)) if file else []
-    program = " ".join([Path(sys.argv[0]).name, verb]).strip()
-    command = tyro.cli(kind, args=[*flags, *arguments], description=description, prog=program)
+    command = tyro.cli(kind, args=[*flags, *arguments], description=description)
     quiet_libraries()
     return command
 

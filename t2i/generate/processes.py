@@ -1,5 +1,6 @@
 """The processes that `accelerate launch` or `torchrun` started for one command."""
 
+import os
 from datetime import timedelta
 
 import torch
@@ -11,4 +12,12 @@ PATIENCE = timedelta(days=2)
 
 def join() -> PartialState:
     """Meet the other processes, if there are any: process_index, num_processes, device, wait_for_everyone()."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        os.environ.pop("LOCAL_RANK", None)  # or accelerate opens a group of one, at whatever MASTER_PORT says
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def leave(processes: PartialState) -> None:
+    """End the group that join opened."""
+    if processes.num_processes > 1:
+        processes.destroy_process_group()

@@ -25,6 +25,9 @@ ROWS = [
 def call(monkeypatch):
     """Run launchers/sample.py in this process; return its exit status."""
 
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # an earlier test's training leaves them
+        monkeypatch.delenv(name, raising=False)
+
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, words)])
         try:

@@ -45,6 +45,9 @@ def call(monkeypatch, tmp_path):
     """Run eval/coco_fid.py in this process; return its exit status."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # an earlier test's training leaves them
+        monkeypatch.delenv(name, raising=False)
+
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, words)])
         try:
