@@ -22,7 +22,15 @@ from t2i.train.run import prepare_environment
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launchers" / "cluster"
 SBATCH = CLUSTER / "slurm.sbatch"
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def parsed(words):
@@ -39,7 +47,9 @@ def documents():
 
 
 def words_after_train(line):
-    return [word for word in shlex.split(line.split("launchers/train.py", 1)[1], comments=True) if word != "$@"]
+    return [
+        word for word in shlex.split(line.split("launchers/train.py", 1)[1], comments=True) if word != "$@"
+    ]
 
 
 def test_the_batch_script_is_good_bash():
@@ -89,7 +99,9 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
     assert from_yaml.data.seq_len == 1_152
     (line,) = re.findall(r"exec .*launchers/train\.py.*", SBATCH.read_text())
     assert str(parsed(words_after_train(line)).ds_config) == "$DS_CONFIG"
-    for line in re.findall(r"^    .*(?:launchers/train\.py|slurm\.sbatch).*", (CLUSTER / "README.md").read_text(), re.M):
+    for line in re.findall(
+        r"^    .*(?:launchers/train\.py|slurm\.sbatch).*", (CLUSTER / "README.md").read_text(), re.M
+    ):
         parsed(words_after_train(line.replace("launchers/cluster/slurm.sbatch", "launchers/train.py")))
 
 

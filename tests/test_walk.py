@@ -40,7 +40,8 @@ def test_commands_take_a_run_folder_a_checkpoint_and_an_export(finished, tmp_pat
     assert pictures[0] == pictures[1]
     printed = run("eval/coco_fid.py", exported, "--num-samples", "10", "--out", tmp_path / "scores")
     assert "fd_efficientnet_lite0" in printed
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["n"] == 10
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["n"] == 10 and scores["captions_heard"]["heldout"]["own"] > 0
 
 
 def test_shards_are_checked_and_the_tokenizer_measured(shards, tmp_path):
@@ -56,7 +57,9 @@ def test_a_source_is_looked_at_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "sheet.png"]
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
 def test_every_file_that_the_docs_name_exists(page):
     named = re.findall(r"`((?:t2i|launchers|eval|docs|ds_configs)/[\w./-]*)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []

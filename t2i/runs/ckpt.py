@@ -1,5 +1,7 @@
 """Anything a CKPT may be: a run folder, one checkpoint of it, an exported folder, a hub name."""
 
+import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,12 @@ class Checkpoint:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
     layout: VocabLayout
+    weights: str = "in memory"
+    """SHA-256 of the weights on disk, or what else the weights are."""
+
+    def image_size(self) -> int:
+        """Count the pixels a side of the pictures it draws."""
+        return int(math.isqrt(self.model.config.codes_per_image) * self.image_tokenizer.downscale)
 
 
 def find(name: str) -> tuple[Path, Path | None]:
@@ -115,4 +123,25 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
         text_tokenizer=TextTokenizer.load(folder),
         image_tokenizer=ImageTokenizer.load((run_dir or folder) / IMAGE_TOKENIZER, device=device),
         layout=VocabLayout(**model.config.vocab_layout),
+        weights=weights_sha256(folder),
     )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash the weights of a Hugging Face folder: one file's own SHA-256, or that of all names and hashes.
+
+    Raises:
+        UserError: it holds none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin.")
+    hashes = {}
+    for file in files:
+        with file.open("rb") as opened:
+            hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256(
+        "".join(f"{name} {digest}\n" for name, digest in hashes.items()).encode()
+    ).hexdigest()

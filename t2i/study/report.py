@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.measure.coco import heldout_halves
+from t2i.measure.halves import heldout_halves
 from t2i.runs.folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_metrics
 from t2i.study.figures import loss_curves
 from t2i.tokens.image import centre_crop_resize
@@ -34,6 +34,7 @@ def write_report(run_dir: Path) -> Path:
     scores = _json(run_dir / "eval" / "scores.json")
     floors = manifest.get("floors_nats", {}).get("heldout", {})
     steps = [row for row in rows if "split" not in row]
+    last_step = steps[-1]["step"] if steps else 0
     page = jinja2.Template(
         TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).render(
@@ -46,7 +47,9 @@ def write_report(run_dir: Path) -> Path:
         floors=floors,
         last=steps[-1] if steps else {},
         heldout=[
-            row for row in rows if "split" in row and row["step"] == (steps[-1]["step"] if steps else 0)
+            row
+            for row in rows
+            if row.get("image_loss_wrong_caption") is not None and row["step"] == last_step
         ],
         curves={
             kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
