@@ -39,7 +39,7 @@ class Run:
 
 def runs_of(study: Study, *, arm: str, out: Path) -> list[Run]:
     """Read an arm's runs that have ended well."""
-    folders = [(seed, run_dir(out, arm, seed)) for seed in study.seeds]
+    folders = [(seed, run_dir(out, arm, seed)) for seed in study.seeds_of(arm)]
     runs = [Run(folder, seed, read_metrics(folder), read_json(folder / STATUS)) for seed, folder in folders]
     return [run for run in runs if run.status.get("state") == "done"]
 

@@ -34,6 +34,8 @@ class Measure:
     name: str
     command: str
     flags: dict[str, Any] = field(default_factory=dict)
+    at: str = ""
+    """What of the run is measured, such as checkpoints/step_000500; empty for its latest checkpoint."""
     arms: list[str] = field(default_factory=list)
     """Empty for every arm."""
     seeds: list[int] = field(default_factory=list)
@@ -50,6 +52,8 @@ class Study:
     arms: dict[str, dict[str, Any]]
     """Settings of each arm, over `settings`."""
     seeds: list[int] = field(default_factory=lambda: [0])
+    arm_seeds: dict[str, list[int]] = field(default_factory=dict)
+    """Seeds of arms that have others than `seeds`."""
     ds_config: str = "ds_configs/zero2_fp32.json"
     launch: list[str] = field(default_factory=list)
     """Words before a training script, such as [deepspeed, --num_gpus, "8"]; empty for this Python."""
@@ -59,6 +63,15 @@ class Study:
     measures: list[Measure] = field(default_factory=list)
     report: list[dict[str, Any]] = field(default_factory=list)
     """Sections: `section` names a kind, the rest are its arguments."""
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """Return an arm's seeds."""
+        return self.arm_seeds.get(arm, self.seeds)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """List arms and seeds, seed by seed, so that a study cut short still has paired arms."""
+        seeds = sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
+        return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ def read_study(file: Path) -> Study:
     study: Study = _made(Study, {**values, "file": file}, file)
     for name in study.arms:
         run_config(study, arm=name, seed=0, out=Path("out"))
+    _known_arms(study, list(study.arm_seeds), where="arm_seeds")
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
@@ -107,15 +121,15 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         for step in study.steps
     ]
     jobs = list(steps)
-    for seed in study.seeds:  # seed by seed, so that a study cut short still has paired arms
-        for arm in study.arms:
-            jobs.append(_run_job(study, arm, seed, out=out, needs=tuple(job.name for job in steps)))
+    needs = tuple(job.name for job in steps)
+    jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
     for measure in study.measures:
         for arm in measure.arms or study.arms:
-            for seed in measure.seeds or study.seeds:
+            for seed in measure.seeds or study.seeds_of(arm):
                 name = run_name(arm, seed)
                 words = _filled({"flags": measure.flags}, out=out, run=run_dir(out, arm, seed))["flags"]
-                command = [measure.command, str(run_dir(out, arm, seed)), *flags_of_mapping(words)]
+                measured = run_dir(out, arm, seed) / measure.at
+                command = [measure.command, str(measured), *flags_of_mapping(words)]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
     return jobs
 

@@ -10,7 +10,7 @@ from t2i.config import ASSETS, ModelConfig, RunConfig
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.study.arms import read_json
-from t2i.study.grid import Study, run_config, run_dir, run_name
+from t2i.study.grid import Study, run_config, run_name
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.run import product_seconds
@@ -34,16 +34,15 @@ class Price:
 def prices(study: Study, *, out: Path, flops_a_second: float) -> list[Price]:
     """Price every run: 6 operations a token and number of the model; what is done costs what it cost."""
     found = []
-    for seed in study.seeds:
-        for arm in study.arms:
-            config = run_config(study, arm=arm, seed=seed, out=out)
-            sequences = max(1, round(config.train.global_batch_tokens / config.data.seq_len))
-            tokens = config.train.max_steps * sequences * config.data.seq_len
-            flops = 6.0 * tokens * num_multiplied(config)
-            record = read_json(out / "jobs" / f"{run_name(arm, seed)}.json")
-            is_done = record.get("state") == "done"
-            seconds = record["seconds"] if is_done else flops / (flops_a_second * USED_SHARE)
-            found.append(Price(run_dir(out, arm, seed).name, tokens, flops, seconds, is_done))
+    for arm, seed in study.runs():
+        config = run_config(study, arm=arm, seed=seed, out=out)
+        sequences = max(1, round(config.train.global_batch_tokens / config.data.seq_len))
+        tokens = config.train.max_steps * sequences * config.data.seq_len
+        flops = 6.0 * tokens * num_multiplied(config)
+        record = read_json(out / "jobs" / f"{run_name(arm, seed)}.json")
+        is_done = record.get("state") == "done"
+        seconds = record["seconds"] if is_done else flops / (flops_a_second * USED_SHARE)
+        found.append(Price(run_name(arm, seed), tokens, flops, seconds, is_done))
     return found
 
 

@@ -223,7 +223,7 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
     ]
     failed = 0
     for arm in arms:
-        for seed in study.seeds:
+        for seed in study.seeds_of(arm):
             folder = run_dir(out, arm, seed)
             status = read_json(folder / "status.json")
             runs = [run for run in runs_of(study, arm=arm, out=out) if run.seed == seed]
@@ -250,7 +250,7 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
                     f"{last['seconds'] / 60:.1f}",
                 ]
             )
-    total = len(arms) * len(study.seeds)
+    total = sum(len(study.seeds_of(arm)) for arm in arms)
     return Section("Runs", f"{total - failed} of {total} runs ended well.", table=table)
 
 

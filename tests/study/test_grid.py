@@ -60,6 +60,7 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (("seeds: [0, 1]", "arm_seeds: {another: [0]}"), "arm_seeds names arm another"),
         (("title: Tiny", "title: Tiny\nseed: 3"), "unknown key seed of a study"),
         (("arms: [pretrained]", "arms: [pretraind]"), "measures: near names arm pretraind"),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
