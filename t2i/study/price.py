@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def num_multiplied(config: RunConfig) -> int:
     else:
         shape = _shape(config.model, vocab_size=_vocab_size(config))
     with torch.device("meta"):
-        model = OpenLMForCausalLM(shape)
+        model: Any = OpenLMForCausalLM(shape)
     total = sum(value.numel() for value in model.parameters())
     return total - model.get_input_embeddings().weight.numel()
 
