@@ -217,7 +217,7 @@ def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> 
 
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return
-    seconds = {dtype: product_seconds(dtype, size=PRODUCT_SIZE) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
         return
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -231,11 +231,11 @@ def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> 
     )
 
 
-def product_seconds(dtype: Any, *, size: int) -> float:
-    """Time one product of size-square matrices, the best of three."""
+def _product_seconds(dtype: Any) -> float:
+    """Time one product of PRODUCT_SIZE-square matrices, the best of three."""
     import torch
 
-    matrix = torch.ones(size, size, dtype=dtype)
+    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype)
     times = []
     for _ in range(3):
         started = time.perf_counter()
