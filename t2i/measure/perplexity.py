@@ -100,7 +100,9 @@ def measure(model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_s
     for batch in input_ids.split(batch_size):
         labels = next_token_labels(batch, layout=model.layout).to(model.model.device)
         hidden = model.model.model(batch.to(model.model.device)).last_hidden_state
-        losses, _ = token_losses(hidden, labels, head=model.model.get_output_embeddings().weight)
+        losses, _ = token_losses(
+            hidden, labels, head=cast(Tensor, model.model.get_output_embeddings().weight)
+        )
         split = split_sums(
             losses,
             labels,

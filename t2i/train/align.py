@@ -150,7 +150,8 @@ def align(run: AlignRun) -> dict[str, Any]:
 
 def make_sides(start: Start, *, run: AlignRun) -> dict[str, AlignedRows]:
     """Make the spaces to align: that of the embedding, and that of the head where it is another."""
-    embedding, head = start.model.get_input_embeddings(), start.model.get_output_embeddings()
+    model: Any = start.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = {INPUT_ROWS: embedding.weight}
     if head.weight is not embedding.weight:
         rows[OUTPUT_ROWS] = head.weight

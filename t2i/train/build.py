@@ -50,7 +50,7 @@ def build_model(
         model.config.codes_per_image = manifest["codes_per_image"]
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
     if config.train.new_rows_lr is not None:
-        if len(model.get_input_embeddings().weight) == start.num_kept:
+        if model.config.vocab_size == start.num_kept:
             raise UserError("train.new_rows_lr is set, but no row is new.")
         split_rows(model, num_old=start.num_kept)
     if config.model.gradient_checkpointing:
