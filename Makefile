@@ -29,7 +29,7 @@ demo: install
 	@echo "[2/5] a language model learns to draw"
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
 	@echo "[3/5] its pictures beside their yardsticks"
-	test -f $(OUT)/eval/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
+	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"
 	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export
 	@echo "[5/5] a report"

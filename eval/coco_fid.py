@@ -44,7 +44,7 @@ class ScoreCommand:
     list_seed: int = 0
     """Which captions of COCO."""
     out: Path | None = None
-    """Folder of pictures and scores.json; by default coco/ or eval/ in the run or exported folder."""
+    """Folder of pictures and scores.json; by default eval/ or coco/ in the run (a folder a step) or exported folder."""
     features: Literal["efficientnet_lite0", "inception"] | None = None
     """Network that pictures are compared by; by default inception with --coco, else efficientnet_lite0."""
     inception: Path | None = None
@@ -80,10 +80,10 @@ def score_model(command: ScoreCommand) -> None:
     checkpoint = open_checkpoint(command.ckpt, device=processes.device)
     task = task_of(command, checkpoint)
     rulers = rulers_of(command, processes)
-    home, folder = checkpoint.run_dir or checkpoint.folder, "coco" if command.coco else "eval"
+    folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls = () if command.coco else ("shuffled", "untrained")
     drawing = Drawing(
-        out=command.out or home / folder,
+        out=command.out or folder,
         config=command.sample,
         controls=controls if command.controls is None else command.controls,
         batch_size=command.batch_size,
@@ -95,7 +95,7 @@ def score_model(command: ScoreCommand) -> None:
     processes.wait_for_everyone()
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
-        print_scores(scores, out=drawing.out)
+        print_scores(scores)
     leave(processes)
 
 
@@ -128,7 +128,7 @@ def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
     return caption_meters(checkpoint, read_data_manifest(checkpoint))
 
 
-def print_scores(scores: dict[str, Any], *, out: Path) -> None:
+def print_scores(scores: dict[str, Any]) -> None:
     from t2i.measure.compare import table
 
     print("\n".join(table(scores)))
@@ -140,7 +140,7 @@ def print_scores(scores: dict[str, Any], *, out: Path) -> None:
     print(
         f"{scores['n']:,} captions against {scores['reference']}, {scores['features']}, {scores['resize']}."
     )
-    print(f"{scores['note']}\nAll of it: {out / 'scores.json'}".lstrip())
+    print(f"{scores['note']}\nAll of it: {scores['file']}".lstrip())
 
 
 def compare(command: CompareCommand) -> None:

@@ -25,7 +25,10 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     file = _config_file(arguments) if has_run_file else None
     flags = flags_of(Path(file)) if file else []
-    command = tyro.cli(kind, args=[*flags, *arguments], description=description)
+    try:
+        command = tyro.cli(kind, args=[*flags, *arguments], description=description)
+    except ValueError as error:  # a dataclass refused a value
+        raise UserError(str(error)) from error
     quiet_libraries()
     return command
 

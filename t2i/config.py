@@ -232,6 +232,13 @@ class SampleConfig:
     seed: int = 0
     """Picture i is drawn with seed + i."""
 
+    def __post_init__(self) -> None:
+        wrong = [f"{key} {getattr(self, key)}" for key in ("temperature", "top_k") if getattr(self, key) < 0]
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"top_p {self.top_p}")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: temperature and top_k are at least 0, top_p is in (0, 1].")
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:

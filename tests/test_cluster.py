@@ -207,8 +207,8 @@ def test_a_job_is_queued_again_when_that_can_help(slurm, ending, is_requeued):
 
 
 HOST = """
-# Starts two tasks, each on a "host" of its own: a /dev/shm, a folder for temporary files and System V IPC that the other
-# does not see, or streaming would take the two for one machine.
+# Starts two tasks, each on a "host" of its own: a /dev/shm, a folder for temporary files and System V IPC that the
+# other does not see, or streaming would take the two for one machine.
 while [ "$1" != bash ]; do shift; done
 tasks=()
 for task in 0 1; do

@@ -29,16 +29,17 @@ def draw_codes(
 ) -> Tensor:
     """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i."""
     layout, model = checkpoint.layout, checkpoint.model
-    num_codes = model.config.codes_per_image
-    room = caption_room(
-        mode="text-to-image", seq_len=model.config.max_position_embeddings, num_codes=num_codes
-    )
+    num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
+    if mode == "text-only":
+        raise UserError(f"{checkpoint.folder} was trained on text alone; it draws no pictures.")
+    length = model.config.sequence_length or model.config.max_position_embeddings
+    room = caption_room(mode=mode, seq_len=length, num_codes=num_codes)
     texts = [checkpoint.text_tokenizer.encode(caption)[:room] for caption in captions]
     start = config.seed if first_seed is None else first_seed
     return sample_codes(
         model,
-        [prompt(text, layout=layout).tolist() for text in texts],
-        empty_prompt=prompt(torch.tensor([]), layout=layout).tolist(),
+        [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
+        empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
         image_ids=range(layout.first_image_id, layout.first_image_id + layout.codebook_size),
         num_codes=num_codes,
         seeds=[start + index for index in range(len(captions))],

@@ -91,7 +91,9 @@ def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
     """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code."""
     source = reopen_source(manifest)
-    config = DataConfig(seq_len=checkpoint.model.config.max_position_embeddings)
+    settings = checkpoint.model.config
+    length = settings.sequence_length or settings.max_position_embeddings
+    config = DataConfig(mode=settings.sequence_mode, seq_len=length)
     meters = {}
     for split in HELDOUT_SPLITS:
         pairs = [pair for pair in source.pairs if pair.split == split]

@@ -39,7 +39,7 @@ ROWS = {
     "model": "drawn from the captions",
     "matched": "drawn, against the captions' own pictures alone",
     "shuffled": "drawn from the same captions in another order",
-    "untrained": "drawn by the same model before training",
+    "untrained": "drawn by the same architecture with random weights",
 }
 
 
@@ -151,8 +151,22 @@ def score(
     }
     drawing.out.mkdir(parents=True, exist_ok=True)
     (drawing.out / CAPTIONS).write_text(caption_lines(task.captions))
-    (drawing.out / SCORES).write_text(json.dumps(scores, indent=1))
-    return scores
+    file = _scores_file(drawing.out, scores)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(scores, indent=1))
+    temporary.replace(file)
+    return scores | {"file": str(file)}
+
+
+def _scores_file(out: Path, scores: dict[str, Any]) -> Path:
+    """Name the file: scores.json, unless it holds what other features or another resize measured."""
+    keys = ("features", "resize")
+    file = out / SCORES
+    if not file.is_file():
+        return file
+    found = json.loads(file.read_text())
+    same = all(found.get(key) == scores[key] for key in keys)
+    return file if same else out / f"scores_{scores['features']}_{scores['resize']}.json"
 
 
 def _protocol(task: Task, extractor: FeatureExtractor) -> dict[str, Any]:

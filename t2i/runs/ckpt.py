@@ -41,6 +41,10 @@ class Checkpoint:
     weights: str = "in memory"
     """SHA-256 of the weights on disk, or what else the weights are."""
 
+    def measures_folder(self, name: str) -> Path:
+        """Name the folder of this checkpoint's measures: NAME/step_NNNNNN in its run, NAME in an exported folder."""
+        return self.folder / name if self.run_dir is None else self.run_dir / name / self.folder.name
+
     def image_size(self) -> int:
         """Count the pixels a side of the pictures it draws."""
         return int(math.isqrt(self.model.config.codes_per_image) * self.image_tokenizer.downscale)

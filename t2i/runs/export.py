@@ -16,7 +16,7 @@ from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
 
 SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
-"""Name of a score in an exported folder -> folder of the run that holds it as scores.json."""
+"""Name of a score in an exported folder -> folder of measures that holds it as scores.json."""
 
 CARD = Path(__file__).with_name("card.md")
 
@@ -40,7 +40,7 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
-    places = {name: home / folder / "scores.json" for name, folder in SCORES.items()}
+    places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in SCORES.items()}
     for name in (DATA_MANIFEST, *SCORES):
         found = [path for path in (home / name, places.get(name)) if path and path.is_file()]
         if found:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from t2i.errors import UserError
 from t2i.measure.halves import heldout_halves
+from t2i.measure.score import SCORES
 from t2i.runs.folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_metrics
 from t2i.study.figures import loss_curves
 from t2i.tokens.image import centre_crop_resize
@@ -31,7 +32,8 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
     rows = read_metrics(run_dir)
     manifest = _json(run_dir / "data_manifest.json")
-    scores = _json(run_dir / "eval" / "scores.json")
+    measured = _measured(run_dir)
+    scores = _json(measured / SCORES) if measured else {}
     floors = manifest.get("floors_nats", {}).get("heldout", {})
     steps = [row for row in rows if "split" not in row]
     last_step = steps[-1]["step"] if steps else 0
@@ -55,7 +57,7 @@ def write_report(run_dir: Path) -> Path:
             kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
             for kind in ("image", "text")
         },
-        pictures=_pictures(run_dir, manifest) if scores else [],
+        pictures=_pictures(measured / "model", manifest) if measured else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         commands=_commands(run_dir),
@@ -65,9 +67,15 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _pictures(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
+def _measured(run_dir: Path) -> Path | None:
+    """Find the measures of the newest checkpoint that was measured on the run's own held-out pictures."""
+    found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
+    return found[-1].parent if found else None
+
+
+def _pictures(folder: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
     """Pair drawn pictures with the real ones of their captions, spread over the drawn half."""
-    drawn = sorted((run_dir / "eval" / "model").glob("*.png"))
+    drawn = sorted(folder.glob("*.png"))
     pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
     step = max(1, len(drawn) // NUM_PICTURES)
     shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_PICTURES]
@@ -92,7 +100,7 @@ def _spread(folder: Path) -> list[Path]:
 def _commands(run_dir: Path) -> list[str]:
     """Write out what made the run's files, to be copied and run again."""
     commands = [_json(run_dir / ENVIRONMENT)["command"]]
-    if (run_dir / "eval" / "scores.json").is_file():
+    if _measured(run_dir):
         commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
     return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]
 

@@ -48,6 +48,7 @@ def build_model(
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest["codes_per_image"]
+    model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
     if config.train.new_rows_lr is not None:
         if model.config.vocab_size == start.num_kept:

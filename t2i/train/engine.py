@@ -88,13 +88,9 @@ def global_batch(config: RunConfig, *, world_size: int) -> int:
 
 
 def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
-    """Split a rank's sequences into equal micro-batches of at most micro_batch: (steps, sequences each)."""
-    steps = next(
-        steps
-        for steps in range(1, per_rank + 1)
-        if per_rank % steps == 0 and per_rank // steps <= micro_batch
-    )
-    return steps, per_rank // steps
+    """Split a rank's sequences into the fewest micro-batches: their number, and sequences each (the last has fewer)."""
+    steps = -(-per_rank // micro_batch)
+    return steps, -(-per_rank // steps)
 
 
 def make_engine(
