@@ -13,6 +13,7 @@ help:
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
 	@echo "make test-s3       training from a bucket of an S3 server on this machine"
+	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest   an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
@@ -47,6 +48,9 @@ test: install
 
 test-s3: install
 	$(BIN)/python -m pytest -m s3
+
+faults: install
+	$(BIN)/python -m pytest tests/faults -m fault --fault-report docs/reliability_report.md
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers

@@ -43,8 +43,11 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         path = Path(prompts[0])
         if not path.is_file():
             raise UserError(f"--prompts {path} is no file.")
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    return list(prompts)
+        prompts = tuple(line.strip() for line in path.read_text().splitlines())
+    captions = [prompt for prompt in prompts if prompt]
+    if not captions:
+        raise UserError("--prompts names no caption.")
+    return captions
 
 
 def main() -> None:

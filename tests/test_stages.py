@@ -97,7 +97,7 @@ def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
 
 
 def test_the_report_is_one_page_with_everything_inside(finished, checkpoint):
-    score_heldout(checkpoint, finished.run_dir / "eval")
+    score_heldout(checkpoint, checkpoint.measures_folder("eval"))
     page = write_report(finished.run_dir).read_text()
     assert page.count("<svg") == 2
     assert page.count('alt="drawn"') == 10

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from t2i.errors import UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
-from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -113,6 +113,7 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
 
     Raises:
         UserError: it is no CKPT, or a model without image codes.
+        DataError: the image tokenizer beside it is not the one that it learned with.
     """
     folder, run_dir = find(name)
     model = OpenLMForCausalLM.from_pretrained(folder).eval().to(device)
@@ -120,12 +121,16 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
         raise UserError(
             f"{folder} is a language model without image codes: its config.json has no vocab_layout."
         )
+    home = run_dir or folder
+    image_tokenizer = ImageTokenizer.load(home / IMAGE_TOKENIZER, device=device)
+    if (home / ROUND_TRIP).is_file():
+        check_round_trip(image_tokenizer, home / ROUND_TRIP)
     return Checkpoint(
         folder=folder,
         run_dir=run_dir,
         model=model,
         text_tokenizer=TextTokenizer.load(folder),
-        image_tokenizer=ImageTokenizer.load((run_dir or folder) / IMAGE_TOKENIZER, device=device),
+        image_tokenizer=image_tokenizer,
         layout=VocabLayout(**model.config.vocab_layout),
         weights=weights_sha256(folder),
     )

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from t2i.errors import CheckpointError, UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
+from t2i.tokens.image import ROUND_TRIP
 
 SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
 """Name of a score in an exported folder -> folder of measures that holds it as scores.json."""
@@ -41,7 +42,7 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in SCORES.items()}
-    for name in (DATA_MANIFEST, *SCORES):
+    for name in (DATA_MANIFEST, ROUND_TRIP, *SCORES):
         found = [path for path in (home / name, places.get(name)) if path and path.is_file()]
         if found:
             shutil.copyfile(found[-1], part / name)

@@ -28,7 +28,7 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import METRICS, write_status
-from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import KINDS, optimizer_state_bytes
@@ -285,6 +285,7 @@ class Trainer:
         if not (run_dir / DATA_MANIFEST).exists():
             if self.image_tokenizer is not None:
                 shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
+                shutil.copyfile(self.config.data.shards / ROUND_TRIP, run_dir / ROUND_TRIP)
             shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
         elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
             raise UserError(
