@@ -6,15 +6,15 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-s3 test-newest
+.PHONY: help install demo lint test test-s3 test-newest faults
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
-	@echo "make test-s3       training from a bucket of an S3 server on this machine"
+	@echo "make test-s3   training from a bucket of an S3 server on this machine"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
-	@echo "make test-newest   an export under the newest transformers (needs pip's index)"
+	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
 
