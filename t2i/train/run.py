@@ -111,6 +111,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         TEXT_TOKENIZER,
         check_image_tokenizer,
         fetch_shards,
+        has_image_tokenizer,
         read_manifest,
     )
     from t2i.data.text_shards import check_text_use, is_text
@@ -134,14 +135,15 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     text_tokenizer = TextTokenizer.load(
         _text_tokenizer_folder(config, own=config.data.shards / TEXT_TOKENIZER)
     )
-    image_tokenizer = None
     if is_text(manifest):
         check_text_use(config.data, manifest=manifest, tokenizer=text_tokenizer)
-    else:
+    elif is_first:
+        warn_of_other_tokenizer(text_tokenizer, manifest)
+    image_tokenizer = None
+    if has_image_tokenizer(manifest):
         image_tokenizer = ImageTokenizer.load(config.data.shards / IMAGE_TOKENIZER)
         if is_first:
             check_image_tokenizer(config.data.shards, image_tokenizer)
-            warn_of_other_tokenizer(text_tokenizer, manifest)
     model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     num_sequences = global_batch(config, world_size=world_size)
     loader = StepLoader(
@@ -160,7 +162,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
     def measure(step: int) -> list[dict[str, Any]]:
         amount = config.train.eval_pictures
-        if image_tokenizer is None:
+        if is_text(manifest):
             rows = heldout_text_rows(model, config=config.data, layout=layout, num_sequences=amount)
         else:
             rows = heldout_rows(
