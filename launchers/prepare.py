@@ -32,8 +32,8 @@ class PrepareCommand:
 
     source: str = "openmoji"
     """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
-    or a Hugging Face data set (USER/NAME, or hf: before any name). For text-only training: text:docstrings,
-    text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
+    a Hugging Face data set (USER/NAME, or hf: before any name), or ids:DIR without pictures. For text-only training:
+    text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
     out: Path | None = None
     """Folder of the shards."""
     check: Path | None = None
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def check(folder: Path, *, sheet: Path) -> None:
-    from t2i.data.shards import check_shards, read_manifest
+    from t2i.data.shards import check_shards, has_image_tokenizer, read_manifest
     from t2i.data.sheet import draw_sheet, show_shards
     from t2i.data.text_shards import check_text_shards, is_text
 
@@ -83,6 +83,8 @@ def check(folder: Path, *, sheet: Path) -> None:
         return
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
+    if not has_image_tokenizer(read_manifest(folder)):
+        return
     rows = show_shards(folder, num=NUM_SHOWN)
     draw_sheet(rows).save(sheet)
     for row in rows:
@@ -113,10 +115,11 @@ def encode(command: PrepareCommand, out: Path) -> None:
     from t2i.tokens.text import TextTokenizer
 
     rank, world_size = place_in_job()
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     manifest = prepare(
-        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        source,
         out=out,
-        image_tokenizer=load_image_tokenizer(command),
+        image_tokenizer=None if source.given else load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
         rank=rank,
@@ -125,7 +128,9 @@ def encode(command: PrepareCommand, out: Path) -> None:
     if rank > 0:
         return
     counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
-    print(f"{out}: {counts}; {manifest['broken']} broken. Look at {out / 'reconstructions.png'}.")
+    print(f"{out}: {counts}; {manifest['broken']} broken.")
+    if source.given is None:
+        print(f"Look at {out / 'reconstructions.png'}.")
     for reason, count in manifest["left_out"].items():
         print(f"left out: {count} times {reason}")
     if command.dtype != "float32":
@@ -137,8 +142,11 @@ def look(command: PrepareCommand) -> None:
     from t2i.data.sheet import draw_sheet, preview
     from t2i.tokens.text import TextTokenizer
 
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
+    if source.given:
+        raise UserError(f"{command.source} has no pictures to preview.")
     rows = preview(
-        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        source,
         num=command.preview,
         image_tokenizer=load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),

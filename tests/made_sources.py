@@ -157,6 +157,12 @@ def hub_image_folder(folder):
     return f"hf:{metadata_jsonl(folder)}"
 
 
+def hub_tars(folder):
+    for number in range(2):
+        write_tar(folder / f"{number}.tar", tar_members(range(number * 12, number * 12 + 12)))
+    return f"hf:{folder}"
+
+
 KINDS = {
     function.__name__: function
     for function in (
@@ -172,5 +178,6 @@ KINDS = {
         coco,
         hub_parquet,
         hub_image_folder,
+        hub_tars,
     )
 }

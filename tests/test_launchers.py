@@ -56,7 +56,9 @@ def test_a_wrong_key_names_the_nearest_right_one():
 def test_wrong_use_is_a_sentence_and_status_2():
     done = run("launchers/prepare.py")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert done.stderr.strip() == "give either --out DIR to prepare, or --check DIR to check."
+    assert (
+        done.stderr.strip() == "give one of --out DIR to prepare, --check DIR to check, --preview N to look."
+    )
 
 
 def test_a_missing_source_is_status_3(tmp_path):

@@ -31,7 +31,10 @@ def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextT
 def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
     """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
     if tokenizer is None:
-        return torch.from_numpy(sample["caption_ids"].astype("int64"))
+        ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
+        return (
+            ids[:0] if sample.get("caption") == "" else ids
+        )  # shards hold one id there: MDS has no empty arrays
     return tokenizer.encode(sample["caption"])
 
 

@@ -91,6 +91,11 @@ def read_split(
         yield readers[at][place - ends[at]]
 
 
+def has_image_tokenizer(manifest: dict[str, Any]) -> bool:
+    """Tell shards of pictures from those of given ids and of documents, which no image tokenizer decodes."""
+    return manifest.get("given_ids") is False
+
+
 def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
     """Encode the stored pictures again and compare fingerprint and codes.
 

@@ -26,12 +26,19 @@ def periodic_work(
     layout: VocabLayout,
     text_tokenizer: TextTokenizer,
     image_tokenizer: ImageTokenizer | None,
+    reads_text: bool,
     writer: MetricsWriter | None,
 ) -> list[Periodic]:
-    """List what a run measures and draws, with how often."""
+    """List what a run measures and draws, with how often.
+
+    Args:
+        image_tokenizer: None where there are no pictures to draw.
+        reads_text: the shards are of documents.
+        writer: the first rank's.
+    """
     settings = config.train
     measure = _picture_losses(config, model, layout, text_tokenizer)
-    if image_tokenizer is None:
+    if reads_text:
         measure = _text_losses(config, model, layout)
     found = [Periodic(every=settings.eval_every, work=measure)]
     if settings.eval_text:

@@ -74,6 +74,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         TEXT_TOKENIZER,
         check_image_tokenizer,
         fetch_shards,
+        has_image_tokenizer,
         read_manifest,
     )
     from t2i.data.text_shards import check_text_use, is_text
@@ -102,9 +103,10 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         check_text_use(data, manifest=manifest, tokenizer=text_tokenizer)
     else:
         caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest["codes_per_image"])
+        warn_of_other_tokenizer(text_tokenizer, manifest)
+    if has_image_tokenizer(manifest):
         image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
         on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
-        warn_of_other_tokenizer(text_tokenizer, manifest)
     model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     num_sequences = global_batch(config, world_size=world_size)
     loader = StepLoader(
@@ -134,6 +136,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
             layout=layout,
             text_tokenizer=text_tokenizer,
             image_tokenizer=image_tokenizer,
+            reads_text=is_text(manifest),
             writer=writer,
         ),
     )

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
@@ -50,6 +51,19 @@ class Pair:
     """train, heldout or combinations."""
     open: Callable[[], Image.Image] = field(compare=False)
     """Read the picture as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
+    codes: np.ndarray | None = field(default=None, compare=False)
+    """(K,) codes, where the source has these and no picture."""
+
+
+@dataclass(frozen=True)
+class GivenIds:
+    """What a source of ids says of them."""
+
+    vocab_size: int
+    length: int
+    """Ids of each sequence."""
+    made_by: str
+    """What turned pictures into ids: shards and models of one name share their codes."""
 
 
 Unit = Callable[[Counter[str]], Iterable[Pair]]
@@ -72,6 +86,8 @@ class Source:
     heldout_share: float = 0.0
     """What open_source was given; the embedded set and COCO have rules of their own."""
     config: SourceConfig = field(default_factory=SourceConfig)
+    given: GivenIds | None = None
+    """What its pairs have in place of pictures; None for pictures."""
 
     @cached_property
     def pairs(self) -> list[Pair]:
