@@ -22,13 +22,22 @@ from t2i.train.run import prepare_environment
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launchers" / "cluster"
 SBATCH = CLUSTER / "slurm.sbatch"
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def parsed(words):
     """Parse the words after launchers/train.py as train.py would; --config is read too."""
     spec = importlib.util.spec_from_file_location("train_launcher", ROOT / "launchers" / "train.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads the fields' documentation from the source
     spec.loader.exec_module(module)
     file = words[words.index("--config") + 1] if "--config" in words else None
     return tyro.cli(module.TrainCommand, args=[*(flags_of(ROOT / file) if file else []), *words])
@@ -39,7 +48,9 @@ def documents():
 
 
 def words_after_train(line):
-    return [word for word in shlex.split(line.split("launchers/train.py", 1)[1], comments=True) if word != "$@"]
+    return [
+        word for word in shlex.split(line.split("launchers/train.py", 1)[1], comments=True) if word != "$@"
+    ]
 
 
 def test_the_batch_script_is_good_bash():
@@ -89,7 +100,9 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
     assert from_yaml.data.seq_len == 1_152
     (line,) = re.findall(r"exec .*launchers/train\.py.*", SBATCH.read_text())
     assert str(parsed(words_after_train(line)).ds_config) == "$DS_CONFIG"
-    for line in re.findall(r"^    .*(?:launchers/train\.py|slurm\.sbatch).*", (CLUSTER / "README.md").read_text(), re.M):
+    for line in re.findall(
+        r"^    .*(?:launchers/train\.py|slurm\.sbatch).*", (CLUSTER / "README.md").read_text(), re.M
+    ):
         parsed(words_after_train(line.replace("launchers/cluster/slurm.sbatch", "launchers/train.py")))
 
 
@@ -195,8 +208,8 @@ def test_a_job_is_queued_again_when_that_can_help(slurm, ending, is_requeued):
 
 
 HOST = """
-# Starts two tasks, each on a "host" of its own: a /dev/shm, a folder for temporary files and System V IPC that the other
-# does not see, or streaming would take the two for one machine.
+# Starts two tasks, each on a "host" of its own, with a /dev/shm and a folder for temporary files that the other does
+# not see, or streaming would take the two for one machine.
 while [ "$1" != bash ]; do shift; done
 tasks=()
 for task in 0 1; do
