@@ -37,6 +37,7 @@ def parsed(words):
     """Parse the words after launchers/train.py as train.py would; --config is read too."""
     spec = importlib.util.spec_from_file_location("train_launcher", ROOT / "launchers" / "train.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads the fields' documentation from the source
     spec.loader.exec_module(module)
     file = words[words.index("--config") + 1] if "--config" in words else None
     return tyro.cli(module.TrainCommand, args=[*(flags_of(ROOT / file) if file else []), *words])
@@ -207,8 +208,8 @@ def test_a_job_is_queued_again_when_that_can_help(slurm, ending, is_requeued):
 
 
 HOST = """
-# Starts two tasks, each on a "host" of its own: a /dev/shm, a folder for temporary files and System V IPC that the
-# other does not see, or streaming would take the two for one machine.
+# Starts two tasks, each on a "host" of its own, with a /dev/shm and a folder for temporary files that the other does
+# not see, or streaming would take the two for one machine.
 while [ "$1" != bash ]; do shift; done
 tasks=()
 for task in 0 1; do

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.learn import set_learned
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 
@@ -49,14 +50,18 @@ class Memory:
 
 def weight_bytes(ds_config: dict[str, Any]) -> int:
     """Tell the bytes of one weight."""
-    is_half = any(ds_config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
-    return 2 if is_half else 4
+    return 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
 
 
-def count_parameters(config: OpenLMConfig) -> Counts:
-    """Count a model's numbers without making any of them."""
+def count_parameters(config: OpenLMConfig, *, recipe: str = "all") -> Counts:
+    """Count a model's numbers without making any of them.
+
+    Args:
+        recipe: what learns, as in model.learn.
+    """
     with torch.device("meta"):
         model = OpenLMForCausalLM(config)
+    set_learned(model, recipe=recipe)
     rows = None if config.tie_word_embeddings else model.get_input_embeddings().weight
     values = list(model.parameters())
     products = [value for value in values if value.dim() == 2 and value is not rows]

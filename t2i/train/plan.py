@@ -14,6 +14,7 @@ from t2i.config import EMBEDDED_SHARDS, PlanConfig, RunConfig
 from t2i.data.shards import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.runs.ckpt import find
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import random_model_config
 from t2i.train.devices import Device, find_device
@@ -45,6 +46,7 @@ class Data:
     text_tokens: int
     """Ids of the text tokenizer."""
     codebook_size: int
+    """0 for shards of text alone."""
     num_pairs: int
     shard_bytes: float
     are_made: bool
@@ -99,7 +101,7 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
     device = find_device(plan.gpu, num_processes=plan.num_gpus, is_half=element == 2)
     data = known_data(config, plan=plan)
     model = model_config(config, data=data)
-    counts = count_parameters(model)
+    counts = count_parameters(model, recipe=config.model.learn)
     memory = partial(estimate_memory, model, counts=counts, ds_config=ds_config, num_gpus=plan.num_gpus)
     seq_len, sequences = config.data.seq_len, global_batch(config, world_size=plan.num_gpus)
     limit = ds_config["train_micro_batch_size_per_gpu"]
@@ -164,7 +166,7 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
         manifest = read_manifest(folder)
         return Data(
             text_tokens=manifest["text_tokenizer"]["num_tokens"],
-            codebook_size=manifest["codebook_size"],
+            codebook_size=manifest.get("codebook_size", 0),
             num_pairs=sum(manifest["counts"].values()),
             shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
             are_made=True,
@@ -192,23 +194,25 @@ def _id_bytes(num_values: int) -> int:
     return 2 if num_values <= 2**16 else 4
 
 
-def has_model_folder(config: RunConfig) -> bool:
-    """Tell whether model.init names a folder that is there."""
-    return (Path(config.model.init) / "config.json").is_file()
+def is_there(config: RunConfig) -> bool:
+    """Tell whether model.init is on this disk."""
+    return config.model.init != "random" and Path(config.model.init).exists()
 
 
 def model_config(config: RunConfig, *, data: Data) -> OpenLMConfig:
-    """Describe the model that will learn, image rows included: model.init's if it is there, else of the given size."""
-    if has_model_folder(config):
-        model = OpenLMConfig.from_pretrained(config.model.init)
+    """Describe the model that will learn, image rows included: model.init's if it is here, else of the given size."""
+    if is_there(config):
+        folder, _ = find(config.model.init)
+        model = OpenLMConfig.from_pretrained(folder)
     else:
         model = random_model_config(
             config.model, num_text_tokens=data.text_tokens, seq_len=config.data.seq_len
         )
-    layout = VocabLayout(
-        num_text_rows=model.vocab_size, num_text_tokens=model.vocab_size, codebook_size=data.codebook_size
-    )
-    model.vocab_size = layout.vocab_size
+    if data.codebook_size:
+        rows = (model.vocab_layout or {}).get("num_text_rows", model.vocab_size)
+        model.vocab_size = VocabLayout(
+            rows, num_text_tokens=rows, codebook_size=data.codebook_size
+        ).vocab_size
     return model
 
 
@@ -219,8 +223,8 @@ def describe(plan: Plan) -> list[str]:
 
 def _counted(plan: Plan) -> list[str]:
     config, counts, data = plan.config, plan.counts, plan.data
-    is_sized = config.model.init != "random" and not has_model_folder(config)
-    sized = f" (of model.hidden_size and so on: {config.model.init} is not there yet)" if is_sized else ""
+    is_sized = config.model.init != "random" and not is_there(config)
+    sized = f" (of model.hidden_size and so on: {config.model.init} is not here)" if is_sized else ""
     assumed = "" if data.are_made else f" (assumed: {config.data.shards} is not made yet)"
     per_rank, steps = plan.global_batch // plan.asked.num_gpus, config.train.max_steps
     return [

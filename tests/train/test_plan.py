@@ -98,7 +98,7 @@ def test_the_papers_plan():
     text = "\n".join(describe(plan))
     assert "3,9" in text.split("dollars")[0][-7:]
     assert "fits" in text and "does not fit" not in text
-    assert "models/open_lm_1b is not there yet" in text and "data/pairs256 is not made yet" in text
+    assert "models/open_lm_1b is not here" in text and "data/pairs256 is not made yet" in text
 
 
 def test_gradient_checkpointing_takes_a_quarter_of_the_useful_products():
@@ -116,6 +116,24 @@ def test_counts_are_those_of_the_real_model(is_tied):
     assert counts.total == counts.learned == sum(value.numel() for value in model.parameters())
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     assert counts.in_products == counts.learned_in_products == matrices
+
+
+def test_frozen_parts_need_no_gradients_and_no_averages():
+    counts = {recipe: count_parameters(tiny_config(), recipe=recipe) for recipe in ("all", "embeddings")}
+    rows = 2 * LAYOUT.vocab_size * 64
+    assert counts["embeddings"].learned == rows
+    assert counts["embeddings"].learned_in_products == rows / 2  # the head; the embedding is looked up
+    memory = {
+        recipe: estimate_memory(
+            tiny_config(), counts=count, ds_config=ZERO2, num_gpus=1, num_tokens=0, is_checkpointed=False
+        )
+        for recipe, count in counts.items()
+    }
+    assert memory["embeddings"].weights == memory["all"].weights
+    assert memory["embeddings"].optimizer == 12 * rows
+    frozen = counts["all"].in_products - rows / 2
+    saved = [flops_a_token(tiny_config(), counts=count, seq_len=96) for count in counts.values()]
+    assert saved[0] - saved[1] == 2 * frozen
 
 
 def test_flops_are_those_that_torch_counts():
