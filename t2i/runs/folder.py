@@ -51,8 +51,11 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[str]:
+def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
+
+    Args:
+        heading: what follows from the settings on these ranks, a comment above them.
 
     Raises:
         UserError: the folder belongs to a running process, or was made with other science settings.
@@ -73,7 +76,8 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[s
             listed = "; ".join(changed)
             raise UserError(f"{run_dir} was begun with other settings ({listed}). Choose another --run-dir.")
     write_status(run_dir, state="running", step=last_step(run_dir))
-    resolved.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    comment = f"# {heading}\n" if heading else ""
+    resolved.write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
     (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
     (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
     return lock

@@ -34,14 +34,17 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     import torch.distributed as dist
 
     from t2i.runs.folder import open_run
-    from t2i.train.engine import read_ds_config
+    from t2i.train.engine import global_batch, read_ds_config
 
     check_numbers(config.train)
     ds_config = read_ds_config(ds_config_path)
     warn_of_building(ds_config)
     start_processes()
+    world_size = dist.get_world_size()
+    num_sequences = global_batch(config, world_size=world_size)
+    heading = f"{num_sequences:,} sequences of {config.data.seq_len:,} tokens a step; ranks: {world_size}"
     locks: list[IO[str]] = []
-    on_first_rank(lambda: locks.append(open_run(config, ds_config=ds_config)))
+    on_first_rank(lambda: locks.append(open_run(config, ds_config=ds_config, heading=heading)))
     try:
         _train(config, ds_config)
     except (Exception, KeyboardInterrupt) as error:
