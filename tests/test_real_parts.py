@@ -1,0 +1,164 @@
+"""From files of the released layouts to pictures drawn without t2i, every step by its command."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import made_sources as made
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from measure.conftest import write_inception
+from PIL import Image
+from twins.image_tokenizers import SMALL, Released
+from twins.open_lm import SIZES, OpenLM
+
+from t2i.runs.folder import read_metrics
+from t2i.tokens.text import train_text_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
+ROOT = Path(__file__).parents[1]
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+NUM_ROWS, NUM_CODES, IMAGE_SIZE = 432, 256, 32
+SEQ_LEN = 48
+"""16 codes, 6 markers and room for 26 caption ids."""
+
+WITHOUT_T2I = """
+import sys
+
+class NoT2I:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] != "t2i", name
+
+sys.meta_path.insert(0, NoT2I())
+"""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process; return what it printed."""
+
+    def run(command, *words):
+        for name in LAUNCHED:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / command), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def subprocess_of(*words, cwd, **names):
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    done = subprocess.run(
+        list(map(str, words)),
+        cwd=cwd,
+        env={**environment, "OMP_NUM_THREADS": "1", **names},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def write_released(folder):
+    """Write what people download: an open_lm training checkpoint, a MoVQGAN file, and a tokenizer of NeoX's structure.
+
+    Returns the number of the tokenizer's ids.
+    """
+    sizes = SIZES | {"vocab_size": NUM_ROWS, "positional_embedding_type": "head_rotary"}
+    state = {f"module.{name}": value for name, value in OpenLM(**sizes).state_dict().items()}
+    torch.save({"epoch": 3, "name": "x", "state_dict": state}, folder / "epoch_3.pt")
+    (folder / "open_lm.json").write_text(json.dumps(sizes))
+    neox = train_text_tokenizer(map(made.caption, range(made.NUM_PICTURES)), vocab_size=NUM_ROWS)
+    neox.tokenizer.save_pretrained(folder / "neox")
+    torch.save(Released("movqgan", **SMALL["movqgan"]).state_dict(), folder / "movqgan.ckpt")
+    return neox.num_tokens
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    num_text_ids = write_released(tmp_path)
+    assert num_text_ids < NUM_ROWS  # as GPT-NeoX's 50,277 of 50,432
+    coco = made.coco(tmp_path / "coco").removeprefix("coco:")
+    inception = write_inception(tmp_path / "inception.pt", monkeypatch, dims=32)
+    model, tokenizer, shards, run = (tmp_path / name for name in ("model", "tokenizer", "shards", "run"))
+
+    told = call(
+        "launchers/convert.py", "open-lm", "--checkpoint", tmp_path / "epoch_3.pt",
+        "--config", tmp_path / "open_lm.json", "--text-tokenizer", tmp_path / "neox", "--out", model,
+    )  # fmt: skip
+    assert "proved: 24 tokens" in told
+    told = call(
+        "launchers/convert.py", "movqgan", "--checkpoint", tmp_path / "movqgan.ckpt", "--out", tokenizer
+    )
+    assert re.search(r" (\d+) of \1 codes are equal", told)
+    told = call(
+        "launchers/prepare.py", "--source", f"coco:{coco}", "--out", shards, "--image-size", IMAGE_SIZE,
+        "--image-tokenizer", tokenizer, "--text-tokenizer", model,
+    )  # fmt: skip
+    assert "20 train, 4 heldout; 0 broken" in told
+
+    subprocess_of(
+        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29613", "launchers/train.py",
+        "--ds_config", "ds_configs/zero2_fp32.json", "--run-dir", run, "--data.shards", shards,
+        "--data.seq-len", SEQ_LEN, "--model.init", model, "--train.global-batch-tokens", 4 * SEQ_LEN,
+        "--train.max-steps", "2", "--train.warmup-steps", "1", "--train.eval-every", "2",
+        cwd=ROOT,
+    )  # fmt: skip
+    rows = read_metrics(run)
+    assert [row["image_tokens"] for row in rows if "split" not in row] == [4 * 16, 4 * 16]
+    assert [row["num_pictures"] for row in rows if row.get("split") == "heldout"] == [4]
+
+    captions = ["thing number 21", "a red apple"]
+    call("launchers/sample.py", run, "--prompts", *captions, "--out", tmp_path / "drawn")
+    call("eval/coco_fid.py", run, "--coco", coco, "--num-samples", 4, "--inception", inception)
+    scores = json.loads((run / "coco" / "step_000002" / "scores.json").read_text())
+    assert (scores["n"], scores["image_size"], set(scores["rows"])) == (
+        4,
+        IMAGE_SIZE,
+        {"real", "reconstructions", "model", "matched"},
+    )
+    exported = tmp_path / "exported"
+    call("launchers/export.py", run, "--out", exported)
+    card = ModelCard.load(exported / "README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [
+        round(scores[name], 4) for name in ("fid", "kid")
+    ]
+
+    settings = json.loads((exported / "config.json").read_text())
+    assert settings["vocab_layout"] == {
+        "num_text_rows": NUM_ROWS,
+        "num_text_tokens": num_text_ids,
+        "codebook_size": NUM_CODES,
+        "multiple": 8,
+    }
+    lines = card.text.split("```python\n")[1].split("```")[0]
+    (own,) = re.findall(r"captions = .*", lines)
+    program = WITHOUT_T2I + lines.replace(own, f"captions = {captions}")
+    subprocess_of(sys.executable, "-c", program, cwd=exported, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    for index, caption in enumerate(captions):
+        drawn = pixels(exported / f"{caption}.png")
+        assert drawn.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        # The same codes, decoded by the same tokenizer in batches of the same shape.
+        np.testing.assert_array_equal(drawn, pixels(tmp_path / "drawn" / f"{index:05d}.png"))
