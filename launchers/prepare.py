@@ -41,13 +41,13 @@ class PrepareCommand:
     preview: int = 0
     """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
     sheet: Path = Path("sheet.png")
-    """Picture file that --check and --preview draw."""
+    """Picture file (.png) that --check and --preview draw."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
-    """Folder with tokenizer.json."""
+    """Folder with tokenizer.json, such as the model's to start from, or a hub name."""
     heldout_share: float = 0.02
     """Share of a source's pictures or documents that training never sees; openmoji and COCO have their own rules."""
     seq_len: int = 96
@@ -60,6 +60,8 @@ def main() -> None:
     command = parse(PrepareCommand, description=__doc__ or "")
     if [command.out is not None, command.check is not None, command.preview > 0].count(True) != 1:
         raise UserError("give one of --out DIR to prepare, --check DIR to check, --preview N to look.")
+    if command.sheet.suffix != ".png":
+        raise UserError(f"--sheet is {command.sheet}; wanted is a name that ends in .png.")
     from t2i.data.documents import PREFIX
 
     if command.check:

@@ -43,7 +43,10 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         path = Path(prompts[0])
         if not path.is_file():
             raise UserError(f"--prompts {path} is no file.")
-        prompts = tuple(line.strip() for line in path.read_text().splitlines())
+        try:
+            prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {path} is no text in UTF-8: {error}.") from error
     captions = [prompt for prompt in prompts if prompt]
     if not captions:
         raise UserError("--prompts names no caption.")

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from t2i.cli import parse
-from t2i.config import ASSETS, TokenizerConfig
+from t2i.config import ASSETS, SourceConfig, TokenizerConfig
 from t2i.errors import UserError, run_command
 
 
@@ -30,7 +30,8 @@ class Train:
     out: Path
     """Folder of the tokenizer, in diffusers format."""
     source: str = "openmoji"
-    """`openmoji`, or a folder of captioned pictures."""
+    """What launchers/prepare.py takes, but for documents and ids."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
 
 
@@ -43,7 +44,8 @@ class Evaluate:
     tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     source: str = "openmoji"
-    """`openmoji`, or a folder of captioned pictures."""
+    """What launchers/prepare.py takes, but for documents and ids."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which of the source's pictures; all, where the tokenizer was not trained on them."""
     num_pictures: int = 5_000
@@ -55,29 +57,33 @@ class Evaluate:
 def main() -> None:
     command = parse(Train | Evaluate, description=__doc__ or "")  # type: ignore[arg-type]
     from t2i.data.pairs import open_source
-    from t2i.train.tokenizer_run import make_tokenizer, measure_folder
+    from t2i.measure.features import metric_key
+    from t2i.train.tokenizer_run import FEATURES, make_tokenizer, measure_folder
 
+    source = open_source(command.source, config=command.reading)
     if isinstance(command, Train):
         line = shlex.join(["python", *sys.argv])
-        measures = make_tokenizer(command.source, out=command.out, config=command.tokenizer, command=line)
+        measures = make_tokenizer(source, out=command.out, config=command.tokenizer, command=line)
     else:
         if (command.out / "measures.json").exists():
             raise UserError(f"--out {command.out} holds measures already; choose another.")
         command.out.mkdir(parents=True, exist_ok=True)
         measures = measure_folder(
             command.tokenizer,
-            source=open_source(command.source),
+            source=source,
             image_size=command.image_size,
             grid=command.out / "reconstructions.png",
             split=command.split,
             num_pictures=command.num_pictures,
         )
         settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
+        settings["features"] = FEATURES
         found = {**settings, "image_size": command.image_size, **asdict(measures)}
         (command.out / "measures.json").write_text(json.dumps(found, indent=1))
     print(
         f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
     )
+    print(f"{metric_key(FEATURES)} of the reconstructions {measures.distance:.3f}")
     print(f"on {measures.num_pictures} pictures; look at {command.out / 'reconstructions.png'}.")
 
 

@@ -52,7 +52,7 @@ def flags_of(file: Path) -> list[str]:
         values = yaml.safe_load(file.read_text())
     except OSError as error:
         raise UserError(f"--config {file} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file} is no YAML: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {file} holds {type(values).__name__}; wanted is a mapping of keys.")
@@ -71,8 +71,6 @@ def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
             flags += _flags(value, prefix=f"{prefix}{key}.")
         elif isinstance(value, bool):
             flags.append(f"{prefix}{key}" if value else f"{prefix}{_negated(key)}")
-        elif isinstance(value, list):
-            flags += [f"{prefix}{key}", *map(str, value)]
         else:
             words = value if isinstance(value, list) else [value]
             flags += [f"{prefix}{key}", *map(str, words)]

@@ -14,6 +14,14 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 """Where the embedded pictures' shards are made on first use."""
 
 
+def _check_least(config: object, least: dict[str, int]) -> None:
+    """Refuse numbers below the least that makes sense, by key."""
+    wrong = [f"{key} is {getattr(config, key)}, wanted at least {few}" for key, few in least.items()
+             if getattr(config, key) < few]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}.")
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """What is read of a source, and which pairs are left out, each counted in the manifest by reason."""
@@ -57,6 +65,9 @@ class PrepareConfig:
     workers: int = 0
     """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 
+    def __post_init__(self) -> None:
+        _check_least(self, {"image_size": 1, "views": 1, "batch_size": 1, "unit_pairs": 1, "workers": 0})
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -78,6 +89,9 @@ class DataConfig:
     """Loader processes a rank; the order of samples does not depend on it."""
     num_canonical_nodes: int = 1
     """Streaming's canonical nodes: fixes the order of samples whatever the number of ranks."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, {"seq_len": 1, "num_workers": 0, "num_canonical_nodes": 1})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -45,6 +46,13 @@ class Stopped(Exception):
 EXPECTED = (UserError, NumericalError, CheckpointError, LostRankError, Stopped)
 
 
+def exit_code(error: BaseException) -> int:
+    """Tell the exit status that an error ends a process with; a path that cannot be read or written is the disk's."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "exit_code", CheckpointError.exit_code if isinstance(error, OSError) else 1)
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a launcher's main function; turn expected errors into a sentence and an exit status.
 
@@ -53,10 +61,16 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except EXPECTED as error:
-        if os.environ.get("T2I_DEBUG") == "1":
-            traceback.print_exc()
-        print(str(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error, sentence=str(error))
+    except OSError as error:
+        _end(error, sentence=f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except KeyboardInterrupt:
         print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(error: Exception, *, sentence: str) -> NoReturn:
+    if os.environ.get("T2I_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(sentence, file=sys.stderr)
+    sys.exit(exit_code(error))

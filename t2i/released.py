@@ -3,12 +3,14 @@
 import hashlib
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def weight_files(path: Path) -> list[Path]:
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(path.glob(pattern)):
             return files
-    raise UserError(f"--checkpoint {path} is no file, and no folder with .safetensors or pytorch_model.bin.")
+    raise UserError(f"{path} is no file of weights, and no folder with .safetensors or pytorch_model.bin.")
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -59,8 +61,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     content: dict[str, Any] = {}
     for file in weight_files(path):
-        content |= load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        content |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     return content
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error}).") from error
 
 
 def _read_pickle(file: Path) -> dict[str, Any]:
@@ -73,8 +82,16 @@ def _read_pickle(file: Path) -> dict[str, Any]:
             f"{file} is a pickle that holds {what} beside tensors and plain values. Such a file can run code when"
             " it is read, so it was not. Ask its authors for safetensors, or save its state dict alone."
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} cannot be read ({str(error).splitlines()[0]}).") from error
+    except (
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        struct.error,
+    ) as error:  # of bytes that are no pickle
+        raise CheckpointError(
+            f"{file} cannot be read as torch's ({type(error).__name__}: {error})."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {type(content).__name__}; wanted is a state dict.")
     return content

@@ -32,9 +32,10 @@ def commands(page):
 
 def words_of(rest):
     try:
-        return shlex.split(rest, comments=True)
+        words = shlex.split(rest, comments=True)
     except ValueError:  # the whole command stands in quotes, of which the last is here
-        return shlex.split(rest.rstrip(" |")[:-1], comments=True)
+        words = shlex.split(rest.rstrip()[:-1], comments=True)
+    return [word for word in words if word != "..."]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])

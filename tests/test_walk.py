@@ -1,15 +1,12 @@
 """The README's commands, run as a person would, on a tiny run."""
 
-import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tyro
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -66,19 +63,3 @@ def test_a_source_is_looked_at_before_anything_is_written(tmp_path):
 def test_every_file_that_the_docs_name_exists(page):
     named = re.findall(r"`((?:t2i|launchers|eval|docs|ds_configs)/[\w./-]*)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-def test_every_command_of_the_data_page_has_flags_that_exist():
-    page = (ROOT / "docs" / "data.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"launchers/(prepare|train)\.py ([^`\n']*(?:'[^'\n]*'[^`\n']*)*)", page)
-    assert len(lines) > 15
-    for name, words in lines:
-        tyro.cli(command_of(name), args=shlex.split(words))
-
-
-def command_of(name):
-    """Load a launcher's dataclass of flags."""
-    spec = importlib.util.spec_from_file_location(f"launchers_{name}", ROOT / "launchers" / f"{name}.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, f"{name.title()}Command")

@@ -60,12 +60,12 @@ def open_documents(source: str) -> Documents:
         )
     path = Path(name)
     if path.is_file():
-        return Documents(source, _paragraphs(path.read_text(encoding="utf-8")))
+        return Documents(source, _paragraphs(_read(path)))
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise DataError(f"--source {source}: {path} holds no .txt file.")
-        return Documents(source, (file.read_text(encoding="utf-8").strip() for file in files))
+        return Documents(source, (_read(file).strip() for file in files))
     if name.startswith((".", "/")) or name.count("/") > 1:
         raise DataError(f"--source {source}: {path} does not exist.")
     return Documents(source, _dataset_texts(name))
@@ -81,6 +81,13 @@ def _is_prose(paragraph: str) -> bool:
     letters = sum(character.isalpha() or character == " " for character in paragraph)
     words = len(paragraph.split())
     return words >= MIN_WORDS and letters >= 0.9 * len(paragraph) and ">>>" not in paragraph
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _paragraphs(text: str) -> list[str]:

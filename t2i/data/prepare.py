@@ -128,6 +128,7 @@ def _arguments(
         if config.views != 1:
             raise UserError(f"views is {config.views}; {source.name} has no pictures to shift.")
         return common
+    image_tokenizer.num_codes(config.image_size)  # which refuses sizes that codes do not fill
     return {
         **common,
         "image_size": config.image_size,

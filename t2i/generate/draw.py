@@ -80,6 +80,8 @@ def draw_folder(
     Raises:
         UserError: `out` holds pictures of other weights, captions or settings.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}; wanted is at least 1.")
     settings = {
         "weights": checkpoint.weights,
         **asdict(config),

@@ -1,16 +1,16 @@
 """MS COCO val2014 as a scoring task: a fixed list of captions, and the pictures that drawn ones are compared with.
 
-A COCO folder holds annotations/captions_val2014.json and val2014/*.jpg, as https://cocodataset.org distributes them.
+A COCO folder holds annotations/captions_val2014.json and val2014/*.jpg (or images/val2014/*.jpg), as
+https://cocodataset.org distributes them.
 """
 
-import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from t2i.data.hashing import hash_uniform
+from t2i.data.pairs.coco import Caption, CaptionFile, read_captions
 from t2i.errors import DataError, UserError
 from t2i.measure.features import cache_folder
 from t2i.measure.pictures import Pictures, read_file
@@ -29,30 +29,6 @@ CAPTIONS_RULE = (
 )
 
 
-@dataclass(frozen=True)
-class Caption:
-    """One sentence that a person wrote about one picture."""
-
-    caption_id: int
-    picture_id: int
-    text: str
-
-    @property
-    def name(self) -> str:
-        """Name its drawn picture: the picture's id as COCO writes it, and its own."""
-        return f"{self.picture_id:012d}_{self.caption_id}"
-
-
-@dataclass(frozen=True)
-class Coco:
-    """What captions_val2014.json says."""
-
-    files: dict[int, Path]
-    """Picture id -> file, by id."""
-    captions: dict[int, list[Caption]]
-    """Picture id -> its captions, by id."""
-
-
 def coco_task(folder: Path, *, image_size: int, num_samples: int, seed: int) -> Task:
     """Make the task of scoring on a COCO folder: every val2014 picture is the reference.
 
@@ -68,16 +44,16 @@ def coco_task(folder: Path, *, image_size: int, num_samples: int, seed: int) -> 
     coco = read_coco(folder)
     chosen = choose_captions(coco.captions, num_samples=num_samples, seed=seed)
     own_ids = list(dict.fromkeys(caption.picture_id for caption in chosen))
-    places = {picture_id: place for place, picture_id in enumerate(coco.files)}
-    sizes = _sizes(list(coco.files.values()))
+    places = {picture_id: place for place, picture_id in enumerate(coco.pictures)}
+    sizes = _sizes(list(coco.pictures.values()))
     return Task(
         data="MS COCO val2014",
-        captions={caption.name: caption.text for caption in chosen},
+        captions={name_of(caption): caption.text for caption in chosen},
         captions_rule=CAPTIONS_RULE.format(seed=seed, num_samples=f"{num_samples:,}"),
-        own=_pictures([coco.files[picture_id] for picture_id in own_ids], size=image_size),
+        own=_pictures([coco.pictures[picture_id] for picture_id in own_ids], size=image_size),
         reference=Reference(
-            name=f"all {len(coco.files):,} pictures of MS COCO val2014",
-            pictures=_pictures(list(coco.files.values()), size=image_size),
+            name=f"all {len(coco.pictures):,} pictures of MS COCO val2014",
+            pictures=_pictures(list(coco.pictures.values()), size=image_size),
             made_of={"pictures": sizes, "crop": CROP_RULE, "image_size": image_size},
             cache=cache_folder() / "reference",
         ),
@@ -85,31 +61,18 @@ def coco_task(folder: Path, *, image_size: int, num_samples: int, seed: int) -> 
     )
 
 
-def read_coco(folder: Path) -> Coco:
-    """Read the captions file of a COCO folder.
+def read_coco(folder: Path) -> CaptionFile:
+    """Read the captions of a COCO folder's val2014.
 
     Raises:
-        DataError: it is missing, or not of COCO's schema.
+        DataError: they are missing, or not of COCO's schema.
     """
-    file = folder / CAPTIONS
-    if not file.is_file():
+    if not (folder / CAPTIONS).is_file():
         raise DataError(
-            f"{file} is missing; --coco wants a folder with {CAPTIONS} and {PICTURES}/*.jpg (cocodataset.org)."
+            f"{folder / CAPTIONS} is missing; --coco wants a folder with {CAPTIONS} and {PICTURES}/*.jpg"
+            " (cocodataset.org)."
         )
-    try:
-        content = json.loads(file.read_text())
-        files = {image["id"]: folder / PICTURES / image["file_name"] for image in content["images"]}
-        captions: dict[int, list[Caption]] = {}
-        for row in sorted(content["annotations"], key=lambda row: row["id"]):
-            text = " ".join(row["caption"].split())
-            files[row["image_id"]]  # a caption of no picture is an error
-            captions.setdefault(row["image_id"], []).append(Caption(row["id"], row["image_id"], text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} is not COCO's: wanted images (id, file_name) and annotations (id, image_id, caption);"
-            f" found {type(error).__name__} {error}."
-        ) from error
-    return Coco(files=dict(sorted(files.items())), captions=captions)
+    return read_captions(folder, PICTURES)
 
 
 def choose_captions(captions: dict[int, list[Caption]], *, num_samples: int, seed: int) -> list[Caption]:
@@ -127,6 +90,11 @@ def choose_captions(captions: dict[int, list[Caption]], *, num_samples: int, see
     most = max(map(len, captions.values()))
     rounds = [captions[each][turn] for turn in range(most) for each in order if turn < len(captions[each])]
     return rounds[:num_samples]
+
+
+def name_of(caption: Caption) -> str:
+    """Name the drawn picture of a caption: the picture's id as COCO writes it, and the caption's own."""
+    return f"{caption.picture_id:012d}_{caption.caption_id}"
 
 
 def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:

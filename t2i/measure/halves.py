@@ -7,6 +7,7 @@ captions of the other are drawn.
 import json
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from t2i.config import DataConfig
@@ -14,13 +15,14 @@ from t2i.data.hashing import hash_uniform
 from t2i.data.pairs import Pair, reopen_source
 from t2i.errors import DataError
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
-from t2i.measure.pictures import Pictures, encode
+from t2i.measure.pictures import Pictures, encode, readable
 from t2i.measure.reference import Reference
 from t2i.measure.score import Task
 from t2i.runs.ckpt import DATA_MANIFEST, Checkpoint
 from t2i.tokens.image import centre_crop_resize
 
 CROP_RULE = "centre square of the shorter side, PIL bicubic"
+METER_PICTURES = 2_048
 CAPTIONS_RULE = "held-out captions of {source}, by hash of the key"
 
 
@@ -39,17 +41,22 @@ def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halv
         num_samples: pictures a half; None for as many as there are.
 
     Raises:
-        DataError: the source has fewer than 20 held-out pairs.
+        DataError: the source has fewer than 20 held-out pictures that can be read, or fewer are asked for.
     """
-    source = reopen_source(manifest)
-    pairs = [pair for pair in source.pairs if pair.split in HELDOUT_SPLITS]
-    pairs.sort(key=lambda pair: hash_uniform("halves", pair.key))
-    half = len(pairs) // 2 if num_samples is None else min(num_samples, len(pairs) // 2)
+    pairs: dict[str, Pair] = {}
+    for pair in reopen_source(manifest).pairs:
+        if (
+            pair.split in HELDOUT_SPLITS
+        ):  # a picture of many captions comes once, or both halves would have it
+            pairs.setdefault(pair.group or pair.key, pair)
+    ordered = sorted(pairs.values(), key=lambda pair: hash_uniform("halves", pair.key))
+    found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
+    half = len(found) // 2
     if half < 10:
         raise DataError(
-            f"{manifest['source']} has {len(pairs)} held-out pairs; a distance needs at least 20."
+            f"{manifest['source']} gives {len(found)} held-out pictures; a distance needs at least 20."
         )
-    return Halves(reference=pairs[half : 2 * half], drawn=pairs[:half])
+    return Halves(reference=found[half : 2 * half], drawn=found[:half])
 
 
 def halves_task(manifest: dict[str, Any], *, num_samples: int | None) -> Task:
@@ -89,14 +96,19 @@ def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code."""
+    """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code.
+
+    At most METER_PICTURES of each, evenly spread.
+    """
     source = reopen_source(manifest)
     settings = checkpoint.model.config
     length = settings.sequence_length or settings.max_position_embeddings
     config = DataConfig(mode=settings.sequence_mode, seq_len=length)
     meters = {}
     for split in HELDOUT_SPLITS:
-        pairs = [pair for pair in source.pairs if pair.split == split]
+        listed = [pair for pair in source.pairs if pair.split == split]
+        spread = listed[:: max(1, len(listed) // METER_PICTURES)][:METER_PICTURES]
+        pairs = list(readable(spread))
         if len(pairs) < 2:
             continue
         codes = encode(pictures(pairs, size=manifest["image_size"]), checkpoint.image_tokenizer)

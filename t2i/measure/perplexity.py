@@ -33,12 +33,15 @@ def data_of(model: LanguageModel, *, shards: Path | None, mode: str | None) -> D
     trained = RunData()
     if model.run_dir is not None:
         settings = yaml.safe_load((model.run_dir / RESOLVED).read_text())["data"]
-        trained = RunData(Path(settings["shards"]), mode=settings["mode"], seq_len=settings["seq_len"])
+        trained = RunData(
+            Path(settings["shards"]), settings["remote"], mode=settings["mode"], seq_len=settings["seq_len"]
+        )
     chosen = shards or trained.shards
     if chosen is None:
         raise UserError(f"{model.folder} is in no run folder; say with --data.shards what to measure it on.")
     seq_len = trained.seq_len or model.model.config.max_position_embeddings
-    return DataConfig(shards=chosen, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
+    remote = trained.remote if shards is None else ""
+    return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class RunData:
 
     shards: Path | None = None
     """None for a model without a run."""
+    remote: str = ""
+    """Where its shards come from that are not in `shards` yet."""
     mode: str = "text-to-image"
     seq_len: int = 0
     """0 for a model without a run: as much as it was made for."""
@@ -79,7 +84,7 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
     for split in HELDOUT_SPLITS:
-        samples = list(read_split(config.shards, split))
+        samples = list(read_split(config.shards, split, remote=config.remote))
         if not samples:
             continue
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i.data.pairs import read_picture
+from t2i.data.pairs import UNREADABLE, Pair, read_picture
 from t2i.errors import DataError
 from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
 
@@ -57,6 +57,21 @@ class Reconstructions:
             yield from pictures_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
 
 
+def readable(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Pass over pairs whose picture is broken, or refused by the source's filters, as preparation does."""
+    with ThreadPoolExecutor() as pool:
+        for batch in batches(pairs, size=READ_AHEAD):
+            yield from (pair for pair, opens in zip(batch, pool.map(_opens, batch), strict=True) if opens)
+
+
+def _opens(pair: Pair) -> bool:
+    try:
+        pair.open()
+    except UNREADABLE:
+        return False
+    return True
+
+
 def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 32) -> np.ndarray:
     """Map pictures to codes (N, K)."""
     return np.concatenate(
@@ -75,7 +90,7 @@ def read_file(path: Path) -> Image.Image:
     """
     try:
         return read_picture(path.read_bytes())
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as a picture ({error}).") from error
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 
 from t2i.errors import UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.released import sha256_of, weight_files
 from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
@@ -142,13 +143,7 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         UserError: it holds none.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise UserError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin.")
-    hashes = {}
-    for file in files:
-        with file.open("rb") as opened:
-            hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    hashes = {file.name: sha256_of(file) for file in weight_files(folder)}
     if len(hashes) == 1:
         return next(iter(hashes.values()))
     return hashlib.sha256(

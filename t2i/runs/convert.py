@@ -1,9 +1,7 @@
 """Released weights as folders of ours and back; a folder appears whole, and only after it proved itself."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from t2i.model.weights import (
 )
 from t2i.released import RELEASES, read_weights, sha256_of, weight_files
 from t2i.runs.ckpt import find
+from t2i.runs.folder import new_folder
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.reference import source_codes, source_latents, source_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
@@ -44,25 +43,6 @@ CODES = 0.99
 """Least share of equal codes: rounding may tip a latent that lies between two codes."""
 PROOF_PICTURES = ("1F600", "1F34E", "1F3E0", "1F415")
 """A face, an apple, a house and a dog of the embedded set."""
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, which becomes `out` when all went well.
-
-    Raises:
-        UserError: `out` exists.
-    """
-    if out.exists():
-        raise UserError(f"--out {out} exists already; choose another.")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def identify(checkpoint: Path, *, tell: Tell) -> set[str]:

@@ -11,9 +11,10 @@ import jinja2
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
+from t2i.runs.folder import RESOLVED, new_folder
 from t2i.tokens.image import ROUND_TRIP
 
 SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
@@ -32,23 +33,22 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
         UserError: `out` exists.
         CheckpointError: the folder, loaded back, gives other logits.
     """
-    if out.exists():
-        raise UserError(f"--out {out} exists already; choose another.")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    with new_folder(out) as part:
+        _write(checkpoint, part, name=out.name, command=command)
+        _check_logits(checkpoint.model, part)
+
+
+def _write(checkpoint: Checkpoint, part: Path, *, name: str, command: str) -> None:
     home = checkpoint.run_dir or checkpoint.folder
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in SCORES.items()}
-    for name in (DATA_MANIFEST, ROUND_TRIP, *SCORES):
-        found = [path for path in (home / name, places.get(name)) if path and path.is_file()]
+    for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *SCORES):
+        found = [path for path in (home / file, places.get(file)) if path and path.is_file()]
         if found:
-            shutil.copyfile(found[-1], part / name)
-    (part / "README.md").write_text(model_card(checkpoint, folder=part, name=out.name, command=command))
-    _check_logits(checkpoint.model, part)
-    part.rename(out)
+            shutil.copyfile(found[-1], part / file)
+    (part / "README.md").write_text(model_card(checkpoint, folder=part, name=name, command=command))
 
 
 def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from t2i.config import AlignRun, ModelConfig, RunConfig
 from t2i.data.loader import StepLoader, caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards import read_manifest, read_split
+from t2i.data.shards import read_split
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
 from t2i.runs.folder import open_run, write_status
@@ -28,7 +28,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import Start, starting_model
 from t2i.train.metrics import MetricsWriter
-from t2i.train.run import with_found_start
+from t2i.train.run import manifest_of, with_found_start
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def align(run: AlignRun) -> dict[str, Any]:
     Raises:
         UserError: more pairs a step than the data has, or a model that knows the codes already.
     """
-    manifest = read_manifest(run.data.shards)
+    manifest = manifest_of(run.data)
     if manifest["counts"]["train"] < run.align.num_pairs:
         count = manifest["counts"]["train"]
         raise UserError(
@@ -168,7 +168,7 @@ def make_sides(start: Start, *, run: AlignRun) -> dict[str, AlignedRows]:
 
 def heldout_retrieval(side: AlignedRows, *, run: AlignRun, tokenizer: TextTokenizer) -> dict[str, float]:
     """Measure retrieval among at most num_pairs held-out pairs."""
-    samples = list(read_split(run.data.shards, "heldout"))[: run.align.num_pairs]
+    samples = list(read_split(run.data.shards, "heldout", remote=run.data.remote))[: run.align.num_pairs]
     apply = tokenizer_to_apply(run.data, tokenizer=tokenizer)
     captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
     ids = stack_sequences(samples, layout=side.layout, config=run.data, captions=captions).to(_device())

@@ -87,26 +87,30 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
 
 
 def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
-    try:
-        description = random_model_config(
-            config.model, num_text_tokens=text_tokenizer.num_tokens, seq_len=config.data.seq_len
-        )
-    except ValueError as error:
-        raise UserError(f"model.*: {error}.") from error
-    return OpenLMForCausalLM(description)
+    num_text_tokens = text_tokenizer.num_tokens
+    return OpenLMForCausalLM(
+        random_model_config(config.model, num_text_tokens=num_text_tokens, seq_len=config.data.seq_len)
+    )
 
 
 def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
-    """Describe a random language model, its text rows rounded up to a multiple of 8."""
-    return OpenLMConfig(
-        vocab_size=-(-num_text_tokens // 8) * 8,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        norm_type=config.norm_type,
-        qk_norm=config.qk_norm,
-        max_position_embeddings=seq_len,
-    )
+    """Describe a random language model, its text rows rounded up to a multiple of 8.
+
+    Raises:
+        UserError: sizes that do not divide, or an unknown norm.
+    """
+    try:
+        return OpenLMConfig(
+            vocab_size=-(-num_text_tokens // 8) * 8,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            norm_type=config.norm_type,
+            qk_norm=config.qk_norm,
+            max_position_embeddings=seq_len,
+        )
+    except ValueError as error:
+        raise UserError(f"model.*: {error}.") from error
 
 
 def _loaded_model(name: str) -> OpenLMForCausalLM:

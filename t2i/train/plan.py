@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i.config import EMBEDDED_SHARDS, PlanConfig, RunConfig
+from t2i.config import EMBEDDED_SHARDS, EMBEDDED_VIEWS, PlanConfig, RunConfig
 from t2i.data.shards import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
@@ -28,6 +28,7 @@ from t2i.train.estimates import (
     flops_a_token,
     weight_bytes,
 )
+from t2i.train.run import check_numbers
 
 SHARE_LEFT_FREE = 0.08
 """Of a device's memory: CUDA's context, NCCL's buffers, fragments. A guess."""
@@ -96,6 +97,7 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
         UserError: an unknown device, impossible numbers, a ZeRO stage that this does not know, or embedded shards
             not made yet.
     """
+    check_numbers(config.train)
     _check(ds_config, plan)
     element = weight_bytes(ds_config)
     device = find_device(plan.gpu, num_processes=plan.num_gpus, is_half=element == 2)
@@ -144,9 +146,10 @@ def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: 
 
 
 def _check(ds_config: dict[str, Any], plan: PlanConfig) -> None:
-    if plan.num_gpus < 1 or not 0 < plan.mfu <= 1:
+    if plan.num_gpus < 1 or not 0 < plan.mfu <= 1 or plan.price < 0:
         raise UserError(
-            f"--num-gpus is {plan.num_gpus} and --mfu {plan.mfu}; wanted are at least 1, and above 0 up to 1."
+            f"--num-gpus is {plan.num_gpus}, --mfu {plan.mfu} and --price {plan.price}; wanted are at least 1, above 0"
+            " up to 1, and at least 0."
         )
     zero = ds_config.get("zero_optimization", {})
     offloads = [key for key in zero if key.startswith("offload")]
@@ -173,7 +176,8 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
         )
     if folder == EMBEDDED_SHARDS:
         raise UserError(
-            f"{folder} is not made yet: python launchers/prepare.py --source openmoji --out {folder}"
+            f"{folder} is not made yet: python launchers/prepare.py --source openmoji"
+            f" --views {EMBEDDED_VIEWS} --out {folder}"
         )
     return Data(
         text_tokens=plan.text_rows,

@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, PrepareConfig, RunConfig, TrainConfig
+from t2i.config import (
+    ASSETS,
+    EMBEDDED_SHARDS,
+    EMBEDDED_VIEWS,
+    DataConfig,
+    PrepareConfig,
+    RunConfig,
+    TrainConfig,
+)
 from t2i.errors import EXPECTED, UserError
 from t2i.train.launch import (
     is_first_on_node,
@@ -76,9 +84,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
         check_image_tokenizer,
-        fetch_shards,
         has_image_tokenizer,
-        read_manifest,
     )
     from t2i.data.text_shards import check_text_use, is_text
     from t2i.runs.folder import write_status
@@ -93,12 +99,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.train.periodic import periodic_work
 
     data, world_size = config.data, dist.get_world_size()
-    if data.shards == EMBEDDED_SHARDS and not data.remote:
-        on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))
-    if data.remote and is_first_on_node():
-        fetch_shards(data.shards, remote=data.remote)
-    dist.barrier()
-    manifest = read_manifest(data.shards)
+    manifest = manifest_of(data)
     config = with_found_start(config)
     text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
     image_tokenizer = None
@@ -146,6 +147,24 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     trainer.run()
     if writer:
         write_status(config.run_dir, state="done", step=trainer.progress.step, code=0)
+
+
+def manifest_of(data: DataConfig) -> dict[str, Any]:
+    """Make the embedded shards or bring remote ones, where that is asked and needed, and read the manifest.
+
+    Raises:
+        DataError: there are no such shards.
+    """
+    import torch.distributed as dist
+
+    from t2i.data.shards import fetch_shards, read_manifest
+
+    if data.shards == EMBEDDED_SHARDS and not data.remote:
+        on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))
+    if data.remote and is_first_on_node():
+        fetch_shards(data.shards, remote=data.remote)
+    dist.barrier()
+    return read_manifest(data.shards)
 
 
 def with_found_start(config: RunConfig) -> RunConfig:
@@ -197,12 +216,12 @@ def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
 
 def _report_failure(config: RunConfig, error: BaseException) -> None:
     """Leave what happened in the run folder: status.json, and the traceback in error.txt."""
-    from t2i.errors import Stopped
+    from t2i.errors import Stopped, exit_code
     from t2i.runs.checkpoints import last_step
     from t2i.runs.folder import write_status
 
     (config.run_dir / "error.txt").write_text(traceback.format_exc())
-    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    code = exit_code(error)
     state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     write_status(config.run_dir, state=state, step=last_step(config.run_dir), code=code, reason=reason)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs import Source, open_source
+from t2i.data.pairs import UNREADABLE, Source
 from t2i.errors import DataError, UserError
 from t2i.measure.features import load_features, metric_key
 from t2i.measure.reconstruction import Reconstruction, evaluate_tokenizer
@@ -20,7 +20,7 @@ from t2i.train.image_tokenizer import STATE_FILE, train_image_tokenizer
 FEATURES = "efficientnet_lite0"
 
 
-def make_tokenizer(source_name: str, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
+def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
     """Train on the training split of a source; weights are stored in fp16.
 
     Args:
@@ -31,7 +31,6 @@ def make_tokenizer(source_name: str, *, out: Path, config: TokenizerConfig, comm
     """
     if (out / "config.json").exists():
         raise UserError(f"--out {out} holds a tokenizer already; choose another.")
-    source = open_source(source_name)
     pictures = read_pictures(source, split="train", image_size=config.image_size)
     model = train_image_tokenizer(pictures, config=config, out=out)
     part = out / ".part"
@@ -99,7 +98,7 @@ def read_pictures(
     for pair in tqdm(pairs, unit="picture", desc=f"read {split}"):
         try:
             pictures.append(np.asarray(centre_crop_resize(pair.open(), size=image_size)))
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             continue
     if not pictures:
         raise DataError(f"{source.name} has no {split} picture that can be read.")

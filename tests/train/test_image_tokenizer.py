@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from t2i.config import TokenizerConfig
+from t2i.data.pairs import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.reconstruction import structural_similarity
 from t2i.tokens.image import ImageTokenizer
@@ -86,13 +87,14 @@ def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypa
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{index}.png")
         (tmp_path / "pictures" / f"{index}.txt").write_text("a square")
     out = tmp_path / "made"
-    measures = make_tokenizer(str(tmp_path / "pictures"), out=out, config=TINY, command="made by a test")
+    source = open_source(str(tmp_path / "pictures"))
+    measures = make_tokenizer(source, out=out, config=TINY, command="made by a test")
     tokenizer = ImageTokenizer.load(out)
     assert tokenizer.num_codes(16) == 64
     assert f"{measures.psnr:.2f} dB" in (out / "README.md").read_text()
     assert not list(out.glob("*.pt"))
     with pytest.raises(UserError, match="holds a tokenizer already"):
-        make_tokenizer(str(tmp_path / "pictures"), out=out, config=TINY, command="again")
+        make_tokenizer(source, out=out, config=TINY, command="again")
 
 
 def test_channels_must_suit_spatial_norms():

@@ -3,11 +3,32 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from t2i.data.pairs.pair import Entry, read_file
 from t2i.errors import DataError
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One sentence that a person wrote about one picture."""
+
+    caption_id: int
+    picture_id: int
+    text: str
+    """In one line."""
+
+
+@dataclass(frozen=True)
+class CaptionFile:
+    """What one of COCO's captions files says."""
+
+    pictures: dict[int, Path]
+    """Picture id -> its file, which may be missing, by id."""
+    captions: dict[int, list[Caption]]
+    """Picture id -> its captions, by id."""
 
 
 def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
@@ -19,25 +40,44 @@ def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
         DataError: there are no annotations, or no folder with their pictures.
     """
     files = caption_files(folder)
-    for name, file in files.items():
-        content = json.loads(file.read_text())
-        pictures = _picture_folder(folder, name)
-        captions: dict[int, list[tuple[int, str]]] = {}
-        for note in content["annotations"]:
-            captions.setdefault(note["image_id"], []).append((note["id"], note["caption"]))
-        for image in sorted(content["images"], key=lambda image: int(image["id"])):
-            path = pictures / image["file_name"]
+    for name in files:
+        content = read_captions(folder, name)
+        for picture_id, path in content.pictures.items():
             if not path.is_file():
                 left_out["annotations name a picture that is not in its folder"] += 1
                 continue
-            for number, (_, caption) in enumerate(sorted(captions.get(image["id"], []))):
+            for number, caption in enumerate(content.captions.get(picture_id, [])):
                 yield Entry(
-                    f"{image['id']:012d}-{number}",
-                    caption,
+                    f"{picture_id:012d}-{number}",
+                    caption.text,
                     partial(read_file, path),
-                    group=str(image["id"]),
+                    group=str(picture_id),
                     split=_own_split(name, files),
                 )
+
+
+def read_captions(folder: Path, name: str) -> CaptionFile:
+    """Read one captions file by COCO's name of its split, such as val2014.
+
+    Raises:
+        DataError: it is not of COCO's schema, or there is no folder with its pictures.
+    """
+    file = folder / "annotations" / f"captions_{name}.json"
+    home = _picture_folder(folder, name)
+    try:
+        content = json.loads(file.read_text())
+        pictures = {int(image["id"]): home / image["file_name"] for image in content["images"]}
+        captions: dict[int, list[Caption]] = {}
+        for row in sorted(content["annotations"], key=lambda row: row["id"]):
+            pictures[row["image_id"]]  # a caption of no picture is an error
+            text = " ".join(row["caption"].split())
+            captions.setdefault(row["image_id"], []).append(Caption(row["id"], row["image_id"], text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} is not COCO's: wanted images (id, file_name) and annotations (id, image_id, caption);"
+            f" found {type(error).__name__} {error}."
+        ) from error
+    return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
 
 
 def caption_files(folder: Path) -> dict[str, Path]:

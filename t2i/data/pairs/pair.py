@@ -51,6 +51,8 @@ class Pair:
     """train, heldout or combinations."""
     open: Callable[[], Image.Image] = field(compare=False)
     """Read the picture as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
+    group: str = ""
+    """Pairs of one group show one picture; empty for a picture of its own."""
     codes: np.ndarray | None = field(default=None, compare=False)
     """(K,) codes, where the source has these and no picture."""
 
@@ -91,8 +93,12 @@ class Source:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every pair in order, listed at first use; pictures are read when they are opened."""
-        return [pair for unit in self.units(LISTED_UNIT) for pair in unit(Counter())]
+        """Every pair in order, the first of each key, listed at first use; pictures are read when they are opened."""
+        found: dict[str, Pair] = {}
+        for unit in self.units(LISTED_UNIT):
+            for pair in unit(Counter()):
+                found.setdefault(pair.key, pair)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Entry:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """The rest of its row: what pair_key and score_key choose from."""
     group: str = ""
-    """Entries of one group stay in one split; empty for each on its own."""
+    """Entries of one group show one picture and stay in one split; empty for each on its own."""
     split: str = ""
     """The source's own word on the split; empty for a hash."""
 
@@ -131,6 +137,7 @@ def sift(left_out: Counter[str], *, read: Read, heldout_share: float, config: So
             caption=caption,
             split=entry.split or ("heldout" if is_heldout else "train"),
             open=partial(open_within, entry.open, config=config) if has_limits else entry.open,
+            group=entry.group,
         )
 
 
