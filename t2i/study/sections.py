@@ -124,7 +124,8 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         )
     sentence = (
         f"At {first.tokens[-1]:,} tokens {first_name} - {second_name} is {test.mean:+.4f} nats"
-        f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds p = {p_value(test.p_value)}:"
+        f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds:"
+        f" p = {p_value(test.p_value)},"
         f" {verdict_on(test.verdict, first_name)}. So many seeds would have seen a difference of"
         f" {known(test.smallest_detectable)} nats four times in five."
     )
