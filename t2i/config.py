@@ -110,7 +110,7 @@ class ModelConfig:
 class TrainConfig:
     """How it learns: AdamW, cosine after a linear warm-up."""
 
-    max_steps: int = 800
+    max_steps: int = 1_600
     """Optimizer steps (paper: 100B tokens)."""
     global_batch_tokens: int = 3_072
     """Tokens a step over all ranks, padding included (paper: 1M), rounded to whole sequences."""
