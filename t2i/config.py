@@ -221,9 +221,9 @@ class PlanConfig:
 class SampleConfig:
     """How pictures are drawn from captions."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 for none."""
-    temperature: float = 1.0
+    temperature: float = 0.9
     """0 for the most likely code each time."""
     top_k: int = 50
     """Codes kept before a draw; 0 for all."""
