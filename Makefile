@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-newest
+.PHONY: help install demo lint test test-s3 test-newest faults
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
-	@echo "make test-newest   an export under the newest transformers (needs pip's index)"
+	@echo "make test-s3   training from a bucket of an S3 server on this machine"
+	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
+	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
 
@@ -26,9 +28,9 @@ demo: install
 	@echo "[1/5] captioned pictures become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
-	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
+	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 400
 	@echo "[3/5] its pictures beside their yardsticks"
-	test -f $(OUT)/eval/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
+	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"
 	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export
 	@echo "[5/5] a report"
@@ -43,6 +45,12 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-s3: install
+	$(BIN)/python -m pytest -m s3
+
+faults: install
+	$(BIN)/python -m pytest tests/faults -m fault --fault-report docs/reliability_report.md
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers

@@ -1,15 +1,22 @@
-"""Score a model's pictures beside their yardsticks.
+"""Score a model's pictures beside their yardsticks, or compare two scores.
 
 Examples:
   python eval/coco_fid.py runs/train
-  python eval/coco_fid.py runs/train --features inception --inception inception-2015-12-05.pt
+  python eval/coco_fid.py runs/train --coco data/coco --clip models/clip-vit-large-patch14
+  torchrun --nproc-per-node 8 eval/coco_fid.py runs/train --coco data/coco --num-samples 30000
+  python eval/coco_fid.py compare A/scores.json B/scores.json
 
-Without Inception's weights the distance is measured on EfficientNet-Lite0 features, and is not called FID.
+Without --coco, pictures are drawn from half of the model's own held-out captions and compared with the other half, on
+EfficientNet-Lite0 features, which need no download; that distance is not called FID. With --coco, the captions and the
+pictures of val2014 are used, on Inception's features. The same command goes on where it stopped. `compare` refuses
+scores that were not measured alike.
 """
 
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -17,51 +24,141 @@ from t2i.cli import parse
 from t2i.config import SampleConfig
 from t2i.errors import run_command
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from t2i.measure.score import Rulers, Task
+    from t2i.runs.ckpt import Checkpoint
+
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """Which model, on which features."""
+    """Which model, on which pictures and features."""
 
-    ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name."""
-    out: Path | None = None
-    """Folder of the pictures and scores.json; by default eval/ in the run or exported folder."""
+    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
+    """A run folder, a checkpoint, an exported folder or a hub name; or the word `compare`."""
+    coco: Path | None = None
+    """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out pictures are used."""
     num_samples: int | None = None
-    """Pictures a row; by default half of the held-out ones."""
-    features: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
+    """Captions drawn: by default 30,000 of COCO, or half of the held-out ones."""
+    list_seed: int = 0
+    """Which captions of COCO."""
+    out: Path | None = None
+    """Folder of pictures and scores.json; by default eval/ or coco/ in the run (a folder a step) or exported folder."""
+    features: Literal["efficientnet_lite0", "inception"] | None = None
+    """Network that pictures are compared by; by default inception with --coco, else efficientnet_lite0."""
     inception: Path | None = None
     """Inception-2015-12-05 weights; by default clean-fid's address, hash-checked."""
     resize: Literal["clean", "legacy_tensorflow"] = "clean"
+    """How pictures reach the network's size; legacy_tensorflow is what most papers before 2021 used."""
+    clip: Path | None = None
+    """CLIP folder in transformers' layout, for the CLIP score; by default none."""
+    controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
+    """Rows drawn beside the model's, each at its full cost: by default both, with --coco none."""
+    batch_size: int = 32
+    """Pictures drawn at a time by each process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
-def main() -> None:
-    command = parse(ScoreCommand, description=__doc__ or "")
-    import torch
+@dataclass(frozen=True)
+class CompareCommand:
+    """Which two scores."""
 
-    from t2i.measure.coco import score
-    from t2i.measure.features import load_features
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A.json")]
+    """scores.json of one model."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B.json")]
+    """scores.json of another."""
+
+
+def score_model(command: ScoreCommand) -> None:
+    from t2i.generate.processes import join, leave
+    from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.ckpt import open_checkpoint
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    extractor = load_features(
-        command.features, weights=command.inception, resize=command.resize, device=device
+    started = time.perf_counter()
+    processes = join()
+    checkpoint = open_checkpoint(command.ckpt, device=processes.device)
+    task = task_of(command, checkpoint)
+    rulers = rulers_of(command, processes)
+    folder = checkpoint.measures_folder("coco" if command.coco else "eval")
+    controls = () if command.coco else ("shuffled", "untrained")
+    drawing = Drawing(
+        out=command.out or folder,
+        config=command.sample,
+        controls=controls if command.controls is None else command.controls,
+        batch_size=command.batch_size,
     )
-    checkpoint = open_checkpoint(command.ckpt, device=device)
-    out = command.out or (checkpoint.run_dir or checkpoint.folder) / "eval"
-    scores = score(
-        checkpoint, out=out, extractor=extractor, sample=command.sample, num_samples=command.num_samples
-    )
-    for values in scores["rows"].values():
-        numbers = "  ".join(f"{key} {value:10.4f}" for key, value in values.items() if key != "what")
-        print(f"{values['what']:48s} {numbers}")
-    for split, meter in scores["captions_heard"].items():
+    rank, world_size = processes.process_index, processes.num_processes
+    drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
+    facts = {"processes": world_size, "seconds_to_draw": time.perf_counter() - started}
+    facts |= {} if command.coco else {"captions_heard": captions_heard(checkpoint)}
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
+        print_scores(scores)
+    leave(processes)
+
+
+def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
+    from t2i.measure.coco import NUM_SAMPLES, coco_task
+    from t2i.measure.halves import halves_task, read_data_manifest
+
+    if command.coco is None:
+        return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
+    count = NUM_SAMPLES if command.num_samples is None else command.num_samples
+    size = checkpoint.image_size()
+    return coco_task(command.coco, image_size=size, num_samples=count, seed=command.list_seed)
+
+
+def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
+    from t2i.measure.clip import load_clip
+    from t2i.measure.features import load_features
+    from t2i.measure.score import Rulers
+
+    name = command.features or ("inception" if command.coco else "efficientnet_lite0")
+    device = processes.device
+    with processes.local_main_process_first():  # one download a machine
+        extractor = load_features(name, weights=command.inception, resize=command.resize, device=device)
+    return Rulers(extractor, clip=load_clip(command.clip, device=device) if command.clip else None)
+
+
+def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
+    from t2i.measure.halves import caption_meters, read_data_manifest
+
+    return caption_meters(checkpoint, read_data_manifest(checkpoint))
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    from t2i.measure.compare import table
+
+    print("\n".join(table(scores)))
+    for split, meter in scores.get("captions_heard", {}).items():
         print(
-            f"{split}: image loss {meter['own']:.3f} nats a code, wrong caption {meter['wrong']:.3f},",
-            end=" ",
+            f"{split}: image loss {meter['own']:.3f} nats a code, wrong caption {meter['wrong']:.3f},"
+            f" empty {meter['empty']:.3f} ({meter['num_pictures']} pictures)"
         )
-        print(f"empty {meter['empty']:.3f} ({meter['num_pictures']} pictures)")
-    print(f"{scores['n']} pictures a row. {scores['note']}\nAll of it: {out / 'scores.json'}")
+    print(
+        f"{scores['n']:,} captions against {scores['reference']}, {scores['features']}, {scores['resize']}."
+    )
+    print(f"{scores['note']}\nAll of it: {scores['file']}".lstrip())
+
+
+def compare(command: CompareCommand) -> None:
+    from t2i.measure.compare import SUBJECT, check_protocols, differences, read_scores, table
+
+    a, b = read_scores(command.a), read_scores(command.b)
+    check_protocols(a, b)
+    for file, scores in ((command.a, a), (command.b, b)):
+        print("\n".join([str(file), *table(scores)]))
+    print("\n".join(["Measured alike; they differ in (first | second):", *differences(a, b, keys=SUBJECT)]))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["compare"]:
+        sys.argv[:2] = [f"{sys.argv[0]} compare"]  # the verb becomes part of the program's name
+        compare(parse(CompareCommand, description=__doc__ or ""))
+    else:
+        score_model(parse(ScoreCommand, description=__doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -73,17 +73,18 @@ def main() -> None:
         print(f"{command.out}: open_lm.pt and open_lm.json.")
         return
     if isinstance(command, OpenLm):
-        sentences = convert_open_lm(
+        convert_open_lm(
             command.checkpoint,
             config_name=command.config,
             text_tokenizer=command.text_tokenizer,
             out=command.out,
+            tell=print,
         )
     else:
         layout = MOVQGAN if isinstance(command, Movqgan) else LLAMAGEN
-        sentences = convert_vq(command.checkpoint, layout=layout, out=command.out)
+        convert_vq(command.checkpoint, layout=layout, out=command.out, tell=print)
     flag = "--model.init" if isinstance(command, OpenLm) else "--image-tokenizer"
-    print(*sentences, f"{command.out} is ready for {flag}.", sep="\n")
+    print(f"{command.out} is ready for {flag}.")
 
 
 if __name__ == "__main__":

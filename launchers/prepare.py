@@ -1,20 +1,21 @@
 """Encode captioned pictures, or documents, into shards, once.
 
 Examples:
-  python launchers/prepare.py --source openmoji --out data/openmoji64
+  python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
   python launchers/prepare.py --source 'cc3m/{00000..00331}.tar' --out data/cc3m --min-side 128 --workers 8
   torchrun --nproc-per-node 8 launchers/prepare.py --source coco:coco2014 --out data/coco --dtype bfloat16
   python launchers/prepare.py --source my_pictures --preview 8
   python launchers/prepare.py --source text:docstrings --out data/docstrings --seq-len 96
   python launchers/prepare.py --check data/mine
 
-A killed preparation goes on with the same command (one of documents begins anew). docs/data.md has a command for every source.
+A killed preparation goes on with the same command; one of documents begins anew. docs/data.md has a command for
+every source.
 """
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,7 +24,6 @@ from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.errors import UserError, run_command
 
 NUM_SHOWN = 8
-CHECK_SHEET, PREVIEW_SHEET = "check.png", Path("prepare_preview.png")
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,20 @@ class PrepareCommand:
 
     source: str = "openmoji"
     """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
-    or a Hugging Face data set (USER/NAME, or hf: before any name). For text-only training: text:docstrings,
-    text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
+    a Hugging Face data set (USER/NAME, or hf: before any name), or ids:DIR without pictures. For text-only training:
+    text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
     out: Path | None = None
     """Folder of the shards."""
     check: Path | None = None
-    """Only hash and read this shard folder whole, report, and show eight samples in its check.png."""
+    """Only hash and read this shard folder whole, report, and show eight of its samples decoded."""
     preview: int = 0
-    """Only show so many pictures of the source as the model will see them, in prepare_preview.png and here."""
+    """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
+    sheet: Path = Path("sheet.png")
+    """Picture file that --check and --preview draw."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
     """Folder with tokenizer.json."""
     heldout_share: float = 0.02
@@ -59,7 +63,7 @@ def main() -> None:
     from t2i.data.documents import PREFIX
 
     if command.check:
-        check(command.check)
+        check(command.check, sheet=command.sheet)
     elif command.out and command.source.startswith(PREFIX):
         pack(command, command.out)
     elif command.out:
@@ -68,8 +72,8 @@ def main() -> None:
         look(command)
 
 
-def check(folder: Path) -> None:
-    from t2i.data.shards import check_shards, read_manifest
+def check(folder: Path, *, sheet: Path) -> None:
+    from t2i.data.shards import check_shards, has_image_tokenizer, read_manifest
     from t2i.data.sheet import draw_sheet, show_shards
     from t2i.data.text_shards import check_text_shards, is_text
 
@@ -79,11 +83,13 @@ def check(folder: Path) -> None:
         return
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
+    if not has_image_tokenizer(read_manifest(folder)):
+        return
     rows = show_shards(folder, num=NUM_SHOWN)
-    draw_sheet(rows).save(folder / CHECK_SHEET)
+    draw_sheet(rows).save(sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
-    print(f"These {len(rows)} decoded: {folder / CHECK_SHEET}")
+    print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
 
 
 def pack(command: PrepareCommand, out: Path) -> None:
@@ -109,10 +115,11 @@ def encode(command: PrepareCommand, out: Path) -> None:
     from t2i.tokens.text import TextTokenizer
 
     rank, world_size = place_in_job()
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     manifest = prepare(
-        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        source,
         out=out,
-        image_tokenizer=load_image_tokenizer(command),
+        image_tokenizer=None if source.given else load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
         rank=rank,
@@ -121,10 +128,12 @@ def encode(command: PrepareCommand, out: Path) -> None:
     if rank > 0:
         return
     counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
-    print(f"{out}: {counts}; {manifest['broken']} broken. Look at {out / 'reconstructions.png'}.")
+    print(f"{out}: {counts}; {manifest['broken']} broken.")
+    if source.given is None:
+        print(f"Look at {out / 'reconstructions.png'}.")
     for reason, count in manifest["left_out"].items():
         print(f"left out: {count} times {reason}")
-    if command.shards.dtype != "float32":
+    if command.dtype != "float32":
         print(f"{manifest['codes_equal_float32']:.1%} of the codes of a sample equal float32's.")
 
 
@@ -133,17 +142,20 @@ def look(command: PrepareCommand) -> None:
     from t2i.data.sheet import draw_sheet, preview
     from t2i.tokens.text import TextTokenizer
 
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
+    if source.given:
+        raise UserError(f"{command.source} has no pictures to preview.")
     rows = preview(
-        open_source(command.source, heldout_share=command.heldout_share, config=command.reading),
+        source,
         num=command.preview,
         image_tokenizer=load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
     )
-    draw_sheet(rows).save(PREVIEW_SHEET)
+    draw_sheet(rows).save(command.sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
-    print(f"Crops and their codes decoded, beside their captions: {PREVIEW_SHEET}. Nothing else was written.")
+    print(f"Crops and their codes decoded, beside their captions: {command.sheet}. Nothing else was written.")
 
 
 def load_image_tokenizer(command: PrepareCommand) -> Any:
@@ -153,7 +165,7 @@ def load_image_tokenizer(command: PrepareCommand) -> Any:
     from t2i.tokens.image import ImageTokenizer
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, command.shards.dtype)
+    dtype = getattr(torch, command.dtype)
     return ImageTokenizer.load(command.image_tokenizer, device=device, dtype=dtype)
 
 

@@ -3,11 +3,16 @@
 Examples:
   python launchers/sample.py runs/train --prompts "grinning face" "red apple" --out pictures
   python launchers/sample.py runs/train --prompts captions.txt --out pictures --guidance-scale 2
+  python launchers/sample.py runs/train --layout geneval --prompts evaluation_metadata.jsonl --out geneval
+  torchrun --nproc-per-node 8 launchers/sample.py runs/train --layout dpg --prompts dpg_bench/prompts --out dpg
+
+The layouts draw four pictures a prompt, in the folders that GenEval's and DPG-Bench's own scorers read. The same
+command goes on where it stopped.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,12 +25,16 @@ from t2i.errors import UserError, run_command
 class SampleCommand:
     """Which model draws which captions."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     prompts: tuple[str, ...]
-    """Captions, or one text file with a caption a line."""
+    """Captions, or one text file with a caption a line; with --layout, the benchmark's prompts."""
     out: Path
     """Folder of the PNG files."""
+    layout: Literal["plain", "geneval", "dpg"] = "plain"
+    """plain: 00000.png and on; geneval: from its .jsonl file; dpg: from its folder of .txt files."""
+    batch_size: int = 32
+    """Pictures drawn at a time by each process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -34,23 +43,45 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         path = Path(prompts[0])
         if not path.is_file():
             raise UserError(f"--prompts {path} is no file.")
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    return list(prompts)
+        prompts = tuple(line.strip() for line in path.read_text().splitlines())
+    captions = [prompt for prompt in prompts if prompt]
+    if not captions:
+        raise UserError("--prompts names no caption.")
+    return captions
 
 
 def main() -> None:
     command = parse(SampleCommand, description=__doc__ or "")
-    captions = captions_of(command.prompts)
-    import torch
-
+    if command.layout != "plain" and len(command.prompts) != 1:
+        raise UserError(f"--layout {command.layout} wants one --prompts path; found {len(command.prompts)}.")
     from t2i.generate.draw import draw_folder
+    from t2i.generate.layouts import Benchmark, read_benchmark
+    from t2i.generate.processes import join, leave
     from t2i.runs.ckpt import open_checkpoint
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = open_checkpoint(command.ckpt, device=device)
-    names = {f"{index:05d}": caption for index, caption in enumerate(captions)}
-    paths = draw_folder(checkpoint, names, out=command.out, config=command.sample)
-    print(f"{len(paths)} pictures in {command.out}; each carries its caption and settings.")
+    if command.layout == "plain":
+        names = {f"{index:05d}": caption for index, caption in enumerate(captions_of(command.prompts))}
+        work = Benchmark(captions=names, drawn=command.out, metadata={}, sheets={})
+    else:
+        work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
+    processes = join()
+    draw_folder(
+        open_checkpoint(command.ckpt, device=processes.device),
+        work.captions,
+        out=work.drawn,
+        config=command.sample,
+        batch_size=command.batch_size,
+        rank=processes.process_index,
+        world_size=processes.num_processes,
+    )
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        work.write_metadata()
+        work.write_sheets()
+        print(f"{len(work.captions)} pictures in {work.drawn}; each carries its caption and settings.")
+        if work.sheets:
+            print(f"{len(work.sheets)} sheets of them in {command.out}.")
+    leave(processes)
 
 
 if __name__ == "__main__":

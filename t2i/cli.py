@@ -25,7 +25,10 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     file = _config_file(arguments) if has_run_file else None
     flags = flags_of(Path(file)) if file else []
-    command = tyro.cli(kind, args=[*flags, *arguments], description=description)
+    try:
+        command = tyro.cli(kind, args=[*flags, *arguments], description=description)
+    except ValueError as error:  # a dataclass refused a value
+        raise UserError(str(error)) from error
     quiet_libraries()
     return command
 
@@ -53,6 +56,11 @@ def flags_of(file: Path) -> list[str]:
         raise UserError(f"--config {file} is no YAML: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {file} holds {type(values).__name__}; wanted is a mapping of keys.")
+    return flags_of_mapping(values)
+
+
+def flags_of_mapping(values: dict[str, Any]) -> list[str]:
+    """Write nested keys out as flags: {data: {seq_len: 96}} -> --data.seq_len 96; a list is several words."""
     return _flags(values, prefix="--")
 
 
@@ -63,6 +71,8 @@ def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
             flags += _flags(value, prefix=f"{prefix}{key}.")
         elif isinstance(value, bool):
             flags.append(f"{prefix}{key}" if value else f"{prefix}{_negated(key)}")
+        elif isinstance(value, list):
+            flags += [f"{prefix}{key}", *map(str, value)]
         else:
             words = value if isinstance(value, list) else [value]
             flags += [f"{prefix}{key}", *map(str, words)]

@@ -54,8 +54,6 @@ class PrepareConfig:
     """Pictures encoded at a time."""
     unit_pairs: int = 512
     """Pairs of one resumable unit of work, which is also one shard file a split; a tar is always one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     workers: int = 0
     """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 
@@ -112,7 +110,7 @@ class ModelConfig:
 class TrainConfig:
     """How it learns: AdamW, cosine after a linear warm-up."""
 
-    max_steps: int = 800
+    max_steps: int = 1_600
     """Optimizer steps (paper: 100B tokens)."""
     global_batch_tokens: int = 3_072
     """Tokens a step over all ranks, padding included (paper: 1M), rounded to whole sequences."""
@@ -223,9 +221,9 @@ class PlanConfig:
 class SampleConfig:
     """How pictures are drawn from captions."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 for none."""
-    temperature: float = 1.0
+    temperature: float = 0.9
     """0 for the most likely code each time."""
     top_k: int = 50
     """Codes kept before a draw; 0 for all."""
@@ -233,6 +231,13 @@ class SampleConfig:
     """Of those, the most likely that together reach this probability."""
     seed: int = 0
     """Picture i is drawn with seed + i."""
+
+    def __post_init__(self) -> None:
+        wrong = [f"{key} {getattr(self, key)}" for key in ("temperature", "top_k") if getattr(self, key) < 0]
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"top_p {self.top_p}")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: temperature and top_k are at least 0, top_p is in (0, 1].")
 
 
 @dataclass(frozen=True)

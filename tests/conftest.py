@@ -1,6 +1,7 @@
 """No test may reach the network; arithmetic is single-threaded so that it repeats."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -65,3 +66,34 @@ def finished(shards, tmp_path_factory):
     config = config_of(shards, tmp_path_factory.mktemp("runs") / "whole")
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
     return config
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder like an exported one, of random weights, that draws 32x32 pictures in a moment."""
+    from t2i.model.configuration_open_lm import OpenLMConfig
+    from t2i.model.modeling_open_lm import OpenLMForCausalLM
+    from t2i.tokens.image import ImageTokenizer
+    from t2i.tokens.text import TextTokenizer
+    from t2i.tokens.vocab import VocabLayout
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    text, image = (
+        TextTokenizer.load(ASSETS / "text_tokenizer"),
+        ImageTokenizer.load(ASSETS / "image_tokenizer"),
+    )
+    layout = VocabLayout(text.num_tokens, text.num_tokens, image.codebook_size)
+    torch.manual_seed(0)
+    config = OpenLMConfig(
+        vocab_size=layout.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        vocab_layout=layout.to_dict(),
+        codes_per_image=16,
+    )
+    OpenLMForCausalLM(config).save_pretrained(folder)
+    text.tokenizer.save_pretrained(folder)
+    shutil.copytree(ASSETS / "image_tokenizer", folder / "image_tokenizer")
+    return folder

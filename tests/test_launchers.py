@@ -1,18 +1,27 @@
 """Every command's first contact: help without torch, the nearest right key, exit status and sentence."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from t2i.cli import flags_of
+from t2i.cli import flags_of, parse
+from t2i.config import RunConfig
+from t2i.env import use_own_tools
 from t2i.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
     str(path.relative_to(ROOT)) for folder in ("launchers", "eval") for path in (ROOT / folder).glob("*.py")
 )
+
+
+@dataclass(frozen=True)
+class WithRunFile(RunConfig):
+    config: Path | None = None
 
 
 def run(*words):
@@ -47,7 +56,9 @@ def test_a_wrong_key_names_the_nearest_right_one():
 def test_wrong_use_is_a_sentence_and_status_2():
     done = run("launchers/prepare.py")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert done.stderr.strip() == "give either --out DIR to prepare, or --check DIR to check."
+    assert (
+        done.stderr.strip() == "give one of --out DIR to prepare, --check DIR to check, --preview N to look."
+    )
 
 
 def test_a_missing_source_is_status_3(tmp_path):
@@ -68,6 +79,24 @@ def test_run_files_are_flags_written_down(tmp_path):
     (tmp_path / "bad.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds list; wanted is a mapping"):
         flags_of(tmp_path / "bad.yaml")
+
+
+def test_a_run_file_is_named_in_either_spelling(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("train: {max_steps: 7}\n")
+    for words in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--local_rank=0", *words])
+        assert parse(WithRunFile, description="").train.max_steps == 7
+
+
+def test_the_environments_own_programs_are_found_without_activating_it(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    use_own_tools()
+    assert Path(shutil.which("ninja")).parent == Path(sys.executable).parent
+
+
+def test_a_value_that_no_sampler_can_have_is_a_sentence():
+    done = run("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2")
+    assert (done.returncode, done.stderr.strip().startswith("top_p 2.0")) == (2, True)
 
 
 def test_the_environment_is_described():

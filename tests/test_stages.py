@@ -11,8 +11,9 @@ from PIL import Image
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.generate.draw import draw_folder
-from t2i.measure.coco import score
 from t2i.measure.features import load_features
+from t2i.measure.halves import halves_task, read_data_manifest
+from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
 from t2i.study.report import write_report
@@ -32,6 +33,14 @@ def exported(checkpoint, tmp_path_factory):
     return out
 
 
+def score_heldout(checkpoint, out):
+    task = halves_task(read_data_manifest(checkpoint), num_samples=10)
+    drawing = Drawing(out=out, config=SampleConfig(), controls=("shuffled", "untrained"), batch_size=32)
+    drawn = draw_rows(checkpoint, task, drawing=drawing)
+    rulers = Rulers(load_features("efficientnet_lite0"), clip=None)
+    return score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts={})
+
+
 def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):
     paths = draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=5))
     assert Image.open(paths[1]).text["caption"] == "picture 1"
@@ -48,19 +57,12 @@ def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint,
 
 
 def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
-    scores = score(
-        checkpoint,
-        out=tmp_path,
-        extractor=load_features("efficientnet_lite0"),
-        sample=SampleConfig(),
-        num_samples=10,
-    )
+    scores = score_heldout(checkpoint, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert "fid" not in scores
     assert set(scores["rows"]) == {"real", "reconstructions", "model", "shuffled", "untrained"}
     assert all(row["fd_efficientnet_lite0"] > 0 for row in scores["rows"].values())
     assert {"n", "features", "resize", "reference", "captions_sha256", "sampler", "checkpoint"} <= set(scores)
-    assert scores["captions_heard"]["heldout"]["own"] > 0
 
 
 def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, exported):
@@ -95,20 +97,13 @@ def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
 
 
 def test_the_report_is_one_page_with_everything_inside(finished, checkpoint):
-    out = finished.run_dir / "eval"
-    score(
-        checkpoint,
-        out=out,
-        extractor=load_features("efficientnet_lite0"),
-        sample=SampleConfig(),
-        num_samples=10,
-    )
+    score_heldout(checkpoint, checkpoint.measures_folder("eval"))
     page = write_report(finished.run_dir).read_text()
     assert page.count("<svg") == 2
     assert page.count('alt="drawn"') == 10
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
-    assert "drawn by the same model before training" in page
+    assert "drawn by the same architecture with random weights" in page
     with pytest.raises(UserError, match="is no run folder"):
         write_report(finished.run_dir / "nowhere")

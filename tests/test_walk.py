@@ -1,12 +1,16 @@
 """The README's commands, run as a person would, on a tiny run."""
 
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,14 +43,42 @@ def test_commands_take_a_run_folder_a_checkpoint_and_an_export(finished, tmp_pat
     assert pictures[0] == pictures[1]
     printed = run("eval/coco_fid.py", exported, "--num-samples", "10", "--out", tmp_path / "scores")
     assert "fd_efficientnet_lite0" in printed
-    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["n"] == 10
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["n"] == 10 and scores["captions_heard"]["heldout"]["own"] > 0
 
 
 def test_shards_are_checked_and_the_tokenizer_measured(shards, tmp_path):
-    assert "all readable and in range" in run("launchers/prepare.py", "--check", shards)
+    printed = run("launchers/prepare.py", "--check", shards, "--sheet", tmp_path / "sheet.png")
+    assert "all readable and in range" in printed
+    assert printed.count("64 codes:") == 8
+    assert Image.open(tmp_path / "sheet.png").height > 8 * 64
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/walk.md", "docs/paper.md"])
+def test_a_source_is_looked_at_before_anything_is_written(tmp_path):
+    printed = run("launchers/prepare.py", "--preview", "3", "--sheet", tmp_path / "sheet.png")
+    assert printed.count("64 codes:") == 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "sheet.png"]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
 def test_every_file_that_the_docs_name_exists(page):
     named = re.findall(r"`((?:t2i|launchers|eval|docs|ds_configs)/[\w./-]*)`", (ROOT / page).read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_command_of_the_data_page_has_flags_that_exist():
+    page = (ROOT / "docs" / "data.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"launchers/(prepare|train)\.py ([^`\n']*(?:'[^'\n]*'[^`\n']*)*)", page)
+    assert len(lines) > 15
+    for name, words in lines:
+        tyro.cli(command_of(name), args=shlex.split(words))
+
+
+def command_of(name):
+    """Load a launcher's dataclass of flags."""
+    spec = importlib.util.spec_from_file_location(f"launchers_{name}", ROOT / "launchers" / f"{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, f"{name.title()}Command")

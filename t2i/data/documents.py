@@ -21,7 +21,7 @@ PACKAGES = (
 )  # fmt: skip
 """Import names of the packages whose documentation is read, beside the standard library; all are t2i's own needs."""
 
-DISTRIBUTIONS = {"PIL": "pillow", "streaming": "mosaicml-streaming"}
+DISTRIBUTIONS = {"PIL": "pillow", "streaming": "mosaicml-streaming", "yaml": "pyyaml"}
 """Names on the package index where they are not the import name."""
 
 MIN_WORDS = 12
@@ -39,15 +39,25 @@ class Documents:
 
 
 def open_documents(source: str) -> Documents:
-    """Open a source of documents: `text:docstrings`, a .txt file (a paragraph a document), a folder of them, a dataset.
+    """Open a source of documents.
+
+    Args:
+        source: text: and `docstrings`, `docstrings:PACKAGE,PACKAGE`, a text file (a paragraph a document), a folder of
+            .txt files, or the name of a Hugging Face dataset.
 
     Raises:
         DataError: no such file, or a package of PACKAGES that is not installed.
     """
     name = source.removeprefix(PREFIX)
-    if name == "docstrings":
-        versions = {package: _version(package) for package in PACKAGES}
-        return Documents(source, _package_texts(), versions)
+    if name.split(":")[0] == "docstrings":
+        chosen = name.removeprefix("docstrings").removeprefix(":")
+        packages = tuple(chosen.split(",")) if chosen else PACKAGES
+        folders = [_folder(package) for package in packages]
+        if not chosen:
+            folders.insert(0, Path(sysconfig.get_paths()["stdlib"]))
+        return Documents(
+            source, _documentation(folders), {package: _version(package) for package in packages}
+        )
     path = Path(name)
     if path.is_file():
         return Documents(source, _paragraphs(path.read_text(encoding="utf-8")))
@@ -77,13 +87,12 @@ def _paragraphs(text: str) -> list[str]:
     return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
-def _package_texts() -> Iterator[str]:
-    """Read the standard library's and the packages' documentation, file by file in sorted order."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    folders = [_folder(package) for package in PACKAGES]
-    files = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts]
-    for path in files + [path for folder in folders for path in sorted(folder.rglob("*.py"))]:
-        yield from filter(None, map(prose, documentation_strings(path)))
+def _documentation(folders: list[Path]) -> Iterator[str]:
+    """Read the documentation strings of folders, file by file in sorted order; packages inside a library are not it."""
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            if "site-packages" not in path.relative_to(folder).parts:
+                yield from filter(None, map(prose, documentation_strings(path)))
 
 
 def _folder(package: str) -> Path:

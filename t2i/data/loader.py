@@ -31,7 +31,10 @@ def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextT
 def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
     """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
     if tokenizer is None:
-        return torch.from_numpy(sample["caption_ids"].astype("int64"))
+        ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
+        return (
+            ids[:0] if sample.get("caption") == "" else ids
+        )  # shards hold one id there: MDS has no empty arrays
     return tokenizer.encode(sample["caption"])
 
 
@@ -72,7 +75,12 @@ class SequenceDataset(StreamingDataset):
                 "key": sample["key"],
             }
         caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
-        if is_dropped(seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout):
+        has_prompt = (
+            self.config.mode == "text-to-image"
+        )  # else the caption is no condition, but all or nothing
+        if has_prompt and is_dropped(
+            seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout
+        ):
             caption_ids = caption_ids[:0]
         input_ids = encode_sequence(
             caption_ids,

@@ -20,7 +20,7 @@ from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.decode import decoding
 from t2i.data.floors import code_floors
 from t2i.data.merge import Merged, merge_units
-from t2i.data.pairs import SPLITS, Source
+from t2i.data.pairs import SPLITS, GivenIds, Source
 from t2i.data.ranks import signs_of_life, wait_for
 from t2i.data.roundtrip import write_round_trip
 from t2i.data.shards import (
@@ -52,7 +52,7 @@ def prepare(
     source: Source,
     *,
     out: Path,
-    image_tokenizer: ImageTokenizer,
+    image_tokenizer: ImageTokenizer | None,
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
     rank: int = 0,
@@ -62,12 +62,16 @@ def prepare(
 
     With several ranks each is called alike and returns when the first one has merged all units.
 
+    Args:
+        image_tokenizer: None for a source of ids, and for no other.
+
     Raises:
-        UserError: `out` was begun with other arguments.
+        UserError: `out` was begun with other arguments, or views are asked of ids.
         DataError: no picture of the source could be read.
         LostRankError: a rank shows no life and owes units.
     """
     arguments = _arguments(source, image_tokenizer, text_tokenizer, config)
+    units = source.units(config.unit_pairs)
     part = out.with_name(out.name + ".part")
     ranks = part / "ranks"
     if not out.exists() and rank == 0:
@@ -77,13 +81,19 @@ def prepare(
     if out.exists():
         return _finished(out, arguments)
     _same_arguments(part, json.loads((part / ARGUMENTS).read_text()), arguments)
-    units = source.units(config.unit_pairs)
 
     def owing() -> set[int]:
         return {index % world_size for index in range(len(units)) if not facts_file(part, index).exists()}
 
     with _signs(ranks, rank, world_size), decoding(config) as pool:
-        encoder = Encoder(image_tokenizer, text_tokenizer, config, pool, shows_progress=rank == 0)
+        encoder = Encoder(
+            image_tokenizer,
+            image_tokenizer.codebook_size if image_tokenizer else _given(source).vocab_size,
+            text_tokenizer,
+            config,
+            pool,
+            shows_progress=rank == 0,
+        )
         mine = range(rank, len(units), world_size)
         for index in tqdm(mine, unit="unit", desc="encode", disable=rank > 0):
             if not out.exists() and not facts_file(part, index).exists():
@@ -99,22 +109,45 @@ def prepare(
 
 
 def _arguments(
-    source: Source, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer, config: PrepareConfig
+    source: Source,
+    image_tokenizer: ImageTokenizer | None,
+    text_tokenizer: TextTokenizer,
+    config: PrepareConfig,
 ) -> dict[str, Any]:
     """Gather all that decides what is in the shards."""
-    return {
+    common = {
         "format_version": FORMAT_VERSION,
         "source": source.name,
         "heldout_share": source.heldout_share,
         "reading": _changed(source.config),
-        "image_size": config.image_size,
-        "views": config.views,
         "unit_pairs": config.unit_pairs,
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "image_tokenizer": image_tokenizer.fingerprint(),
+        "image_tokenizer": _maker(source, image_tokenizer)["fingerprint"],
         "text_tokenizer": text_tokenizer.fingerprint(),
     }
+    if image_tokenizer is None:
+        if config.views != 1:
+            raise UserError(f"views is {config.views}; {source.name} has no pictures to shift.")
+        return common
+    return {
+        **common,
+        "image_size": config.image_size,
+        "views": config.views,
+        "batch_size": config.batch_size,
+        "dtype": str(image_tokenizer.dtype).removeprefix("torch."),
+    }
+
+
+def _maker(source: Source, image_tokenizer: ImageTokenizer | None) -> dict[str, str]:
+    """Name what turned pictures into codes."""
+    if image_tokenizer is not None:
+        return {"name": str(image_tokenizer.folder), "fingerprint": image_tokenizer.fingerprint()}
+    given = _given(source)
+    return {"name": given.made_by, "fingerprint": f"ids:{given.made_by}:{given.vocab_size}:{given.length}"}
+
+
+def _given(source: Source) -> GivenIds:
+    assert source.given is not None, "a source of pictures needs an image tokenizer"
+    return source.given
 
 
 def _changed(config: SourceConfig) -> dict[str, Any]:
@@ -156,18 +189,18 @@ def _finish(
     part: Path, num_units: int, source: Source, encoder: Encoder, arguments: dict[str, Any]
 ) -> Merged:
     """Merge the units, keep the tokenizers and a round trip, count floors, write the manifest."""
-    image_tokenizer, text_tokenizer, config = encoder.image_tokenizer, encoder.text_tokenizer, encoder.config
+    text_tokenizer = encoder.text_tokenizer
     merged = merge_units(part, num_units, encoder=encoder)
     if not merged.counts["train"]:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.left_out.items())
         raise DataError(
-            f"no picture of {source.name} could be read for training: {len(merged.broken)} broken, {reasons or '0'}"
+            f"nothing of {source.name} could be read for training: {len(merged.broken)} broken, {reasons or '0'}"
             f" left out; see {part / 'units'}."
         )
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
-    _keep_tokenizers(part, image_tokenizer, text_tokenizer)
-    agreement = write_round_trip(part, source, image_tokenizer, config)
-    num_codes = image_tokenizer.num_codes(config.image_size)
+    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
+    image_facts = _image_facts(part, source, encoder)
+    num_pictures = FLOOR_CODES // image_facts["codes_per_image"]
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": source.name,
@@ -178,26 +211,21 @@ def _finish(
         "counts": {split: merged.counts[split] for split in SPLITS if merged.counts[split]},
         "broken": len(merged.broken),
         "left_out": dict(sorted((source.left_out + merged.left_out).items())),
-        "image_size": config.image_size,
-        "codes_per_image": num_codes,
-        "codebook_size": image_tokenizer.codebook_size,
-        "codes_equal_float32": agreement,
-        "image_tokenizer": {
-            "name": str(image_tokenizer.folder),
-            "fingerprint": image_tokenizer.fingerprint(),
-        },
+        "codebook_size": encoder.codebook_size,
+        **image_facts,
+        "image_tokenizer": _maker(source, encoder.image_tokenizer),
         "text_tokenizer": {
             "name": text_tokenizer.name,
             "fingerprint": text_tokenizer.fingerprint(),
             "num_tokens": text_tokenizer.num_tokens,
         },
         "floors_nats": code_floors(
-            {split: _codes(part, split, num_pictures=FLOOR_CODES // num_codes) for split in merged.counts},
-            codebook_size=image_tokenizer.codebook_size,
+            {split: _codes(part, split, num_pictures=num_pictures) for split in merged.counts},
+            codebook_size=encoder.codebook_size,
         ),
         "files": side_files(part),
         "arguments": arguments,
-        "prepare": asdict(config),
+        "prepare": asdict(encoder.config),
     }
     write_json(part / MANIFEST, manifest)
     return merged
@@ -207,13 +235,21 @@ def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
     return np.stack([sample["codes"] for sample in read_split(part, split, num_samples=num_pictures)])
 
 
-def _keep_tokenizers(part: Path, image_tokenizer: ImageTokenizer, text_tokenizer: TextTokenizer) -> None:
-    """Copy both tokenizers beside the shards, which may be moved to another machine then."""
+def _image_facts(part: Path, source: Source, encoder: Encoder) -> dict[str, Any]:
+    """Keep the image tokenizer and a round trip; return what the manifest says of pictures and codes."""
+    tokenizer, config = encoder.image_tokenizer, encoder.config
+    if tokenizer is None:
+        return {"codes_per_image": _given(source).length, "given_ids": True}
     (part / IMAGE_TOKENIZER).mkdir(exist_ok=True)
-    for path in image_tokenizer.folder.iterdir():
+    for path in tokenizer.folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, part / IMAGE_TOKENIZER / path.name)
-    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
+    return {
+        "image_size": config.image_size,
+        "codes_per_image": tokenizer.num_codes(config.image_size),
+        "given_ids": False,
+        "codes_equal_float32": write_round_trip(part, source, tokenizer, config),
+    }
 
 
 def _sweep(out: Path, part: Path, merged: Merged) -> None:

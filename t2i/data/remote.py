@@ -1,6 +1,7 @@
 """Files of a shard folder that lies in a bucket, brought here one by one through Streaming's downloaders."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 from streaming.base.storage.download import CloudDownloader
@@ -31,7 +32,7 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False) -> Path:
     coming.unlink(missing_ok=True)
     url = f"{remote.rstrip('/')}/{name}"
     try:
-        downloader = CloudDownloader.get(remote)
+        downloader = _downloader(remote)
         retry((BotoCoreError, TimeoutError), num_attempts=NUM_ATTEMPTS)(
             lambda: downloader.download(url, str(coming), TIMEOUT_SECONDS)
         )()
@@ -39,3 +40,9 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False) -> Path:
         coming.unlink(missing_ok=True)
         raise DataError(f"{url} cannot be downloaded: {error}") from error
     return coming if anew else coming.replace(path)
+
+
+@cache
+def _downloader(remote: str) -> CloudDownloader:
+    """Open one connection a place: opening takes longer than a small file."""
+    return CloudDownloader.get(remote)

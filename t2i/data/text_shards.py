@@ -21,6 +21,7 @@ from t2i.data.documents import Documents
 from t2i.data.floors import code_floors
 from t2i.data.hashing import hash_uniform
 from t2i.data.shards import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, read_split, side_files
+from t2i.data.units import HASH
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 
@@ -184,8 +185,8 @@ def _write(
     seen: set[bytes] = set()
     digest = hashlib.sha256()
     with (
-        MDSWriter(out=str(part / "train"), columns=columns) as train,
-        MDSWriter(out=str(part / "heldout"), columns=columns) as heldout,
+        MDSWriter(out=str(part / "train"), columns=columns, hashes=[HASH]) as train,
+        MDSWriter(out=str(part / "heldout"), columns=columns, hashes=[HASH]) as heldout,
     ):
         writers = {"train": train, "heldout": heldout}
         for text in tqdm(documents.texts, unit="document", desc="pack"):

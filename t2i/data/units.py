@@ -37,7 +37,9 @@ REPEATED = "a key that was there before"
 class Encoder:
     """What turns pairs into rows, the same on every rank."""
 
-    image_tokenizer: ImageTokenizer
+    image_tokenizer: ImageTokenizer | None
+    """None where the source gives codes."""
+    codebook_size: int
     text_tokenizer: TextTokenizer
     config: PrepareConfig
     pool: Executor | None
@@ -92,6 +94,8 @@ def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[dict[str, Any]
     id_type = smallest_type(encoder.text_tokenizer.num_tokens)
     for row in rows:
         ids = encoder.text_tokenizer.encode(row.caption).numpy().astype(id_type)
+        if not row.caption:
+            ids = np.zeros(1, id_type)  # MDS has no empty arrays; caption_ids_of knows
         yield {"key": row.key, "caption": row.caption, "caption_ids": ids, "codes": row.codes}
 
 
@@ -101,7 +105,7 @@ def column_kinds(encoder: Encoder) -> dict[str, str]:
         "key": "str",
         "caption": "str",
         "caption_ids": f"ndarray:{smallest_type(encoder.text_tokenizer.num_tokens)}",
-        "codes": f"ndarray:{smallest_type(encoder.image_tokenizer.codebook_size)}",
+        "codes": f"ndarray:{smallest_type(encoder.codebook_size)}",
     }
 
 
@@ -151,13 +155,21 @@ def _encode(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
 ) -> Iterator[Row]:
     """Encode pictures in batches that depend on the unit alone; list what is broken, count what filters refuse."""
-    code_type = smallest_type(encoder.image_tokenizer.codebook_size)
+    code_type = smallest_type(encoder.codebook_size)
+    if encoder.image_tokenizer is None:
+        yield from (_given_row(pair, code_type) for pair in pairs)
+        return
     pictures = _pictures(pairs, encoder, broken=broken, left_out=left_out)
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
         for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
             key = view_key(pair.key, number)
             yield Row(key, pair.split, pair.caption, is_view=number > 0, codes=row)
+
+
+def _given_row(pair: Pair, code_type: str) -> Row:
+    assert pair.codes is not None, "a source of ids has nothing else"
+    return Row(pair.key, pair.split, pair.caption, is_view=False, codes=pair.codes.astype(code_type))
 
 
 def _pictures(

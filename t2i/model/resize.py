@@ -49,7 +49,11 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         raise UserError(f"the model has {len(old_input)} rows; the layout has only {vocab_size}.")
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
-    given = load_file(rows) if Path(rows).suffix == ".safetensors" else {}
+    given = {}
+    if Path(rows).suffix == ".safetensors":
+        if not Path(rows).is_file():
+            raise UserError(f"model.rows is {rows}, which is no file.")
+        given = load_file(rows)
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     sides = [(INPUT_ROWS, old_input, model.get_input_embeddings())]
     if not is_tied:

@@ -115,9 +115,9 @@ def draw(
     tokenizer: Any,
     image_tokenizer: Any,
     seed: int = 0,
-    guidance_scale: float = 3.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
+    guidance_scale: float = 2.0,
+    temperature: float = 0.9,
+    top_k: int = 50,
     top_p: float = 1.0,
 ) -> list[Any]:
     """Draw one PIL picture a caption; caption i uses seed + i.
@@ -134,7 +134,8 @@ def draw(
     config = model.config
     if config.vocab_layout is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
-    room = config.max_position_embeddings - config.codes_per_image - len(SPECIAL_TOKENS)
+    length = config.sequence_length or config.max_position_embeddings
+    room = length - config.codes_per_image - len(SPECIAL_TOKENS)
     texts = [
         tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in captions
     ]
@@ -142,8 +143,8 @@ def draw(
     first = rows + len(SPECIAL_TOKENS) + 1  # after <pad>
     codes = sample_codes(
         model,
-        [prompt_ids(text[:room], num_text_rows=rows) for text in texts],
-        empty_prompt=prompt_ids([], num_text_rows=rows),
+        [prompt_ids(text[:room], num_text_rows=rows, mode=config.sequence_mode) for text in texts],
+        empty_prompt=prompt_ids([], num_text_rows=rows, mode=config.sequence_mode),
         image_ids=range(first, first + config.vocab_layout["codebook_size"]),
         num_codes=config.codes_per_image,
         seeds=[seed + index for index in range(len(captions))],
@@ -156,9 +157,17 @@ def draw(
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int) -> list[int]:
-    """Write `<doc> <text> caption </text> <image>` as ids."""
+def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:
+    """Write `<doc> <text> caption </text> <image>` as ids; without the text for a model of pictures alone.
+
+    Raises:
+        ValueError: the model learned text alone.
+    """
     doc, _, text, end_text, image, _ = range(num_text_rows, num_text_rows + len(SPECIAL_TOKENS))
+    if mode == "text-only":
+        raise ValueError("this model was trained on text alone; it draws no pictures")
+    if mode == "image-only":
+        return [doc, image]
     return [doc, text, *caption_ids, end_text, image]
 
 

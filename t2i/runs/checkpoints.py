@@ -18,6 +18,8 @@ from t2i.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, LATEST, MANIFEST, STAGING = "checkpoints", "latest", "manifest.json", ".saving"
+STEPS = "step_" + 6 * "[0-9]"
+"""Names of whole checkpoints (a glob), of which the last in order is the newest."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -28,7 +30,8 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def begin(run_dir: Path) -> Path:
     """Make an empty folder to write a checkpoint into; what a killed save left there is removed."""
     staging = run_dir / CHECKPOINTS / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
+    for left in (staging, *staging.parent.glob(".trash-*")):
+        shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
 
@@ -57,26 +60,41 @@ def commit(run_dir: Path, *, step: int, facts: dict[str, Any], keep_last: int) -
     staging.rename(final)
     _sync(final.parent)
     _replace(run_dir / LATEST, f"{final.relative_to(run_dir).as_posix()}\n")
-    for old in sorted(final.parent.glob("step_??????"))[:-keep_last]:
+    for old in sorted(final.parent.glob(STEPS))[:-keep_last]:
         trash = old.with_name(f".trash-{old.name}")
         old.rename(trash)
         shutil.rmtree(trash)
     return final
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest and return the manifest.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest.
 
     Raises:
-        CheckpointError: the first file that is missing, of another size, or of other content.
+        CheckpointError: there is none, or it is broken.
     """
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
-    for name, wanted in files:
+    return manifest
+
+
+def verify(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Args:
+        weights_only: leave out DeepSpeed's state, which only training reads.
+
+    Raises:
+        CheckpointError: the first file that is missing, of another size, or of other content.
+    """
+    manifest = read_manifest(folder)
+    for name, wanted in manifest["files"].items():
+        if weights_only and name.startswith("engine/"):
+            continue
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
         if size != wanted["bytes"]:
@@ -93,7 +111,7 @@ def choose(run_dir: Path) -> Path | None:
         CheckpointError: there are checkpoints, but none is whole: never a silent start from step 0.
     """
     reasons = []
-    for folder in sorted((run_dir / CHECKPOINTS).glob("step_??????"), reverse=True):
+    for folder in sorted((run_dir / CHECKPOINTS).glob(STEPS), reverse=True):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -109,6 +127,31 @@ def choose(run_dir: Path) -> Path | None:
             f"no checkpoint of {run_dir} is whole: {listed} Start anew in another --run-dir."
         )
     return None
+
+
+def newest_readable(run_dir: Path) -> Path | None:
+    """Find the newest checkpoint whose weights are whole, without touching a run that may be training.
+
+    Raises:
+        CheckpointError: there are checkpoints, but the weights of none are whole.
+    """
+    reasons = []
+    for folder in sorted((run_dir / CHECKPOINTS).glob(STEPS), reverse=True):
+        try:
+            verify(folder, weights_only=True)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        return folder
+    if reasons:
+        raise CheckpointError(f"no checkpoint of {run_dir} is whole: {' '.join(reasons)}")
+    return None
+
+
+def last_step(run_dir: Path) -> int:
+    """Read the step of the newest checkpoint from its name; 0 if there is none."""
+    names = sorted(path.name for path in (run_dir / CHECKPOINTS).glob(STEPS))
+    return int(names[-1].removeprefix("step_")) if names else 0
 
 
 def _free_name(path: Path) -> Path:

@@ -1,15 +1,23 @@
 """Anything a CKPT may be: a run folder, one checkpoint of it, an exported folder, a hub name."""
 
+import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from t2i.errors import UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.runs.checkpoints import CHECKPOINTS, choose
-from t2i.tokens.image import ImageTokenizer
+from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -30,6 +38,16 @@ class Checkpoint:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
     layout: VocabLayout
+    weights: str = "in memory"
+    """SHA-256 of the weights on disk, or what else the weights are."""
+
+    def measures_folder(self, name: str) -> Path:
+        """Name the folder of this checkpoint's measures: NAME/step_NNNNNN in its run, NAME in an exported folder."""
+        return self.folder / name if self.run_dir is None else self.run_dir / name / self.folder.name
+
+    def image_size(self) -> int:
+        """Count the pixels a side of the pictures it draws."""
+        return int(math.isqrt(self.model.config.codes_per_image) * self.image_tokenizer.downscale)
 
 
 def find(name: str) -> tuple[Path, Path | None]:
@@ -40,16 +58,20 @@ def find(name: str) -> tuple[Path, Path | None]:
     """
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
-        folder = choose(path)
+        folder = newest_readable(path)
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
     if (path / "config.json").is_file():
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/")):
+    refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"{refusal}.")
+    try:
         return Path(snapshot_download(name)), None
-    raise UserError(f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME).")
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{refusal}: {str(error).splitlines()[0]}") from error
 
 
 def home(model: "LanguageModel") -> Path:
@@ -91,6 +113,7 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
 
     Raises:
         UserError: it is no CKPT, or a model without image codes.
+        DataError: the image tokenizer beside it is not the one that it learned with.
     """
     folder, run_dir = find(name)
     model = OpenLMForCausalLM.from_pretrained(folder).eval().to(device)
@@ -98,11 +121,36 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
         raise UserError(
             f"{folder} is a language model without image codes: its config.json has no vocab_layout."
         )
+    home = run_dir or folder
+    image_tokenizer = ImageTokenizer.load(home / IMAGE_TOKENIZER, device=device)
+    if (home / ROUND_TRIP).is_file():
+        check_round_trip(image_tokenizer, home / ROUND_TRIP)
     return Checkpoint(
         folder=folder,
         run_dir=run_dir,
         model=model,
         text_tokenizer=TextTokenizer.load(folder),
-        image_tokenizer=ImageTokenizer.load((run_dir or folder) / IMAGE_TOKENIZER, device=device),
+        image_tokenizer=image_tokenizer,
         layout=VocabLayout(**model.config.vocab_layout),
+        weights=weights_sha256(folder),
     )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash the weights of a Hugging Face folder: one file's own SHA-256, or that of all names and hashes.
+
+    Raises:
+        UserError: it holds none.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin.")
+    hashes = {}
+    for file in files:
+        with file.open("rb") as opened:
+            hashes[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256(
+        "".join(f"{name} {digest}\n" for name, digest in hashes.items()).encode()
+    ).hexdigest()

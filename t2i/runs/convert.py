@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,9 @@ NUM_PROOF_IDS = 24
 LOGITS = 2e-5
 """Largest difference of logits that fp32 rounding explains, as a share of the largest logit or of 5."""
 
+Tell = Callable[[str], None]
+"""What becomes of the sentences that a conversion says on its way; a launcher's is print."""
+
 LATENTS, PIXELS = 1e-4, 2e-4
 """The same for latents, as a share of the largest or of 1, and for decoded pixels in [-1, 1]."""
 CODES = 0.99
@@ -62,25 +65,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def identify(checkpoint: Path) -> tuple[list[str], set[str]]:
-    """Hash a checkpoint's files.
-
-    Returns:
-        a sentence a file, and the names of the known releases among them.
-    """
+def identify(checkpoint: Path, *, tell: Tell) -> set[str]:
+    """Hash a checkpoint's files and tell of each; return the names of the known releases among them."""
     hashes = {file: sha256_of(file) for file in weight_files(checkpoint)}
-    known = {RELEASES[value] for value in hashes.values() if value in RELEASES}
-    sentences = []
     for file, value in hashes.items():
         what = f"known release {RELEASES[value]}" if value in RELEASES else "not a known release"
-        sentences.append(f"{file.name}: SHA-256 {value}, {what}")
-    return sentences, known
+        tell(f"{file.name}: SHA-256 {value}, {what}")
+    return {RELEASES[value] for value in hashes.values() if value in RELEASES}
 
 
 def convert_open_lm(
-    checkpoint: Path, *, config_name: str | None, text_tokenizer: str | None, out: Path
-) -> list[str]:
-    """Turn an open_lm checkpoint into a folder that model.init takes; return what was found, sentence by sentence.
+    checkpoint: Path, *, config_name: str | None, text_tokenizer: str | None, out: Path, tell: Tell
+) -> None:
+    """Turn an open_lm checkpoint into a folder that model.init takes.
 
     Args:
         checkpoint: a file, or a Hugging Face folder that open_lm wrote.
@@ -92,7 +89,7 @@ def convert_open_lm(
         CheckpointError: the checkpoint cannot be trusted, does not fit, or the folder gives other logits.
     """
     with new_folder(out) as part:
-        sentences, releases = identify(checkpoint)
+        releases = identify(checkpoint, tell=tell)
         config = read_config(_config_name(config_name, checkpoint=checkpoint, releases=releases))
         own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
         tokenizer = TextTokenizer.load(text_tokenizer or own)
@@ -102,8 +99,7 @@ def convert_open_lm(
         prepare_generation(model, tokenizer)
         model.save_pretrained(part)
         tokenizer.tokenizer.save_pretrained(part)
-        proof = prove_logits(part, tensors=tensors)
-    return [*sentences, proof]
+        tell(prove_logits(part, tensors=tensors))
 
 
 def convert_back(ckpt: str, *, out: Path) -> None:
@@ -119,21 +115,20 @@ def convert_back(ckpt: str, *, out: Path) -> None:
         (part / OPEN_LM_CONFIG).write_text(json.dumps(open_lm_config(config), indent=4))
 
 
-def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path) -> list[str]:
-    """Turn a released image tokenizer into a diffusers folder; return what was found, sentence by sentence.
+def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path, tell: Tell) -> None:
+    """Turn a released image tokenizer into a diffusers folder.
 
     Raises:
         UserError: `out` exists, or there is no checkpoint.
         CheckpointError: it cannot be trusted, does not fit, or the folder gives other codes or pictures.
     """
     with new_folder(out) as part:
-        sentences, _ = identify(checkpoint)
+        identify(checkpoint, tell=tell)
         tensors, left_out = vq_tensors(read_weights(checkpoint), layout=layout)
+        if left_out:
+            tell(f"left out, not needed to encode or decode: {', '.join(left_out)}")
         load_vq(tensors, layout=layout, source=checkpoint).save_pretrained(part)
-        proof = prove_codes(part, tensors=tensors, layout=layout)
-    if left_out:
-        sentences.append(f"left out, not needed to encode or decode: {', '.join(left_out)}")
-    return [*sentences, proof]
+        tell(prove_codes(part, tensors=tensors, layout=layout))
 
 
 def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> None:

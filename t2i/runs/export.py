@@ -2,19 +2,23 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCardData
 
 from t2i.errors import CheckpointError, UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
+from t2i.tokens.image import ROUND_TRIP
 
-SCORES = "scores.json"
+SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
+"""Name of a score in an exported folder -> folder of measures that holds it as scores.json."""
+
 CARD = Path(__file__).with_name("card.md")
 
 
@@ -37,10 +41,11 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
-    for name in (DATA_MANIFEST, SCORES):
-        found = next((path for path in (home / name, home / "eval" / name) if path.is_file()), None)
+    places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in SCORES.items()}
+    for name in (DATA_MANIFEST, ROUND_TRIP, *SCORES):
+        found = [path for path in (home / name, places.get(name)) if path and path.is_file()]
         if found:
-            shutil.copyfile(found, part / name)
+            shutil.copyfile(found[-1], part / name)
     (part / "README.md").write_text(model_card(checkpoint, folder=part, name=out.name, command=command))
     _check_logits(checkpoint.model, part)
     part.rename(out)
@@ -48,15 +53,44 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
 
 def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str) -> str:
     """Fill the model card with the folder's own measured numbers."""
-    scores = _read(folder / SCORES)
+    measured = [scores for scores in (_read(folder / file) for file in SCORES) if scores]
     manifest = _read(folder / DATA_MANIFEST)
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     template = jinja2.Template(
         CARD.read_text(), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return template.render(
-        name=name, command=command, scores=scores, manifest=manifest, num_parameters=num_parameters
+        front_matter=front_matter(measured, name=name),
+        name=name,
+        command=command,
+        measured=measured,
+        manifest=manifest,
+        num_parameters=num_parameters,
     )
+
+
+def front_matter(measured: list[dict[str, Any]], *, name: str) -> str:
+    """Write what the hub reads of a card: tags, and the model's measures as its model-index."""
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", scores["data"].lower()).strip("-"),
+            dataset_name=scores["data"],
+            metric_type=key,
+            metric_name=f"{key} ({scores['n']:,} pictures, {scores['features']}, {scores['resize']})",
+            metric_value=round(scores[key], 4),
+        )
+        for scores in measured
+        for key in scores["measures"]
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "open_lm", "autoregressive"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
 
 
 def push(folder: Path, *, repo: str) -> str:

@@ -3,7 +3,9 @@
 import dataclasses
 import fcntl
 import json
+import os
 import platform
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -14,6 +16,7 @@ import yaml
 
 from t2i.config import AlignRun, RunConfig
 from t2i.errors import UserError
+from t2i.runs.checkpoints import last_step
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
     "resolved.yaml",
@@ -48,8 +51,11 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[str]:
+def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
+
+    Args:
+        heading: what follows from the settings on these ranks, a comment above them.
 
     Raises:
         UserError: the folder belongs to a running process, or was made with other science settings.
@@ -69,7 +75,9 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any]) -> IO[s
         if changed:
             listed = "; ".join(changed)
             raise UserError(f"{run_dir} was begun with other settings ({listed}). Choose another --run-dir.")
-    resolved.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    write_status(run_dir, state="running", step=last_step(run_dir))
+    comment = f"# {heading}\n" if heading else ""
+    resolved.write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
     (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
     (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
     return lock
@@ -93,7 +101,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], *, prefix: str = 
 def environment() -> dict[str, Any]:
     """Describe this process: command, versions, machine."""
     return {
-        "command": sys.argv,
+        "command": launch_command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in REPORTED_PACKAGES},
@@ -102,10 +110,27 @@ def environment() -> dict[str, Any]:
 
 def write_status(run_dir: Path, *, state: str, step: int, code: int | None = None, reason: str = "") -> None:
     """Write status.json: state is running, done, stopped or failed; code is the exit status once it ended."""
-    status = {"state": state, "code": code, "step": step, "reason": reason, "time": time.strftime("%FT%T%z")}
+    status = {
+        "state": state,
+        "code": code,
+        "step": step,
+        "reason": reason,
+        "next": _next_command(run_dir, state),
+        "time": time.strftime("%FT%T%z"),
+    }
     temporary = run_dir / f".{STATUS}.tmp"
     temporary.write_text(json.dumps(status, indent=1))
     temporary.replace(run_dir / STATUS)
+
+
+def launch_command() -> str:
+    """Write out the command that started this process, as a person would type it again."""
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]
+    return shlex.join(["deepspeed" if "LOCAL_SIZE" in os.environ else "python", *words])
+
+
+def _next_command(run_dir: Path, state: str) -> str:
+    return f"python launchers/report.py {shlex.quote(str(run_dir))}" if state == "done" else launch_command()
 
 
 def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:

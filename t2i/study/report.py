@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.measure.coco import heldout_halves
+from t2i.measure.halves import heldout_halves
+from t2i.measure.score import SCORES
 from t2i.runs.folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_metrics
 from t2i.study.figures import loss_curves
 from t2i.tokens.image import centre_crop_resize
@@ -31,9 +32,11 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
     rows = read_metrics(run_dir)
     manifest = _json(run_dir / "data_manifest.json")
-    scores = _json(run_dir / "eval" / "scores.json")
+    measured = _measured(run_dir)
+    scores = _json(measured / SCORES) if measured else {}
     floors = manifest.get("floors_nats", {}).get("heldout", {})
     steps = [row for row in rows if "split" not in row]
+    last_step = steps[-1]["step"] if steps else 0
     page = jinja2.Template(
         TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).render(
@@ -46,13 +49,15 @@ def write_report(run_dir: Path) -> Path:
         floors=floors,
         last=steps[-1] if steps else {},
         heldout=[
-            row for row in rows if "split" in row and row["step"] == (steps[-1]["step"] if steps else 0)
+            row
+            for row in rows
+            if row.get("image_loss_wrong_caption") is not None and row["step"] == last_step
         ],
         curves={
             kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
             for kind in ("image", "text")
         },
-        pictures=_pictures(run_dir, manifest) if scores else [],
+        pictures=_pictures(measured / "model", manifest) if measured else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         commands=_commands(run_dir),
@@ -62,9 +67,15 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _pictures(run_dir: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
+def _measured(run_dir: Path) -> Path | None:
+    """Find the measures of the newest checkpoint that was measured on the run's own held-out pictures."""
+    found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
+    return found[-1].parent if found else None
+
+
+def _pictures(folder: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
     """Pair drawn pictures with the real ones of their captions, spread over the drawn half."""
-    drawn = sorted((run_dir / "eval" / "model").glob("*.png"))
+    drawn = sorted(folder.glob("*.png"))
     pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
     step = max(1, len(drawn) // NUM_PICTURES)
     shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_PICTURES]
@@ -88,9 +99,8 @@ def _spread(folder: Path) -> list[Path]:
 
 def _commands(run_dir: Path) -> list[str]:
     """Write out what made the run's files, to be copied and run again."""
-    words = [word for word in _json(run_dir / ENVIRONMENT)["command"] if not word.startswith("--local_rank")]
-    commands = [shlex.join(["deepspeed", *words])]
-    if (run_dir / "eval" / "scores.json").is_file():
+    commands = [_json(run_dir / ENVIRONMENT)["command"]]
+    if _measured(run_dir):
         commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
     return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]
 

@@ -10,9 +10,16 @@ import numpy as np
 import torch
 from diffusers import VQModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i.errors import UserError
+from t2i.errors import DataError, UserError
+
+ROUND_TRIP = "roundtrip.safetensors"
+"""Pictures, their codes and what they decode to, kept beside shards, runs and exports."""
+
+SAME_TOKENIZER = 0.95
+"""Share of equal codes from which two tokenizers are held for one."""
 
 
 def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
@@ -135,7 +142,7 @@ class ImageTokenizer:
         )
 
     def fingerprint(self) -> str:
-        """Hash the weights and the configuration that decides codes (hex SHA-256)."""
+        """Hash the names, shapes and values of the weights (hex SHA-256)."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -146,3 +153,23 @@ class ImageTokenizer:
 def code_agreement(tokenizer: ImageTokenizer, reference: ImageTokenizer, pixels: Tensor) -> float:
     """Measure the share of codes of pixels (B, 3, H, W) that both tokenizers choose."""
     return (tokenizer.encode(pixels) == reference.encode(pixels)).float().mean().item()
+
+
+def check_round_trip(tokenizer: ImageTokenizer, file: Path) -> None:
+    """Encode the pictures that were stored when codes were made, and compare with the codes stored beside them.
+
+    Args:
+        file: safetensors of pictures (N, H, W, 3), uint8, and codes (N, K).
+
+    Raises:
+        DataError: another tokenizer made the codes.
+    """
+    stored = load_file(file)
+    codes = tokenizer.encode(pixels_of(stored["pictures"])).cpu()
+    agreement = (codes == stored["codes"]).float().mean().item()
+    # Ties between codes may fall otherwise on another device; another tokenizer agrees on almost nothing.
+    if agreement < SAME_TOKENIZER:
+        raise DataError(
+            f"{tokenizer.folder} gives the codes stored in {file} to only {agreement:.0%}; wanted is"
+            f" {SAME_TOKENIZER:.0%}. Another image tokenizer made them."
+        )

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from t2i.errors import UserError
 from t2i.tokens.vocab import VocabLayout
 
 Mode = Literal["text-to-image", "image-only", "text-only"]
@@ -24,11 +25,11 @@ def caption_room(*, mode: Mode, seq_len: int, num_codes: int) -> int:
     """Count the caption ids that fit into one sequence.
 
     Raises:
-        ValueError: seq_len cannot even hold the picture.
+        UserError: seq_len cannot even hold the picture.
     """
     room = seq_len - NUM_MARKERS[mode] - (0 if mode == "text-only" else num_codes)
     if room < 0:
-        raise ValueError(
+        raise UserError(
             f"data.seq_len is {seq_len}; one image needs {num_codes} tokens plus {NUM_MARKERS[mode]} markers"
         )
     return room

@@ -23,7 +23,7 @@ from t2i.data.loader import StepLoader, caption_ids_of, stack_sequences, tokeniz
 from t2i.data.shards import read_manifest, read_split
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
-from t2i.runs.folder import open_run, rewind_metrics, write_status
+from t2i.runs.folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import Start, starting_model
@@ -150,7 +150,8 @@ def align(run: AlignRun) -> dict[str, Any]:
 
 def make_sides(start: Start, *, run: AlignRun) -> dict[str, AlignedRows]:
     """Make the spaces to align: that of the embedding, and that of the head where it is another."""
-    embedding, head = start.model.get_input_embeddings(), start.model.get_output_embeddings()
+    model: Any = start.model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = {INPUT_ROWS: embedding.weight}
     if head.weight is not embedding.weight:
         rows[OUTPUT_ROWS] = head.weight
@@ -193,7 +194,7 @@ def _train(
         return
     writer = MetricsWriter(run.run_dir) if dist.get_rank() == 0 else None
     if writer:
-        rewind_metrics(run.run_dir, step=first_step)
+        writer.start(step=first_step if first_step else -1)
     batches = iter(loader)
     bar = tqdm(range(first_step + 1, run.align.max_steps + 1), unit="step", disable=writer is None)
     for step in bar:

@@ -48,9 +48,10 @@ def build_model(
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest["codes_per_image"]
+    model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
     if config.train.new_rows_lr is not None:
-        if len(model.get_input_embeddings().weight) == start.num_kept:
+        if model.config.vocab_size == start.num_kept:
             raise UserError("train.new_rows_lr is set, but no row is new.")
         split_rows(model, num_old=start.num_kept)
     if config.model.gradient_checkpointing:
@@ -86,11 +87,13 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
 
 
 def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
-    return OpenLMForCausalLM(
-        random_model_config(
+    try:
+        description = random_model_config(
             config.model, num_text_tokens=text_tokenizer.num_tokens, seq_len=config.data.seq_len
         )
-    )
+    except ValueError as error:
+        raise UserError(f"model.*: {error}.") from error
+    return OpenLMForCausalLM(description)
 
 
 def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
@@ -108,7 +111,16 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
 
 def _loaded_model(name: str) -> OpenLMForCausalLM:
     folder, _ = find(name)
-    return OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != OpenLMConfig.model_type:
+        raise UserError(
+            f"model.init is {name}, a model of type {kind!r}; wanted is {OpenLMConfig.model_type!r}."
+        )
+    model, report = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    strange = {key: names for key, names in report.items() if names}
+    if strange:
+        raise UserError(f"model.init is {name}, whose weights do not fit its config.json: {strange}.")
+    return model
 
 
 def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:

@@ -1,9 +1,17 @@
 """What GPUs can do on paper, and what this machine's processors can do by a short measurement."""
 
+import logging
 import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from t2i.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PRODUCT_SIZE = 256
+"""Side of the matrices whose product tells how slow bf16 is."""
 
 MEASURED_SIZE = 1024
 """Side of the matrices whose product tells a CPU's speed."""
@@ -61,8 +69,6 @@ def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
     """Time one matrix product on all cores, and share it and the memory out among the processes."""
     import torch
 
-    from t2i.train.run import product_seconds
-
     dtype = torch.bfloat16 if is_half else torch.float32
     flops = 2 * MEASURED_SIZE**3 / product_seconds(dtype, size=MEASURED_SIZE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -70,3 +76,37 @@ def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
         f"a product of {MEASURED_SIZE} x {MEASURED_SIZE} in {dtype} timed here, on {os.cpu_count()} cores"
     )
     return Device("cpu", flops / num_processes, memory / num_processes, source, unit="process")
+
+
+def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> None:
+    """Warn once where bf16 is asked of a CPU that is slow at it, with the time a step will take."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
+        return
+    seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
+        return
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    step_seconds = 3 * num_parameters * tokens / PRODUCT_SIZE**3 * seconds[torch.bfloat16]
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    logger.warning(
+        "bf16 is %.0f times slower than fp32 on this CPU: expect about %.0f s a step. For speed use"
+        " --ds_config ds_configs/zero2_fp32.json.",
+        ratio,
+        step_seconds,
+    )
+
+
+def product_seconds(dtype: Any, *, size: int = PRODUCT_SIZE) -> float:
+    """Time one product of two matrices of size x size on this CPU, the best of three."""
+    import torch
+
+    matrix = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -26,11 +26,10 @@ KINDS = ("text", "image", "special")
 class Learner(nn.Module):
     """The language model with its split loss: what DeepSpeed sees as one module."""
 
-    def __init__(self, model: OpenLMForCausalLM, *, layout: VocabLayout, with_z_loss: bool) -> None:
+    def __init__(self, model: OpenLMForCausalLM, *, layout: VocabLayout) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
-        self.with_z_loss = with_z_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Sum losses over one micro-batch (B, S): (7,) sums of text, image, special, their counts, and z."""
@@ -58,16 +57,27 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"--ds_config {path} is no JSON: {error}.") from error
+    if not isinstance(ds_config, dict):
+        raise UserError(f"--ds_config {path} holds {type(ds_config).__name__}; wanted is an object of keys.")
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in ds_config:
             raise UserError(f"{path} sets {key}, which --{owner} owns; remove it from the JSON.")
-    params = ds_config.get("optimizer", {}).get("params", {})
-    if set(params) - {"torch_adam"} or "type" in ds_config.get("optimizer", {}):
+    optimizer = ds_config.get("optimizer", {"params": {}})
+    if set(optimizer) != {"params"} or set(optimizer["params"]) - {"torch_adam"}:
         raise UserError(
             f"{path} sets the optimizer, which --train.lr and its neighbours own; only torch_adam is free."
         )
-    if "train_micro_batch_size_per_gpu" not in ds_config:
-        raise UserError(f"{path} lacks train_micro_batch_size_per_gpu (sequences).")
+    micro_batch = ds_config.get("train_micro_batch_size_per_gpu")
+    if type(micro_batch) is not int or micro_batch < 1:
+        raise UserError(
+            f"{path}: train_micro_batch_size_per_gpu is {micro_batch!r}; wanted is a number of sequences."
+        )
+    stage = ds_config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        # Stage 0 lets a gradient that is not finite into the weights; under 3 no rank has the weights to export.
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; wanted is 1 or 2.")
+    if ds_config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path} enables fp16, whose loss scaling skips steps by design; use bf16 or fp32.")
     return ds_config
 
 
@@ -78,13 +88,9 @@ def global_batch(config: RunConfig, *, world_size: int) -> int:
 
 
 def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
-    """Split a rank's sequences into equal micro-batches of at most micro_batch: (steps, sequences each)."""
-    steps = next(
-        steps
-        for steps in range(1, per_rank + 1)
-        if per_rank % steps == 0 and per_rank // steps <= micro_batch
-    )
-    return steps, per_rank // steps
+    """Split a rank's sequences into the fewest micro-batches: their number, and sequences each (the last has fewer)."""
+    steps = -(-per_rank // micro_batch)
+    return steps, -(-per_rank // steps)
 
 
 def make_engine(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,16 +22,17 @@ from tqdm import tqdm
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards import MANIFEST
-from t2i.errors import CheckpointError, NumericalError, Stopped
+from t2i.errors import CheckpointError, NumericalError, Stopped, UserError
 from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.folder import rewind_metrics, write_status
-from t2i.tokens.image import ImageTokenizer
+from t2i.runs.folder import METRICS, write_status
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import KINDS, optimizer_state_bytes
+from t2i.train.launch import on_first_rank
 from t2i.train.metrics import MetricsWriter, peak_memory_bytes
 from t2i.train.schedule import learning_rate
 
@@ -39,14 +42,17 @@ MAX_SKIPPED = 3
 """Steps in a row without a finite gradient after which a run ends."""
 
 
+Work = Callable[[int], list[dict[str, Any]]]
+"""Takes the step, returns rows for metrics.jsonl; every rank calls it together."""
+
+
 @dataclass(frozen=True)
 class Periodic:
-    """Work between steps that every rank does together, such as a held-out loss."""
+    """Work between steps, such as a held-out loss."""
 
     every: int
-    """Steps between calls; 0 for never."""
-    work: Callable[[int], list[dict[str, Any]]]
-    """Takes the step, returns rows for metrics.jsonl."""
+    """Steps between calls; 0 for never. It is also done after the last step."""
+    work: Work
     at_start: bool = False
     """Also before the first step."""
 
@@ -62,6 +68,7 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     """Steps whose update was left out for a gradient that was not finite."""
+    skipped_in_a_row: int = 0
 
 
 class Trainer:
@@ -75,6 +82,7 @@ class Trainer:
         loader: StepLoader,
         text_tokenizer: TextTokenizer,
         image_tokenizer: ImageTokenizer | None,
+        writer: MetricsWriter | None,
         periodic: list[Periodic],
     ) -> None:
         self.config = config
@@ -85,7 +93,7 @@ class Trainer:
         self.periodic = periodic
         self.layout = engine.module.layout
         self.progress = Progress()
-        self.writer: MetricsWriter | None = None
+        self.writer = writer
         self.is_first = dist.get_rank() == 0
 
     def run(self) -> None:
@@ -96,7 +104,6 @@ class Trainer:
             NumericalError: three steps in a row without a finite gradient.
         """
         self.restore()
-        self.writer = MetricsWriter(self.config.run_dir) if self.is_first else None
         try:
             self._steps()
         finally:
@@ -105,38 +112,50 @@ class Trainer:
 
     def _steps(self) -> None:
         config, progress = self.config.train, self.progress
-        bar = tqdm(initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first)
         batches = iter(self.loader)
-        skipped_in_a_row = 0
         for periodic in self.periodic:
-            if periodic.every and periodic.at_start and progress.step == 0:
+            if periodic.at_start and progress.step == 0:
                 self.log(periodic.work(0))
-        with stop_flag() as flag:
+        with (
+            stop_flag() as flag,
+            tqdm(
+                initial=progress.step, total=config.max_steps, unit="step", disable=not self.is_first
+            ) as bar,
+        ):
             while progress.step < config.max_steps:
                 row, should_stop = self.step(batches, should_stop=flag.is_set)
-                skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
-                if skipped_in_a_row == MAX_SKIPPED:
-                    raise NumericalError(
-                        f"the gradient was not finite in steps {progress.step - 2} to {progress.step};"
-                        f" the last checkpoint is {checkpoints.choose(self.config.run_dir)}. Try a smaller train.lr."
-                    )
-                if progress.step % config.log_every == 0:
+                if progress.step % config.log_every == 0 or row["skipped"]:
                     self.log([row])
                 bar.set_postfix(loss=_short(row["loss"]), image=_short(row["image_loss"]))
                 bar.update()
+                self.check_finite()
                 for periodic in self.periodic:
-                    if periodic.every and (
-                        progress.step % periodic.every == 0 or progress.step == config.max_steps
-                    ):
+                    if self.is_due(periodic.every):
                         self.log(periodic.work(progress.step))
-                is_due = progress.step % config.save_every == 0 or progress.step == config.max_steps
-                if (is_due or should_stop) and not skipped_in_a_row:
+                if self.is_due(config.save_every) or should_stop:
                     self.save()
                 if should_stop and progress.step < config.max_steps:
                     raise Stopped(
                         f"Stopped at step {progress.step} of {config.max_steps}; the same command goes on."
                     )
-        bar.close()
+
+    def is_due(self, every: int) -> bool:
+        """Tell whether work of every so many steps (0: never, but for the last) is due after this step."""
+        step = self.progress.step
+        return step == self.config.train.max_steps or (every > 0 and step % every == 0)
+
+    def check_finite(self) -> None:
+        """End the run after MAX_SKIPPED steps in a row without an update.
+
+        Raises:
+            NumericalError: with the last good checkpoint.
+        """
+        step = self.progress.step
+        if self.progress.skipped_in_a_row == MAX_SKIPPED:
+            raise NumericalError(
+                f"The gradient was not finite in steps {step - MAX_SKIPPED + 1} to {step}; none of them changed the"
+                f" weights. Checkpoints: {self.config.run_dir / checkpoints.CHECKPOINTS}. Try a smaller train.lr."
+            )
 
     def step(
         self, batches: Iterator[dict[str, Any]], *, should_stop: Callable[[], bool]
@@ -161,6 +180,7 @@ class Trainer:
         self.progress.samples += len(input_ids) * dist.get_world_size()
         self.progress.tokens += int(total)
         self.progress.skipped += was_skipped
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if was_skipped else 0
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         grad_norm = self.engine.get_global_grad_norm()
@@ -219,46 +239,63 @@ class Trainer:
         run_dir, step = self.config.run_dir, self.progress.step
         if checkpoints.step_folder(run_dir, step).exists():
             return
-        staging = run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
-        if self.is_first:
-            checkpoints.begin(run_dir)
+        staging = on_first_rank(lambda: checkpoints.begin(run_dir))
+        self.engine.save_checkpoint(
+            str(staging), tag="engine", client_state=random_states(), save_latest=False
+        )
         dist.barrier()
-        client_state = {"random": torch.get_rng_state()}
-        self.engine.save_checkpoint(str(staging), tag="engine", client_state=client_state, save_latest=False)
-        dist.barrier()
-        if self.is_first:
-            model = self.engine.module.model
-            model.save_pretrained(staging, state_dict=merged_state_dict(model))
-            self.text_tokenizer.tokenizer.save_pretrained(staging)
-            num_learned, num_all = num_parameters(model)
-            facts = {
-                "progress": vars(self.progress),
-                "parameters": {"learned": num_learned, "all": num_all},
-                "optimizer_state_bytes": optimizer_state_bytes(self.engine),
-                "loader": self.loader.state_dict(),
-                "world_size": dist.get_world_size(),
-            }
-            checkpoints.commit(run_dir, step=step, facts=facts, keep_last=self.config.train.keep_last)
-            write_status(run_dir, state="running", step=step)
-        dist.barrier()
+        on_first_rank(lambda: self._commit(staging))
+
+    def _commit(self, staging: Path) -> None:
+        model, run_dir, step = self.engine.module.model, self.config.run_dir, self.progress.step
+        model.save_pretrained(staging, state_dict=merged_state_dict(model))
+        self.text_tokenizer.tokenizer.save_pretrained(staging)
+        num_learned, num_all = num_parameters(model)
+        facts = {
+            "progress": vars(self.progress),
+            "loader": self.loader.state_dict(),
+            "world_size": dist.get_world_size(),
+            "parameters": {"learned": num_learned, "all": num_all},
+            "optimizer_state_bytes": optimizer_state_bytes(self.engine),
+        }
+        checkpoints.commit(run_dir, step=step, facts=facts, keep_last=self.config.train.keep_last)
+        write_status(run_dir, state="running", step=step)
 
     def restore(self) -> None:
         """Load the newest whole checkpoint, if there is one, on every rank.
 
         Raises:
+            UserError: the shards are not those that the run began with.
             CheckpointError: it was made by another number of ranks, or none is whole.
         """
         run_dir = self.config.run_dir
-        chosen = [checkpoints.choose(run_dir) if self.is_first else None]
-        dist.broadcast_object_list(chosen)
-        if self.is_first and not (run_dir / DATA_MANIFEST).exists():
+        folder = on_first_rank(self._find_start)
+        if folder is not None:
+            self._load(folder)
+            if self.is_first:
+                logger.info("resuming at step %d of %d", self.progress.step, self.config.train.max_steps)
+        elif (run_dir / METRICS).exists():
+            logger.info("starting anew: no checkpoint was made before this run stopped")
+        if self.writer:
+            self.writer.start(step=self.progress.step if folder is not None else -1)
+
+    def _find_start(self) -> Path | None:
+        """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
+        run_dir, manifest = self.config.run_dir, self.config.data.shards / MANIFEST
+        if not (run_dir / DATA_MANIFEST).exists():
             if self.image_tokenizer is not None:
                 shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
-            shutil.copyfile(self.config.data.shards / MANIFEST, run_dir / DATA_MANIFEST)
-        folder: Path | None = chosen[0]
-        if folder is None:
-            return
-        manifest = checkpoints.verify(folder)
+                shutil.copyfile(self.config.data.shards / ROUND_TRIP, run_dir / ROUND_TRIP)
+            shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
+        elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
+            raise UserError(
+                f"{run_dir} was begun with other shards than {self.config.data.shards} holds now: its"
+                f" {DATA_MANIFEST} differs. Choose another --run-dir."
+            )
+        return checkpoints.choose(run_dir)
+
+    def _load(self, folder: Path) -> None:
+        manifest = checkpoints.read_manifest(folder)
         if manifest["world_size"] != dist.get_world_size():
             found, wanted = manifest["world_size"], dist.get_world_size()
             raise CheckpointError(
@@ -267,12 +304,27 @@ class Trainer:
         loaded, client_state = self.engine.load_checkpoint(str(folder), tag="engine")
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")
-        torch.set_rng_state(client_state["random"])
+        restore_random_states(client_state)
         self.progress = Progress(**manifest["progress"])
         self.loader.load_state_dict(manifest["loader"])
-        if self.is_first:
-            rewind_metrics(run_dir, step=self.progress.step)
-            logger.warning("resuming at step %d of %d", self.progress.step, self.config.train.max_steps)
+
+
+def random_states() -> dict[str, Any]:
+    """Collect this process's random states; the loader and the sampler use generators of their own."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {"random": state}
+
+
+def restore_random_states(client_state: dict[str, Any]) -> None:
+    """Set what random_states collected."""
+    state = client_state["random"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def loss_row(sums: Tensor) -> dict[str, float | int | None]:

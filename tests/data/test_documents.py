@@ -119,6 +119,14 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         open_documents("text:docstrings")
 
 
+def test_chosen_packages_are_read_alone_with_their_versions():
+    found = open_documents("text:docstrings:yaml")
+    assert list(found.versions) == ["yaml"]
+    texts = list(found.texts)
+    assert any("Parse" in text or "YAML" in text for text in texts)
+    assert len(texts) < 500
+
+
 def test_documentation_is_read_and_prose_kept(tmp_path):
     (tmp_path / "code.py").write_text(
         '"""A heading.\n\nThis paragraph has quite enough words to be taken for prose by any reader of it.\n\n'

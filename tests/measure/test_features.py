@@ -1,6 +1,5 @@
 import hashlib
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,52 +8,12 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from matplotlib import cbook
 from PIL import Image
-from torch import Tensor, nn
 
 from t2i.measure import features
 from t2i.measure.features import cached_inception, extract, kernel_key, load_features, metric_key
 from t2i.measure.frechet import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-
-
-class Mark(nn.Module):
-    """Says on stdout that loading has run the file's code."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-    @torch.jit.export
-    def __getstate__(self) -> bool:
-        return self.training
-
-    @torch.jit.export
-    def __setstate__(self, training: bool) -> None:
-        print("code of the file ran")
-        self.training = training
-
-
-class StubInception(nn.Module):
-    """The interface of the real TorchScript file with one small layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mark = Mark()
-        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2048))
-
-    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
-        resized = nn.functional.interpolate(img, size=[299, 299], mode="bilinear", align_corners=False)
-        return self.layers((self.mark(resized) - 128) / 128)
-
-
-@pytest.fixture
-def inception_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stub whose SHA-256 is the pinned one."""
-    path = tmp_path / "inception-2015-12-05.pt"
-    torch.manual_seed(0)
-    torch.jit.script(StubInception()).save(str(path))
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
 
 
 def noise_pictures(num: int, *, seed: int = 0, size: int = 32) -> np.ndarray:

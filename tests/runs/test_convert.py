@@ -58,6 +58,7 @@ def converted(home):
         config_name=str(home / "old.json"),
         text_tokenizer=str(home / "tokenizer"),
         out=home / "model",
+        tell=print,
     )
     return home / "model"
 
@@ -94,6 +95,7 @@ def test_a_tied_model_is_taken_back_with_both_names(home, tmp_path):
         config_name=str(tmp_path / "tied.json"),
         text_tokenizer=str(home / "tokenizer"),
         out=tmp_path / "model",
+        tell=print,
     )
     convert_back(str(tmp_path / "model"), out=tmp_path / "back")
     back = torch.load(tmp_path / "back" / "open_lm.pt", weights_only=True)
@@ -143,11 +145,12 @@ def test_the_1b_release_is_not_converted_with_the_config_of_the_new_positions(ho
     digest = convert.sha256_of(home / "epoch_3.pt")
     monkeypatch.setitem(convert.RELEASES, digest, name)
     monkeypatch.setitem(convert.RELEASED_CONFIGS, name, str(home / "old.json"))
-    arguments = {"text_tokenizer": str(home / "tokenizer"), "out": tmp_path / "model"}
+    told = []
+    arguments = {"text_tokenizer": str(home / "tokenizer"), "out": tmp_path / "model", "tell": told.append}
     with pytest.raises(UserError, match=r"new\.json is wrong for this release; wanted is .*old\.json"):
         convert_open_lm(home / "epoch_3.pt", config_name=str(home / "new.json"), **arguments)
-    sentences = convert_open_lm(home / "epoch_3.pt", config_name=None, **arguments)
-    assert sentences[0] == f"epoch_3.pt: SHA-256 {digest}, known release {name}"
+    convert_open_lm(home / "epoch_3.pt", config_name=None, **arguments)
+    assert told[-2] == f"epoch_3.pt: SHA-256 {digest}, known release {name}"
 
 
 def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
@@ -157,7 +160,7 @@ def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
     renamed = {f"model.{name.removeprefix('module.')}": value for name, value in state.items()}
     torch.save(renamed, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({"model_type": "openlm", "params_args_dict": OLD}))
-    convert_open_lm(folder, config_name=None, text_tokenizer=None, out=tmp_path / "model")
+    convert_open_lm(folder, config_name=None, text_tokenizer=None, out=tmp_path / "model", tell=print)
     assert (
         OpenLMForCausalLM.from_pretrained(tmp_path / "model").config.positional_embedding_type
         == "head_rotary"
@@ -166,17 +169,24 @@ def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
 
 
 def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monkeypatch):
-    arguments = {"config_name": str(home / "old.json"), "text_tokenizer": str(home / "tokenizer")}
+    arguments = {
+        "config_name": str(home / "old.json"),
+        "text_tokenizer": str(home / "tokenizer"),
+        "tell": print,
+    }
     with pytest.raises(UserError, match="exists already"):
         convert_open_lm(home / "epoch_3.pt", out=converted, **arguments)
     with pytest.raises(UserError, match="give --config"):
-        convert_open_lm(home / "epoch_3.pt", config_name=None, text_tokenizer=None, out=tmp_path / "model")
+        convert_open_lm(
+            home / "epoch_3.pt", config_name=None, text_tokenizer=None, out=tmp_path / "model", tell=print
+        )
     with pytest.raises(UserError, match=r"has 2048 ids; the model has 432 rows"):
         convert_open_lm(
             home / "epoch_3.pt",
             config_name=str(home / "old.json"),
             text_tokenizer=str(ASSETS / "text_tokenizer"),
             out=tmp_path / "model",
+            tell=print,
         )
     with pytest.raises(UserError, match="the hub does not give it"):
         convert_open_lm(
@@ -184,6 +194,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
             config_name=str(home / "old.json"),
             text_tokenizer="nobody/nothing",
             out=tmp_path / "model",
+            tell=print,
         )
 
     def swapped(tensors, **settings):
@@ -216,7 +227,7 @@ def test_image_tokenizers_are_proved_on_stored_pictures(kind, layout, tmp_path, 
     real = convert.load_vq
     monkeypatch.setattr(convert, "load_vq", lambda _, **settings: real(swapped, **settings))
     with pytest.raises(CheckpointError, match="another one: latents differ by .*; nothing written"):
-        convert_vq(tmp_path / "released.ckpt", layout=layout, out=tmp_path / "other")
+        convert_vq(tmp_path / "released.ckpt", layout=layout, out=tmp_path / "other", tell=print)
     assert not (tmp_path / "other").exists()
 
 

@@ -20,7 +20,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.align import AlignedRows, align, contrastive_loss, retrieval_accuracy
 from t2i.train.build import build_model
-from t2i.train.run import start_processes
+from t2i.train.launch import start_processes
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=20, num_text_tokens=18, codebook_size=9)

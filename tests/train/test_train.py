@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +17,14 @@ from safetensors.torch import load_file
 
 from t2i.config import ASSETS
 from t2i.data.shards import read_manifest
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError, NumericalError, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
-from t2i.train.run import train
+from t2i.train.engine import accumulation, read_ds_config
+from t2i.train.run import check_numbers, train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
@@ -76,13 +80,102 @@ def test_accumulation_does_not_change_the_step(finished, tmp_path):
     (tmp_path / "small.json").write_text(json.dumps(ds_config))
     config = replace(finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=1))
     train(config, ds_config_path=tmp_path / "small.json")
-    once = replace(finished, run_dir=tmp_path / "once", train=replace(finished.train, max_steps=1))
-    train(once, ds_config_path=DS_CONFIG)
+    same_after_one_step(weights(config.run_dir, 1), once(finished, tmp_path), lr=config.train.lr)
+
+
+def once(finished, tmp_path):
+    """The weights after one step of one process on the whole batch."""
+    config = replace(finished, run_dir=tmp_path / "once", train=replace(finished.train, max_steps=1))
+    train(config, ds_config_path=DS_CONFIG)
+    return weights(config.run_dir, 1)
+
+
+def same_after_one_step(found, wanted, *, lr):
     # Adam's first step is lr * sign-like, so an error of 1e-7 in a gradient near zero can move a weight by lr / 2.
-    accumulated, plain = weights(config.run_dir, 1), weights(once.run_dir, 1)
-    differences = torch.cat([(accumulated[name] - plain[name]).abs().flatten() for name in plain])
-    assert differences.max() <= config.train.lr
+    differences = torch.cat([(found[name] - wanted[name]).abs().flatten() for name in wanted])
+    assert differences.max() <= lr
     assert (differences > 1e-6).float().mean() < 1e-3
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(finished, tmp_path):
+    config = replace(finished, run_dir=tmp_path / "run")
+    shutil.copytree(finished.run_dir, config.run_dir)
+    whole = weights(config.run_dir, 6)
+    damaged = config.run_dir / "checkpoints" / "step_000006" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    train(config, ds_config_path=DS_CONFIG)
+    again = weights(config.run_dir, 6)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert (config.run_dir / "checkpoints" / "step_000006.bad").is_dir()
+    steps = [row["step"] for row in read_metrics(config.run_dir) if "split" not in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_clean_metrics(finished, tmp_path):
+    config = replace(finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=1))
+    config.run_dir.mkdir()
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 7.5}\n{"step": 2, "lo')
+    train(config, ds_config_path=DS_CONFIG)
+    rows = [row for row in read_metrics(config.run_dir) if "split" not in row]
+    assert [row["step"] for row in rows] == [1]
+    assert rows[0]["loss"] != 7.5
+    assert '"loss": 7.5' in (config.run_dir / "metrics.jsonl.rewound").read_text()
+
+
+def test_three_steps_without_a_finite_gradient_end_the_run_and_change_no_weight(finished, tmp_path):
+    config = replace(
+        finished, run_dir=tmp_path / "run", train=replace(finished.train, lr=1e30, save_every=1, keep_last=9)
+    )
+    with pytest.raises(NumericalError, match="not finite in steps 2 to 4"):
+        train(config, ds_config_path=DS_CONFIG)
+    rows = [row for row in read_metrics(config.run_dir) if "split" not in row]
+    assert [row["skipped"] for row in rows] == [False, True, True, True]
+    status = json.loads((config.run_dir / "status.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", 4)
+    first = weights(config.run_dir, 1)
+    for folder in (config.run_dir / "checkpoints").glob("step_*"):
+        later = load_file(folder / "model.safetensors")
+        assert all(torch.equal(first[name], later[name]) for name in first)
+
+
+def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
+    config = replace(finished, run_dir=tmp_path / "run")
+    shutil.copytree(finished.run_dir, config.run_dir)
+    manifest = json.loads((config.run_dir / "data_manifest.json").read_text())
+    (config.run_dir / "data_manifest.json").write_text(json.dumps({**manifest, "source": "another"}))
+    with pytest.raises(UserError, match="begun with other shards"):
+        train(config, ds_config_path=DS_CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 0}}, r"stage is 0; wanted is 1 or 2"),
+        ({"zero_optimization": {"stage": 3}}, r"stage is 3; wanted is 1 or 2"),
+        ({"fp16": {"enabled": True}}, r"enables fp16"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; wanted is a number"),
+        ({"optimizer": None}, r"sets the optimizer"),
+    ],
+)
+def test_a_ds_config_that_cannot_work_is_refused(tmp_path, changes, sentence):
+    (tmp_path / "bad.json").write_text(json.dumps({**json.loads(DS_CONFIG.read_text()), **changes}))
+    with pytest.raises(UserError, match=sentence):
+        read_ds_config(tmp_path / "bad.json")
+
+
+def test_counts_that_no_run_can_have_are_refused(finished):
+    with pytest.raises(UserError, match=r"train\.log_every is 0"):
+        check_numbers(replace(finished.train, log_every=0))
+
+
+def test_micro_batches_are_few_and_no_larger_than_asked():
+    for per_rank in range(1, 40):
+        for micro_batch in range(1, 40):
+            steps, size = accumulation(per_rank, micro_batch=micro_batch)
+            assert steps == len(torch.arange(per_rank).split(size)) == -(-per_rank // micro_batch)
+            assert size <= micro_batch
 
 
 def test_a_second_run_in_the_folder_with_other_science_is_refused(finished):
@@ -106,21 +199,38 @@ def test_any_ckpt_opens(finished):
         open_checkpoint("./nowhere")
 
 
-def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_path):
-    run_dir = tmp_path / "two"
-    model, settings = finished.model, finished.train
+def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, tmp_path):
+    run_dir = tmp_path / "run"
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
-        "launchers/train.py",
-        "--ds_config", str(DS_CONFIG), "--run-dir", str(run_dir), "--data.shards", str(finished.data.shards),
-        "--data.seq-len", "90", "--model.hidden-size", str(model.hidden_size),
-        "--model.num-layers", str(model.num_layers),
-        "--model.num-heads", str(model.num_heads), "--train.max-steps", "6", "--train.save-every", "3",
-        "--train.global-batch-tokens", str(settings.global_batch_tokens), "--train.warmup-steps", "2",
-        "--train.eval-every", "6", "--train.eval-pictures", "4",
+        sys.executable, "launchers/train.py", "--ds_config", "ds_configs/zero2.json", "--run-dir", str(run_dir),
+        "--data.shards", str(finished.data.shards), "--data.seq-len", "90", "--model.hidden-size", "32",
+        "--model.num-layers", "1", "--model.num-heads", "2", "--train.max-steps", "100000",
+        "--train.global-batch-tokens", "180", "--train.eval-every", "0",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in (
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, env=without_launcher(), stderr=stderr)
+        try:
+            deadline = time.monotonic() + 540  # operators may have to be built first
+            while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 75, (tmp_path / "stderr").read_text()[-2000:]
+        finally:
+            process.kill()
+    said = (tmp_path / "stderr").read_text()
+    status = json.loads((run_dir / "status.json").read_text())
+    rows = read_metrics(run_dir)
+    assert (status["state"], status["code"], status["step"]) == ("stopped", 75, rows[-1]["step"])
+    assert f"Stopped at step {status['step']} of 100000; the same command goes on." in said
+    assert status["next"].startswith("python launchers/train.py --ds_config")
+    assert (run_dir / "latest").read_text().strip() == f"checkpoints/step_{status['step']:06d}"
+    assert "Traceback" not in said
+    assert all(row["loss"] is not None and not row["skipped"] for row in rows)
+
+
+def without_launcher():
+    """This process's environment as it was before DeepSpeed set a job's variables in it."""
+    names = (
         "RANK",
         "LOCAL_RANK",
         "WORLD_SIZE",
@@ -128,16 +238,38 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
         "LOCAL_WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",
-    ):
-        environment.pop(name, None)
+    )
+    kept = {key: value for key, value in os.environ.items() if key not in names}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_path):
+    """With two micro-batches a rank, and token counts that differ between ranks and micro-batches."""
+    run_dir = tmp_path / "two"
+    ds_config = {**json.loads(DS_CONFIG.read_text()), "train_micro_batch_size_per_gpu": 2}
+    (tmp_path / "small.json").write_text(json.dumps(ds_config))
+    model, settings = finished.model, finished.train
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
+        "launchers/train.py",
+        "--ds_config", str(tmp_path / "small.json"), "--run-dir", str(run_dir),
+        "--data.shards", str(finished.data.shards),
+        "--data.seq-len", "90", "--model.hidden-size", str(model.hidden_size),
+        "--model.num-layers", str(model.num_layers),
+        "--model.num-heads", str(model.num_heads), "--train.max-steps", "6", "--train.save-every", "1",
+        "--train.keep-last", "6",
+        "--train.global-batch-tokens", str(settings.global_batch_tokens), "--train.warmup-steps", "2",
+        "--train.eval-every", "6", "--train.eval-pictures", "4",
+    ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False
+        command, cwd=ROOT, env=without_launcher(), capture_output=True, text=True, timeout=540, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = [row for row in read_metrics(finished.run_dir) if "split" not in row]
     two = [row for row in read_metrics(run_dir) if "split" not in row]
     assert [row["image_tokens"] for row in two] == [row["image_tokens"] for row in one]
     assert [row["text_tokens"] for row in two] == [row["text_tokens"] for row in one]
+    same_after_one_step(weights(run_dir, 1), once(finished, tmp_path), lr=settings.lr)
     # Sums in another order; the first loss sees equal weights, later ones Adam's amplified rounding.
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)

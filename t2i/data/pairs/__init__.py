@@ -15,11 +15,13 @@ from t2i.config import SourceConfig
 from t2i.data import openmoji
 from t2i.data.pairs.coco import caption_files, has_both, read_coco
 from t2i.data.pairs.folders import find_metadata, read_image_folder, read_text_folder
+from t2i.data.pairs.given import read_facts, units_of_ids
 from t2i.data.pairs.hub import units_of_dataset
 from t2i.data.pairs.pair import (
     IMAGE_SUFFIXES,
     UNREADABLE,
     Entry,
+    GivenIds,
     LeftOut,
     Pair,
     Read,
@@ -36,6 +38,7 @@ from t2i.errors import DataError, UserError
 __all__ = [
     "SPLITS",
     "UNREADABLE",
+    "GivenIds",
     "LeftOut",
     "Pair",
     "Source",
@@ -57,8 +60,8 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
     """Open a source without reading its pictures.
 
     Args:
-        name: `openmoji`, a folder, tars or parquet files by path, brace and glob, `coco:DIR`, or a Hugging Face data
-            set (USER/NAME, or hf: before any name or folder).
+        name: `openmoji`, a folder, tars or parquet files by path, brace and glob, `coco:DIR`, a Hugging Face data
+            set (USER/NAME, or hf: before any name or folder), or `ids:DIR`.
         heldout_share: share of the pictures, by hash of the key, that training never sees.
         config: what is read of a row, and what is left out.
 
@@ -73,7 +76,7 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
         source = _openmoji(sieve)
     else:
         rule = f"sha256 of the key below {heldout_share} of its range is heldout"
-        source = replace(_open(name, sieve, config), heldout_share=heldout_share)
+        source = replace(_open(name, sieve, heldout_share, config), heldout_share=heldout_share)
         source = replace(source, split_rule=source.split_rule or rule)
     return replace(source, name=name, config=config)
 
@@ -84,13 +87,15 @@ def reopen_source(manifest: dict[str, Any]) -> Source:
     return open_source(manifest["source"], heldout_share=manifest["heldout_share"], config=config)
 
 
-def _open(name: str, sieve: Sift, config: SourceConfig) -> Source:
+def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) -> Source:
     kind, _, rest = name.partition(":")
     if kind == "coco":
         return _coco(Path(rest), sieve)
     if kind == "hf" or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
         reads = units_of_dataset(rest if kind == "hf" else name, config=config)
         return Source(units=partial(_sifted, reads, sieve))
+    if kind == "ids":
+        return _given(Path(rest), heldout_share, config)
     if not Path(name).is_dir():
         return _files(expand(name), sieve, config)
     folder = Path(name)
@@ -122,6 +127,14 @@ def _coco(folder: Path, sieve: Sift) -> Source:
     if has_both(caption_files(folder)):
         return replace(source, split_rule="pictures of captions_val*.json are heldout, all others train")
     return source
+
+
+def _given(folder: Path, heldout_share: float, config: SourceConfig) -> Source:
+    if config != AS_IT_IS:
+        raise UserError(f"ids:{folder} is read as it is; filters and keys are for pictures.")
+    facts = read_facts(folder)
+    units = units_of_ids(folder, facts, heldout_share=heldout_share)
+    return Source(units=lambda num_pairs: units, given=facts)
 
 
 def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:

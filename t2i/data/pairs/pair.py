@@ -10,7 +10,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
 from t2i.data.hashing import hash_uniform
@@ -50,6 +51,19 @@ class Pair:
     """train, heldout or combinations."""
     open: Callable[[], Image.Image] = field(compare=False)
     """Read the picture as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
+    codes: np.ndarray | None = field(default=None, compare=False)
+    """(K,) codes, where the source has these and no picture."""
+
+
+@dataclass(frozen=True)
+class GivenIds:
+    """What a source of ids says of them."""
+
+    vocab_size: int
+    length: int
+    """Ids of each sequence."""
+    made_by: str
+    """What turned pictures into ids: shards and models of one name share their codes."""
 
 
 Unit = Callable[[Counter[str]], Iterable[Pair]]
@@ -72,6 +86,8 @@ class Source:
     heldout_share: float = 0.0
     """What open_source was given; the embedded set and COCO have rules of their own."""
     config: SourceConfig = field(default_factory=SourceConfig)
+    given: GivenIds | None = None
+    """What its pairs have in place of pictures; None for pictures."""
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -151,7 +167,10 @@ def read_picture(data: bytes) -> Image.Image:
         ValueError: more than MAX_IMAGE_PIXELS pixels.
         OSError: another format, or broken bytes.
     """
-    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:  # whose own text holds an address in memory
+        raise UnidentifiedImageError("cannot identify JPEG, PNG or WebP") from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_IMAGE_PIXELS}")
     image = ImageOps.exif_transpose(image)

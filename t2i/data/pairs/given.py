@@ -1,0 +1,112 @@
+"""Your own ids, with no picture anywhere: sequences of integers below a vocabulary size, with captions or without.
+
+DIR/ids.json says {"vocab_size": 4096, "length": 32, "made_by": "what turned pictures into ids"}. The sequences are in
+DIR/*.jsonl (rows of ids, and caption and key if there are any), DIR/*.parquet (the same as columns) and DIR/*.npy
+(integers (N, length), captions in the lines of NAME.txt). Each file is one unit.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from t2i.data.hashing import hash_uniform
+from t2i.data.pairs.pair import GivenIds, Pair, Unit, caption_text
+from t2i.errors import DataError
+
+FACTS = "ids.json"
+
+
+@dataclass(frozen=True)
+class NoPicture:
+    """Stands where a picture would be opened."""
+
+    key: str
+
+    def __call__(self) -> Image.Image:
+        """Say so."""
+        raise ValueError(f"{self.key} is given as ids and has no picture")
+
+
+def read_facts(folder: Path) -> GivenIds:
+    """Read what DIR/ids.json says.
+
+    Raises:
+        DataError: it is missing, or says something else.
+    """
+    try:
+        facts = GivenIds(**json.loads((folder / FACTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        wanted = '{"vocab_size": 4096, "length": 32, "made_by": "a name"}'
+        raise DataError(f"ids:{folder} wants {FACTS} to say {wanted}, but: {error}") from error
+    return facts
+
+
+def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list[Unit]:
+    """Make a unit of each file of sequences, in the order of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
+    if not files:
+        raise DataError(f"ids:{folder} has no file of {', '.join(READERS)}.")
+    return [partial(read_ids, path=path, facts=facts, heldout_share=heldout_share) for path in files]
+
+
+def read_ids(left_out: Counter[str], *, path: Path, facts: GivenIds, heldout_share: float) -> Iterator[Pair]:
+    """Read one file's sequences, with the key of their row, else FILE/ROW; captions may be empty."""
+    for place, row in enumerate(READERS[path.suffix](path)):
+        codes = np.asarray(row["ids"])
+        if codes.shape != (facts.length,) or codes.dtype.kind not in "iu":
+            left_out[f"not {facts.length} integers"] += 1
+        elif codes.min() < 0 or codes.max() >= facts.vocab_size:
+            left_out[f"an id outside 0 to {facts.vocab_size - 1}"] += 1
+        else:
+            key = str(row.get("key") or f"{path.stem}/{place}")
+            split = "heldout" if hash_uniform(key) < heldout_share else "train"
+            yield Pair(key, caption_text(row.get("caption")), split, open=NoPicture(key), codes=codes)
+
+
+def _rows_of_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}, is no JSON: {error}") from error
+            if not isinstance(row, dict) or "ids" not in row:
+                raise DataError(f"{path}, line {number}, has no ids.")
+            yield row
+
+
+def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    if "ids" not in file.schema_arrow.names:
+        raise DataError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; wanted is ids.")
+    for batch in file.iter_batches(1_024):
+        yield from batch.to_pylist()
+
+
+def _rows_of_npy(path: Path) -> Iterator[dict[str, Any]]:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    file = path.with_suffix(".txt")
+    captions = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""] * len(array)
+    if len(captions) != len(array):
+        raise DataError(f"{file} has {len(captions)} lines; {path.name} has {len(array)} rows.")
+    yield from ({"ids": ids, "caption": caption} for ids, caption in zip(array, captions, strict=True))
+
+
+READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+    ".jsonl": _rows_of_jsonl,
+    ".parquet": _rows_of_parquet,
+    ".npy": _rows_of_npy,
+}

@@ -1,0 +1,105 @@
+"""Folders as GenEval and DPG-Bench want them; their detectors are run where they are installed.
+
+GenEval: line N of evaluation_metadata.jsonl is a folder (00000/ and on) with that line as metadata.jsonl and four
+pictures, samples/0000.png to 0003.png (README of https://github.com/djghosh13/geneval).
+
+DPG-Bench: a prompt file STEM.txt is STEM.png, four pictures in two rows, in a folder of nothing else
+(dpg_bench/compute_dpg_bench.py of https://github.com/TencentQQGYLab/ELLA takes every file of the folder for one;
+--pic-num 4, --resolution of one picture).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from t2i.errors import DataError
+from t2i.generate.draw import grid
+
+PER_PROMPT = 4
+"""Pictures a prompt in both benchmarks."""
+
+Layout = Literal["geneval", "dpg"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is drawn for one benchmark, and where its scorer looks."""
+
+    captions: dict[str, str]
+    """Picture name -> prompt."""
+    drawn: Path
+    """Folder that the pictures are drawn into."""
+    metadata: dict[Path, str]
+    """Other files of the layout, and their text."""
+    sheets: dict[Path, list[Path]]
+    """Sheets of two columns, and the drawn pictures that each holds."""
+
+    def write_metadata(self) -> None:
+        """Write the files that stand beside the pictures; one process does."""
+        for path, text in self.metadata.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def write_sheets(self) -> None:
+        """Lay drawn pictures together, once all of them are there; one process does."""
+        for path, pictures in self.sheets.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid([Image.open(picture).convert("RGB") for picture in pictures], columns=2).save(path)
+
+
+def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
+    """Read a benchmark's prompts and lay its folder out.
+
+    Args:
+        prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.
+        out: what the scorer is given.
+
+    Raises:
+        DataError: prompts is not that.
+    """
+    return _geneval(prompts, out) if layout == "geneval" else _dpg(prompts, out)
+
+
+def _geneval(file: Path, out: Path) -> Benchmark:
+    if not file.is_file():
+        raise DataError(f"--prompts {file} is no file; GenEval's is evaluation_metadata.jsonl.")
+    rows = [line for line in file.read_text().splitlines() if line.strip()]
+    captions: dict[str, str] = {}
+    metadata = {}
+    for number, row in enumerate(rows):
+        captions |= dict.fromkeys(_names(f"{number:05d}/samples/", digits=4), _prompt(row, file, number + 1))
+        metadata[out / f"{number:05d}" / "metadata.jsonl"] = row
+    return Benchmark(captions=captions, drawn=out, metadata=metadata, sheets={})
+
+
+def _dpg(folder: Path, out: Path) -> Benchmark:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise DataError(
+            f"--prompts {folder} holds no .txt file; DPG-Bench's is the folder dpg_bench/prompts."
+        )
+    drawn = out.with_name(f"{out.name}-single")
+    captions: dict[str, str] = {}
+    sheets = {}
+    for file in files:
+        names = _names(f"{file.stem}_", digits=1)
+        captions |= dict.fromkeys(names, " ".join(file.read_text().split()))
+        sheets[out / f"{file.stem}.png"] = [drawn / f"{name}.png" for name in names]
+    return Benchmark(captions=captions, drawn=drawn, metadata={}, sheets=sheets)
+
+
+def _names(prefix: str, *, digits: int) -> list[str]:
+    return [f"{prefix}{place:0{digits}d}" for place in range(PER_PROMPT)]
+
+
+def _prompt(row: str, file: Path, line: int) -> str:
+    try:
+        prompt = json.loads(row)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}, line {line}: wanted a JSON object with a prompt; found {row[:80]}."
+        ) from error
+    return str(prompt)

@@ -1,0 +1,87 @@
+"""CLIP score: how near a picture and a caption are in the space of a CLIP that people bring."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+
+from t2i.errors import UserError
+from t2i.measure.pictures import batches, read_file
+from t2i.runs.ckpt import weights_sha256
+
+RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP, with what a result file has to say about it."""
+
+    name: str
+    weights_sha256: str
+    model: CLIPModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: CLIPImageProcessor
+
+
+def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
+    """Open a CLIP folder of transformers' layout (as openai/clip-vit-large-patch14 has it).
+
+    Raises:
+        UserError: it is none.
+    """
+    needed = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"--clip {folder} is no CLIP folder of transformers: {', '.join(missing)} missing.")
+    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    return Clip(
+        name=folder.resolve().name,
+        weights_sha256=weights_sha256(folder),
+        model=model.to(device),
+        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        processor=CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
+    )
+
+
+@torch.inference_mode()
+def embed_pictures(pictures: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
+    """Embed files or uint8 pictures (H, W, 3): (N, D) float32 of length 1, on the CPU."""
+    embedded = []
+    for batch in batches(pictures, size=BATCH_SIZE):
+        images = [read_file(picture) if isinstance(picture, Path) else picture for picture in batch]
+        pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
+        embedded.append(clip.model.get_image_features(pixel_values=pixels.to(clip.model.device)))
+    return _unit(torch.cat(embedded))
+
+
+@torch.inference_mode()
+def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
+    """Embed captions: (N, D) float32 of length 1, on the CPU."""
+    embedded = []
+    for batch in batches(captions, size=BATCH_SIZE):
+        tokens = clip.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(
+            clip.model.device
+        )
+        embedded.append(
+            clip.model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+        )
+    return _unit(torch.cat(embedded))
+
+
+def clip_score(pictures: Tensor, captions: Tensor) -> float:
+    """Compute RULE on embedded pictures and captions (N, D), one caption a picture.
+
+    Source: https://arxiv.org/abs/2104.08718, with the weight 100 that text-to-image papers report.
+    """
+    return 100 * (pictures * captions).sum(-1).clamp(min=0).mean().item()
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)

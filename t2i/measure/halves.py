@@ -1,0 +1,115 @@
+"""Held-out pictures of the model's own data as a scoring task: the yardsticks that need no COCO.
+
+The held-out pairs are read again from their source and cut in two halves: one is the reference of every row, the
+captions of the other are drawn.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from t2i.config import DataConfig
+from t2i.data.hashing import hash_uniform
+from t2i.data.pairs import Pair, reopen_source
+from t2i.errors import DataError
+from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
+from t2i.measure.pictures import Pictures, encode
+from t2i.measure.reference import Reference
+from t2i.measure.score import Task
+from t2i.runs.ckpt import DATA_MANIFEST, Checkpoint
+from t2i.tokens.image import centre_crop_resize
+
+CROP_RULE = "centre square of the shorter side, PIL bicubic"
+CAPTIONS_RULE = "held-out captions of {source}, by hash of the key"
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Held-out pairs cut in two by a hash of the key."""
+
+    reference: list[Pair]
+    drawn: list[Pair]
+
+
+def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halves:
+    """Read the held-out pairs of a manifest's source and cut them into halves of equal size.
+
+    Args:
+        num_samples: pictures a half; None for as many as there are.
+
+    Raises:
+        DataError: the source has fewer than 20 held-out pairs.
+    """
+    source = reopen_source(manifest)
+    pairs = [pair for pair in source.pairs if pair.split in HELDOUT_SPLITS]
+    pairs.sort(key=lambda pair: hash_uniform("halves", pair.key))
+    half = len(pairs) // 2 if num_samples is None else min(num_samples, len(pairs) // 2)
+    if half < 10:
+        raise DataError(
+            f"{manifest['source']} has {len(pairs)} held-out pairs; a distance needs at least 20."
+        )
+    return Halves(reference=pairs[half : 2 * half], drawn=pairs[:half])
+
+
+def halves_task(manifest: dict[str, Any], *, num_samples: int | None) -> Task:
+    """Make the task of scoring on a manifest's held-out pictures; num_samples as in heldout_halves."""
+    halves = heldout_halves(manifest, num_samples=num_samples)
+    source, size = manifest["source"], manifest["image_size"]
+    reference = Reference(
+        name=f"{len(halves.reference)} held-out pictures of {source}",
+        pictures=pictures(halves.reference, size=size),
+        made_of={
+            "keys": [pair.key for pair in halves.reference],
+            "source": source,
+            "crop": CROP_RULE,
+            "image_size": size,
+        },
+    )
+    return Task(
+        data=f"{source}, held-out pictures",
+        captions={f"{index:05d}": pair.caption for index, pair in enumerate(halves.drawn)},
+        captions_rule=CAPTIONS_RULE.format(source=source),
+        own=pictures(halves.drawn, size=size),
+        reference=reference,
+    )
+
+
+def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Read what a run or an exported folder tells of its data.
+
+    Raises:
+        DataError: it tells nothing.
+    """
+    path = (checkpoint.run_dir or checkpoint.folder) / DATA_MANIFEST
+    if not path.is_file():
+        raise DataError(f"{path} is missing, so the held-out pictures of this model are not known.")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    return manifest
+
+
+def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code."""
+    source = reopen_source(manifest)
+    settings = checkpoint.model.config
+    length = settings.sequence_length or settings.max_position_embeddings
+    config = DataConfig(mode=settings.sequence_mode, seq_len=length)
+    meters = {}
+    for split in HELDOUT_SPLITS:
+        pairs = [pair for pair in source.pairs if pair.split == split]
+        if len(pairs) < 2:
+            continue
+        codes = encode(pictures(pairs, size=manifest["image_size"]), checkpoint.image_tokenizer)
+        samples = [
+            {"codes": row, "caption_ids": checkpoint.text_tokenizer.encode(pair.caption).numpy()}
+            for pair, row in zip(pairs, codes, strict=True)
+        ]
+        meters[split] = asdict(
+            caption_meter(checkpoint.model, samples, config=config, layout=checkpoint.layout, batch_size=32)
+        )
+    return meters
+
+
+def pictures(pairs: list[Pair], *, size: int) -> Pictures:
+    """Line up pairs' pictures as the model sees them, size x size."""
+    return Pictures([pair.open for pair in pairs], crop=partial(centre_crop_resize, size=size))

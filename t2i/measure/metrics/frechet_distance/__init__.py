@@ -1,0 +1,1 @@
+"""Frechet distance for evaluate.load."""

@@ -1,0 +1,73 @@
+"""Frechet distance between two sets of pictures, or of features, for `evaluate.load`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from t2i.measure.features import extract, load_features, metric_key
+from t2i.measure.frechet import frechet_distance, sample_size_note, statistics
+
+CITATION = """\
+@inproceedings{heusel2017gans,
+  title={{GANs} Trained by a Two Time-Scale Update Rule Converge to a Local {Nash} Equilibrium},
+  author={Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and Hochreiter, Sepp},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2017}
+}
+"""
+
+INPUTS = """
+Args:
+    predictions: picture files, or rows of features.
+    reference: the pictures or rows that they are compared with; their number may differ.
+    features: for pictures, `efficientnet_lite0` or `inception`.
+    inception: file of Inception's weights; by default it is downloaded once and hash-checked.
+    resize: `clean` or `legacy_tensorflow`.
+
+Returns:
+    `fid` for pictures on Inception's features, `fd_` and their name on others, `frechet_distance` for given features;
+    n, n_reference, and a note where n is small.
+"""
+
+
+class FrechetDistance(evaluate.Metric):
+    """Measure how far two sets are apart, each taken for a Gaussian of its features."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        rows = datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))})
+        files = datasets.Features({"predictions": datasets.Value("string")})
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=[rows, files],
+            reference_urls=["https://arxiv.org/abs/1706.08500"],
+        )
+
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        reference: Sequence[Any],
+        features: str = "efficientnet_lite0",
+        inception: str | None = None,
+        resize: str = "clean",
+    ) -> dict[str, Any]:
+        if isinstance(predictions[0], str):
+            extractor = load_features(features, weights=Path(inception) if inception else None, resize=resize)
+            key = metric_key(features)
+            made, real = (
+                extract([Path(file) for file in files], extractor, batch_size=32)
+                for files in (predictions, reference)
+            )
+        else:
+            key, made, real = "frechet_distance", np.asarray(predictions), np.asarray(reference)
+        return {
+            key: frechet_distance(statistics(made), statistics(real)),
+            "n": len(made),
+            "n_reference": len(real),
+            "note": sample_size_note(key, n=len(made), dims=made.shape[1]),
+        }

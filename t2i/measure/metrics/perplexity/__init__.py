@@ -1,0 +1,1 @@
+"""Perplexity for evaluate.load."""

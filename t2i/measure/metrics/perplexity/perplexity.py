@@ -1,0 +1,71 @@
+"""Perplexity of texts under a t2i model or the language model that it began as, for `evaluate.load`."""
+
+import math
+from typing import Any, cast
+
+import datasets
+import evaluate
+import torch
+
+from t2i.errors import DataError
+from t2i.model.loss import IGNORED, token_losses
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.runs.ckpt import find
+from t2i.tokens.text import TextTokenizer
+
+INPUTS = """
+Args:
+    predictions: texts.
+    model_id: a run folder, a checkpoint, an exported folder, a hub name, or a converted language model's folder.
+    device: where to compute; by default a GPU if there is one.
+
+Returns:
+    perplexities, one a text; mean_perplexity, their mean; perplexity, over all tokens together; num_tokens.
+    A text's first token has nothing before it and is not counted; a text longer than the model's positions is cut into
+    pieces.
+"""
+
+
+class Perplexity(evaluate.Metric):
+    """Measure how well a model expects texts: the exponential of nats a token, over all rows of its vocabulary."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, Any]:
+        folder, _ = find(model_id)
+        tokenizer = TextTokenizer.load(folder)
+        model = OpenLMForCausalLM.from_pretrained(folder).eval()
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        sums = [_nats(text, model, tokenizer) for text in predictions]
+        perplexities = [math.exp(nats / count) for nats, count in sums]
+        num_tokens = sum(count for _, count in sums)
+        return {
+            "perplexities": perplexities,
+            "mean_perplexity": sum(perplexities) / len(perplexities),
+            "perplexity": math.exp(sum(nats for nats, _ in sums) / num_tokens),
+            "num_tokens": num_tokens,
+        }
+
+
+@torch.inference_mode()
+def _nats(text: str, model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> tuple[float, int]:
+    """Sum the losses of one text: nats, tokens counted."""
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise DataError(f"The text {text!r} has {len(ids)} tokens; perplexity needs at least 2.")
+    head = cast(torch.Tensor, model.get_output_embeddings().weight)
+    nats, count = 0.0, 0
+    for piece in ids.split(model.config.max_position_embeddings):
+        piece = piece[None].to(model.device)  # (1, S)
+        labels = torch.nn.functional.pad(piece[:, 1:], (0, 1), value=IGNORED)
+        if piece.shape[1] > 1:
+            hidden = model.model(piece).last_hidden_state
+            losses, _ = token_losses(hidden, labels, head=head)
+            nats, count = nats + losses.double().sum().item(), count + piece.shape[1] - 1
+    return nats, count

@@ -1,0 +1,86 @@
+"""Pictures in a fixed order, read as they are asked for: a data set of them need not fit into memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from t2i.data.pairs import read_picture
+from t2i.errors import DataError
+from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
+
+T = TypeVar("T")
+
+READ_AHEAD = 64
+"""Pictures decoded and cropped together, by threads."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """uint8 RGB pictures (H, W, 3), each opened and cropped when its turn comes."""
+
+    openers: Sequence[Callable[[], Image.Image]]
+    crop: Callable[[Image.Image], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.openers)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor() as pool:
+            for batch in batches(self.openers, size=READ_AHEAD):
+                yield from pool.map(self._read, batch)
+
+    def _read(self, opener: Callable[[], Image.Image]) -> np.ndarray:
+        return np.asarray(self.crop(opener()))
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """The same pictures after a round trip through an image tokenizer."""
+
+    pictures: Pictures
+    tokenizer: ImageTokenizer
+    batch_size: int = 32
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for batch in batches(self.pictures, size=self.batch_size):
+            pixels = pixels_of(torch.from_numpy(np.stack(batch)))
+            yield from pictures_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
+
+
+def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 32) -> np.ndarray:
+    """Map pictures to codes (N, K)."""
+    return np.concatenate(
+        [
+            tokenizer.encode(pixels_of(torch.from_numpy(np.stack(batch)))).cpu().numpy()
+            for batch in batches(pictures, size=batch_size)
+        ]
+    )
+
+
+def read_file(path: Path) -> Image.Image:
+    """Read a picture file as RGB.
+
+    Raises:
+        DataError: it cannot be read, or is no picture.
+    """
+    try:
+        return read_picture(path.read_bytes())
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a picture ({error}).") from error
+
+
+def batches(items: Iterable[T], *, size: int) -> Iterator[list[T]]:
+    """Cut items into lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,98 @@
+"""Features that every row is compared with, computed once: kept in a folder named by the hash of what made them."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i.measure.features import FeatureExtractor, extract
+from t2i.measure.frechet import FrechetStatistics, statistics
+from t2i.measure.pictures import Pictures
+
+logger = logging.getLogger(__name__)
+
+MADE_OF, FEATURES, STATISTICS = "made_of.json", "features.npy", "statistics.npz"
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures that others are compared with."""
+
+    name: str
+    """In words."""
+    pictures: Pictures
+    made_of: dict[str, Any]
+    """JSON-plain: which pictures, crop rule, size."""
+    cache: Path | None = None
+    """Folder that keeps features; None where made_of does not tell the files' content, so nothing is kept."""
+
+    def sha256(self) -> str:
+        """Hash what it is made of."""
+        return _hash(self.made_of)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Features of one set of pictures, and the Gaussian that they are taken for."""
+
+    features: np.ndarray
+    """(N, D) float32."""
+    statistics: FrechetStatistics
+
+
+def measure(features: np.ndarray) -> Measured:
+    """Fit the Gaussian of features (N, D)."""
+    return Measured(features=features, statistics=statistics(features))
+
+
+def measure_reference(reference: Reference, extractor: FeatureExtractor, *, progress: bool) -> Measured:
+    """Compute a reference's features, or read them where the same ones were computed before."""
+    if reference.cache is None:
+        return measure(extract(reference.pictures, extractor, batch_size=BATCH_SIZE, progress=progress))
+    made_of = {
+        **reference.made_of,
+        "features": extractor.name,
+        "features_sha256": extractor.weights_sha256,
+        "resize": extractor.resize,
+        "versions": {name: version(name) for name in ("pillow", "clean-fid")},  # they decide the pixels
+    }
+    folder = reference.cache / _hash(made_of)[:32]
+    if not folder.is_dir():
+        logger.info("computing features of %s once, into %s", reference.name, folder)
+        features = extract(reference.pictures, extractor, batch_size=BATCH_SIZE, progress=progress)
+        _publish(measure(features), made_of, folder)
+    return _load(folder)
+
+
+def _publish(measured: Measured, made_of: dict[str, Any], folder: Path) -> None:
+    """Write a folder aside and rename it; another process may have been quicker with the same."""
+    part = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+    part.mkdir(parents=True)
+    np.save(part / FEATURES, measured.features)
+    gaussian = measured.statistics
+    np.savez(part / STATISTICS, mean=gaussian.mean, cov=gaussian.cov, n=gaussian.n)
+    (part / MADE_OF).write_text(json.dumps(made_of))
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(part)
+
+
+def _load(folder: Path) -> Measured:
+    with np.load(folder / STATISTICS) as arrays:
+        gaussian = FrechetStatistics(mean=arrays["mean"], cov=arrays["cov"], n=int(arrays["n"]))
+    return Measured(features=np.load(folder / FEATURES), statistics=gaussian)
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,202 @@
+"""A study as YAML: steps that are done once, arms times seeds of training runs, measures of each run.
+
+`{out}` in any string is the study's folder, `{run}` in a measure the folder of the run that it measures.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from t2i.cli import flags_of_mapping
+from t2i.config import RunConfig
+from t2i.errors import UserError
+
+TRAIN = "launchers/train.py"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that is run once, before all runs."""
+
+    name: str
+    command: str
+    """Script, from the repository's root."""
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A command that is run on finished runs."""
+
+    name: str
+    command: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    at: str = ""
+    """What of the run is measured, such as checkpoints/step_000500; empty for its latest checkpoint."""
+    arms: list[str] = field(default_factory=list)
+    """Empty for every arm."""
+    seeds: list[int] = field(default_factory=list)
+    """Empty for every seed."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says."""
+
+    file: Path
+    title: str
+    question: str
+    arms: dict[str, dict[str, Any]]
+    """Settings of each arm, over `settings`."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    arm_seeds: dict[str, list[int]] = field(default_factory=dict)
+    """Seeds of arms that have others than `seeds`."""
+    ds_config: str = "ds_configs/zero2_fp32.json"
+    launch: list[str] = field(default_factory=list)
+    """Words before a training script, such as [deepspeed, --num_gpus, "8"]; empty for this Python."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of all runs, as a run file holds them."""
+    steps: list[Step] = field(default_factory=list)
+    measures: list[Measure] = field(default_factory=list)
+    report: list[dict[str, Any]] = field(default_factory=list)
+    """Sections: `section` names a kind, the rest are its arguments."""
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """Return an arm's seeds."""
+        return self.arm_seeds.get(arm, self.seeds)
+
+    def runs(self) -> list[tuple[str, int]]:
+        """List arms and seeds, seed by seed, so that a study cut short still has paired arms."""
+        seeds = sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
+        return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of a study."""
+
+    name: str
+    command: list[str]
+    """Script and flags; work.py puts the interpreter or launcher before them."""
+    needs: tuple[str, ...] = ()
+    """Names of jobs that must be done before."""
+    run_dir: Path | None = None
+    """Of a training run; None for others."""
+
+
+def read_study(file: Path) -> Study:
+    """Read a study file and check every arm's settings.
+
+    Raises:
+        UserError: no YAML, an unknown key, or settings that a run does not have.
+    """
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is no YAML: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds {type(values).__name__}; wanted is a mapping of keys.")
+    values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
+    values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
+    study: Study = _made(Study, {**values, "file": file}, file)
+    for name in study.arms:
+        run_config(study, arm=name, seed=0, out=Path("out"))
+    _known_arms(study, list(study.arm_seeds), where="arm_seeds")
+    for measure in study.measures:
+        _known_arms(study, measure.arms, where=f"measures: {measure.name}")
+    for section in study.report:
+        _known_arms(study, section.get("arms", []), where=f"report: {section.get('section')}")
+    return study
+
+
+def jobs_of(study: Study, *, out: Path) -> list[Job]:
+    """List a study's processes in the order of one worker."""
+    steps = [
+        Job(step.name, [step.command, *flags_of_mapping(_filled(step.flags, out=out))])
+        for step in study.steps
+    ]
+    jobs = list(steps)
+    needs = tuple(job.name for job in steps)
+    jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
+    for measure in study.measures:
+        for arm in measure.arms or study.arms:
+            for seed in measure.seeds or study.seeds_of(arm):
+                name = run_name(arm, seed)
+                words = _filled({"flags": measure.flags}, out=out, run=run_dir(out, arm, seed))["flags"]
+                measured = run_dir(out, arm, seed) / measure.at
+                command = [measure.command, str(measured), *flags_of_mapping(words)]
+                jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
+    return jobs
+
+
+def run_name(arm: str, seed: int) -> str:
+    """Name one run."""
+    return f"{arm}-seed{seed}"
+
+
+def run_dir(out: Path, arm: str, seed: int) -> Path:
+    """Return the folder of one run."""
+    return out / "runs" / run_name(arm, seed)
+
+
+def run_config(study: Study, *, arm: str, seed: int, out: Path) -> RunConfig:
+    """Read one run's settings as the training command will.
+
+    Raises:
+        UserError: a key or a value that a run does not have; tyro has said which.
+    """
+    try:
+        return tyro.cli(RunConfig, args=_run_flags(study, arm, seed, out=out))
+    except SystemExit as error:
+        raise UserError(f"{study.file}: arm {arm} has settings that {TRAIN} does not take.") from error
+
+
+def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, ...]) -> Job:
+    flags = _run_flags(study, arm, seed, out=out)
+    command = [TRAIN, "--ds_config", study.ds_config, *flags]
+    return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed))
+
+
+def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
+    """Write settings as flags: those of all runs, then the arm's, then the seed; arms differ in nothing else."""
+    flags = flags_of_mapping(_filled(study.settings, out=out)) + flags_of_mapping(
+        _filled(study.arms[arm], out=out)
+    )
+    return ["--run-dir", str(run_dir(out, arm, seed)), *flags, "--train.seed", str(seed)]
+
+
+def _filled(values: Any, *, out: Path, run: Path | None = None) -> Any:
+    """Put folders into the strings of nested values."""
+    if isinstance(values, dict):
+        return {key: _filled(value, out=out, run=run) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_filled(value, out=out, run=run) for value in values]
+    if isinstance(values, str):
+        return values.replace("{out}", str(out)).replace("{run}", str(run))
+    return values
+
+
+def _made(kind: Any, values: Any, file: Path) -> Any:
+    known = {one.name for one in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(
+            f"{file}: unknown key {', '.join(unknown)} of a {kind.__name__.lower()}; known are {sorted(known)}."
+        )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{file}: a {kind.__name__.lower()} is incomplete: {error}.") from error
+
+
+def _known_arms(study: Study, arms: list[str], *, where: str) -> None:
+    unknown = sorted(set(arms) - set(study.arms))
+    if unknown:
+        raise UserError(
+            f"{study.file}: {where} names arm {', '.join(unknown)}; arms are {', '.join(study.arms)}."
+        )

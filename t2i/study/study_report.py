@@ -1,0 +1,60 @@
+"""A study as a short paper: report.md with figures beside it, and report.html with everything inside it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+
+from t2i.runs.folder import environment
+from t2i.study.arms import read_json
+from t2i.study.figures import to_svg
+from t2i.study.grid import Job, Study
+from t2i.study.sections import Section, make_section
+
+MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with_name("study.html.jinja")
+
+
+def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str) -> Path:
+    """Write out/report.md, out/report.html and out/figures from the study's files; return the path of the page.
+
+    Args:
+        command: what makes it again.
+    """
+    figures = out / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number, arguments in enumerate(study.report, start=1):
+        section = make_section(arguments, study=study, out=out)
+        parts.append(_part(section, name=f"{number:02d}-{arguments['section']}", folder=figures))
+    records = {job.name: read_json(out / "jobs" / f"{job.name}.json") for job in jobs}
+    facts = {
+        "study": study,
+        "parts": parts,
+        "records": records,
+        "minutes": sum(record.get("seconds", 0) for record in records.values()) / 60,
+        "failed": {name: one for name, one in records.items() if one.get("state") not in ("done", None)},
+        "environment": environment(),
+        "command": command,
+        "date": time.strftime("%F"),
+    }
+    for template, name in ((MARKDOWN, "report.md"), (HTML, "report.html")):
+        page = jinja2.Template(
+            template.read_text(), autoescape=template is HTML, trim_blocks=True, lstrip_blocks=True
+        ).render(**facts)
+        (out / name).write_text(page + "\n")
+    return out / "report.html"
+
+
+def _part(section: Section, *, name: str, folder: Path) -> dict[str, Any]:
+    """Save a section's figure as PNG and SVG, and give the template what it shows."""
+    part: dict[str, Any] = {"section": section, "svg": "", "png": ""}
+    if section.figure is not None:
+        section.figure.tight_layout()
+        section.figure.savefig(folder / f"{name}.png", dpi=150)
+        part["png"] = f"figures/{name}.png"
+        part["svg"] = to_svg(section.figure)
+        (folder / f"{name}.svg").write_text(part["svg"])
+        plt.close(section.figure)
+    return part

@@ -1,0 +1,118 @@
+"""The processes of a job: what a launcher sets, how ranks find each other, and what the first rank decides for all."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from t2i.env import extensions_folder, operators_built, use_own_tools
+from t2i.errors import EXPECTED, CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def start_processes() -> None:
+    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank."""
+    prepare_environment()
+    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+
+
+def prepare_environment() -> None:
+    """Fill in what a launcher sets, for streaming and for a process without a launcher.
+
+    RANK alone tells a launched process; `deepspeed`, `torchrun`, Slurm's script and an operator's pod each leave
+    something out of the rest.
+
+    Raises:
+        UserError: a launched process lacks an address or a size, or has a local rank beyond its node.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    use_own_tools()
+    _check_launch()
+    if os.environ["RANK"] != "0":
+        logging.getLogger("t2i").setLevel(logging.ERROR)  # the first rank speaks for all
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
+
+
+def _check_launch() -> None:
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, so a launcher started this, but {', '.join(missing)} is not.")
+    local_rank, on_this_node, in_all = (
+        int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    )
+    if local_rank >= on_this_node or in_all % on_this_node:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}, LOCAL_WORLD_SIZE {on_this_node} and WORLD_SIZE {in_all} do not fit together;"
+            " LOCAL_WORLD_SIZE is the number of processes on each node."
+        )
+
+
+def warn_of_building(ds_config: dict[str, Any]) -> None:
+    """Say on the first rank that DeepSpeed is about to compile, which takes minutes once."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ["RANK"] != "0":
+        return
+    names = ["deepspeed_shm_comm"]
+    if not ds_config.get("optimizer", {}).get("params", {}).get("torch_adam"):
+        names.append("fused_adam")
+    if not operators_built(*names):
+        logger.warning(
+            "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
+            ", ".join(names),
+            extensions_folder(),
+        )
+
+
+def is_first_on_node() -> bool:
+    """Tell whether this process does what each machine needs once."""
+    return os.environ["LOCAL_RANK"] == "0"
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Do work on the first rank alone and return what it returned on every rank.
+
+    Raises:
+        UserError, CheckpointError, ...: what the work raised, on the first rank; the others leave without a word.
+    """
+    import torch.distributed as dist
+
+    outcome: list[Any] = [None, 0]
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except EXPECTED as expected:
+            error, outcome[1] = expected, expected.exit_code
+        except OSError as failed:
+            error = CheckpointError(f"{failed.filename or 'The disk'}: {failed.strerror or failed}.")
+            outcome[1] = CheckpointError.exit_code
+    dist.broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1]:
+        sys.exit(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

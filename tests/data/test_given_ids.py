@@ -1,0 +1,97 @@
+"""Ids brought along: shards and a run with no picture and no image tokenizer anywhere."""
+
+import json
+from pathlib import Path
+
+import made_sources as made
+import numpy as np
+import pytest
+
+from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
+from t2i.data.pairs import open_source
+from t2i.data.prepare import prepare
+from t2i.data.shards import check_shards, read_manifest, read_split
+from t2i.errors import DataError, UserError
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.folder import read_metrics
+from t2i.tokens.text import TextTokenizer
+from t2i.train.run import train
+
+ROOT = Path(__file__).parents[2]
+FACTS = {"vocab_size": 70_000, "length": 10, "made_by": "a one-dimensional tokenizer"}
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(0).integers(0, 70_000, (36, 10))
+
+
+@pytest.fixture
+def folder(tmp_path, ids):
+    """Twelve sequences in each layout."""
+    out = tmp_path / "ids"
+    out.mkdir()
+    (out / "ids.json").write_text(json.dumps(FACTS))
+    rows = [{"ids": row.tolist(), "caption": made.caption(i), "key": f"k{i}"} for i, row in enumerate(ids)]
+    (out / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:12])))
+    made.write_table(out / "b.parquet", [{"ids": row["ids"]} for row in rows[12:24]])
+    np.save(out / "c.npy", ids[24:].astype(np.int32))
+    (out / "c.txt").write_text("".join(f"{row['caption']}\n" for row in rows[24:]))
+    return out
+
+
+def prepared(folder, out, **settings):
+    return prepare(
+        open_source(f"ids:{folder}", heldout_share=0.3),
+        out=out,
+        image_tokenizer=None,
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        config=PrepareConfig(**settings),
+    )
+
+
+def test_ids_of_every_layout_are_trained_on(folder, ids, tmp_path):
+    manifest = prepared(folder, tmp_path / "shards")
+    assert (manifest["codebook_size"], manifest["codes_per_image"]) == (70_000, 10)
+    assert not (tmp_path / "shards" / "image_tokenizer").exists()
+    counts = check_shards(tmp_path / "shards")
+    assert sum(counts.values()) == 36
+    samples = {s["key"]: s for split in counts for s in read_split(tmp_path / "shards", split)}
+    names = [*(f"k{i}" for i in range(12)), *(f"b/{i}" for i in range(12)), *(f"c/{i}" for i in range(12))]
+    for place, name in enumerate(names):
+        assert samples[name]["codes"].tolist() == ids[place].tolist()
+        assert samples[name]["caption"] == ("" if name[0] == "b" else made.caption(place))
+    config = RunConfig(
+        run_dir=tmp_path / "run",
+        data=DataConfig(shards=tmp_path / "shards", seq_len=32),
+        model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2),
+        train=TrainConfig(
+            max_steps=2, global_batch_tokens=4 * 32, eval_every=2, sample_every=1, eval_pictures=4
+        ),
+    )
+    train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    rows = read_metrics(config.run_dir)
+    assert [row["image_tokens"] for row in rows if "split" not in row] == [40, 40]
+    assert next(row for row in rows if row.get("split") == "heldout")["image_loss"] > 0
+    assert not (config.run_dir / "samples").exists()
+    with pytest.raises(UserError, match="image_tokenizer is no image tokenizer"):
+        open_checkpoint(str(config.run_dir))
+
+
+def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):
+    rows = [{"ids": [1] * 9}, {"ids": [1.5] * 10}, {"ids": [-1] * 10}, {"ids": [70_000] * 10}]
+    (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest = prepared(folder, tmp_path / "shards")
+    assert manifest["left_out"] == {"an id outside 0 to 69999": 2, "not 10 integers": 2}
+    assert read_manifest(tmp_path / "shards")["image_tokenizer"]["name"] == FACTS["made_by"]
+    with pytest.raises(UserError, match="views is 2; ids:.* has no pictures to shift"):
+        prepared(folder, tmp_path / "views", views=2)
+    (folder / "c.txt").write_text("one line\n")
+    with pytest.raises(DataError, match=r"c\.txt has 1 lines; c\.npy has 12 rows"):
+        prepared(folder, tmp_path / "lines")
+    (folder / "a.jsonl").write_text('{"caption": "no ids"}')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1, has no ids"):
+        prepared(folder, tmp_path / "none")
+    (folder / "ids.json").write_text('{"vocab_size": 5}')
+    with pytest.raises(DataError, match=r"wants ids\.json to say"):
+        open_source(f"ids:{folder}")

@@ -1,0 +1,234 @@
+"""Every kind of source: listed, prepared to the same codes, trained on; and what is left out, with the reason."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import made_sources as made
+import pytest
+
+from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, SourceConfig, TrainConfig
+from t2i.data.pairs import open_source, reopen_source
+from t2i.data.pairs.pattern import expand
+from t2i.data.prepare import prepare
+from t2i.data.shards import read_manifest, read_split
+from t2i.errors import DataError, UserError
+from t2i.runs.folder import read_metrics
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
+from t2i.tokens.text import TextTokenizer
+from t2i.train.run import train
+
+ROOT = Path(__file__).parents[2]
+CONFIG = PrepareConfig(unit_pairs=8, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {
+        "image_tokenizer": ImageTokenizer.load(ASSETS / "image_tokenizer"),
+        "text_tokenizer": TextTokenizer.load(ASSETS / "text_tokenizer"),
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(tokenizers):
+    """The codes of every picture, by caption, without any source."""
+    images = [centre_crop_resize(made.picture(index), size=64) for index in range(made.NUM_PICTURES)]
+    codes = tokenizers["image_tokenizer"].encode(to_pixels(images)).tolist()
+    return {made.caption(index): row for index, row in enumerate(codes)}
+
+
+def samples(shards):
+    return [sample for split in read_manifest(shards)["counts"] for sample in read_split(shards, split)]
+
+
+def run_config(shards, run_dir):
+    return RunConfig(
+        run_dir=run_dir,
+        data=DataConfig(shards=shards, seq_len=90),
+        model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2),
+        train=TrainConfig(max_steps=2, global_batch_tokens=4 * 90, eval_every=2, eval_pictures=2),
+    )
+
+
+@pytest.mark.parametrize("kind", made.KINDS)
+def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, tokenizers, wanted):
+    name = made.KINDS[kind](tmp_path / "source")
+    source = open_source(name, heldout_share=0.2)
+    out = tmp_path / "shards"
+    manifest = prepare(source, out=out, config=CONFIG, **tokenizers)
+    assert sum(manifest["counts"].values()) == made.NUM_PICTURES
+    # Batches differ from those of `wanted`; one code in a hundred may tie otherwise.
+    for sample in samples(out):
+        codes = zip(sample["codes"].tolist(), wanted[sample["caption"]], strict=True)
+        assert sum(a == b for a, b in codes) >= 0.99 * 64
+    again = {pair.key: pair for pair in reopen_source(manifest).pairs}
+    assert {sample["key"] for sample in samples(out)} == set(again)
+    assert all(pair.open().size == (90, 60) for pair in again.values())
+    config = run_config(out, tmp_path / "run")
+    train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    assert [row["step"] for row in read_metrics(config.run_dir) if "split" not in row] == [1, 2]
+
+
+def test_patterns_name_files_in_order(tmp_path):
+    for name in ("a/08.tar", "a/09.tar", "a/10.tar", "b/08.tar"):
+        made.write_tar(tmp_path / name, [])
+    with pytest.raises(DataError, match=r"b/09\.tar is neither"):
+        expand(f"{tmp_path}/{{b,a}}/{{08..09}}.tar")
+    assert [path.name for path in expand(f"{tmp_path}/a/{{08..10}}.tar")] == ["08.tar", "09.tar", "10.tar"]
+    assert [path.parent.name for path in expand(f"{tmp_path}/{{b,a}}/*8.tar")] == ["b", "a"]
+
+
+def left_out_of(source):
+    """Read a source whole; count what was left out, and the keys kept."""
+    left_out = Counter(source.left_out)
+    keys = [pair.key for unit in source.units(8) for pair in unit(left_out)]
+    return left_out, keys
+
+
+def test_unfinished_and_broken_tars_are_reported_and_the_rest_is_used(tmp_path, caplog):
+    folder = made.tars(tmp_path / "some")
+    made.write_tar(folder / "00002.tar", made.tar_members(range(3)))
+    source = open_source(str(folder))
+    left_out, keys = left_out_of(source)
+    assert left_out == {"an unfinished tar (no _stats.json)": 1}
+    assert "00002.tar has no 00002_stats.json" in caplog.text
+    assert keys[0] == "some/00000/000000000"
+    assert len(keys) == made.NUM_PICTURES
+    whole = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    left_out, keys = left_out_of(open_source(str(folder)))
+    assert left_out["a broken tar, from where it breaks"] == 1
+    assert made.NUM_PICTURES // 2 < len(keys) < made.NUM_PICTURES
+
+
+def test_odd_members_of_a_tar_are_passed_over(tmp_path):
+    import tarfile
+
+    path = tmp_path / "odd.tar"
+    made.write_tar(path, [("a.txt", b"no picture"), ("b.png", made.encoded(1)), ("c.png", made.encoded(2))])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("d.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with_text = tmp_path / "two" / "x.tar"
+    made.write_tar(
+        with_text,
+        [("../../up.png", made.encoded(3)), ("../../up.txt", b"up"), ("e.jpg", b"\0"), ("e.json", b"{")],
+    )
+    left_out, keys = left_out_of(open_source(f"{tmp_path}/{{odd,two/x}}.tar"))
+    assert left_out == {
+        "no picture beside the caption in a tar": 1,
+        "empty caption": 2,
+        "a .json that cannot be read in a tar": 1,
+    }
+    assert keys == ["two/x/../../up"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["odd.tar", "two", "x.tar"]
+
+
+def test_captions_and_names_come_from_the_keys_that_are_asked_for(tmp_path):
+    folder = made.tars(tmp_path / "some")
+    source = open_source(str(folder), config=SourceConfig(caption_key="caption", pair_key="similarity"))
+    assert [(pair.key, pair.caption) for pair in source.pairs[:2]] == [
+        ("0.0", "json says 0"),
+        (str(1 / 24), "json says 1"),
+    ]
+    name = made.parquet_bytes(tmp_path / "table")
+    with pytest.raises(DataError, match=r"file_name, text; wanted is one of title \(--caption-key\)"):
+        open_source(name, config=SourceConfig(caption_key="title")).units(8)
+
+
+def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
+    folder = tmp_path / "some"
+    members = [*made.tar_members(range(12))]
+    for key, text in (("long", b"x" * 300), ("short", b"x")):
+        members += [(f"{key}.png", made.encoded(1)), (f"{key}.txt", text), (f"{key}.json", b"{}")]
+    for key, size in (("wide", (99, 32)), ("small", (40, 31))):
+        buffer = made.io.BytesIO()
+        made.picture(0).resize(size).save(buffer, "PNG")
+        facts = b'{"similarity": 1.0}'
+        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.txt", b"a caption"), (f"{key}.json", facts)]
+    members += [("bad.png", b"no picture"), ("bad.txt", b"a caption"), ("bad.json", b'{"similarity": 1}')]
+    members += [("none.png", made.encoded(2)), ("none.txt", b"a caption"), ("none.json", b"{}")]
+    made.write_tar(folder / "0.tar", members)
+    reading = SourceConfig(
+        min_side=32, max_aspect=3.0, min_caption=2, max_caption=200, score_key="similarity", min_score=0.25
+    )
+    source = open_source(f"{folder}/0.tar", config=reading)
+    manifest = prepare(source, out=tmp_path / "shards", config=CONFIG, **tokenizers)
+    assert manifest["left_out"] == {
+        "a caption below 2 characters": 1,
+        "a caption over 200 characters": 1,
+        "a side below 32 pixels": 1,
+        "longer than 3 times its other side": 1,
+        "no number in similarity": 1,
+        "similarity below 0.25": 6,
+    }
+    assert manifest["broken"] == 1
+    assert sum(manifest["counts"].values()) == 6
+    assert reopen_source(manifest).config == reading
+    with pytest.raises(UserError, match="min_score is 0.5, but score_key names no column"):
+        open_source("openmoji", config=SourceConfig(min_score=0.5))
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_of_a_key_in_several_units_the_first_is_kept(tmp_path, tokenizers, views):
+    folder = tmp_path / "table"
+    content = made.rows(image="image")
+    content = [{**row, "url": f"u{index % 20}"} for index, row in enumerate(content)]
+    made.write_table(folder / "a.parquet", content)
+    source = open_source(str(folder), heldout_share=0.3, config=SourceConfig(pair_key="url"))
+    config = replace(CONFIG, unit_pairs=5, views=views)
+    manifest = prepare(source, out=tmp_path / "shards", config=config, **tokenizers)
+    assert manifest["left_out"] == {"a key that was there before": 4}
+    kept = {sample["key"]: sample["caption"] for sample in samples(tmp_path / "shards")}
+    pictures = {key: text for key, text in kept.items() if "@" not in key}
+    assert pictures == {f"u{index}": made.caption(index) for index in range(20)}
+    assert len(kept) == manifest["counts"]["train"] + manifest["counts"]["heldout"]
+    assert manifest["counts"]["train"] == sum(split == "train" for split in splits(source)) * views
+    assert not list((tmp_path / "shards").rglob("units"))
+
+
+def splits(source):
+    first = {pair.key: pair.split for pair in reversed(source.pairs)}
+    return first.values()
+
+
+def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path):
+    source = open_source(made.coco(tmp_path / "coco"))
+    assert {pair.split for pair in source.pairs if int(pair.key[:12]) >= 20} == {"heldout"}
+    assert {pair.split for pair in source.pairs if int(pair.key[:12]) < 20} == {"train"}
+    assert source.split_rule == "pictures of captions_val*.json are heldout, all others train"
+    file = tmp_path / "coco" / "annotations" / "captions_train2014.json"
+    content = json.loads(file.read_text())
+    content["annotations"] += [{**note, "id": 5000 + note["id"]} for note in content["annotations"]]
+    file.write_text(json.dumps(content))
+    (tmp_path / "coco" / "annotations" / "captions_val2014.json").unlink()
+    (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
+    source = open_source(f"coco:{tmp_path}/coco", heldout_share=0.5)
+    assert source.left_out == {"annotations name a picture that is not in its folder": 1}
+    assert len(source.pairs) == 2 * 19
+    by_picture = {}
+    for pair in source.pairs:
+        by_picture.setdefault(pair.key[:12], set()).add(pair.split)
+    assert all(len(found) == 1 for found in by_picture.values())
+    assert set.union(*by_picture.values()) == {"train", "heldout"}
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"has no annotations/captions_\*\.json"):
+        open_source(f"coco:{tmp_path}")
+    with pytest.raises(DataError, match="the Hugging Face data set nobody/nothing cannot be opened"):
+        open_source("nobody/nothing")
+    with pytest.raises(DataError, match="nobody/nothing"):
+        open_source("hf:nobody/nothing")
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(DataError, match=r"files with \.zip; wanted are all \.tar, or all \.parquet"):
+        open_source(f"{tmp_path}/x.zip")
+    (tmp_path / "x.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match=r"x\.parquet is no parquet file"):
+        open_source(f"{tmp_path}/x.parquet").units(8)
+    made.write_table(tmp_path / "urls" / "x.parquet", [{"URL": "http://x", "TEXT": "x"}])
+    with pytest.raises(DataError, match=r"URL, TEXT; wanted is one of image, jpg, png, webp \(--image-key\)"):
+        open_source(str(tmp_path / "urls")).units(8)

@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t2i.errors import UserError
+from t2i.study.grid import Job, jobs_of, read_study, run_config
+from t2i.study.work import record_of, work
+
+ROOT = Path(__file__).parents[2]
+
+STUDY = """
+title: Tiny
+question: Does it help?
+seeds: [0, 1]
+settings: {data: {seq_len: 90}, train: {max_steps: 3}}
+steps:
+  - {name: first, command: step.py, flags: {out: "{out}/made"}}
+arms:
+  pretrained: {model: {init: "{out}/language-model"}}
+  random: {}
+measures:
+  - {name: near, command: eval/nearest.py, arms: [pretrained], seeds: [1], flags: {out: "{run}/near.json"}}
+"""
+
+
+def written(tmp_path, text=STUDY):
+    (tmp_path / "study.yaml").write_text(text)
+    return tmp_path / "study.yaml"
+
+
+def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path):
+    study = read_study(written(tmp_path))
+    jobs = jobs_of(study, out=Path("o"))
+    assert [job.name for job in jobs] == [
+        "first", "pretrained-seed0", "random-seed0", "pretrained-seed1", "random-seed1", "near-pretrained-seed1",
+    ]  # fmt: skip
+    assert jobs[0].command == ["step.py", "--out", "o/made"]
+    assert jobs[1].needs == ("first",)
+    assert jobs[-1].command == [
+        "eval/nearest.py",
+        "o/runs/pretrained-seed1",
+        "--out",
+        "o/runs/pretrained-seed1/near.json",
+    ]
+    assert jobs[-1].needs == ("pretrained-seed1",)
+    configs = [run_config(study, arm=arm, seed=1, out=Path("o")) for arm in study.arms]
+    assert configs[0].model.init == "o/language-model"
+    assert configs[0].train.seed == 1
+    assert replace(configs[0], run_dir=configs[1].run_dir, model=configs[1].model) == configs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("seeds: [0, 1]", "arm_seeds: {another: [0]}"), "arm_seeds names arm another"),
+        (("title: Tiny", "title: Tiny\nseed: 3"), "unknown key seed of a study"),
+        (("arms: [pretrained]", "arms: [pretraind]"), "measures: near names arm pretraind"),
+        (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
+        (
+            ("max_steps: 3", "max_step: 3"),
+            "arm pretrained has settings that launchers/train.py does not take",
+        ),
+        (("question: Does it help?", "question: [: ?"), "is no YAML"),
+    ],
+)
+def test_a_wrong_study_is_refused_before_anything_runs(tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_study(written(tmp_path, STUDY.replace(*change)))
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+folder, name, seconds, code = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+with (folder / "calls").open("a") as file:
+    file.write(name + "\\n")
+time.sleep(seconds)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Jobs that note their calls, and the study they belong to."""
+    (tmp_path / "toy.py").write_text(SCRIPT)
+
+    def job(name, *, seconds=0.0, code=0, needs=()):
+        return Job(
+            name, [str(tmp_path / "toy.py"), str(tmp_path), name, str(seconds), str(code)], needs=needs
+        )
+
+    study = read_study(written(tmp_path))
+    return job, study, tmp_path
+
+
+def calls(folder):
+    return (folder / "calls").read_text().split()
+
+
+def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
+    job, study, folder = toy
+    jobs = [job("a"), job("bad", code=4), job("c", needs=("a",)), job("d", needs=("bad",))]
+    records = work(jobs, study=study, out=folder / "out")
+    assert {name: record["state"] for name, record in records.items()} == {
+        "a": "done", "bad": "failed", "c": "done", "d": "skipped",
+    }  # fmt: skip
+    assert records["bad"]["code"] == 4
+    mended = [jobs[0], job("bad"), *jobs[2:]]
+    assert {record["state"] for record in work(mended, study=study, out=folder / "out").values()} == {"done"}
+    assert calls(folder) == ["a", "bad", "c", "bad", "d"]
+    with pytest.raises(UserError, match="a was done with another command"):
+        work([job("a", seconds=0.1)], study=study, out=folder / "out")
+
+
+def test_two_workers_never_take_one_job(toy):
+    job, study, folder = toy
+    jobs = [job(f"j{index}", seconds=0.15) for index in range(6)]
+    # Locks belong to open files, so two threads exclude each other as two processes do; signals are the main thread's.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("t2i.study.work.WAIT_SECONDS", 0.02)
+        patched.setattr(signal, "signal", lambda number, handler: None)
+        workers = [
+            threading.Thread(target=work, args=(jobs,), kwargs={"study": study, "out": folder / "out"})
+            for _ in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert sorted(calls(folder)) == [f"j{index}" for index in range(6)]
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from t2i.errors import run_command
+from t2i.study import work
+from t2i.study.grid import Job, read_study
+work.WAIT_SECONDS = 0.05
+folder = Path(sys.argv[1])
+def job(name, seconds):
+    return Job(name, [str(folder / "toy.py"), str(folder), name, seconds, "0"])
+jobs = [job("a", "0"), job("slow", "1.5"), job("c", "0")]
+run_command(lambda: work.work(jobs, study=read_study(folder / "study.yaml"), out=folder / "out"))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_a_killed_grid_goes_on(toy, number, code):
+    _, _, folder = toy
+    command = [sys.executable, "-c", WORKER, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not (folder / "calls").exists() or "slow" not in calls(folder):
+        time.sleep(0.05)
+    os.kill(killed.pid, number)
+    assert killed.wait() == code
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(calls(folder)) == ["a", "c", "slow", "slow"]
+    assert time.monotonic() - began > 1.5
+    assert json.loads((folder / "out" / "jobs" / "slow.json").read_text())["state"] == "done"
+
+
+def test_an_open_job_has_no_record(toy):
+    job, _, folder = toy
+    assert record_of(job("a"), folder / "out") == {"state": "open"}

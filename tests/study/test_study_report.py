@@ -1,0 +1,181 @@
+"""A whole study on tiny runs, made in this process: its sections read nothing but files."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
+from t2i.data.documents import open_documents
+from t2i.data.shards import read_manifest
+from t2i.data.text_shards import prepare_text
+from t2i.errors import UserError
+from t2i.measure.forgetting import forgetting
+from t2i.measure.nearest import compare_rows, write_results
+from t2i.runs.ckpt import open_language_model
+from t2i.runs.folder import read_metrics
+from t2i.study.arms import curve, paired, runs_of
+from t2i.study.grid import jobs_of, read_study, run_config, run_dir
+from t2i.study.price import num_multiplied, prices
+from t2i.study.sections import make_section
+from t2i.study.study_report import write_study_report
+from t2i.tokens.text import TextTokenizer
+from t2i.train.align import align
+from t2i.train.build import starting_model
+from t2i.train.run import start_processes, train
+
+ROOT = Path(__file__).parents[2]
+
+STUDY = """
+title: Fast and slow
+question: Does a larger step help?
+seeds: [0, 1, 2]
+settings:
+  data: {{shards: "{shards}", seq_len: 90}}
+  model: {{hidden_size: 32, num_layers: 2, num_heads: 2}}
+  train: {{max_steps: 6, global_batch_tokens: 720, warmup_steps: 1, save_every: 6, eval_every: 2, eval_pictures: 8,
+          eval_text: "{text}"}}
+arms:
+  fast: {{train: {{lr: 5.0e-3}}}}
+  slow: {{train: {{lr: 1.0e-4}}}}
+  broken: {{train: {{lr: 1.0e-3}}}}
+arm_seeds: {{broken: [1, 2]}}
+report:
+  - {{section: curves, title: Curves, arms: [fast, slow], values: [loss, image_loss],
+     perplexity: true, paper: they meet}}
+  - {{section: comparison, title: Compared, arms: [fast, slow], value: image_loss}}
+  - {{section: alignment, folder: "{{out}}/aligned"}}
+  - {{section: nearest, files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
+  - {{section: completions, files: {{fast: "{{out}}/forgetting.json"}}}}
+  - {{section: forgetting, arms: [fast, slow]}}
+  - {{section: ends, title: Runs, arms: [fast, slow, broken]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(finished, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    (out / "text.txt").write_text("\n\n".join(f"Text {n} says that {n} is a number." for n in range(400)))
+    prepare_text(
+        open_documents(f"text:{out / 'text.txt'}"),
+        out=out / "text",
+        text_tokenizer=tokenizer,
+        seq_len=90,
+        heldout_share=0.3,
+    )
+    (out / "study.yaml").write_text(STUDY.format(shards=finished.data.shards, text=out / "text"))
+    study = read_study(out / "study.yaml")
+    for arm in ("fast", "slow"):
+        for seed in study.seeds:
+            config = run_config(study, arm=arm, seed=seed, out=out)
+            train(config, ds_config_path=ROOT / study.ds_config)
+    (out / "jobs").mkdir()
+    record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
+    (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
+    model = open_language_model(str(run_dir(out, "fast", 0)))
+    write_results(compare_rows(model, before=None), model=model, out=None)
+    results = forgetting(
+        {"model": str(run_dir(out, "fast", 0))},
+        texts={"text": str(out / "text")},
+        prompts=["One | two\nthree"],
+        seq_len=90,
+        num_sequences=4,
+        max_new_tokens=4,
+    )
+    (out / "forgetting.json").write_text(json.dumps(results))
+    start = starting_model(finished, manifest=read_manifest(finished.data.shards), text_tokenizer=tokenizer)
+    start.model.save_pretrained(out / "language-model")
+    tokenizer.tokenizer.save_pretrained(out / "language-model")
+    start_processes()
+    settings = AlignConfig(num_pairs=32, max_steps=4, save_every=4)
+    data = DataConfig(finished.data.shards, seq_len=90)
+    align(AlignRun(out / "aligned", data=data, model=str(out / "language-model"), align=settings))
+    return study, out
+
+
+def test_the_report_has_every_section_with_its_figure(made):
+    study, out = made
+    page = write_study_report(study, jobs_of(study, out=out), out=out, command="make it").read_text()
+    assert page.count("<svg") == 5
+    assert page.count("<h2>") == len(study.report) + 1
+    outside = re.findall(r'(?:src|href)="(http[^"]*)"', page)
+    assert outside == []
+    text = (out / "report.md").read_text()
+    assert "they meet" in text
+    assert "| arm | seeds | held-out image_loss |" in text  # there is no held-out total to show
+    assert "6 of 8 runs ended well" in text
+    assert "broken-seed1 (failed, status 4)" in text
+    pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
+    assert len(pictures) == 5
+    assert all((out / picture).stat().st_size > 5_000 for picture in pictures)
+    assert "One \\| two ⏎ three" in text
+
+
+def test_the_comparison_says_what_the_rows_say(made):
+    study, out = made
+    section = make_section(study.report[1], study=study, out=out)
+    ends = {
+        arm: [
+            [
+                row["image_loss"]
+                for row in read_metrics(run_dir(out, arm, seed))
+                if row.get("split") == "heldout"
+            ][-1]
+            for seed in study.seeds
+        ]
+        for arm in ("fast", "slow")
+    }
+    difference = np.mean(ends["fast"]) - np.mean(ends["slow"])
+    assert f"fast - slow is {difference:+.4f} nats" in section.found
+    assert "fast is better" in section.found  # its learning rate is fifty times larger, over six steps
+    assert "pictures are not learned yet" in section.found
+    assert len(section.table) == 1 + 3
+
+
+def test_curves_pair_seeds_and_steps(made):
+    study, out = made
+    fast = curve(runs_of(study, arm="fast", out=out), value="image_loss", split="heldout")
+    assert fast.steps == [2, 4, 6]
+    assert fast.values.shape == (3, 3)
+    rows = read_metrics(run_dir(out, "fast", 0))
+    assert fast.tokens == [row["tokens"] for row in rows if "split" not in row and row["step"] in (2, 4, 6)]
+    text = curve(runs_of(study, arm="fast", out=out), value="leaked", split="text")
+    assert (text.steps[0], text.tokens[0]) == (0, 0)
+    both = paired(fast, text)
+    assert both[0].steps == both[1].steps == [2, 4, 6]
+    assert runs_of(study, arm="broken", out=out) == []
+
+
+def test_unknown_sections_and_arguments_are_refused(made):
+    study, out = made
+    with pytest.raises(UserError, match="has a section 'curve'; known are curves"):
+        make_section({"section": "curve"}, study=study, out=out)
+    with pytest.raises(UserError, match="section Runs: .*'arm'"):
+        make_section({"section": "ends", "title": "Runs", "arm": "fast"}, study=study, out=out)
+
+
+def test_prices_are_operations_over_speed_and_what_was_measured(made):
+    study, out = made
+    config = run_config(study, arm="fast", seed=0, out=out)
+    model = open_language_model(str(run_dir(out, "fast", 0))).model
+    counted = sum(value.numel() for value in model.parameters()) - model.get_input_embeddings().weight.numel()
+    assert num_multiplied(config) == counted
+    priced = prices(study, out=out, flops_a_second=1e9)
+    assert priced[0].flops == 6 * 6 * 720 * counted
+    assert priced[0].seconds == pytest.approx(priced[0].flops / 0.4e9)
+    record = {"state": "done", "code": 0, "seconds": 33.0, "command": []}
+    (out / "jobs" / "fast-seed0.json").write_text(json.dumps(record))
+    assert prices(study, out=out, flops_a_second=1e9)[0].seconds == 33.0
+    (out / "jobs" / "fast-seed0.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "launchers" / "studies").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_study_file_is_whole(file):
+    study = read_study(file)
+    assert jobs_of(study, out=Path("out"))
+    assert study.report
