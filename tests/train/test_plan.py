@@ -28,8 +28,8 @@ from t2i.train.estimates import (
     estimate_memory,
     flops_a_token,
 )
+from t2i.train.launch import prepare_environment
 from t2i.train.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
-from t2i.train.run import prepare_environment
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "launchers" / "configs" / "paper_1b.yaml"
@@ -53,7 +53,7 @@ def learner_of(config, *, is_checkpointed=False):
     model = OpenLMForCausalLM(config)
     if is_checkpointed:
         model.gradient_checkpointing_enable()
-    return Learner(model, layout=LAYOUT, with_z_loss=False).train()
+    return Learner(model, layout=LAYOUT).train()
 
 
 def batch(num_sequences=4, seq_len=96):
