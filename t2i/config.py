@@ -212,7 +212,7 @@ class PlanConfig:
     codes_per_image: int = 1_024
     """Codes of a picture (paper sec. 2.1)."""
     num_pairs: int = 134_000_000
-    """Captioned pictures (paper sec. 2.1)."""
+    """Captioned pictures to train on (paper sec. 2.1)."""
     caption_tokens: int = 30
     """Tokens of a caption on average (paper sec. 2.1)."""
 
