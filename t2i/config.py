@@ -135,7 +135,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     save_every: int = 200
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always makes one, and with 0 it alone."""
     keep_last: int = 2
     """Checkpoints kept."""
     eval_every: int = 200
