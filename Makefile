@@ -28,7 +28,7 @@ demo: install
 	@echo "[1/5] captioned pictures become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
-	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 200
+	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 400
 	@echo "[3/5] its pictures beside their yardsticks"
 	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"

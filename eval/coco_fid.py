@@ -95,7 +95,7 @@ def score_model(command: ScoreCommand) -> None:
     processes.wait_for_everyone()
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
-        print_scores(scores)
+        print_scores(scores, out=drawing.out)
     leave(processes)
 
 
@@ -128,7 +128,7 @@ def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
     return caption_meters(checkpoint, read_data_manifest(checkpoint))
 
 
-def print_scores(scores: dict[str, Any]) -> None:
+def print_scores(scores: dict[str, Any], *, out: Path) -> None:
     from t2i.measure.compare import table
 
     print("\n".join(table(scores)))
@@ -140,7 +140,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     print(
         f"{scores['n']:,} captions against {scores['reference']}, {scores['features']}, {scores['resize']}."
     )
-    print(f"{scores['note']}\nAll of it: {scores['file']}".lstrip())
+    print(f"{scores['note']}\nAll of it: {out / scores['file']}".lstrip())
 
 
 def compare(command: CompareCommand) -> None:

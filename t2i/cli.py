@@ -84,7 +84,7 @@ def _negated(key: str) -> str:
 
 def quiet_libraries() -> None:
     """Turn other libraries' chatter down to errors; t2i's own lines are plain sentences."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # some libraries log to the root itself
     logging.getLogger("t2i").setLevel(logging.INFO)
     for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -124,7 +124,7 @@ class ModelConfig:
 class TrainConfig:
     """How it learns: AdamW, cosine after a linear warm-up."""
 
-    max_steps: int = 800
+    max_steps: int = 1_600
     """Optimizer steps (paper: 100B tokens)."""
     global_batch_tokens: int = 3_072
     """Tokens a step over all ranks, padding included (paper: 1M), rounded to whole sequences."""
@@ -149,7 +149,7 @@ class TrainConfig:
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     save_every: int = 200
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always makes one, and with 0 it alone."""
     keep_last: int = 2
     """Checkpoints kept."""
     eval_every: int = 200
@@ -226,7 +226,7 @@ class PlanConfig:
     codes_per_image: int = 1_024
     """Codes of a picture (paper sec. 2.1)."""
     num_pairs: int = 134_000_000
-    """Captioned pictures (paper sec. 2.1)."""
+    """Captioned pictures to train on (paper sec. 2.1)."""
     caption_tokens: int = 30
     """Tokens of a caption on average (paper sec. 2.1)."""
 
@@ -235,9 +235,9 @@ class PlanConfig:
 class SampleConfig:
     """How pictures are drawn from captions."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 for none."""
-    temperature: float = 1.0
+    temperature: float = 0.9
     """0 for the most likely code each time."""
     top_k: int = 50
     """Codes kept before a draw; 0 for all."""

@@ -15,9 +15,12 @@ import tyro
 import yaml
 
 from t2i.cli import flags_of
+from t2i.config import RunConfig
 from t2i.errors import UserError
 from t2i.runs.folder import read_metrics
-from t2i.train.run import prepare_environment
+from t2i.train.engine import read_ds_config
+from t2i.train.launch import prepare_environment
+from t2i.train.plan import describe, make_plan
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launchers" / "cluster"
@@ -33,24 +36,30 @@ LAUNCHED = (
 )
 
 
-def parsed(words):
-    """Parse the words after launchers/train.py as train.py would; --config is read too."""
-    spec = importlib.util.spec_from_file_location("train_launcher", ROOT / "launchers" / "train.py")
+def parsed(words, *, launcher="train", command="TrainCommand"):
+    """Parse the words after a launcher's name as it would; --config is read too."""
+    file = ROOT / "launchers" / f"{launcher}.py"
+    spec = importlib.util.spec_from_file_location(f"{launcher}_launcher", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # tyro reads the fields' documentation from the source
     spec.loader.exec_module(module)
     file = words[words.index("--config") + 1] if "--config" in words else None
-    return tyro.cli(module.TrainCommand, args=[*(flags_of(ROOT / file) if file else []), *words])
+    return tyro.cli(getattr(module, command), args=[*(flags_of(ROOT / file) if file else []), *words])
 
 
 def documents():
     return list(yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text()))
 
 
-def words_after_train(line):
-    return [
-        word for word in shlex.split(line.split("launchers/train.py", 1)[1], comments=True) if word != "$@"
-    ]
+def words_after(script, line):
+    return [word for word in shlex.split(line.split(script, 1)[1], comments=True) if word != "$@"]
+
+
+def commands(script):
+    """The words after a script's name in every indented command of the documentation."""
+    pages = [CLUSTER / "README.md", ROOT / "README.md", ROOT / "docs" / "scaling.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines() if line.startswith("    ")]
+    return [words_after(script, line) for line in lines if script in line]
 
 
 def test_the_batch_script_is_good_bash():
@@ -99,11 +108,21 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
     assert str(from_yaml.run_dir).startswith("/mnt/t2i/")
     assert from_yaml.data.seq_len == 1_152
     (line,) = re.findall(r"exec .*launchers/train\.py.*", SBATCH.read_text())
-    assert str(parsed(words_after_train(line)).ds_config) == "$DS_CONFIG"
-    for line in re.findall(
-        r"^    .*(?:launchers/train\.py|slurm\.sbatch).*", (CLUSTER / "README.md").read_text(), re.M
-    ):
-        parsed(words_after_train(line.replace("launchers/cluster/slurm.sbatch", "launchers/train.py")))
+    assert str(parsed(words_after("launchers/train.py", line)).ds_config) == "$DS_CONFIG"
+    for words in [*commands("launchers/train.py"), *commands("launchers/cluster/slurm.sbatch")]:
+        parsed(words)
+    assert len(commands("launchers/cluster/slurm.sbatch")) == 1
+
+
+def test_the_plan_in_the_documentation_is_the_one_that_is_printed():
+    for words in commands("launchers/plan.py"):
+        command = parsed(words, launcher="plan", command="PlanCommand")
+        config = RunConfig(
+            run_dir=command.run_dir, data=command.data, model=command.model, train=command.train
+        )
+        plan = make_plan(config, ds_config=read_ds_config(ROOT / command.ds_config), plan=command.plan)
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert "\n".join(f"    {line}".rstrip() for line in describe(plan)) in page
 
 
 def test_the_hostfile_is_eight_times_eight():

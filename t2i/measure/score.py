@@ -152,10 +152,11 @@ def score(
     drawing.out.mkdir(parents=True, exist_ok=True)
     (drawing.out / CAPTIONS).write_text(caption_lines(task.captions))
     file = _scores_file(drawing.out, scores)
+    scores["file"] = file.name
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(scores, indent=1))
     temporary.replace(file)
-    return scores | {"file": str(file)}
+    return scores
 
 
 def _scores_file(out: Path, scores: dict[str, Any]) -> Path:

@@ -115,9 +115,9 @@ def draw(
     tokenizer: Any,
     image_tokenizer: Any,
     seed: int = 0,
-    guidance_scale: float = 3.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
+    guidance_scale: float = 2.0,
+    temperature: float = 0.9,
+    top_k: int = 50,
     top_p: float = 1.0,
 ) -> list[Any]:
     """Draw one PIL picture a caption; caption i uses seed + i.

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -147,8 +146,8 @@ def write_status(run_dir: Path, *, state: str, step: int, code: int | None = Non
 
 def launch_command() -> str:
     """Write out the command that started this process, as a person would type it again."""
-    words = [word for word in sys.argv if not word.startswith("--local_rank")]
-    return shlex.join(["deepspeed" if "LOCAL_SIZE" in os.environ else "python", *words])
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    return shlex.join(["python" if words == sys.argv else "deepspeed", *words])
 
 
 def _next_command(run_dir: Path, state: str) -> str:

@@ -21,7 +21,7 @@ LABELS = {
     "loss": "loss, nats a token",
     "text_loss": "text loss, nats a token",
     "image_loss": "image loss, nats a code",
-    "text_loss_text_rows": "held-out text among text rows, nats a token",
+    "text_loss_text_rows": "held-out text among text rows,\nnats a token",
     "leaked": "probability that leaks from text",
 }
 
@@ -36,20 +36,20 @@ def training_curves(
             smoothed = np.array([ema(row.tolist(), decay=decay) for row in one.values])
             shown = [np.exp(each) if perplexity else each for each in (one.values, smoothed.mean(0))]
             for row in shown[0]:
-                axis.plot(one.tokens, row, color=colour, alpha=0.12, linewidth=0.5)
+                axis.plot(one.tokens, row, color=colour, alpha=0.25, linewidth=0.5)
             axis.plot(
                 one.tokens, shown[1], color=colour, linestyle=dash, label=f"{arm} ({len(one.seeds)} seeds)"
             )
         if value == "image_loss":
-            for name, floor in floors.items():
+            for share, (name, floor) in zip(cycle((0.01, 0.25)), floors.items(), strict=False):
                 level = math.exp(floor) if perplexity else floor
                 axis.axhline(level, color="0.6", linewidth=0.7, linestyle=":")
-                axis.annotate(name, (0, level), fontsize=6, color="0.4", va="bottom")
+                place = axis.get_yaxis_transform()  # across by share of the axis, up by value
+                axis.text(share, level, name, transform=place, fontsize=6, color="0.4", va="bottom")
         label = LABELS.get(value, value)
-        axis.set(
-            xlabel="tokens trained on",
-            ylabel=label.replace("loss, nats", "perplexity") if perplexity else label,
-        )
+        if perplexity:
+            label = label.split(",")[0].replace("loss", "perplexity")
+        axis.set(xlabel="tokens trained on", ylabel=label)
         if perplexity:
             axis.set_yscale("log")
         _finish(axis)
@@ -76,6 +76,11 @@ def difference(
         right.plot(at, mean, color=COLOURS[1], marker="o", markersize=3, label="mean over seeds")
         if not np.isnan(low).all():
             right.fill_between(at, low, high, color=COLOURS[1], alpha=0.2, label="95% interval")
+    else:
+        right.text(
+            0.5, 0.5, f"{names[1]} does not get there", transform=right.transAxes, ha="center", va="bottom"
+        )
+        right.set_xlim(0, first.tokens[-1])
     right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"tokens {names[1]} needs beyond")
     for axis in (left, right):
         _finish(axis)

@@ -13,6 +13,7 @@ from t2i.study import drawing
 from t2i.study.arms import Curve, curve, floors_of, paired, read_json, runs_of
 from t2i.study.grid import Study, run_dir
 from t2i.study.statistics import difference_curve, ema, paired_test, worth_in_tokens
+from t2i.study.wording import interval, known, p_value, verdict_on, without_empty_columns
 from t2i.train.align import SUMMARY
 
 SMOOTHING = 0.95
@@ -69,6 +70,7 @@ def curves(
                 panels[value][arm] = found
             cells.append(_last(curve(runs, value=value, split="heldout")))
         table.append([arm, str(len(runs)), *cells])
+    table = without_empty_columns(table)
     figure = drawing.training_curves(panels, decay=SMOOTHING, perplexity=perplexity, floors=floors)
     sentence = "; ".join(
         f"{value} ends at "
@@ -108,7 +110,7 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         extra = (
             "not reached"
             if math.isnan(one.extra_tokens)
-            else f"{one.extra_tokens:,.0f} {_range(one.low, one.high, '{:,.0f}')}"
+            else f"{one.extra_tokens:,.0f} {interval(one.low, one.high, '{:,.0f}')}"
         )
         factor = "" if math.isnan(one.factor) else f"{one.factor:.2f}"
         table.append(
@@ -122,10 +124,20 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         )
     sentence = (
         f"At {first.tokens[-1]:,} tokens {first_name} - {second_name} is {test.mean:+.4f} nats"
-        f" {_range(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds p = {_p(test.p_value)}:"
-        f" {_verdict(test.verdict, first_name)}. So many seeds would have seen a difference of"
-        f" {_or_nothing(test.smallest_detectable)} nats four times in five."
+        f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds:"
+        f" p = {p_value(test.p_value)},"
+        f" {verdict_on(test.verdict, first_name)}. So many seeds would have seen a difference of"
+        f" {known(test.smallest_detectable)} nats four times in five."
     )
+    floor = floors_of(runs_of(study, arm=first_name, out=out)).get("unigram")
+    if (
+        value == "image_loss"
+        and floor
+        and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > floor
+    ):
+        sentence += (
+            f" Neither arm is below the cost of counting codes ({floor:.3f}): pictures are not learned yet."
+        )
     return Section("Comparison", sentence, figure, table)
 
 
@@ -275,22 +287,3 @@ def _last(one: Curve | None) -> str:
         return "-"
     last = one.values[:, -1]
     return f"{last.mean():.4f}" + (f" ({last.min():.4f} to {last.max():.4f})" if len(last) > 1 else "")
-
-
-def _range(low: float, high: float, form: str) -> str:
-    if math.isnan(low):
-        return "(one seed: no interval)"
-    return f"(95%: {form.format(low)} to {form.format(high)})"
-
-
-def _or_nothing(value: float) -> str:
-    return "an unknown number of" if math.isnan(value) else f"{value:.4f}"
-
-
-def _p(value: float) -> str:
-    return "unknown" if math.isnan(value) else f"{value:.3g}"
-
-
-def _verdict(verdict: str, name: str) -> str:
-    sentences = {"lower": f"{name} is better", "higher": f"{name} is worse"}
-    return sentences.get(verdict, verdict)

@@ -130,7 +130,7 @@ class Trainer:
                 bar.update()
                 self.check_finite()
                 for periodic in self.periodic:
-                    if self.is_due(periodic.every):
+                    if periodic.every and self.is_due(periodic.every):
                         self.log(periodic.work(progress.step))
                 if self.is_due(config.save_every) or should_stop:
                     self.save()
@@ -140,7 +140,7 @@ class Trainer:
                     )
 
     def is_due(self, every: int) -> bool:
-        """Tell whether work of every so many steps (0: never, but for the last) is due after this step."""
+        """Tell whether what is done every so many steps, and after the last one, is due now; 0 is only after the last."""
         step = self.progress.step
         return step == self.config.train.max_steps or (every > 0 and step % every == 0)
 

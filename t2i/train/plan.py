@@ -49,6 +49,7 @@ class Data:
     codebook_size: int
     """0 for shards of text alone."""
     num_pairs: int
+    """To train on."""
     shard_bytes: float
     are_made: bool
     """Read from the shards themselves, or assumed."""
@@ -170,7 +171,7 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
         return Data(
             text_tokens=manifest["text_tokenizer"]["num_tokens"],
             codebook_size=manifest.get("codebook_size", 0),
-            num_pairs=sum(manifest["counts"].values()),
+            num_pairs=manifest["counts"]["train"],
             shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
             are_made=True,
         )

@@ -109,6 +109,16 @@ def test_workers_read_the_same_pictures(tmp_path, arguments, alone):
     assert {name for name in alone if found[name] != alone[name]} == {Path("manifest.json")}  # names workers
 
 
+@pytest.mark.parametrize("kind", ["tar_folder", "parquet_struct", "hub_parquet"])
+def test_workers_read_out_of_files_that_hold_many_pictures(kind, tmp_path, arguments):
+    source = open_source(made.KINDS[kind](tmp_path / "source"))
+    for workers in (0, 2):
+        config = PrepareConfig(unit_pairs=12, workers=workers)
+        prepare(out=tmp_path / str(workers), **{**arguments, "source": source, "config": config})
+    without, with_two = (contents(tmp_path / str(workers)) for workers in (0, 2))
+    assert {name for name in without if with_two[name] != without[name]} == {Path("manifest.json")}
+
+
 def test_a_worker_that_dies_is_told_of(tmp_path, arguments, monkeypatch):
     from t2i.data import decode
 

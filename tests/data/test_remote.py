@@ -148,8 +148,7 @@ def test_what_is_not_there_or_broken_or_changed_is_named(bucket, shards, tmp_pat
         fetch_shards(tmp_path / "a", remote="s3://bucket/nowhere")
     with pytest.raises(DataError, match="cannot be downloaded: Unsupported remote path"):
         fetch_shards(tmp_path / "b", remote="ftp://bucket/shards")
-    for name in ("manifest.json", "roundtrip.safetensors"):
-        bucket.upload_file(str(shards / name), "bucket", f"broken/{name}")
+    upload(bucket, shards, "broken")
     bucket.put_object(Bucket="bucket", Key="broken/roundtrip.safetensors", Body=b"other")
     with pytest.raises(DataError, match=r"broken/roundtrip\.safetensors arrived with the hash"):
         fetch_shards(tmp_path / "c", remote="s3://bucket/broken")

@@ -100,7 +100,7 @@ def same_after_one_step(found, wanted, *, lr):
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(finished, tmp_path):
     config = replace(finished, run_dir=tmp_path / "run")
     shutil.copytree(finished.run_dir, config.run_dir)
-    whole = weights(config.run_dir, 6)
+    whole = weights(finished.run_dir, 6)
     damaged = config.run_dir / "checkpoints" / "step_000006" / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
