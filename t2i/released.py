@@ -76,6 +76,10 @@ def _read_pickle(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # not even a pickle, such as a web page saved under the name
+            raise CheckpointError(
+                f"{file} cannot be read as torch's: it is no pickle and no archive."
+            ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found[1] if found else "something"
         raise CheckpointError(

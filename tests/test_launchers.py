@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from t2i.cli import flags_of, parse
-from t2i.config import RunConfig
+from t2i.config import DataConfig, PrepareConfig, RunConfig
 from t2i.env import use_own_tools
-from t2i.errors import UserError
+from t2i.errors import UserError, run_command
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(
@@ -65,6 +65,21 @@ def test_a_missing_source_is_status_3(tmp_path):
     done = run("launchers/prepare.py", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     assert done.returncode == 3
     assert "nowhere is neither" in done.stderr
+
+
+def test_a_path_that_cannot_be_written_is_a_sentence_and_status_5(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit) as ended:
+        run_command((tmp_path / "file" / "folder").mkdir)
+    assert ended.value.code == 5
+    assert capsys.readouterr().err == f"{tmp_path / 'file' / 'folder'}: Not a directory.\n"
+
+
+def test_impossible_numbers_are_refused_by_key():
+    with pytest.raises(ValueError, match="views is 0, wanted at least 1; workers is -1, wanted at least 0"):
+        PrepareConfig(views=0, workers=-1)
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        DataConfig(seq_len=0)
 
 
 def test_run_files_are_flags_written_down(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards import read_manifest, read_split
+from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.errors import DataError, UserError
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.loss import split_sums, token_losses
@@ -77,6 +77,8 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
     Raises:
         DataError: the shards' codes are not the model's, or there is no held-out split.
     """
+    if config.remote:
+        fetch_shards(config.shards, remote=config.remote)
     manifest = read_manifest(config.shards)
     if manifest.get("codebook_size") != model.layout.codebook_size:
         found, wanted = manifest.get("codebook_size"), model.layout.codebook_size

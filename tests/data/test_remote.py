@@ -19,6 +19,8 @@ from t2i.data.pairs import open_source
 from t2i.data.prepare import prepare
 from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.errors import DataError, UserError
+from t2i.measure.perplexity import data_of
+from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -96,6 +98,8 @@ def test_a_run_from_elsewhere_equals_a_run_from_here(remote, finished, shards, t
     for name in ("roundtrip.safetensors", "image_tokenizer/config.json", "text_tokenizer/tokenizer.json"):
         assert (data.shards / name).read_bytes() == (shards / name).read_bytes()
     assert (config.run_dir / "image_tokenizer" / "config.json").is_file()
+    measured_on = data_of(open_language_model(str(config.run_dir)), shards=None, mode=None)
+    assert (measured_on.shards, measured_on.remote) == (data.shards, remote)
 
 
 @pytest.mark.s3

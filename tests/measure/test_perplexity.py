@@ -23,6 +23,12 @@ def results(model, finished):
     return perplexity(model, config=data_of(model, shards=None, mode=None), batch_size=5)
 
 
+def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(model, finished, results, tmp_path):
+    settings = data_of(model, shards=None, mode=None)
+    config = replace(settings, shards=tmp_path / "cache", remote=str(finished.data.shards))
+    assert perplexity(model, config=config, batch_size=5) == results
+
+
 def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
     costs = {"text": [], "image": [], "special": []}
     by_code = []

@@ -199,8 +199,15 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path):
     (tmp_path / "torn.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="torn.pt cannot be read|beside tensors"):
         read_weights(tmp_path / "torn.pt")
-    with pytest.raises(UserError, match="is no file, and no folder"):
+    with pytest.raises(UserError, match="is no file of weights, and no folder"):
         read_weights(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["page.pt", "empty.pt", "page.safetensors"])
+def test_a_file_that_is_no_checkpoint_is_a_sentence(name, tmp_path):
+    (tmp_path / name).write_text("" if name == "empty.pt" else "<html>Not found</html>")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read as (torch's|safetensors)"):
+        read_weights(tmp_path / name)
 
 
 def test_the_default_config_is_open_lms_default():
