@@ -31,8 +31,10 @@ class ExportCommand:
 def main() -> None:
     command = parse(ExportCommand, description=__doc__ or "")
     from t2i.runs.ckpt import open_checkpoint
-    from t2i.runs.export import export, push
+    from t2i.runs.export import check_repo, export, push
 
+    if command.push_to_hub:
+        check_repo(command.push_to_hub)
     export(open_checkpoint(command.ckpt), out=command.out, command=shlex.join(["python", *sys.argv]))
     print(f"{command.out} draws pictures without t2i; its README.md says how.")
     if command.push_to_hub:

@@ -1,7 +1,9 @@
 """No test may reach the network; arithmetic is single-threaded so that it repeats."""
 
 import os
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -16,6 +18,24 @@ from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run a command of the repository in this process; return its exit status."""
+    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in job:  # an earlier test's training leaves them
+        monkeypatch.delenv(name, raising=False)
+
+    def run(command, *words):
+        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
+        try:
+            runpy.run_path(str(ROOT / command), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
 
 
 @pytest.fixture(scope="session")

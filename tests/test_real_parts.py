@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,15 +23,6 @@ from t2i.tokens.text import train_text_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 ROOT = Path(__file__).parents[1]
-LAUNCHED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 NUM_ROWS, NUM_CODES, IMAGE_SIZE = 432, 256, 32
 SEQ_LEN = 48
 """16 codes, 6 markers and room for 26 caption ids."""
@@ -48,27 +38,11 @@ sys.meta_path.insert(0, NoT2I())
 """
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; return what it printed."""
-
-    def run(command, *words):
-        for name in LAUNCHED:
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(sys, "argv", [command, *map(str, words)])
-        capsys.readouterr()
-        runpy.run_path(str(ROOT / command), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
 def subprocess_of(*words, cwd, **names):
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     done = subprocess.run(
         list(map(str, words)),
         cwd=cwd,
-        env={**environment, "OMP_NUM_THREADS": "1", **names},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **names},
         capture_output=True,
         text=True,
         timeout=540,
@@ -96,7 +70,19 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(call, tmp_path, monkeypatch):
+@pytest.fixture
+def done(call, capsys):
+    """Run a command that must succeed; return what it printed."""
+
+    def run(*words):
+        capsys.readouterr()
+        assert call(*words) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(done, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     num_text_ids = write_released(tmp_path)
     assert num_text_ids < NUM_ROWS  # as GPT-NeoX's 50,277 of 50,432
@@ -104,16 +90,16 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(c
     inception = write_inception(tmp_path / "inception.pt", monkeypatch, dims=32)
     model, tokenizer, shards, run = (tmp_path / name for name in ("model", "tokenizer", "shards", "run"))
 
-    told = call(
+    told = done(
         "launchers/convert.py", "open-lm", "--checkpoint", tmp_path / "epoch_3.pt",
         "--config", tmp_path / "open_lm.json", "--text-tokenizer", tmp_path / "neox", "--out", model,
     )  # fmt: skip
     assert "proved: 24 tokens" in told
-    told = call(
+    told = done(
         "launchers/convert.py", "movqgan", "--checkpoint", tmp_path / "movqgan.ckpt", "--out", tokenizer
     )
     assert re.search(r" (\d+) of \1 codes are equal", told)
-    told = call(
+    told = done(
         "launchers/prepare.py", "--source", f"coco:{coco}", "--out", shards, "--image-size", IMAGE_SIZE,
         "--image-tokenizer", tokenizer, "--text-tokenizer", model,
     )  # fmt: skip
@@ -131,8 +117,8 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(c
     assert [row["num_pictures"] for row in rows if row.get("split") == "heldout"] == [4]
 
     captions = ["thing number 21", "a red apple"]
-    call("launchers/sample.py", run, "--prompts", *captions, "--out", tmp_path / "drawn")
-    call("eval/coco_fid.py", run, "--coco", coco, "--num-samples", 4, "--inception", inception)
+    done("launchers/sample.py", run, "--prompts", *captions, "--out", tmp_path / "drawn")
+    done("eval/coco_fid.py", run, "--coco", coco, "--num-samples", 4, "--inception", inception)
     scores = json.loads((run / "coco" / "step_000002" / "scores.json").read_text())
     assert (scores["n"], scores["image_size"], set(scores["rows"])) == (
         4,
@@ -140,12 +126,13 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(c
         {"real", "reconstructions", "model", "matched"},
     )
     exported = tmp_path / "exported"
-    call("launchers/export.py", run, "--out", exported)
+    done("launchers/export.py", run, "--out", exported)
     card = ModelCard.load(exported / "README.md")
     assert [result.metric_value for result in card.data.eval_results] == [
         round(scores[name], 4) for name in ("fid", "kid")
     ]
 
+    assert f"Before that it was the model `{model}`." in card.text
     settings = json.loads((exported / "config.json").read_text())
     assert settings["vocab_layout"] == {
         "num_text_rows": NUM_ROWS,

@@ -9,9 +9,12 @@ from typing import Any
 
 import jinja2
 import torch
+import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
 from t2i.runs.folder import RESOLVED, new_folder
@@ -55,6 +58,11 @@ def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str)
     """Fill the model card with the folder's own measured numbers."""
     measured = [scores for scores in (_read(folder / file) for file in SCORES) if scores]
     manifest = _read(folder / DATA_MANIFEST)
+    start = (
+        yaml.safe_load((folder / RESOLVED).read_text())["model"]["init"]
+        if (folder / RESOLVED).is_file()
+        else ""
+    )
     num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     template = jinja2.Template(
         CARD.read_text(), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -65,6 +73,7 @@ def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str)
         command=command,
         measured=measured,
         manifest=manifest,
+        start=start,
         num_parameters=num_parameters,
     )
 
@@ -91,6 +100,18 @@ def front_matter(measured: list[dict[str, Any]], *, name: str) -> str:
         eval_results=results or None,
     )
     return data.to_yaml()
+
+
+def check_repo(name: str) -> None:
+    """Refuse what cannot be a name on the hub, before anything is written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub is {name!r}; wanted is USER/NAME. {error}") from error
 
 
 def push(folder: Path, *, repo: str) -> str:

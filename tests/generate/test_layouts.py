@@ -2,9 +2,7 @@
 
 import json
 import re
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ from PIL import Image
 from t2i.errors import DataError
 from t2i.generate.layouts import read_benchmark
 
-COMMAND = Path(__file__).parents[2] / "launchers" / "sample.py"
-
 ROWS = [
     {"tag": "two_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"},
     {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a red cup"},
@@ -22,27 +18,14 @@ ROWS = [
 
 
 @pytest.fixture
-def call(monkeypatch):
-    """Run launchers/sample.py in this process; return its exit status."""
-
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # an earlier test's training leaves them
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, words)])
-        try:
-            runpy.run_path(str(COMMAND), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    return run
+def draw(call):
+    return partial(call, "launchers/sample.py")
 
 
-def test_genevals_scorer_finds_metadata_and_four_pictures_a_prompt(model_folder, call, tmp_path):
+def test_genevals_scorer_finds_metadata_and_four_pictures_a_prompt(model_folder, draw, tmp_path):
     prompts, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "geneval"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert call(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
+    assert draw(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
     found = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir() and path.name.isdigit()):
         samples = [path for path in (folder / "samples").iterdir() if re.match(r"\d+\.png", path.name)]
@@ -52,16 +35,16 @@ def test_genevals_scorer_finds_metadata_and_four_pictures_a_prompt(model_folder,
         assert len({path.read_bytes() for path in samples}) == 4
     assert found == {"00000": ROWS[0], "00001": ROWS[1]}
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert call(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
+    assert draw(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
 
 
-def test_dpg_benchs_scorer_finds_nothing_but_a_sheet_a_prompt(model_folder, call, tmp_path):
+def test_dpg_benchs_scorer_finds_nothing_but_a_sheet_a_prompt(model_folder, draw, tmp_path):
     prompts, out = tmp_path / "prompts", tmp_path / "dpg"
     prompts.mkdir()
     for stem in ("COCOval2014000000000042", "partiprompts7", "stanford.1"):
         (prompts / f"{stem}.txt").write_text(f"A picture\nof {stem}.\n")
-    assert call(model_folder, "--layout", "dpg", "--prompts", prompts, "--out", out) == 0
+    assert draw(model_folder, "--layout", "dpg", "--prompts", prompts, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "COCOval2014000000000042.png",
         "partiprompts7.png",
@@ -76,7 +59,7 @@ def test_dpg_benchs_scorer_finds_nothing_but_a_sheet_a_prompt(model_folder, call
         np.testing.assert_array_equal(sheet[top : top + 32, left : left + 32], np.asarray(single))
 
 
-def test_prompts_of_another_kind_are_refused(model_folder, call, tmp_path, capsys):
+def test_prompts_of_another_kind_are_refused(model_folder, draw, tmp_path, capsys):
     with pytest.raises(DataError, match="holds no .txt file"):
         read_benchmark("dpg", prompts=tmp_path, out=tmp_path / "out")
     with pytest.raises(DataError, match="is no file; GenEval's is evaluation_metadata.jsonl"):
@@ -84,6 +67,6 @@ def test_prompts_of_another_kind_are_refused(model_folder, call, tmp_path, capsy
     (tmp_path / "captions.txt").write_text("a red cup\n")
     with pytest.raises(DataError, match="line 1: wanted a JSON object with a prompt; found a red cup"):
         read_benchmark("geneval", prompts=tmp_path / "captions.txt", out=tmp_path / "out")
-    assert call(model_folder, "--layout", "dpg", "--prompts", "a", "b", "--out", tmp_path / "out") == 2
+    assert draw(model_folder, "--layout", "dpg", "--prompts", "a", "b", "--out", tmp_path / "out") == 2
     assert "wants one --prompts path; found 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +41,10 @@ COMMAND = ROOT / "eval" / "coco_fid.py"
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def call(call, monkeypatch, tmp_path):
     """Run eval/coco_fid.py in this process; return its exit status."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):  # an earlier test's training leaves them
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", [str(COMMAND), *map(str, words)])
-        try:
-            runpy.run_path(str(COMMAND), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    return run
+    return partial(call, "eval/coco_fid.py")
 
 
 @pytest.fixture(scope="session")
