@@ -140,7 +140,7 @@ class Trainer:
                     )
 
     def is_due(self, every: int) -> bool:
-        """Tell whether what is done every so many steps, and after the last one, is due now; 0 is only after the last."""
+        """Tell whether what is done every so many steps, and after the last, is due now; 0 is after the last alone."""
         step = self.progress.step
         return step == self.config.train.max_steps or (every > 0 and step % every == 0)
 
