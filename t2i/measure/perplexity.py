@@ -13,6 +13,7 @@ from torch import Tensor
 from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import fetch_shards, read_manifest, read_split
+from t2i.data.text_shards import is_text
 from t2i.errors import DataError, UserError
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.loss import split_sums, token_losses
@@ -80,6 +81,8 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
     if config.remote:
         fetch_shards(config.shards, remote=config.remote)
     manifest = read_manifest(config.shards)
+    if is_text(manifest):
+        raise DataError(f"{config.shards} holds text alone, which eval/forgetting.py measures.")
     if manifest.get("codebook_size") != model.layout.codebook_size:
         found, wanted = manifest.get("codebook_size"), model.layout.codebook_size
         raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} knows {wanted}.")

@@ -98,10 +98,12 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
 
 
 def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Name the end of a text, and padding, where tokenizer.json alone cannot say which tokens they are."""
-    if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
+    """Name the end of a text, and padding, where the files do not say which tokens they are."""
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token is None and END_OF_TEXT in vocabulary:
         tokenizer.bos_token = tokenizer.eos_token = tokenizer.unk_token = END_OF_TEXT
-        tokenizer.pad_token = PADDING if PADDING in tokenizer.get_vocab() else END_OF_TEXT
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:  # GPT-NeoX-20B's own files name none
+        tokenizer.pad_token = PADDING if PADDING in vocabulary else tokenizer.eos_token
     return tokenizer
 
 

@@ -195,6 +195,21 @@ def splits(source):
     return first.values()
 
 
+def test_annotations_of_another_schema_are_a_sentence(tmp_path):
+    made.coco(tmp_path / "coco")
+    file = tmp_path / "coco" / "annotations" / "captions_train2014.json"
+    file.write_text(json.dumps({"images": [{"id": 1}], "annotations": []}))
+    with pytest.raises(
+        DataError, match=r"captions_train2014\.json is not COCO's: wanted images .*'file_name'"
+    ):
+        open_source(f"coco:{tmp_path}/coco")
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"heldout_share is 1\.0; wanted is a share from 0 to below 1"):
+        open_source(made.text_folder(tmp_path / "some"), heldout_share=1.0)
+
+
 def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path):
     source = open_source(made.coco(tmp_path / "coco"))
     assert {pair.split for pair in source.pairs if int(pair.key[:12]) >= 20} == {"heldout"}

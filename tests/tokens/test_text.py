@@ -1,5 +1,6 @@
 """Tokenizers of GPT-NeoX-20B's structure: from tokenizer.json alone, from a whole folder, from the hub's cache."""
 
+import json
 import shutil
 
 import pytest
@@ -28,13 +29,18 @@ def neox(tmp_path_factory):
 
 def test_every_way_to_load_gives_the_same_ids_and_ends(neox, tmp_path, monkeypatch):
     shutil.copy(neox / "tokenizer.json", tmp_path)
+    released = tmp_path / "released"  # GPT-NeoX-20B's files name no padding
+    released.mkdir()
+    shutil.copy(neox / "tokenizer.json", released)
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    (released / "tokenizer_config.json").write_text(json.dumps(names))
     snapshot = tmp_path / "cache" / f"models--{NEOX.replace('/', '--')}" / "snapshots" / ("0" * 40)
     shutil.copytree(neox, snapshot)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text(snapshot.name)
     monkeypatch.setattr(hub, "TRANSFORMERS_CACHE", str(tmp_path / "cache"))
-    ways = [TextTokenizer.load(name) for name in (neox, tmp_path, NEOX)]
+    ways = [TextTokenizer.load(name) for name in (neox, tmp_path, released, NEOX)]
     assert len({way.fingerprint() for way in ways}) == 1
     for way in ways:
         assert way.encode(CAPTION).tolist() == ways[0].encode(CAPTION).tolist()
