@@ -75,14 +75,12 @@ def main() -> None:
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.shards import check_shards, read_manifest
     from t2i.data.sheet import draw_sheet, show_shards
-    from t2i.data.text_shards import check_text_shards, is_text
+    from t2i.data.text_shards import is_text
 
-    if is_text(read_manifest(folder)):
-        for split, count in check_text_shards(folder).items():
-            print(f"{split}: {count} sequences, all readable and in range")
-        return
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
+    if is_text(read_manifest(folder)):
+        return
     rows = show_shards(folder, num=NUM_SHOWN)
     draw_sheet(rows).save(sheet)
     for row in rows:

@@ -68,6 +68,7 @@ def check_numbers(config: TrainConfig) -> None:
 def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
+    from t2i.data.integrity import check_listing
     from t2i.data.loader import StepLoader
     from t2i.data.shards import (
         IMAGE_TOKENIZER,
@@ -95,6 +96,8 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         fetch_shards(data.shards, remote=data.remote)
     dist.barrier()
     manifest = read_manifest(data.shards)
+    if not data.remote:
+        on_first_rank(lambda: check_listing(data.shards, manifest))
     config = with_found_start(config)
     text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
     image_tokenizer = None
@@ -115,6 +118,8 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         seed=config.train.seed,
         tokenizer=text_tokenizer,
     )
+    if dist.get_rank() == 0 and not data.remote:
+        loader.look_ahead()
     per_rank = num_sequences // world_size
     warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
     engine = make_engine(
