@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, PrepareConfig, RunConfig, TrainConfig
+from t2i.env import check_machine
 from t2i.errors import EXPECTED, UserError
 from t2i.train.launch import (
     is_first_on_node,
@@ -33,11 +34,15 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
     import torch.distributed as dist
 
+    from t2i.data.shm import sweep
     from t2i.runs.folder import open_run
     from t2i.train.engine import read_ds_config
 
     check_numbers(config.train)
     ds_config = read_ds_config(ds_config_path)
+    if is_first_on_node() and not dist.is_initialized():
+        sweep()
+        check_machine(ds_config, run_dir=config.run_dir)
     warn_of_building(ds_config)
     start_processes()
     locks: list[IO[str]] = []

@@ -1,13 +1,14 @@
 """COCO as it is unpacked: annotations/captions_*.json and the picture folders."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from t2i.data.pairs.pair import Entry, read_file
+from t2i.data.pairs.pair import Entry, file_inside, read_file
 from t2i.errors import DataError
+from t2i.plain import Kind, check_keys, read_json
 
 
 def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
@@ -20,14 +21,11 @@ def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
     """
     files = caption_files(folder)
     for name, file in files.items():
-        content = json.loads(file.read_text())
+        images, captions = read_annotations(file)
         pictures = _picture_folder(folder, name)
-        captions: dict[int, list[tuple[int, str]]] = {}
-        for note in content["annotations"]:
-            captions.setdefault(note["image_id"], []).append((note["id"], note["caption"]))
-        for image in sorted(content["images"], key=lambda image: int(image["id"])):
-            path = pictures / image["file_name"]
-            if not path.is_file():
+        for image in sorted(images, key=lambda image: int(image["id"])):
+            path = file_inside(pictures, image["file_name"])
+            if path is None:
                 left_out["annotations name a picture that is not in its folder"] += 1
                 continue
             for number, (_, caption) in enumerate(sorted(captions.get(image["id"], []))):
@@ -38,6 +36,29 @@ def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
                     group=str(image["id"]),
                     split=_own_split(name, files),
                 )
+
+
+def read_annotations(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tuple[int, str]]]]:
+    """Read a caption file: its pictures, and (id, caption) by the picture's id.
+
+    Raises:
+        DataError: it is none.
+    """
+    content = read_json(file)
+    check_keys(content, {"images": list, "annotations": list}, where=file)
+    captions: dict[int, list[tuple[int, str]]] = {}
+    for image in content["images"]:
+        _check_entry(image, {"id": int, "file_name": str}, where=f"{file}: images")
+    for note in content["annotations"]:
+        _check_entry(note, {"id": int, "image_id": int, "caption": str}, where=f"{file}: annotations")
+        captions.setdefault(note["image_id"], []).append((note["id"], note["caption"]))
+    return content["images"], captions
+
+
+def _check_entry(entry: Any, wanted: dict[str, Kind], *, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} hold {entry!r:.80}; wanted is an object of keys.")
+    check_keys(entry, wanted, where=where)
 
 
 def caption_files(folder: Path) -> dict[str, Path]:
