@@ -8,6 +8,7 @@ the shards.
 import json
 import logging
 import shutil
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -165,6 +166,7 @@ def _finish(
             f" left out; see {part / 'units'}."
         )
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
+    _check_broken(merged, part=part, limit=config.max_broken)
     _keep_tokenizers(part, image_tokenizer, text_tokenizer)
     agreement = write_round_trip(part, source, image_tokenizer, config)
     num_codes = image_tokenizer.num_codes(config.image_size)
@@ -201,6 +203,18 @@ def _finish(
     }
     write_json(part / MANIFEST, manifest)
     return merged
+
+
+def _check_broken(merged: Merged, *, part: Path, limit: float) -> None:
+    """Refuse a source of which so much is broken that something else must be wrong with it."""
+    num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total()
+    if num_broken > limit * num_pairs:
+        usual = Counter(entry["reason"].split(":")[0] for entry in merged.broken).most_common(3)
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in usual)
+        raise DataError(
+            f"{num_broken} pictures of {num_pairs} are broken ({reasons}; listed in {part / BROKEN}); wanted is at"
+            f" most {limit:.0%}. A larger --max-broken goes on from here."
+        )
 
 
 def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
