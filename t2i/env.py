@@ -18,8 +18,8 @@ BUFFER_BYTES = 69_206_024
 """What DeepSpeed's reduction on CPUs takes of shared memory, a rank."""
 SPARE_BYTES = 2**23
 """Shared memory for Streaming and loader processes."""
-LEAST_DISK_BYTES = 2**28
-"""Free space of a run's disk without which not even a small run gets far."""
+LEAST_DISK_BYTES = 2**20
+"""Free space of a run's disk without which not even its log can be written; what a checkpoint needs is known later."""
 DEFAULT_PORT = 29500
 """Where the ranks of a job that `deepspeed` starts find each other."""
 

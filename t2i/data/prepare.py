@@ -166,7 +166,7 @@ def _finish(
             f" left out; see {part / 'units'}."
         )
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
-    _check_broken(merged, part=part, limit=config.max_broken)
+    _check_broken(merged, part=part, config=config)
     _keep_tokenizers(part, image_tokenizer, text_tokenizer)
     agreement = write_round_trip(part, source, image_tokenizer, config)
     num_codes = image_tokenizer.num_codes(config.image_size)
@@ -205,15 +205,16 @@ def _finish(
     return merged
 
 
-def _check_broken(merged: Merged, *, part: Path, limit: float) -> None:
+def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
     """Refuse a source of which so much is broken that something else must be wrong with it."""
-    num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total()
-    if num_broken > limit * num_pairs:
+    num_views = merged.counts["train"] - merged.counts["train"] // config.views
+    num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total() - num_views
+    if num_broken > config.max_broken * num_pairs:
         usual = Counter(entry["reason"].split(":")[0] for entry in merged.broken).most_common(3)
         reasons = ", ".join(f"{count} times {reason}" for reason, count in usual)
         raise DataError(
             f"{num_broken} pictures of {num_pairs} are broken ({reasons}; listed in {part / BROKEN}); wanted is at"
-            f" most {limit:.0%}. A larger --max-broken goes on from here."
+            f" most {config.max_broken:.0%}. A larger --max-broken goes on from here."
         )
 
 

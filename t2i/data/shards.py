@@ -184,6 +184,8 @@ def check_sample(sample: dict[str, Any], *, manifest: dict[str, Any], where: Pat
     if "sequence_tokens" in manifest:
         _check_length("ids", sample["caption_ids"], manifest["sequence_tokens"], where=where, key=key)
         return
+    if "caption" not in sample:
+        raise DataError(f"{where}: sample {key} has no caption.")
     _check_length("codes", sample.get("codes", ()), manifest["codes_per_image"], where=where, key=key)
     _check_range("codes", sample["codes"], manifest["codebook_size"], where=where, key=key)
 

@@ -40,6 +40,24 @@ def check_owner(folder: Path) -> None:
             )
 
 
+def check_plain(folder: Path) -> None:
+    """List what pickles in a folder name, without reading them, for tools of DeepSpeed that would obey them.
+
+    Raises:
+        CheckpointError: a file names anything that DeepSpeed's own state does not have, or is of another form.
+    """
+    with torch.serialization.safe_globals(_known()):
+        for path in sorted(folder.rglob("*.pt")):
+            try:
+                strange = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{path} is no state of DeepSpeed: {error}.") from error
+            if strange:
+                raise CheckpointError(
+                    f"{path} holds more than tensors and plain values, so it was not loaded: {', '.join(strange)}."
+                )
+
+
 @contextmanager
 def only_plain_values(folder: Path) -> Iterator[None]:
     """Let all of torch's loads within read tensors and the few classes that DeepSpeed and a run's random states need.

@@ -28,7 +28,7 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import METRICS, write_status
-from t2i.runs.trust import check_owner, only_plain_values
+from t2i.runs.trust import check_owner, check_plain, only_plain_values
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
@@ -296,6 +296,7 @@ class Trainer:
         folder = checkpoints.choose(run_dir)
         if folder is not None:
             check_owner(folder)
+            check_plain(folder / "engine")
         return folder
 
     def _load(self, folder: Path) -> None:

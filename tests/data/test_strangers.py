@@ -73,9 +73,9 @@ def example_manifest(shards):
     return json.loads((shards / "manifest.json").read_text())
 
 
-@given(st.binary(max_size=200) | st.text(max_size=200) | plain.map(json.dumps))
-@example("[" * 100_000)
-@example("1" * 5_000)
+@given(text=st.binary(max_size=200) | st.text(max_size=200) | plain.map(json.dumps))
+@example(text="[" * 100_000)
+@example(text="1" * 5_000)
 @often
 def test_json(text):
     with suppress(DataError):
@@ -127,8 +127,8 @@ def text_tokenizer():
 
 
 @given(caption=plain | st.text() | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")))
-@example("<|endoftext|><|padding|> <image> </text>")
-@example("\ud800")
+@example(caption="<|endoftext|><|padding|> <image> </text>")
+@example(caption="\ud800")
 @often
 def test_captions(caption, text_tokenizer):
     text = caption_text(caption)
@@ -142,6 +142,19 @@ def opened(source):
         for unit in open_source(source).units(8):
             for pair in unit(Counter()):
                 assert pair.key.encode() and pair.caption.encode()
+
+
+def test_tables_of_pictures(tmp_path):
+    made.write_table(tmp_path / "as.parquet", made.rows(image="image")[:4])
+    whole = (tmp_path / "as.parquet").read_bytes()
+
+    @given(content=damaged_bytes(whole))
+    @often
+    def check(content):
+        (tmp_path / "x.parquet").write_bytes(content)
+        opened(str(tmp_path / "x.parquet"))
+
+    check()
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
@@ -161,9 +174,9 @@ def test_metadata_beside_pictures(name, tmp_path):
         | damaged_bytes(whole)
         | plain.map(lambda value: json.dumps(value).encode())
     )
-    @example(b'{"file_name": "000.png", "text": "a"}\n{"file_name": ')
-    @example(b'{"file_name": {"a": 1}, "text": ["b"]}')
-    @example(b"file_name,text\n" + b"x" * 200_000)
+    @example(content=b'{"file_name": "000.png", "text": "a"}\n{"file_name": ')
+    @example(content=b'{"file_name": {"a": 1}, "text": ["b"]}')
+    @example(content=b"file_name,text\n" + b"x" * 200_000)
     @often
     def check(content):
         (tmp_path / name).write_bytes(content)
@@ -217,11 +230,11 @@ yaml_text = st.text(alphabet="abN01-:_.~&*!|>{}[],'\"?%@#\n \t=<é", max_size=60
     | yaml_text.map(str.encode)
     | plain.map(lambda value: json.dumps(value).encode())
 )
-@example(b"a: &a [*a]")
-@example(b"a: !!timestamp 2020-99-99")
-@example(b"a: !!int x")
-@example(b"? !!set {a: b}\n: c")
-@example(b"[" * 5_000)
+@example(content=b"a: &a [*a]")
+@example(content=b"a: !!timestamp 2020-99-99")
+@example(content=b"a: !!int x")
+@example(content=b"? !!set {a: b}\n: c")
+@example(content=b"[" * 5_000)
 @often
 def test_run_files(content, tmp_path):
     file = Path(tmp_path) / "x.yaml"

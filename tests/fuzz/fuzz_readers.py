@@ -20,9 +20,9 @@ import atheris
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.pairs", "t2i.plain"]):
-    from t2i.data.pairs import UNREADABLE, open_source, read_picture
+    import made_sources as made
 
-import made_sources as made
+    from t2i.data.pairs import UNREADABLE, open_source, read_picture
 
 
 def pictures(data: bytes) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, read_file
+from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, parquet_errors, read_file
 from t2i.errors import DataError
 from t2i.plain import parse_json
 
@@ -75,10 +75,7 @@ def _rows(metadata: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with parquet_errors(path):
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {error}.") from error

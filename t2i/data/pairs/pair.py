@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
 from t2i.data.hashing import hash_uniform
+from t2i.errors import DataError
 from t2i.plain import is_inside
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -156,6 +158,21 @@ def file_inside(folder: Path, name: str) -> Path | None:
         return folder / name if is_inside(name) and (folder / name).is_file() else None
     except (OSError, ValueError):  # a name that is too long, or none for this file system
         return None
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a broken file into a sentence.
+
+    Raises:
+        DataError: the file is no parquet, or broken.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # of which one is for text that is not UTF-8
+        raise DataError(f"{path} is no parquet file, or broken: {error}.") from error
 
 
 def read_file(path: Path) -> Image.Image:
