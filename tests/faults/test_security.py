@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -65,6 +66,30 @@ def test_weights_that_run_code_are_refused(name, tmp_path, observed):
         read_weights(tmp_path / name if name == "evil.pt" else tmp_path)
     assert not (tmp_path / "ran").exists()
     observed(str(caught.value).replace(str(tmp_path), ""))
+
+
+@pytest.mark.fault(
+    41,
+    "a model folder whose weights run code",
+    injected="os.mkdir in pytorch_model.bin instead of model.safetensors, then in the image tokenizer's .bin",
+    expected="an error, not run",
+)
+@pytest.mark.parametrize(
+    ("whole", "evil"),
+    [
+        ("model.safetensors", "pytorch_model.bin"),
+        ("image_tokenizer/diffusion_pytorch_model.safetensors", "image_tokenizer/diffusion_pytorch_model.bin"),
+    ],
+)
+def test_model_folders_that_run_code_are_refused(whole, evil, model_folder, tmp_path, observed):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / whole).unlink()
+    torch.save({"weight": Evil(tmp_path / "ran")}, folder / evil)
+    with pytest.raises((OSError, pickle.UnpicklingError)) as caught:
+        open_checkpoint(str(folder))
+    assert not (tmp_path / "ran").exists()
+    observed(f"{type(caught.value).__name__}, not run")
 
 
 @pytest.mark.fault(
