@@ -77,12 +77,7 @@ def main() -> None:
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.shards import check_shards, has_image_tokenizer, read_manifest
     from t2i.data.sheet import draw_sheet, show_shards
-    from t2i.data.text_shards import check_text_shards, is_text
 
-    if is_text(read_manifest(folder)):
-        for split, count in check_text_shards(folder).items():
-            print(f"{split}: {count} sequences, all readable and in range")
-        return
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
     if not has_image_tokenizer(read_manifest(folder)):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 
 from t2i.errors import UserError
+from t2i.plain import read_yaml
 
 T = TypeVar("T")
 
@@ -48,15 +48,7 @@ def flags_of(file: Path) -> list[str]:
     Raises:
         UserError: no such file, or no mapping of keys in it.
     """
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"--config {file} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is no YAML: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file} holds {type(values).__name__}; wanted is a mapping of keys.")
-    return flags_of_mapping(values)
+    return flags_of_mapping(read_yaml(file, name=f"--config {file}"))
 
 
 def flags_of_mapping(values: dict[str, Any]) -> list[str]:

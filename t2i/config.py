@@ -62,6 +62,8 @@ class PrepareConfig:
     """Pictures encoded at a time."""
     unit_pairs: int = 512
     """Pairs of one resumable unit of work, which is also one shard file a split; a tar is always one."""
+    max_broken: float = 0.1
+    """Share of pictures that may be broken; with more, nothing is made. They are listed in broken.jsonl."""
     workers: int = 0
     """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 

@@ -1,14 +1,27 @@
-"""What this machine has: versions, compiler, shared memory, disk. `python -m t2i.env` is what a bug report needs."""
+"""What this machine has, and whether a run can start on it. `python -m t2i.env` is what a bug report needs."""
 
 import os
 import platform
 import shutil
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from t2i.errors import CheckpointError, UserError
 
 PACKAGES = ("t2i", "torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "numpy")
 SHARED_MEMORY = Path("/dev/shm")
+
+BUFFER_BYTES = 69_206_024
+"""What DeepSpeed's reduction on CPUs takes of shared memory, a rank."""
+SPARE_BYTES = 2**23
+"""Shared memory for Streaming and loader processes."""
+LEAST_DISK_BYTES = 2**20
+"""Free space of a run's disk without which not even its log can be written; what a checkpoint needs is known later."""
+DEFAULT_PORT = 29500
+"""Where the ranks of a job that `deepspeed` starts find each other."""
 
 
 def extensions_folder() -> Path:
@@ -21,11 +34,105 @@ def operators_built(*names: str) -> bool:
     return all(any(extensions_folder().rglob(f"{name}*.so")) for name in names)
 
 
+def operators_needed(ds_config: dict[str, Any]) -> list[str]:
+    """Name the C++ operators that a run on CPUs loads."""
+    has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam")
+    return ["deepspeed_shm_comm"] if has_torch_adam else ["deepspeed_shm_comm", "fused_adam"]
+
+
 def use_own_tools() -> None:
     """Put this environment's programs first on PATH: torch calls `ninja` by name, and a venv need not be active."""
     own = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
+
+
+def check_machine(ds_config: dict[str, Any], *, run_dir: Path) -> None:
+    """Check what a launched process meets before it is too late for a sentence; once a machine.
+
+    Raises:
+        UserError: the port is taken, shared memory too small, or a compiler missing.
+        CheckpointError: the run's disk is full.
+    """
+    problems = []
+    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        problems.append(port_problem(int(os.environ["MASTER_PORT"])))
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        problems.append(compiler_problem(operators_needed(ds_config)))
+        problems.append(shared_memory_problem(num_ranks=int(os.environ["LOCAL_WORLD_SIZE"])))
+    for problem in filter(None, problems):
+        raise UserError(problem)
+    if problem := disk_problem(run_dir):
+        raise CheckpointError(problem)
+
+
+def port_problem(port: int) -> str:
+    """Say that a port is taken, and name a free one; empty if it is free."""
+    if _is_free(port):
+        return ""
+    other = next((free for free in range(port + 1, min(port + 100, 2**16)) if _is_free(free)), None)
+    advice = f"deepspeed --master_port {other}" if other else "deepspeed --master_port with a free one"
+    return f"port {port}, by which ranks find each other, is taken, mostly by another run here. Start with {advice}."
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # a run that has just ended is no obstacle
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def shared_memory_problem(*, num_ranks: int) -> str:
+    """Say that shared memory is too small for so many ranks on CPUs; empty if it is not."""
+    needed = num_ranks * BUFFER_BYTES + SPARE_BYTES
+    if not SHARED_MEMORY.is_dir() or _free_bytes(SHARED_MEMORY) >= needed:
+        return ""
+    return (
+        f"{SHARED_MEMORY} has {_free_bytes(SHARED_MEMORY) / 1e6:.0f} MB free; {num_ranks} ranks on CPUs need"
+        f" {needed / 1e6:.0f} MB, or the kernel kills them. In Docker give --shm-size 1g, in Kubernetes an emptyDir in"
+        " memory."
+    )
+
+
+def compiler_problem(names: list[str]) -> str:
+    """Say what is missing to build DeepSpeed's C++ operators of these names; empty if nothing, or they are built."""
+    use_own_tools()
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if not missing or operators_built(*names):
+        return ""
+    return (
+        f"{' and '.join(missing)} not found, so DeepSpeed's operators ({', '.join(names)}) cannot be built."
+        " `apt-get install g++` and `pip install ninja` bring them."
+    )
+
+
+def disk_problem(folder: Path) -> str:
+    """Say that the disk of a folder, which need not be there yet, is full; empty if it is not."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = _free_bytes(there)
+    if free >= LEAST_DISK_BYTES:
+        return ""
+    return f"{there} has {free / 1e6:.0f} MB free; a run needs {LEAST_DISK_BYTES / 1e6:.0f} MB at the least."
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def problems_here() -> list[str]:
+    """List what would keep a run of two ranks from starting here; on GPUs some of it does not matter."""
+    found = [
+        port_problem(int(os.environ.get("MASTER_PORT", DEFAULT_PORT))),
+        compiler_problem(operators_needed({})),
+        shared_memory_problem(num_ranks=2),
+        disk_problem(Path()),
+    ]
+    return [problem for problem in found if problem]
 
 
 def describe() -> dict[str, str]:
@@ -34,6 +141,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": str(os.cpu_count()),
+        "accelerators": _accelerators(),
     }
     for name in PACKAGES:
         try:
@@ -42,13 +150,24 @@ def describe() -> dict[str, str]:
             facts[name] = "not installed"
     use_own_tools()
     for tool in ("g++", "ninja"):
-        facts[tool] = shutil.which(tool) or "not found: DeepSpeed's operators cannot be built"
+        facts[tool] = shutil.which(tool) or "not found"
     facts["operators"] = str(extensions_folder())
     for label, folder in (("shared memory", SHARED_MEMORY), ("disk here", Path())):
-        facts[label] = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free" if folder.exists() else "none"
+        facts[label] = f"{_free_bytes(folder) / 1e9:.1f} GB free" if folder.exists() else "none"
     return facts
+
+
+def _accelerators() -> str:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # as a broken installation does
+        return f"torch cannot be imported: {error}"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(names) or "none"
 
 
 if __name__ == "__main__":
     for key, value in describe().items():
         print(f"{key:20s} {value}")
+    for text in problems_here() or ["none"]:
+        print(f"{'problem':20s} {text}")

@@ -80,6 +80,50 @@ def write_tar(path, members):
             tar.addfile(entry, io.BytesIO(data))
 
 
+def small_picture(kind, mode):
+    """A picture of few bytes, with EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture(1).resize((9, 6)).convert(mode).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+def small_tars():
+    """A tar of one pair in each of three formats, with a name that needs their extensions, by format."""
+    tars = {}
+    for name, kind in (
+        ("ustar", tarfile.USTAR_FORMAT),
+        ("gnu", tarfile.GNU_FORMAT),
+        ("pax", tarfile.PAX_FORMAT),
+    ):
+        stem = "a" if name == "ustar" else "é" * 60
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+            facts = {"caption": "json says", "similarity": 0.5}
+            contents = {
+                "png": small_picture("PNG", "L"),
+                "txt": b"a caption",
+                "json": json.dumps(facts).encode(),
+            }
+            for suffix, content in contents.items():
+                entry = tarfile.TarInfo(f"{stem}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        tars[name] = buffer.getvalue()[: tar.offset]
+    return tars
+
+
+def resealed(content):
+    """Make the checksums of a damaged tar's headers right again, so that its fields are read."""
+    content = bytearray(content)
+    for start in range(0, len(content) - 511, 512):
+        block = content[start : start + 512]
+        if block[257:262] == b"ustar":
+            content[start + 148 : start + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(content)
+
+
 def tar_members(indexes, kind="png"):
     for index in indexes:
         facts = {"caption": f"json says {index}", "similarity": index / NUM_PICTURES, "width": 90}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.shards import read_manifest
-from t2i.errors import UserError
+from t2i.data.integrity import LookAhead
+from t2i.data.shards import check_sample, read_manifest
+from t2i.data.stream import VerifiedStream
+from t2i.errors import DataError, UserError
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -52,9 +55,7 @@ class SequenceDataset(StreamingDataset):
         tokenizer: TextTokenizer,
     ) -> None:
         super().__init__(
-            local=str(config.shards / "train"),
-            remote=f"{config.remote.rstrip('/')}/train" if config.remote else None,
-            validate_hash="xxh64" if config.remote else None,
+            streams=[VerifiedStream(config.shards, remote=config.remote)],
             cache_limit=config.cache_limit,
             epoch_size=epoch_size,
             batch_size=num_sequences,
@@ -64,10 +65,35 @@ class SequenceDataset(StreamingDataset):
         )
         self.config, self.layout, self.seed = config, layout, seed
         self.tokenizer = tokenizer_to_apply(config, tokenizer=tokenizer)
+        self.manifest = read_manifest(config.shards)
+        self.failure: BaseException | None = None
+
+    def on_exception(self, future: "Future[Any]") -> None:
+        """Keep what ended a thread that prepares shards; Streaming would end the epoch and log a traceback."""
+        self.failure = future.exception() or self.failure
+        if self.failure:
+            self._event.set()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this process's samples of the next epoch.
+
+        Raises:
+            DataError: a shard is not what was prepared.
+        """
+        try:
+            yield from super().__iter__()
+        finally:
+            if self.failure:
+                raise self.failure
 
     def __getitem__(self, at: Any) -> dict[str, Any]:
-        """Read one sample as input_ids (S,) and its key."""
+        """Read one sample as input_ids (S,) and its key.
+
+        Raises:
+            DataError: it is none that the manifest allows.
+        """
         sample = super().__getitem__(at)
+        check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
         epoch = self.next_epoch - 1
         if "codes" not in sample:  # text shards hold whole sequences
             return {
@@ -105,7 +131,12 @@ class StepLoader:
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
-        num_samples = read_manifest(config.shards)["counts"]["train"]
+        if config.cache_limit and not config.remote:
+            raise UserError(
+                f"data.cache_limit is {config.cache_limit}, but data.remote is empty: there is nothing to bring a"
+                " shard from again that left the cache."
+            )
+        num_samples = read_manifest(config.shards)["counts"].get("train", 0)
         if num_samples < global_batch:
             raise UserError(
                 f"{config.shards} has {num_samples} training pairs; one step takes {global_batch}"
@@ -131,12 +162,25 @@ class StepLoader:
             drop_last=True,
             persistent_workers=config.num_workers > 0,
         )
+        self.folder = config.shards
+        self.look_aheads: list[LookAhead] = []
         self.position: dict[str, Any] | None = None
 
+    def look_ahead(self) -> None:
+        """Hash all shards in a thread, on one rank; what it finds ends the iteration."""
+        self.look_aheads.append(LookAhead(self.folder, manifest=read_manifest(self.folder)))
+        self.look_aheads[-1].start()
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield input_ids (B, S) and keys for ever, epoch after epoch."""
+        """Yield input_ids (B, S) and keys for ever, epoch after epoch.
+
+        Raises:
+            DataError: a shard or a sample is not what was prepared.
+        """
         while True:
-            for batch in self.loader:
+            for batch in _sentences(self.loader):
+                for thread in self.look_aheads:
+                    thread.check()
                 self.position = self.loader.state_dict()
                 yield batch
 
@@ -160,8 +204,19 @@ def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
     """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
     try:
         return SequenceDataset(config, **settings)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"data.shards {config.shards} cannot be read: {error}") from error
+
+
+def _sentences(loader: StreamingDataLoader) -> Iterator[dict[str, Any]]:
+    """Pass batches on; of a loader process's error keep the sentence, which torch puts below a traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        raise DataError(sentence) from error
 
 
 def stack_sequences(

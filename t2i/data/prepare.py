@@ -8,6 +8,7 @@ the shards.
 import json
 import logging
 import shutil
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -199,6 +200,7 @@ def _finish(
             f" left out; see {part / 'units'}."
         )
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
+    _check_broken(merged, part=part, config=encoder.config)
     text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
     image_facts = _image_facts(part, source, encoder)
     num_pictures = FLOOR_CODES // image_facts["codes_per_image"]
@@ -230,6 +232,19 @@ def _finish(
     }
     write_json(part / MANIFEST, manifest)
     return merged
+
+
+def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
+    """Refuse a source of which so much is broken that something else must be wrong with it."""
+    num_views = merged.counts["train"] - merged.counts["train"] // config.views
+    num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total() - num_views
+    if num_broken > config.max_broken * num_pairs:
+        usual = Counter(entry["reason"].split(":")[0] for entry in merged.broken).most_common(3)
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in usual)
+        raise DataError(
+            f"{num_broken} pictures of {num_pairs} are broken ({reasons}; listed in {part / BROKEN}); wanted is at"
+            f" most {config.max_broken:.0%}. A larger --max-broken goes on from here."
+        )
 
 
 def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:

@@ -5,18 +5,24 @@ A shard folder holds train/, heldout/ and combinations/ (MosaicML Streaming's MD
 roundtrip.safetensors with reconstructions.png (eight pictures, their codes and what the tokenizer makes of them).
 """
 
-import json
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import xxhash
-from streaming.base.format import reader_from_json
 from tqdm import tqdm
 
+from t2i.data.integrity import (
+    check_file,
+    check_listing,
+    file_hash,
+    read_index,
+    read_sample,
+    remake_advice,
+)
 from t2i.data.remote import fetch
 from t2i.errors import DataError
+from t2i.plain import check_keys, is_inside, read_json
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 
 FORMAT_VERSION = 2
@@ -24,27 +30,66 @@ MANIFEST, BROKEN, RECONSTRUCTIONS = "manifest.json", "broken.jsonl", "reconstruc
 IMAGE_TOKENIZER, TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer"
 """Folders of the tokenizers that made the shards."""
 
+KEYS = {
+    "source": str,
+    "heldout_share": (int, float),
+    "counts": dict,
+    "files": dict,
+    "arguments": dict,
+    "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
+}
+"""Of every manifest; those of pictures and of text have more."""
+PICTURE_KEYS = {
+    "image_size": int,
+    "codes_per_image": int,
+    "codebook_size": int,
+    "floors_nats": dict,
+    "image_tokenizer": {"name": str, "fingerprint": str},
+}
+TEXT_KEYS = {"sequence_tokens": int, "floors_nats": dict}
+SPLITS = ("train", "heldout", "combinations")
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a shard folder's manifest.
 
     Raises:
-        DataError: there is none, or another format.
+        DataError: there is none, another format, or one that prepare.py does not write.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is no shard folder: it has no {MANIFEST}. launchers/prepare.py makes one.")
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    return _read_manifest_file(folder / MANIFEST)
+
+
+def _read_manifest_file(path: Path) -> dict[str, Any]:
+    manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}."
+            f"{path} has format {manifest.get('format_version')!r:.80}; this version reads {FORMAT_VERSION}."
             " Prepare the source again."
         )
+    kind = TEXT_KEYS if "sequence_tokens" in manifest else PICTURE_KEYS
+    check_keys(manifest, KEYS | kind, where=path)
+    _check_names(manifest, where=path)
     return manifest
 
 
+def _check_names(manifest: dict[str, Any], *, where: Path) -> None:
+    """Check splits, counts and names of files, which are used as paths."""
+    for split, count in manifest["counts"].items():
+        if split not in SPLITS or not isinstance(count, int) or count < 1:
+            raise DataError(
+                f"{where}: counts say {split!r:.80} {count!r:.80}; wanted are {', '.join(SPLITS)}."
+            )
+    for name, digest in manifest["files"].items():
+        if not is_inside(name) or not isinstance(digest, str):
+            raise DataError(
+                f"{where}: files name {name!r:.80}, which is no file of the folder with its hash."
+            )
+
+
 def fetch_shards(folder: Path, *, remote: str) -> None:
-    """Bring the manifest and the files beside the shards from `remote`; shards follow as they are read.
+    """Bring the manifest, the indexes and the files beside the shards from `remote`; shards follow as they are read.
 
     Raises:
         DataError: a file is not there or arrives broken, or `folder` holds other shards.
@@ -55,11 +100,11 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
         raise DataError(
             f"data.shards {folder} caches other shards than {remote} holds now; choose another folder."
         )
-    for name, wanted in json.loads(new.read_text())["files"].items():
-        found = file_hash(fetch(remote, folder, name))
-        if found != wanted:
-            (folder / name).unlink()
-            raise DataError(f"{remote}/{name} arrived with the hash {found}; the manifest says {wanted}.")
+    manifest = _read_manifest_file(new)
+    for name, wanted in manifest["files"].items():
+        fetch(remote, folder, name, wanted=wanted)
+    for split in manifest["counts"]:
+        fetch(remote, folder, f"{split}/index.json")
     new.replace(folder / MANIFEST)
 
 
@@ -71,24 +116,34 @@ def read_split(
     Args:
         num_samples: read so many, evenly spread; None for all.
         remote: where shards come from that `folder` does not have yet.
+
+    Raises:
+        DataError: a shard that is missing or is not as it was made; nothing is read from it.
     """
-    if remote and split in read_manifest(folder)["counts"]:
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    is_wanted = manifest is not None and split in manifest["counts"]
+    if remote and is_wanted:
         fetch(remote, folder, f"{split}/index.json")
-    index = folder / split / "index.json"
-    if not index.is_file():
+    if not is_wanted and not (folder / split / "index.json").is_file():
         return
-    readers = [
-        reader_from_json(str(folder), split, shard) for shard in json.loads(index.read_text())["shards"]
-    ]
-    ends = list(accumulate(reader.samples for reader in readers))
+    advice = remake_advice(folder, manifest) if manifest else ""
+    shards = read_index(folder, split)
+    ends = list(accumulate(len(shard.reader) for shard in shards))
+    if not ends:
+        return
     step = 1 if num_samples is None else max(1, ends[-1] // num_samples)
-    at = 0
+    at, hashed = 0, -1
     for place in range(0, ends[-1], step)[:num_samples]:
         while place >= ends[at]:
             at += 1
-        if remote:
-            fetch(remote, folder, f"{split}/{readers[at].raw_data.basename}")
-        yield readers[at][place - ends[at]]
+        shard = shards[at]
+        if hashed != at:
+            if remote:
+                fetch(remote, folder, shard.name, wanted=shard.xxh64)
+            else:
+                check_file(folder, shard.name, wanted=shard.xxh64, advice=advice)
+            hashed = at
+        yield read_sample(shard, place - ends[at])
 
 
 def has_image_tokenizer(manifest: dict[str, Any]) -> bool:
@@ -116,50 +171,42 @@ def check_shards(folder: Path) -> dict[str, int]:
         DataError: a hash, a count or a range that the manifest or an index does not tell of.
     """
     manifest = read_manifest(folder)
-    for name, wanted in {**manifest["files"], **_shard_hashes(folder, manifest)}.items():
-        if not (folder / name).is_file() or file_hash(folder / name) != wanted:
-            raise DataError(f"{folder / name} is missing or has changed since it was made; prepare again.")
-    counts = {}
-    for split, wanted in manifest["counts"].items():
-        samples = tqdm(read_split(folder, split), total=wanted, unit="sample", desc=split)
-        counts[split] = sum(1 for sample in samples if _in_range(sample, folder, manifest))
-        if counts[split] != wanted:
-            raise DataError(f"{folder / split} has {counts[split]} samples; the manifest says {wanted}.")
-    return counts
+    check_listing(folder, manifest)
+    for split, count in manifest["counts"].items():
+        for sample in tqdm(read_split(folder, split), total=count, unit="sample", desc=split):
+            check_sample(sample, manifest=manifest, where=folder / split)
+    return dict(manifest["counts"])
 
 
-def file_hash(path: Path) -> str:
-    """Hash a file's bytes (xxh64, hex)."""
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def check_sample(sample: dict[str, Any], *, manifest: dict[str, Any], where: Path) -> None:
+    """Hold one sample's numbers against the manifest: how many codes or ids, and from what range.
+
+    Raises:
+        DataError: with the sample's key, what was found and what is allowed.
+    """
+    key, num_tokens = sample["key"], manifest["text_tokenizer"]["num_tokens"]
+    _check_range("caption ids", sample["caption_ids"], num_tokens, where=where, key=key)
+    if "sequence_tokens" in manifest:
+        _check_length("ids", sample["caption_ids"], manifest["sequence_tokens"], where=where, key=key)
+        return
+    if "caption" not in sample:
+        raise DataError(f"{where}: sample {key} has no caption.")
+    _check_length("codes", sample.get("codes", ()), manifest["codes_per_image"], where=where, key=key)
+    _check_range("codes", sample["codes"], manifest["codebook_size"], where=where, key=key)
+
+
+def _check_range(kind: str, values: Any, end: int, *, where: Path, key: str) -> None:
+    if len(values) and values.max() >= end:
+        raise DataError(f"{where}: sample {key} has {kind} up to {values.max()}; allowed are 0 to {end - 1}.")
+
+
+def _check_length(kind: str, values: Any, wanted: int, *, where: Path, key: str) -> None:
+    if len(values) != wanted:
+        raise DataError(f"{where}: sample {key} has {len(values)} {kind}; wanted are {wanted}.")
 
 
 def side_files(folder: Path) -> dict[str, str]:
-    """Hash the files beside the shards that training reads: the round trip and the tokenizers."""
-    found = [folder / ROUND_TRIP, *folder.glob(f"{IMAGE_TOKENIZER}/*"), *folder.glob(f"{TEXT_TOKENIZER}/*")]
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(found) if path.is_file()}
-
-
-def _shard_hashes(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Read the indexes' hashes, by file."""
-    shards = [
-        (split, shard["raw_data"])
-        for split in manifest["counts"]
-        for shard in json.loads((folder / split / "index.json").read_text())["shards"]
-    ]
-    return {f"{split}/{data['basename']}": data["hashes"]["xxh64"] for split, data in shards}
-
-
-def _in_range(sample: dict[str, Any], folder: Path, manifest: dict[str, Any]) -> bool:
-    num_tokens = manifest["text_tokenizer"]["num_tokens"]
-    if (
-        sample["codes"].max() >= manifest["codebook_size"]
-        or len(sample["codes"]) != manifest["codes_per_image"]
-    ):
-        raise DataError(f"{folder}: sample {sample['key']} has codes that its tokenizer cannot make.")
-    if len(sample["caption_ids"]) and sample["caption_ids"].max() >= num_tokens:
-        raise DataError(f"{folder}: sample {sample['key']} has caption ids from {num_tokens} on.")
-    return True
+    """Hash what training reads beside the shards: indexes, the round trip and the tokenizers."""
+    patterns = ("*/index.json", ROUND_TRIP, f"{IMAGE_TOKENIZER}/*", f"{TEXT_TOKENIZER}/*")
+    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(found)}

@@ -142,28 +142,6 @@ def check_text_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: T
         )
 
 
-def check_text_shards(folder: Path) -> dict[str, int]:
-    """Read every sequence; return the number of each split.
-
-    Raises:
-        DataError: a count, a length or an id that the manifest does not tell of.
-    """
-    manifest = read_manifest(folder)
-    counts = {}
-    for split, wanted in manifest["counts"].items():
-        sequences = [sample["caption_ids"] for sample in read_split(folder, split)]
-        counts[split] = len(sequences)
-        if counts[split] != wanted:
-            raise DataError(f"{folder / split} has {counts[split]} sequences; the manifest says {wanted}.")
-        if any(len(ids) != manifest["sequence_tokens"] for ids in sequences):
-            raise DataError(
-                f"{folder / split} has a sequence that is not {manifest['sequence_tokens']} long."
-            )
-        if max(int(ids.max()) for ids in sequences) >= manifest["text_tokenizer"]["num_tokens"]:
-            raise DataError(f"{folder / split} has ids that its tokenizer cannot make.")
-    return counts
-
-
 def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
     """Score each split with a uniform, a unigram and a bigram model counted on train, in nats a token."""
     ids = {}

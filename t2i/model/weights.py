@@ -3,19 +3,18 @@
 Source: the checkpoints and json files of https://github.com/mlfoundations/open_lm.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from t2i.errors import CheckpointError, UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import ROTARY_BASE, OpenLMForCausalLM
+from t2i.plain import read_json, read_yaml
 from t2i.released import check_fit, plain_names
 
 SIZES = {
@@ -79,12 +78,8 @@ def read_config(name: str) -> OpenLMConfig:
     file = Path(name)
     if not file.is_file():
         raise UserError(f"--config {name} is no file, and none of {', '.join(CONFIGS)}.")
-    try:
-        values = (json.loads if file.suffix == ".json" else yaml.safe_load)(file.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {file} is neither json nor YAML: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {file} holds {type(values).__name__}; wanted is a mapping of keys.")
+    is_json = file.suffix == ".json"
+    values = read_json(file, error=UserError) if is_json else read_yaml(file, name=f"--config {file}")
     return config_of(values, source=name)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from t2i.errors import CheckpointError
+from t2i.plain import check_keys, is_inside, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is broken.
     """
     path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from error
+    manifest = read_json(path, error=CheckpointError)
+    check_keys(manifest, {"step": int, "files": dict}, where=path, error=CheckpointError)
+    for name, wanted in manifest["files"].items():
+        if not is_inside(name) or not isinstance(wanted, dict):
+            raise CheckpointError(f"{path}: files name {name!r:.80}, which is no file of a checkpoint.")
+        check_keys(wanted, {"bytes": int, "xxh64": str}, where=f"{path}: {name}", error=CheckpointError)
     return manifest
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
 from t2i.cli import flags_of_mapping
 from t2i.config import RunConfig
 from t2i.errors import UserError
+from t2i.plain import read_yaml
 
 TRAIN = "launchers/train.py"
 
@@ -93,14 +93,7 @@ def read_study(file: Path) -> Study:
     Raises:
         UserError: no YAML, an unknown key, or settings that a run does not have.
     """
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is no YAML: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds {type(values).__name__}; wanted is a mapping of keys.")
+    values = read_yaml(file, name=str(file))
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
     study: Study = _made(Study, {**values, "file": file}, file)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from t2i.env import extensions_folder, operators_built, use_own_tools
+from t2i.env import extensions_folder, operators_built, operators_needed, use_own_tools
 from t2i.errors import EXPECTED, CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,7 @@ def warn_of_building(ds_config: dict[str, Any]) -> None:
 
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
         return
-    names = ["deepspeed_shm_comm"]
-    if not ds_config.get("optimizer", {}).get("params", {}).get("torch_adam"):
-        names.append("fused_adam")
+    names = operators_needed(ds_config)
     if not operators_built(*names):
         logger.warning(
             "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",

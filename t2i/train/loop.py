@@ -28,6 +28,7 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import METRICS, write_status
+from t2i.runs.trust import check_owner, check_plain, only_plain_values
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
@@ -292,7 +293,11 @@ class Trainer:
                 f"{run_dir} was begun with other shards than {self.config.data.shards} holds now: its"
                 f" {DATA_MANIFEST} differs. Choose another --run-dir."
             )
-        return checkpoints.choose(run_dir)
+        folder = checkpoints.choose(run_dir)
+        if folder is not None:
+            check_owner(folder)
+            check_plain(folder / "engine")
+        return folder
 
     def _load(self, folder: Path) -> None:
         manifest = checkpoints.read_manifest(folder)
@@ -301,7 +306,8 @@ class Trainer:
             raise CheckpointError(
                 f"{folder} was made by {found} ranks; this run has {wanted}. Use {found} again."
             )
-        loaded, client_state = self.engine.load_checkpoint(str(folder), tag="engine")
+        with only_plain_values(folder / "engine"):
+            loaded, client_state = self.engine.load_checkpoint(str(folder), tag="engine")
         if loaded is None:
             raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")
         restore_random_states(client_state)

@@ -16,6 +16,7 @@ from t2i.config import (
     RunConfig,
     TrainConfig,
 )
+from t2i.env import check_machine
 from t2i.errors import EXPECTED, UserError
 from t2i.train.launch import (
     is_first_on_node,
@@ -41,11 +42,15 @@ def train(config: RunConfig, *, ds_config_path: Path) -> None:
     # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
     import torch.distributed as dist
 
+    from t2i.data.shm import sweep
     from t2i.runs.folder import open_run
     from t2i.train.engine import global_batch, read_ds_config
 
     check_numbers(config.train)
     ds_config = read_ds_config(ds_config_path)
+    if is_first_on_node() and not dist.is_initialized():
+        sweep()
+        check_machine(ds_config, run_dir=config.run_dir)
     warn_of_building(ds_config)
     start_processes()
     world_size = dist.get_world_size()
@@ -79,6 +84,7 @@ def check_numbers(config: TrainConfig) -> None:
 def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
+    from t2i.data.integrity import check_listing
     from t2i.data.loader import StepLoader
     from t2i.data.shards import (
         IMAGE_TOKENIZER,
@@ -100,6 +106,8 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
 
     data, world_size = config.data, dist.get_world_size()
     manifest = manifest_of(data)
+    if not data.remote:
+        on_first_rank(lambda: check_listing(data.shards, manifest))
     config = with_found_start(config)
     text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
     image_tokenizer = None
@@ -121,6 +129,8 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         seed=config.train.seed,
         tokenizer=text_tokenizer,
     )
+    if dist.get_rank() == 0 and not data.remote:
+        loader.look_ahead()
     per_rank = num_sequences // world_size
     warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
     engine = make_engine(

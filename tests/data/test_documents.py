@@ -7,8 +7,8 @@ import pytest
 from t2i.config import ASSETS, DataConfig
 from t2i.data import documents
 from t2i.data.documents import open_documents, prose
-from t2i.data.shards import read_manifest, read_split
-from t2i.data.text_shards import check_text_shards, check_text_use, is_text, prepare_text
+from t2i.data.shards import check_shards, read_manifest, read_split
+from t2i.data.text_shards import check_text_use, is_text, prepare_text
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer, documentation_strings
 
@@ -79,12 +79,12 @@ def test_the_same_documents_give_the_same_hash_and_others_another(prepared, fold
 
 
 def test_checks_count_and_read_everything(prepared, tokenizer):
-    counts = check_text_shards(prepared)
+    counts = check_shards(prepared)
     assert counts == read_manifest(prepared)["counts"]
     manifest = json.loads((prepared / "manifest.json").read_text())
     (prepared / "manifest.json").write_text(json.dumps({**manifest, "sequence_tokens": 15}))
-    with pytest.raises(DataError, match="a sequence that is not 15 long"):
-        check_text_shards(prepared)
+    with pytest.raises(DataError, match="has 16 ids; wanted are 15"):
+        check_shards(prepared)
     (prepared / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -156,7 +156,8 @@ def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
         min_side=32, max_aspect=3.0, min_caption=2, max_caption=200, score_key="similarity", min_score=0.25
     )
     source = open_source(f"{folder}/0.tar", config=reading)
-    manifest = prepare(source, out=tmp_path / "shards", config=CONFIG, **tokenizers)
+    config = replace(CONFIG, max_broken=0.2)
+    manifest = prepare(source, out=tmp_path / "shards", config=config, **tokenizers)
     assert manifest["left_out"] == {
         "a caption below 2 characters": 1,
         "a caption over 200 characters": 1,

@@ -1,14 +1,15 @@
 """COCO as it is unpacked: annotations/captions_*.json and the picture folders."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from t2i.data.pairs.pair import Entry, read_file
+from t2i.data.pairs.pair import Entry, file_inside, read_file
 from t2i.errors import DataError
+from t2i.plain import Kind, check_keys, is_inside, read_json
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
     for name in files:
         content = read_captions(folder, name)
         for picture_id, path in content.pictures.items():
-            if not path.is_file():
+            if file_inside(path.parent, path.name) is None:
                 left_out["annotations name a picture that is not in its folder"] += 1
                 continue
             for number, caption in enumerate(content.captions.get(picture_id, [])):
@@ -64,20 +65,32 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     """
     file = folder / "annotations" / f"captions_{name}.json"
     home = _picture_folder(folder, name)
-    try:
-        content = json.loads(file.read_text())
-        pictures = {int(image["id"]): home / image["file_name"] for image in content["images"]}
-        captions: dict[int, list[Caption]] = {}
-        for row in sorted(content["annotations"], key=lambda row: row["id"]):
-            pictures[row["image_id"]]  # a caption of no picture is an error
-            text = " ".join(row["caption"].split())
-            captions.setdefault(row["image_id"], []).append(Caption(row["id"], row["image_id"], text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} is not COCO's: wanted images (id, file_name) and annotations (id, image_id, caption);"
-            f" found {type(error).__name__} {error}."
-        ) from error
+    content = read_json(file)
+    check_keys(content, {"images": list, "annotations": list}, where=file)
+    pictures: dict[int, Path] = {}
+    for image in content["images"]:
+        _check_entry(image, {"id": int, "file_name": str}, where=f"{file}: images")
+        if not is_inside(image["file_name"]):
+            raise DataError(f"{file} names {image['file_name']!r:.80}, which is no file of {home}.")
+        pictures[image["id"]] = home / image["file_name"]
+    captions: dict[int, list[Caption]] = {}
+    for note in content["annotations"]:
+        _check_entry(note, {"id": int, "image_id": int, "caption": str}, where=f"{file}: annotations")
+        if note["image_id"] not in pictures:
+            raise DataError(
+                f"{file}: caption {note['id']} is of picture {note['image_id']}, which is not listed."
+            )
+        text = " ".join(note["caption"].split())
+        captions.setdefault(note["image_id"], []).append(Caption(note["id"], note["image_id"], text))
+    for of_picture in captions.values():
+        of_picture.sort(key=lambda caption: caption.caption_id)
     return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
+
+
+def _check_entry(entry: Any, wanted: dict[str, Kind], *, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} hold {entry!r:.80}; wanted is an object of keys.")
+    check_keys(entry, wanted, where=where)
 
 
 def caption_files(folder: Path) -> dict[str, Path]:

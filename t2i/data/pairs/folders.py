@@ -1,14 +1,17 @@
 """Folders of pictures: .txt captions beside them, or Hugging Face's imagefolder metadata."""
 
+import csv
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, read_file
+from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, parquet_errors, read_file
 from t2i.errors import DataError
+from t2i.plain import parse_json
 
-METADATA_KINDS = {"metadata.jsonl": "json", "metadata.csv": "csv", "metadata.parquet": "parquet"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
 
 
@@ -25,28 +28,54 @@ def read_text_folder(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]
 
 def find_metadata(folder: Path) -> Path | None:
     """Look for imagefolder's metadata; None if the folder has none."""
-    return next((folder / name for name in METADATA_KINDS if (folder / name).is_file()), None)
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: str) -> Iterator[Entry]:
     """Read rows of file_name and a caption (text, caption, or caption_key), in order of file_name.
 
     Raises:
-        DataError: a column is missing.
+        DataError: the metadata is broken, or a column is missing.
     """
-    from datasets import load_dataset
-
     folder = metadata.parent
-    rows = load_dataset(METADATA_KINDS[metadata.name], data_files=str(metadata), split="train")
+    rows = list(_rows(metadata))
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     candidates = (caption_key,) if caption_key else CAPTION_COLUMNS
-    column = next((name for name in candidates if name in rows.column_names), None)
-    if column is None or "file_name" not in rows.column_names:
+    column = next((name for name in candidates if name in columns), None)
+    if column is None or "file_name" not in columns:
         wanted = f"file_name and one of {', '.join(candidates)}"
-        raise DataError(f"{metadata} has the columns {', '.join(rows.column_names)}; wanted are {wanted}.")
-    for row in sorted(rows, key=lambda row: str(row["file_name"])):
-        name = str(row["file_name"])
-        inside = (folder / name).resolve().is_relative_to(folder.resolve())
-        if not inside or not (folder / name).is_file():
+        raise DataError(f"{metadata} has the columns {', '.join(columns)}; wanted are {wanted}.")
+    for row in sorted(rows, key=lambda row: str(row.get("file_name"))):
+        path = file_inside(folder, str(row.get("file_name")))
+        if path is None:
             left_out["metadata names a file that is not in the folder"] += 1
             continue
-        yield Entry(name, row[column], partial(read_file, folder / name), facts=row)
+        yield Entry(str(row["file_name"]), row.get(column), partial(read_file, path), facts=row)
+
+
+def _rows(metadata: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a metadata file.
+
+    Raises:
+        DataError: a line that is no JSON object, a table that cannot be read.
+    """
+    if metadata.suffix == ".parquet":
+        yield from _table(metadata)
+        return
+    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        if metadata.suffix == ".csv":
+            try:
+                yield from csv.DictReader(file)
+            except csv.Error as error:
+                raise DataError(f"{metadata} is no table of comma-separated values: {error}.") from error
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield parse_json(line, where=f"{metadata}: line {number}")
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with parquet_errors(path):
+        return pq.read_table(path).to_pylist()

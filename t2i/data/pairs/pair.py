@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,22 +16,29 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
 from t2i.data.hashing import hash_uniform
+from t2i.errors import DataError
+from t2i.plain import is_inside
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger pictures are refused as decompression bombs."""
 
-UNREADABLE = (
-    OSError,
-    ValueError,
+UNREADABLE = (OSError, ValueError)
+"""What reading a broken picture may raise."""
+PILLOWS_OWN = (
     SyntaxError,
     EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What reading a broken picture may raise; Pillow's decoders have no common error."""
+"""What Pillow's decoders raise beside UNREADABLE for some broken files: they have no common error."""
 
 LISTED_UNIT = 512
 """Pairs read at a time where all of them are listed."""
@@ -129,7 +137,7 @@ def sift(left_out: Counter[str], *, read: Read, heldout_share: float, config: So
         if reason:
             left_out[reason] += 1
             continue
-        key = str(entry.facts[config.pair_key]) if config.pair_key else entry.key
+        key = encodable(str(entry.facts[config.pair_key]) if config.pair_key else entry.key)
         is_heldout = hash_uniform(entry.group or key) < heldout_share
         has_limits = config.min_side > 0 or config.max_aspect > 0
         yield Pair(
@@ -144,7 +152,12 @@ def sift(left_out: Counter[str], *, read: Read, heldout_share: float, config: So
 def caption_text(value: Any) -> str:
     """Write a caption in one line: of a list the first, of nothing the empty text."""
     first = (value[0] if value else "") if isinstance(value, list | tuple) else value
-    return " ".join(str(first or "").replace("\x00", "").split())
+    return " ".join(encodable(str(first or "")).replace("\x00", "").split())
+
+
+def encodable(text: str) -> str:
+    """Write out what UTF-8 cannot hold: half a pair of JSON's \\u escapes, or bytes of a file name in another code."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def open_within(read: Callable[[], Image.Image], *, config: SourceConfig) -> Image.Image:
@@ -162,6 +175,29 @@ def open_within(read: Callable[[], Image.Image], *, config: SourceConfig) -> Ima
     return image
 
 
+def file_inside(folder: Path, name: str) -> Path | None:
+    """Find a file by the name that a list gives it; None if there is none, or it lies outside the folder."""
+    try:
+        return folder / name if is_inside(name) and (folder / name).is_file() else None
+    except (OSError, ValueError):  # a name that is too long, or none for this file system
+        return None
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises for a broken file into a sentence.
+
+    Raises:
+        DataError: the file is no parquet, or broken.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # of which one is for text that is not UTF-8
+        raise DataError(f"{path} is no parquet file, or broken: {error}.") from error
+
+
 def read_file(path: Path) -> Image.Image:
     """Read a picture file as RGB."""
     return read_picture(path.read_bytes())
@@ -171,13 +207,19 @@ def read_picture(data: bytes) -> Image.Image:
     """Decode JPEG, PNG or WebP bytes to RGB: EXIF rotation applied, transparency on white, first frame.
 
     Raises:
-        ValueError: more than MAX_IMAGE_PIXELS pixels.
+        ValueError: more than MAX_IMAGE_PIXELS pixels, or broken bytes.
         OSError: another format, or broken bytes.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        return _decode(data)
     except UnidentifiedImageError as error:  # whose own text holds an address in memory
         raise UnidentifiedImageError("cannot identify JPEG, PNG or WebP") from error
+    except PILLOWS_OWN as error:
+        raise ValueError(f"a broken picture ({type(error).__name__}: {error})") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_IMAGE_PIXELS}")
     image = ImageOps.exif_transpose(image)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.pairs.folders import CAPTION_COLUMNS
-from t2i.data.pairs.pair import Entry, Read, read_picture
+from t2i.data.pairs.pair import Entry, Read, parquet_errors, read_picture
 from t2i.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
@@ -49,9 +49,11 @@ def read_rows(
     import pyarrow.parquet as pq
 
     small = [name for role, name in columns.items() if role != "image"]
-    file = pq.ParquetFile(path)
+    with parquet_errors(path):
+        file = pq.ParquetFile(path)
     for group in groups:
-        rows = file.read_row_group(group, columns=small, use_threads=False).to_pylist()
+        with parquet_errors(path):
+            rows = file.read_row_group(group, columns=small, use_threads=False).to_pylist()
         for place, row in enumerate(rows):
             key, at = row.get(KEY_COLUMN), f"{path.stem}/{group}/{place}"
             picture = partial(read_cell, path, group, place, columns["image"])
@@ -106,13 +108,10 @@ def _columns(path: Path, names: list[str], config: SourceConfig) -> dict[str, st
 
 
 def _footer(path: Path) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with parquet_errors(path):
         return pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {error}.") from error
 
 
 @lru_cache(maxsize=2)
@@ -120,4 +119,5 @@ def _pictures(path: Path, group: int, column: str) -> Any:
     """Read one row group's pictures as an Arrow column."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)
+    with parquet_errors(path):
+        return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)

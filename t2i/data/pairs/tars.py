@@ -3,8 +3,8 @@
 A tar is one unit. Listing reads its headers only; a picture is read from its offset when it is opened.
 """
 
+import io
 import itertools
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -17,11 +17,29 @@ from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, Read, read_picture
+from t2i.errors import DataError
+from t2i.plain import parse_json
 
 logger = logging.getLogger(__name__)
 
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 2**27, 2**20
 """Larger members are left out unread."""
+BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError)
+"""What tarfile raises for headers that are nonsense."""
+
+
+class ListedFile(io.FileIO):
+    """A tar that is read in small pieces only: a header may claim a name of gigabytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read so many bytes.
+
+        Raises:
+            tarfile.ReadError: more than any header or text has.
+        """
+        if size is None or not 0 <= size <= MAX_TEXT_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return super().read(size)
 
 
 def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceConfig) -> list[Read]:
@@ -44,7 +62,7 @@ def read_tar(left_out: Counter[str], *, path: Path, config: SourceConfig) -> Ite
     """List the pictures of one tar in its order, with keys FOLDER/TAR/KEY; of a broken tar, what is whole of it."""
     prefix = f"{path.parent.absolute().name}/{path.stem}"
     try:
-        with tarfile.open(path, "r:") as tar:
+        with ListedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for key, members in itertools.groupby(_plain_members(tar), key=lambda member: _split(member)[0]):
                 parts = {_split(member)[1]: member for member in members}
                 entry = _entry(tar, path, f"{prefix}/{key}", parts, config)
@@ -52,7 +70,7 @@ def read_tar(left_out: Counter[str], *, path: Path, config: SourceConfig) -> Ite
                     yield entry
                 else:
                     left_out[entry] += 1
-    except (tarfile.TarError, EOFError) as error:
+    except BROKEN_TAR as error:
         logger.warning("%s: %s; what is whole of it is used", path, error)
         left_out["a broken tar, from where it breaks"] += 1
 
@@ -66,8 +84,12 @@ def read_member(path: Path, offset: int, size: int) -> Image.Image:
 
 def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Go through the regular files; links, devices and sparse files are passed over, and no header is kept."""
+    end = -1
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # or a million headers would stay in memory
+        if member.offset <= end or member.size < 0:
+            raise tarfile.ReadError("its members go backwards")  # and would be listed for ever
+        end = member.offset
         if member.isreg() and not member.issparse():
             yield member
 
@@ -92,8 +114,8 @@ def _entry(
     facts: dict[str, Any] = {}
     if config.pair_key or config.score_key or caption_key not in parts:
         try:
-            facts = json.loads(_text(tar, parts["json"])) if "json" in parts else {}
-        except ValueError:
+            facts = parse_json(_text(tar, parts["json"]), where=key) if "json" in parts else {}
+        except DataError:
             return "a .json that cannot be read in a tar"
     caption = _text(tar, parts[caption_key]) if caption_key in parts else facts.get(caption_key)
     return Entry(key, caption, partial(read_member, path, picture.offset_data, picture.size), facts=facts)

@@ -1,0 +1,278 @@
+"""Whether shards are what was prepared: sizes and indexes at the start, a shard's hash before its first sample is read.
+
+Streaming hashes a shard only while it downloads it; a local one is read whatever has become of it. Here no sample is
+read from a shard whose hash was not seen to be right by this job, and a thread looks ahead at all of them.
+"""
+
+import logging
+import shlex
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from streaming.base.format import reader_from_json
+from streaming.base.format.base.reader import Reader
+
+from t2i.config import PrepareConfig, SourceConfig
+from t2i.data.units import HASH, write_json
+from t2i.errors import DataError
+from t2i.plain import check_keys, is_inside, read_json
+
+logger = logging.getLogger(__name__)
+
+VERIFIED = "verified.json"
+"""Beside the manifest: size and time of change of files whose hash was right, so that looking ahead is not repeated."""
+SAVE_SECONDS = 60.0
+"""Between savings of what was hashed."""
+COLUMNS = {
+    "key": ("str",),
+    "caption": ("str",),
+    "caption_ids": ("ndarray:uint16", "ndarray:uint32"),
+    "codes": ("ndarray:uint16", "ndarray:uint32"),
+}
+"""What shards may hold. Streaming knows more types, and reading one of them, pkl, runs what a file says."""
+SHARD_KEYS = {
+    "version": int,
+    "format": str,
+    "samples": int,
+    "column_names": list,
+    "column_encodings": list,
+    "column_sizes": list,
+    "raw_data": {"basename": str, "bytes": int, "hashes": dict},
+}
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as its index tells of it."""
+
+    name: str
+    """Path below the shard folder."""
+    num_bytes: int
+    xxh64: str
+    reader: Reader
+
+
+def read_index(folder: Path, split: str) -> list[ShardFile]:
+    """Read a split's index without reading its shards.
+
+    Raises:
+        DataError: it is broken, or tells of something that prepare.py does not write.
+    """
+    path = folder / split / "index.json"
+    index = read_json(path)
+    check_keys(index, {"shards": list}, where=path)
+    return [_shard_file(folder, split, entry, where=path) for entry in index["shards"]]
+
+
+def _shard_file(folder: Path, split: str, entry: Any, *, where: Path) -> ShardFile:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: a shard is {entry!r:.80}; wanted is an object of keys.")
+    check_keys(entry, SHARD_KEYS, where=where)
+    data, columns = entry["raw_data"], entry["column_names"]
+    kinds = dict(zip(columns, entry["column_encodings"], strict=False)) if _are_texts(columns) else {}
+    for name, kind in kinds.items():
+        if kind not in COLUMNS.get(name, ()):
+            raise DataError(f"{where}: column {name} is of type {kind!r:.80}, which is never read.")
+    numbers = (entry["samples"], data["bytes"], *filter(None, entry["column_sizes"]))
+    is_ours = (
+        (entry["version"], entry["format"], entry.get("compression")) == (2, "mds", None)
+        and kinds.keys() >= {"key", "caption_ids"}
+        and len(kinds) == len(columns) == len(entry["column_encodings"]) == len(entry["column_sizes"])
+        and all(isinstance(number, int) and number > 0 for number in numbers)
+        and is_inside(data["basename"])
+    )
+    if not is_ours:
+        raise DataError(f"{where} tells of a shard that prepare.py does not write: {entry!r:.200}.")
+    if not isinstance(data["hashes"].get(HASH), str):
+        raise DataError(
+            f"{where}: {data['basename']} has no {HASH}, so it cannot be trusted. Prepare it again."
+        )
+    plain = {
+        "version": 2,
+        "format": "mds",
+        "compression": None,
+        "hashes": [HASH],
+        "size_limit": None,
+        "zip_data": None,
+        "raw_data": {key: data[key] for key in ("basename", "bytes", "hashes")},
+        **{key: entry[key] for key in ("samples", "column_names", "column_encodings", "column_sizes")},
+    }
+    name = f"{split}/{data['basename']}"
+    return ShardFile(name, data["bytes"], data["hashes"][HASH], reader_from_json(str(folder), split, plain))
+
+
+def read_sample(shard: ShardFile, place: int) -> dict[str, Any]:
+    """Read one sample of a shard whose hash is right; its author may still have written nonsense into it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        sample: dict[str, Any] = shard.reader[place]
+    except (IndexError, ValueError, OverflowError, MemoryError) as error:
+        raise DataError(f"{shard.name}: sample {place} cannot be read: {error}.") from error
+    return sample
+
+
+def _are_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def file_hash(path: Path) -> str:
+    """Hash a file's bytes (xxh64, hex)."""
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_file(folder: Path, name: str, *, wanted: str, advice: str) -> None:
+    """Hash one file of a shard folder.
+
+    Raises:
+        DataError: it is missing or has changed; with `advice`.
+    """
+    try:
+        found = file_hash(folder / name)
+    except OSError as error:
+        raise DataError(f"{folder / name} cannot be read: {error.strerror}. {advice}") from error
+    if found != wanted:
+        raise DataError(f"{folder / name} has the {HASH} {found}; made with {wanted}. {advice}")
+
+
+def check_listing(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check indexes, counts, names and sizes of all shards, and hash the files beside them; reads no shard.
+
+    Raises:
+        DataError: the first file that is missing, too many, or not as it was made.
+    """
+    advice = remake_advice(folder, manifest)
+    for name, wanted in manifest["files"].items():
+        check_file(folder, name, wanted=wanted, advice=advice)
+    for split, count in manifest["counts"].items():
+        shards = read_index(folder, split)
+        found = sum(len(shard.reader) for shard in shards)
+        if found != count:
+            raise DataError(
+                f"{folder / split / 'index.json'} lists {found} samples; {folder} was made with {count}. {advice}"
+            )
+        for shard in shards:
+            _check_size(folder, shard, advice)
+        listed = {folder / shard.name for shard in shards}
+        strange = next((path for path in sorted((folder / split).rglob("*.mds")) if path not in listed), None)
+        if strange:
+            raise DataError(f"{strange} is not in {split}/index.json. {advice}")
+
+
+def _check_size(folder: Path, shard: ShardFile, advice: str) -> None:
+    path = folder / shard.name
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. {advice}") from error
+    if found != shard.num_bytes:
+        raise DataError(f"{path} has {found} bytes; made with {shard.num_bytes}. {advice}")
+
+
+def remake_advice(folder: Path, manifest: dict[str, Any]) -> str:
+    """Say how to make a shard folder again: move it away, and the command that made it."""
+    return f"Move {folder} away and make it again: {remake_command(folder, manifest)}"
+
+
+def remake_command(folder: Path, manifest: dict[str, Any]) -> str:
+    """Write out the command that prepares a shard folder as it was made."""
+    flags: dict[str, Any] = {"source": manifest["source"], "out": folder}
+    if "sequence_tokens" in manifest:
+        flags |= {"seq-len": manifest["sequence_tokens"]}
+    else:
+        flags |= {"image-tokenizer": manifest["image_tokenizer"]["name"]}
+        flags |= _changed(manifest.get("prepare"), PrepareConfig()) | _changed(
+            manifest.get("reading"), SourceConfig()
+        )
+        dtype = manifest.get("arguments", {}).get("dtype", "float32")
+        flags |= {} if dtype == "float32" else {"dtype": dtype}
+    flags |= {
+        "text-tokenizer": manifest["text_tokenizer"]["name"],
+        "heldout-share": manifest["heldout_share"],
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return shlex.join(["python", "launchers/prepare.py", *words])
+
+
+def _changed(found: Any, defaults: PrepareConfig | SourceConfig) -> dict[str, Any]:
+    """List settings of a manifest that are not the defaults."""
+    values = found if isinstance(found, dict) else {}
+    return {key: value for key, value in values.items() if value != getattr(defaults, key, value)}
+
+
+class Verified:
+    """Files of a shard folder whose hash was right, known again by size and time of change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.known = read_json(folder / VERIFIED)
+        except DataError:  # none yet, or torn: everything is hashed anew
+            self.known = {}
+
+    def has(self, name: str, *, wanted: str) -> bool:
+        """Tell whether a file is the one that was hashed."""
+        return self.known.get(name) == self._stamp(name, wanted)
+
+    def add(self, name: str, *, wanted: str) -> None:
+        """Note that a file's hash is right."""
+        self.known[name] = self._stamp(name, wanted)
+
+    def save(self) -> None:
+        """Keep what is known for other jobs, where the folder may be written to."""
+        try:
+            write_json(self.folder / VERIFIED, self.known)
+        except OSError as error:
+            logger.info("%s is not kept (%s): each job hashes anew", self.folder / VERIFIED, error.strerror)
+
+    def _stamp(self, name: str, wanted: str) -> list[Any]:
+        try:
+            found = (self.folder / name).stat()
+        except OSError:
+            return []
+        return [found.st_size, found.st_mtime_ns, wanted]
+
+
+class LookAhead(threading.Thread):
+    """Hashes all shards of a folder while a job trains, so that a bad one is not met after days."""
+
+    def __init__(self, folder: Path, *, manifest: dict[str, Any]) -> None:
+        super().__init__(daemon=True, name="look ahead")
+        self.folder, self.manifest = folder, manifest
+        self.failure: DataError | None = None
+
+    def run(self) -> None:
+        """Hash what is not known to be right; stop at the first that is wrong."""
+        verified, advice = Verified(self.folder), remake_advice(self.folder, self.manifest)
+        saved = time.monotonic()
+        try:
+            for split in self.manifest["counts"]:
+                for shard in read_index(self.folder, split):
+                    if not verified.has(shard.name, wanted=shard.xxh64):
+                        check_file(self.folder, shard.name, wanted=shard.xxh64, advice=advice)
+                        verified.add(shard.name, wanted=shard.xxh64)
+                    if time.monotonic() > saved + SAVE_SECONDS:
+                        verified.save()
+                        saved = time.monotonic()
+        except DataError as error:
+            self.failure = error
+        verified.save()
+
+    def check(self) -> None:
+        """Raise what was found, if anything was.
+
+        Raises:
+            DataError: a shard that is missing or has changed.
+        """
+        if self.failure:
+            raise self.failure

@@ -1,0 +1,95 @@
+"""Shared memory that killed runs left behind: found by name, and removed where no process has it.
+
+Streaming keeps /dev/shm/NNNNNN_* and lock files NNNNNN_*_filelock among the temporary files, DeepSpeed's CPU reduction
+deepspeed_allreduce_buffer_* of 69 MB a rank. A clean exit leaves some of them too; a full /dev/shm kills with SIGBUS.
+"""
+
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+PROCESSES = Path("/proc")
+STREAMING = re.compile(r"(\d{6})_\w+")
+LOCK = re.compile(r"(\d{6})_\w+_filelock")
+DEEPSPEED = re.compile(r"(deepspeed_allreduce_buffer_.+)_\d+")
+MIN_AGE_SECONDS = 60.0
+"""What is younger may belong to a run that is just starting."""
+INITIAL_PIDS, INITIAL_IPC = "pid:[4026531836]", "ipc:[4026531839]"
+"""Linux's names of the namespaces of the machine itself."""
+
+
+def sweep() -> list[Path]:
+    """Remove what dead runs of this user left, say so, and return the removed files.
+
+    A run's files go together or not at all: the lock files of a live run are open only now and then.
+    """
+    if not PROCESSES.is_dir() or _shares_memory_with_unseen():
+        return []
+    in_use = _files_in_use()
+    removed = [
+        path
+        for paths in _runs().values()
+        if all(_is_mine_and_old(path) for path in paths) and in_use.isdisjoint(map(str, paths))
+        for path in paths
+        if _remove(path)
+    ]
+    if removed:
+        logger.info("removed %d files of shared memory and locks that dead runs left", len(removed))
+    return removed
+
+
+def _runs() -> dict[str, list[Path]]:
+    """Group files by the run that made them."""
+    runs: dict[str, list[Path]] = {}
+    places = ((SHARED_MEMORY, (STREAMING, DEEPSPEED)), (Path(tempfile.gettempdir()), (LOCK,)))
+    for folder, patterns in places:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            found = next(filter(None, (pattern.fullmatch(path.name) for pattern in patterns)), None)
+            if found:
+                runs.setdefault(found[1], []).append(path)
+    return runs
+
+
+def _files_in_use() -> set[str]:
+    """List what processes have mapped or open, of those that may be looked into: this user's."""
+    return {name for process in PROCESSES.glob("[0-9]*") for name in _files_of(process)}
+
+
+def _files_of(process: Path) -> Iterator[str]:
+    with suppress(OSError):  # it has ended, or is another user's
+        for line in (process / "maps").read_text(errors="replace").splitlines():
+            yield "/" + line.partition(" /")[2]
+    with suppress(OSError):
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):
+                yield str(link.readlink())
+
+
+def _is_mine_and_old(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_uid == os.getuid() and time.time() - found.st_mtime > MIN_AGE_SECONDS
+    return False
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink()
+    except OSError:  # another run sweeps too
+        return False
+    return True
+
+
+def _shares_memory_with_unseen() -> bool:
+    """Tell whether this is a container with the machine's shared memory, but not its processes."""
+    own = PROCESSES / "self" / "ns"
+    pids, ipc = (str((own / name).readlink()) for name in ("pid", "ipc"))
+    return ipc == INITIAL_IPC and pids != INITIAL_PIDS

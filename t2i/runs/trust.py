@@ -1,0 +1,94 @@
+"""Resuming without running what a checkpoint says: DeepSpeed's state is pickled, and its own load would obey it."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from t2i.errors import CheckpointError
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""torch's switch that overrides DeepSpeed's weights_only=False."""
+
+
+def check_owner(folder: Path) -> None:
+    """Check that a checkpoint belongs to this user and that nobody else may write to it.
+
+    The user is known by a file made beside it: on some shared disks that is another number than the process's.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    with tempfile.TemporaryFile(dir=folder.parent) as file:
+        own = os.fstat(file.fileno()).st_uid
+    for path in (folder, *sorted(folder.rglob("*"))):
+        found = path.lstat()
+        if found.st_uid != own or (found.st_mode & 0o002 and not path.is_symlink()):
+            why = (
+                f"belongs to user {found.st_uid}, not {own}"
+                if found.st_uid != own
+                else "may be written by anyone"
+            )
+            raise CheckpointError(
+                f"{path} {why}; a run goes on only from files of its own user. See `chown`, `chmod`."
+            )
+
+
+def check_plain(folder: Path) -> None:
+    """List what pickles in a folder name, without reading them, for tools of DeepSpeed that would obey them.
+
+    Raises:
+        CheckpointError: a file names anything that DeepSpeed's own state does not have, or is of another form.
+    """
+    with torch.serialization.safe_globals(_known()):
+        for path in sorted(folder.rglob("*.pt")):
+            try:
+                strange = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise CheckpointError(f"{path} is no state of DeepSpeed: {error}.") from error
+            if strange:
+                raise CheckpointError(
+                    f"{path} holds more than tensors and plain values, so it was not loaded: {', '.join(strange)}."
+                )
+
+
+@contextmanager
+def only_plain_values(folder: Path) -> Iterator[None]:
+    """Let all of torch's loads within read tensors and the few classes that DeepSpeed and a run's random states need.
+
+    Raises:
+        CheckpointError: a file holds anything else; it was not run.
+    """
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_known()):
+            yield
+    except pickle.UnpicklingError as error:
+        what = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0]
+        )
+        raise CheckpointError(
+            f"{folder} holds more than tensors and plain values, so it was not loaded: {what.strip():.300}"
+        ) from error
+    finally:
+        os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
+
+
+def _known() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    array = np.random.get_state()[1]  # type: ignore[index]
+    rebuild = array.__reduce__()[0]  # type: ignore[union-attr]
+    return [
+        *(LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
+        *(rebuild, np.ndarray, np.dtype, type(array.dtype)),  # type: ignore[union-attr]
+    ]
