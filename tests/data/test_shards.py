@@ -180,7 +180,7 @@ def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer
 
 
 def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
-    with pytest.raises(UserError, match="training pairs; one step takes 64"):
+    with pytest.raises(UserError, match="training sequences; one step takes 64"):
         StepLoader(
             DataConfig(shards=prepared),
             layout=VocabLayout(2048, 2048, 512),
