@@ -70,6 +70,8 @@ class DataConfig:
     """Size that the cache of `remote` stays below, such as 100gb; None for any."""
     mode: Literal["text-to-image", "image-only", "text-only"] = "text-to-image"
     """What a sequence holds."""
+    keep_every: int = 1
+    """Train on every n-th sample of the shards alone, again and again: what less data would have given."""
     seq_len: int = 96
     """Tokens a sequence, padding included (paper: 1,152). A longer caption loses its end."""
     caption_dropout: float = 0.1

@@ -68,7 +68,7 @@ class SequenceDataset(StreamingDataset):
 
     def __getitem__(self, at: Any) -> dict[str, Any]:
         """Read one sample as input_ids (S,) and its key."""
-        sample = super().__getitem__(at)
+        sample = super().__getitem__(at - at % self.config.keep_every)
         epoch = self.next_epoch - 1
         if "codes" not in sample:  # text shards hold whole sequences
             return {
@@ -106,10 +106,12 @@ class _Stream:
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
-        num_samples = read_manifest(config.shards)["counts"]["train"]
-        if num_samples < a_step:
+        manifest = read_manifest(config.shards)
+        num_samples = manifest["counts"]["train"]
+        num_kept = num_trained_on(manifest, keep_every=config.keep_every)
+        if num_kept < a_step:
             raise UserError(
-                f"{config.shards} has {num_samples} training sequences; one step takes {a_step}"
+                f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
                 " (train.global_batch_tokens / data.seq_len)."
             )
         dataset = _open_dataset(
@@ -216,10 +218,22 @@ def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int
     return count
 
 
+def num_trained_on(manifest: dict[str, Any], *, keep_every: int) -> int:
+    """Count the training samples that data.keep_every leaves.
+
+    Raises:
+        UserError: it is no number of samples.
+    """
+    if keep_every < 1:
+        raise UserError(f"data.keep_every is {keep_every}; wanted is at least 1.")
+    return -(-int(manifest["counts"]["train"]) // keep_every)
+
+
 def text_stream(config: DataConfig) -> DataConfig:
     """Say how the text of data.text_mix is read: as text-only training reads its shards."""
     assert config.text_shards is not None
-    return replace(config, shards=config.text_shards, mode="text-only", remote="", cache_limit=None)
+    whole = replace(config, remote="", cache_limit=None, keep_every=1)
+    return replace(whole, shards=config.text_shards, mode="text-only")
 
 
 def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:

@@ -171,7 +171,7 @@ def test_the_order_does_not_depend_on_workers_and_resumes_in_mid_epoch(prepared,
 
 def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer):
     loader = loader_of(prepared, text_tokenizer, caption_dropout=0.5)
-    layout = loader.loader.dataset.layout
+    layout = loader.streams[0].loader.dataset.layout
     batch = next(iter(loader))
     for ids, key in zip(batch["input_ids"], batch["key"], strict=True):
         caption_ids, codes = decode_sequence(ids, layout=layout)

@@ -1,5 +1,6 @@
 """A whole study on tiny runs, made in this process: its sections read nothing but files."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -12,14 +13,19 @@ from t2i.data.documents import open_documents
 from t2i.data.shards import read_manifest
 from t2i.data.text_shards import prepare_text
 from t2i.errors import UserError
+from t2i.measure import gradients
+from t2i.measure import perplexity as perplexity_module
 from t2i.measure.forgetting import forgetting
+from t2i.measure.gradients import gradient_shares, heldout_sequences
 from t2i.measure.nearest import compare_rows, write_results
+from t2i.measure.perplexity import data_of
 from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
 from t2i.study.arms import curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
 from t2i.study.price import num_multiplied, prices
 from t2i.study.sections import make_section
+from t2i.study.sections.pictures import PUBLISHED
 from t2i.study.study_report import write_study_report
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
@@ -50,6 +56,15 @@ report:
   - {{section: nearest, files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
   - {{section: completions, files: {{fast: "{{out}}/forgetting.json"}}}}
   - {{section: forgetting, arms: [fast, slow]}}
+  - {{section: published}}
+  - {{section: reconstructions, shards: "{shards}"}}
+  - {{section: places, arms: [fast, slow]}}
+  - {{section: conditioning, arms: [fast, slow]}}
+  - {{section: agreement, arms: [fast, slow], measure: fd_test}}
+  - {{section: captions, files: {{fast: "{{out}}/forgetting.json"}}}}
+  - {{section: shares, files: {{fast: "{{out}}/runs/fast-seed0/gradients.json"}}}}
+  - {{section: probe, folder: "{{out}}/aligned", files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
+  - {{section: sizes, pairs: [[fast, slow]], names: [fast, slow]}}
   - {{section: ends, title: Runs, arms: [fast, slow, broken]}}
 """
 
@@ -77,9 +92,21 @@ def made(finished, tmp_path_factory):
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
     model = open_language_model(str(run_dir(out, "fast", 0)))
     write_results(compare_rows(model, before=None), model=model, out=None)
+    for seed in study.seeds:
+        for place, arm in enumerate(("fast", "slow")):
+            one = open_language_model(str(run_dir(out, arm, seed)))
+            config = data_of(one, shards=None, mode=None)
+            perplexity_module.write_results(
+                perplexity_module.perplexity(one, config=config), model=one, config=config, out=None
+            )
+            scores = {"fd_test": 10.0 + place, "n": 4, "features": "none"}
+            (one.run_dir / "eval" / "step_000006").mkdir(parents=True)
+            (one.run_dir / "eval" / "step_000006" / "scores.json").write_text(json.dumps(scores))
+    ids = heldout_sequences(model, config=data_of(model, shards=None, mode=None), num_sequences=8)
+    gradients.write_results(gradient_shares(model, ids), model=model, out=None)
     results = forgetting(
         {"model": str(run_dir(out, "fast", 0))},
-        texts={"text": str(out / "text")},
+        texts={"text": str(out / "text"), "captions": str(finished.data.shards)},
         prompts=["One | two\nthree"],
         seq_len=90,
         num_sequences=4,
@@ -99,7 +126,7 @@ def made(finished, tmp_path_factory):
 def test_the_report_has_every_section_with_its_figure(made):
     study, out = made
     page = write_study_report(study, jobs_of(study, out=out), out=out, command="make it").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 11
     assert page.count("<h2>") == len(study.report) + 1
     outside = re.findall(r'(?:src|href)="(http[^"]*)"', page)
     assert outside == []
@@ -109,7 +136,7 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert "6 of 8 runs ended well" in text
     assert "broken-seed1 (failed, status 4)" in text
     pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
-    assert len(pictures) == 5
+    assert len(pictures) == 11
     assert all((out / picture).stat().st_size > 5_000 for picture in pictures)
     assert "One \\| two ⏎ three" in text
 
@@ -135,6 +162,61 @@ def test_the_comparison_says_what_the_rows_say(made):
     assert len(section.table) == 1 + 3
 
 
+def section_of(made, kind):
+    study, out = made
+    arguments = next(one for one in study.report if one["section"] == kind)
+    return make_section(arguments, study=study, out=out)
+
+
+def test_what_a_caption_is_worth_is_the_difference_of_held_out_losses(made):
+    _, out = made
+    section = section_of(made, "conditioning")
+    worth = []
+    for seed in (0, 1, 2):
+        row = [one for one in read_metrics(run_dir(out, "fast", seed)) if one.get("split") == "heldout"][-1]
+        worth.append((row["image_loss_empty_caption"] - row["image_loss"]) * 64)
+    assert f"fast: {np.mean(worth):.1f} nats an image" in section.found
+    assert section.table[1][4].startswith(f"{np.mean(worth):.4f}")
+
+
+def test_orders_by_loss_and_by_distance_are_compared(made):
+    section = section_of(made, "agreement")
+    assert len(section.table) == 1 + 6
+    assert "over 6 runs, +1.00 over the means of 2 arms" in section.found  # fast is lower in both
+
+
+def test_loss_by_place_is_that_of_the_measure(made):
+    _, out = made
+    section = section_of(made, "places")
+    rows = [
+        json.loads((run_dir(out, "fast", seed) / "perplexity.json").read_text())["splits"]["heldout"]
+        for seed in (0, 1, 2)
+    ]
+    assert section.table[1][3] == f"{np.mean([row['image']['nats'] for row in rows]):.4f}"
+    first_row = np.mean([row["image_loss_by_row"][0] for row in rows])
+    assert f"fast: first row {first_row:.3f}" in section.found
+
+
+def test_captions_and_text_are_set_side_by_side(made):
+    section = section_of(made, "captions")
+    assert section.table[1][0] == "fast"
+    assert len(section.table) == 2
+
+
+def test_text_is_the_share_that_was_counted(made):
+    _, out = made
+    one = json.loads((run_dir(out, "fast", 0) / "gradients.json").read_text())
+    ratio = one["image"]["tokens"] / one["text"]["tokens"]
+    assert f"fast: {ratio:.1f} image tokens a text token" in section_of(made, "shares").found
+
+
+def test_every_published_number_has_a_source():
+    with PUBLISHED.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["family"] for row in rows} == {"auto-regressive", "diffusion"}
+    assert all(row["source"].startswith("https://arxiv.org/abs/") and float(row["fid"]) > 0 for row in rows)
+
+
 def test_curves_pair_seeds_and_steps(made):
     study, out = made
     fast = curve(runs_of(study, arm="fast", out=out), value="image_loss", split="heldout")
@@ -151,7 +233,7 @@ def test_curves_pair_seeds_and_steps(made):
 
 def test_unknown_sections_and_arguments_are_refused(made):
     study, out = made
-    with pytest.raises(UserError, match="has a section 'curve'; known are curves"):
+    with pytest.raises(UserError, match="has a section 'curve'; known are published"):
         make_section({"section": "curve"}, study=study, out=out)
     with pytest.raises(UserError, match="section Runs: .*'arm'"):
         make_section({"section": "ends", "title": "Runs", "arm": "fast"}, study=study, out=out)
