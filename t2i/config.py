@@ -100,6 +100,8 @@ class ModelConfig:
     """What learns (paper, Figure 6): all rows; these and norms; these two and the first half of layers, or all MLPs."""
     lora_rank: int = 0
     """Rank of adapters on every matrix of the layers: they and the new rows learn, nothing else. 0 for none."""
+    family: Literal["open_lm", "llama", "qwen2", "gpt_neox"] = "open_lm"
+    """Class of a random model; norm_type and qk_norm are open_lm's alone."""
     hidden_size: int = 192
     """Width of a random model."""
     num_layers: int = 6

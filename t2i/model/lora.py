@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from t2i.errors import UserError
 from t2i.model.learn import layers_of
 
 ADAPTER = "default"
@@ -16,6 +17,9 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     """Put an adapter beside every matrix of the layers, in place, and freeze all but adapters and new rows.
 
     The adapters' second matrices are zero, so the model computes what it did.
+
+    Raises:
+        UserError: there is no matrix to adapt.
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
@@ -25,6 +29,10 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) in inside
     ]
+    if not targets:
+        raise UserError(
+            f"model.lora_rank is {rank}; the layers of {type(model).__name__} have no nn.Linear to adapt."
+        )
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, value in model.named_parameters():

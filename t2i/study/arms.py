@@ -10,7 +10,6 @@ import yaml
 
 from t2i.data.shards import MANIFEST
 from t2i.data.text_shards import is_text
-from t2i.errors import UserError
 from t2i.runs.ckpt import DATA_MANIFEST
 from t2i.runs.folder import RESOLVED, STATUS, read_metrics
 from t2i.study.grid import Study, run_dir
@@ -74,16 +73,14 @@ def tokens_at(rows: Rows) -> dict[int, int]:
     return {0: 0} | {row["step"]: row["tokens"] for row in rows if "split" not in row}
 
 
-def paired(first: Curve, second: Curve) -> tuple[Curve, Curve]:
-    """Keep the seeds and steps that both have.
-
-    Raises:
-        UserError: there are none.
-    """
+def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
+    """Keep the seeds and steps that both have; None if there are none."""
+    if first is None or second is None:
+        return None
     seeds = [seed for seed in first.seeds if seed in second.seeds]
     steps = [step for step in first.steps if step in second.steps]
     if not seeds or not steps:
-        raise UserError(f"arms share no seed or no step: seeds {first.seeds} and {second.seeds}.")
+        return None
     return _kept(first, seeds, steps), _kept(second, seeds, steps)
 
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from t2i.config import ModelConfig, RunConfig
 from t2i.data.text_shards import is_text
 from t2i.errors import UserError
-from t2i.model.backbone import load_model
+from t2i.model.backbone import load_model, made_of
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.learn import set_learned
 from t2i.model.lora import add_lora
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.scramble import scramble
 from t2i.runs.ckpt import DATA_MANIFEST, find
@@ -82,8 +81,6 @@ def choose_learned(model: PreTrainedModel, config: RunConfig, *, num_kept: int) 
     set_learned(model, recipe=config.model.learn)
     if rank:
         add_lora(model, rank=rank)
-    if not any(value.requires_grad for value in model.parameters()):
-        raise UserError(f"model.learn is {config.model.learn}, which freezes all of {type(model).__name__}.")
 
 
 def _check_positions(model: PreTrainedModel, config: RunConfig) -> None:
@@ -123,27 +120,34 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
     return Start(model=model, layout=layout, num_kept=num_kept)
 
 
-def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
+def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> PreTrainedModel:
     try:
         description = random_model_config(
             config.model, num_text_tokens=text_tokenizer.num_tokens, seq_len=config.data.seq_len
         )
     except ValueError as error:
         raise UserError(f"model.*: {error}.") from error
-    return OpenLMForCausalLM(description)
+    return made_of(description)
 
 
-def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
-    """Describe a random language model, its text rows rounded up to a multiple of 8."""
-    return OpenLMConfig(
-        vocab_size=-(-num_text_tokens // 8) * 8,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        norm_type=config.norm_type,
-        qk_norm=config.qk_norm,
-        max_position_embeddings=seq_len,
-    )
+def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> PretrainedConfig:
+    """Describe a random language model, its text rows rounded up to a multiple of 8; other families as wide as open_lm.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown name.
+    """
+    sizes = {
+        "vocab_size": -(-num_text_tokens // 8) * 8,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": seq_len,
+    }
+    ours = OpenLMConfig(**sizes, norm_type=config.norm_type, qk_norm=config.qk_norm)
+    if config.family == "open_lm":
+        return ours
+    sizes |= {"intermediate_size": ours.intermediate_size, "num_key_value_heads": config.num_heads}
+    return AutoConfig.for_model(config.family, **sizes, tie_word_embeddings=False)
 
 
 def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:

@@ -1,11 +1,12 @@
 """Sections of a study's report: each reads run folders and returns figures, a table and the sentence that follows."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.study.grid import Study
+from t2i.study.grid import Study, nearest_name
 from t2i.study.sections import language, pictures, rows, training
 from t2i.study.sections.section import Section
 
@@ -35,13 +36,30 @@ def make_section(arguments: dict[str, Any], *, study: Study, out: Path) -> Secti
     Raises:
         UserError: an unknown kind or argument.
     """
-    given = dict(arguments)
-    kind, title, paper = given.pop("section", ""), given.pop("title", ""), given.pop("paper", "")
-    if kind not in KINDS:
-        raise UserError(f"{study.file}: report has a section {kind!r}; known are {', '.join(KINDS)}.")
-    try:
-        section = KINDS[kind](study, out, **given)
-    except TypeError as error:
-        raise UserError(f"{study.file}: section {title or kind}: {error}.") from error
-    section.title, section.paper = title or section.title, paper
+    kind, given = _call(arguments, study)
+    section = KINDS[kind](study, out, **given)
+    section.title, section.paper = arguments.get("title") or section.title, arguments.get("paper", "")
     return section
+
+
+def check_sections(study: Study) -> None:
+    """Check the report's sections before anything runs.
+
+    Raises:
+        UserError: an unknown kind or argument.
+    """
+    for arguments in study.report:
+        _call(arguments, study)
+
+
+def _call(arguments: dict[str, Any], study: Study) -> tuple[str, dict[str, Any]]:
+    """Take an entry apart into its kind and the arguments of that."""
+    given = {key: value for key, value in arguments.items() if key not in ("section", "title", "paper")}
+    kind = arguments.get("section", "")
+    if kind not in KINDS:
+        raise UserError(f"{study.file}: report has a section {kind!r}; {nearest_name(kind, list(KINDS))}.")
+    try:
+        inspect.signature(KINDS[kind]).bind(study, Path(), **given)
+    except TypeError as error:
+        raise UserError(f"{study.file}: section {arguments.get('title') or kind}: {error}.") from error
+    return kind, given

@@ -40,8 +40,9 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
             if found is not None:
                 panel[arm] = found
         image_curve = curve(runs, value="image_loss", split="heldout")
-        if arm in panels["leaked"] and image_curve is not None:
-            paths[arm] = paired(image_curve, panels["text_loss_text_rows"][arm])
+        path = paired(image_curve, panels["text_loss_text_rows"].get(arm))
+        if path is not None:
+            paths[arm] = path
         if arm in panels["leaked"]:
             text, leaked = panels["text_loss_text_rows"][arm], panels["leaked"][arm]
             before, after = text.values[:, 0].mean(), text.values[:, -1].mean()

@@ -52,9 +52,12 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
     """Compare two arms: the paired difference along training, the test at its end, the worth in tokens."""
     first_name, second_name = arms
     found = [curve(runs_of(study, arm=arm, out=out), value=value, split=split) for arm in arms]
-    if found[0] is None or found[1] is None:
-        return Section("Comparison", f"{' or '.join(arms)} has no finished run with {split} {value}.")
-    first, second = paired(found[0], found[1])
+    pair = paired(found[0], found[1])
+    if pair is None:
+        return Section(
+            "Comparison", f"{' and '.join(arms)} have no finished runs of one seed with {split} {value}."
+        )
+    first, second = pair
     test = paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
     worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(len(first.tokens)))
     runs = runs_of(study, arm=first_name, out=out)
@@ -121,9 +124,10 @@ def sizes(
     for arms in pairs:
         runs = [runs_of(study, arm=arm, out=out) for arm in arms]
         both = [curve(one, value=value, split="heldout") for one in runs]
-        if both[0] is None or both[1] is None:
+        pair = paired(both[0], both[1])
+        if pair is None:
             continue
-        first, second = paired(both[0], both[1])
+        first, second = pair
         test = paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
         found.append((_num_samples(runs[0][0]), test))
         gap = f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}"
