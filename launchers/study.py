@@ -87,13 +87,10 @@ def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
 
 def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -> None:
     from t2i.study.price import describe, prices
-    from t2i.train.engine import read_ds_config
-    from t2i.train.estimates import weight_bytes
 
-    is_half = weight_bytes(read_ds_config(Path(study.ds_config))) == 2
     machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
     priced = prices(study, out=out)
-    print("\n".join(describe(priced, machines=machines, mfu=command.mfu, is_half=is_half)))
+    print("\n".join(describe(priced, machines=machines, mfu=command.mfu)))
     print(f"and {num_jobs - len(priced)} steps and measures beside them.")
 
 

@@ -43,11 +43,11 @@ def prices(study: Study, *, out: Path) -> list[Price]:
     return [_price(name, config, plan=plan, element_bytes=half, out=out) for name, config in runs.items()]
 
 
-def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float, is_half: bool) -> list[str]:
-    """Write a study's price out, a line a run, and the time of all of it on each machine.
+def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float) -> list[str]:
+    """Write a study's price out, a line a run, and the time of what is not done on each machine.
 
     Args:
-        machines: name and number of devices. GPUs are named for bf16, in which a study that is fp32 here would run.
+        machines: name and number of devices, as seconds_on takes them.
     """
     lines = [
         f"{one.name:32s} {one.tokens:>16,} tokens  {one.flops:.2e} FLOPs  {one.disk_bytes / 1e9:>9.3g} GB"
@@ -62,21 +62,20 @@ def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float
     )
     left = [one for one in priced if one.took_seconds is None]
     for name, count in machines:
-        half = is_half or name != "cpu"
-        minutes = seconds_on(left, gpu=name, num_gpus=count, mfu=mfu, is_half=half) / 60
-        where = "this machine's CPU" if name == "cpu" else f"{count} x {name}, bf16"
+        minutes = seconds_on(left, gpu=name, num_gpus=count, mfu=mfu) / 60
+        where = "this machine's CPU, fp32" if name == "cpu" else f"{count} x {name}, bf16"
         time = f"{minutes:,.0f} minutes" if minutes < 600 else f"{minutes / 60:,.0f} hours"
         lines.append(f"  about {time} of training still to do, at {mfu:.0%} of the peak of {where}")
     return lines
 
 
-def seconds_on(priced: list[Price], *, gpu: str, num_gpus: int, mfu: float, is_half: bool) -> float:
-    """Estimate the time of all runs, one after another on num_gpus devices; `cpu` measures this machine.
+def seconds_on(priced: list[Price], *, gpu: str, num_gpus: int, mfu: float) -> float:
+    """Estimate the time of all runs, one after another on num_gpus GPUs in bf16, or on `cpu`, this machine's, in fp32.
 
     Raises:
-        UserError: an unknown device, or one whose speed in this precision is not known.
+        UserError: an unknown device.
     """
-    device = find_device(gpu, num_processes=num_gpus, is_half=is_half)
+    device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
     return sum(one.flops for one in priced) / (device.peak_flops * num_gpus * mfu)
 
 

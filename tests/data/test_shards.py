@@ -179,6 +179,15 @@ def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer
         assert len(codes) == 64
 
 
+def test_every_nth_sample_alone_is_read_again_and_again(prepared, text_tokenizer):
+    keys = [sample["key"] for sample in shards.read_split(prepared, "train")]
+    loader = loader_of(prepared, text_tokenizer, keep_every=3)
+    seen = {key for _, batch in zip(range(len(keys)), loader, strict=False) for key in batch["key"]}
+    assert seen == set(keys[::3])
+    with pytest.raises(UserError, match="data.keep_every is 0; wanted is at least 1"):
+        loader_of(prepared, text_tokenizer, keep_every=0)
+
+
 def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
     with pytest.raises(UserError, match="training sequences; one step takes 64"):
         StepLoader(

@@ -12,7 +12,7 @@ from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.documents import open_documents
 from t2i.data.shards import read_manifest
 from t2i.data.text_shards import prepare_text
-from t2i.errors import UserError
+from t2i.errors import NumericalError, UserError
 from t2i.measure import gradients
 from t2i.measure import perplexity as perplexity_module
 from t2i.measure.forgetting import forgetting
@@ -23,8 +23,8 @@ from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
 from t2i.study.arms import curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
-from t2i.study.price import num_multiplied, prices
-from t2i.study.sections import make_section
+from t2i.study.price import describe, prices, seconds_on
+from t2i.study.sections import check_sections, make_section
 from t2i.study.sections.pictures import PUBLISHED
 from t2i.study.study_report import write_study_report
 from t2i.tokens.text import TextTokenizer
@@ -46,7 +46,7 @@ settings:
 arms:
   fast: {{train: {{lr: 5.0e-3}}}}
   slow: {{train: {{lr: 1.0e-4}}}}
-  broken: {{train: {{lr: 1.0e-3}}}}
+  broken: {{train: {{lr: 1.0e+30}}}}
 arm_seeds: {{broken: [1, 2]}}
 report:
   - {{section: curves, title: Curves, arms: [fast, slow], values: [loss, image_loss],
@@ -87,6 +87,8 @@ def made(finished, tmp_path_factory):
         for seed in study.seeds:
             config = run_config(study, arm=arm, seed=seed, out=out)
             train(config, ds_config_path=ROOT / study.ds_config)
+    with pytest.raises(NumericalError):
+        train(run_config(study, arm="broken", seed=1, out=out), ds_config_path=ROOT / study.ds_config)
     (out / "jobs").mkdir()
     record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
@@ -241,17 +243,35 @@ def test_unknown_sections_and_arguments_are_refused(made):
 
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
     study, out = made
-    config = run_config(study, arm="fast", seed=0, out=out)
     model = open_language_model(str(run_dir(out, "fast", 0))).model
-    counted = sum(value.numel() for value in model.parameters()) - model.get_input_embeddings().weight.numel()
-    assert num_multiplied(config) == counted
-    priced = prices(study, out=out, flops_a_second=1e9)
-    assert priced[0].flops == 6 * 6 * 720 * counted
-    assert priced[0].seconds == pytest.approx(priced[0].flops / 0.4e9)
+    counted = sum(value.numel() for value in model.parameters() if value.dim() == 2)
+    counted -= model.get_input_embeddings().weight.numel()
+    priced = prices(study, out=out)
+    assert [one.name for one in priced][:3] == ["fast-seed0", "slow-seed0", "fast-seed1"]
+    assert priced[0].tokens == 6 * 720
+    attention = 12 * 2 * 32 * 90  # layers, width, sequence
+    assert priced[0].flops == 6 * 720 * (6 * counted + attention)
+    assert priced[0].took_seconds is None
+    seconds = seconds_on(priced[:1], gpu="a100-80gb", num_gpus=2, mfu=0.5)
+    assert seconds == pytest.approx(priced[0].flops / 312e12)
     record = {"state": "done", "code": 0, "seconds": 33.0, "command": []}
     (out / "jobs" / "fast-seed0.json").write_text(json.dumps(record))
-    assert prices(study, out=out, flops_a_second=1e9)[0].seconds == 33.0
+    again = prices(study, out=out)
     (out / "jobs" / "fast-seed0.json").unlink()
+    assert again[0].took_seconds == 33.0
+    lines = describe(again, machines=[("h100-80gb", 8)], mfu=0.5)
+    assert "took 0.6 minutes" in lines[0]
+    assert "8 x h100-80gb, bf16" in lines[-1]
+
+
+def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):
+    study, out = made
+    section = section_of(made, "ends")
+    row = next(row for row in section.table if row[0] == "broken-seed1")
+    assert row[1].startswith("failed: The gradient was not finite in steps 2 to 4")
+    arms = {"arms": ["fast", "broken"], "value": "image_loss"}
+    found = make_section({"section": "comparison", **arms}, study=study, out=out).found
+    assert found == "fast and broken have no finished runs of one seed with heldout image_loss."
 
 
 @pytest.mark.parametrize(
@@ -261,3 +281,4 @@ def test_every_study_file_is_whole(file):
     study = read_study(file)
     assert jobs_of(study, out=Path("out"))
     assert study.report
+    check_sections(study)

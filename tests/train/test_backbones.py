@@ -215,3 +215,12 @@ def test_the_class_is_what_transformers_loads(trained):
     family, _, config = trained
     model = AutoModelForCausalLM.from_pretrained(config.run_dir / "checkpoints/step_000004")
     assert type(model) is FAMILIES[family][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
+    config = replace(finished, model=replace(finished.model, family=family))
+    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    assert type(model) is FAMILIES[family][0]
+    assert len(model.get_input_embeddings().weight) == layout.vocab_size
+    assert model.config.num_hidden_layers == finished.model.num_layers

@@ -175,6 +175,21 @@ def test_adapters_learn_alone_and_are_merged_into_plain_weights(finished, start,
     assert row["image_loss"] == pytest.approx(seen["image_loss"], abs=1e-5)
 
 
+def test_a_run_of_adapters_goes_on_bit_for_bit(finished, start, tmp_path):
+    model = replace(finished.model, init=str(start), lora_rank=2)
+    settings = replace(finished.train, max_steps=3, eval_every=0, lr=1e-2)
+    whole = replace(finished, run_dir=tmp_path / "whole", model=model, train=settings)
+    train(whole, ds_config_path=DS_CONFIG)
+    halves = replace(whole, run_dir=tmp_path / "halves")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        with pytest.raises(Stopped):
+            train(halves, ds_config_path=DS_CONFIG)
+    train(halves, ds_config_path=DS_CONFIG)
+    ends = [checkpoint(run.run_dir, 3) for run in (whole, halves)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_adapters_and_another_choice_of_what_learns_contradict(finished, start, tokenizer):
     model = replace(finished.model, init=str(start), lora_rank=2, learn="norms")
     with pytest.raises(UserError, match="what learns is settled, but model.learn says norms"):
