@@ -6,6 +6,7 @@ study's folder, `{run}` in a measure the folder of the run that it measures.
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def read_study(file: Path) -> Study:
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
-        _known_arms(study, section.get("arms", []), where=f"report: {section.get('section')}")
+        arms = [*section.get("arms", []), *chain.from_iterable(section.get("pairs", []))]
+        _known_arms(study, arms, where=f"report: {section.get('section')}")
     return study
 
 
