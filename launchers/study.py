@@ -2,17 +2,18 @@
 
 Examples:
   python launchers/study.py launchers/studies/smoke.yaml
-  python launchers/study.py launchers/studies/mini.yaml --plan
-  sbatch --array=0-7 --gres=gpu:8 --wrap "python launchers/study.py mine.yaml --out /shared/mine"
+  python launchers/study.py launchers/studies/mini.yaml --plan --gpu a100-80gb h100-80gb
+  python launchers/study.py mine.yaml --out /shared/mine --launcher slurm --workers 8 --sbatch="--gres=gpu:8"
 
 A killed study goes on with the same command; finished runs are not repeated. Several of the same command, here or on
 other machines with the folder, share the work.
 """
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,47 +31,66 @@ class StudyCommand:
     """Folder of runs and report; by default runs/NAME of the study file."""
     plan: bool = False
     """Only print what it will take."""
+    gpu: tuple[str, ...] = ()
+    """GPUs that --plan tells the time on, beside this machine; names as in launchers/plan.py."""
+    num_gpus: int = 1
+    """GPUs of each kind, for --plan."""
+    mfu: float = 0.4
+    """Share of a device's peak that training reaches, for --plan; a guess until measured."""
     report: bool = False
     """Only write the report of what is there."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Where workers run: processes here, or an array job of Slurm."""
+    workers: int = 1
+    """How many."""
+    sbatch: Annotated[str, tyro.conf.arg(metavar="OPTIONS")] = ""
+    """Options for sbatch, in one word after an equals sign: --sbatch="--gres=gpu:8 --time=8:00:00"."""
 
 
 def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
     from t2i.study.grid import jobs_of, read_study
+    from t2i.study.sections import check_sections
+    from t2i.study.workers import local_workers, submit
 
     out = command.out or Path("runs") / command.study.stem
     study = read_study(command.study)
+    check_sections(study)
     jobs = jobs_of(study, out=out)
+    again = ["launchers/study.py", str(command.study), "--out", str(out)]
     if command.plan:
-        print_plan(study, num_jobs=len(jobs), out=out)
-        return
-    if not command.report:
-        from t2i.study.work import work
+        print_plan(study, command, num_jobs=len(jobs), out=out)
+    elif command.launcher == "slurm":
+        options = shlex.split(command.sbatch)
+        print(submit([sys.executable, *again], count=command.workers, options=options, out=out))
+        print(f"The report, when it has ended or before: python {shlex.join([*again, '--report'])}")
+    else:
+        if not command.report:
+            with local_workers([sys.executable, *again], count=command.workers - 1):
+                work_through(study, jobs, out=out)
+        report(study, jobs, out=out, again=shlex.join(["python", *again]))
 
-        records = work(jobs, study=study, out=out)
-        for name, record in records.items():
-            if record["state"] != "done":
-                print(f"{name}: {record['state']}; see {out / 'logs' / name}.log")
+
+def work_through(study: Any, jobs: Any, *, out: Path) -> None:
+    from t2i.study.work import work
+
+    for name, record in work(jobs, study=study, out=out).items():
+        if record["state"] != "done":
+            print(f"{name}: {record['state']}; see {out / 'logs' / name}.log")
+
+
+def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
     from t2i.study.study_report import write_study_report
 
-    again = f"python launchers/study.py {shlex.quote(str(command.study))} --out {shlex.quote(str(out))}"
     print(f"Open {write_study_report(study, jobs, out=out, command=again)} in a browser.")
 
 
-def print_plan(study: Any, *, num_jobs: int, out: Path) -> None:
-    from t2i.study.price import measured_flops, prices
+def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -> None:
+    from t2i.study.price import describe, prices
 
-    priced = prices(study, out=out, flops_a_second=measured_flops())
-    for one in priced:
-        kind = "it took" if one.is_measured else "about"
-        print(
-            f"{one.name:32s} {one.tokens:>14,} tokens  {one.flops:.2e} FLOPs  {kind} {one.seconds / 60:.1f} minutes"
-        )
-    tokens, flops = sum(one.tokens for one in priced), sum(one.flops for one in priced)
-    minutes = sum(one.seconds for one in priced) / 60
-    print(
-        f"{len(priced)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {minutes:.0f} minutes of training on this machine"
-    )
+    machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
+    priced = prices(study, out=out)
+    print("\n".join(describe(priced, machines=machines, mfu=command.mfu)))
     print(f"and {num_jobs - len(priced)} steps and measures beside them.")
 
 

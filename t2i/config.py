@@ -83,10 +83,16 @@ class DataConfig:
     """Size that the cache of `remote` stays below, such as 100gb; None for any."""
     mode: Literal["text-to-image", "image-only", "text-only"] = "text-to-image"
     """What a sequence holds."""
+    keep_every: int = 1
+    """Train on every n-th sample of the shards alone, again and again: what less data would have given."""
     seq_len: int = 96
     """Tokens a sequence, padding included (paper: 1,152). A longer caption loses its end."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, which guidance needs (the paper is silent)."""
+    text_mix: float = 0.0
+    """Share of a step's sequences, so of its tokens with padding, that are text alone: against forgetting."""
+    text_shards: Path | None = None
+    """Where text_mix takes them: text shards of seq_len tokens a sequence, by the model's tokenizer. None for none."""
     num_workers: int = 0
     """Loader processes a rank; the order of samples does not depend on it."""
     num_canonical_nodes: int = 1
@@ -108,6 +114,10 @@ class ModelConfig:
     """Destroy what model.init knows, as a control: shuffle each tensor, draw it anew with its moments, move layers."""
     learn: Literal["all", "embeddings", "norms", "first-half", "feed-forward"] = "all"
     """What learns (paper, Figure 6): all rows; these and norms; these two and the first half of layers, or all MLPs."""
+    lora_rank: int = 0
+    """Rank of adapters on every matrix of the layers: they and the new rows learn, nothing else. 0 for none."""
+    family: Literal["open_lm", "llama", "qwen2", "gpt_neox"] = "open_lm"
+    """Class of a random model; norm_type and qk_norm are open_lm's alone."""
     hidden_size: int = 192
     """Width of a random model."""
     num_layers: int = 6
@@ -142,6 +152,8 @@ class TrainConfig:
     """Adam's memory of gradients."""
     beta2: float = 0.95
     """Adam's memory of squared gradients."""
+    l2_to_init: float = 0.0
+    """Pull of what was there towards where it began, decoupled as decay is: a step moves it by lr times this share."""
     weight_decay: float = 0.1
     """Decay of matrices; norms have none."""
     grad_clip: float = 1.0

@@ -87,7 +87,7 @@ def check_keys(
             if not isinstance(value, dict):
                 raise error(f"{where}: {key} is {value!r:.80}; wanted is an object of keys.")
             check_keys(value, kind, where=f"{where}: {key}", error=error)
-        elif not isinstance(value, kind) or isinstance(value, bool):
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(one.__name__ for one in kinds)
             raise error(f"{where}: {key} is {value!r:.80}; wanted is {names}.")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class SequenceDataset(StreamingDataset):
         Raises:
             DataError: it is none that the manifest allows.
         """
-        sample = super().__getitem__(at)
+        sample = super().__getitem__(at - at % self.config.keep_every)
         check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
         epoch = self.next_epoch - 1
         if "codes" not in sample:  # text shards hold whole sequences
@@ -118,8 +119,78 @@ class SequenceDataset(StreamingDataset):
         return {"input_ids": input_ids, "key": sample["key"]}
 
 
+class _Stream:
+    """One shard set, epoch after epoch, as this rank's share of each step, with a position that can be saved."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        layout: VocabLayout,
+        a_step: int,
+        world_size: int,
+        seed: int,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        if config.cache_limit and not config.remote:
+            raise UserError(
+                f"data.cache_limit is {config.cache_limit}, but data.remote is empty: there is nothing to bring a"
+                " shard from again that left the cache."
+            )
+        manifest = read_manifest(config.shards)
+        num_samples = manifest["counts"].get("train", 0)
+        num_kept = num_trained_on(manifest, keep_every=config.keep_every)
+        if num_kept < a_step:
+            raise UserError(
+                f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
+                " (train.global_batch_tokens / data.seq_len)."
+            )
+        dataset = _open_dataset(
+            config,
+            layout=layout,
+            num_sequences=a_step // world_size,
+            # Whole steps only, or the order at an epoch's end would depend on the number of ranks. Which samples
+            # sit out differs from epoch to epoch.
+            epoch_size=num_samples // a_step * a_step,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+        self.loader = StreamingDataLoader(
+            dataset,
+            batch_size=a_step // world_size,
+            num_workers=config.num_workers,
+            drop_last=True,
+            persistent_workers=config.num_workers > 0,
+        )
+        self.folder = config.shards
+        self.look_aheads: list[LookAhead] = []
+        self.position: dict[str, Any] | None = None
+
+    def look_ahead(self) -> None:
+        """Hash all shards in a thread; what it finds ends the iteration."""
+        self.look_aheads.append(LookAhead(self.folder, manifest=read_manifest(self.folder)))
+        self.look_aheads[-1].start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            for batch in _sentences(self.loader):
+                for thread in self.look_aheads:
+                    thread.check()
+                self.position = self.loader.state_dict()
+                yield batch
+
+    def go_on_from(self, position: dict[str, Any] | None) -> None:
+        """Set the position; None for the start."""
+        self.position = position
+        if position is not None:
+            self.loader.load_state_dict(position)
+
+
 class StepLoader:
-    """An endless stream of this rank's share of optimizer steps, with a position that can be saved."""
+    """An endless stream of this rank's share of optimizer steps, with a position that can be saved.
+
+    Each step holds the same number of sequences of config.shards and, for config.text_mix, of config.text_shards.
+    """
 
     def __init__(
         self,
@@ -131,73 +202,87 @@ class StepLoader:
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
-        if config.cache_limit and not config.remote:
-            raise UserError(
-                f"data.cache_limit is {config.cache_limit}, but data.remote is empty: there is nothing to bring a"
-                " shard from again that left the cache."
-            )
-        num_samples = read_manifest(config.shards)["counts"].get("train", 0)
-        if num_samples < global_batch:
-            raise UserError(
-                f"{config.shards} has {num_samples} training pairs; one step takes {global_batch}"
-                " (train.global_batch_tokens / data.seq_len)."
-            )
         if global_batch % world_size:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
-        num_sequences = global_batch // world_size
-        dataset = _open_dataset(
-            config,
-            layout=layout,
-            num_sequences=num_sequences,
-            # Whole steps only, or the order at an epoch's end would depend on the number of ranks. Which samples
-            # sit out differs from epoch to epoch.
-            epoch_size=num_samples // global_batch * global_batch,
-            seed=seed,
-            tokenizer=tokenizer,
-        )
-        self.loader = StreamingDataLoader(
-            dataset,
-            batch_size=num_sequences,
-            num_workers=config.num_workers,
-            drop_last=True,
-            persistent_workers=config.num_workers > 0,
-        )
-        self.folder = config.shards
-        self.look_aheads: list[LookAhead] = []
-        self.position: dict[str, Any] | None = None
+        num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
+        amounts = [(config, global_batch - num_text)]
+        if num_text:
+            amounts.append((text_stream(config), num_text))
+        self.streams = [
+            _Stream(one, layout=layout, a_step=amount, world_size=world_size, seed=seed, tokenizer=tokenizer)
+            for one, amount in amounts
+        ]
 
     def look_ahead(self) -> None:
-        """Hash all shards in a thread, on one rank; what it finds ends the iteration."""
-        self.look_aheads.append(LookAhead(self.folder, manifest=read_manifest(self.folder)))
-        self.look_aheads[-1].start()
+        """Hash all shards in threads, on one rank; what they find ends the iteration."""
+        for stream in self.streams:
+            stream.look_ahead()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield input_ids (B, S) and keys for ever, epoch after epoch.
+        """Yield input_ids (B, S) and keys for ever, epoch after epoch; mixed-in text comes last in a batch.
 
         Raises:
             DataError: a shard or a sample is not what was prepared.
         """
-        while True:
-            for batch in _sentences(self.loader):
-                for thread in self.look_aheads:
-                    thread.check()
-                self.position = self.loader.state_dict()
-                yield batch
+        for parts in zip(*self.streams, strict=True):
+            yield {
+                "input_ids": torch.cat([part["input_ids"] for part in parts]),
+                "key": [key for part in parts for key in part["key"]],
+            }
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch yielded last, from 0."""
-        return 0 if self.position is None else int(self.position["epoch"])
+        """The epoch of the batch yielded last, from 0; of data.shards."""
+        position = self.streams[0].position
+        return 0 if position is None else int(position["epoch"])
 
     def state_dict(self) -> str:
         """Return the position after the batch yielded last, as JSON."""
-        return json.dumps(self.position)
+        return json.dumps([stream.position for stream in self.streams])
 
     def load_state_dict(self, state: str) -> None:
         """Go on from a saved position."""
-        self.position = json.loads(state)
-        if self.position is not None:
-            self.loader.load_state_dict(self.position)
+        for stream, position in zip(self.streams, json.loads(state), strict=True):
+            stream.go_on_from(position)
+
+
+def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:
+    """Count the sequences of a step that data.text_mix makes text alone.
+
+    Raises:
+        UserError: no share, no text_shards to take it from, or a number that the ranks do not divide.
+    """
+    if not 0 <= config.text_mix < 1:
+        raise UserError(f"data.text_mix is {config.text_mix}; wanted is a share of at least 0 and below 1.")
+    if bool(config.text_mix) != (config.text_shards is not None):
+        raise UserError(
+            f"data.text_mix is {config.text_mix} and data.text_shards {config.text_shards}; one needs the other."
+        )
+    count = round(config.text_mix * global_batch)
+    if config.text_mix and (count == 0 or count == global_batch or count % world_size):
+        raise UserError(
+            f"data.text_mix is {config.text_mix}: {count} of a step's {global_batch} sequences, which does not leave"
+            f" each of {world_size} ranks the same number of both kinds. Change it or train.global_batch_tokens."
+        )
+    return count
+
+
+def num_trained_on(manifest: dict[str, Any], *, keep_every: int) -> int:
+    """Count the training samples that data.keep_every leaves.
+
+    Raises:
+        UserError: it is no number of samples.
+    """
+    if keep_every < 1:
+        raise UserError(f"data.keep_every is {keep_every}; wanted is at least 1.")
+    return -(-int(manifest["counts"].get("train", 0)) // keep_every)
+
+
+def text_stream(config: DataConfig) -> DataConfig:
+    """Say how the text of data.text_mix is read: as text-only training reads its shards."""
+    assert config.text_shards is not None
+    whole = replace(config, remote="", cache_limit=None, keep_every=1)
+    return replace(whole, shards=config.text_shards, mode="text-only")
 
 
 def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:

@@ -38,14 +38,15 @@ KEYS = {
     "arguments": dict,
     "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
 }
-"""Of every manifest; those of pictures and of text have more."""
-PICTURE_KEYS = {
-    "image_size": int,
+"""Of every manifest; those of codes, of pictures and of text have more."""
+CODE_KEYS = {
+    "given_ids": bool,
     "codes_per_image": int,
     "codebook_size": int,
     "floors_nats": dict,
     "image_tokenizer": {"name": str, "fingerprint": str},
 }
+PICTURE_KEYS = {**CODE_KEYS, "image_size": int}
 TEXT_KEYS = {"sequence_tokens": int, "floors_nats": dict}
 SPLITS = ("train", "heldout", "combinations")
 
@@ -68,7 +69,9 @@ def _read_manifest_file(path: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format_version')!r:.80}; this version reads {FORMAT_VERSION}."
             " Prepare the source again."
         )
-    kind = TEXT_KEYS if "sequence_tokens" in manifest else PICTURE_KEYS
+    kind = PICTURE_KEYS if has_image_tokenizer(manifest) else CODE_KEYS
+    if "sequence_tokens" in manifest:
+        kind = TEXT_KEYS
     check_keys(manifest, KEYS | kind, where=path)
     _check_names(manifest, where=path)
     return manifest

@@ -15,6 +15,7 @@ from t2i.data.documents import PREFIX, open_documents
 from t2i.data.shards import MANIFEST, read_manifest, read_split
 from t2i.data.text_shards import check_text_tokenizer, is_text
 from t2i.errors import DataError
+from t2i.model.backbone import head_of, hidden_states
 from t2i.runs.ckpt import find, open_language_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -161,9 +162,9 @@ def write_results(results: dict[str, Any], *, ckpt: str, out: Path | None) -> Pa
 
 def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
     """Sum over one batch (B, S): loss, loss among text, leaked probability, tokens."""
-    hidden = model.model(input_ids).last_hidden_state[:, :-1].flatten(0, 1)  # (N, D)
+    hidden = hidden_states(model, input_ids)[:, :-1].flatten(0, 1)  # (N, D)
     labels = input_ids[:, 1:].flatten()
-    head = model.get_output_embeddings().weight
+    head = head_of(model)
     sums = torch.zeros(4, dtype=torch.float64)
     for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
         logits = (rows @ head.T.to(rows.dtype)).float()  # (N, V)

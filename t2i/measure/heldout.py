@@ -10,6 +10,7 @@ from torch import Tensor
 from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
+from t2i.model.backbone import head_of, hidden_states
 from t2i.model.loss import split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
@@ -125,8 +126,8 @@ def caption_meter(
 def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
     """Sum the losses of one batch (B, S): image nats, image tokens, text nats, text tokens."""
     labels = next_token_labels(input_ids, layout=layout).to(model.device)
-    hidden = model.model(input_ids.to(model.device)).last_hidden_state
-    losses, _ = token_losses(hidden, labels, head=model.get_output_embeddings().weight)
+    hidden = hidden_states(model, input_ids.to(model.device))
+    losses, _ = token_losses(hidden, labels, head=head_of(model))
     sums = split_sums(
         losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
     )

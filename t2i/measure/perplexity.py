@@ -16,6 +16,7 @@ from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.text_shards import is_text
 from t2i.errors import DataError, UserError
 from t2i.measure.heldout import HELDOUT_SPLITS
+from t2i.model.backbone import head_of, hidden_states
 from t2i.model.loss import split_sums, token_losses
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.runs.folder import RESOLVED
@@ -111,10 +112,8 @@ def measure(
     by_code: list[Tensor] = []
     for batch in input_ids.split(batch_size):
         labels = next_token_labels(batch, layout=model.layout).to(model.model.device)
-        hidden = model.model.model(batch.to(model.model.device)).last_hidden_state
-        losses, _ = token_losses(
-            hidden, labels, head=cast(Tensor, model.model.get_output_embeddings().weight)
-        )
+        hidden = hidden_states(model.model, batch.to(model.model.device))
+        losses, _ = token_losses(hidden, labels, head=head_of(model.model))
         split = split_sums(
             losses,
             labels,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_k
 from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_note
 from t2i.measure.pictures import Pictures, Reconstructions
 from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, measure_reference
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.backbone import made_of
 from t2i.runs.ckpt import Checkpoint
 
 SCORES, CAPTIONS = "scores.json", "captions.jsonl"
@@ -110,7 +109,7 @@ def draw_rows(
 def untrained(checkpoint: Checkpoint) -> Checkpoint:
     """Swap the model for one of the same architecture with random weights (seed 0)."""
     torch.manual_seed(0)
-    model = OpenLMForCausalLM(cast(OpenLMConfig, checkpoint.model.config)).eval()
+    model = made_of(checkpoint.model.config).eval()
     return replace(checkpoint, model=model.to(device=checkpoint.model.device), weights="random, seed 0")
 
 

@@ -17,13 +17,15 @@ def set_learned(model: PreTrainedModel, *, recipe: str) -> None:
     first-half and feed-forward: what norms has, and the first half of the layers or all feed-forward parts.
 
     Raises:
-        UserError: an unknown recipe, or one that adds nothing to this model.
+        UserError: an unknown recipe, one that adds nothing to this model, or one that freezes everything.
 
     Source: paper, Figure 6.
     """
     learned = {id(value) for module in _learned_modules(model, recipe) for value in module.parameters()}
     for value in model.parameters():
         value.requires_grad_(id(value) in learned)
+    if not any(value.requires_grad for value in model.parameters()):
+        raise UserError(f"model.learn is {recipe}, which freezes every parameter of {type(model).__name__}.")
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.errors import UserError
+from t2i.model.lora import merge_lora
 
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
 
@@ -85,10 +86,9 @@ def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int
 class _JoinedRows(nn.Module):
     """Old rows (V0, D) and new rows (V1, D) as two parameters, joined where they are used."""
 
-    def __init__(self, weight: Tensor, *, num_old: int) -> None:
+    def __init__(self, old: nn.Parameter, new: nn.Parameter) -> None:
         super().__init__()
-        self.old = nn.Parameter(weight[:num_old].clone())
-        self.new = nn.Parameter(weight[num_old:].clone())
+        self.old, self.new = old, new
 
     @property
     def weight(self) -> Tensor:
@@ -111,23 +111,30 @@ class JoinedHead(_JoinedRows):
 
 
 def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
-    """Make the rows from num_old on parameters of their own, in place, so that they can learn at their own rate.
+    """Make the rows from num_old on parameters of their own, in place, so that they can learn in their own way.
 
-    Raises:
-        UserError: the head is tied to the embedding.
+    A tied head shares both parameters with the embedding.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is head.weight:
-        raise UserError("new rows of a tied head cannot learn at a rate of their own (train.new_rows_lr).")
-    model.set_input_embeddings(JoinedEmbedding(embedding.weight.detach(), num_old=num_old))
-    model.set_output_embeddings(JoinedHead(head.weight.detach(), num_old=num_old))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    input_rows = _parts(embedding, num_old=num_old)
+    output_rows = input_rows if head is embedding else _parts(head, num_old=num_old)
+    model.set_input_embeddings(JoinedEmbedding(*input_rows))
+    model.set_output_embeddings(JoinedHead(*output_rows))
+
+
+def _parts(rows: Tensor, *, num_old: int) -> tuple[nn.Parameter, nn.Parameter]:
+    old, new = rows.detach()[:num_old], rows.detach()[num_old:]
+    return nn.Parameter(old.clone()), nn.Parameter(new.clone())
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with joined rows as the one weight that they are everywhere else."""
+    """Return the state dict as a model of this class has it: joined rows as one weight, adapters within matrices."""
     state = model.state_dict()
+    joined: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, _JoinedRows):
             old, new = state.pop(f"{name}.old"), state.pop(f"{name}.new")
-            state[f"{name}.weight"] = torch.cat([old, new])
+            # Once for both ends of a tied model: tensors that share their memory are saved once.
+            state[f"{name}.weight"] = joined.setdefault(id(module.new), torch.cat([old, new]))
+    merge_lora(model, state)
     return state

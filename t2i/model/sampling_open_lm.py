@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
@@ -57,7 +58,7 @@ def sample_codes(
     combining logits, at one head product for a pair.
 
     Args:
-        model: an open_lm causal LM.
+        model: a causal LM with a bias-free head; with open_lm's, keys and values take their memory once.
         prompts: ids up to and with `<image>`, of any lengths.
         empty_prompt: the prompt of the empty caption.
         image_ids: ids of the image codes, in order of the codes.
@@ -72,13 +73,23 @@ def sample_codes(
     ids, mask = _left_padded(rows, device=model.device)  # (R, S)
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]
     num_positions = ids.shape[1] + num_codes
-    cache = StaticCache(model.config, num_rows=len(rows), num_positions=num_positions, like=head)
+    cache: Any = DynamicCache()  # what other classes' attention expects
+    if model.config.model_type == "open_lm":
+        cache = StaticCache(model.config, num_rows=len(rows), num_positions=num_positions, like=head)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     mask = F.pad(mask, (0, num_codes), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     codes: list[Tensor] = []
     for _ in range(num_codes):
-        total = cache.length + ids.shape[1]
-        outputs = model.model(ids, attention_mask=mask[:, :total], past_key_values=cache)
+        past = cache.get_seq_length()
+        total = past + ids.shape[1]
+        outputs = model.base_model(
+            ids,
+            attention_mask=mask[:, :total],
+            position_ids=positions[:, past:total],
+            past_key_values=cache,
+            use_cache=True,
+        )
         hidden = outputs.last_hidden_state[:, -1]  # (R, D)
         if guided:
             conditional, unconditional = hidden.chunk(2)
@@ -123,6 +134,7 @@ def draw(
     """Draw one PIL picture a caption; caption i uses seed + i.
 
     Args:
+        model: a causal LM whose config.json has vocab_layout and codes_per_image.
         tokenizer: the text tokenizer of the model's folder.
         image_tokenizer: the diffusers VQModel of its image_tokenizer folder.
 
@@ -132,7 +144,7 @@ def draw(
     from PIL import Image
 
     config = model.config
-    if config.vocab_layout is None or config.codes_per_image is None:
+    if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
     length = config.sequence_length or config.max_position_embeddings
     room = length - config.codes_per_image - len(SPECIAL_TOKENS)

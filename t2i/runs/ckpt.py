@@ -13,9 +13,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
+from transformers import PreTrainedModel
 
 from t2i.errors import UserError
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.backbone import load_model
 from t2i.released import sha256_of, weight_files
 from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
@@ -35,7 +36,7 @@ class Checkpoint:
     """The Hugging Face folder that the weights came from."""
     run_dir: Path | None
     """Its run, for a run folder or one of its checkpoints; None for an exported folder."""
-    model: OpenLMForCausalLM
+    model: PreTrainedModel
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
     layout: VocabLayout
@@ -87,7 +88,7 @@ class LanguageModel:
     folder: Path
     run_dir: Path | None
     """Its run, for a run folder or one of its checkpoints; None for any other folder."""
-    model: OpenLMForCausalLM
+    model: PreTrainedModel
     text_tokenizer: TextTokenizer
     layout: VocabLayout
     """Of a language model alone: all of its rows are text, codebook_size is 0."""
@@ -101,9 +102,10 @@ def open_language_model(name: str, *, device: torch.device | str = "cpu") -> Lan
     """
     folder, run_dir = find(name)
     text_tokenizer = TextTokenizer.load(folder)
-    model = OpenLMForCausalLM.from_pretrained(folder).eval().to(device)
-    if model.config.vocab_layout is not None:
-        layout = VocabLayout(**model.config.vocab_layout)
+    model = load_model(folder).eval().to(device)
+    known = getattr(model.config, "vocab_layout", None)
+    if known is not None:
+        layout = VocabLayout(**known)
     else:
         layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
     return LanguageModel(folder, run_dir, model, text_tokenizer, layout)
@@ -117,8 +119,8 @@ def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpo
         DataError: the image tokenizer beside it is not the one that it learned with.
     """
     folder, run_dir = find(name)
-    model = OpenLMForCausalLM.from_pretrained(folder).eval().to(device)
-    if model.config.vocab_layout is None:
+    model = load_model(folder).eval().to(device)
+    if getattr(model.config, "vocab_layout", None) is None:
         raise UserError(
             f"{folder} is a language model without image codes: its config.json has no vocab_layout."
         )

@@ -13,15 +13,20 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
 
 from t2i.errors import CheckpointError, UserError
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model import sampling_open_lm
+from t2i.model.backbone import load_model
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
 from t2i.runs.folder import RESOLVED, new_folder
 from t2i.tokens.image import ROUND_TRIP
 
 SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
 """Name of a score in an exported folder -> folder of measures that holds it as scores.json."""
+
+SAMPLER = "draw.py"
+"""The sampler, beside a model whose class cannot draw by itself."""
 
 CARD = Path(__file__).with_name("card.md")
 
@@ -43,6 +48,8 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
 
 def _write(checkpoint: Checkpoint, part: Path, *, name: str, command: str) -> None:
     home = checkpoint.run_dir or checkpoint.folder
+    if not hasattr(checkpoint.model, "draw"):
+        shutil.copyfile(sampling_open_lm.__file__, part / SAMPLER)
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
@@ -68,17 +75,18 @@ def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str)
         CARD.read_text(), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return template.render(
-        front_matter=front_matter(measured, name=name),
+        front_matter=front_matter(measured, name=name, kind=checkpoint.model.config.model_type),
         name=name,
         command=command,
         measured=measured,
         manifest=manifest,
         start=start,
         num_parameters=num_parameters,
+        draws_itself=not (folder / SAMPLER).is_file(),
     )
 
 
-def front_matter(measured: list[dict[str, Any]], *, name: str) -> str:
+def front_matter(measured: list[dict[str, Any]], *, name: str, kind: str) -> str:
     """Write what the hub reads of a card: tags, and the model's measures as its model-index."""
     results = [
         EvalResult(
@@ -95,7 +103,7 @@ def front_matter(measured: list[dict[str, Any]], *, name: str) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "open_lm", "autoregressive"],
+        tags=["text-to-image", kind, "autoregressive"],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -122,9 +130,9 @@ def push(folder: Path, *, repo: str) -> str:
 
 
 @torch.inference_mode()
-def _check_logits(model: OpenLMForCausalLM, folder: Path) -> None:
+def _check_logits(model: PreTrainedModel, folder: Path) -> None:
     ids = torch.arange(24, device=model.device)[None] % model.config.vocab_size
-    again = OpenLMForCausalLM.from_pretrained(folder, dtype=model.dtype).eval().to(model.device)
+    again = load_model(folder, dtype=model.dtype).eval().to(model.device)
     difference = (model(ids).logits - again(ids).logits).abs().max().item()
     if difference > 1e-4:
         raise CheckpointError(

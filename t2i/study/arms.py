@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from t2i.errors import UserError
+from t2i.data.shards import MANIFEST
+from t2i.data.text_shards import is_text
 from t2i.runs.ckpt import DATA_MANIFEST
-from t2i.runs.folder import STATUS, read_metrics
+from t2i.runs.folder import RESOLVED, STATUS, read_metrics
 from t2i.study.grid import Study, run_dir
 
 Rows = list[dict[str, Any]]
@@ -71,16 +73,14 @@ def tokens_at(rows: Rows) -> dict[int, int]:
     return {0: 0} | {row["step"]: row["tokens"] for row in rows if "split" not in row}
 
 
-def paired(first: Curve, second: Curve) -> tuple[Curve, Curve]:
-    """Keep the seeds and steps that both have.
-
-    Raises:
-        UserError: there are none.
-    """
+def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
+    """Keep the seeds and steps that both have; None if there are none."""
+    if first is None or second is None:
+        return None
     seeds = [seed for seed in first.seeds if seed in second.seeds]
     steps = [step for step in first.steps if step in second.steps]
     if not seeds or not steps:
-        raise UserError(f"arms share no seed or no step: seeds {first.seeds} and {second.seeds}.")
+        return None
     return _kept(first, seeds, steps), _kept(second, seeds, steps)
 
 
@@ -89,6 +89,16 @@ def floors_of(runs: list[Run]) -> dict[str, float]:
     manifest = read_json(runs[0].folder / DATA_MANIFEST) if runs else {}
     floors: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
     return floors if "codebook_size" in manifest else {}
+
+
+def text_floors_of(runs: list[Run]) -> dict[str, float]:
+    """Read what held-out text costs models that only count, in nats a token; empty where it is of no text shards."""
+    if not runs:
+        return {}
+    settings = yaml.safe_load((runs[0].folder / RESOLVED).read_text())
+    manifest = read_json(Path(settings["train"]["eval_text"]) / MANIFEST)
+    floors: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
+    return floors if is_text(manifest) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """A study as YAML: steps that are done once, arms times seeds of training runs, measures of each run.
 
-`{out}` in any string is the study's folder, `{run}` in a measure the folder of the run that it measures.
+`base: OTHER.yaml` takes runs' settings and steps from another study file, key by key. `{out}` in any string is the
+study's folder, `{run}` in a measure the folder of the run that it measures.
 """
 
-from dataclasses import dataclass, field, fields
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from t2i.errors import UserError
 from t2i.plain import read_yaml
 
 TRAIN = "launchers/train.py"
+INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")
+"""Keys that a study takes from its base."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Study:
     """Words before a training script, such as [deepspeed, --num_gpus, "8"]; empty for this Python."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of all runs, as a run file holds them."""
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """What --plan takes of shards that are not made yet, by the names of PlanConfig; by default the embedded ones."""
     steps: list[Step] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
     report: list[dict[str, Any]] = field(default_factory=list)
@@ -94,24 +101,50 @@ def read_study(file: Path) -> Study:
         UserError: no YAML, an unknown key, or settings that a run does not have.
     """
     values = read_yaml(file, name=str(file))
+    values = _with_base(values, file)
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
     study: Study = _made(Study, {**values, "file": file}, file)
+    for name, settings in {"settings": study.settings, **study.arms}.items():
+        check_keys(settings, where=f"{study.file}: {name}")
     for name in study.arms:
         run_config(study, arm=name, seed=0, out=Path("out"))
     _known_arms(study, list(study.arm_seeds), where="arm_seeds")
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
-        _known_arms(study, section.get("arms", []), where=f"report: {section.get('section')}")
+        arms = [*section.get("arms", []), *chain.from_iterable(section.get("pairs", []))]
+        _known_arms(study, arms, where=f"report: {section.get('section')}")
     return study
+
+
+def check_keys(settings: dict[str, Any], *, where: str, kind: Any = RunConfig, prefix: str = "") -> None:
+    """Check that settings have the names of a run's, and name the nearest where one has not.
+
+    Raises:
+        UserError: the first name that a run does not have.
+    """
+    known = {one.name: one.type for one in fields(kind)}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            right = nearest_name(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
+            raise UserError(f"{where} has the setting {prefix}{key}, which {TRAIN} does not take; {right}.")
+        group = known[name]
+        if is_dataclass(group) and isinstance(value, dict):
+            check_keys(value, where=where, kind=group, prefix=f"{prefix}{name}.")
+
+
+def nearest_name(name: str, known: list[str]) -> str:
+    """Say what somebody may have meant, or all that there is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"perhaps {close[0]} was meant" if close else f"known are {', '.join(known)}"
 
 
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
     """List a study's processes in the order of one worker."""
     steps = [
-        Job(step.name, [step.command, *flags_of_mapping(_filled(step.flags, out=out))])
-        for step in study.steps
+        Job(step.name, [step.command, *flags_of_mapping(filled(step.flags, out=out))]) for step in study.steps
     ]
     jobs = list(steps)
     needs = tuple(job.name for job in steps)
@@ -120,7 +153,7 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         for arm in measure.arms or study.arms:
             for seed in measure.seeds or study.seeds_of(arm):
                 name = run_name(arm, seed)
-                words = _filled({"flags": measure.flags}, out=out, run=run_dir(out, arm, seed))["flags"]
+                words = filled({"flags": measure.flags}, out=out, run=run_dir(out, arm, seed))["flags"]
                 measured = run_dir(out, arm, seed) / measure.at
                 command = [measure.command, str(measured), *flags_of_mapping(words)]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
@@ -157,30 +190,41 @@ def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, 
 
 def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
     """Write settings as flags: those of all runs, then the arm's, then the seed; arms differ in nothing else."""
-    flags = flags_of_mapping(_filled(study.settings, out=out)) + flags_of_mapping(
-        _filled(study.arms[arm], out=out)
+    flags = flags_of_mapping(filled(study.settings, out=out)) + flags_of_mapping(
+        filled(study.arms[arm], out=out)
     )
     return ["--run-dir", str(run_dir(out, arm, seed)), *flags, "--train.seed", str(seed)]
 
 
-def _filled(values: Any, *, out: Path, run: Path | None = None) -> Any:
+def filled(values: Any, *, out: Path, run: Path | None = None) -> Any:
     """Put folders into the strings of nested values."""
     if isinstance(values, dict):
-        return {key: _filled(value, out=out, run=run) for key, value in values.items()}
+        return {key: filled(value, out=out, run=run) for key, value in values.items()}
     if isinstance(values, list):
-        return [_filled(value, out=out, run=run) for value in values]
+        return [filled(value, out=out, run=run) for value in values]
     if isinstance(values, str):
         return values.replace("{out}", str(out)).replace("{run}", str(run))
     return values
+
+
+def _with_base(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Take from a study's `base`, another file beside it, what the study itself does not say of runs and steps."""
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    found = file.parent / str(base)
+    if not found.is_file():
+        raise UserError(f"{file}: base is {base}, which is not beside it.")
+    given = read_yaml(found, name=str(found))
+    return {key: given[key] for key in INHERITED if key in given} | values
 
 
 def _made(kind: Any, values: Any, file: Path) -> Any:
     known = {one.name for one in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UserError(
-            f"{file}: unknown key {', '.join(unknown)} of a {kind.__name__.lower()}; known are {sorted(known)}."
-        )
+        right = nearest_name(unknown[0], sorted(known))
+        raise UserError(f"{file}: unknown key {unknown[0]} of a {kind.__name__.lower()}; {right}.")
     try:
         return kind(**values)
     except TypeError as error:
@@ -190,6 +234,5 @@ def _made(kind: Any, values: Any, file: Path) -> Any:
 def _known_arms(study: Study, arms: list[str], *, where: str) -> None:
     unknown = sorted(set(arms) - set(study.arms))
     if unknown:
-        raise UserError(
-            f"{study.file}: {where} names arm {', '.join(unknown)}; arms are {', '.join(study.arms)}."
-        )
+        right = nearest_name(unknown[0], list(study.arms))
+        raise UserError(f"{study.file}: {where} names arm {unknown[0]}; {right}.")

@@ -1,93 +1,117 @@
-"""What a study will take, before it runs: tokens, floating-point operations, time on this machine."""
+"""What a study will take, before it runs: tokens, floating-point operations, disk, and time on named machines."""
 
-import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import tyro
 
-from t2i.config import ASSETS, ModelConfig, RunConfig
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.cli import flags_of_mapping
+from t2i.config import ASSETS, PlanConfig, RunConfig
+from t2i.errors import UserError
 from t2i.study.arms import read_json
-from t2i.study.grid import Study, run_config, run_name
+from t2i.study.grid import TRAIN, Step, Study, filled, run_config, run_name
 from t2i.tokens.text import TextTokenizer
-from t2i.tokens.vocab import VocabLayout
-
-USED_SHARE = 0.4
-"""Of the speed of plain matrix products, what training reaches."""
+from t2i.train.devices import find_device
+from t2i.train.engine import global_batch, read_ds_config
+from t2i.train.estimates import checkpoint_bytes, count_parameters, flops_a_token, weight_bytes
+from t2i.train.plan import known_data, model_config, num_text_rows
 
 
 @dataclass(frozen=True)
 class Price:
-    """One run."""
+    """One training run."""
 
     name: str
     tokens: int
+    """Padding included."""
     flops: float
-    seconds: float
-    """Measured where the run is done, else estimated."""
-    is_measured: bool
+    disk_bytes: float
+    """Its checkpoints when it is done."""
+    took_seconds: float | None
+    """None if it is not done."""
 
 
-def prices(study: Study, *, out: Path, flops_a_second: float) -> list[Price]:
-    """Price every run: 6 operations a token and number of the model; what is done costs what it cost."""
-    found = []
-    for arm, seed in study.runs():
-        config = run_config(study, arm=arm, seed=seed, out=out)
-        sequences = max(1, round(config.train.global_batch_tokens / config.data.seq_len))
-        tokens = config.train.max_steps * sequences * config.data.seq_len
-        flops = 6.0 * tokens * num_multiplied(config)
-        record = read_json(out / "jobs" / f"{run_name(arm, seed)}.json")
-        is_done = record.get("state") == "done"
-        seconds = record["seconds"] if is_done else flops / (flops_a_second * USED_SHARE)
-        found.append(Price(run_name(arm, seed), tokens, flops, seconds, is_done))
-    return found
+def prices(study: Study, *, out: Path) -> list[Price]:
+    """Price every training run, those among the steps too; what is done has its time."""
+    half = weight_bytes(read_ds_config(Path(study.ds_config)))
+    plan = PlanConfig(**{**_embedded(), **study.assumed})
+    runs = {step.name: _step_config(step, out=out) for step in study.steps if step.command == TRAIN}
+    runs |= {
+        run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
+    }
+    return [_price(name, config, plan=plan, element_bytes=half, out=out) for name, config in runs.items()]
 
 
-def num_multiplied(config: RunConfig) -> int:
-    """Count the numbers that a token is multiplied by: all but the embedding.
+def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float) -> list[str]:
+    """Write a study's price out, a line a run, and the time of what is not done on each machine.
 
-    A start that is not there yet is taken to be as large as a random model of the same settings.
+    Args:
+        machines: name and number of devices, as seconds_on takes them.
     """
-    folder = Path(config.model.init)
-    if (folder / "config.json").is_file():
-        shape = OpenLMConfig(**json.loads((folder / "config.json").read_text()))
-    else:
-        shape = _shape(config.model, vocab_size=_vocab_size(config))
-    with torch.device("meta"):
-        model: Any = OpenLMForCausalLM(shape)
-    total = sum(value.numel() for value in model.parameters())
-    return total - model.get_input_embeddings().weight.numel()
+    lines = [
+        f"{one.name:32s} {one.tokens:>16,} tokens  {one.flops:.2e} FLOPs  {one.disk_bytes / 1e9:>9.3g} GB"
+        + ("" if one.took_seconds is None else f"  took {one.took_seconds / 60:.1f} minutes")
+        for one in priced
+    ]
+    tokens, flops, disk = (
+        sum(getattr(one, key) for one in priced) for key in ("tokens", "flops", "disk_bytes")
+    )
+    lines.append(
+        f"{len(priced)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB of checkpoints"
+    )
+    left = [one for one in priced if one.took_seconds is None]
+    for name, count in machines:
+        minutes = seconds_on(left, gpu=name, num_gpus=count, mfu=mfu) / 60
+        where = "this machine's CPU, fp32" if name == "cpu" else f"{count} x {name}, bf16"
+        time = f"{minutes:,.0f} minutes" if minutes < 600 else f"{minutes / 60:,.0f} hours"
+        lines.append(f"  about {time} of training still to do, at {mfu:.0%} of the peak of {where}")
+    return lines
 
 
-def measured_flops() -> float:
-    """Time a product of 1,024-square fp32 matrices here, the best of three; operations a second."""
-    matrix = torch.ones(1_024, 1_024)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - started)
-    return 2 * 1_024**3 / min(times)
+def seconds_on(priced: list[Price], *, gpu: str, num_gpus: int, mfu: float) -> float:
+    """Estimate the time of all runs, one after another on num_gpus GPUs in bf16, or on `cpu`, this machine's, in fp32.
+
+    Raises:
+        UserError: an unknown device.
+    """
+    device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
+    return sum(one.flops for one in priced) / (device.peak_flops * num_gpus * mfu)
 
 
-def _shape(model: ModelConfig, *, vocab_size: int) -> OpenLMConfig:
-    return OpenLMConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
+def _price(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> Price:
+    model = model_config(config, data=known_data(config, plan=plan))
+    settings = config.model
+    counts = count_parameters(
+        model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
+    )
+    seq_len = config.data.seq_len
+    tokens = config.train.max_steps * global_batch(config, world_size=1) * seq_len
+    record = read_json(out / "jobs" / f"{name}.json")
+    return Price(
+        name=name,
+        tokens=tokens,
+        flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len),
+        disk_bytes=config.train.keep_last * checkpoint_bytes(counts, element_bytes=element_bytes),
+        took_seconds=record["seconds"] if record.get("state") == "done" else None,
     )
 
 
-def _vocab_size(config: RunConfig) -> int:
-    """Rows of the grown vocabulary; of the shipped tokenizers where the shards are not there yet."""
-    manifest = read_json(config.data.shards / "manifest.json")
-    num_tokens = manifest.get("text_tokenizer", {}).get("num_tokens")
-    num_tokens = num_tokens or TextTokenizer.load(ASSETS / "text_tokenizer").num_tokens
-    shipped = read_json(ASSETS / "image_tokenizer" / "config.json")["num_vq_embeddings"]
-    codes = manifest.get("codebook_size", 0 if manifest else shipped)
-    return VocabLayout(-(-num_tokens // 8) * 8, num_tokens, codebook_size=codes).vocab_size
+def _step_config(step: Step, *, out: Path) -> RunConfig:
+    """Read the settings of a step that trains."""
+    flags = {key: value for key, value in filled(step.flags, out=out).items() if key != "ds_config"}
+    try:
+        return tyro.cli(RunConfig, args=flags_of_mapping(flags))
+    except SystemExit as error:
+        raise UserError(f"step {step.name} has settings that {TRAIN} does not take.") from error
+
+
+def _embedded() -> dict[str, Any]:
+    """Describe the embedded pictures and tokenizers, which a study's own shards are made of."""
+    tokenizer = read_json(ASSETS / "image_tokenizer" / "config.json")
+    return {
+        "text_rows": TextTokenizer.load(ASSETS / "text_tokenizer").num_tokens,
+        "codebook_size": tokenizer["num_vq_embeddings"],
+        "codes_per_image": 64,
+        "num_pairs": 3_500,
+    }

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2i.config import AlignRun, ModelConfig, RunConfig
-from t2i.data.loader import StepLoader, caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.loader import (
+    StepLoader,
+    caption_ids_of,
+    num_trained_on,
+    stack_sequences,
+    tokenizer_to_apply,
+)
 from t2i.data.shards import read_split
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
@@ -120,8 +126,8 @@ def align(run: AlignRun) -> dict[str, Any]:
         UserError: more pairs a step than the data has, or a model that knows the codes already.
     """
     manifest = manifest_of(run.data)
-    if manifest["counts"]["train"] < run.align.num_pairs:
-        count = manifest["counts"]["train"]
+    count = num_trained_on(manifest, keep_every=run.data.keep_every)
+    if count < run.align.num_pairs:
         raise UserError(
             f"align.num_pairs is {run.align.num_pairs}; {run.data.shards} has {count} training pairs."
         )

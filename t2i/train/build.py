@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from t2i.config import ModelConfig, RunConfig
 from t2i.data.text_shards import is_text
 from t2i.errors import UserError
+from t2i.model.backbone import load_model, made_of
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.learn import set_learned
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.lora import add_lora
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.scramble import scramble
 from t2i.runs.ckpt import DATA_MANIFEST, find
@@ -23,7 +25,7 @@ from t2i.tokens.vocab import VocabLayout
 class Start:
     """A language model before its vocabulary grows, and what its rows mean."""
 
-    model: OpenLMForCausalLM
+    model: PreTrainedModel
     layout: VocabLayout
     """That of the rows which are kept."""
     num_kept: int
@@ -32,7 +34,7 @@ class Start:
 
 def build_model(
     config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer
-) -> tuple[OpenLMForCausalLM, VocabLayout]:
+) -> tuple[PreTrainedModel, VocabLayout]:
     """Make the language model of config.model, grow it for the codes of `manifest`, freeze what does not learn.
 
     Shards of text alone need no codes: the model keeps the rows that it has.
@@ -49,15 +51,45 @@ def build_model(
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest["codes_per_image"]
     model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
-    model.config.max_position_embeddings = max(model.config.max_position_embeddings, config.data.seq_len)
-    if config.train.new_rows_lr is not None:
-        if model.config.vocab_size == start.num_kept:
-            raise UserError("train.new_rows_lr is set, but no row is new.")
-        split_rows(model, num_old=start.num_kept)
+    _check_positions(model, config)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    set_learned(model, recipe=config.model.learn)
+    choose_learned(model, config, num_kept=start.num_kept)
     return model, layout
+
+
+def choose_learned(model: PreTrainedModel, config: RunConfig, *, num_kept: int) -> None:
+    """Split new rows from the first num_kept where they learn in their own way, and freeze what does not learn.
+
+    Raises:
+        UserError: settings that contradict each other, or that leave nothing to learn.
+    """
+    settings, rank = config.train, config.model.lora_rank
+    if rank < 0 or settings.l2_to_init < 0:
+        raise UserError(
+            f"model.lora_rank is {rank} and train.l2_to_init {settings.l2_to_init}; wanted is 0 or more."
+        )
+    if rank and config.model.learn != "all":
+        raise UserError(
+            f"model.lora_rank is {rank}: what learns is settled, but model.learn says {config.model.learn}."
+        )
+    has_new = model.config.vocab_size > num_kept
+    if settings.new_rows_lr is not None and not has_new:
+        raise UserError("train.new_rows_lr is set, but no row is new.")
+    if has_new and (settings.new_rows_lr is not None or settings.l2_to_init or rank):
+        split_rows(model, num_old=num_kept)
+    set_learned(model, recipe=config.model.learn)
+    if rank:
+        add_lora(model, rank=rank)
+
+
+def _check_positions(model: PreTrainedModel, config: RunConfig) -> None:
+    """Let open_lm have as many positions as a sequence, which cost it nothing; hold others to what they have."""
+    seq_len, found = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
+    if isinstance(model.config, OpenLMConfig):
+        model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
+    elif found is not None and found < seq_len:
+        raise UserError(f"data.seq_len is {seq_len}; {config.model.init} was made for {found} positions.")
 
 
 def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer) -> Start:
@@ -65,66 +97,57 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
 
     All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
     """
+    model: PreTrainedModel
     if config.model.init == "random":
         if config.model.scramble != "none":
             raise UserError(f"model.scramble is {config.model.scramble}, but model.init is random.")
         model = _random_model(config, text_tokenizer)
     else:
-        model = _loaded_model(config.model.init)
+        model = load_model(find(config.model.init)[0], dtype=torch.float32)
     codebook_size = manifest.get("codebook_size", 0)
     rows, num_kept = model.config.vocab_size, model.config.vocab_size
-    if model.config.vocab_layout is None:
+    known = getattr(model.config, "vocab_layout", None)
+    if known is None:
         layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
     else:
-        layout = VocabLayout(**model.config.vocab_layout)
+        layout = VocabLayout(**known)
         if not is_text(manifest) and not _knows_codes(config.model.init, manifest):
             layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
             num_kept = layout.first_image_id
-            model.resize_token_embeddings(num_kept)
+            model.resize_token_embeddings(num_kept, mean_resizing=False)
     if config.model.scramble != "none":
         scramble(model, kind=config.model.scramble, seed=config.train.seed)
     return Start(model=model, layout=layout, num_kept=num_kept)
 
 
-def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> OpenLMForCausalLM:
+def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> PreTrainedModel:
     num_text_tokens = text_tokenizer.num_tokens
-    return OpenLMForCausalLM(
+    return made_of(
         random_model_config(config.model, num_text_tokens=num_text_tokens, seq_len=config.data.seq_len)
     )
 
 
-def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> OpenLMConfig:
-    """Describe a random language model, its text rows rounded up to a multiple of 8.
+def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> PretrainedConfig:
+    """Describe a random language model, its text rows rounded up to a multiple of 8; other families as wide as open_lm.
 
     Raises:
         UserError: sizes that do not divide, or an unknown norm.
     """
+    sizes = {
+        "vocab_size": -(-num_text_tokens // 8) * 8,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": seq_len,
+    }
     try:
-        return OpenLMConfig(
-            vocab_size=-(-num_text_tokens // 8) * 8,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            norm_type=config.norm_type,
-            qk_norm=config.qk_norm,
-            max_position_embeddings=seq_len,
-        )
+        ours = OpenLMConfig(**sizes, norm_type=config.norm_type, qk_norm=config.qk_norm)
     except ValueError as error:
         raise UserError(f"model.*: {error}.") from error
-
-
-def _loaded_model(name: str) -> OpenLMForCausalLM:
-    folder, _ = find(name)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != OpenLMConfig.model_type:
-        raise UserError(
-            f"model.init is {name}, a model of type {kind!r}; wanted is {OpenLMConfig.model_type!r}."
-        )
-    model, report = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    strange = {key: names for key, names in report.items() if names}
-    if strange:
-        raise UserError(f"model.init is {name}, whose weights do not fit its config.json: {strange}.")
-    return model
+    if config.family == "open_lm":
+        return ours
+    sizes |= {"intermediate_size": ours.intermediate_size, "num_key_value_heads": config.num_heads}
+    return AutoConfig.for_model(config.family, **sizes, tie_word_embeddings=False)
 
 
 def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from t2i.config import RunConfig, TrainConfig
 from t2i.errors import UserError
+from t2i.model.backbone import head_of, hidden_states
 from t2i.model.loss import split_sums, token_losses
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
 
 OWNED_BY_THE_RUN = {
@@ -26,17 +27,15 @@ KINDS = ("text", "image", "special")
 class Learner(nn.Module):
     """The language model with its split loss: what DeepSpeed sees as one module."""
 
-    def __init__(self, model: OpenLMForCausalLM, *, layout: VocabLayout) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: VocabLayout) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Sum losses over one micro-batch (B, S): (7,) sums of text, image, special, their counts, and z."""
-        hidden = self.model.model(input_ids).last_hidden_state
-        losses, partitions = token_losses(
-            hidden, labels, head=cast(Tensor, self.model.get_output_embeddings().weight)
-        )
+        hidden = hidden_states(self.model, input_ids)
+        losses, partitions = token_losses(hidden, labels, head=head_of(self.model))
         sums = split_sums(
             losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
         )
@@ -121,24 +120,50 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=learner, model_parameters=parameter_groups(learner, config=config), config=whole
     )
+    if config.l2_to_init:
+        pull_to_start(engine.optimizer.optimizer, share=config.l2_to_init)
     return engine
 
 
+def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
+    """Let every step first move what it changes towards where it is now, by lr * share; not new rows.
+
+    Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too. A step that is left out
+    for its gradient pulls nothing.
+    """
+    start = {
+        value: value.detach().clone()
+        for group in optimizer.param_groups
+        if not group["is_new"]
+        for value in group["params"]
+    }
+
+    @torch.no_grad()
+    def pull(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for value in group["params"]:
+                if value in start:
+                    value.lerp_(start[value], group["lr"] * share)
+
+    optimizer.register_step_pre_hook(pull)
+
+
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
-    """Group parameters: matrices decay, norms and biases do not, new rows may have a rate of their own.
+    """Group parameters: matrices decay, norms and biases do not, new rows that were split off may have their own rate.
 
     `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
+    scale = 1.0 if config.new_rows_lr is None else config.new_rows_lr / config.lr
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     new_rows = [value for name, value in learned.items() if name.endswith(".new")]
     others = [value for name, value in learned.items() if not name.endswith(".new")]
+    matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
+    decay = config.weight_decay
     groups = [
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": matrices, "weight_decay": decay, "lr_scale": 1.0, "is_new": False},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},
+        {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
     ]
-    if config.new_rows_lr is not None:
-        scale = config.new_rows_lr / config.lr
-        groups.append({"params": new_rows, "weight_decay": config.weight_decay, "lr_scale": scale})
     return [group for group in groups if group["params"]]
 
 

@@ -1,14 +1,16 @@
-"""What a model of open_lm's shape needs on a device: exact counts, estimated bytes."""
+"""What a model needs on a device: exact counts, bytes estimated for open_lm's shape."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.backbone import made_of
 from t2i.model.learn import set_learned
+from t2i.model.lora import add_lora
 from t2i.model.loss import CHUNK_ROWS
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.resize import split_rows
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size where the JSON has none."""
@@ -53,18 +55,25 @@ def weight_bytes(ds_config: dict[str, Any]) -> int:
     return 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
 
 
-def count_parameters(config: OpenLMConfig, *, recipe: str = "all") -> Counts:
+def count_parameters(
+    config: PretrainedConfig, *, recipe: str = "all", lora_rank: int = 0, num_kept: int = 0
+) -> Counts:
     """Count a model's numbers without making any of them.
 
     Args:
         recipe: what learns, as in model.learn.
+        lora_rank: rank of adapters, of which num_kept tells the rows that stay as they are; 0 for none.
     """
     with torch.device("meta"):
-        model = OpenLMForCausalLM(config)
-    set_learned(model, recipe=recipe)
-    rows = None if config.tie_word_embeddings else model.get_input_embeddings().weight
+        model = made_of(config)
+        if lora_rank:
+            split_rows(model, num_old=num_kept)
+            add_lora(model, rank=lora_rank)
+        else:
+            set_learned(model, recipe=recipe)
+    embedding = set() if config.tie_word_embeddings else set(model.get_input_embeddings().parameters())
     values = list(model.parameters())
-    products = [value for value in values if value.dim() == 2 and value is not rows]
+    products = [value for value in values if value.dim() == 2 and value not in embedding]
     return Counts(
         total=sum(value.numel() for value in values),
         learned=sum(value.numel() for value in values if value.requires_grad),
@@ -74,7 +83,7 @@ def count_parameters(config: OpenLMConfig, *, recipe: str = "all") -> Counts:
 
 
 def estimate_memory(
-    model: OpenLMConfig,
+    model: PretrainedConfig,
     *,
     counts: Counts,
     ds_config: dict[str, Any],
@@ -101,7 +110,7 @@ def estimate_memory(
 
 
 def activation_bytes(
-    model: OpenLMConfig, *, num_tokens: int, element_bytes: int, is_checkpointed: bool
+    model: PretrainedConfig, *, num_tokens: int, element_bytes: int, is_checkpointed: bool
 ) -> float:
     """Estimate what the backward pass needs of the forward pass, attention's squares never being stored.
 
@@ -110,7 +119,8 @@ def activation_bytes(
     its gate, value, gate's activation and product (4). Checkpointing keeps what a layer takes (1) and one layer whole.
     """
     width, inner = model.hidden_size, model.intermediate_size
-    is_turned = model.positional_embedding_type == "rotary" or model.qk_norm
+    positions = getattr(model, "positional_embedding_type", "rotary")  # that of most other classes
+    is_turned = positions == "rotary" or getattr(model, "qk_norm", False)
     statistics = 4 * (
         4 + model.num_attention_heads
     )  # fp32: two norms' mean and deviation, attention's normaliser
@@ -123,7 +133,7 @@ def activation_bytes(
     return num_tokens * (model.num_hidden_layers * kept + whole + outside)
 
 
-def flops_a_token(model: OpenLMConfig, *, counts: Counts, seq_len: int) -> float:
+def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int) -> float:
     """Count products and sums of a token's forward and backward pass.
 
     Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and

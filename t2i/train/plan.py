@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from t2i.config import EMBEDDED_SHARDS, EMBEDDED_VIEWS, PlanConfig, RunConfig
 from t2i.data.shards import MANIFEST, read_manifest
 from t2i.errors import UserError
-from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.backbone import read_model_config
 from t2i.runs.ckpt import find
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import random_model_config
@@ -63,7 +65,7 @@ class Plan:
     asked: PlanConfig
     device: Device
     data: Data
-    model: OpenLMConfig
+    model: PretrainedConfig
     counts: Counts
     global_batch: int
     accumulation: int
@@ -104,7 +106,9 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
     device = find_device(plan.gpu, num_processes=plan.num_gpus, is_half=element == 2)
     data = known_data(config, plan=plan)
     model = model_config(config, data=data)
-    counts = count_parameters(model, recipe=config.model.learn)
+    counts = count_parameters(
+        model, recipe=config.model.learn, lora_rank=config.model.lora_rank, num_kept=num_text_rows(model)
+    )
     memory = partial(estimate_memory, model, counts=counts, ds_config=ds_config, num_gpus=plan.num_gpus)
     seq_len, sequences = config.data.seq_len, global_batch(config, world_size=plan.num_gpus)
     limit = ds_config["train_micro_batch_size_per_gpu"]
@@ -204,21 +208,27 @@ def is_there(config: RunConfig) -> bool:
     return config.model.init != "random" and Path(config.model.init).exists()
 
 
-def model_config(config: RunConfig, *, data: Data) -> OpenLMConfig:
+def model_config(config: RunConfig, *, data: Data) -> PretrainedConfig:
     """Describe the model that will learn, image rows included: model.init's if it is here, else of the given size."""
+    model: PretrainedConfig
     if is_there(config):
         folder, _ = find(config.model.init)
-        model = OpenLMConfig.from_pretrained(folder)
+        model = read_model_config(folder)
     else:
         model = random_model_config(
             config.model, num_text_tokens=data.text_tokens, seq_len=config.data.seq_len
         )
     if data.codebook_size:
-        rows = (model.vocab_layout or {}).get("num_text_rows", model.vocab_size)
-        model.vocab_size = VocabLayout(
-            rows, num_text_tokens=rows, codebook_size=data.codebook_size
-        ).vocab_size
+        rows = num_text_rows(model)
+        model.vocab_layout = VocabLayout(rows, rows, codebook_size=data.codebook_size).to_dict()
+        model.vocab_size = VocabLayout(**model.vocab_layout).vocab_size
     return model
+
+
+def num_text_rows(model: PretrainedConfig) -> int:
+    """Count the rows of text, which are all of a model that has not met pictures."""
+    layout: dict[str, int] = getattr(model, "vocab_layout", None) or {}
+    return layout.get("num_text_rows", model.vocab_size)
 
 
 def describe(plan: Plan) -> list[str]:

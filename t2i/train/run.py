@@ -85,7 +85,7 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from t2i.data.integrity import check_listing
-    from t2i.data.loader import StepLoader
+    from t2i.data.loader import StepLoader, num_text_sequences, text_stream
     from t2i.data.shards import (
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
@@ -119,8 +119,11 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     if has_image_tokenizer(manifest):
         image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
         on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
-    model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     num_sequences = global_batch(config, world_size=world_size)
+    if num_text_sequences(data, global_batch=num_sequences, world_size=world_size):
+        mixed = text_stream(data)
+        check_text_use(mixed, manifest=manifest_of(mixed), tokenizer=text_tokenizer)
+    model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     loader = StepLoader(
         data,
         layout=layout,

@@ -171,7 +171,7 @@ def test_the_order_does_not_depend_on_workers_and_resumes_in_mid_epoch(prepared,
 
 def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer):
     loader = loader_of(prepared, text_tokenizer, caption_dropout=0.5)
-    layout = loader.loader.dataset.layout
+    layout = loader.streams[0].loader.dataset.layout
     batch = next(iter(loader))
     for ids, key in zip(batch["input_ids"], batch["key"], strict=True):
         caption_ids, codes = decode_sequence(ids, layout=layout)
@@ -179,8 +179,17 @@ def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer
         assert len(codes) == 64
 
 
+def test_every_nth_sample_alone_is_read_again_and_again(prepared, text_tokenizer):
+    keys = [sample["key"] for sample in shards.read_split(prepared, "train")]
+    loader = loader_of(prepared, text_tokenizer, keep_every=3)
+    seen = {key for _, batch in zip(range(len(keys)), loader, strict=False) for key in batch["key"]}
+    assert seen == set(keys[::3])
+    with pytest.raises(UserError, match="data.keep_every is 0; wanted is at least 1"):
+        loader_of(prepared, text_tokenizer, keep_every=0)
+
+
 def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
-    with pytest.raises(UserError, match="training pairs; one step takes 64"):
+    with pytest.raises(UserError, match="training sequences; one step takes 64"):
         StepLoader(
             DataConfig(shards=prepared),
             layout=VocabLayout(2048, 2048, 512),

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.learn import num_parameters, set_learned
+from t2i.model.lora import add_lora
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import split_rows
 from t2i.model.scramble import scramble
@@ -93,6 +94,20 @@ def test_recipes_that_name_nothing_are_refused():
         set_learned(tiny(), recipe="half")
     with pytest.raises(UserError, match="a model of 1 layer has no first half"):
         set_learned(tiny(num_hidden_layers=1), recipe="first-half")
+
+
+def test_a_recipe_that_freezes_everything_is_refused():
+    model = tiny()
+    model.set_input_embeddings(torch.nn.Identity())
+    model.set_output_embeddings(torch.nn.Identity())
+    with pytest.raises(UserError, match="model.learn is embeddings, which freezes every parameter of OpenLM"):
+        set_learned(model, recipe="embeddings")
+
+
+def test_adapters_need_a_matrix_to_stand_beside():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    with pytest.raises(UserError, match="the layers of GPT2LMHeadModel have no nn.Linear to adapt"):
+        add_lora(model, rank=2)
 
 
 def tensors(model):

@@ -203,5 +203,14 @@ def test_split_rows_change_nothing_and_merge_bit_for_bit():
     merged = merged_state_dict(model)
     assert set(merged) == set(state)
     assert all(torch.equal(merged[name], state[name]) for name in state)
-    with pytest.raises(UserError, match="tied head"):
-        split_rows(tiny(tie_word_embeddings=True), num_old=60)
+
+
+def test_a_tied_models_split_rows_are_shared_and_merge_into_one():
+    model, ids = tiny(tie_word_embeddings=True), torch.randint(64, (2, 5))
+    grow_vocabulary(model, vocab_size=100, rows="random", seed=0)
+    logits = model(ids).logits
+    split_rows(model, num_old=64)
+    assert model.get_input_embeddings().new is model.get_output_embeddings().new
+    assert torch.equal(model(ids).logits, logits)
+    merged = merged_state_dict(model)
+    assert merged["output.weight"] is merged["model.tok_embeddings.weight"]

@@ -13,6 +13,7 @@ import pytest
 from t2i.errors import UserError
 from t2i.study.grid import Job, jobs_of, read_study, run_config
 from t2i.study.work import record_of, work
+from t2i.study.workers import local_workers, submit
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,12 +62,24 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
     ("change", "sentence"),
     [
         (("seeds: [0, 1]", "arm_seeds: {another: [0]}"), "arm_seeds names arm another"),
-        (("title: Tiny", "title: Tiny\nseed: 3"), "unknown key seed of a study"),
-        (("arms: [pretrained]", "arms: [pretraind]"), "measures: near names arm pretraind"),
+        (("title: Tiny", "title: Tiny\nseed: 3"), "unknown key seed of a study; perhaps seeds was meant"),
+        (
+            ("arms: [pretrained]", "arms: [pretraind]"),
+            "measures: near names arm pretraind; perhaps pretrained was meant",
+        ),
+        (("title: Tiny", "title: Tiny\nbase: none.yaml"), "base is none.yaml, which is not beside it"),
+        (
+            ("random: {}", "random: {model: {initial: random}}"),
+            "random has the setting model.initial, .* perhaps model.init was meant",
+        ),
+        (
+            ("seq_len: 90", "seq_len: long"),
+            "arm pretrained has settings that launchers/train.py does not take",
+        ),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
         (
             ("max_steps: 3", "max_step: 3"),
-            "arm pretrained has settings that launchers/train.py does not take",
+            "settings has the setting train.max_step, .* perhaps train.max_steps was meant",
         ),
         (("question: Does it help?", "question: [: ?"), "is no YAML"),
     ],
@@ -74,6 +87,49 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
 def test_a_wrong_study_is_refused_before_anything_runs(tmp_path, change, sentence):
     with pytest.raises(UserError, match=sentence):
         read_study(written(tmp_path, STUDY.replace(*change)))
+
+
+def test_a_study_takes_from_its_base_what_it_does_not_say(tmp_path):
+    base = read_study(written(tmp_path))
+    other = tmp_path / "other.yaml"
+    other.write_text("base: study.yaml\ntitle: Other\nquestion: And this?\nseeds: [4]\narms: {only: {}}\n")
+    study = read_study(other)
+    assert (study.settings, study.steps) == (base.settings, base.steps)
+    assert (study.title, study.seeds, list(study.arms), study.measures) == ("Other", [4], ["only"], [])
+
+
+SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$(dirname "$0")/words"
+echo "Submitted batch job 7"
+"""
+
+
+def test_workers_on_slurm_are_one_array_job(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    command = ["python", "launchers/study.py", "a b.yaml"]
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        submit(command, count=3, options=[], out=tmp_path / "out")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    said = submit(command, count=3, options=["--gres=gpu:8"], out=tmp_path / "out")
+    assert said == "Submitted batch job 7"
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[0] == "--array=0-2"
+    assert "--gres=gpu:8" in words
+    assert words[-1] == "--wrap=exec python launchers/study.py 'a b.yaml'"
+
+
+def test_more_workers_here_are_waited_for_or_stopped(tmp_path):
+    sleeper = [sys.executable, "-c", "import sys, time; time.sleep(float(sys.argv[1]))"]
+    began = time.monotonic()
+    with local_workers([*sleeper, "0.5"], count=2):
+        pass
+    assert time.monotonic() - began > 0.5
+    began = time.monotonic()
+    with pytest.raises(KeyError), local_workers([*sleeper, "60"], count=2):
+        raise KeyError
+    assert time.monotonic() - began < 30
 
 
 SCRIPT = """

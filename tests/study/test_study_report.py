@@ -1,5 +1,6 @@
 """A whole study on tiny runs, made in this process: its sections read nothing but files."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -11,15 +12,20 @@ from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.documents import open_documents
 from t2i.data.shards import read_manifest
 from t2i.data.text_shards import prepare_text
-from t2i.errors import UserError
+from t2i.errors import NumericalError, UserError
+from t2i.measure import gradients
+from t2i.measure import perplexity as perplexity_module
 from t2i.measure.forgetting import forgetting
+from t2i.measure.gradients import gradient_shares, heldout_sequences
 from t2i.measure.nearest import compare_rows, write_results
+from t2i.measure.perplexity import data_of
 from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
 from t2i.study.arms import curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
-from t2i.study.price import num_multiplied, prices
-from t2i.study.sections import make_section
+from t2i.study.price import describe, prices, seconds_on
+from t2i.study.sections import check_sections, make_section
+from t2i.study.sections.pictures import PUBLISHED
 from t2i.study.study_report import write_study_report
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
@@ -40,7 +46,7 @@ settings:
 arms:
   fast: {{train: {{lr: 5.0e-3}}}}
   slow: {{train: {{lr: 1.0e-4}}}}
-  broken: {{train: {{lr: 1.0e-3}}}}
+  broken: {{train: {{lr: 1.0e+30}}}}
 arm_seeds: {{broken: [1, 2]}}
 report:
   - {{section: curves, title: Curves, arms: [fast, slow], values: [loss, image_loss],
@@ -50,6 +56,15 @@ report:
   - {{section: nearest, files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
   - {{section: completions, files: {{fast: "{{out}}/forgetting.json"}}}}
   - {{section: forgetting, arms: [fast, slow]}}
+  - {{section: published}}
+  - {{section: reconstructions, shards: "{shards}"}}
+  - {{section: places, arms: [fast, slow]}}
+  - {{section: conditioning, arms: [fast, slow]}}
+  - {{section: agreement, arms: [fast, slow], measure: fd_test}}
+  - {{section: captions, files: {{fast: "{{out}}/forgetting.json"}}}}
+  - {{section: shares, files: {{fast: "{{out}}/runs/fast-seed0/gradients.json"}}}}
+  - {{section: probe, folder: "{{out}}/aligned", files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
+  - {{section: sizes, pairs: [[fast, slow]], names: [fast, slow]}}
   - {{section: ends, title: Runs, arms: [fast, slow, broken]}}
 """
 
@@ -72,14 +87,28 @@ def made(finished, tmp_path_factory):
         for seed in study.seeds:
             config = run_config(study, arm=arm, seed=seed, out=out)
             train(config, ds_config_path=ROOT / study.ds_config)
+    with pytest.raises(NumericalError):
+        train(run_config(study, arm="broken", seed=1, out=out), ds_config_path=ROOT / study.ds_config)
     (out / "jobs").mkdir()
     record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
     model = open_language_model(str(run_dir(out, "fast", 0)))
     write_results(compare_rows(model, before=None), model=model, out=None)
+    for seed in study.seeds:
+        for place, arm in enumerate(("fast", "slow")):
+            one = open_language_model(str(run_dir(out, arm, seed)))
+            config = data_of(one, shards=None, mode=None)
+            perplexity_module.write_results(
+                perplexity_module.perplexity(one, config=config), model=one, config=config, out=None
+            )
+            scores = {"fd_test": 10.0 + place, "n": 4, "features": "none"}
+            (one.run_dir / "eval" / "step_000006").mkdir(parents=True)
+            (one.run_dir / "eval" / "step_000006" / "scores.json").write_text(json.dumps(scores))
+    ids = heldout_sequences(model, config=data_of(model, shards=None, mode=None), num_sequences=8)
+    gradients.write_results(gradient_shares(model, ids), model=model, out=None)
     results = forgetting(
         {"model": str(run_dir(out, "fast", 0))},
-        texts={"text": str(out / "text")},
+        texts={"text": str(out / "text"), "captions": str(finished.data.shards)},
         prompts=["One | two\nthree"],
         seq_len=90,
         num_sequences=4,
@@ -99,7 +128,7 @@ def made(finished, tmp_path_factory):
 def test_the_report_has_every_section_with_its_figure(made):
     study, out = made
     page = write_study_report(study, jobs_of(study, out=out), out=out, command="make it").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 11
     assert page.count("<h2>") == len(study.report) + 1
     outside = re.findall(r'(?:src|href)="(http[^"]*)"', page)
     assert outside == []
@@ -109,7 +138,7 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert "6 of 8 runs ended well" in text
     assert "broken-seed1 (failed, status 4)" in text
     pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
-    assert len(pictures) == 5
+    assert len(pictures) == 11
     assert all((out / picture).stat().st_size > 5_000 for picture in pictures)
     assert "One \\| two ⏎ three" in text
 
@@ -135,6 +164,61 @@ def test_the_comparison_says_what_the_rows_say(made):
     assert len(section.table) == 1 + 3
 
 
+def section_of(made, kind):
+    study, out = made
+    arguments = next(one for one in study.report if one["section"] == kind)
+    return make_section(arguments, study=study, out=out)
+
+
+def test_what_a_caption_is_worth_is_the_difference_of_held_out_losses(made):
+    _, out = made
+    section = section_of(made, "conditioning")
+    worth = []
+    for seed in (0, 1, 2):
+        row = [one for one in read_metrics(run_dir(out, "fast", seed)) if one.get("split") == "heldout"][-1]
+        worth.append((row["image_loss_empty_caption"] - row["image_loss"]) * 64)
+    assert f"fast: {np.mean(worth):.1f} nats an image" in section.found
+    assert section.table[1][4].startswith(f"{np.mean(worth):.4f}")
+
+
+def test_orders_by_loss_and_by_distance_are_compared(made):
+    section = section_of(made, "agreement")
+    assert len(section.table) == 1 + 6
+    assert "over 6 runs, +1.00 over the means of 2 arms" in section.found  # fast is lower in both
+
+
+def test_loss_by_place_is_that_of_the_measure(made):
+    _, out = made
+    section = section_of(made, "places")
+    rows = [
+        json.loads((run_dir(out, "fast", seed) / "perplexity.json").read_text())["splits"]["heldout"]
+        for seed in (0, 1, 2)
+    ]
+    assert section.table[1][3] == f"{np.mean([row['image']['nats'] for row in rows]):.4f}"
+    first_row = np.mean([row["image_loss_by_row"][0] for row in rows])
+    assert f"fast: first row {first_row:.3f}" in section.found
+
+
+def test_captions_and_text_are_set_side_by_side(made):
+    section = section_of(made, "captions")
+    assert section.table[1][0] == "fast"
+    assert len(section.table) == 2
+
+
+def test_text_is_the_share_that_was_counted(made):
+    _, out = made
+    one = json.loads((run_dir(out, "fast", 0) / "gradients.json").read_text())
+    ratio = one["image"]["tokens"] / one["text"]["tokens"]
+    assert f"fast: {ratio:.1f} image tokens a text token" in section_of(made, "shares").found
+
+
+def test_every_published_number_has_a_source():
+    with PUBLISHED.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["family"] for row in rows} == {"auto-regressive", "diffusion"}
+    assert all(row["source"].startswith("https://arxiv.org/abs/") and float(row["fid"]) > 0 for row in rows)
+
+
 def test_curves_pair_seeds_and_steps(made):
     study, out = made
     fast = curve(runs_of(study, arm="fast", out=out), value="image_loss", split="heldout")
@@ -151,7 +235,7 @@ def test_curves_pair_seeds_and_steps(made):
 
 def test_unknown_sections_and_arguments_are_refused(made):
     study, out = made
-    with pytest.raises(UserError, match="has a section 'curve'; known are curves"):
+    with pytest.raises(UserError, match="has a section 'curve'; known are published"):
         make_section({"section": "curve"}, study=study, out=out)
     with pytest.raises(UserError, match="section Runs: .*'arm'"):
         make_section({"section": "ends", "title": "Runs", "arm": "fast"}, study=study, out=out)
@@ -159,17 +243,35 @@ def test_unknown_sections_and_arguments_are_refused(made):
 
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
     study, out = made
-    config = run_config(study, arm="fast", seed=0, out=out)
     model = open_language_model(str(run_dir(out, "fast", 0))).model
-    counted = sum(value.numel() for value in model.parameters()) - model.get_input_embeddings().weight.numel()
-    assert num_multiplied(config) == counted
-    priced = prices(study, out=out, flops_a_second=1e9)
-    assert priced[0].flops == 6 * 6 * 720 * counted
-    assert priced[0].seconds == pytest.approx(priced[0].flops / 0.4e9)
+    counted = sum(value.numel() for value in model.parameters() if value.dim() == 2)
+    counted -= model.get_input_embeddings().weight.numel()
+    priced = prices(study, out=out)
+    assert [one.name for one in priced][:3] == ["fast-seed0", "slow-seed0", "fast-seed1"]
+    assert priced[0].tokens == 6 * 720
+    attention = 12 * 2 * 32 * 90  # layers, width, sequence
+    assert priced[0].flops == 6 * 720 * (6 * counted + attention)
+    assert priced[0].took_seconds is None
+    seconds = seconds_on(priced[:1], gpu="a100-80gb", num_gpus=2, mfu=0.5)
+    assert seconds == pytest.approx(priced[0].flops / 312e12)
     record = {"state": "done", "code": 0, "seconds": 33.0, "command": []}
     (out / "jobs" / "fast-seed0.json").write_text(json.dumps(record))
-    assert prices(study, out=out, flops_a_second=1e9)[0].seconds == 33.0
+    again = prices(study, out=out)
     (out / "jobs" / "fast-seed0.json").unlink()
+    assert again[0].took_seconds == 33.0
+    lines = describe(again, machines=[("h100-80gb", 8)], mfu=0.5)
+    assert "took 0.6 minutes" in lines[0]
+    assert "8 x h100-80gb, bf16" in lines[-1]
+
+
+def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):
+    study, out = made
+    section = section_of(made, "ends")
+    row = next(row for row in section.table if row[0] == "broken-seed1")
+    assert row[1].startswith("failed: The gradient was not finite in steps 2 to 4")
+    arms = {"arms": ["fast", "broken"], "value": "image_loss"}
+    found = make_section({"section": "comparison", **arms}, study=study, out=out).found
+    assert found == "fast and broken have no finished runs of one seed with heldout image_loss."
 
 
 @pytest.mark.parametrize(
@@ -179,3 +281,4 @@ def test_every_study_file_is_whole(file):
     study = read_study(file)
     assert jobs_of(study, out=Path("out"))
     assert study.report
+    check_sections(study)

@@ -1,15 +1,16 @@
 """Perplexity of texts under a t2i model or the language model that it began as, for `evaluate.load`."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import evaluate
 import torch
+from transformers import PreTrainedModel
 
 from t2i.errors import DataError
+from t2i.model.backbone import head_of, hidden_states, load_model
 from t2i.model.loss import IGNORED, token_losses
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import find
 from t2i.tokens.text import TextTokenizer
 
@@ -40,7 +41,7 @@ class Perplexity(evaluate.Metric):
     def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, Any]:
         folder, _ = find(model_id)
         tokenizer = TextTokenizer.load(folder)
-        model = OpenLMForCausalLM.from_pretrained(folder).eval()
+        model = load_model(folder).eval()
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         sums = [_nats(text, model, tokenizer) for text in predictions]
         perplexities = [math.exp(nats / count) for nats, count in sums]
@@ -54,18 +55,16 @@ class Perplexity(evaluate.Metric):
 
 
 @torch.inference_mode()
-def _nats(text: str, model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> tuple[float, int]:
+def _nats(text: str, model: PreTrainedModel, tokenizer: TextTokenizer) -> tuple[float, int]:
     """Sum the losses of one text: nats, tokens counted."""
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise DataError(f"The text {text!r} has {len(ids)} tokens; perplexity needs at least 2.")
-    head = cast(torch.Tensor, model.get_output_embeddings().weight)
     nats, count = 0.0, 0
     for piece in ids.split(model.config.max_position_embeddings):
         piece = piece[None].to(model.device)  # (1, S)
         labels = torch.nn.functional.pad(piece[:, 1:], (0, 1), value=IGNORED)
         if piece.shape[1] > 1:
-            hidden = model.model(piece).last_hidden_state
-            losses, _ = token_losses(hidden, labels, head=head)
+            losses, _ = token_losses(hidden_states(model, piece), labels, head=head_of(model))
             nats, count = nats + losses.double().sum().item(), count + piece.shape[1] - 1
     return nats, count

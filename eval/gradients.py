@@ -1,0 +1,55 @@
+"""Measure the share of text, image and special tokens in tokens, loss and gradient norm.
+
+Examples:
+  python eval/gradients.py runs/train
+  python eval/gradients.py runs/train/checkpoints/step_000200 --num-sequences 256
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from t2i.cli import parse
+from t2i.errors import run_command
+
+
+@dataclass(frozen=True)
+class GradientsCommand:
+    """Which model, on how much of which data."""
+
+    ckpt: tyro.conf.Positional[str]
+    """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
+    shards: Path | None = None
+    """Folder made by launchers/prepare.py; by default the run's own."""
+    num_sequences: int = 64
+    """Held-out pairs."""
+    out: Path | None = None
+    """File of the results; by default gradients.json in the run or exported folder."""
+
+
+def main() -> None:
+    command = parse(GradientsCommand, description=__doc__ or "")
+    import torch
+
+    from t2i.measure.gradients import KINDS, gradient_shares, heldout_sequences, write_results
+    from t2i.measure.perplexity import data_of
+    from t2i.runs.ckpt import open_language_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = open_language_model(command.ckpt, device=device)
+    config = data_of(model, shards=command.shards, mode=None)
+    ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
+    results = gradient_shares(model, ids)
+    path = write_results(results, model=model, out=command.out)
+    for kind in KINDS:
+        one = results[kind]
+        print(
+            f"{kind:8s} {one['token_share']:7.2%} of tokens, {one['loss_share']:7.2%} of the loss,"
+            f" {one['norm_share']:7.2%} of the gradients' norms ({one['norm']:.4g}; layers {one['norm_layers']:.4g})"
+        )
+    print(f"cosine of text's gradient and image's: {results['cosine_text_image']:+.3f}\nAll of it: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)

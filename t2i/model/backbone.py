@@ -1,0 +1,104 @@
+"""Any Hugging Face causal language model as a backbone, loaded in its own class and checked."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from t2i.errors import UserError
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+
+HEAD_TOLERANCE = 1e-2
+"""Largest difference between logits and hidden states times head, for logits of the order of ten in any precision."""
+
+
+def is_open_lm(folder: Path) -> bool:
+    """Tell a folder of open_lm's class from those of others."""
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    return bool(kind == OpenLMConfig.model_type)
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """Read config.json in its own class.
+
+    Raises:
+        UserError: transformers does not know the model type.
+    """
+    if is_open_lm(folder):
+        return OpenLMConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder} is of no model type that transformers knows: {error}") from error
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a causal language model in its own class, whole; dtype None for transformers' own choice.
+
+    Raises:
+        UserError: no causal language model, weights that do not fit config.json, or a head that is no mere product.
+    """
+    given: dict[str, Any] = {"output_loading_info": True} | ({} if dtype is None else {"dtype": dtype})
+    if is_open_lm(folder):
+        model, report = OpenLMForCausalLM.from_pretrained(folder, **given)
+    else:
+        config = read_model_config(folder)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, **given)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from error
+    strange = {key: names for key, names in report.items() if names}
+    if strange:
+        raise UserError(f"the weights of {folder} do not fit its config.json: {strange}.")
+    if not is_open_lm(folder):
+        check_head(model, name=str(folder))
+    return cast(PreTrainedModel, model)
+
+
+def made_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Make a model of random weights."""
+    if isinstance(config, OpenLMConfig):
+        return OpenLMForCausalLM(config)
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Compute the last hidden states (B, S, D), which the head is multiplied with, of ids (B, S)."""
+    return cast(Tensor, model.base_model(input_ids, use_cache=False).last_hidden_state)
+
+
+def head_of(model: PreTrainedModel) -> Tensor:
+    """Return the head (V, D); of a tied model, the embedding."""
+    return cast(Tensor, model.get_output_embeddings().weight)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Tell whether head and embedding are the same rows."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@torch.inference_mode()
+def check_head(model: PreTrainedModel, *, name: str) -> None:
+    """Hold a model's logits against hidden states times head, which loss and sampler compute apart from its class.
+
+    Raises:
+        UserError: they differ (a bias, scaled or capped logits), or there is no head.
+    """
+    if model.get_output_embeddings() is None:
+        raise UserError(f"{name} ({type(model).__name__}) has no head that gives logits.")
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    logits = model(ids, use_cache=False).logits.float()
+    product = (hidden_states(model, ids) @ head_of(model).T).float()
+    model.train(was_training)
+    difference = (logits - product).abs().max().item()
+    if not difference <= HEAD_TOLERANCE * max(1.0, logits.abs().max().item()):
+        raise UserError(
+            f"{name} ({type(model).__name__}) does more to its logits than a product with its head: they differ by"
+            f" {difference:.1e}. Models with a bias there, or scaled or capped logits, cannot be trained here."
+        )

@@ -1,0 +1,41 @@
+"""What is left of the language model."""
+
+from typing import Any
+
+from t2i.study.arms import Curve
+from t2i.study.drawing.axes import LABELS, draw_floors, finish, panels, styles
+
+
+def forgetting(
+    values: dict[str, dict[str, Curve]],
+    paths: dict[str, tuple[Curve, Curve]],
+    *,
+    floors: dict[str, float],
+) -> Any:
+    """Draw the cost of held-out text and the leak along training, and what was kept against what was learned.
+
+    Args:
+        values: value -> arm -> curve, with the range of seeds.
+        paths: arm -> held-out image loss and text loss at the same steps.
+        floors: of held-out text, nats a token.
+    """
+    figure, axes = panels(len(values) + 1)
+    for axis, (value, arms) in zip(axes[:-1], values.items(), strict=True):
+        for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
+            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+            axis.plot(one.tokens, one.values.mean(0), label=arm, **style)
+            axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+        if value == "text_loss_text_rows":
+            draw_floors(axis, floors)
+        axis.set(xlabel="tokens trained on", ylabel=LABELS[value])
+        finish(axis)
+    for (arm, (image, text)), (colour, dash) in zip(paths.items(), styles(), strict=False):
+        style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+        axes[-1].plot(image.values.mean(0), text.values.mean(0), label=arm, **style)
+    axes[-1].set(
+        xlabel="held-out image loss, nats a code (learning: to the left)",
+        ylabel=LABELS["text_loss_text_rows"],
+    )
+    axes[-1].invert_xaxis()
+    finish(axes[-1])
+    return figure

@@ -1,0 +1,97 @@
+"""What is left of the language model: completions, forgetting, captions against text, text's share of learning."""
+
+from pathlib import Path
+
+from t2i.study.arms import Curve, curve, paired, runs_of, text_floors_of
+from t2i.study.drawing import language as drawing
+from t2i.study.grid import Study
+from t2i.study.sections.section import Section, last, read_files
+
+
+def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
+    """Tabulate completions of the same prompts by several checkpoints (Table 1), from forgetting.json files."""
+    found = read_files(files, out=out)
+    table = [["prompt", "model", "completion", "perplexity of text among text rows"]]
+    for name, one in found.items():
+        for which, model in one["models"].items():
+            label = name if which == "model" else f"{name}: {which}"
+            for prompt, text in zip(one["prompts"], model["completions"], strict=True):
+                table.append([prompt, label, text, f"{model['costs']['text']['perplexity_text_rows']:.2f}"])
+    table[1:] = sorted(table[1:], key=lambda row: row[0])
+    return Section(
+        "Completions",
+        f"{len(found)} models completed the same prompts, greedily, among text tokens.",
+        table=table,
+    )
+
+
+def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
+    """Draw what text costs along training, among text rows and over all, against what pictures cost."""
+    panels: dict[str, dict[str, Curve]] = {"text_loss_text_rows": {}, "leaked": {}}
+    table = [["arm", "text before", "text after", "leaked after", "held-out image loss"]]
+    paths: dict[str, tuple[Curve, Curve]] = {}
+    floors: dict[str, float] = {}
+    sentences = []
+    for arm in arms:
+        runs = runs_of(study, arm=arm, out=out)
+        floors = floors or text_floors_of(runs)
+        for value, panel in panels.items():
+            found = curve(runs, value=value, split="text")
+            if found is not None:
+                panel[arm] = found
+        image_curve = curve(runs, value="image_loss", split="heldout")
+        path = paired(image_curve, panels["text_loss_text_rows"].get(arm))
+        if path is not None:
+            paths[arm] = path
+        if arm in panels["leaked"]:
+            text, leaked = panels["text_loss_text_rows"][arm], panels["leaked"][arm]
+            before, after = text.values[:, 0].mean(), text.values[:, -1].mean()
+            image = last(image_curve)
+            table.append([arm, f"{before:.3f}", f"{after:.3f}", f"{leaked.values[:, -1].mean():.2%}", image])
+            sentences.append(f"{arm} from {before:.2f} to {after:.2f}")
+    sentence = (
+        f"Held-out text, among text rows, goes in nats a token: {'; '.join(sentences) or 'not measured'}."
+    )
+    return Section("Forgetting", sentence, drawing.forgetting(panels, paths, floors=floors), table)
+
+
+def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
+    """Tabulate what captions cost beside ordinary text, of forgetting.json files measured on both."""
+    table = [
+        ["model", "text", "text, among text rows", "captions", "captions, among text rows", "tokens of each"]
+    ]
+    sentences = []
+    for name, one in read_files(files, out=out).items():
+        for which, model in one["models"].items():
+            costs = model["costs"]
+            if set(costs) != {"text", "captions"}:
+                continue
+            label = name if which == "model" else f"{name}: {which}"
+            cells = [
+                f"{costs[kind][key]:.2f}"
+                for kind in ("text", "captions")
+                for key in ("perplexity", "perplexity_text_rows")
+            ]
+            table.append([label, *cells, " and ".join(str(costs[kind]["num_tokens"]) for kind in costs)])
+            ratio = costs["captions"]["perplexity_text_rows"] / costs["text"]["perplexity_text_rows"]
+            sentences.append(f"{ratio:.2f} times that of text ({label})")
+    sentence = f"The perplexity of captions, among text rows, is {'; '.join(sentences) or 'not measured'}."
+    return Section("Captions against ordinary text", sentence, table=table)
+
+
+def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
+    """Tabulate the share of text in tokens, loss and gradient norm, of gradients.json files (sec. 2.2)."""
+    table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without rows"]]
+    sentences = []
+    for name, one in read_files(files, out=out).items():
+        for kind in ("text", "image", "special"):
+            cells = [f"{one[kind][key]:.2%}" for key in ("token_share", "loss_share", "norm_share")]
+            norms = [f"{one[kind][key]:.4g}" for key in ("norm", "norm_layers")]
+            table.append([name, kind, *cells, *norms])
+        tokens = one["image"]["tokens"] / one["text"]["tokens"] if one["text"]["tokens"] else float("inf")
+        norm = one["image"]["norm"] / one["text"]["norm"] if one["text"]["norm"] else float("inf")
+        sentences.append(
+            f"{name}: {tokens:.1f} image tokens a text token, gradient norms {norm:.2f} to 1,"
+            f" cosine of the two {one['cosine_text_image']:+.2f}"
+        )
+    return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)

@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from t2i.measure.gradients import gradient_shares
+from t2i.runs.ckpt import open_language_model
+from t2i.tokens.sequence import encode_sequence
+
+
+def test_shares_equal_those_of_a_loss_written_out(model_folder):
+    model = open_language_model(str(model_folder))
+    layout, network = model.layout, model.model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack(
+        [
+            encode_sequence(
+                torch.randint(50, (length,), generator=generator),
+                torch.randint(layout.codebook_size, (16,), generator=generator),
+                layout=layout,
+                mode="text-to-image",
+                seq_len=32,
+            )
+            for length in (3, 7, 5)
+        ]
+    )
+    found = gradient_shares(model, ids, batch_size=2)
+    logits = network(ids).logits[:, :-1].log_softmax(-1)
+    labels = ids[:, 1:]
+    nats = -logits.gather(-1, labels[..., None])[..., 0]
+    counted = labels != layout.pad_id
+    image = labels >= layout.first_image_id
+    text = labels < layout.num_text_rows
+    masks = {"text": text & counted, "image": image & counted, "special": ~text & ~image & counted}
+    total = counted.sum()
+    parts = {}
+    for kind, mask in masks.items():
+        network.zero_grad()
+        ((nats * mask).sum() / total).backward(retain_graph=True)
+        parts[kind] = torch.cat([value.grad.flatten().double() for value in network.parameters()])
+        assert found[kind]["tokens"] == int(mask.sum())
+        # fp32 sums of a few hundred numbers in another order.
+        assert found[kind]["norm"] == pytest.approx(float(parts[kind].norm()), rel=1e-4)
+        assert found[kind]["norm_layers"] < found[kind]["norm"]
+    assert found["text"]["token_share"] == pytest.approx(15 / int(total))
+    cosine = parts["text"] @ parts["image"] / parts["text"].norm() / parts["image"].norm()
+    assert found["cosine_text_image"] == pytest.approx(float(cosine), abs=1e-4)
+    assert sum(found[kind]["loss_share"] for kind in masks) == pytest.approx(1)

@@ -1,0 +1,226 @@
+"""Causal language models of transformers' own classes in open_lm's place: trained, drawn from, measured, exported."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from t2i.config import ASSETS, SampleConfig
+from t2i.data.shards import read_manifest
+from t2i.errors import UserError
+from t2i.generate.draw import draw_codes
+from t2i.measure.forgetting import completions
+from t2i.measure.heldout import heldout_rows
+from t2i.measure.nearest import compare_rows
+from t2i.model.backbone import hidden_states, load_model
+from t2i.model.sampling_open_lm import prompt_ids, sample_codes
+from t2i.runs.ckpt import open_checkpoint, open_language_model
+from t2i.runs.export import export
+from t2i.runs.folder import read_metrics
+from t2i.tokens.text import TextTokenizer
+from t2i.train.build import build_model
+from t2i.train.estimates import count_parameters
+from t2i.train.run import train
+
+ROOT = Path(__file__).parents[2]
+DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.load(ASSETS / "text_tokenizer")
+
+
+def made(family, folder, tokenizer, **changes):
+    """Write a random language model's folder, with more rows than its tokenizer has ids."""
+    kind, config, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    rows = tokenizer.num_tokens + 5
+    model = kind(config(vocab_size=rows, max_position_embeddings=128, **SIZES, **settings, **changes))
+    model.save_pretrained(folder)
+    tokenizer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, finished, tokenizer, tmp_path_factory):
+    """A family's name, its folder before, and its run of four steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    start = made(request.param, folder / "language-model", tokenizer)
+    config = replace(
+        finished,
+        run_dir=folder / "run",
+        model=replace(finished.model, init=str(start)),
+        train=replace(finished.train, max_steps=4, save_every=2, eval_every=4, lr=5e-3),
+    )
+    train(config, ds_config_path=DS_CONFIG)
+    return request.param, start, config
+
+
+def test_a_run_learns_and_keeps_the_class(trained):
+    family, start, config = trained
+    rows = read_metrics(config.run_dir)
+    steps = [row for row in rows if "split" not in row]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+    description = json.loads((config.run_dir / "checkpoints/step_000004/config.json").read_text())
+    assert description["model_type"] == family
+    opened = open_checkpoint(str(config.run_dir))
+    assert type(opened.model) is FAMILIES[family][0]
+    assert opened.layout.to_dict() == description["vocab_layout"]
+    assert opened.layout.num_text_rows == load_model(start).config.vocab_size
+    state = load_file(config.run_dir / "checkpoints/step_000004/model.safetensors")
+    assert ("lm_head.weight" in state) == (family == "llama")  # tied in qwen2, embed_out in gpt_neox
+    counted = count_parameters(opened.model.config)
+    assert counted.total == sum(value.numel() for value in opened.model.parameters())
+
+
+def test_a_grown_model_gives_the_logits_it_gave_for_text(trained, tokenizer):
+    _, start, config = trained
+    before = load_model(start)
+    after, _ = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    ids = torch.arange(40).view(2, 20)
+    rows = before.config.vocab_size
+    with torch.inference_mode():
+        # The same products in a wider matrix: fp32 rounding of sums of 32 numbers.
+        torch.testing.assert_close(after(ids).logits[..., :rows], before(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_drawing_equals_whole_passes_without_a_cache(trained):
+    _, _, config = trained
+    opened = open_checkpoint(str(config.run_dir))
+    model, layout = opened.model, opened.layout
+    prompts = [prompt_ids(text, num_text_rows=layout.num_text_rows) for text in ([5, 6, 7, 8], [9])]
+    empty = prompt_ids([], num_text_rows=layout.num_text_rows)
+    first = layout.first_image_id
+    image_ids = range(first, first + layout.codebook_size)
+    found = sample_codes(
+        model, prompts, empty_prompt=empty, image_ids=image_ids, num_codes=4, seeds=[0, 1],
+        guidance_scale=2.0, temperature=0,
+    )  # fmt: skip
+    for prompt, codes in zip(prompts, found.tolist(), strict=True):
+        ids = []
+        for _ in range(4):
+            with torch.inference_mode():
+                own, none = (
+                    model(torch.tensor([[*start, *ids]])).logits[0, -1, first : image_ids.stop]
+                    for start in (prompt, empty)
+                )
+            ids.append(int((none + 2.0 * (own - none)).argmax()) + first)
+        assert [number - first for number in ids] == codes
+    assert draw_codes(opened, ["picture 3"], config=SampleConfig()).shape == (1, 64)
+
+
+def test_measures_open_it(trained, tokenizer):
+    _, _, config = trained
+    opened = open_language_model(str(config.run_dir))
+    row = heldout_rows(
+        opened.model, config=config.data, layout=opened.layout, tokenizer=tokenizer, num_pictures=4
+    )[0]
+    seen = [row for row in read_metrics(config.run_dir) if row.get("split") == "heldout"][-1]
+    assert row["image_loss"] == pytest.approx(seen["image_loss"], abs=1e-5)
+    assert set(compare_rows(opened, before=None)) == {"input", "output"}
+    text = completions(opened.model, ["The"], tokenizer=tokenizer, layout=opened.layout, max_new_tokens=3)
+    assert len(text) == 1
+
+
+def test_an_exported_folder_draws_with_its_own_script_and_without_t2i(trained, tmp_path):
+    _, _, config = trained
+    opened = open_checkpoint(str(config.run_dir))
+    out = tmp_path / "exported"
+    export(opened, out=out, command="export")
+    card = (out / "README.md").read_text()
+    assert "from draw import draw" in card
+    assert "trust_remote_code" not in card
+    code = card.split("```python\n")[1].split("```")[0].replace("picture.save", "print")
+    hidden = f"import sys\nsys.modules['t2i'] = None\nsys.path.insert(0, '.')\n{code}\nprint(len(pictures))"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden], cwd=out, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.strip().endswith("2"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_new_rows_apart_and_adapters_work_with_tied_heads_too(family, finished, tokenizer, tmp_path):
+    start = made(family, tmp_path / "language-model", tokenizer)
+    config = replace(
+        finished,
+        run_dir=tmp_path / "run",
+        model=replace(finished.model, init=str(start), lora_rank=2),
+        train=replace(finished.train, max_steps=1, eval_every=0, new_rows_lr=1e-2),
+    )
+    train(config, ds_config_path=DS_CONFIG)
+    before, after = load_model(start), open_checkpoint(str(config.run_dir)).model
+    kept, new = before.config.vocab_size, after.config.vocab_size
+    assert new > kept
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(after, side)().weight[:kept], getattr(before, side)().weight)
+    tied = after.get_input_embeddings().weight is after.get_output_embeddings().weight
+    assert tied == (family == "qwen2")
+    assert not torch.equal(
+        after.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight
+    )
+
+
+def test_models_that_the_loss_would_get_wrong_are_refused(tokenizer, tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+    biased = GPTJForCausalLM(GPTJConfig(**sizes, rotary_dim=8))
+    torch.nn.init.normal_(biased.lm_head.bias)
+    biased.save_pretrained(tmp_path / "biased")
+    with pytest.raises(UserError, match="does more to its logits than a product with its head"):
+        load_model(tmp_path / "biased")
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    assert hidden_states(load_model(tmp_path / "gpt2"), torch.tensor([[1, 2]])).shape == (1, 2, 32)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text('{"model_type": "none-such"}')
+    with pytest.raises(UserError, match="is of no model type that transformers knows"):
+        load_model(tmp_path / "strange")
+
+
+def test_more_positions_than_a_model_has_are_refused(finished, tokenizer, tmp_path):
+    start = made("llama", tmp_path / "language-model", tokenizer)
+    config = replace(
+        finished,
+        model=replace(finished.model, init=str(start)),
+        data=replace(finished.data, seq_len=129),
+    )
+    with pytest.raises(UserError, match="data.seq_len is 129; .* was made for 128 positions"):
+        build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+
+
+def test_the_class_is_what_transformers_loads(trained):
+    family, _, config = trained
+    model = AutoModelForCausalLM.from_pretrained(config.run_dir / "checkpoints/step_000004")
+    assert type(model) is FAMILIES[family][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
+    config = replace(finished, model=replace(finished.model, family=family))
+    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    assert type(model) is FAMILIES[family][0]
+    assert len(model.get_input_embeddings().weight) == layout.vocab_size
+    assert model.config.num_hidden_layers == finished.model.num_layers

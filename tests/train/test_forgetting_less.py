@@ -1,0 +1,309 @@
+"""Ways against forgetting: text mixed in, adapters, a pull towards the start."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i.config import ASSETS
+from t2i.data.documents import open_documents
+from t2i.data.loader import StepLoader
+from t2i.data.shards import read_manifest, read_split
+from t2i.data.text_shards import prepare_text
+from t2i.errors import Stopped, UserError
+from t2i.model.resize import merged_state_dict
+from t2i.runs.ckpt import open_checkpoint
+from t2i.runs.folder import read_metrics
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+from t2i.train import engine, loop
+from t2i.train.build import build_model
+from t2i.train.run import train
+
+ROOT = Path(__file__).parents[2]
+DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.load(ASSETS / "text_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "all.txt").write_text(
+        "\n\n".join(f"Paragraph {n} of a text says that {n} follows {n - 1}." for n in range(300))
+    )
+    prepare_text(
+        open_documents(f"text:{folder / 'all.txt'}"),
+        out=folder / "shards",
+        text_tokenizer=tokenizer,
+        seq_len=90,
+        heldout_share=0.2,
+    )
+    return folder / "shards"
+
+
+def checkpoint(run_dir, step):
+    return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def untrained(config, tokenizer):
+    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    return merged_state_dict(model), layout
+
+
+def mixed(config, text, run_dir, **train_settings):
+    data = replace(config.data, text_mix=0.25, text_shards=text)
+    return replace(
+        config, run_dir=run_dir, data=data, train=replace(config.train, eval_every=0, **train_settings)
+    )
+
+
+def test_a_step_holds_the_share_of_text_and_the_order_does_not_depend_on_where_it_stopped(
+    finished, text, tokenizer
+):
+    rows = tokenizer.num_tokens
+    layout = VocabLayout(rows, rows, read_manifest(finished.data.shards)["codebook_size"])
+    data = replace(finished.data, text_mix=0.25, text_shards=text)
+    settings = {"layout": layout, "global_batch": 8, "world_size": 1, "seed": 0, "tokenizer": tokenizer}
+    packed = {tuple(sample["caption_ids"].tolist()) for sample in read_split(text, "train")}
+    loader = StepLoader(data, **settings)
+    steps, positions = [], []
+    for _, batch in zip(range(24), loader, strict=False):  # past the end of both sets
+        ids = batch["input_ids"]
+        assert ids.shape == (8, 90)
+        assert len(batch["key"]) == 8
+        assert all(tuple(row.tolist()) in packed for row in ids[6:])
+        assert not any(tuple(row.tolist()) in packed for row in ids[:6])
+        steps.append(ids)
+        positions.append(loader.state_dict())
+    again = StepLoader(data, **settings)
+    again.load_state_dict(positions[9])
+    for wanted, batch in zip(steps[10:14], again, strict=False):
+        assert torch.equal(batch["input_ids"], wanted)
+
+
+def test_mixed_text_is_counted_as_text_and_a_stopped_run_goes_on_bit_for_bit(finished, text, tmp_path):
+    config = mixed(finished, text, tmp_path / "whole", max_steps=3)
+    train(config, ds_config_path=DS_CONFIG)
+    steps = [row for row in read_metrics(config.run_dir) if "split" not in row]
+    assert all(row["image_tokens"] == 6 * 64 for row in steps)
+    assert all(row["special_tokens"] == 6 * 5 for row in steps)
+    assert all(row["text_tokens"] > 2 * 89 for row in steps)  # a sequence's first token is no target
+    halves = replace(config, run_dir=tmp_path / "halves")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        with pytest.raises(Stopped, match="Stopped at step 1 of 3"):
+            train(halves, ds_config_path=DS_CONFIG)
+    train(halves, ds_config_path=DS_CONFIG)
+    whole, resumed = (checkpoint(run, 3) for run in (config.run_dir, halves.run_dir))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"text_mix": 0.25, "text_shards": None}, "data.text_shards None; one needs the other"),
+        ({"text_mix": 1.0}, "wanted is a share of at least 0 and below 1"),
+        ({"text_mix": 0.01}, "0 of a step's 8 sequences"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused(finished, text, tmp_path, changes, sentence):
+    data = replace(finished.data, text_shards=text)
+    config = replace(finished, run_dir=tmp_path / "run", data=replace(data, **changes))
+    with pytest.raises(UserError, match=sentence):
+        train(config, ds_config_path=DS_CONFIG)
+
+
+def test_text_of_another_length_is_refused_before_a_model_is_made(finished, text, tmp_path):
+    config = mixed(finished, text, tmp_path / "run")
+    with pytest.raises(UserError, match="data.seq_len is 96; the sequences of .* have 90 tokens"):
+        train(replace(config, data=replace(config.data, seq_len=96)), ds_config_path=DS_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def start(finished, tmp_path_factory, tokenizer):
+    """A language model's folder, as a run of text alone leaves it."""
+    from t2i.train.build import starting_model
+
+    folder = tmp_path_factory.mktemp("language-model")
+    found = starting_model(finished, manifest=read_manifest(finished.data.shards), text_tokenizer=tokenizer)
+    found.model.save_pretrained(folder)
+    tokenizer.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_adapters_learn_alone_and_are_merged_into_plain_weights(finished, start, tokenizer, tmp_path):
+    model = replace(finished.model, init=str(start), lora_rank=2)
+    settings = replace(finished.train, max_steps=2, save_every=1, lr=1e-2, eval_every=2)
+    config = replace(finished, run_dir=tmp_path / "run", model=model, train=settings)
+    before, layout = untrained(config, tokenizer)
+    train(config, ds_config_path=DS_CONFIG)
+    after = checkpoint(config.run_dir, 2)
+    assert set(after) == set(before)
+    for name, value in after.items():
+        if value.shape[0] == layout.vocab_size:
+            assert torch.equal(value[: layout.num_text_rows], before[name][: layout.num_text_rows])
+            assert not torch.equal(value, before[name])
+        elif value.dim() == 1:
+            assert torch.equal(value, before[name])
+        else:
+            change = torch.linalg.svdvals(value - before[name])
+            assert change[0] > 1e-4
+            assert change[2] < 1e-5 * change[0] + 1e-6  # rank 2, to rounding of weights of the order of 0.1
+    manifest = json.loads((config.run_dir / "checkpoints/step_000002/manifest.json").read_text())
+    width, inner = 32, after["model.layers.0.feed_forward.w3.weight"].shape[1]
+    in_layer = 2 * (width + 3 * width + 2 * width + width + 2 * inner + inner + width)
+    new_rows = 2 * (layout.vocab_size - layout.num_text_rows) * width
+    assert manifest["parameters"]["learned"] == 2 * in_layer + new_rows
+    # The merged model measures what the run measured with adapters beside the weights.
+    from t2i.measure.heldout import heldout_rows
+
+    opened = open_checkpoint(str(config.run_dir))
+    row = heldout_rows(opened.model, config=config.data, layout=layout, tokenizer=tokenizer, num_pictures=4)[
+        0
+    ]
+    seen = [row for row in read_metrics(config.run_dir) if row.get("split") == "heldout"][-1]
+    assert row["image_loss"] == pytest.approx(seen["image_loss"], abs=1e-5)
+
+
+def test_a_run_of_adapters_goes_on_bit_for_bit(finished, start, tmp_path):
+    model = replace(finished.model, init=str(start), lora_rank=2)
+    settings = replace(finished.train, max_steps=3, eval_every=0, lr=1e-2)
+    whole = replace(finished, run_dir=tmp_path / "whole", model=model, train=settings)
+    train(whole, ds_config_path=DS_CONFIG)
+    halves = replace(whole, run_dir=tmp_path / "halves")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        with pytest.raises(Stopped):
+            train(halves, ds_config_path=DS_CONFIG)
+    train(halves, ds_config_path=DS_CONFIG)
+    ends = [checkpoint(run.run_dir, 3) for run in (whole, halves)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_adapters_and_another_choice_of_what_learns_contradict(finished, start, tokenizer):
+    model = replace(finished.model, init=str(start), lora_rank=2, learn="norms")
+    with pytest.raises(UserError, match="what learns is settled, but model.learn says norms"):
+        untrained(replace(finished, model=model), tokenizer)
+
+
+def test_the_pull_equals_its_formula_beside_adam():
+    torch.manual_seed(0)
+    old, new = torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.randn(4))
+    twins = [value.detach().clone().requires_grad_() for value in (old, new)]
+    settings = {"lr": 0.1, "weight_decay": 0.0}
+    groups = [{"params": [old], "is_new": False}, {"params": [new], "is_new": True}]
+    pulled, plain = torch.optim.AdamW(groups, **settings), torch.optim.AdamW(twins, **settings)
+    engine.pull_to_start(pulled, share=0.5)
+    first = old.detach().clone()
+    for _ in range(4):
+        for value, twin in zip((old, new), twins, strict=True):
+            value.grad = torch.randn_like(value)
+            twin.grad = value.grad.clone()
+        with torch.no_grad():
+            twins[0] += 0.1 * 0.5 * (first - twins[0])
+        pulled.step()
+        plain.step()
+    torch.testing.assert_close(old, twins[0])
+    assert torch.equal(new, twins[1])
+    assert not torch.equal(old, first)
+
+
+def test_a_pulled_run_stays_nearer_to_its_start_and_goes_on_bit_for_bit(finished, start, tokenizer, tmp_path):
+    def run(name, share):
+        settings = replace(
+            finished.train, max_steps=4, lr=1e-2, weight_decay=0.0, eval_every=0, l2_to_init=share
+        )
+        model = replace(finished.model, init=str(start))
+        return replace(finished, run_dir=tmp_path / name, model=model, train=settings)
+
+    free, held = run("free", 0.0), run("held", 50.0)
+    for config in (free, held):
+        train(config, ds_config_path=DS_CONFIG)
+    before, layout = untrained(held, tokenizer)
+    ends = [checkpoint(config.run_dir, 4) for config in (free, held)]
+    name = "model.layers.0.attention.in_proj.weight"
+    moved = [(end[name] - before[name]).norm() for end in ends]
+    assert moved[1] < 0.7 * moved[0]
+    rows = [
+        end["output.weight"][layout.num_text_rows :] - before["output.weight"][layout.num_text_rows :]
+        for end in ends
+    ]
+    assert rows[1].norm() > 0.9 * rows[0].norm()  # new rows are free
+    halves = replace(held, run_dir=tmp_path / "halves")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        with pytest.raises(Stopped):
+            train(halves, ds_config_path=DS_CONFIG)
+    train(halves, ds_config_path=DS_CONFIG)
+    resumed = checkpoint(halves.run_dir, 4)
+    assert all(torch.equal(ends[1][key], resumed[key]) for key in resumed)
+
+
+def without_launcher():
+    """This process's environment as it was before DeepSpeed set a job's variables in it."""
+    set_by_it = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
+    return {key: value for key, value in os.environ.items() if key not in set_by_it}
+
+
+READER = """
+import json, sys
+from pathlib import Path
+from t2i.train.launch import start_processes
+start_processes()
+import torch.distributed as dist
+from t2i.config import DataConfig
+from t2i.data.loader import StepLoader
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+shards, text, tokenizer, codes, out = sys.argv[1:]
+tokenizer = TextTokenizer.load(tokenizer)
+layout = VocabLayout(tokenizer.num_tokens, tokenizer.num_tokens, int(codes))
+data = DataConfig(shards=Path(shards), seq_len=90, text_mix=0.25, text_shards=Path(text))
+loader = StepLoader(
+    data, layout=layout, global_batch=8, world_size=dist.get_world_size(), seed=0, tokenizer=tokenizer
+)
+keys = [batch["key"] for _, batch in zip(range(30), loader)]
+Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(keys))
+"""
+
+
+def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
+    codes = read_manifest(finished.data.shards)["codebook_size"]
+    script, out = tmp_path / "read.py", tmp_path / "keys"
+    script.write_text(READER)
+    words = [finished.data.shards, text, ASSETS / "text_tokenizer", codes]
+    environment = without_launcher() | {"PYTHONPATH": str(ROOT)}
+    found = []
+    for world_size, port in ((1, 29651), (2, 29652)):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, words), f"{out}.{world_size}"],
+                env=environment
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+                | {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            )
+            for rank in range(world_size)
+        ]
+        assert [process.wait(timeout=300) for process in processes] == [0] * world_size
+        ranks = [json.loads(Path(f"{out}.{world_size}.{rank}").read_text()) for rank in range(world_size)]
+        found.append([sorted(key for part in parts for key in part) for parts in zip(*ranks, strict=True)])
+    assert found[0] == found[1]
+    assert all(len(step) == 8 for step in found[0])
