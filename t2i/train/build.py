@@ -133,7 +133,7 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
     Raises:
         UserError: sizes that do not divide, or an unknown norm.
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": -(-num_text_tokens // 8) * 8,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
