@@ -28,7 +28,9 @@ EMPTY = [50_432, 50_434, 50_435, 50_436]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-codes", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
@@ -42,7 +44,10 @@ def main() -> None:
             figures[case] = {name: min(times) * 1000 / num_codes for name, times in seconds.items()}
             rows.append(
                 side_by_side.compared(
-                    f"sampling {case}: t2i / products alone", seconds["t2i"], seconds["limit"], target="<= 1.7"
+                    f"sampling {case}: t2i / products alone",
+                    seconds["t2i"],
+                    seconds["limit"],
+                    target="<= 1.7",
                 )
             )
             for name in seconds.keys() - {"t2i", "limit"}:

@@ -62,9 +62,7 @@ def alternate(
     return seconds
 
 
-def compared(
-    what: str, seconds: list[float], other: list[float], *, target: str = "", note: str = ""
-) -> Row:
+def compared(what: str, seconds: list[float], other: list[float], *, target: str = "", note: str = "") -> Row:
     """Divide seconds by other seconds of the same rounds: below 1 is faster."""
     ratios = [a / b for a, b in zip(seconds, other, strict=True)]
     return Row(
