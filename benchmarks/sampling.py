@@ -130,6 +130,7 @@ def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
     rows, prompt = 2 * batch, max(LENGTHS[:batch])
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
     weights = [[torch.randn(shape) for shape in shapes] for _ in range(LAYERS)]
+    packed = [[product(weight, num_rows=rows) for weight in layer] for layer in weights]
     head = product(torch.randn(CODEBOOK, WIDTH), num_rows=batch)
     memory = torch.randn(LAYERS, 2, rows * HEADS, prompt + num_codes, WIDTH // HEADS)
 
@@ -149,7 +150,6 @@ def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
             for _ in layer_products(plain, sequences * length):
                 heads = torch.ones(sequences * HEADS, length, WIDTH // HEADS)
                 torch.bmm(torch.bmm(heads, heads.transpose(1, 2)), heads)
-        packed = [[product(weight, num_rows=rows) for weight in layer] for layer in weights]
         query = torch.ones(rows * HEADS, 1, WIDTH // HEADS)
         for step in range(num_codes):
             head(query.view(rows, -1)[:batch])

@@ -1,8 +1,8 @@
 """Time candidates in turn in one process, and write what is claimed of them as rows of docs/performance.md.
 
-Candidates alternate, so that a neighbour's load meets all of them; times are CPU seconds of this process, so that waiting
-for a processor does not count. Ratios are of the least times, which load disturbs least; medians and the range of the
-rounds' own ratios stand beside them.
+Candidates alternate, so that a neighbour's load meets all of them; times are CPU seconds of this process, so that
+waiting for a processor does not count. Ratios are of the least times, which load disturbs least; medians and the range
+of the rounds' own ratios stand beside them.
 """
 
 import datetime

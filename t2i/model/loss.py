@@ -31,7 +31,7 @@ def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tenso
     rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
     found = torch.zeros(2, len(rows), device=hidden.device)
     for chunk in _chunks(len(rows)):
-        losses, partitions, *_ = _softmax(rows[chunk], targets[chunk], head=head)
+        losses, partitions = _softmax(rows[chunk], targets[chunk], head=head)[:2]
         found[:, chunk] = torch.stack([losses, partitions.square()])
     return _placed(found, counted)
 
@@ -68,12 +68,8 @@ class _SummedLoss(torch.autograd.Function):
         found = torch.zeros(2, len(rows), device=hidden.device)
         head_gradient = torch.zeros_like(head, dtype=torch.float32)
         for chunk in _chunks(len(rows)):
-            losses, partitions, powers, sums = _softmax(rows[chunk], targets[chunk], head=head)
-            found[:, chunk] = torch.stack([losses, partitions.square()])
-            weights = (1 + 2 * z_loss * partitions) / sums
-            # What was read of the rows is not needed again: their gradient takes their place.
-            rows[chunk] = _gradient(
-                rows[chunk], targets[chunk], head, powers=powers, weights=weights, head_gradient=head_gradient
+            found[:, chunk] = _learn_chunk(
+                rows[chunk], targets[chunk], head, z_loss=z_loss, head_gradient=head_gradient
             )
         losses, squares = _placed(found, counted)
         ctx.save_for_backward(rows, counted, head_gradient.to(head.dtype))
@@ -89,22 +85,25 @@ class _SummedLoss(torch.autograd.Function):
         return hidden_gradient, None, head_gradient.mul_(scale), None  # in place: it is large
 
 
-def _gradient(
-    rows: Tensor, targets: Tensor, head: Tensor, *, powers: Tensor, weights: Tensor, head_gradient: Tensor
+def _learn_chunk(
+    rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
 ) -> Tensor:
-    """Add a chunk's part to the head's gradient (V, D); return that of its rows (N, D).
+    """Compute losses and squared log-partitions (2, N) of a chunk; add its part to the head's gradient (V, D).
 
     The gradient of a logit is weight * power, less one at the target. The weight of a row stays outside the products,
-    so that powers (N, V) are read as they are.
+    so that powers (N, V) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
     """
+    losses, partitions, powers, sums = _softmax(rows, targets, head=head)
+    weights = ((1 + 2 * z_loss * partitions) / sums)[:, None]
     powers = powers.to(head.dtype)
-    weighted = (rows.float() * weights[:, None]).to(head.dtype)
+    weighted = (rows.float() * weights).to(head.dtype)
     if head.dtype == torch.float32:
         head_gradient.addmm_(powers.T, weighted)
     else:
         head_gradient += powers.T @ weighted
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
-    return (powers @ head).float() * weights[:, None] - head[targets].float()
+    rows.copy_((powers @ head).float() * weights - head[targets].float())
+    return torch.stack([losses, partitions.square()])
 
 
 def _chunks(num_rows: int) -> list[slice]:
