@@ -1,20 +1,23 @@
 """Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 CHUNK_ROWS = 256
 """Positions whose logits exist at one time."""
 
 
+@torch.no_grad()
 def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each position's cross-entropy and squared log-partition over all rows of the head.
+    """Compute each position's cross-entropy and squared log-partition over all rows of the head, without gradients.
 
-    Logits are made and reduced in fp32, chunk by chunk, and made again in the backward pass, so that memory grows
-    with CHUNK_ROWS and not with the batch. Positions that are not counted cost nothing.
+    Logits are made and reduced in fp32, chunk by chunk, so that memory grows with CHUNK_ROWS and not with the batch.
+    Positions that are not counted cost nothing.
 
     Args:
         hidden: (B, S, D) last hidden states.
@@ -26,14 +29,104 @@ def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tenso
     """
     counted = labels != IGNORED
     rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
-    chunks = [
-        checkpoint(_chunk_losses, row, target, head, use_reentrant=False)
-        for row, target in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
-    ]
-    losses = torch.cat([loss for loss, _ in chunks])
-    partitions = torch.cat([partition for _, partition in chunks])
-    zeros = hidden.new_zeros(labels.shape, dtype=torch.float32)
-    return zeros.masked_scatter(counted, losses), zeros.masked_scatter(counted, partitions)
+    found = torch.zeros(2, len(rows), device=hidden.device)
+    for chunk in _chunks(len(rows)):
+        losses, partitions = _softmax(rows[chunk], targets[chunk], head=head)[:2]
+        found[:, chunk] = torch.stack([losses, partitions.square()])
+    return _placed(found, counted)
+
+
+def summed_loss(
+    hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to learn from.
+
+    The gradient is made in the forward pass, while a chunk's logits exist: three head products in all, where making
+    logits again in the backward pass takes four.
+
+    Args:
+        hidden: (B, S, D) last hidden states.
+        labels: (B, S) next-token ids; -100 is not counted.
+        head: (V, D) output weights.
+        z_loss: weight of the squared log-partition.
+
+    Returns:
+        the sum, which alone has a gradient; losses and squared log-partitions (B, S) as token_losses gives them.
+    """
+    return _SummedLoss.apply(hidden, labels, head, z_loss)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum over counted positions, its gradient made chunk by chunk beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        counted = labels != IGNORED
+        rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
+        found = torch.zeros(2, len(rows), device=hidden.device)
+        head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        for chunk in _chunks(len(rows)):
+            found[:, chunk] = _learn_chunk(
+                rows[chunk], targets[chunk], head, z_loss=z_loss, head_gradient=head_gradient
+            )
+        losses, squares = _placed(found, counted)
+        ctx.save_for_backward(rows, counted, head_gradient.to(head.dtype))
+        ctx.mark_non_differentiable(losses, squares)
+        return found[0].sum() + z_loss * found[1].sum(), losses, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        rows, counted, head_gradient = ctx.saved_tensors
+        hidden_gradient = rows.new_zeros(*counted.shape, rows.shape[1])  # (B, S, D)
+        hidden_gradient[counted] = rows.mul_(scale)
+        return hidden_gradient, None, head_gradient.mul_(scale), None  # in place: it is large
+
+
+def _learn_chunk(
+    rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
+) -> Tensor:
+    """Compute losses and squared log-partitions (2, N) of a chunk; add its part to the head's gradient (V, D).
+
+    The gradient of a logit is weight * power, less one at the target. The weight of a row stays outside the products,
+    so that powers (N, V) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
+    """
+    losses, partitions, powers, sums = _softmax(rows, targets, head=head)
+    weights = ((1 + 2 * z_loss * partitions) / sums)[:, None]
+    powers = powers.to(head.dtype)
+    weighted = (rows.float() * weights).to(head.dtype)
+    if head.dtype == torch.float32:
+        head_gradient.addmm_(powers.T, weighted)
+    else:
+        head_gradient += powers.T @ weighted
+    head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
+    rows.copy_((powers @ head).float() * weights - head[targets].float())
+    return torch.stack([losses, partitions.square()])
+
+
+def _chunks(num_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+
+
+def _placed(found: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Put two values of each counted position (2, N) where it stands: (B, S) each, 0 elsewhere."""
+    placed = found.new_zeros(2, *counted.shape)
+    placed[:, counted] = found
+    return placed[0], placed[1]
+
+
+def _softmax(hidden: Tensor, targets: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute losses and log-partitions (N,), and the softmax as powers (N, V) over their sums (N,), in fp32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, head.to(hidden.dtype)).float()  # (N, V)
+    wanted = logits.gather(1, targets[:, None])[:, 0]
+    largest = logits.amax(-1)
+    powers = logits.sub_(largest[:, None]).exp_()  # in place: logits are most of a step's memory
+    sums = powers.sum(-1)
+    partitions = largest + sums.log()
+    return partitions - wanted, partitions, powers, sums
 
 
 def split_sums(
@@ -51,10 +144,3 @@ def split_sums(
     is_special = (labels >= num_text_rows) & ~is_image
     kinds = {"text": is_text, "image": is_image, "special": is_special}
     return {kind: (losses.where(mask, 0).sum(), mask.sum()) for kind, mask in kinds.items()}
-
-
-def _chunk_losses(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, head.to(hidden.dtype)).float()  # (N, V)
-    partition = logits.logsumexp(-1)
-    return partition - logits.gather(1, targets[:, None])[:, 0], partition.square()

@@ -148,6 +148,12 @@ class OpenLMModel(OpenLMPreTrainedModel):
         """Replace the module that maps ids to (B, S, D)."""
         self.tok_embeddings = value
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Compute cos and sin (B, 1, S, head_dim) of positions (B, S); None for a model without rotary positions."""
+        if self.config.positional_embedding_type != "rotary":
+            return None
+        return rotary_angles(positions, head_dim=self.config.hidden_size // self.config.num_attention_heads)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -171,10 +177,7 @@ class OpenLMModel(OpenLMPreTrainedModel):
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         mask = _mask(attention_mask, hidden, past=past)
-        angles = None
-        if self.config.positional_embedding_type == "rotary":
-            positions = _positions(position_ids, attention_mask, hidden, past=past)
-            angles = rotary_angles(positions, head_dim=hidden.shape[-1] // self.config.num_attention_heads)
+        angles = self.angles(_positions(position_ids, attention_mask, hidden, past=past))
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden = torch.utils.checkpoint.checkpoint(

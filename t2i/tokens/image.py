@@ -76,7 +76,8 @@ class ImageTokenizer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
+        # Channels last is the order that convolutions are quickest in; values and codes are the same.
+        self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.folder = folder
         self.dtype = dtype
         self.downscale = 2 ** (len(model.config.block_out_channels) - 1)
@@ -112,7 +113,8 @@ class ImageTokenizer:
     def encode(self, pixels: Tensor) -> Tensor:
         """Map pixels (B, 3, H, W) in [-1, 1] to codes (B, K), int64."""
         with self._precision():
-            latents = self.model.encode(pixels.to(self.model.device)).latents  # (B, C, h, w)
+            pixels = pixels.to(self.model.device, memory_format=torch.channels_last)
+            latents = self.model.encode(pixels).latents  # (B, C, h, w)
         codes = self.model.quantize(latents.float())[2][2]
         return codes.reshape(len(pixels), -1)
 

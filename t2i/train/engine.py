@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from t2i.config import RunConfig, TrainConfig
 from t2i.errors import UserError
 from t2i.model.backbone import head_of, hidden_states
-from t2i.model.loss import split_sums, token_losses
+from t2i.model.loss import split_sums, summed_loss
+from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
 
 OWNED_BY_THE_RUN = {
@@ -22,26 +23,33 @@ OWNED_BY_THE_RUN = {
     "scheduler": "train.warmup_steps",
 }
 KINDS = ("text", "image", "special")
+COLUMNS = 8
+"""A micro-batch's width is a multiple of this, which matrix products are quicker for."""
 
 
 class Learner(nn.Module):
     """The language model with its split loss: what DeepSpeed sees as one module."""
 
-    def __init__(self, model: PreTrainedModel, *, layout: VocabLayout) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: VocabLayout, z_loss: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
+        self.z_loss = z_loss
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Sum losses over one micro-batch (B, S): (7,) sums of text, image, special, their counts, and z."""
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum losses over one micro-batch (B, S).
+
+        Returns:
+            the sum to learn from, z-loss included; (7,) sums of text, image, special, their counts, and z, to record.
+        """
         hidden = hidden_states(self.model, input_ids)
-        losses, partitions = token_losses(hidden, labels, head=head_of(self.model))
+        total, losses, partitions = summed_loss(hidden, labels, head=head_of(self.model), z_loss=self.z_loss)
         sums = split_sums(
             losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
         )
         totals = [sums[kind][0] for kind in KINDS]
         counts = [sums[kind][1].float() for kind in KINDS]
-        return torch.stack([*totals, *counts, partitions.sum()])
+        return total, torch.stack([*totals, *counts, partitions.sum()])
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
@@ -94,6 +102,20 @@ def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
     """Split a rank's sequences into the fewest micro-batches: their number, and sequences each (the last has fewer)."""
     steps = -(-per_rank // micro_batch)
     return steps, -(-per_rank // steps)
+
+
+def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Cut a step's sequences (B, S) into parts of `size`, like lengths together, without columns that none needs.
+
+    A step is a sum over its sequences, and no position sees what is on its right: the losses are the same.
+    """
+    lengths = ((labels != IGNORED) * torch.arange(1, labels.shape[1] + 1)).amax(-1)  # (B,)
+    order = lengths.argsort(stable=True)
+    parts = []
+    for rows in order.split(size):
+        longest = -(-max(1, int(lengths[rows].max())) // COLUMNS) * COLUMNS
+        parts.append((input_ids[rows, :longest], labels[rows, :longest]))
+    return parts
 
 
 def make_engine(

@@ -15,8 +15,8 @@ from t2i.model.resize import split_rows
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size where the JSON has none."""
 
-LOGIT_BYTES = 20
-"""What one logit costs when its chunk's gradient is made, whatever the weights' precision (a test measures it)."""
+LOGIT_BYTES = {4: 4, 2: 6}
+"""What one logit of a chunk costs, by the bytes of a weight: fp32, and a copy in the weights' precision."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Memory:
     """This rank's shard of fp32 weights and Adam's two averages."""
     buckets: float
     logits: float
-    """One chunk's logits with their gradients, and the head's gradient, whole, beside a chunk's."""
+    """One chunk's logits, the head's gradient, which is summed in fp32, and four times the chunk's rows."""
     activations: float
 
     @property
@@ -102,7 +102,8 @@ def estimate_memory(
         gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
         optimizer=12 * counts.learned / num_gpus,
         buckets=element * num_buckets * zero.get("reduce_bucket_size", DEFAULT_BUCKET),
-        logits=CHUNK_ROWS * rows * LOGIT_BYTES + 2 * element * rows * model.hidden_size,
+        logits=rows * (CHUNK_ROWS + model.hidden_size) * LOGIT_BYTES[element]
+        + 16 * CHUNK_ROWS * model.hidden_size,
         activations=activation_bytes(
             model, num_tokens=num_tokens, element_bytes=element, is_checkpointed=is_checkpointed
         ),

@@ -32,7 +32,7 @@ from t2i.runs.trust import check_owner, check_plain, only_plain_values
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
-from t2i.train.engine import KINDS, optimizer_state_bytes
+from t2i.train.engine import KINDS, micro_batches, optimizer_state_bytes
 from t2i.train.launch import on_first_rank
 from t2i.train.metrics import MetricsWriter, peak_memory_bytes
 from t2i.train.schedule import learning_rate
@@ -163,14 +163,16 @@ class Trainer:
     ) -> tuple[dict[str, Any], bool]:
         """Do one optimizer step over the whole global batch; return its row and whether any rank wants to stop."""
         started = time.perf_counter()
-        input_ids = next(batches)["input_ids"].to(self.engine.device)  # (B, S)
+        input_ids = next(batches)["input_ids"]  # (B, S)
         data_seconds = time.perf_counter() - started
         labels = next_token_labels(input_ids, layout=self.layout)
-        total = self.reduce(torch.tensor([(labels >= 0).sum().item()], dtype=torch.float64))[0].item()
+        parts = micro_batches(input_ids, labels, size=self.engine.train_micro_batch_size_per_gpu())
+        counts = [(labels >= 0).sum().item(), sum(ids.numel() for ids, _ in parts)]
+        total, computed = self.reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
         lr = learning_rate(self.progress.step, config=self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        sums = self.accumulate(input_ids, labels, total)
+        sums = self.accumulate(parts, total)
         skipped_before = self.engine.skipped_steps
         is_finite = bool(torch.isfinite(sums).all())
         extra = torch.tensor([float(should_stop()), float(not is_finite)], dtype=torch.float64)
@@ -190,7 +192,7 @@ class Trainer:
             "epoch": self.loader.epoch,
             "samples": self.progress.samples,
             "tokens": self.progress.tokens,
-            "padded": input_ids.numel() * dist.get_world_size() - int(total),
+            "padded": int(computed - total),
             **loss_row(sums),
             "lr": lr,
             "grad_norm": None if grad_norm is None else _number(float(grad_norm)),
@@ -203,24 +205,22 @@ class Trainer:
         }
         return row, sums[7].item() > 0
 
-    def accumulate(self, input_ids: Tensor, labels: Tensor, total: float) -> Tensor:
+    def accumulate(self, parts: list[tuple[Tensor, Tensor]], total: float) -> Tensor:
         """Run forward and backward over the micro-batches; return the summed losses and counts (7,).
 
         Each rank's gradient is of sum * accumulation * world / total, which DeepSpeed's two means turn into the
         gradient of the mean over all tokens of all ranks, however unequal their counts.
         """
-        engine, z_loss = self.engine, self.config.train.z_loss
-        micro_batch = engine.train_micro_batch_size_per_gpu()
+        engine = self.engine
         scale = engine.gradient_accumulation_steps() * dist.get_world_size() / total
         summed = torch.zeros(7, device=engine.device)
-        pairs = list(zip(input_ids.split(micro_batch), labels.split(micro_batch), strict=True))
-        for index, (ids, wanted) in enumerate(pairs):
-            engine.set_gradient_accumulation_boundary(index == len(pairs) - 1)
-            sums = engine(ids, wanted)
-            engine.backward((sums[:3].sum() + z_loss * sums[6]) * scale)
-            if index < len(pairs) - 1:
+        for index, (ids, wanted) in enumerate(parts):
+            engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
+            loss, sums = engine(ids.to(engine.device), wanted.to(engine.device))
+            engine.backward(loss * scale)
+            if index < len(parts) - 1:
                 engine.step()
-            summed += sums.detach()
+            summed += sums
         return summed
 
     def reduce(self, values: Tensor) -> Tensor:

@@ -137,7 +137,10 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     per_rank = num_sequences // world_size
     warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
     engine = make_engine(
-        Learner(model, layout=layout), config=config.train, ds_config=ds_config, per_rank=per_rank
+        Learner(model, layout=layout, z_loss=config.train.z_loss),
+        config=config.train,
+        ds_config=ds_config,
+        per_rank=per_rank,
     )
     writer = MetricsWriter(config.run_dir) if dist.get_rank() == 0 else None
     trainer = Trainer(

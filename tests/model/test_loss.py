@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i.model.loss import split_sums, token_losses
+from t2i.model.loss import split_sums, summed_loss, token_losses
 
 KINDS = {"num_text_rows": 20, "first_image_id": 27}
 
@@ -16,21 +16,44 @@ def batch(dtype=torch.float32):
     return hidden, labels, head
 
 
-def test_losses_and_gradients_equal_plain_cross_entropy():
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_losses_and_gradients_equal_plain_cross_entropy(z_loss):
     hidden, labels, head = batch()
-    losses, partitions = token_losses(hidden, labels, head=head)
-    (losses.sum() + 0.1 * partitions.sum()).backward()
+    total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=z_loss)
+    (0.5 * total).backward()
     gradients = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
     logits = hidden @ head.T
     plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     squares = logits.logsumexp(-1).square() * (labels != -100)
-    (plain.sum() + 0.1 * squares.sum()).backward()
+    (0.5 * (plain.sum() + z_loss * squares.sum())).backward()
     # Sums of about 500 terms in fp32, in another order.
+    assert total.item() == pytest.approx((plain.sum() + z_loss * squares.sum()).item(), rel=1e-6)
+    assert not losses.requires_grad and not partitions.requires_grad
     assert torch.allclose(losses, plain, atol=1e-5)
     assert torch.allclose(partitions, squares, rtol=1e-5)
     assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
     assert torch.allclose(gradients[1], head.grad, atol=1e-4)
+
+
+def test_losses_to_measure_and_to_learn_from_are_equal():
+    hidden, labels, head = batch()
+    _, *learned = summed_loss(hidden, labels, head=head)
+    measured = token_losses(hidden, labels, head=head)
+    assert all(torch.equal(a, b) for a, b in zip(learned, measured, strict=True))
+
+
+def test_bf16_gradients_are_close_to_an_upcast_twin():
+    hidden, labels, head = batch(torch.bfloat16)
+    total, *_ = summed_loss(hidden, labels, head=head, z_loss=0.1)
+    total.backward()
+    twins = [value.detach().float().requires_grad_() for value in (hidden, head)]
+    twin, *_ = summed_loss(twins[0], labels, head=twins[1], z_loss=0.1)
+    twin.backward()
+    for value, wanted in zip((hidden, head), twins, strict=True):
+        assert value.grad.dtype == torch.bfloat16
+        # bf16 keeps 8 bits: powers, products and the result are each rounded by up to 0.4%.
+        assert (value.grad.float() - wanted.grad).norm() < 0.01 * wanted.grad.norm()
 
 
 def test_the_split_equals_a_loop_over_tokens():
@@ -65,5 +88,7 @@ def test_padding_never_reaches_the_loss():
     hidden, labels, head = batch()
     losses, _ = token_losses(hidden, labels, head=head)
     assert (losses[labels == -100] == 0).all()
-    nothing, _ = token_losses(hidden, torch.full_like(labels, -100), head=head)
-    assert nothing.sum().item() == 0
+    nothing, *_ = summed_loss(hidden, torch.full_like(labels, -100), head=head)
+    nothing.backward()
+    assert nothing.item() == 0
+    assert (hidden.grad == 0).all() and (head.grad == 0).all()

@@ -9,7 +9,7 @@ from t2i.errors import UserError
 from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
-from t2i.model.sampling_open_lm import choose, sample_codes
+from t2i.model.sampling_open_lm import Decoder, StaticCache, choose, picture_keys, sample_codes, waits
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
 LOGITS = 1e-5
@@ -104,16 +104,16 @@ SETTINGS = {"image_ids": range(40, 56), "num_codes": 6, "empty_prompt": [7], "to
 
 def slow_codes(model, prompt, *, seed, guidance_scale, image_ids, num_codes, empty_prompt, top_k, top_p):
     """Run both whole sequences each step with all logits, and combine log-probabilities."""
-    generator = torch.Generator().manual_seed(seed)
+    keys = picture_keys(torch.tensor([seed]), num_codes=num_codes)
     found = []
-    for _ in range(num_codes):
+    for step in range(num_codes):
         logits = [
             model(torch.tensor([start + [code + image_ids.start for code in found]])).logits[:, -1]
             for start in (prompt, empty_prompt)
         ]
         guided = logits[1] + guidance_scale * (logits[0] - logits[1])
         image_logits = guided[:, image_ids.start : image_ids.stop]
-        found.append(choose(image_logits, [generator], temperature=1.0, top_k=top_k, top_p=top_p).item())
+        found.append(choose(image_logits, keys[:, step], temperature=1.0, top_k=top_k, top_p=top_p).item())
     return found
 
 
@@ -137,10 +137,49 @@ def test_a_seed_gives_the_same_picture_in_batches_of_1_and_7():
     assert together.tolist() == [codes.tolist() for codes in alone]
 
 
+@pytest.mark.parametrize("positions", ["rotary", "none"])
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_decoding_token_by_token_equals_the_forward(positions, norm_type):
+    model = tiny(positional_embedding_type=positions, norm_type=norm_type, qk_norm=True, post_embed_norm=True)
+    ids, padding = torch.randint(64, (3, 9)), torch.tensor([0, 2, 4])
+    mask = (torch.arange(9) >= padding[:, None]).long()
+    with torch.inference_mode():
+        whole = model.model(ids, attention_mask=mask).last_hidden_state
+        like = model.output.weight
+        cache = StaticCache.empty(model.config, num_rows=3, num_positions=9, like=like)
+        model.model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
+        decoder = Decoder(model, cache, padding=padding)
+        parts = torch.stack([decoder(column) for column in ids[:, 5:].unbind(1)], 1)
+    assert torch.allclose(parts, whole[:, 5:], atol=LOGITS)
+
+
+def test_bf16_is_sampled_by_the_plain_product():
+    model = tiny().to(torch.bfloat16)
+    codes = sample_codes(model, PROMPTS, seeds=range(7), **SETTINGS)
+    assert codes.shape == (7, 6)
+    assert codes.min() >= 0 and codes.max() < 16
+
+
+@pytest.mark.parametrize("axis", ["seed", "place", "code"])
+def test_waits_are_exponential_and_independent_along(axis):
+    keys = picture_keys(torch.arange(200 if axis == "seed" else 1), num_codes=200 if axis == "place" else 1)
+    codes = torch.arange(40_000 // keys.numel())
+    found = waits(keys.flatten(), codes.expand(keys.numel(), -1)).double()
+    found = found if axis == "code" else found.T.contiguous()
+    sample = found.flatten()
+    levels = torch.arange(1, 10, dtype=torch.float64) / 10
+    shares = (sample[:, None] < -torch.log1p(-levels)).double().mean(0)
+    # Four standard errors of a share (at most 0.0025 each) and of a correlation of neighbours (0.005).
+    assert torch.allclose(shares, levels, atol=0.01)
+    assert sample.mean().item() == pytest.approx(1, abs=0.02)
+    neighbours = torch.corrcoef(torch.stack([sample[1:], sample[:-1]]))[0, 1].item()
+    assert neighbours == pytest.approx(0, abs=0.02)
+
+
 def test_draws_follow_the_kept_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
-    counts = torch.bincount(choose(logits, generators, temperature=1.0, top_k=3, top_p=0.7), minlength=4)
+    keys = picture_keys(torch.arange(4000), num_codes=1)[:, 0]
+    counts = torch.bincount(choose(logits, keys, temperature=1.0, top_k=3, top_p=0.7), minlength=4)
     # top-k keeps three, top-p the first two of them: 5 to 3. Four standard errors of 4,000 draws are 0.03.
     assert counts[2:].sum() == 0
     assert counts[0].item() / 4000 == pytest.approx(5 / 8, abs=0.03)

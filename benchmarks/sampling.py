@@ -1,0 +1,164 @@
+"""Image codes out of captions: t2i's sampler, Hugging Face's generate, and the products alone.
+
+Width 256, 8 layers, 66,824 rows, guidance 3, top-k 1,000, captions of unequal length.
+
+Examples:
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --num-codes 64 --batch 1
+"""
+
+import argparse
+from collections.abc import Callable
+
+import side_by_side
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.sampling_open_lm import product, sample_codes
+
+VOCABULARY, FIRST_IMAGE_ID, CODEBOOK = 66_824, 50_439, 16_384
+WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4
+LENGTHS = (32, 21, 28, 17, 30, 24, 32, 12)
+"""Tokens of the captions' prompts."""
+EMPTY = [50_432, 50_434, 50_435, 50_436]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-codes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, figures = [], {}
+    for num_codes in options.num_codes:
+        for batch in options.batch:
+            seconds = measure(num_codes, batch=batch, rounds=options.rounds)
+            case = f"{num_codes} codes, batch {batch}"
+            figures[case] = {name: min(times) * 1000 / num_codes for name, times in seconds.items()}
+            rows.append(
+                side_by_side.compared(
+                    f"sampling {case}: t2i / products alone",
+                    seconds["t2i"],
+                    seconds["limit"],
+                    target="<= 1.7",
+                )
+            )
+            for name in seconds.keys() - {"t2i", "limit"}:
+                rows.append(
+                    side_by_side.compared(
+                        f"sampling {case}: {name} / t2i", seconds[name], seconds["t2i"], target=">= 3"
+                    )
+                )
+    side_by_side.write("sampling", rows, figures={"least ms a step": figures})
+
+
+def measure(num_codes: int, *, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Time all samplers for one batch of prompts."""
+    torch.manual_seed(0)
+    prompts = [torch.randint(50_277, (length,)).tolist() for length in LENGTHS[:batch]]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    ours = OpenLMForCausalLM(OpenLMConfig(**sizes)).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
+
+    def t2i() -> Tensor:
+        return sample_codes(
+            ours,
+            prompts,
+            empty_prompt=EMPTY,
+            image_ids=range(FIRST_IMAGE_ID, FIRST_IMAGE_ID + CODEBOOK),
+            num_codes=num_codes,
+            seeds=range(batch),
+            top_k=1_000,
+        )
+
+    candidates = {
+        "limit": products_alone(batch, num_codes=num_codes),
+        "t2i": t2i,
+        "generate of the same weights": generate(ours, prompts, num_codes=num_codes),
+        "generate of Llama": generate(llama, prompts, num_codes=num_codes),
+        "generate of Llama, static cache": generate(llama, prompts, num_codes=num_codes, cache="static"),
+        "generate of GPT-NeoX": generate(neox, prompts, num_codes=num_codes),
+    }
+    return side_by_side.alternate(candidates, rounds=rounds)
+
+
+def generate(
+    model: torch.nn.Module, prompts: list[list[int]], *, num_codes: int, cache: str | None = None
+) -> Callable[[], Tensor]:
+    """Write what a user of transformers would: left padding, its guidance processor, all but codes suppressed."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+    empty = torch.tensor([EMPTY] * len(prompts))
+    others = [*range(FIRST_IMAGE_ID), *range(FIRST_IMAGE_ID + CODEBOOK, VOCABULARY)]
+    return lambda: model.generate(
+        ids,
+        attention_mask=mask,
+        guidance_scale=3.0,
+        negative_prompt_ids=empty,
+        negative_prompt_attention_mask=torch.ones_like(empty),
+        do_sample=True,
+        top_k=1_000,
+        max_new_tokens=num_codes,
+        min_new_tokens=num_codes,
+        suppress_tokens=others,
+        pad_token_id=0,
+        eos_token_id=None,
+        **({"cache_implementation": cache} if cache else {}),
+    )
+
+
+def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
+    """Prepare the matrix products that cannot be left out: both branches, the empty prompt once, image rows once.
+
+    Weights are packed; attention is over the true length.
+    """
+    rows, prompt = 2 * batch, max(LENGTHS[:batch])
+    shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
+    weights = [[torch.randn(shape) for shape in shapes] for _ in range(LAYERS)]
+    packed = [[product(weight, num_rows=rows) for weight in layer] for layer in weights]
+    head = product(torch.randn(CODEBOOK, WIDTH), num_rows=batch)
+    memory = torch.randn(LAYERS, 2, rows * HEADS, prompt + num_codes, WIDTH // HEADS)
+
+    def layer_products(layers: list, tokens: int) -> None:
+        narrow, wide = torch.ones(tokens, WIDTH), torch.ones(tokens, INNER)
+        for layer, (in_proj, out_proj, w12, w3) in enumerate(layers):
+            in_proj(narrow)
+            yield layer
+            out_proj(narrow)
+            w12(narrow)
+            w3(wide)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for sequences, length in ((batch, prompt), (1, len(EMPTY))):
+            plain = [[lambda x, w=w: F.linear(x, w) for w in layer] for layer in weights]
+            for _ in layer_products(plain, sequences * length):
+                heads = torch.ones(sequences * HEADS, length, WIDTH // HEADS)
+                torch.bmm(torch.bmm(heads, heads.transpose(1, 2)), heads)
+        query = torch.ones(rows * HEADS, 1, WIDTH // HEADS)
+        for step in range(num_codes):
+            head(query.view(rows, -1)[:batch])
+            for layer in layer_products(packed, rows) if step < num_codes - 1 else ():
+                keys, values = memory[layer, :, :, : prompt + step + 1]
+                torch.bmm(torch.bmm(query, keys.transpose(1, 2)), values)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Time candidates in turn in one process, and write what is claimed of them as rows of docs/performance.md.
+
+Candidates alternate, so that a neighbour's load meets all of them; times are CPU seconds of this process, so that
+waiting for a processor does not count. Ratios are of the least times, which load disturbs least; medians and the range
+of the rounds' own ratios stand beside them.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: a ratio against its target."""
+
+    what: str
+    ratio: float
+    by_medians: float
+    spread: tuple[float, float]
+    """Least and largest ratio of one round."""
+    rounds: int
+    target: str
+    """Such as "<= 1.7"; empty for a figure without one."""
+    note: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        """Compare with the target; None without one."""
+        if not self.target:
+            return None
+        sign, wanted = self.target.split()
+        return self.ratio <= float(wanted) if sign == "<=" else self.ratio >= float(wanted)
+
+
+def alternate(
+    candidates: dict[str, Callable[[], object]],
+    *,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, list[float]]:
+    """Run every candidate once unmeasured, then in turn for so many rounds: seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            started = clock()
+            run()
+            seconds[name].append(clock() - started)
+    return seconds
+
+
+def compared(what: str, seconds: list[float], other: list[float], *, target: str = "", note: str = "") -> Row:
+    """Divide seconds by other seconds of the same rounds: below 1 is faster."""
+    ratios = [a / b for a, b in zip(seconds, other, strict=True)]
+    return Row(
+        what,
+        ratio=min(seconds) / min(other),
+        by_medians=statistics.median(seconds) / statistics.median(other),
+        spread=(min(ratios), max(ratios)),
+        rounds=len(seconds),
+        target=target,
+        note=note,
+    )
+
+
+def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = None) -> None:
+    """Print rows and keep them, with what they were measured on, in results/NAME.json."""
+    for row in rows:
+        met = {True: "met", False: "NOT met", None: ""}[row.is_met]
+        low, high = row.spread
+        print(f"{row.what}: {row.ratio:.2f} ({low:.2f} to {high:.2f}) {row.target} {met} {row.note}".rstrip())
+    RESULTS.mkdir(exist_ok=True)
+    facts = {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": machine(),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+    }
+    rows_as_dicts = [{**asdict(row), "met": row.is_met} for row in rows]
+    whole = {**facts, "rows": rows_as_dicts, "figures": figures or {}}
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Name the commit that is measured; `+` says that files differ from it."""
+    here = Path(__file__).parent
+    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def machine() -> str:
+    """Name processor, cores and what is installed."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {os.cpu_count()} cores, {capability}, torch {torch.__version__}, {torch.get_num_threads()} thread"

@@ -1,0 +1,176 @@
+"""One optimizer step through DeepSpeed: t2i, Hugging Face's classes in a plain loop, and the products alone.
+
+4 sequences of 64 text and 256 image tokens, width 256, 8 layers, 66,824 rows, fp32.
+
+Examples:
+    python benchmarks/training_step.py
+    python benchmarks/training_step.py --memory t2i     peak bytes of one candidate, in a process of its own
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import side_by_side
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from t2i.config import TrainConfig
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.tokens.vocab import VocabLayout
+
+LAYOUT = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=16_384)
+SEQUENCES, TEXT, IMAGE = 4, 64, 256
+WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4
+SIZES = {
+    "vocab_size": LAYOUT.vocab_size,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
+DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2_fp32.json"
+MOST_BYTES = 0.85e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--memory", choices=list(CANDIDATES))
+    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        print(peak_bytes(CANDIDATES[options.memory]()))
+        return
+    steps = {name: make() for name, make in CANDIDATES.items()}
+    seconds = side_by_side.alternate(steps, rounds=options.rounds)
+    ours = seconds["t2i"]
+    rows = [
+        side_by_side.compared("training step: t2i / products alone", ours, seconds["limit"], target="<= 1.1")
+    ]
+    for name in ("Llama, plain loop", "GPT-NeoX, plain loop"):
+        rows.append(side_by_side.compared(f"training step: {name} / t2i", seconds[name], ours, target=">= 1"))
+    memory = {name: memory_of(name) for name in CANDIDATES if name != "limit"}
+    share = memory["t2i"] / MOST_BYTES
+    rows.append(
+        side_by_side.Row(
+            "training step: t2i's bytes above the model / 0.85 GB", share, share, (share, share), 1, "<= 1"
+        )
+    )
+    tokens = SEQUENCES * (TEXT + IMAGE)
+    figures = {
+        "tokens a CPU second": {name: tokens / min(times) for name, times in seconds.items()},
+        "bytes above the model": memory,
+    }
+    side_by_side.write("training_step", rows, figures=figures)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Make ids and next-token labels (B, S) of text and then image."""
+    torch.manual_seed(0)
+    text = torch.randint(LAYOUT.num_text_tokens, (SEQUENCES, TEXT))
+    image = LAYOUT.image_ids(torch.randint(LAYOUT.codebook_size, (SEQUENCES, IMAGE)))
+    ids = torch.cat([text, image], 1)
+    return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def through_deepspeed() -> Callable[[], None]:
+    """Build t2i's own step: its engine, its loss."""
+    from t2i.train.engine import Learner, make_engine, read_ds_config
+    from t2i.train.launch import start_processes
+
+    start_processes()
+    learner = Learner(OpenLMForCausalLM(OpenLMConfig(**SIZES)).train(), layout=LAYOUT)
+    engine = make_engine(
+        learner, config=TrainConfig(), ds_config=read_ds_config(DS_CONFIG), per_rank=SEQUENCES
+    )
+    ids, labels = batch()
+    count = (labels >= 0).sum()
+
+    def step() -> None:
+        loss, _ = engine(ids, labels)
+        engine.backward(loss / count)
+        engine.step()
+
+    return step
+
+
+def plain_loop(model: nn.Module) -> Callable[[], None]:
+    """Build what a user of transformers would write."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    ids, _ = batch()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def products_alone() -> Callable[[], None]:
+    """Prepare a step's matrix products: three for every weight, attention's two and their four, the head in chunks."""
+    tokens = SEQUENCES * (TEXT + IMAGE)
+    shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
+    weights = [[torch.randn(shape) for shape in shapes] for _ in range(LAYERS)]
+    inputs = {width: torch.randn(tokens, width) for _, width in shapes}
+    gradients = {width: torch.randn(tokens, width) for width, _ in shapes}
+    heads = torch.randn(SEQUENCES * HEADS, TEXT + IMAGE, WIDTH // HEADS)
+    head, rows = torch.randn(LAYOUT.vocab_size, WIDTH), torch.randn(tokens - SEQUENCES, WIDTH)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for layer in weights:
+            for weight in layer:
+                given, gradient = inputs[weight.shape[1]], gradients[weight.shape[0]]
+                given @ weight.T, gradient @ weight, gradient.T @ given
+            squares = heads @ heads.mT
+            for _ in range(3):  # the values' mix, then the gradients of queries and of keys
+                squares @ heads
+            heads @ heads.mT, squares.mT @ heads  # the gradients of the weights and of the values
+        head_gradient = torch.zeros_like(head)
+        for chunk in rows.split(256):
+            logits = chunk @ head.T
+            logits @ head
+            head_gradient.addmm_(logits.T, chunk)
+
+    return run
+
+
+CANDIDATES: dict[str, Callable[[], Callable[[], None]]] = {
+    "limit": products_alone,
+    "t2i": through_deepspeed,
+    "Llama, plain loop": lambda: plain_loop(LlamaForCausalLM(LlamaConfig(**SIZES))),
+    "GPT-NeoX, plain loop": lambda: plain_loop(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))),
+}
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Run two steps; tell how far resident memory rose above what was held before them."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = pages * resource.getpagesize()
+    step()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def memory_of(name: str) -> int:
+    """Measure a candidate in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    main()
