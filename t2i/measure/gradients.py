@@ -12,7 +12,7 @@ from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.errors import DataError
 from t2i.model.backbone import head_of, hidden_states
-from t2i.model.loss import split_sums, token_losses
+from t2i.model.loss import IGNORED, kinds_of, summed_loss
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.tokens.sequence import next_token_labels
 
@@ -82,12 +82,10 @@ def _part(
     for ids, wanted in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
         hidden = hidden_states(learner, ids.to(learner.device))
         wanted = wanted.to(learner.device)
-        losses, _ = token_losses(hidden, wanted, head=head_of(learner))
-        split = split_sums(
-            losses, wanted, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
-        )
-        split[kind][0].backward()  # type: ignore[no-untyped-call]
-        nats, count = nats + float(split[kind][0].detach()), count + int(split[kind][1])
+        kinds = kinds_of(wanted, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)
+        total, _, _ = summed_loss(hidden, wanted.masked_fill(~kinds[kind], IGNORED), head=head_of(learner))
+        total.backward()  # type: ignore[no-untyped-call]
+        nats, count = nats + float(total.detach()), count + int(kinds[kind].sum())
     gradient = {
         name: value.grad.clone() for name, value in learner.named_parameters() if value.grad is not None
     }

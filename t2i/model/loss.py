@@ -139,8 +139,13 @@ def split_sums(
 
     Source: paper sec. 2.2, Figure 4.
     """
+    kinds = kinds_of(labels, num_text_rows=num_text_rows, first_image_id=first_image_id)
+    return {kind: (losses.where(mask, 0).sum(), mask.sum()) for kind, mask in kinds.items()}
+
+
+def kinds_of(labels: Tensor, *, num_text_rows: int, first_image_id: int) -> dict[str, Tensor]:
+    """Mark the labels (B, S) of each class, which -100 is in none of."""
     is_text = (labels >= 0) & (labels < num_text_rows)
     is_image = labels >= first_image_id
     is_special = (labels >= num_text_rows) & ~is_image
-    kinds = {"text": is_text, "image": is_image, "special": is_special}
-    return {kind: (losses.where(mask, 0).sum(), mask.sum()) for kind, mask in kinds.items()}
+    return {"text": is_text, "image": is_image, "special": is_special}
