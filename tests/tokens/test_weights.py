@@ -12,8 +12,9 @@ from t2i.tokens.image import ImageTokenizer, centre_crop_resize, code_agreement,
 from t2i.tokens.reference import source_codes, source_latents, source_pixels
 from t2i.tokens.weights import LLAMAGEN, MOVQGAN, load_vq, vq_config, vq_tensors
 
-# fp32 convolutions in another order: 1e-5 to 3e-5 was seen.
-LATENTS, PIXELS = 1e-4, 2e-4
+# fp32 convolutions in another order. Against a double-precision twin, latents up to 16 were off by 2e-5 in the usual
+# memory format and by 1e-4 in channels last, 7e-6 of the largest; pixels by 1e-5 to 3e-5.
+LATENTS, PIXELS = 2e-5, 2e-4
 SOURCE = "a test"
 
 
@@ -45,12 +46,13 @@ def test_a_converted_tokenizer_gives_the_same_codes_and_pictures(released, pixel
     latents = released.quant_conv(released.encoder(pixels))
     codes = released.codes(latents)
     assert codes.unique().numel() > 20
-    assert torch.allclose(tokenizer.model.encode(pixels).latents, latents, atol=LATENTS)
+    bound = LATENTS * latents.abs().max().item()
+    assert torch.allclose(tokenizer.model.encode(pixels).latents, latents, atol=bound)
     assert tokenizer.encode(pixels).tolist() == codes.flatten(1).tolist()
     pictures = released.decode(codes)
     assert torch.allclose(tokenizer.decode(codes.flatten(1)), pictures, atol=PIXELS)
     # The steps that a conversion is proved by are the release's own too.
-    assert torch.allclose(source_latents(tensors, pixels, layout=layout), latents, atol=LATENTS)
+    assert torch.allclose(source_latents(tensors, pixels, layout=layout), latents, atol=bound)
     assert source_codes(tensors, latents, layout=layout).tolist() == codes.tolist()
     assert torch.allclose(source_pixels(tensors, codes, layout=layout), pictures, atol=PIXELS)
 
