@@ -201,7 +201,7 @@ def test_annotations_of_another_schema_are_a_sentence(tmp_path):
     file = tmp_path / "coco" / "annotations" / "captions_train2014.json"
     file.write_text(json.dumps({"images": [{"id": 1}], "annotations": []}))
     with pytest.raises(
-        DataError, match=r"captions_train2014\.json is not COCO's: wanted images .*'file_name'"
+        DataError, match=r"captions_train2014\.json: images: file_name is None; wanted is str"
     ):
         open_source(f"coco:{tmp_path}/coco")
 
