@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-s3 test-newest faults
+.PHONY: help install demo lint test test-s3 test-newest faults bench
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
+	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
@@ -54,3 +55,10 @@ faults: install
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers
+
+# gpu.py needs a GPU and is run by hand.
+BENCHMARKS ?= sampling training_step padding loading preparing scoring waiting growth
+bench: install
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/page.py

@@ -50,6 +50,7 @@ def main() -> None:
     if options.memory:
         print(peak_bytes(CANDIDATES[options.memory]()))
         return
+    memory = {name: memory_of(name) for name in CANDIDATES if name != "limit"}
     steps = {name: make() for name, make in CANDIDATES.items()}
     seconds = side_by_side.alternate(steps, rounds=options.rounds)
     ours = seconds["t2i"]
@@ -58,7 +59,6 @@ def main() -> None:
     ]
     for name in ("Llama, plain loop", "GPT-NeoX, plain loop"):
         rows.append(side_by_side.compared(f"training step: {name} / t2i", seconds[name], ours, target=">= 1"))
-    memory = {name: memory_of(name) for name in CANDIDATES if name != "limit"}
     share = memory["t2i"] / MOST_BYTES
     rows.append(
         side_by_side.Row(

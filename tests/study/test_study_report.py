@@ -235,7 +235,7 @@ def test_curves_pair_seeds_and_steps(made):
 
 def test_unknown_sections_and_arguments_are_refused(made):
     study, out = made
-    with pytest.raises(UserError, match="has a section 'curve'; known are published"):
+    with pytest.raises(UserError, match="has a section 'curve'; perhaps curves was meant"):
         make_section({"section": "curve"}, study=study, out=out)
     with pytest.raises(UserError, match="section Runs: .*'arm'"):
         make_section({"section": "ends", "title": "Runs", "arm": "fast"}, study=study, out=out)

@@ -1,0 +1,120 @@
+"""How cost grows: seconds against width, depth, sequence length, vocabulary and batch, with fitted exponents.
+
+An exponent is the slope of log seconds over the two largest sizes: small sizes are all overhead.
+
+Examples:
+    python benchmarks/growth.py
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import side_by_side
+import torch
+
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.sampling_open_lm import sample_codes
+from t2i.tokens.vocab import VocabLayout
+from t2i.train.engine import Learner
+
+BASE = {"width": 256, "depth": 4, "length": 128, "codes": 1_024, "batch": 4}
+SIZES = {
+    "width": (128, 256, 512),
+    "depth": (2, 4, 8),
+    "length": (128, 256, 512),
+    "codes": (1_024, 4_096, 16_384),
+    "batch": (2, 4, 8),
+}
+MOST = {"width": 2.1, "depth": 1.1, "length": 2.1, "codes": 1.1, "batch": 1.1}
+"""What the mathematics says, and a tenth for the measurement: products grow with the square of the width, attention
+with that of the length."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, figures = [], {}
+    for work, make in {"training": training, "sampling": sampling}.items():
+        for axis, sizes in SIZES.items():
+            steps = {str(size): make(**{**BASE, axis: size}) for size in sizes}
+            seconds = side_by_side.alternate(steps, rounds=options.rounds)
+            slopes = [slope(seconds, sizes, pick=round_) for round_ in range(options.rounds)]
+            least = slope({name: [min(times)] for name, times in seconds.items()}, sizes, pick=0)
+            middle = sorted(slopes)[len(slopes) // 2]
+            target = f"<= {MOST[axis]}"
+            what = f"growth of {work} with {axis}: exponent"
+            rows.append(
+                side_by_side.Row(what, least, middle, (min(slopes), max(slopes)), len(slopes), target)
+            )
+            figures[f"{work}, {axis}"] = {name: min(times) for name, times in seconds.items()}
+    plot(figures, Path(__file__).parents[1] / "docs" / "growth.svg")
+    side_by_side.write("growth", rows, figures={"least seconds": figures})
+
+
+def slope(seconds: dict[str, list[float]], sizes: tuple[int, ...], *, pick: int) -> float:
+    """Fit the exponent between the two largest sizes."""
+    before, last = sizes[-2:]
+    return math.log(seconds[str(last)][pick] / seconds[str(before)][pick]) / math.log(last / before)
+
+
+def model_of(width: int, depth: int, *, length: int, codes: int) -> tuple[OpenLMForCausalLM, VocabLayout]:
+    """Make a random model with heads of 64."""
+    layout = VocabLayout(2_048, num_text_tokens=2_000, codebook_size=codes)
+    config = OpenLMConfig(layout.vocab_size, width, depth, width // 64, max_position_embeddings=length)
+    return OpenLMForCausalLM(config), layout
+
+
+def training(width: int, depth: int, *, length: int, codes: int, batch: int) -> Callable[[], None]:
+    """Prepare a forward and backward pass of image ids (B, S)."""
+    model, layout = model_of(width, depth, length=length, codes=codes)
+    learner = Learner(model.train(), layout=layout)
+    ids = layout.image_ids(torch.randint(codes, (batch, length)))
+
+    def step() -> None:
+        learner.zero_grad()
+        learner(ids, ids.roll(-1, 1))[0].backward()
+
+    return step
+
+
+def sampling(width: int, depth: int, *, length: int, codes: int, batch: int) -> Callable[[], object]:
+    """Prepare `batch` pictures of `length` codes."""
+    model, layout = model_of(width, depth, length=length + 8, codes=codes)
+    images = range(layout.first_image_id, layout.first_image_id + codes)
+    prompts = [[layout.special_id("<doc>"), layout.special_id("<image>")]] * batch
+    return lambda: sample_codes(
+        model.eval(),
+        prompts,
+        empty_prompt=prompts[0],
+        image_ids=images,
+        num_codes=length,
+        seeds=range(batch),
+        top_k=50,
+    )
+
+
+def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw seconds over size, both in logarithms."""
+    import matplotlib.pyplot as plt
+
+    drawing, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for name, points in figures.items():
+        work, axis = name.split(", ")
+        place = axes[0 if work == "training" else 1]
+        first = int(next(iter(points)))
+        place.loglog([int(size) / first for size in points], list(points.values()), marker="o", label=axis)
+        place.set(title=work, xlabel="size, as a multiple of the smallest", ylabel="CPU seconds")
+        place.legend()
+    drawing.tight_layout()
+    drawing.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

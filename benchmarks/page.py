@@ -1,0 +1,90 @@
+"""Write docs/performance.md from what the benchmarks left in results/.
+
+Examples:
+    python benchmarks/page.py
+"""
+
+import json
+from pathlib import Path
+
+import side_by_side
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+NAMES = (
+    "sampling",
+    "training_step",
+    "padding",
+    "loading",
+    "preparing",
+    "scoring",
+    "waiting",
+    "growth",
+    "gpu",
+)
+INTRODUCTION = """# Performance
+
+Written by `make bench`; every number was measured by the command above its table. A ratio compares candidates that
+alternate in one process on one thread, in CPU seconds unless the row says seconds; it is of the least times, with that
+of the medians and the least and largest ratio of one round beside it. The products alone are the machine's limit: the
+matrix products that the work cannot do without, measured in the same run.
+"""
+
+
+def main() -> None:
+    parts = [INTRODUCTION]
+    for name in NAMES:
+        path = side_by_side.RESULTS / f"{name}.json"
+        parts.append(section(name, json.loads(path.read_text())) if path.exists() else missing(name))
+    PAGE.write_text("\n".join(parts))
+    print(PAGE)
+
+
+def section(name: str, found: dict) -> str:
+    """Write one benchmark's table."""
+    load = ", ".join(map(str, found["load"]))
+    lines = [
+        f"## {title(name)}\n",
+        f"`{found['command']}`, commit {found['commit']}, {found['date']}; {found['machine']}; load average {load}.\n",
+        "| What | Ratio | By medians | One round | Rounds | Target | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in found["rows"]:
+        verdict = {True: "met", False: "**not met**", None: ""}[row["met"]]
+        low, high = map(number, row["spread"])
+        lines.append(
+            f"| {row['what']} | {number(row['ratio'])} | {number(row['by_medians'])} | {low} to {high} |"
+            f" {row['rounds']} | {row['target']} | {' '.join([verdict, row['note']]).strip()} |"
+        )
+    for what, values in found["figures"].items():
+        lines += [f"\n{what.capitalize()}:\n", *table(values)]
+    return "\n".join(lines) + "\n"
+
+
+def table(values: dict) -> list[str]:
+    """Write figures by name, or by name and case."""
+    if not all(isinstance(value, dict) for value in values.values()):
+        values = {"": values}
+    heads = list(dict.fromkeys(key for row in values.values() for key in row))
+    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for case, row in values.items():
+        lines.append(f"| {case} | {' | '.join(number(row[head]) if head in row else '' for head in heads)} |")
+    return lines
+
+
+def number(value: float) -> str:
+    """Write three digits, and no more than are whole from a thousand on."""
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+
+
+def missing(name: str) -> str:
+    """Say that nothing was measured."""
+    return f"## {title(name)}\n\nNot measured: `python benchmarks/{name}.py`.\n"
+
+
+def title(name: str) -> str:
+    """Turn a file's name into a heading."""
+    return "GPU" if name == "gpu" else name.replace("_", " ").capitalize()
+
+
+if __name__ == "__main__":
+    main()
