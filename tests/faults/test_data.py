@@ -101,13 +101,13 @@ def shard_files(folder, split="train"):
 @pytest.mark.fault(
     12,
     "stale shared memory of a killed run, and a living neighbour",
-    injected="SIGKILL to one of two processes that have a data set open",
+    injected="SIGKILL to the group of one of two processes that have a data set open",
     expected="the dead one's files are swept, the neighbour reads on",
 )
 def test_dead_runs_memory_is_swept_and_a_neighbours_is_not(small, observed, caplog):
     living, dead = OpenLoader(small), OpenLoader(small)
     assert living.read() and dead.read()
-    os.kill(dead.process.pid, signal.SIGKILL)
+    os.killpg(dead.process.pid, signal.SIGKILL)  # with Python's own process that would clean up after it
     dead.process.join(10)
     assert all(path.exists() for path in dead.files), "nobody cleans up after SIGKILL"
     for path in (*dead.files, *living.files):
@@ -131,7 +131,7 @@ class OpenLoader:
     def __init__(self, folder):
         before = self._files()
         self.pipe, other = FORK.Pipe()
-        self.process = FORK.Process(target=_read_when_asked, args=(folder, other))
+        self.process = FORK.Process(target=_read_when_asked, args=(folder, other), daemon=True)
         self.process.start()
         assert self.pipe.recv() == "open"
         self.prefix = self.pipe.recv()
@@ -151,6 +151,7 @@ class OpenLoader:
 
 
 def _read_when_asked(folder, pipe):
+    os.setsid()
     loader = step_loader(folder)
     batches = iter(loader)
     keys = next(batches)["key"]
@@ -236,7 +237,7 @@ def test_a_run_ends_at_a_shard_that_rotted(split, shards, finished, tmp_path, ob
         finished, run_dir=tmp_path / "run", data=replace(finished.data, shards=tmp_path / "shards")
     )
     with pytest.raises(
-        DataError, match=rf"{path} has the xxh64 \w+; made with \w+\. Move .* prepare\.py"
+        DataError, match=rf"{path} has the xxh64 \w+; made with \w+\. Move .*prepare\.py"
     ) as error:
         train(config, ds_config_path=DS_CONFIG)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
