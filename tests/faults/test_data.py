@@ -22,6 +22,7 @@ from pathlib import Path
 import made_sources as made
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 from streaming import MDSWriter
@@ -152,11 +153,13 @@ class OpenLoader:
 
 def _read_when_asked(folder, pipe):
     os.setsid()
+    # A process group that an earlier test left came along with the fork, but without the threads that serve it.
+    torch.distributed.distributed_c10d._update_default_pg(None)
     loader = step_loader(folder)
     batches = iter(loader)
     keys = next(batches)["key"]
     pipe.send("open")
-    pipe.send(loader.loader.dataset._shm_prefix_int)
+    pipe.send(loader.streams[0].loader.dataset._shm_prefix_int)
     while pipe.recv() == "read":
         keys = next(batches)["key"]
         pipe.send(keys)
@@ -526,7 +529,7 @@ def test_odd_captions_never_become_special_ids(tmp_path, tokenizers, observed):
     text = tokenizers["text_tokenizer"]
     assert text.decode(text.encode(samples["markers"]["caption"])) == CAPTIONS["markers"].decode()
     loader = step_loader(tmp_path / "shards", global_batch=len(samples), caption_dropout=0.0)
-    layout = loader.loader.dataset.layout
+    layout = loader.streams[0].loader.dataset.layout
     for ids in next(iter(loader))["input_ids"]:
         assert layout.is_image()[ids].sum() == 64
         assert layout.is_special()[ids].sum() == 6
