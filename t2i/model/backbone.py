@@ -43,14 +43,17 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         UserError: no causal language model, weights that do not fit config.json, or a head that is no mere product.
     """
     given: dict[str, Any] = {"output_loading_info": True} | ({} if dtype is None else {"dtype": dtype})
+    model: Any
+    report: dict[str, Any]
     if is_open_lm(folder):
         model, report = OpenLMForCausalLM.from_pretrained(folder, **given)
     else:
         config = read_model_config(folder)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, **given)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **given)
         except (ValueError, OSError) as error:
             raise UserError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from error
+        model, report = loaded
     strange = {key: names for key, names in report.items() if names}
     if strange:
         raise UserError(f"the weights of {folder} do not fit its config.json: {strange}.")

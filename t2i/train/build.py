@@ -136,7 +136,7 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
     Raises:
         ValueError: sizes that do not divide, or an unknown name.
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": -(-num_text_tokens // 8) * 8,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,

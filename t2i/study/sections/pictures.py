@@ -2,8 +2,10 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -147,12 +149,12 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
     return Section("Perplexity or distance", f"{sentence}; 1 is the same order.", figure, table)
 
 
-def _first_split(run: Run) -> dict[str, dict[str, float]]:
+def _first_split(run: Run) -> dict[str, Any]:
     splits = read_json(run.folder / PERPLEXITY).get("splits", {})
     return next(iter(splits.values()), {})
 
 
-def _tau(points: list[tuple[float, ...]]) -> str:
+def _tau(points: Sequence[tuple[float, ...]]) -> str:
     losses, distances = zip(*points, strict=True)
     if all(one == two for one, two in pairwise(losses)):
         return "unknown"
