@@ -43,6 +43,8 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         UserError: no causal language model, weights that do not fit config.json, or a head that is no mere product.
     """
     given: dict[str, Any] = {"output_loading_info": True} | ({} if dtype is None else {"dtype": dtype})
+    model: Any
+    report: dict[str, Any]
     if is_open_lm(folder):
         model, report = OpenLMForCausalLM.from_pretrained(folder, **given)
     else:

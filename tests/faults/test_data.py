@@ -22,6 +22,7 @@ from pathlib import Path
 import made_sources as made
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 from streaming import MDSWriter
@@ -101,13 +102,13 @@ def shard_files(folder, split="train"):
 @pytest.mark.fault(
     12,
     "stale shared memory of a killed run, and a living neighbour",
-    injected="SIGKILL to one of two processes that have a data set open",
+    injected="SIGKILL to the group of one of two processes that have a data set open",
     expected="the dead one's files are swept, the neighbour reads on",
 )
 def test_dead_runs_memory_is_swept_and_a_neighbours_is_not(small, observed, caplog):
     living, dead = OpenLoader(small), OpenLoader(small)
     assert living.read() and dead.read()
-    os.kill(dead.process.pid, signal.SIGKILL)
+    os.killpg(dead.process.pid, signal.SIGKILL)  # with Python's own process that would clean up after it
     dead.process.join(10)
     assert all(path.exists() for path in dead.files), "nobody cleans up after SIGKILL"
     for path in (*dead.files, *living.files):
@@ -131,7 +132,7 @@ class OpenLoader:
     def __init__(self, folder):
         before = self._files()
         self.pipe, other = FORK.Pipe()
-        self.process = FORK.Process(target=_read_when_asked, args=(folder, other))
+        self.process = FORK.Process(target=_read_when_asked, args=(folder, other), daemon=True)
         self.process.start()
         assert self.pipe.recv() == "open"
         self.prefix = self.pipe.recv()
@@ -151,11 +152,14 @@ class OpenLoader:
 
 
 def _read_when_asked(folder, pipe):
+    os.setsid()
+    # A process group that an earlier test left came along with the fork, but without the threads that serve it.
+    torch.distributed.distributed_c10d._update_default_pg(None)
     loader = step_loader(folder)
     batches = iter(loader)
     keys = next(batches)["key"]
     pipe.send("open")
-    pipe.send(loader.loader.dataset._shm_prefix_int)
+    pipe.send(loader.streams[0].loader.dataset._shm_prefix_int)
     while pipe.recv() == "read":
         keys = next(batches)["key"]
         pipe.send(keys)
@@ -236,7 +240,7 @@ def test_a_run_ends_at_a_shard_that_rotted(split, shards, finished, tmp_path, ob
         finished, run_dir=tmp_path / "run", data=replace(finished.data, shards=tmp_path / "shards")
     )
     with pytest.raises(
-        DataError, match=rf"{path} has the xxh64 \w+; made with \w+\. Move .* prepare\.py"
+        DataError, match=rf"{path} has the xxh64 \w+; made with \w+\. Move .*prepare\.py"
     ) as error:
         train(config, ds_config_path=DS_CONFIG)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -525,7 +529,7 @@ def test_odd_captions_never_become_special_ids(tmp_path, tokenizers, observed):
     text = tokenizers["text_tokenizer"]
     assert text.decode(text.encode(samples["markers"]["caption"])) == CAPTIONS["markers"].decode()
     loader = step_loader(tmp_path / "shards", global_batch=len(samples), caption_dropout=0.0)
-    layout = loader.loader.dataset.layout
+    layout = loader.streams[0].loader.dataset.layout
     for ids in next(iter(loader))["input_ids"]:
         assert layout.is_image()[ids].sum() == 64
         assert layout.is_special()[ids].sum() == 6

@@ -139,9 +139,12 @@ def half_run(finished, tmp_path):
     injected="os.mkdir in each file of engine/, hashes forged",
     expected="exit 5, not run; the run's own files load under the same restriction",
 )
+@pytest.mark.parametrize("is_listed", [True, False], ids=["listed first", "read by DeepSpeed"])
 @pytest.mark.parametrize("pattern", ["*_optim_states.pt", "*_model_states.pt"])
-def test_resuming_never_runs_a_pickle(pattern, half_run, tmp_path, observed):
+def test_resuming_never_runs_a_pickle(pattern, is_listed, half_run, tmp_path, monkeypatch, observed):
     config, folder = half_run
+    if not is_listed:
+        monkeypatch.setattr("t2i.train.loop.check_plain", lambda folder: None)
     path = next((folder / "engine").glob(pattern))
     buffer = io.BytesIO()
     torch.save({**torch.load(path, weights_only=False), "more": Evil(tmp_path / "ran")}, buffer)
@@ -212,17 +215,17 @@ def test_tars_are_never_extracted(tmp_path, observed):
 @pytest.mark.fault(
     42,
     "a tar that fills memory",
-    injected="30,000 tiny members; headers that claim 8 GB, or less than nothing; members over the limit",
+    injected="10,000 tiny members; headers that claim 8 GB, or less than nothing; members over the limit",
     expected="a few MB of memory; larger members are left out; the rest is used",
 )
 def test_tars_fill_no_memory(tmp_path, observed, monkeypatch):
     many = tmp_path / "many.tar"
-    made.write_tar(many, [(f"{index:06d}.txt", b"x") for index in range(30_000)])
+    made.write_tar(many, [(f"{index:06d}.txt", b"x") for index in range(10_000)])
     tracemalloc.start()
     left_out = left_out_of(many)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert left_out == {"no picture beside the caption in a tar": 30_000}
+    assert left_out == {"no picture beside the caption in a tar": 10_000}
     assert peak < 8 * 2**20
     claim = header("x", kind=tarfile.XHDTYPE, size=8 * 2**30).tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "claim.tar").write_bytes(claim + bytes(10_240))
@@ -233,7 +236,7 @@ def test_tars_fill_no_memory(tmp_path, observed, monkeypatch):
     monkeypatch.setattr(reading, "MAX_PICTURE_BYTES", 100)
     made.write_tar(tmp_path / "large.tar", made.tar_members(range(2)))
     assert left_out_of(tmp_path / "large.tar") == {"a file over 100 bytes in a tar": 2}
-    observed(f"peak of {peak / 2**20:.1f} MB for 30,000 members")
+    observed(f"peak of {peak / 2**20:.1f} MB for 10,000 members")
 
 
 def left_out_of(path):
@@ -365,7 +368,7 @@ def test_remote_code_is_never_run(model_folder, tmp_path, observed):
         b"a: &a {b: *a}",
         b"a: 2020-99-99",
         b"? {a: b}\n: c",
-        b"[" * 20_000,
+        b"[" * 2_000,
         b"\xff\xfe\x00",
         b"- a\n- b",
     ],

@@ -147,6 +147,9 @@ def test_measures_open_it(trained, tokenizer):
     assert len(text) == 1
 
 
+@pytest.mark.parametrize(
+    "trained", ["qwen2"], indirect=True
+)  # one is enough: a process of its own takes long
 def test_an_exported_folder_draws_with_its_own_script_and_without_t2i(trained, tmp_path):
     _, _, config = trained
     opened = open_checkpoint(str(config.run_dir))

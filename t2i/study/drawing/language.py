@@ -33,7 +33,7 @@ def forgetting(
         style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
         axes[-1].plot(image.values.mean(0), text.values.mean(0), label=arm, **style)
     axes[-1].set(
-        xlabel="held-out image loss, nats a code (learning: to the left)",
+        xlabel="held-out image loss, nats a code (learning: to the right)",
         ylabel=LABELS["text_loss_text_rows"],
     )
     axes[-1].invert_xaxis()

@@ -29,11 +29,13 @@ def published(rows: list[dict[str, str]]) -> Any:
                 fillstyle="full" if used == "yes" else "none",
                 label=f"{family}, {'with' if used == 'yes' else 'no'} pre-trained language model",
             )
-    for row in rows:
+    ordered = sorted(rows, key=lambda row: (row["date"], -float(row["fid"])))
+    for place, row in enumerate(ordered):  # names above and below in turn, so that neighbours do not overlap
         axis.annotate(
-            row["model"], (np.datetime64(row["date"]), float(row["fid"])), (4, 3), fontsize=6,
-            textcoords="offset points",
+            row["model"], (np.datetime64(row["date"]), float(row["fid"])), (0, -11 if place % 2 else 5), fontsize=6,
+            textcoords="offset points", ha="center",
         )  # fmt: skip
+    axis.margins(x=0.12, y=0.1)
     axis.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m"))
     axis.set(xlabel="first published", ylabel="zero-shot FID on MS-COCO")
     finish(axis)

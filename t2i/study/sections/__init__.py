@@ -58,8 +58,13 @@ def _call(arguments: dict[str, Any], study: Study) -> tuple[str, dict[str, Any]]
     kind = arguments.get("section", "")
     if kind not in KINDS:
         raise UserError(f"{study.file}: report has a section {kind!r}; {nearest_name(kind, list(KINDS))}.")
+    signature = inspect.signature(KINDS[kind])
+    unknown = next((key for key in given if key not in signature.parameters), None)
+    if unknown is not None:
+        title, right = arguments.get("title") or kind, nearest_name(unknown, [*signature.parameters][2:])
+        raise UserError(f"{study.file}: section {title}: no argument {unknown!r}; {right}.")
     try:
-        inspect.signature(KINDS[kind]).bind(study, Path(), **given)
+        signature.bind(study, Path(), **given)
     except TypeError as error:
         raise UserError(f"{study.file}: section {arguments.get('title') or kind}: {error}.") from error
     return kind, given
