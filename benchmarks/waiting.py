@@ -7,7 +7,6 @@ Examples:
 """
 
 import argparse
-
 import os
 import shutil
 import subprocess
