@@ -123,13 +123,16 @@ def make_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Hand model, optimizer and clipping to DeepSpeed."""
     steps, micro_batch = accumulation(per_rank, micro_batch=ds_config["train_micro_batch_size_per_gpu"])
+    chosen = ds_config.get("optimizer", {}).get("params", {})
     optimizer = {
         "type": "AdamW",
         "params": {
             "lr": config.lr,
             "betas": [config.beta1, config.beta2],
             "weight_decay": config.weight_decay,
-            **ds_config.get("optimizer", {}).get("params", {}),
+            **chosen,
+            # torch's own in one pass: without it, it holds two more copies of what it moves.
+            **({"fused": True} if chosen.get("torch_adam") else {}),
         },
     }
     whole = {
