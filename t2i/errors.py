@@ -45,6 +45,11 @@ class Stopped(Exception):
 EXPECTED = (UserError, NumericalError, CheckpointError, LostRankError, Stopped)
 
 
+def exit_code(error: BaseException) -> int:
+    """Tell the exit status that an error ends a process with."""
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a launcher's main function; turn expected errors into a sentence and an exit status.
 

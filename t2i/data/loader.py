@@ -1,6 +1,9 @@
 """Shards to whole optimizer steps of sequences: deterministic, resumable in mid-epoch, for any number of ranks."""
 
+import ctypes
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +18,9 @@ from t2i.errors import UserError
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
@@ -110,6 +116,7 @@ class StepLoader:
             )
         if global_batch % world_size:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
+        self.global_batch = global_batch
         num_sequences = global_batch // world_size
         dataset = _open_dataset(
             config,
@@ -127,6 +134,7 @@ class StepLoader:
             num_workers=config.num_workers,
             drop_last=True,
             persistent_workers=config.num_workers > 0,
+            worker_init_fn=live_with_rank,
         )
         self.position: dict[str, Any] | None = None
 
@@ -136,6 +144,11 @@ class StepLoader:
             for batch in self.loader:
                 self.position = self.loader.state_dict()
                 yield batch
+
+    def close(self) -> None:
+        """End the loader's processes, which no signal ends."""
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
 
     @property
     def epoch(self) -> int:
@@ -151,6 +164,14 @@ class StepLoader:
         self.position = json.loads(state)
         if self.position is not None:
             self.loader.load_state_dict(self.position)
+
+
+def live_with_rank(worker: int) -> None:
+    """Leave stopping to the rank: a loader's process lives on while the rank saves, and dies with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:

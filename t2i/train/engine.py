@@ -63,7 +63,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         if key in ds_config:
             raise UserError(f"{path} sets {key}, which --{owner} owns; remove it from the JSON.")
     optimizer = ds_config.get("optimizer", {"params": {}})
-    if set(optimizer) != {"params"} or set(optimizer["params"]) - {"torch_adam"}:
+    if (
+        not isinstance(optimizer, dict)
+        or set(optimizer) != {"params"}
+        or set(optimizer["params"]) - {"torch_adam"}
+    ):
         raise UserError(
             f"{path} sets the optimizer, which --train.lr and its neighbours own; only torch_adam is free."
         )

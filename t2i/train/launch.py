@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -16,12 +17,35 @@ T = TypeVar("T")
 
 
 def start_processes() -> None:
-    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank."""
+    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank.
+
+    Raises:
+        UserError: another job listens at the port where ranks meet.
+    """
     prepare_environment()
     # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
     import deepspeed
+    import torch.distributed as dist
 
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=None, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise UserError(
+            f"another job holds port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
+        ) from error
+
+
+def make_repeatable(is_asked: bool) -> None:
+    """Choose the operators that give the same bits every time, or the fastest."""
+    import torch
+
+    if is_asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
+    torch.use_deterministic_algorithms(is_asked)
+    torch.backends.cudnn.benchmark = False
 
 
 def prepare_environment() -> None:
@@ -35,7 +59,7 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
@@ -65,7 +89,11 @@ def _check_launch() -> None:
 
 
 def warn_of_building(ds_config: dict[str, Any]) -> None:
-    """Say on the first rank that DeepSpeed is about to compile, which takes minutes once."""
+    """Say on the first rank that DeepSpeed is about to compile, which takes minutes once.
+
+    Raises:
+        UserError: it must, and there is no compiler.
+    """
     import torch
 
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
@@ -73,12 +101,20 @@ def warn_of_building(ds_config: dict[str, Any]) -> None:
     names = ["deepspeed_shm_comm"]
     if not ds_config.get("optimizer", {}).get("params", {}).get("torch_adam"):
         names.append("fused_adam")
-    if not operators_built(*names):
-        logger.warning(
-            "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
-            ", ".join(names),
-            extensions_folder(),
+    if operators_built(*names):
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"DeepSpeed builds its C++ operators ({', '.join(names)}) once, and {compiler} is not found: install it,"
+            " as by `apt install g++` or `conda install gxx`, or copy torch_extensions/ from a machine that has it to"
+            f" {extensions_folder()}."
         )
+    logger.warning(
+        "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
+        ", ".join(names),
+        extensions_folder(),
+    )
 
 
 def is_first_on_node() -> bool:

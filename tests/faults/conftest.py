@@ -1,8 +1,8 @@
 """Faults injected into real runs, and the report of what was seen.
 
-A test of a fault carries `@pytest.mark.fault(row, what, injected=..., expected=...)` and says with the `observed` fixture
-what it saw. `make faults` runs all of them and writes docs/reliability_report.md; `make test` runs those that are not
-also marked `slow`.
+A test of a fault carries `@pytest.mark.fault(row, what, injected=..., expected=...)` and says with the `observed`
+fixture what it saw. `make faults` runs all of them and writes docs/reliability_report.md; `make test` runs those that
+are not also marked `slow`.
 """
 
 from pathlib import Path
