@@ -43,6 +43,16 @@ class Progress:
     owed: list[int] = field(default_factory=list)
     """Places of periodic work that a stop cut short; it is done first when the run goes on."""
 
+    def count(self, num_sequences: int, *, tokens: int, loss: float | None, was_skipped: bool) -> None:
+        """Count a step over all ranks. One without an update counts too: the schedule and the data go on."""
+        self.step += 1
+        self.samples += num_sequences
+        self.tokens += tokens
+        self.skipped += was_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        if loss is not None and not was_skipped:
+            add_loss(loss, self.losses)
+
 
 def spike_score(loss: float, window: Sequence[float]) -> float | None:
     """Tell how many deviations a loss lies above the median of those before; None where these are too few.
@@ -109,6 +119,12 @@ def check_ranks_agree(module: nn.Module) -> None:
             f"Ranks hold different weights in {len(differing)} tensors, the first is {name}: a machine's memory or"
             " network is bad. Nothing is saved; the same command goes on from the last checkpoint."
         )
+
+
+def optimizer_bits(engine: Any) -> int:
+    """Sum the bits of Adam's moments on this rank: equal sums tell equal states, for all that chance is worth."""
+    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
+    return sum(int(_bits(value).item()) for value in moments if isinstance(value, Tensor))
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -148,6 +148,25 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return outcome[0]  # type: ignore[no-any-return]
 
 
+def any_rank(claim: bool) -> bool:
+    """Tell whether a claim is true on any rank; every rank calls it."""
+    import torch
+    import torch.distributed as dist
+
+    claims = torch.tensor([float(claim)], device=torch.accelerator.current_accelerator() or "cpu")
+    dist.all_reduce(claims)
+    return claims.item() > 0
+
+
+def of_all_ranks(values: list[T]) -> list[T]:
+    """Join the lists of all ranks, in order; every rank calls it."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -19,7 +19,8 @@ from t2i.errors import NumericalError, Stopped
 from t2i.measure.sums import Interrupted
 from t2i.runs import checkpoints
 from t2i.tokens.sequence import next_token_labels
-from t2i.train.guards import MAX_SKIPPED, Progress, add_loss, check_updates, spike_score, step_without_update
+from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
+from t2i.train.launch import any_rank, of_all_ranks
 from t2i.train.metrics import MetricsWriter, loss_row, number, peak_memory_bytes, short, why_skipped
 from t2i.train.peers import STEP, Watchdog
 from t2i.train.periodic import Periodic
@@ -83,13 +84,13 @@ class Trainer:
             NumericalError: three steps in a row without an update.
             CheckpointError: two saves in a row failed, or the last one.
         """
-        restored = self.saver.restore()
-        self.progress = restored or Progress()
-        if self.writer:
-            self.writer.start(step=restored.step if restored else -1)
-        at_start = [place for place, work in enumerate(self.periodic) if work.at_start]
-        self.flag.raises = False
         try:
+            restored = self.saver.restore()
+            self.progress = restored or Progress()
+            if self.writer:
+                self.writer.start(step=restored.step if restored else -1)
+            at_start = [place for place, work in enumerate(self.periodic) if work.at_start]
+            self.flag.raises = False
             self._steps(owed=self.progress.owed if restored else at_start)
         finally:
             self.watchdog.close()
@@ -170,9 +171,10 @@ class Trainer:
         score = spike_score(losses["loss"], self.progress.losses) if losses["loss"] is not None else None
         is_spike = self.is_spike(score)
         was_skipped = self.update(read, is_spike=is_spike)
-        self.advance(read, num_sequences=len(input_ids), was_skipped=was_skipped)
-        if losses["loss"] is not None and not was_skipped:
-            add_loss(losses["loss"], self.progress.losses)
+        num_sequences = len(input_ids) * dist.get_world_size()
+        self.progress.count(
+            num_sequences, tokens=int(read.total), loss=losses["loss"], was_skipped=was_skipped
+        )
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         grad_norm = self.engine.get_global_grad_norm()
@@ -181,7 +183,7 @@ class Trainer:
             "epoch": self.loader.epoch,
             "samples": self.progress.samples,
             "tokens": self.progress.tokens,
-            "padded": input_ids.numel() * dist.get_world_size() - int(read.total),
+            "padded": num_sequences * input_ids.shape[1] - int(read.total),
             **losses,
             "lr": lr,
             "grad_norm": None if grad_norm is None else number(float(grad_norm)),
@@ -195,7 +197,7 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(self.engine.device),
         }
         if was_skipped:
-            row["skipped_keys"] = self.keys_of_all(batch["key"])
+            row["skipped_keys"] = of_all_ranks(list(batch["key"]))
             logger.warning("step %d changed no weight: %s", row["step"], why_skipped(row))
         return row, read
 
@@ -213,10 +215,9 @@ class Trainer:
         is_broken = (~torch.isfinite(sums).all()).double()[None]
         values = torch.cat([sums.double(), is_broken, flags])
         dist.all_reduce(values)
-        *_, broken, stop, save, tokens = torch.cat([values, total[None]]).tolist()
-        return Read(
-            values[:7].cpu(), tokens, is_finite=not broken, should_stop=stop > 0, should_save=save > 0
-        )
+        host = torch.cat([values, total[None]]).cpu()
+        broken, stop, save, tokens = host[7:].tolist()
+        return Read(host[:7], tokens, is_finite=not broken, should_stop=stop > 0, should_save=save > 0)
 
     def is_spike(self, score: float | None) -> bool:
         """Tell whether the loss jumped; where that has consequences, all ranks take them together."""
@@ -226,7 +227,7 @@ class Trainer:
             logger.warning(
                 "step %d: the loss is %.1f deviations above the last ones", self.progress.step + 1, score
             )
-        return is_spike if settings.spike == "log" else self.any_rank(is_spike)
+        return is_spike if settings.spike == "log" else any_rank(is_spike)
 
     def update(self, read: Read, *, is_spike: bool) -> bool:
         """Change the weights, unless the loss is not finite or a spike that must not pass; tell if it was left out."""
@@ -236,15 +237,6 @@ class Trainer:
         else:
             self.engine.step()
         return bool(self.engine.skipped_steps > skipped_before)
-
-    def advance(self, read: Read, *, num_sequences: int, was_skipped: bool) -> None:
-        """Count a step. One without an update counts too: the schedule and the data go on."""
-        progress = self.progress
-        progress.step += 1
-        progress.samples += num_sequences * dist.get_world_size()
-        progress.tokens += int(read.total)
-        progress.skipped += was_skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if was_skipped else 0
 
     def accumulate(self, input_ids: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """Run forward and backward over the micro-batches; return the summed losses and counts (7,).
@@ -268,18 +260,6 @@ class Trainer:
         summed[:3] *= factor
         return summed
 
-    def any_rank(self, claim: bool) -> bool:
-        """Tell whether the claim is true on any rank."""
-        claims = torch.tensor([float(claim)], device=self.engine.device)
-        dist.all_reduce(claims)
-        return claims.item() > 0
-
-    def keys_of_all(self, keys: list[str]) -> list[str]:
-        """Collect the keys of the samples of a step from all ranks."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, list(keys))
-        return [key for part in parts for key in part]
-
     def measure(self, places: list[int]) -> bool:
         """Do periodic work; at a request to stop, owe all of it and return False, the same on every rank."""
         rows: list[dict[str, Any]] = []
@@ -291,7 +271,7 @@ class Trainer:
                 rows += self.periodic[place].work(self.progress.step, self.flag.is_set)
             except Interrupted:
                 was_cut = True
-            if self.any_rank(was_cut):
+            if any_rank(was_cut):
                 self.progress.owed = places
                 return False
         self.progress.owed = []

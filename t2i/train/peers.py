@@ -16,7 +16,7 @@ from statistics import median
 
 import torch.distributed as dist
 
-from t2i.errors import EXPECTED, LostRankError, exit_code
+from t2i.errors import LostRankError, exit_code
 
 ERROR, STEP = "error.txt", "step"
 SEARCH_SECONDS = 3.0
@@ -73,7 +73,7 @@ class Peers:
         """Find out who is gone and say it; the error has the exit status of the rank that failed, where it left one."""
         ended = time.monotonic() + SEARCH_SECONDS
         while time.monotonic() < ended:
-            found = self._failed() or self._gone()
+            found = self.failed() or self._hung() or self._gone()
             if found is not None:
                 return found
             time.sleep(0.1)
@@ -127,16 +127,21 @@ class Peers:
     def _others(self) -> list[int]:
         return [rank for rank in range(len(self.places)) if rank != self.rank]
 
-    def _failed(self) -> LostRankError | None:
+    def failed(self) -> LostRankError | None:
+        """Find another rank that said why it failed; the error has its exit status."""
         for rank in self._others():
             if found := self.failure(rank):
                 code, reason = found
                 file = error_file(self.run_dir, rank)
                 error = LostRankError(f"Rank {rank} failed: {reason} Its traceback is in {file}.")
-                if code in {kind.exit_code for kind in EXPECTED}:
-                    error.exit_code = code
+                error.exit_code = code if code != 1 else LostRankError.exit_code
                 return error
         return None
+
+    def _hung(self) -> LostRankError | None:
+        files = [hang_file(self.run_dir, rank) for rank in self._others()]
+        found = [file for file in files if file.exists() and file.stat().st_size]
+        return LostRankError(f"A rank waited in vain; its stacks are in {found[0]}.") if found else None
 
     def _gone(self) -> LostRankError | None:
         gone = [rank for rank in self._others() if not self.state(rank)]

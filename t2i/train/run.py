@@ -65,6 +65,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             faults.reach("setup", step=0)
             _train(config, ds_config, peers=peers, flag=flag, stop_at=stop_at)
         except (Exception, KeyboardInterrupt) as error:
+            flag.raises = False  # the launcher may ask a rank to end that is ending already
             _leave(config, peers, error)
         finally:
             for lock in locks:
@@ -225,9 +226,10 @@ def _leave(config: RunConfig, peers: Any, error: BaseException) -> NoReturn:
     from t2i.train.peers import is_lost_connection
 
     code, is_first = exit_code(error), peers.rank == 0
-    is_shared = isinstance(error, NumericalError | Stopped)
-    if is_lost_connection(error):
-        lost = peers.lost()
+    is_shared = isinstance(error, NumericalError | Stopped | KeyboardInterrupt)
+    failed = peers.failed() if isinstance(error, Stopped) else None  # whose launcher then asked all to end
+    if failed or is_lost_connection(error):
+        lost = failed or peers.lost()
         if not peers.speaks():
             sys.exit(lost.exit_code)
         peers.note_failure(lost)

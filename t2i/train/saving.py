@@ -27,11 +27,11 @@ from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.folder import METRICS, write_status
+from t2i.runs.folder import METRICS, read_metrics, write_status
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import optimizer_state_bytes
-from t2i.train.guards import Progress, check_ranks_agree
+from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
 from t2i.train.launch import on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -110,14 +110,15 @@ class Saver:
                 str(staging), tag="engine", client_state=random_states(), save_latest=False
             )
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (sealed, reasons))
-        failed = [f"rank {rank}: {reason}" for rank, (_, found) in enumerate(parts) for reason in found]
+        dist.all_gather_object(parts, (sealed, reasons, optimizer_bits(self.engine)))
+        failed = [f"rank {rank}: {reason}" for rank, (_, found, _) in enumerate(parts) for reason in found]
         if failed:
             return failed[0]
-        known = {path: facts for files, _ in parts for path, facts in files.items()}
-        return on_first_rank(lambda: _reason(lambda: self._commit(staging, progress, known)))
+        known = {path: facts for files, _, _ in parts for path, facts in files.items()}
+        bits = [number for _, _, number in parts]
+        return on_first_rank(lambda: _reason(lambda: self._commit(staging, progress, known, bits)))
 
-    def _commit(self, staging: Path, progress: Progress, sealed: dict[str, Any]) -> None:
+    def _commit(self, staging: Path, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
         model, step, settings = self.engine.module.model, progress.step, self.config.train
         faults.reach("weights", step=step, path=staging)
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
@@ -130,6 +131,7 @@ class Saver:
             "global_batch": self.loader.global_batch,
             "parameters": {"learned": num_learned, "all": num_all},
             "optimizer_state_bytes": optimizer_state_bytes(self.engine),
+            "optimizer_bits": bits,
         }
         checkpoints.commit(
             self.run_dir,
@@ -156,6 +158,8 @@ class Saver:
         progress = self.load(folder)
         manifest = checkpoints.read_manifest(folder)
         self.loader.load_state_dict(manifest["loader"])
+        if progress.owed and on_first_rank(lambda: _is_measured(self.run_dir, progress.step)):
+            progress.owed = []
         logger.info("resuming at step %d of %d", progress.step, self.config.train.max_steps)
         return progress
 
@@ -206,6 +210,10 @@ class Saver:
         load_frozen(self.engine.module.model, folder)
         dist.barrier()
         on_first_rank(lambda: shutil.rmtree(converted))
+
+
+def _is_measured(run_dir: Path, step: int) -> bool:
+    return any("split" in row and row["step"] == step for row in read_metrics(run_dir))
 
 
 def convert(source: Path, target: Path) -> None:
