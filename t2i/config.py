@@ -165,7 +165,9 @@ class TrainConfig:
     save_every: int = 200
     """Steps between checkpoints; the last step always makes one, and with 0 it alone."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
     eval_every: int = 200
     """Steps between held-out losses; 0 for never."""
     eval_pictures: int = 256
@@ -177,6 +179,15 @@ class TrainConfig:
     """Steps between grids of sampled pictures; 0 for never."""
     seed: int = 0
     """Seed of weights, sample order and caption dropout."""
+    deterministic: bool = False
+    """The same bits on every run of the same machine, on a GPU too; slower there."""
+    spike: Literal["log", "skip", "rewind"] = "log"
+    """At a jump of the loss: say so; leave the update out; or go back to the last checkpoint and past its data."""
+    spike_score: float = 8.0
+    """Deviations above the median of the last losses that make a jump."""
+    hang_timeout_seconds: int = 1_800
+    """Seconds without the end of a step after which a job ends, with all stacks in hang_rank*.txt; ten times that for a
+    save or a measure. 0 for never."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Shards to whole optimizer steps of sequences: deterministic, resumable in mid-epoch, for any number of ranks."""
 
+import ctypes
 import json
+import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,6 +22,9 @@ from t2i.errors import DataError, UserError
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
@@ -161,6 +167,7 @@ class _Stream:
             num_workers=config.num_workers,
             drop_last=True,
             persistent_workers=config.num_workers > 0,
+            worker_init_fn=live_with_rank,
         )
         self.folder = config.shards
         self.look_aheads: list[LookAhead] = []
@@ -185,6 +192,11 @@ class _Stream:
         if position is not None:
             self.loader.load_state_dict(position)
 
+    def close(self) -> None:
+        """End the loader's processes."""
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
+
 
 class StepLoader:
     """An endless stream of this rank's share of optimizer steps, with a position that can be saved.
@@ -204,6 +216,7 @@ class StepLoader:
     ) -> None:
         if global_batch % world_size:
             raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
+        self.global_batch = global_batch
         num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
         amounts = [(config, global_batch - num_text)]
         if num_text:
@@ -229,6 +242,11 @@ class StepLoader:
                 "input_ids": torch.cat([part["input_ids"] for part in parts]),
                 "key": [key for part in parts for key in part["key"]],
             }
+
+    def close(self) -> None:
+        """End the loaders' processes, which no signal ends."""
+        for stream in self.streams:
+            stream.close()
 
     @property
     def epoch(self) -> int:
@@ -283,6 +301,14 @@ def text_stream(config: DataConfig) -> DataConfig:
     assert config.text_shards is not None
     whole = replace(config, remote="", cache_limit=None, keep_every=1)
     return replace(whole, shards=config.text_shards, mode="text-only")
+
+
+def live_with_rank(worker: int) -> None:
+    """Leave stopping to the rank: a loader's process lives on while the rank saves, and dies with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:

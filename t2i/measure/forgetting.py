@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from t2i.data.documents import PREFIX, open_documents
 from t2i.data.shards import MANIFEST, read_manifest, read_split
 from t2i.data.text_shards import check_text_tokenizer, is_text
 from t2i.errors import DataError
+from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
 from t2i.runs.ckpt import find, open_language_model
 from t2i.tokens.text import TextTokenizer
@@ -76,19 +76,27 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
-@torch.inference_mode()
-def text_cost(model: Any, input_ids: Tensor, *, layout: VocabLayout, batch_size: int = 32) -> TextCost:
-    """Measure packed text (N, S). With several ranks, each takes whole batches; sums are reduced once."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sums = torch.zeros(4, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for batch in input_ids.split(batch_size)[rank::world_size]:
-        sums += _sums(model, batch.to(model.device), layout)
-    model.train(was_training)
-    if dist.is_initialized():
-        sums = sums.to(model.device)
-        dist.all_reduce(sums)
+def text_cost(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    layout: VocabLayout,
+    batch_size: int = 32,
+    should_stop: ShouldStop = never,
+) -> TextCost:
+    """Measure packed text (N, S). With several ranks, each takes whole batches; sums are reduced once.
+
+    Raises:
+        Interrupted: should_stop asked for it.
+    """
+    rank, world_size = rank_and_size()
+    sums = sum_over_ranks(
+        input_ids.split(batch_size)[rank::world_size],
+        lambda batch: _sums(model, batch.to(model.device), layout),
+        model=model,
+        size=4,
+        should_stop=should_stop,
+    )
     loss, loss_text_rows, leaked, count = sums.tolist()
     return TextCost(
         int(count), loss=loss / count, loss_text_rows=loss_text_rows / count, leaked=leaked / count

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
+from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
 from t2i.model.loss import split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels
@@ -42,6 +42,7 @@ def heldout_rows(
     tokenizer: TextTokenizer,
     num_pictures: int,
     batch_size: int = 32,
+    should_stop: ShouldStop = never,
 ) -> list[dict[str, Any]]:
     """Measure every held-out split of the shards; rows for metrics.jsonl. Captions are read by `tokenizer`."""
     rows = []
@@ -52,7 +53,14 @@ def heldout_rows(
             for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
         ]
         if samples:
-            meter = caption_meter(model, samples, config=config, layout=layout, batch_size=batch_size)
+            meter = caption_meter(
+                model,
+                samples,
+                config=config,
+                layout=layout,
+                batch_size=batch_size,
+                should_stop=should_stop,
+            )
             rows.append(
                 {
                     "split": split,
@@ -67,7 +75,13 @@ def heldout_rows(
 
 
 def heldout_text_rows(
-    model: Any, *, config: DataConfig, layout: VocabLayout, num_sequences: int, batch_size: int = 32
+    model: Any,
+    *,
+    config: DataConfig,
+    layout: VocabLayout,
+    num_sequences: int,
+    batch_size: int = 32,
+    should_stop: ShouldStop = never,
 ) -> list[dict[str, Any]]:
     """Measure the held-out sequences of text shards; a row for metrics.jsonl.
 
@@ -75,47 +89,50 @@ def heldout_text_rows(
     """
     samples = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
     ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sums = torch.zeros(4, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for batch in ids.split(batch_size)[rank::world_size]:
-            sums += _sums(model, batch, layout)
-    model.train(was_training)
-    if dist.is_initialized():
-        sums = sums.to(model.device)
-        dist.all_reduce(sums)
+    rank, world_size = rank_and_size()
+    sums = sum_over_ranks(
+        ids.split(batch_size)[rank::world_size],
+        lambda batch: _sums(model, batch, layout),
+        model=model,
+        size=4,
+        should_stop=should_stop,
+    )
     return [{"split": "heldout", "num_sequences": len(ids), "text_loss": (sums[2] / sums[3]).item()}]
 
 
-@torch.inference_mode()
 def caption_meter(
-    model: Any, samples: list[dict[str, Any]], *, config: DataConfig, layout: VocabLayout, batch_size: int
+    model: Any,
+    samples: list[dict[str, Any]],
+    *,
+    config: DataConfig,
+    layout: VocabLayout,
+    batch_size: int,
+    should_stop: ShouldStop = never,
 ) -> CaptionMeter:
     """Measure samples (caption_ids and codes each) under their own, a wrong and the empty caption.
 
     With several ranks, each takes whole batches; sums and counts are reduced once.
+
+    Raises:
+        Interrupted: should_stop asked for it.
     """
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
     half = len(own) // 2
     captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sums = torch.zeros(3, 4, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
+    rank, world_size = rank_and_size()
     starts = range(rank * batch_size, len(samples), world_size * batch_size)
-    for row, kind in enumerate(CAPTIONS):
-        for start in starts:
-            batch = slice(start, start + batch_size)
-            ids = stack_sequences(
-                samples[batch], layout=layout, config=config, captions=captions[kind][batch]
-            )
-            sums[row] += _sums(model, ids, layout)
-    model.train(was_training)
-    if dist.is_initialized():
-        sums = sums.to(model.device)
-        dist.all_reduce(sums)
+
+    def measure(at: tuple[str, int]) -> Tensor:
+        kind, start = at
+        batch = slice(start, start + batch_size)
+        ids = stack_sequences(samples[batch], layout=layout, config=config, captions=captions[kind][batch])
+        sums = torch.zeros(len(CAPTIONS), 4, dtype=torch.float64)
+        sums[CAPTIONS.index(kind)] = _sums(model, ids, layout)
+        return sums.flatten()
+
+    places = [(kind, start) for kind in CAPTIONS for start in starts]
+    size = 4 * len(CAPTIONS)
+    sums = sum_over_ranks(places, measure, model=model, size=size, should_stop=should_stop).view(-1, 4)
     own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist() if sums[0, 1] else 3 * (None,)
     text = (sums[0, 2] / sums[0, 3]).item() if sums[0, 3] else None
     return CaptionMeter(

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from t2i import faults
 from t2i.errors import CheckpointError
 from t2i.plain import check_keys, is_inside, read_json
 
@@ -37,11 +38,28 @@ def begin(run_dir: Path) -> Path:
     return staging
 
 
-def commit(run_dir: Path, *, step: int, facts: dict[str, Any], keep_last: int) -> Path:
-    """Turn the written folder into the checkpoint of `step` and drop the oldest beyond keep_last.
+def seal(path: Path) -> dict[str, Any]:
+    """Push a written file to the disk and describe it: bytes and hash. Whoever wrote it does this, in parallel."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "xxh64": _hash(path)}
+
+
+def commit(
+    run_dir: Path,
+    *,
+    step: int,
+    facts: dict[str, Any],
+    keep_last: int,
+    keep_every: int = 0,
+    sealed: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Turn the written folder into the checkpoint of `step` and drop old ones.
 
     Args:
         facts: JSON-plain; kept in the manifest beside step and files.
+        keep_last: the newest so many stay.
+        keep_every: those of every so many steps stay for good; 0 for none.
+        sealed: what seal() said of files, by path; None of none. The others are sealed here.
 
     Raises:
         CheckpointError: the checkpoint exists already.
@@ -49,23 +67,40 @@ def commit(run_dir: Path, *, step: int, facts: dict[str, Any], keep_last: int) -
     staging, final = run_dir / CHECKPOINTS / STAGING, step_folder(run_dir, step)
     if final.exists():
         raise CheckpointError(f"{final} exists already; a checkpoint is never overwritten.")
-    files = {}
-    for path in sorted(staging.rglob("*")):
-        if path.is_file():
-            _sync(path)
-            files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, "xxh64": _hash(path)}
+    known = sealed or {}
+    paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+    files = {path.relative_to(staging).as_posix(): known.get(str(path)) or seal(path) for path in paths}
     manifest = staging / MANIFEST
+    faults.reach("manifest", step=step, path=manifest)
     manifest.write_text(json.dumps({"step": step, **facts, "files": files}, indent=1))
     for path in (manifest, *(path for path in staging.rglob("*") if path.is_dir()), staging):
         _sync(path)
+    faults.reach("rename", step=step)
     staging.rename(final)
     _sync(final.parent)
+    faults.reach("latest", step=step)
     _replace(run_dir / LATEST, f"{final.relative_to(run_dir).as_posix()}\n")
-    for old in sorted(final.parent.glob(STEPS))[:-keep_last]:
+    _drop_old(final.parent, keep_last=keep_last, keep_every=keep_every)
+    return final
+
+
+def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
+    for old in sorted(folder.glob(STEPS))[:-keep_last]:
+        if keep_every and int(old.name.removeprefix("step_")) % keep_every == 0:
+            continue
         trash = old.with_name(f".trash-{old.name}")
         old.rename(trash)
         shutil.rmtree(trash)
-    return final
+
+
+def discard(run_dir: Path) -> None:
+    """Remove what a save that failed has written, so that its space is free."""
+    shutil.rmtree(run_dir / CHECKPOINTS / STAGING, ignore_errors=True)
+
+
+def bytes_of(folder: Path) -> int:
+    """Add up the sizes of a checkpoint's files."""
+    return sum(file["bytes"] for file in read_manifest(folder)["files"].values())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A run's folder explains itself: what was asked, on what machine, how far it is, and every number."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -17,7 +19,7 @@ from typing import IO, Any
 import yaml
 
 from t2i.config import AlignRun, RunConfig
-from t2i.errors import UserError
+from t2i.errors import CheckpointError, UserError
 from t2i.runs.checkpoints import last_step
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
@@ -37,6 +39,11 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.save_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.deterministic",
+    "train.spike",
+    "train.spike_score",
+    "train.hang_timeout_seconds",
     "train.sample_every",
     "train.eval_every",
     "train.eval_pictures",
@@ -82,14 +89,8 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading
         UserError: the folder belongs to a running process, or was made with other science settings.
     """
     run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"run folder {run_dir} is in use by another process; choose another --run-dir."
-        ) from error
+    make_folder(run_dir)
+    lock = _lock(run_dir)
     resolved = run_dir / RESOLVED
     if resolved.exists():
         changed = differences(yaml.safe_load(resolved.read_text()), plain(config))
@@ -101,6 +102,36 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading
     resolved.write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
     (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
     (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
+    return lock
+
+
+def make_folder(run_dir: Path) -> None:
+    """Make a run folder that can be written to, or find that out before anything else is done.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / LOCK).open("a").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"run folder {run_dir} cannot be written: {error.strerror}. Choose another --run-dir, or free it."
+        ) from error
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    lock = (run_dir / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise UserError(
+            f"run folder {run_dir} is in use by {lock.read() or 'another process'}; choose another --run-dir."
+        ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+    lock.flush()
     return lock
 
 
@@ -139,7 +170,7 @@ def write_status(run_dir: Path, *, state: str, step: int, code: int | None = Non
         "next": _next_command(run_dir, state),
         "time": time.strftime("%FT%T%z"),
     }
-    temporary = run_dir / f".{STATUS}.tmp"
+    temporary = run_dir / f".{STATUS}.{os.getpid()}"
     temporary.write_text(json.dumps(status, indent=1))
     temporary.replace(run_dir / STATUS)
 
@@ -154,10 +185,22 @@ def _next_command(run_dir: Path, state: str) -> str:
     return f"python launchers/report.py {shlex.quote(str(run_dir))}" if state == "done" else launch_command()
 
 
-def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
-    """Append one row to metrics.jsonl with one write."""
-    with (run_dir / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
+    """Append rows to metrics.jsonl with one write, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses; the file is as it was.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = run_dir / METRICS
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, text) != len(text):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -16,12 +16,35 @@ T = TypeVar("T")
 
 
 def start_processes() -> None:
-    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank."""
+    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank.
+
+    Raises:
+        UserError: another job listens at the port where ranks meet.
+    """
     prepare_environment()
     # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
     import deepspeed
+    import torch.distributed as dist
 
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=None, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise UserError(
+            f"another job holds port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
+        ) from error
+
+
+def make_repeatable(is_asked: bool) -> None:
+    """Choose the operators that give the same bits every time, or the fastest."""
+    import torch
+
+    if is_asked:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
+    torch.use_deterministic_algorithms(is_asked)
+    torch.backends.cudnn.benchmark = False
 
 
 def prepare_environment() -> None:
@@ -35,7 +58,7 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
@@ -71,12 +94,13 @@ def warn_of_building(ds_config: dict[str, Any]) -> None:
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
         return
     names = operators_needed(ds_config)
-    if not operators_built(*names):
-        logger.warning(
-            "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
-            ", ".join(names),
-            extensions_folder(),
-        )
+    if operators_built(*names):
+        return
+    logger.warning(
+        "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
+        ", ".join(names),
+        extensions_folder(),
+    )
 
 
 def is_first_on_node() -> bool:
@@ -108,6 +132,20 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if outcome[1]:
         sys.exit(outcome[1])
     return outcome[0]  # type: ignore[no-any-return]
+
+
+def any_rank(claim: bool) -> bool:
+    """Tell whether a claim is true on any rank; every rank calls it."""
+    return any(of_all_ranks([claim]))
+
+
+def of_all_ranks(values: list[T]) -> list[T]:
+    """Join the lists of all ranks, in order; every rank calls it."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def _free_port() -> int:

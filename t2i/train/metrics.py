@@ -1,43 +1,108 @@
 """Where a run's numbers go: metrics.jsonl is the record, TensorBoard a view of it."""
 
+import logging
+import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from t2i.runs.folder import append_metrics, rewind_metrics
+from t2i.runs.folder import METRICS, append_metrics, rewind_metrics
+from t2i.train.engine import KINDS
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Append rows to metrics.jsonl and to TensorBoard's events."""
+    """Append rows to metrics.jsonl and to TensorBoard's events.
+
+    A disk that refuses them ends no run: rows wait here for the next one that can be written, and TensorBoard is left.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self.waiting: list[dict[str, Any]] = []
+        self.events: SummaryWriter | None = None
 
     def start(self, *, step: int) -> None:
         """Go on after `step`: what an earlier process wrote beyond it is set aside; -1 for nothing done yet."""
         rewind_metrics(self.run_dir, step=step)
         self.events = SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
+    def rewind(self, *, step: int) -> None:
+        """Set aside what was written beyond `step`."""
+        self.close()
+        self.start(step=step)
+
     def write(self, row: dict[str, Any]) -> None:
         """Write one row; `split` names its group in TensorBoard."""
-        append_metrics(self.run_dir, row)
-        group = row.get("split", "train")
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "step":
-                self.events.add_scalar(f"{group}/{key}", value, row["step"])
+        rows = [*self.waiting, row]
+        try:
+            append_metrics(self.run_dir, *rows)
+            self.waiting = []
+        except OSError as error:
+            if not self.waiting:
+                place = self.run_dir / METRICS
+                logger.warning("%s: %s. Rows are kept in memory until there is room.", place, error.strerror)
+            self.waiting = rows
+        self._show(lambda events: _add_scalars(events, row))
 
     def show(self, picture: Image.Image, *, step: int) -> None:
         """Show a sheet of sampled pictures in TensorBoard."""
-        self.events.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        self._show(lambda events: events.add_image("samples", np.asarray(picture), step, dataformats="HWC"))
 
     def close(self) -> None:
         """Flush TensorBoard's events."""
-        self.events.close()
+        self._show(lambda events: events.close())
+
+    def _show(self, show: Callable[[SummaryWriter], None]) -> None:
+        if self.events is None:
+            return
+        try:
+            show(self.events)
+        except OSError as error:
+            logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl is the record.", error)
+            self.events = None
+
+
+def _add_scalars(events: SummaryWriter, row: dict[str, Any]) -> None:
+    group = row.get("split", "train")
+    for key, value in row.items():
+        if isinstance(value, int | float) and key != "step":
+            events.add_scalar(f"{group}/{key}", value, row["step"])
+
+
+def loss_row(sums: Tensor) -> dict[str, Any]:
+    """Divide summed losses and counts (7,) once: nats a token by class, None where nothing was counted."""
+    totals, counts = sums[:3], sums[3:6]
+    row: dict[str, Any] = {"loss": number((totals.sum() / counts.sum()).item())}
+    for kind, total, count in zip(KINDS, totals, counts, strict=True):
+        row[f"{kind}_loss"] = number((total / count).item()) if count else None
+        row[f"{kind}_tokens"] = int(count)
+    return row
+
+
+def why_skipped(row: dict[str, Any]) -> str:
+    """Tell why the update of a row's step was left out."""
+    if row["loss"] is None:
+        return "its loss was not finite"
+    return f"its loss of {row['loss']:.3f} is a spike" if row["spike"] else "its gradient was not finite"
+
+
+def short(value: float | None) -> str:
+    """Write a loss for a progress bar."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def number(value: float) -> float | None:
+    """JSON has no nan or inf: a value that is not finite is stored as null."""
+    return value if math.isfinite(value) else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,11 +2,12 @@
 
 import logging
 import sys
-import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
+from t2i import faults
 from t2i.config import (
     ASSETS,
     EMBEDDED_SHARDS,
@@ -17,56 +18,76 @@ from t2i.config import (
     TrainConfig,
 )
 from t2i.env import check_machine
-from t2i.errors import EXPECTED, UserError
+from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
+from t2i.runs.checkpoints import last_step
+from t2i.runs.folder import make_folder, open_run, write_status
 from t2i.train.launch import (
     is_first_on_node,
+    make_repeatable,
     on_first_rank,
     prepare_environment,
     start_processes,
     warn_of_building,
 )
+from t2i.train.stop import StopFlag, stop_flag
 
 logger = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("max_steps", "global_batch_tokens", "log_every", "keep_last", "eval_pictures")
-AT_LEAST_ZERO = ("save_every", "eval_every", "sample_every", "warmup_steps", "weight_decay", "z_loss")
+AT_LEAST_ZERO = (
+    "save_every",
+    "keep_every",
+    "hang_timeout_seconds",
+    "eval_every",
+    "sample_every",
+    "warmup_steps",
+    "weight_decay",
+    "z_loss",
+)
 
 
-def train(config: RunConfig, *, ds_config_path: Path) -> None:
+def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None) -> None:
     """Train in this process, one rank of a launched job or a job of its own.
 
+    Args:
+        stop_at: stop, saved, after this step, as if asked to; None for max_steps.
+
     Raises:
-        UserError, DataError, NumericalError, CheckpointError, Stopped: see t2i.errors.
+        UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
-    prepare_environment()
-    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
-    import torch.distributed as dist
-
-    from t2i.data.shm import sweep
-    from t2i.runs.folder import open_run
-    from t2i.train.engine import global_batch, read_ds_config
-
+    make_folder(config.run_dir)
     check_numbers(config.train)
-    ds_config = read_ds_config(ds_config_path)
-    if is_first_on_node() and not dist.is_initialized():
-        sweep()
-        check_machine(ds_config, run_dir=config.run_dir)
-    warn_of_building(ds_config)
-    start_processes()
-    world_size = dist.get_world_size()
-    num_sequences = global_batch(config, world_size=world_size)
-    heading = f"{num_sequences:,} sequences of {config.data.seq_len:,} tokens a step; ranks: {world_size}"
-    locks: list[IO[str]] = []
-    on_first_rank(lambda: locks.append(open_run(config, ds_config=ds_config, heading=heading)))
-    try:
-        _train(config, ds_config)
-    except (Exception, KeyboardInterrupt) as error:
-        if dist.get_rank() == 0:
-            _report_failure(config, error)
-        raise
-    finally:
-        for lock in locks:
-            lock.close()
+    with stop_flag() as flag:
+        prepare_environment()
+        # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
+        import torch.distributed as dist
+
+        from t2i.data.shm import sweep
+        from t2i.train.engine import global_batch, read_ds_config
+        from t2i.train.peers import Peers
+
+        ds_config = read_ds_config(ds_config_path)
+        if is_first_on_node() and not dist.is_initialized():
+            sweep()
+            check_machine(ds_config, run_dir=config.run_dir)
+        warn_of_building(ds_config)
+        make_repeatable(config.train.deterministic)
+        start_processes()
+        world_size = dist.get_world_size()
+        num_sequences = global_batch(config, world_size=world_size)
+        heading = f"{num_sequences:,} sequences of {config.data.seq_len:,} tokens a step; ranks: {world_size}"
+        locks: list[IO[str]] = []
+        on_first_rank(lambda: locks.append(open_run(config, ds_config=ds_config, heading=heading)))
+        peers = Peers.meet(config.run_dir)
+        try:
+            faults.reach("setup", step=0)
+            _train(config, ds_config, peers=peers, flag=flag, stop_at=stop_at)
+        except (Exception, KeyboardInterrupt) as error:
+            flag.raises = False  # the launcher may ask a rank to end that is ending already
+            _leave(config, peers, error)
+        finally:
+            for lock in locks:
+                lock.close()
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -81,7 +102,9 @@ def check_numbers(config: TrainConfig) -> None:
                 raise UserError(f"train.{key} is {getattr(config, key)}; wanted is at least {least}.")
 
 
-def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
+def _train(
+    config: RunConfig, ds_config: dict[str, Any], *, peers: Any, flag: StopFlag, stop_at: int | None
+) -> None:
     import torch.distributed as dist
 
     from t2i.data.integrity import check_listing
@@ -93,7 +116,6 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         has_image_tokenizer,
     )
     from t2i.data.text_shards import check_text_use, is_text
-    from t2i.runs.folder import write_status
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.sequence import caption_room
     from t2i.tokens.text import TextTokenizer
@@ -102,7 +124,9 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
     from t2i.train.engine import Learner, global_batch, make_engine
     from t2i.train.loop import Trainer
     from t2i.train.metrics import MetricsWriter
+    from t2i.train.peers import Watchdog
     from t2i.train.periodic import periodic_work
+    from t2i.train.saving import Saver
 
     data, world_size = config.data, dist.get_world_size()
     manifest = manifest_of(data)
@@ -143,12 +167,15 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
         per_rank=per_rank,
     )
     writer = MetricsWriter(config.run_dir) if dist.get_rank() == 0 else None
+    saver = Saver(
+        config, engine=engine, loader=loader, text_tokenizer=text_tokenizer, image_tokenizer=image_tokenizer
+    )
+    seconds = config.train.hang_timeout_seconds
     trainer = Trainer(
         config,
         engine=engine,
         loader=loader,
-        text_tokenizer=text_tokenizer,
-        image_tokenizer=image_tokenizer,
+        saver=saver,
         writer=writer,
         periodic=periodic_work(
             config,
@@ -159,6 +186,9 @@ def _train(config: RunConfig, ds_config: dict[str, Any]) -> None:
             reads_text=is_text(manifest),
             writer=writer,
         ),
+        flag=flag,
+        watchdog=Watchdog(peers, seconds=seconds, on_hang=lambda error: _report(config, peers, error)),
+        stop_at=stop_at,
     )
     trainer.run()
     if writer:
@@ -230,16 +260,41 @@ def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
     return folder
 
 
-def _report_failure(config: RunConfig, error: BaseException) -> None:
-    """Leave what happened in the run folder: status.json, and the traceback in error.txt."""
-    from t2i.errors import Stopped, exit_code
-    from t2i.runs.checkpoints import last_step
-    from t2i.runs.folder import write_status
+def _leave(config: RunConfig, peers: Any, error: BaseException) -> NoReturn:
+    """End this rank after an error, so that the job says it once: raise it here, or go without a word.
 
-    (config.run_dir / "error.txt").write_text(traceback.format_exc())
-    code = exit_code(error)
+    An error that every rank has is the first rank's to say. One that a rank has alone is its own; the others only meet
+    a lost connection, and the lowest of them says who is gone.
+    """
+    from t2i.train.peers import is_lost_connection
+
+    code, is_first = exit_code(error), peers.rank == 0
+    is_shared = isinstance(error, NumericalError | Stopped | KeyboardInterrupt)
+    failed = peers.failed() if isinstance(error, Stopped) else None  # whose launcher then asked all to end
+    if failed or is_lost_connection(error):
+        lost = failed or peers.lost()
+        if not peers.speaks():
+            sys.exit(lost.exit_code)
+        peers.note_failure(lost)
+        _report(config, peers, lost)
+        raise lost from error
+    if is_first or not is_shared:
+        peers.note_failure(error)
+    if is_first:
+        _report(config, peers, error)
+        if not isinstance(error, (*EXPECTED, KeyboardInterrupt)):
+            print(f"The traceback is also in {config.run_dir / 'error.txt'}.", file=sys.stderr)
+    elif is_shared or (isinstance(error, EXPECTED) and peers.first_says_it_too(error)):
+        sys.exit(code)
+    raise error
+
+
+def _report(config: RunConfig, peers: Any, error: BaseException) -> None:
+    """Write status.json, on the rank that speaks for the job; a disk that refuses must not hide the error."""
+    if not (peers.rank == 0 or peers.speaks()):
+        return
     state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
-    write_status(config.run_dir, state=state, step=last_step(config.run_dir), code=code, reason=reason)
-    if not isinstance(error, (*EXPECTED, KeyboardInterrupt)):
-        print(f"The traceback is also in {config.run_dir / 'error.txt'}.", file=sys.stderr)
+    with suppress(OSError):
+        step = last_step(config.run_dir)
+        write_status(config.run_dir, state=state, step=step, code=exit_code(error), reason=reason)

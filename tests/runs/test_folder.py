@@ -23,7 +23,7 @@ def test_a_folder_serves_one_process_at_a_time(tmp_path):
     config = RunConfig(run_dir=tmp_path)
     with (
         folder.open_run(config, ds_config={}),
-        pytest.raises(UserError, match="is in use by another process"),
+        pytest.raises(UserError, match=r"is in use by process \d+ on .* since"),
     ):
         folder.open_run(config, ds_config={})
 

@@ -1,0 +1,51 @@
+"""Sums of a model's losses over batches that ranks share out."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+ShouldStop = Callable[[], bool]
+
+
+class Interrupted(Exception):
+    """A measure was broken off on request; it has no result."""
+
+
+def never() -> bool:
+    """Ask for no interruption."""
+    return False
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Tell this process's rank and the number of ranks; (0, 1) without a job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.inference_mode()
+def sum_over_ranks(
+    batches: Iterable[T], measure: Callable[[T], Tensor], *, model: Any, size: int, should_stop: ShouldStop
+) -> Tensor:
+    """Sum measure(batch), (size,) in float64, over this rank's batches and then over ranks: one reduction.
+
+    Raises:
+        Interrupted: on every rank, if should_stop asked any of them between two batches.
+    """
+    sums = torch.zeros(size + 1, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        if should_stop():
+            sums[-1] = 1
+            break
+        sums[:-1] += measure(batch)
+    model.train(was_training)
+    if dist.is_initialized():
+        sums = sums.to(model.device)
+        dist.all_reduce(sums)
+    if sums[-1] > 0:
+        raise Interrupted
+    return sums[:-1].cpu()

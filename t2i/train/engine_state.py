@@ -1,0 +1,103 @@
+"""DeepSpeed's part of a checkpoint: loaded as it is, or converted for another number of ranks; and random states."""
+
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from t2i.errors import CheckpointError
+from t2i.runs.trust import only_plain_values
+from t2i.train.launch import of_all_ranks, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+CONVERTED = ".universal"
+"""Folder, beside the checkpoints, of one that is being read by another number of ranks."""
+
+
+def load_from_other_ranks(engine: deepspeed.DeepSpeedEngine, folder: Path, *, found: int) -> None:
+    """Load what another number of ranks saved, through DeepSpeed's universal format.
+
+    Raises:
+        CheckpointError: it could not be converted.
+    """
+    converted = folder.with_name(CONVERTED)
+    logger.info("converting %s, made by %d ranks, for %d", folder, found, dist.get_world_size())
+    on_first_rank(lambda: convert(folder / "engine", converted / "engine"))
+    engine._config.load_universal_checkpoint = True
+    try:
+        load_engine(engine, converted)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    load_frozen(engine.module.model, folder)
+    dist.barrier()
+    on_first_rank(lambda: shutil.rmtree(converted))
+
+
+def convert(source: Path, target: Path) -> None:
+    """Convert DeepSpeed's state to its universal format, which any number of ranks reads.
+
+    Raises:
+        CheckpointError: the conversion failed.
+    """
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckpointError(f"{source} could not be converted: {done.stderr.strip()[-500:]}")
+
+
+def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """Load DeepSpeed's state from folder/engine and set the random states saved with it.
+
+    Raises:
+        CheckpointError: DeepSpeed finds nothing there, or what it finds is more than tensors and plain values.
+    """
+    with only_plain_values(folder / "engine"):
+        loaded, client_state = engine.load_checkpoint(str(folder), tag="engine")
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")
+    restore_random_states(client_state)
+
+
+def load_frozen(model: torch.nn.Module, folder: Path) -> None:
+    """Copy the parameters that do not learn, of which the universal format has nothing to load."""
+    saved = load_file(folder / "model.safetensors")
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            value.data.copy_(saved[name])
+
+
+def random_states() -> dict[str, Any]:
+    """Collect the random states of all ranks; the loader and the sampler use generators of their own."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {"random": of_all_ranks([state])}
+
+
+def restore_random_states(client_state: dict[str, Any]) -> None:
+    """Set what random_states collected on this rank; a rank that was not there keeps its own."""
+    states = client_state["random"]
+    if dist.get_rank() >= len(states):
+        return
+    state = states[dist.get_rank()]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

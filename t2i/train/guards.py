@@ -1,0 +1,133 @@
+"""What a run refuses to learn from: losses that jump, gradients that are not finite, ranks that differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from t2i.errors import NumericalError
+from t2i.runs import checkpoints
+from t2i.runs.folder import METRICS
+
+MAX_SKIPPED = 3
+"""Steps in a row without an update, or rewinds of one run, after which it ends."""
+WINDOW_STEPS = 64
+"""Losses that a new one is held against."""
+FEWEST_STEPS = 16
+"""No loss is called a spike before so many."""
+LEAST_SPREAD = 0.002
+"""Spread of losses, as a share of their median, below which it is not believed."""
+
+
+@dataclass
+class Progress:
+    """What a run has done; saved and restored with the weights."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    """Real tokens, padding not counted."""
+    seconds: float = 0.0
+    skipped: int = 0
+    """Steps whose update was left out, for a gradient that was not finite or a spike of the loss."""
+    skipped_in_a_row: int = 0
+    rewinds: int = 0
+    """Times that a spike sent the run back to a checkpoint."""
+    losses: list[float] = field(default_factory=list)
+    """Those of the last steps, which a spike is told by."""
+    owed: list[int] = field(default_factory=list)
+    """Places of periodic work that a stop cut short; it is done first when the run goes on."""
+
+    def count(self, num_sequences: int, *, tokens: int, loss: float | None, was_skipped: bool) -> None:
+        """Count a step over all ranks. One without an update counts too: the schedule and the data go on."""
+        self.step += 1
+        self.samples += num_sequences
+        self.tokens += tokens
+        self.skipped += was_skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        if loss is not None and not was_skipped:
+            add_loss(loss, self.losses)
+
+
+def spike_score(loss: float, window: Sequence[float]) -> float | None:
+    """Tell how many deviations a loss lies above the median of those before; None where these are too few.
+
+    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution and which
+    spikes among the losses do not widen.
+    """
+    if len(window) < FEWEST_STEPS:
+        return None
+    middle = median(window)
+    spread = 1.4826 * median(abs(value - middle) for value in window)
+    return (loss - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-9)
+
+
+def add_loss(loss: float, window: list[float]) -> None:
+    """Put a loss into the window, in place, and drop the oldest beyond WINDOW_STEPS."""
+    window.append(loss)
+    del window[:-WINDOW_STEPS]
+
+
+def step_without_update(engine: Any) -> None:
+    """Do the engine's step so that it drops the gradients, on the path by which it leaves out an overflow."""
+    optimizer = engine.optimizer
+    checks = optimizer.check_grad_overflow
+    optimizer.check_grad_overflow = True
+    optimizer.check_overflow = lambda **_: setattr(optimizer, "overflow", True)
+    try:
+        engine.step()
+    finally:
+        del optimizer.check_overflow
+        optimizer.check_grad_overflow = checks
+
+
+def check_updates(progress: Progress, *, run_dir: Path) -> None:
+    """End a run after MAX_SKIPPED steps in a row without an update.
+
+    Raises:
+        NumericalError: with the last good checkpoint.
+    """
+    step = progress.step
+    if progress.skipped_in_a_row == MAX_SKIPPED:
+        last = checkpoints.step_folder(run_dir, checkpoints.last_step(run_dir))
+        raise NumericalError(
+            f"The loss or gradient was not finite in steps {step - MAX_SKIPPED + 1} to {step}, or jumped; none of them"
+            f" changed the weights. Their samples are named in {run_dir / METRICS}. Last checkpoint:"
+            f" {last if last.exists() else 'none'}. Try a smaller train.lr."
+        )
+
+
+def check_ranks_agree(module: nn.Module) -> None:
+    """Compare every parameter between ranks by the sum of its bits.
+
+    Raises:
+        NumericalError: ranks hold different weights; the first such tensor.
+    """
+    sums = torch.stack([_bits(value) for value in module.parameters()])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    differing = (lowest != highest).nonzero().flatten().tolist()
+    if differing:
+        name = [name for name, _ in module.named_parameters()][differing[0]]
+        raise NumericalError(
+            f"Ranks hold different weights in {len(differing)} tensors, the first is {name}: a machine's memory or"
+            " network is bad. Nothing is saved; the same command goes on from the last checkpoint."
+        )
+
+
+def optimizer_bits(engine: Any) -> int:
+    """Sum the bits of Adam's moments on this rank: equal sums tell equal states, for all that chance is worth."""
+    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
+    return sum(int(_bits(value).item()) for value in moments if isinstance(value, Tensor))
+
+
+def _bits(value: Tensor) -> Tensor:
+    """Sum the bits of a tensor as integers: exact, in any order."""
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[value.element_size()]
+    return value.detach().contiguous().view(kind).sum(dtype=torch.int64)

@@ -1,0 +1,219 @@
+"""The other ranks: who they are, which of them is gone and why, and a watch over steps that never end."""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch.distributed as dist
+
+from t2i.errors import LostRankError, exit_code
+
+ERROR, STEP = "error.txt", "step"
+SEARCH_SECONDS = 3.0
+"""How long a survivor looks for who is gone: a process that dies lets go of its connections first."""
+BACKSTOP_SECONDS = 30.0
+"""After the watch should have ended the process and could not, faulthandler does, which needs no interpreter."""
+TICK_SECONDS = 1.0
+SLOW_STEPS, REMEMBERED_STEPS = 20, 64
+"""A step may take so many times the median of the last ones before it counts as hanging."""
+
+
+def error_file(run_dir: Path, rank: int) -> Path:
+    """Name the file of a rank's traceback, whose first line is its exit status and its reason."""
+    return run_dir / (ERROR if rank == 0 else f"error_rank{rank}.txt")
+
+
+def hang_file(run_dir: Path, rank: int) -> Path:
+    """Name the file of a rank's stacks at the time when it was found hanging."""
+    return run_dir / f"hang_rank{rank}.txt"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Tell an error of a collective, whose cause is another rank, from one of this rank's own."""
+    is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and is_collective
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Where each rank runs; made by all ranks together."""
+
+    run_dir: Path
+    rank: int
+    places: list[tuple[str, int]]
+    """Host and process of each rank."""
+
+    @classmethod
+    def meet(cls, run_dir: Path) -> "Peers":
+        """Exchange places; what an earlier start of this run left to say about a rank is removed."""
+        rank = dist.get_rank()
+        for file in (error_file(run_dir, rank), hang_file(run_dir, rank)):
+            file.unlink(missing_ok=True)
+        places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
+        return cls(run_dir, rank, places)
+
+    def note_failure(self, error: BaseException) -> None:
+        """Leave this rank's traceback in the run folder."""
+        with suppress(OSError):  # a full disk must not hide the error
+            head = f"exit {exit_code(error)}: {' '.join(str(error).split()) or type(error).__name__}"
+            error_file(self.run_dir, self.rank).write_text(f"{head}\n{traceback.format_exc()}")
+
+    def lost(self) -> LostRankError:
+        """Find out who is gone and say it; the error has the exit status of the rank that failed, where it left one."""
+        ended = time.monotonic() + SEARCH_SECONDS
+        while time.monotonic() < ended:
+            found = self.failed() or self._hung() or self._gone()
+            if found is not None:
+                return found
+            time.sleep(0.1)
+        return LostRankError(
+            "The connection to another rank is lost; the same command goes on from the last save."
+        )
+
+    def speaks(self) -> bool:
+        """Tell whether this rank speaks for the job: the lowest that runs, unless the first has said why it ended."""
+        below = range(self.rank)
+        return not (self.rank and self.failure(0)) and not any(self._runs(rank) for rank in below)
+
+    def first_says_it_too(self, error: BaseException) -> bool:
+        """Wait a moment for the first rank to fail with the same words as this one."""
+        ended = time.monotonic() + SEARCH_SECONDS
+        while time.monotonic() < ended:
+            if self.failure(0) == (exit_code(error), " ".join(str(error).split())):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def failure(self, rank: int) -> tuple[int, str] | None:
+        """Read the exit status and the reason that a rank left; None where it left none, or lost a peer itself."""
+        try:
+            head = error_file(self.run_dir, rank).read_text(errors="replace").partition("\n")[0]
+            code, _, reason = head.removeprefix("exit ").partition(": ")
+            return None if int(code) == LostRankError.exit_code else (int(code), reason)
+        except (OSError, ValueError):  # not there, or not whole yet
+            return None
+
+    def state(self, rank: int) -> str:
+        """Tell a rank's state as the kernel names it: empty if it is gone, `T` stopped; `R` on another machine."""
+        host, pid = self.places[rank]
+        if host != socket.gethostname():
+            return "R"
+        try:
+            return (
+                Path(f"/proc/{pid}/stat")
+                .read_text()
+                .rpartition(")")[2]
+                .split()[0]
+                .replace("Z", "")
+                .replace("X", "")
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+
+    def _runs(self, rank: int) -> bool:
+        return self.state(rank) not in ("", "T") and self.failure(rank) is None
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(len(self.places)) if rank != self.rank]
+
+    def failed(self) -> LostRankError | None:
+        """Find another rank that said why it failed; the error has its exit status."""
+        for rank in self._others():
+            if found := self.failure(rank):
+                code, reason = found
+                file = error_file(self.run_dir, rank)
+                error = LostRankError(f"Rank {rank} failed: {reason} Its traceback is in {file}.")
+                error.exit_code = code if code != 1 else LostRankError.exit_code
+                return error
+        return None
+
+    def _hung(self) -> LostRankError | None:
+        files = [hang_file(self.run_dir, rank) for rank in self._others()]
+        found = [file for file in files if file.exists() and file.stat().st_size]
+        return LostRankError(f"A rank waited in vain; its stacks are in {found[0]}.") if found else None
+
+    def _gone(self) -> LostRankError | None:
+        gone = [rank for rank in self._others() if not self.state(rank)]
+        if not gone:
+            return None
+        named = ", ".join(
+            f"rank {rank} (process {self.places[rank][1]} on {self.places[rank][0]})" for rank in gone
+        )
+        return LostRankError(
+            f"Lost {named}: it was killed, by its machine's lack of memory perhaps. The same command goes on from the"
+            " last save."
+        )
+
+
+class Watchdog:
+    """Ends this process when a step, a save or a measure takes far too long, with every thread's stack in a file."""
+
+    def __init__(self, peers: Peers, *, seconds: float, on_hang: Callable[[LostRankError], None]) -> None:
+        """Begin to watch.
+
+        Args:
+            seconds: a step may take so long, or SLOW_STEPS times the median of the last ones; 0 for no watch.
+            on_hang: called before the process ends.
+        """
+        self.peers = peers
+        self.seconds = seconds
+        self.on_hang = on_hang
+        self.what, self.allowed, self.waited = "", float("inf"), 0.0
+        self.armed = time.monotonic()
+        self.step_seconds: deque[float] = deque([0.0], maxlen=REMEMBERED_STEPS)
+        self.ended = threading.Event()
+        if seconds:
+            self.file = hang_file(peers.run_dir, peers.rank).open("w")
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def arm(self, what: str, *, times: float = 1.0) -> None:
+        """Begin to wait for something, for `times` as long as for a step."""
+        now = time.monotonic()
+        if self.what == STEP:
+            self.step_seconds.append(now - self.armed)
+        self.what, self.armed, self.waited = what, now, 0.0
+        if self.seconds:
+            self.allowed = times * max(self.seconds, SLOW_STEPS * median(self.step_seconds))
+            faulthandler.dump_traceback_later(self.allowed + BACKSTOP_SECONDS, file=self.file, exit=True)
+
+    def close(self) -> None:
+        """End the watch."""
+        self.ended.set()
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+            hang_file(self.peers.run_dir, self.peers.rank).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self.ended.wait(min(TICK_SECONDS, self.seconds / 4)):
+            now = time.monotonic()
+            # A process that was stopped and goes on (Ctrl-Z, fg) was not waiting meanwhile.
+            self.waited += min(now - last, 2 * TICK_SECONDS)
+            last = now
+            if self.waited > self.allowed:
+                self._end()
+
+    def _end(self) -> None:
+        faulthandler.dump_traceback(file=self.file)
+        self.file.flush()
+        stopped = [rank for rank in range(len(self.peers.places)) if self.peers.state(rank) == "T"]
+        who = f" Rank {', '.join(map(str, stopped))} is stopped (SIGSTOP)." if stopped else ""
+        error = LostRankError(
+            f"No end of a {self.what} after {self.waited:.0f} s.{who} All stacks are in {self.file.name}; the same"
+            " command goes on from the last save."
+        )
+        self.on_hang(error)
+        print(error, file=sys.stderr, flush=True)
+        os._exit(LostRankError.exit_code)

@@ -1,0 +1,245 @@
+"""Checkpoints of a training run: written by all ranks, committed whole by the first, loaded by any number of ranks."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from t2i import faults
+from t2i.config import RunConfig
+from t2i.data.loader import StepLoader
+from t2i.data.shards import MANIFEST
+from t2i.errors import CheckpointError, UserError
+from t2i.model.learn import num_parameters
+from t2i.model.resize import merged_state_dict
+from t2i.runs import checkpoints
+from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
+from t2i.runs.folder import METRICS, read_metrics, write_status
+from t2i.runs.trust import check_owner, check_plain
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+from t2i.train.engine import optimizer_state_bytes
+from t2i.train.engine_state import load_engine, load_from_other_ranks, random_states
+from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
+from t2i.train.launch import on_first_rank
+
+logger = logging.getLogger(__name__)
+
+WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
+"""What torch.save's RuntimeError speaks of when the disk fails under it."""
+
+MAX_FAILED = 2
+"""Saves in a row that may not fail."""
+
+
+class Saver:
+    """Saves and loads the state of one run on every rank together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        engine: deepspeed.DeepSpeedEngine,
+        loader: StepLoader,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer | None,
+    ) -> None:
+        self.config = config
+        self.run_dir = config.run_dir
+        self.engine = engine
+        self.loader = loader
+        self.text_tokenizer = text_tokenizer
+        self.image_tokenizer = image_tokenizer
+        self.num_failed = 0
+
+    def save(self, progress: Progress, *, must_succeed: bool) -> None:
+        """Commit a checkpoint: a Hugging Face folder plus engine/ for DeepSpeed's state.
+
+        A save that fails, on whichever rank, is given up with a warning, unless it must succeed.
+
+        Raises:
+            CheckpointError: on every rank: it failed and must not have, or the one before failed too.
+            NumericalError: ranks hold different weights.
+        """
+        if checkpoints.step_folder(self.run_dir, progress.step).exists():
+            return
+        check_ranks_agree(self.engine.module)
+        reason = on_first_rank(lambda: _reason(self._prepare)) or self._write(progress)
+        if not reason:
+            self.num_failed = 0
+            return
+        self.num_failed += 1
+        on_first_rank(lambda: checkpoints.discard(self.run_dir))
+        sentence = f"The checkpoint of step {progress.step} could not be written: {reason}"
+        if must_succeed or self.num_failed == MAX_FAILED:
+            kept = self.run_dir / checkpoints.CHECKPOINTS
+            raise CheckpointError(
+                f"{sentence} Make room; the same command goes on from the last one in {kept}."
+            )
+        logger.warning("%s Training goes on to the next save.", sentence)
+
+    def _prepare(self) -> None:
+        """Make the folder to write into, if the disk has room for a checkpoint as large as the last one."""
+        checkpoints.begin(self.run_dir)
+        last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
+        free = shutil.disk_usage(self.run_dir).free
+        if last and free < (needed := checkpoints.bytes_of(last[0])):
+            raise CheckpointError(
+                f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
+            )
+
+    def _write(self, progress: Progress) -> str:
+        """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
+        staging = self.run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
+        with _sealing(self.engine, step=progress.step) as (sealed, reasons):
+            self.engine.save_checkpoint(
+                str(staging), tag="engine", client_state=random_states(), save_latest=False
+            )
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (sealed, reasons, optimizer_bits(self.engine)))
+        failed = [f"rank {rank}: {reason}" for rank, (_, found, _) in enumerate(parts) for reason in found]
+        if failed:
+            return failed[0]
+        known = {path: facts for files, _, _ in parts for path, facts in files.items()}
+        bits = [number for _, _, number in parts]
+        return on_first_rank(lambda: _reason(lambda: self._commit(staging, progress, known, bits)))
+
+    def _commit(self, staging: Path, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
+        model, step, settings = self.engine.module.model, progress.step, self.config.train
+        faults.reach("weights", step=step, path=staging)
+        model.save_pretrained(staging, state_dict=merged_state_dict(model))
+        self.text_tokenizer.tokenizer.save_pretrained(staging)
+        num_learned, num_all = num_parameters(model)
+        facts = {
+            "progress": vars(progress),
+            "loader": self.loader.state_dict(),
+            "world_size": dist.get_world_size(),
+            "global_batch": self.loader.global_batch,
+            "parameters": {"learned": num_learned, "all": num_all},
+            "optimizer_state_bytes": optimizer_state_bytes(self.engine),
+            "optimizer_bits": bits,
+        }
+        checkpoints.commit(
+            self.run_dir,
+            step=step,
+            facts=facts,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every,
+            sealed=sealed,
+        )
+        write_status(self.run_dir, state="running", step=step)
+
+    def restore(self) -> Progress | None:
+        """Load the newest whole checkpoint on every rank; None if there is none.
+
+        Raises:
+            UserError: the shards are not those that the run began with.
+            CheckpointError: none of several is whole, or it does not fit.
+        """
+        folder = on_first_rank(self._find_start)
+        if folder is None:
+            if (self.run_dir / METRICS).exists():
+                logger.info("starting anew: no checkpoint was made before this run stopped")
+            return None
+        progress = self.load(folder)
+        manifest = checkpoints.read_manifest(folder)
+        self.loader.load_state_dict(manifest["loader"])
+        if progress.owed:
+            is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
+            progress.owed = [] if is_measured else progress.owed
+        logger.info("resuming at step %d of %d", progress.step, self.config.train.max_steps)
+        return progress
+
+    def _find_start(self) -> Path | None:
+        """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
+        run_dir, manifest = self.run_dir, self.config.data.shards / MANIFEST
+        if not (run_dir / DATA_MANIFEST).exists():
+            if self.image_tokenizer is not None:
+                shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
+                shutil.copyfile(self.config.data.shards / ROUND_TRIP, run_dir / ROUND_TRIP)
+            shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
+        elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
+            raise UserError(
+                f"{run_dir} was begun with other shards than {self.config.data.shards} holds now: its"
+                f" {DATA_MANIFEST} differs. Choose another --run-dir."
+            )
+        folder = checkpoints.choose(run_dir)
+        if folder is not None:
+            check_owner(folder)
+            check_plain(folder / "engine")
+        return folder
+
+    def load(self, folder: Path) -> Progress:
+        """Load weights, optimizer and random states of a checkpoint that is known to be whole, not the loader's place.
+
+        Raises:
+            UserError: this number of ranks would make another global batch.
+        """
+        manifest = checkpoints.read_manifest(folder)
+        batch = manifest.get("global_batch", self.loader.global_batch)
+        if batch != self.loader.global_batch:
+            raise UserError(
+                f"{folder} was made with {batch} sequences a step; {dist.get_world_size()} ranks make"
+                f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
+            )
+        if manifest["world_size"] == dist.get_world_size():
+            load_engine(self.engine, folder)
+        else:
+            load_from_other_ranks(self.engine, folder, found=manifest["world_size"])
+        return Progress(**manifest["progress"])
+
+
+def _is_measured(run_dir: Path, step: int) -> bool:
+    return any("split" in row and row["step"] == step for row in read_metrics(run_dir))
+
+
+@contextmanager
+def _sealing(engine: Any, *, step: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Seal each file that DeepSpeed writes on this rank, and collect failures instead of raising them.
+
+    DeepSpeed's save waits for all ranks several times: a rank that raised in its midst would leave the others waiting.
+    """
+    sealed: dict[str, Any] = {}
+    reasons: list[str] = []
+    writer = engine.checkpoint_engine
+    plain = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        def write() -> None:
+            faults.reach("shards", step=step, path=Path(path))
+            plain(state_dict, path)
+            sealed[path] = checkpoints.seal(Path(path))
+
+        if reason := _reason(write):
+            reasons.append(reason)
+
+    writer.save = save
+    try:
+        yield sealed, reasons
+    finally:
+        del writer.save
+
+
+def _reason(write: Callable[[], None]) -> str:
+    """Write, and return in one sentence why that failed, or nothing."""
+    try:
+        write()
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or 'the disk'}: {error.strerror or error}."
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER_WORDS):
+            raise
+        return f"{str(error).splitlines()[0]} (a full disk?)."
+    return ""
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,107 @@
+"""Requests to stop or to save: signals, a launcher that is gone, files in the run folder. Handlers only set a flag."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.errors import Stopped
+
+STOP, SAVE = "STOP", "SAVE"
+"""Files of the run folder: `touch RUN/STOP` ends a run after its step, saved; `touch RUN/SAVE` makes a checkpoint."""
+
+PARENT_SECONDS = 0.5
+"""Between looks at whether the launcher still lives."""
+
+DEEPSPEED, TORCHRUN = b"deepspeed.launcher.launch", b"torchrun"
+"""Words in the command lines of launchers that start ranks on a machine."""
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal, read once a step. A second Ctrl-C ends at once."""
+
+    is_noted: bool = False
+    num_interrupts: int = 0
+    raises: bool = True
+    """Before the first step nothing is to be saved, so a request ends the process where it is."""
+
+    def note(self, number: int, frame: object = None) -> None:
+        """Take a signal."""
+        self.is_noted = True
+        self.num_interrupts += number == signal.SIGINT
+        if self.num_interrupts > 1:
+            raise KeyboardInterrupt
+        if self.raises:
+            raise Stopped("Stopped before the first step of this start; the same command goes on.")
+
+    def is_set(self) -> bool:
+        """Tell whether a request has come."""
+        return self.is_noted
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Turn SIGTERM, Ctrl-C and the loss of the launcher into a flag."""
+    flag = StopFlag()
+    before = {number: signal.signal(number, flag.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch_parents, args=(ended,), daemon=True)
+    watch.start()
+    try:
+        yield flag
+    finally:
+        ended.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_by_file(run_dir: Path, name: str) -> bool:
+    """Tell whether somebody made the file STOP or SAVE in the run folder."""
+    return (run_dir / name).exists()
+
+
+def forget_file(run_dir: Path, name: str) -> None:
+    """Remove the file STOP or SAVE, whose wish is granted."""
+    (run_dir / name).unlink(missing_ok=True)
+
+
+def launchers() -> dict[int, int]:
+    """Name the processes whose loss means stop, each with its parent: who launched this rank, and `deepspeed` itself.
+
+    The `deepspeed` command forwards no signal: killed, it leaves its launcher and the ranks behind. A process without
+    a launcher has none, so that a shell may be closed over it.
+    """
+    parent = os.getppid()
+    command = _command(parent)
+    if DEEPSPEED in command:
+        return {os.getpid(): parent, parent: parent_of(parent)}
+    return {os.getpid(): parent} if TORCHRUN in command else {}
+
+
+def parent_of(pid: int) -> int:
+    """Read a process's parent; 0 if the process is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(fields[1])
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def _watch_parents(ended: threading.Event) -> None:
+    """Send this process SIGTERM once its launcher, or the launcher's own, is gone."""
+    parents = launchers()
+    while parents and not ended.wait(PARENT_SECONDS):
+        if any(parent_of(pid) != parent for pid, parent in parents.items()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return

@@ -1,0 +1,78 @@
+"""A run's own proof that it resumes: so many steps at once against half of them, a new start, and the rest."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import safe_open
+
+from t2i.config import RunConfig
+from t2i.errors import Stopped
+from t2i.runs import checkpoints
+from t2i.runs.folder import read_metrics
+from t2i.train.run import train
+
+BY_THE_CLOCK = ("tokens_per_second", "seconds", "step_seconds", "data_seconds", "memory_bytes")
+"""Of a row, what no second run has in common with a first."""
+
+
+def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tuple[Path, Path]:
+    """Train num_steps at once and in two halves, below config.run_dir; return the two run folders.
+
+    Every rank of a launched job calls this. What is there already is not done again.
+    """
+    quiet = replace(config.train, save_every=0, eval_every=0, sample_every=0, eval_text="")
+    whole, halves = (
+        replace(config, run_dir=config.run_dir / name, train=quiet) for name in ("whole", "halves")
+    )
+    for run, step in ((whole, num_steps), (halves, num_steps // 2), (halves, num_steps)):
+        if checkpoints.last_step(run.run_dir) < step:
+            with _stop_expected():
+                train(run, ds_config_path=ds_config_path, stop_at=step)
+            gc.collect()  # one engine at a time
+    return whole.run_dir, halves.run_dir
+
+
+def first_difference(found: Path, wanted: Path, *, step: int) -> str:
+    """Name the first thing in which two runs are not equal bit for bit after `step`; empty if there is none."""
+    return _differing_row(found, wanted) or _differing_checkpoint(
+        *(checkpoints.step_folder(run, step) for run in (found, wanted))
+    )
+
+
+def _differing_row(found: Path, wanted: Path) -> str:
+    for row, other in zip(read_metrics(found), read_metrics(wanted), strict=True):
+        for key in set(other) - set(BY_THE_CLOCK):
+            if row[key] != other[key]:
+                return f"step {other['step']}: {key} is {row[key]} after resuming, {other[key]} without."
+    return ""
+
+
+def _differing_checkpoint(found: Path, wanted: Path) -> str:
+    facts, others = (checkpoints.verify(folder) for folder in (found, wanted))
+    with (
+        safe_open(found / "model.safetensors", framework="pt") as ours,
+        safe_open(wanted / "model.safetensors", framework="pt") as theirs,
+    ):
+        for name in theirs.keys():  # noqa: SIM118  (not a mapping)
+            if not (ours.get_tensor(name) == theirs.get_tensor(name)).all():
+                distance = (ours.get_tensor(name) - theirs.get_tensor(name)).abs().max().item()
+                return f"weights of {name} differ by up to {distance:.2e} after {others['step']} steps."
+    for key, what in (("optimizer_bits", "Adam's moments"), ("loader", "the place in the data")):
+        if facts[key] != others[key]:
+            return f"{what} differ after {others['step']} steps: {facts[key]} after resuming, {others[key]} without."
+    return ""
+
+
+@contextmanager
+def _stop_expected() -> Iterator[None]:
+    """Let a run end before max_steps, as it was told to; ranks after the first end by SystemExit."""
+    try:
+        yield
+    except Stopped:
+        pass
+    except SystemExit as end:
+        if end.code != Stopped.exit_code:
+            raise

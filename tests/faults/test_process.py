@@ -1,0 +1,519 @@
+"""Processes that die, hang, fail or are asked to stop: under the real launcher, two ranks of a tiny model."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from conftest import config_of
+from launched import ROOT, Job, copy_run, ds_config, first_difference, record, state_of_last, steps
+
+from t2i.runs import checkpoints
+from t2i.runs.folder import read_metrics
+from t2i.train.run import train
+
+LEARN = {"model__learn": "norms"}
+"""A part of the model is frozen in these runs."""
+
+
+@pytest.fixture(scope="session")
+def whole(shards, tmp_path_factory):
+    """A run of two ranks that nothing disturbs."""
+    job = Job(shards, tmp_path_factory.mktemp("whole") / "run", **LEARN).run()
+    assert job.code == 0, job.said()[-3000:]
+    return job.run_dir
+
+
+@pytest.fixture(scope="session")
+def killed(shards, tmp_path_factory):
+    """The same run, whose rank 1 kills itself in step 6."""
+    job = Job(shards, tmp_path_factory.mktemp("killed") / "run", fault="1:6:kill", **LEARN).run()
+    return job
+
+
+def same_as(whole, run_dir):
+    assert record(run_dir) == record(whole)
+    assert not first_difference(state_of_last(run_dir), state_of_last(whole))
+
+
+@pytest.mark.fault(
+    1,
+    "a rank is killed",
+    injected="SIGKILL of rank 1 in step 6",
+    expected="exit 6 naming it, in 5 s; the same command equals the undisturbed run bit for bit",
+)
+def test_a_killed_rank_is_named_and_the_run_goes_on_bit_for_bit(shards, whole, killed, tmp_path, observed):
+    status = killed.status()
+    assert (status["state"], status["code"], status["step"]) == ("failed", 6, 4)
+    assert "Lost rank 1 (process" in status["reason"]
+    assert "Lost rank 1 (process" in killed.said()
+    assert "Traceback" not in killed.said()
+    run_dir = copy_run(killed.run_dir, tmp_path / "run")
+    again = Job(shards, run_dir, **LEARN).run()
+    assert again.code == 0, again.said()[-3000:]
+    assert "resuming at step 4 of 8" in again.said()
+    same_as(whole, run_dir)
+    observed(
+        f"status 6, command's status {killed.code}, rank named; from step 4 on, weights, Adam, random states and"
+        " metrics of step 8 equal"
+    )
+
+
+@pytest.mark.fault(
+    16,
+    "resumed with 1 rank instead of 2",
+    injected="run of 2 ranks with frozen parameters and accumulation, gone on with by 1",
+    expected="converted, said so; same samples; losses within 1e-6",
+)
+def test_two_ranks_go_on_as_one(shards, whole, killed, tmp_path, observed, caplog):
+    run_dir = copy_run(killed.run_dir, tmp_path / "run")
+    config = config_of(shards, run_dir)
+    config = replace(
+        config,
+        model=replace(config.model, learn="norms"),
+        train=replace(config.train, max_steps=8, save_every=2, eval_every=0, deterministic=True),
+    )
+    with caplog.at_level("INFO", logger="t2i"):
+        train(config, ds_config_path=ds_config(tmp_path))
+    assert "made by 2 ranks, for 1" in caplog.text
+    same_but_for_rounding(whole, run_dir, observed)
+    assert not (run_dir / "checkpoints" / ".universal").exists()
+
+
+@pytest.mark.fault(
+    16,
+    "resumed with 2 ranks instead of 1",
+    injected="run of 1 rank with frozen parameters and accumulation, gone on with by 2",
+    expected="converted, said so; same samples; losses within 1e-6",
+)
+def test_one_rank_goes_on_as_two(shards, tmp_path, observed):
+    config = config_of(shards, tmp_path / "one")
+    config = replace(
+        config,
+        model=replace(config.model, learn="norms"),
+        train=replace(config.train, max_steps=8, save_every=4, keep_last=9, eval_every=0, deterministic=True),
+    )
+    train(config, ds_config_path=ds_config(tmp_path))
+    run_dir = copy_run(config.run_dir, tmp_path / "run")
+    forget_after(run_dir, step=4)
+    job = Job(shards, run_dir, train__save_every=4, train__keep_last=9, **LEARN).run()
+    assert job.code == 0, job.said()[-3000:]
+    assert "made by 1 ranks, for 2" in job.said()
+    same_but_for_rounding(config.run_dir, run_dir, observed)
+
+
+def forget_after(run_dir, *, step):
+    """Take a run's later checkpoints away, as if it had died before."""
+    for folder in (run_dir / "checkpoints").glob(checkpoints.STEPS):
+        if int(folder.name.removeprefix("step_")) > step:
+            folder.rename(run_dir / f"was_{folder.name}")
+
+
+def same_but_for_rounding(whole, run_dir, observed):
+    """Gradients are summed in another order: equal to fp32's rounding, which few steps do not amplify."""
+    found, wanted = record(run_dir), record(whole)
+    exact = ("step", "epoch", "samples", "tokens", "padded", "lr")
+    assert [[row[key] for key in exact] for row in found] == [[row[key] for key in exact] for row in wanted]
+    largest = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found, wanted, strict=True))
+    assert largest < 1e-6
+    observed(f"samples and tokens equal, losses within {largest:.1e}")
+
+
+@pytest.mark.fault(
+    5,
+    "SIGTERM to the `deepspeed` command alone",
+    injected="its process id killed with SIGTERM while 2 ranks train",
+    expected="ranks notice within a step: saved, status 75 in 30 s, no process left",
+)
+def test_the_launcher_alone_is_ended_and_the_ranks_save_and_leave(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", train__max_steps=100_000, train__save_every=100_000) as job:
+        job.wait_for_step(3)
+        job.process.terminate()
+        seconds = job.wait_for_all()
+    assert_stopped(job)
+    assert seconds < 30
+    observed(
+        f"status 75 with all {job.status()['step']} steps saved, last process gone after {seconds:.1f} s"
+    )
+
+
+def assert_stopped(job):
+    status, done = job.status(), steps(job.run_dir)[-1]["step"]
+    assert (status["state"], status["code"], status["step"]) == ("stopped", 75, done), job.said()[-3000:]
+    assert f"Stopped at step {done} of" in job.said()
+    assert "Traceback" not in job.said()
+    checkpoints.verify(job.run_dir / (job.run_dir / "latest").read_text().strip())
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    4,
+    "SIGTERM to every rank (Slurm)",
+    injected="SIGTERM to both rank processes",
+    expected="status 75 in 30 s, no step lost",
+)
+def test_ranks_that_are_told_to_stop_save(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", train__max_steps=100_000, train__save_every=100_000) as job:
+        job.wait_for_step(3)
+        for rank in job.ranks():
+            rank.terminate()
+        seconds = job.wait_for_all()
+    assert_stopped(job)
+    observed(f"status 75, command's status {job.wait()}, {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    4,
+    "SIGTERM to one rank",
+    injected="SIGTERM to rank 1 alone",
+    expected="both ranks stop after the same step: status 75",
+)
+def test_one_rank_that_is_told_to_stop_stops_all(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", train__max_steps=100_000, train__save_every=100_000) as job:
+        job.wait_for_step(3)
+        job.ranks()[1].terminate()
+        seconds = job.wait_for_all()
+    assert_stopped(job)
+    observed(f"status 75, command's status {job.wait()}, {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    6,
+    "SIGTERM to loader processes too",
+    injected="SIGTERM to the whole process group, 2 loader processes a rank",
+    expected="they live until the ranks have saved: status 75",
+)
+def test_loader_processes_do_not_stop_before_their_rank(shards, tmp_path, observed):
+    settings = {"train__max_steps": 100_000, "train__save_every": 100_000, "data__num_workers": 2}
+    with Job(shards, tmp_path / "run", **settings) as job:
+        job.wait_for_step(3)
+        num_processes = len(job.session())
+        os.killpg(job.process.pid, signal.SIGTERM)
+        seconds = job.wait_for_all()
+    assert_stopped(job)
+    assert num_processes >= 8  # command, launcher, two ranks with two loader processes each
+    observed(f"{num_processes} processes told, status 75, all gone after {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    7, "Ctrl-C", injected="SIGINT to the process group", expected="the step is finished and saved: status 75"
+)
+def test_an_interrupt_is_a_wish_to_stop(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", train__max_steps=100_000, train__save_every=100_000) as job:
+        job.wait_for_step(3)
+        os.killpg(job.process.pid, signal.SIGINT)
+        seconds = job.wait_for_all()
+    assert_stopped(job)
+    observed(f"status 75, {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    7,
+    "Ctrl-C twice",
+    injected="SIGINT twice, the second while a rank holds the save (SIGSTOP of rank 1 in it)",
+    expected="status 130, the last checkpoint valid, nothing half",
+)
+def test_a_second_interrupt_ends_at_once(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", ranks=0, train__max_steps=100_000, train__save_every=5) as job:
+        job.wait_for_step(7)
+        job.process.send_signal(signal.SIGSTOP)  # both arrive before the next step
+        job.process.send_signal(signal.SIGINT)
+        job.process.send_signal(signal.SIGCONT)
+        for _ in range(200):
+            if job.process.poll() is not None:
+                break
+            job.process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        code = job.wait(30)
+    assert code in (130, 75)  # the first may have been granted before the second came
+    checkpoints.verify(job.run_dir / (job.run_dir / "latest").read_text().strip())
+    assert job.status()["code"] == code
+    observed(f"status {code}, last checkpoint valid")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    8,
+    "SIGTERM while held-out losses are measured",
+    injected="SIGTERM to one rank at the start of a long measure",
+    expected="broken off, saved, status 75 in 30 s; done first when the run goes on",
+)
+def test_a_measure_is_broken_off_and_made_up_for(shards, tmp_path, observed):
+    settings = {"train__max_steps": 4, "train__eval_every": 2, "train__eval_pictures": 36}
+    undisturbed = Job(shards, tmp_path / "whole", **settings).run()
+    job = Job(shards, tmp_path / "run", fault="1:2:term:periodic", **settings).run()
+    assert_stopped(job)
+    manifest = checkpoints.read_manifest(checkpoints.step_folder(job.run_dir, 2))
+    assert manifest["progress"]["owed"] == [0]
+    assert Job(shards, job.run_dir, **settings).run().code == 0
+    measured = [
+        [(row["step"], row["image_loss"]) for row in read_metrics(run) if "split" in row]
+        for run in (undisturbed.run_dir, job.run_dir)
+    ]
+    assert measured[0] == measured[1]
+    observed(
+        f"status 75 at step 2 in {job.seconds:.0f} s with start; {len(measured[1])} measures equal later"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    8,
+    "SIGTERM before the first step",
+    injected="SIGTERM to a rank before the model is built",
+    expected="status 75, nothing to save, nothing half",
+)
+def test_a_stop_before_the_first_step(shards, tmp_path, observed):
+    job = Job(shards, tmp_path / "run", fault="0:0:term:setup").run()
+    assert (job.status()["code"], job.status()["step"]) == (75, 0)
+    assert "Stopped before the first step" in job.said()
+    assert Job(shards, job.run_dir).run().code == 0
+    observed("status 75; the same command trains from the start")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    9,
+    "a rank hangs",
+    injected="SIGSTOP of rank 1 in step 3",
+    expected="all stacks in hang_rank0.txt, exit 6 in time, naming the rank; resumable bit for bit",
+)
+def test_a_rank_that_hangs_is_found(shards, tmp_path, observed):
+    settings = {"train__hang_timeout_seconds": 5}
+    job = Job(shards, tmp_path / "run", fault="1:3:stop", **settings).run()
+    status = job.status()
+    assert (status["state"], status["code"]) == ("failed", 6), job.said()[-3000:]
+    assert "Rank 1 is stopped" in status["reason"]
+    stacks = (job.run_dir / "hang_rank0.txt").read_text()
+    assert "all_reduce" in stacks
+    assert Job(shards, job.run_dir, **settings).run().code == 0
+    whole = Job(shards, tmp_path / "whole").run()
+    same_as(whole.run_dir, job.run_dir)
+    observed(f"status 6 naming it, stacks written, gone {job.seconds:.0f} s after the start; resumed, equal")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    10,
+    "a rank raises (a bug)",
+    injected="RuntimeError in rank 1, step 3",
+    expected="its traceback once, error_rank1.txt; the others say one line",
+)
+def test_a_bug_in_one_rank_is_said_once(shards, tmp_path, observed):
+    job = Job(shards, tmp_path / "run", fault="1:3:raise").run()
+    said = job.said()
+    assert said.count("Traceback (most recent call last)") == 1
+    assert "an error made by T2I_FAULT" in said
+    assert "Rank 1 failed: an error made by T2I_FAULT" in said
+    assert "RuntimeError: an error made by" in (job.run_dir / "error_rank1.txt").read_text()
+    assert job.status()["code"] == 6
+    observed(f"one traceback, status 6 pointing to error_rank1.txt, command's status {job.code}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    11,
+    "the port is taken",
+    injected="a socket bound to it",
+    expected="exit 2 naming the port and --master_port",
+)
+def test_a_taken_port_is_said(shards, tmp_path, observed):
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        with Job(shards, tmp_path / "run", port=port) as job:
+            job.wait()
+    assert job.code == 2, job.said()[-3000:]
+    assert f"port {port}, by which ranks find each other, is taken" in job.said()
+    assert "--master_port" in job.said()
+    observed(f"exit 2 after {job.seconds:.0f} s")
+
+
+@pytest.mark.fault(
+    14,
+    "no compiler where operators must be built",
+    injected="PATH without g++, an empty TORCH_EXTENSIONS_DIR",
+    expected="exit 2 with what to install, before data and model",
+)
+def test_a_missing_compiler_is_said(shards, tmp_path, observed):
+    environment = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
+    job = Job(shards, tmp_path / "run", ranks=0, environment=environment).run()
+    assert job.code == 2, job.said()[-3000:]
+    assert "g++ and ninja not found" in job.said()
+    assert "Traceback" not in job.said()
+    observed(f"exit 2 after {job.seconds:.0f} s")
+
+
+@pytest.mark.fault(
+    15,
+    "two runs in one folder",
+    injected="a second process opens the folder of a running one",
+    expected="exit 2 naming process, machine and time",
+)
+def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
+    holder = (
+        "import sys; from pathlib import Path; from t2i.config import RunConfig; from t2i.runs.folder import open_run;"
+        f"lock = open_run(RunConfig(run_dir=Path({str(tmp_path / 'run')!r})), ds_config={{}});"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        job = Job(shards, tmp_path / "run", ranks=0).run()
+        other.stdin.close()
+    assert job.code == 2, job.said()[-3000:]
+    assert f"is in use by process {other.pid} on" in job.said()
+    observed(f"exit 2 naming the process, after {job.seconds:.0f} s")
+
+
+@pytest.mark.fault(
+    17,
+    "gone on with under a changed configuration",
+    injected="another lr; another number of loader processes",
+    expected="science stops with exit 2 and the difference; the machine's keys may change",
+)
+def test_changed_science_is_refused_and_a_changed_machine_is_not(finished, tmp_path, observed):
+    from t2i.errors import UserError
+    from t2i.runs.folder import open_run
+
+    run_dir = copy_run(finished.run_dir, tmp_path / "run")
+    config = replace(finished, run_dir=run_dir)
+    with pytest.raises(UserError, match=r"train\.lr is 0\.0015 there, 0\.1 here") as refusal:
+        open_run(replace(config, train=replace(config.train, lr=0.1)), ds_config={})
+    assert refusal.value.exit_code == 2
+    open_run(replace(config, data=replace(config.data, num_workers=3)), ds_config={}).close()
+    observed(str(refusal.value).partition("(")[2].partition(")")[0])
+
+
+@pytest.mark.fault(
+    18, "the clock jumps", injected="modification times of checkpoints reversed", expected="order is by step"
+)
+def test_times_of_files_do_not_matter(finished, tmp_path, observed):
+    run_dir = copy_run(finished.run_dir, tmp_path / "run")
+    for age, folder in enumerate(sorted((run_dir / "checkpoints").glob(checkpoints.STEPS))):
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    assert checkpoints.choose(run_dir).name == "step_000006"
+    observed("the newest step is chosen")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    2,
+    "the whole process group is killed",
+    injected="SIGKILL at 20 random moments of one run of 400 steps, saved every 5",
+    expected="the same command goes on each time; the end equals the undisturbed run bit for bit",
+)
+def test_twenty_deaths_at_random_moments_change_nothing(shards, tmp_path, observed):
+    settings = {"train__max_steps": 400, "train__save_every": 5}
+    whole = Job(shards, tmp_path / "whole", **settings).run()
+    run_dir, committed, moments = tmp_path / "run", 0, []
+    for seed in range(20):
+        draw = random.Random(seed)
+        with Job(shards, run_dir, **settings) as job:
+            if draw.random() < 0.2:
+                time.sleep(draw.uniform(0, 10))  # while it starts
+            else:
+                trains = partial(has_trained_beyond, run_dir, committed)
+                job.wait_until(trains)
+                time.sleep(draw.uniform(0, 1.5))
+            assert job.process.poll() is None, "it was done before its death"
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.wait_for_all()
+        assert checkpoints.last_step(run_dir) >= committed
+        committed = checkpoints.last_step(run_dir)
+        moments.append(committed)
+    last = Job(shards, run_dir, **settings).run()
+    assert last.code == 0, last.said()[-3000:]
+    same_as(whole.run_dir, run_dir)
+    observed(
+        f"20 deaths, committed steps {moments}, then done; weights, Adam, random states and metrics of step 400 equal"
+    )
+
+
+def has_trained_beyond(run_dir, step):
+    """Tell whether the job that runs now has done a step: older ones beyond its start were set aside."""
+    rows = steps(run_dir)
+    return bool(rows) and rows[-1]["step"] > step
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    3,
+    "killed during a save",
+    injected="SIGKILL before each of: a shard of either rank, weights, manifest, rename, latest",
+    expected="the checkpoint before is untouched, the half one ignored; equal bit for bit in the end",
+)
+def test_a_death_in_a_save_leaves_the_checkpoint_before(shards, whole, tmp_path, observed):
+    run_dir, seen = tmp_path / "run", []
+    for step, rank, place in (
+        (2, 0, "shards"),
+        (2, 1, "shards"),
+        (2, 0, "weights"),
+        (4, 0, "manifest"),
+        (6, 0, "rename"),
+        (8, 0, "latest"),
+    ):
+        job = Job(shards, run_dir, fault=f"{rank}:{step}:kill:{place}", **LEARN).run()
+        assert job.status()["code"] == 6, job.said()[-3000:]
+        found = checkpoints.choose(run_dir)
+        seen.append(f"{place}: {found.name if found else 'none'}")
+        assert (found and found.name) == (
+            None if step == 2 else f"step_{step if place == 'latest' else step - 2:06d}"
+        )
+    assert Job(shards, run_dir, **LEARN).run().code == 0
+    same_as(whole, run_dir)
+    assert not list((run_dir / "checkpoints").glob("*.bad*"))
+    observed("after a death at " + ", ".join(seen) + "; equal in the end")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    1,
+    "the first rank is killed",
+    injected="SIGKILL of rank 0 in step 6",
+    expected="status 6 naming it, written by a rank that lives",
+)
+def test_the_first_rank_dies(shards, tmp_path, observed):
+    job = Job(shards, tmp_path / "run", fault="0:6:kill").run()
+    assert (job.status()["state"], job.status()["code"]) == ("failed", 6), job.said()[-3000:]
+    assert "Lost rank 0 (process" in job.status()["reason"]
+    observed(f"status 6 written by rank 1, command's status {job.code}")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(
+    4,
+    "files STOP and SAVE in the run folder",
+    injected="`touch RUN/SAVE`, then `touch RUN/STOP`",
+    expected="a checkpoint at that step; then saved, status 75, both files gone",
+)
+def test_files_ask_for_a_save_and_a_stop(shards, tmp_path, observed):
+    with Job(shards, tmp_path / "run", train__max_steps=100_000, train__save_every=100_000) as job:
+        job.wait_for_step(3)
+        (job.run_dir / "SAVE").touch()
+        job.wait_until(lambda: checkpoints.last_step(job.run_dir) > 0)
+        saved = checkpoints.last_step(job.run_dir)
+        (job.run_dir / "STOP").touch()
+        code = job.wait(60)
+    assert_stopped(job)
+    assert code == 75
+    assert not {"SAVE", "STOP"} & {path.name for path in job.run_dir.iterdir()}
+    observed(f"saved at step {saved}, stopped at {job.status()['step']}, exit {code}")
+
+
+def test_status_is_json_at_every_moment(killed):
+    assert json.loads((killed.run_dir / "status.json").read_text())["next"].startswith("deepspeed ")
