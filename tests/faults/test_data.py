@@ -283,7 +283,7 @@ def test_looking_ahead_finds_what_is_not_read_yet(copy, observed, monkeypatch):
     path = shard_files(copy)[-1]
     flip(path, at=-9)
     loader = step_loader(copy)
-    loader.look_aheads.append(ahead)
+    loader.streams[0].look_aheads.append(ahead)
     ahead.run()
     assert hashed == [path]
     with pytest.raises(DataError, match=str(path)):
