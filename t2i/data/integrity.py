@@ -19,7 +19,7 @@ from streaming.base.format.base.reader import Reader
 from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.units import HASH, write_json
 from t2i.errors import DataError
-from t2i.plain import check_keys, is_inside, read_json
+from t2i.plain import Kind, check_keys, is_inside, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ COLUMNS = {
     "codes": ("ndarray:uint16", "ndarray:uint32"),
 }
 """What shards may hold. Streaming knows more types, and reading one of them, pkl, runs what a file says."""
-SHARD_KEYS = {
+SHARD_KEYS: dict[str, Kind] = {
     "version": int,
     "format": str,
     "samples": int,

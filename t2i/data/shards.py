@@ -22,7 +22,7 @@ from t2i.data.integrity import (
 )
 from t2i.data.remote import fetch
 from t2i.errors import DataError
-from t2i.plain import check_keys, is_inside, read_json
+from t2i.plain import Kind, check_keys, is_inside, read_json
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 
 FORMAT_VERSION = 2
@@ -30,7 +30,7 @@ MANIFEST, BROKEN, RECONSTRUCTIONS = "manifest.json", "broken.jsonl", "reconstruc
 IMAGE_TOKENIZER, TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer"
 """Folders of the tokenizers that made the shards."""
 
-KEYS = {
+KEYS: dict[str, Kind] = {
     "source": str,
     "heldout_share": (int, float),
     "counts": dict,
@@ -39,14 +39,14 @@ KEYS = {
     "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
 }
 """Of every manifest; those of pictures and of text have more."""
-PICTURE_KEYS = {
+PICTURE_KEYS: dict[str, Kind] = {
     "image_size": int,
     "codes_per_image": int,
     "codebook_size": int,
     "floors_nats": dict,
     "image_tokenizer": {"name": str, "fingerprint": str},
 }
-TEXT_KEYS = {"sequence_tokens": int, "floors_nats": dict}
+TEXT_KEYS: dict[str, Kind] = {"sequence_tokens": int, "floors_nats": dict}
 SPLITS = ("train", "heldout", "combinations")
 
 
