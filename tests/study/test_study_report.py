@@ -268,7 +268,7 @@ def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):
     study, out = made
     section = section_of(made, "ends")
     row = next(row for row in section.table if row[0] == "broken-seed1")
-    assert row[1].startswith("failed: The gradient was not finite in steps 2 to 4")
+    assert row[1].startswith("failed: The loss or gradient was not finite in steps 2 to 4")
     arms = {"arms": ["fast", "broken"], "value": "image_loss"}
     found = make_section({"section": "comparison", **arms}, study=study, out=out).found
     assert found == "fast and broken have no finished runs of one seed with heldout image_loss."
