@@ -78,8 +78,9 @@ class SequenceDataset(StreamingDataset):
     def on_exception(self, future: "Future[Any]") -> None:
         """Keep what ended a thread that prepares shards; Streaming would end the epoch and log a traceback."""
         self.failure = future.exception() or self.failure
-        if self.failure:
+        if future.exception():
             self._event.set()
+            self._iterator.on_exit()  # it will not say so itself, and whoever ends the epoch waits for it
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this process's samples of the next epoch.

@@ -632,7 +632,7 @@ def test_downloads_are_tried_again_and_nothing_broken_stays(small, tmp_path, bad
 )
 def test_too_few_samples_are_refused(small, observed):
     count = read_manifest(small)["counts"]["train"]
-    with pytest.raises(UserError, match=rf"has {count} training pairs; one step takes 64") as caught:
+    with pytest.raises(UserError, match=rf"has {count} training sequences; one step takes 64") as caught:
         step_loader(small, global_batch=64)
     assert caught.value.exit_code == 2
     observed(str(caught.value).replace(str(small), "SHARDS"))
@@ -657,7 +657,7 @@ def test_every_column_that_is_written_may_be_read(tokenizers):
     from t2i.data.integrity import COLUMNS
     from t2i.data.units import Encoder
 
-    kinds = column_kinds(Encoder(**tokenizers, config=PrepareConfig(), pool=None, shows_progress=False))
+    kinds = column_kinds(Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False))
     assert all(kind in COLUMNS[name] for name, kind in kinds.items())
 
 
