@@ -169,6 +169,8 @@ class _Stream:
             drop_last=True,
             persistent_workers=config.num_workers > 0,
             worker_init_fn=live_with_rank,
+            # Its own, or each start of the loader would draw from the process's random state: a resumed run once more.
+            generator=torch.Generator().manual_seed(seed),
         )
         self.folder = config.shards
         self.look_aheads: list[LookAhead] = []

@@ -91,18 +91,29 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading
     run_dir = config.run_dir
     make_folder(run_dir)
     lock = _lock(run_dir)
-    resolved = run_dir / RESOLVED
-    if resolved.exists():
-        changed = differences(yaml.safe_load(resolved.read_text()), plain(config))
-        if changed:
-            listed = "; ".join(changed)
-            raise UserError(f"{run_dir} was begun with other settings ({listed}). Choose another --run-dir.")
-    write_status(run_dir, state="running", step=last_step(run_dir))
-    comment = f"# {heading}\n" if heading else ""
-    resolved.write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
-    (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
-    (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
+    try:
+        _refuse_other_science(config)
+        write_status(run_dir, state="running", step=last_step(run_dir))
+        comment = f"# {heading}\n" if heading else ""
+        (run_dir / RESOLVED).write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
+        (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
+        (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
+    except (UserError, OSError):
+        lock.close()
+        raise
     return lock
+
+
+def _refuse_other_science(config: RunConfig | AlignRun) -> None:
+    resolved = config.run_dir / RESOLVED
+    if not resolved.exists():
+        return
+    changed = differences(yaml.safe_load(resolved.read_text()), plain(config))
+    if changed:
+        listed = "; ".join(changed)
+        raise UserError(
+            f"{config.run_dir} was begun with other settings ({listed}). Choose another --run-dir."
+        )
 
 
 def make_folder(run_dir: Path) -> None:

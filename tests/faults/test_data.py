@@ -657,7 +657,9 @@ def test_every_column_that_is_written_may_be_read(tokenizers):
     from t2i.data.integrity import COLUMNS
     from t2i.data.units import Encoder
 
-    kinds = column_kinds(Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False))
+    kinds = column_kinds(
+        Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False)
+    )
     assert all(kind in COLUMNS[name] for name, kind in kinds.items())
 
 

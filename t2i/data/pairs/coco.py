@@ -70,7 +70,9 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     pictures: dict[int, Path] = {}
     for image in content["images"]:
         _check_entry(image, {"id": int, "file_name": str}, where=f"{file}: images")
-        pictures[image["id"]] = home / Path(image["file_name"]).name  # whatever folder a stranger puts before it
+        pictures[image["id"]] = (
+            home / Path(image["file_name"]).name
+        )  # whatever folder a stranger puts before it
     captions: dict[int, list[Caption]] = {}
     for note in content["annotations"]:
         _check_entry(note, {"id": int, "image_id": int, "caption": str}, where=f"{file}: annotations")
