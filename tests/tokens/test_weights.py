@@ -12,8 +12,8 @@ from t2i.tokens.image import ImageTokenizer, centre_crop_resize, code_agreement,
 from t2i.tokens.reference import source_codes, source_latents, source_pixels
 from t2i.tokens.weights import LLAMAGEN, MOVQGAN, load_vq, vq_config, vq_tensors
 
-# fp32 convolutions in another order: 1e-5 to 3e-5 was seen.
-LATENTS, PIXELS = 1e-4, 2e-4
+# fp32 with channels last: 1.4e-4 was seen of latents of 16, where fp32 in either order is within 1.5e-4 of fp64.
+LATENTS, PIXELS = 5e-4, 5e-4
 SOURCE = "a test"
 
 
