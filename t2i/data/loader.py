@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.dataset import _ShardState
 from torch import Tensor
 
 from t2i.config import DataConfig
@@ -65,11 +66,23 @@ class SequenceDataset(StreamingDataset):
         self.manifest = read_manifest(config.shards)
         self.failure: BaseException | None = None
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have a shard hashed or brought; one that is refused is left for other processes to refuse too.
+
+        They would wait for ever, each for the one that began to prepare it.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except DataError:
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
     def on_exception(self, future: "Future[Any]") -> None:
         """Keep what ended a thread that prepares shards; Streaming would end the epoch and log a traceback."""
-        self.failure = future.exception() or self.failure
-        if self.failure:
+        if failure := future.exception():
+            self.failure = failure
             self._event.set()
+            self._iterator.on_exit()  # a thread that fails does not say so itself, and is waited for
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this process's samples of the next epoch.
