@@ -19,6 +19,8 @@ from t2i.runs.folder import read_metrics
 from t2i.train.metrics import MetricsWriter
 from t2i.train.run import train
 
+pytestmark = pytest.mark.slow  # real launches, minutes together: `make faults` runs them
+
 
 @pytest.fixture
 def small_disk(tmp_path):

@@ -19,6 +19,8 @@ from t2i.runs import checkpoints
 from t2i.runs.folder import read_metrics
 from t2i.train.run import train
 
+pytestmark = pytest.mark.slow  # real launches, minutes together: `make faults` runs them
+
 LEARN = {"model__learn": "norms"}
 """A part of the model is frozen in these runs."""
 
