@@ -26,6 +26,8 @@ from t2i.tokens.text import TextTokenizer
 from t2i.train.guards import FEWEST_STEPS, WINDOW_STEPS, add_loss, spike_score
 from t2i.train.run import train
 
+pytestmark = pytest.mark.slow  # real launches, minutes together: `make faults` runs them
+
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
@@ -261,8 +263,6 @@ DRIFT = """
 import os, sys, torch, torch.distributed as dist
 from t2i.errors import NumericalError
 from t2i.train.guards import check_ranks_agree
-
-pytestmark = pytest.mark.slow  # real launches, minutes together: `make faults` runs them
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64)).to(torch.bfloat16)
