@@ -144,7 +144,7 @@ def half_run(finished, tmp_path):
 def test_resuming_never_runs_a_pickle(pattern, is_listed, half_run, tmp_path, monkeypatch, observed):
     config, folder = half_run
     if not is_listed:
-        monkeypatch.setattr("t2i.train.loop.check_plain", lambda folder: None)
+        monkeypatch.setattr("t2i.train.saving.check_plain", lambda folder: None)
     path = next((folder / "engine").glob(pattern))
     buffer = io.BytesIO()
     torch.save({**torch.load(path, weights_only=False), "more": Evil(tmp_path / "ran")}, buffer)
