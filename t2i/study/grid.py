@@ -143,11 +143,11 @@ def nearest_name(name: str, known: list[str]) -> str:
 
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
     """List a study's processes in the order of one worker."""
-    steps = [
-        Job(step.name, [step.command, *flags_of_mapping(filled(step.flags, out=out))]) for step in study.steps
-    ]
-    jobs = list(steps)
-    needs = tuple(job.name for job in steps)
+    jobs: list[Job] = []
+    for step in study.steps:  # each may read what the ones before it made
+        command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
+        jobs.append(Job(step.name, command, needs=tuple(job.name for job in jobs)))
+    needs = tuple(job.name for job in jobs)
     jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
     for measure in study.measures:
         for arm in measure.arms or study.arms:

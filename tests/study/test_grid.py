@@ -24,6 +24,7 @@ seeds: [0, 1]
 settings: {data: {seq_len: 90}, train: {max_steps: 3}}
 steps:
   - {name: first, command: step.py, flags: {out: "{out}/made"}}
+  - {name: second, command: step.py, flags: {model: "{out}/made"}}
 arms:
   pretrained: {model: {init: "{out}/language-model"}}
   random: {}
@@ -41,10 +42,10 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
     study = read_study(written(tmp_path))
     jobs = jobs_of(study, out=Path("o"))
     assert [job.name for job in jobs] == [
-        "first", "pretrained-seed0", "random-seed0", "pretrained-seed1", "random-seed1", "near-pretrained-seed1",
+        "first", "second", "pretrained-seed0", "random-seed0", "pretrained-seed1", "random-seed1", "near-pretrained-seed1",
     ]  # fmt: skip
     assert jobs[0].command == ["step.py", "--out", "o/made"]
-    assert jobs[1].needs == ("first",)
+    assert [job.needs for job in jobs[:3]] == [(), ("first",), ("first", "second")]
     assert jobs[-1].command == [
         "eval/nearest.py",
         "o/runs/pretrained-seed1",
