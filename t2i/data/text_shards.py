@@ -162,6 +162,7 @@ def _write(
     packs = {split: _Pack(seq_len) for split in SPLITS}
     seen: set[bytes] = set()
     digest = hashlib.sha256()
+    end_id = tokenizer.end_id  # looked up in the whole vocabulary, so once
     with (
         MDSWriter(out=str(part / "train"), columns=columns, hashes=[HASH]) as train,
         MDSWriter(out=str(part / "heldout"), columns=columns, hashes=[HASH]) as heldout,
@@ -174,7 +175,7 @@ def _write(
             seen.add(key)
             digest.update(key)
             split = "heldout" if hash_uniform(text) < heldout_share else "train"
-            ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
+            ids = [*tokenizer.encode(text).tolist(), end_id]
             for sequence in packs[split].add(ids):
                 name = f"{split}-{packs[split].num_sequences:08d}"
                 writers[split].write({"key": name, "caption_ids": np.array(sequence, dtype=kind)})

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -162,13 +163,25 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], *, prefix: str = 
 
 
 def environment() -> dict[str, Any]:
-    """Describe this process: command, versions, machine."""
+    """Describe this process: command, commit of the checkout, versions, machine."""
     return {
         "command": launch_command(),
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpus": os.cpu_count(),
         "packages": {name: version(name) for name in REPORTED_PACKAGES},
     }
+
+
+def commit() -> str:
+    """Name the commit of the checkout that runs, `+` where files differ from it; empty for an installed package."""
+    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip()
 
 
 def write_status(run_dir: Path, *, state: str, step: int, code: int | None = None, reason: str = "") -> None:

@@ -42,7 +42,9 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
     study = read_study(written(tmp_path))
     jobs = jobs_of(study, out=Path("o"))
     assert [job.name for job in jobs] == [
-        "first", "second", "pretrained-seed0", "random-seed0", "pretrained-seed1", "random-seed1", "near-pretrained-seed1",
+        "first", "second",
+        "pretrained-seed0", "random-seed0", "pretrained-seed1", "random-seed1",
+        "near-pretrained-seed1",
     ]  # fmt: skip
     assert jobs[0].command == ["step.py", "--out", "o/made"]
     assert [job.needs for job in jobs[:3]] == [(), ("first",), ("first", "second")]

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import config_of
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.documents import open_documents
@@ -52,6 +55,7 @@ report:
   - {{section: curves, title: Curves, arms: [fast, slow], values: [loss, image_loss],
      perplexity: true, paper: they meet}}
   - {{section: comparison, title: Compared, arms: [fast, slow], value: image_loss}}
+  - {{section: pretraining, folder: "{{out}}/text-run"}}
   - {{section: alignment, folder: "{{out}}/aligned"}}
   - {{section: nearest, files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
   - {{section: completions, files: {{fast: "{{out}}/forgetting.json"}}}}
@@ -81,6 +85,9 @@ def made(finished, tmp_path_factory):
         seq_len=90,
         heldout_share=0.3,
     )
+    text_run = config_of(out / "text", out / "text-run", eval_every=3)
+    text_run = replace(text_run, data=replace(text_run.data, mode="text-only"))
+    train(text_run, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
     (out / "study.yaml").write_text(STUDY.format(shards=finished.data.shards, text=out / "text"))
     study = read_study(out / "study.yaml")
     for arm in ("fast", "slow"):
@@ -128,7 +135,7 @@ def made(finished, tmp_path_factory):
 def test_the_report_has_every_section_with_its_figure(made):
     study, out = made
     page = write_study_report(study, jobs_of(study, out=out), out=out, command="make it").read_text()
-    assert page.count("<svg") == 11
+    assert page.count("<svg") == 12
     assert page.count("<h2>") == len(study.report) + 1
     outside = re.findall(r'(?:src|href)="(http[^"]*)"', page)
     assert outside == []
@@ -138,7 +145,7 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert "6 of 8 runs ended well" in text
     assert "broken-seed1 (failed, status 4)" in text
     pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
-    assert len(pictures) == 11
+    assert len(pictures) == 12
     assert all((out / picture).stat().st_size > 5_000 for picture in pictures)
     assert "One \\| two ⏎ three" in text
 
@@ -168,6 +175,15 @@ def section_of(made, kind):
     study, out = made
     arguments = next(one for one in study.report if one["section"] == kind)
     return make_section(arguments, study=study, out=out)
+
+
+def test_the_language_model_is_what_its_run_measured(made):
+    _, out = made
+    rows = [row for row in read_metrics(out / "text-run") if row.get("split") == "heldout"]
+    assert [row["step"] for row in rows] == [3, 6]
+    section = section_of(made, "pretraining")
+    assert f"a perplexity of {math.exp(rows[-1]['text_loss']):.1f}" in section.found
+    assert "documents of text:" in section.found
 
 
 def test_what_a_caption_is_worth_is_the_difference_of_held_out_losses(made):

@@ -4,6 +4,17 @@ from typing import Any
 
 from t2i.study.arms import Curve
 from t2i.study.drawing.axes import LABELS, draw_floors, finish, panels, styles
+from t2i.study.figures import COLOURS
+
+
+def pretraining(one: Curve, *, floors: dict[str, float]) -> Any:
+    """Draw held-out text loss against tokens, beside what counting costs."""
+    figure, (axis,) = panels(1)
+    axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
+    draw_floors(axis, floors)
+    axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats a token")
+    finish(axis)
+    return figure
 
 
 def forgetting(

@@ -22,6 +22,7 @@ KINDS: dict[str, Callable[..., Section]] = {
     "alignment": rows.alignment,
     "nearest": rows.nearest,
     "probe": rows.probe,
+    "pretraining": language.pretraining,
     "completions": language.completions,
     "forgetting": language.forgetting,
     "captions": language.captions,

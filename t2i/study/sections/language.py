@@ -1,11 +1,37 @@
 """What is left of the language model: completions, forgetting, captions against text, text's share of learning."""
 
+import math
 from pathlib import Path
 
-from t2i.study.arms import Curve, curve, paired, runs_of, text_floors_of
+from t2i.runs.ckpt import DATA_MANIFEST
+from t2i.runs.folder import STATUS, read_metrics
+from t2i.study.arms import Curve, Run, curve, paired, read_json, runs_of, text_floors_of
 from t2i.study.drawing import language as drawing
 from t2i.study.grid import Study
 from t2i.study.sections.section import Section, last, read_files
+
+
+def pretraining(study: Study, out: Path, *, folder: str) -> Section:
+    """Draw the held-out loss of a language model that the study trained itself, and say on what text.
+
+    Args:
+        folder: of its run, `{out}` being the study's.
+    """
+    run_dir = Path(folder.replace("{out}", str(out)))
+    run = Run(run_dir, 0, read_metrics(run_dir), read_json(run_dir / STATUS))
+    found = curve([run], value="text_loss", split="heldout")
+    if found is None:
+        return Section("The language model", f"{run_dir} has no held-out text loss.")
+    manifest = read_json(run_dir / DATA_MANIFEST)
+    floors: dict[str, float] = manifest["floors_nats"]["heldout"]
+    end = float(found.values[0, -1])
+    sentence = (
+        f"Pre-trained on {manifest['documents']['train']:,} documents of {manifest['source']} (SHA-256"
+        f" {manifest['gathered_sha256'][:16]}), {found.tokens[-1]:,} tokens, to {end:.3f} nats a held-out token, a"
+        f" perplexity of {math.exp(end):.1f}; counting single tokens costs {math.exp(floors['unigram']):.0f}, pairs"
+        f" {math.exp(floors['bigram']):.0f}."
+    )
+    return Section("The language model", sentence, drawing.pretraining(found, floors=floors))
 
 
 def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
