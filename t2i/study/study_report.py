@@ -7,10 +7,10 @@ from typing import Any
 import jinja2
 import matplotlib.pyplot as plt
 
-from t2i.runs.folder import environment
+from t2i.runs.folder import ENVIRONMENT, environment
 from t2i.study.arms import read_json
 from t2i.study.figures import to_svg
-from t2i.study.grid import Job, Study
+from t2i.study.grid import Job, Study, run_dir
 from t2i.study.sections import Section, make_section
 
 MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with_name("study.html.jinja")
@@ -36,6 +36,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         "minutes": sum(record.get("seconds", 0) for record in records.values()) / 60,
         "failed": {name: one for name, one in records.items() if one.get("state") not in ("done", None)},
         "environment": environment(),
+        "commits": _commits(study, out),
         "command": command,
         "date": time.strftime("%F"),
     }
@@ -45,6 +46,12 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         ).render(**facts)
         (out / name).write_text(page + "\n")
     return out / "report.html"
+
+
+def _commits(study: Study, out: Path) -> list[str]:
+    """List the commits that runs were trained with; a page may be written by a later one."""
+    found = {read_json(run_dir(out, *run) / ENVIRONMENT).get("commit", "") for run in study.runs()}
+    return sorted(found - {""})
 
 
 def _part(section: Section, *, name: str, folder: Path) -> dict[str, Any]:

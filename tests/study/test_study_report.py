@@ -143,6 +143,8 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert "they meet" in text
     assert "| arm | seeds | held-out image_loss |" in text  # there is no held-out total to show
     assert "6 of 8 runs ended well" in text
+    trained = json.loads((run_dir(out, "fast", 0) / "environment.json").read_text())["commit"]
+    assert not trained or f"trained at commit {trained}" in text
     assert "broken-seed1 (failed, status 4)" in text
     pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
     assert len(pictures) == 12

@@ -22,9 +22,9 @@ def training_curves(
             shown = [np.exp(each) if perplexity else each for each in (one.values, smoothed.mean(0))]
             for row in shown[0]:
                 axis.plot(one.tokens, row, color=colour, alpha=0.25, linewidth=0.5)
-            axis.plot(
-                one.tokens, shown[1], color=colour, linestyle=dash, label=f"{arm} ({len(one.seeds)} seeds)"
-            )
+            count = len(one.seeds)
+            label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
+            axis.plot(one.tokens, shown[1], color=colour, linestyle=dash, label=label)
         if value == "image_loss":
             draw_floors(axis, floors, perplexity=perplexity)
         label = LABELS.get(value, value)

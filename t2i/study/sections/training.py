@@ -95,8 +95,11 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
                 f"{one.num_reached} of {test.num_seeds}",
             ]
         )
+    at = f"{first.tokens[-1]:,}"
+    if second.tokens[-1] != first.tokens[-1]:  # such as where one of them has text beside its pictures
+        at += f" and {second.tokens[-1]:,}"
     sentence = (
-        f"At {first.tokens[-1]:,} tokens {first_name} - {second_name} is {test.mean:+.4f} nats"
+        f"At {at} tokens, step {first.steps[-1]}, {first_name} - {second_name} is {test.mean:+.4f} nats"
         f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds:"
         f" p = {p_value(test.p_value)},"
         f" {verdict_on(test.verdict, first_name)}. So many seeds would have seen a difference of"
