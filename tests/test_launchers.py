@@ -1,5 +1,7 @@
 """Every command's first contact: help without torch, the nearest right key, exit status and sentence."""
 
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from t2i.cli import flags_of, parse
-from t2i.config import DataConfig, PrepareConfig, RunConfig
+from t2i.config import DataConfig, PrepareConfig, RunConfig, SampleConfig, SourceConfig
 from t2i.env import use_own_tools
 from t2i.errors import UserError, run_command
 
@@ -112,6 +114,46 @@ def test_the_environments_own_programs_are_found_without_activating_it(monkeypat
 def test_a_value_that_no_sampler_can_have_is_a_sentence():
     done = run("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2")
     assert (done.returncode, done.stderr.strip().startswith("top_p 2.0")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"guidance_scale": math.nan},
+        {"guidance_scale": -1.0},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": math.nan},
+        {"seed": -1},
+    ],
+)
+def test_a_sampler_has_numbers_that_can_be_drawn_with(numbers):
+    ((key, value),) = numbers.items()
+    with pytest.raises(ValueError, match=f"^{key} {value}: "):
+        SampleConfig(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"min_side": -5}, "min_side is -5, wanted at least 0"),
+        ({"max_aspect": math.nan}, "max_aspect is nan, wanted at least 0"),
+        ({"max_aspect": 0.5}, "max_aspect is 0.5, wanted 0 for any, or at least 1"),
+        ({"max_caption": -3}, "max_caption is -3, wanted at least 0"),
+        ({"min_caption": 9, "max_caption": 5}, "max_caption is 5, below min_caption 9"),
+        ({"score_key": "s", "min_score": math.nan}, "min_score is nan"),
+    ],
+)
+def test_a_filter_that_would_keep_nothing_or_do_nothing_is_refused(numbers, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SourceConfig(**numbers)
+
+
+def test_deepspeed_has_no_word_between_a_plans_lines():
+    words = ["--data.shards", "data/none", "--ds_config", "ds_configs/zero2_fp32.json", "--num-gpus", "8"]
+    done = run("launchers/plan.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("model ") and "WARNING" not in done.stdout + done.stderr
 
 
 def test_the_environment_is_described():
