@@ -330,3 +330,9 @@ class TokenizerConfig:
     save_every: int = 500
     """Steps between saves that the same command goes on from."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least(self, {"image_size": 1, "latent_channels": 1, "codebook_size": 2, "layers_per_block": 1})
+        _check_least(
+            self, {"max_steps": 1, "batch_size": 1, "lr": 0, "revive_every": 1, "save_every": 1, "seed": 0}
+        )

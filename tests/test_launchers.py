@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from t2i.cli import flags_of, parse, quiet_libraries
-from t2i.config import DataConfig, PrepareConfig, RunConfig, SampleConfig, SourceConfig
+from t2i.config import DataConfig, PrepareConfig, RunConfig, SampleConfig, SourceConfig, TokenizerConfig
 from t2i.env import use_own_tools
 from t2i.errors import UserError, run_command
 
@@ -83,6 +83,8 @@ def test_impossible_numbers_are_refused_by_key():
         PrepareConfig(views=0, workers=-1)
     with pytest.raises(ValueError, match="seq_len is 0"):
         DataConfig(seq_len=0)
+    with pytest.raises(ValueError, match="max_steps is -1, wanted at least 1"):
+        TokenizerConfig(max_steps=-1)
 
 
 def test_run_files_are_flags_written_down(tmp_path):
