@@ -4,6 +4,7 @@ Examples:
   python eval/coco_fid.py runs/train
   python eval/coco_fid.py runs/train --coco data/coco --clip models/clip-vit-large-patch14
   torchrun --nproc-per-node 8 eval/coco_fid.py runs/train --coco data/coco --num-samples 30000
+  python eval/coco_fid.py runs/train --coco data/coco --captions uid_caption.csv
   python eval/coco_fid.py compare A/scores.json B/scores.json
 
 Without --coco, pictures are drawn from half of the model's own held-out captions and compared with the other half, on
@@ -22,7 +23,7 @@ import tyro
 
 from t2i.cli import parse
 from t2i.config import SampleConfig
-from t2i.errors import run_command
+from t2i.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -43,6 +44,9 @@ class ScoreCommand:
     """Captions drawn: by default 30,000 of COCO, or half of the held-out ones."""
     list_seed: int = 0
     """Which captions of COCO."""
+    captions: Path | None = None
+    """A published list of COCO's captions in place of --list-seed's: .csv, .tsv, .jsonl, .parquet with a column
+    caption, text or prompt, and image_id, coco_id, uid or file_name if there is one; or .txt with a caption a line."""
     out: Path | None = None
     """Folder of pictures and scores.json; by default eval/ or coco/ in the run (a folder a step) or exported folder."""
     features: Literal["efficientnet_lite0", "inception"] | None = None
@@ -64,22 +68,25 @@ class ScoreCommand:
 class CompareCommand:
     """Which two scores."""
 
-    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A.json")]
-    """scores.json of one model."""
-    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B.json")]
-    """scores.json of another."""
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """scores.json of one model, or the folder that holds it."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """scores.json of another, or its folder."""
 
 
 def score_model(command: ScoreCommand) -> None:
     from t2i.generate.processes import join, leave
+    from t2i.measure.reference import measure_reference
     from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.ckpt import open_checkpoint
 
     started = time.perf_counter()
+    if command.captions and (command.coco is None or command.list_seed):
+        raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     processes = join()
+    rulers = rulers_of(command, processes)
     checkpoint = open_checkpoint(command.ckpt, device=processes.device)
     task = task_of(command, checkpoint)
-    rulers = rulers_of(command, processes)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls = () if command.coco else ("shuffled", "untrained")
     drawing = Drawing(
@@ -89,6 +96,8 @@ def score_model(command: ScoreCommand) -> None:
         batch_size=command.batch_size,
     )
     rank, world_size = processes.process_index, processes.num_processes
+    if processes.is_main_process and task.reference.cache:  # a broken picture is named before days of drawing
+        measure_reference(task.reference, rulers.extractor, progress=True)
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
     facts = {"processes": world_size, "seconds_to_draw": time.perf_counter() - started}
     facts |= {} if command.coco else {"captions_heard": captions_heard(checkpoint)}
@@ -100,14 +109,18 @@ def score_model(command: ScoreCommand) -> None:
 
 
 def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
-    from t2i.measure.coco import NUM_SAMPLES, coco_task
+    from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_coco
     from t2i.measure.halves import halves_task, read_data_manifest
 
     if command.coco is None:
         return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
-    count = NUM_SAMPLES if command.num_samples is None else command.num_samples
-    size = checkpoint.image_size()
-    return coco_task(command.coco, image_size=size, num_samples=count, seed=command.list_seed)
+    coco = read_coco(command.coco)
+    if command.captions:
+        choice = listed_captions(coco, command.captions, num_samples=command.num_samples)
+    else:
+        count = NUM_SAMPLES if command.num_samples is None else command.num_samples
+        choice = drawn_captions(coco, num_samples=count, seed=command.list_seed)
+    return coco_task(coco, choice, image_size=checkpoint.image_size())
 
 
 def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":

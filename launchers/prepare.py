@@ -41,7 +41,7 @@ class PrepareCommand:
     preview: int = 0
     """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
     sheet: Path = Path("sheet.png")
-    """Picture file (.png) that --check and --preview draw."""
+    """Picture file (.png) that --check and --preview draw; only an older sheet there is replaced."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,8 +60,6 @@ def main() -> None:
     command = parse(PrepareCommand, description=__doc__ or "")
     if [command.out is not None, command.check is not None, command.preview > 0].count(True) != 1:
         raise UserError("give one of --out DIR to prepare, --check DIR to check, --preview N to look.")
-    if command.sheet.suffix != ".png":
-        raise UserError(f"--sheet is {command.sheet}; wanted is a name that ends in .png.")
     from t2i.data.documents import PREFIX
 
     if command.check:
@@ -76,14 +74,15 @@ def main() -> None:
 
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.shards import check_shards, has_image_tokenizer, read_manifest
-    from t2i.data.sheet import draw_sheet, show_shards
+    from t2i.data.sheet import check_sheet, save_sheet, show_shards
 
+    check_sheet(sheet)
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
     if not has_image_tokenizer(read_manifest(folder)):
         return
     rows = show_shards(folder, num=NUM_SHOWN)
-    draw_sheet(rows).save(sheet)
+    save_sheet(rows, sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
     print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
@@ -136,9 +135,10 @@ def encode(command: PrepareCommand, out: Path) -> None:
 
 def look(command: PrepareCommand) -> None:
     from t2i.data.pairs import open_source
-    from t2i.data.sheet import draw_sheet, preview
+    from t2i.data.sheet import check_sheet, preview, save_sheet
     from t2i.tokens.text import TextTokenizer
 
+    check_sheet(command.sheet)
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     if source.given:
         raise UserError(f"{command.source} has no pictures to preview.")
@@ -149,7 +149,7 @@ def look(command: PrepareCommand) -> None:
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
     )
-    draw_sheet(rows).save(command.sheet)
+    save_sheet(rows, command.sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
     print(f"Crops and their codes decoded, beside their captions: {command.sheet}. Nothing else was written.")

@@ -28,7 +28,8 @@ class SampleCommand:
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     prompts: tuple[str, ...]
-    """Captions, or one text file with a caption a line; with --layout, the benchmark's prompts."""
+    """Captions, or one file: .txt with a caption a line, or .csv, .tsv, .jsonl, .parquet with a column caption, text or
+    prompt; with --layout, the benchmark's prompts."""
     out: Path
     """Folder of the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
@@ -39,14 +40,12 @@ class SampleCommand:
 
 
 def captions_of(prompts: tuple[str, ...]) -> list[str]:
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
-        path = Path(prompts[0])
-        if not path.is_file():
-            raise UserError(f"--prompts {path} is no file.")
-        try:
-            prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompts {path} is no text in UTF-8: {error}.") from error
+    from t2i.data.caption_list import LISTS, read_caption_list
+
+    if len(prompts) == 1:
+        path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1
+        if path.suffix in LISTS or (is_word and path.is_file()):
+            return [row.text for row in read_caption_list(path)]
     captions = [prompt for prompt in prompts if prompt]
     if not captions:
         raise UserError("--prompts names no caption.")

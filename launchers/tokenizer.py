@@ -58,6 +58,7 @@ def main() -> None:
     command = parse(Train | Evaluate, description=__doc__ or "")  # type: ignore[arg-type]
     from t2i.data.pairs import open_source
     from t2i.measure.features import metric_key
+    from t2i.runs.folder import new_folder
     from t2i.train.tokenizer_run import FEATURES, make_tokenizer, measure_folder
 
     source = open_source(command.source, config=command.reading)
@@ -65,21 +66,21 @@ def main() -> None:
         line = shlex.join(["python", *sys.argv])
         measures = make_tokenizer(source, out=command.out, config=command.tokenizer, command=line)
     else:
-        if (command.out / "measures.json").exists():
-            raise UserError(f"--out {command.out} holds measures already; choose another.")
-        command.out.mkdir(parents=True, exist_ok=True)
-        measures = measure_folder(
-            command.tokenizer,
-            source=source,
-            image_size=command.image_size,
-            grid=command.out / "reconstructions.png",
-            split=command.split,
-            num_pictures=command.num_pictures,
-        )
-        settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
-        settings["features"] = FEATURES
-        found = {**settings, "image_size": command.image_size, **asdict(measures)}
-        (command.out / "measures.json").write_text(json.dumps(found, indent=1))
+        if command.num_pictures < 2:
+            raise UserError(f"--num-pictures is {command.num_pictures}; wanted is at least 2.")
+        with new_folder(command.out) as part:
+            measures = measure_folder(
+                command.tokenizer,
+                source=source,
+                image_size=command.image_size,
+                grid=part / "reconstructions.png",
+                split=command.split,
+                num_pictures=command.num_pictures,
+            )
+            settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
+            settings["features"] = FEATURES
+            found = {**settings, "image_size": command.image_size, **asdict(measures)}
+            (part / "measures.json").write_text(json.dumps(found, indent=1))
     print(
         f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
     )

@@ -80,3 +80,8 @@ def quiet_libraries() -> None:
     logging.getLogger("t2i").setLevel(logging.INFO)
     for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # which sets a level of its own when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -1,6 +1,7 @@
 """Every knob of a training run, with its unit; the defaults are the demo on the embedded pictures."""
 
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 def _check_least(config: object, least: dict[str, int]) -> None:
     """Refuse numbers below the least that makes sense, by key."""
     wrong = [f"{key} is {getattr(config, key)}, wanted at least {few}" for key, few in least.items()
-             if getattr(config, key) < few]  # fmt: skip
+             if not getattr(config, key) >= few]  # fmt: skip
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}.")
 
@@ -49,6 +50,15 @@ class SourceConfig:
     min_score: float | None = None
     """Smallest score that is kept, of score_key; None for any."""
 
+    def __post_init__(self) -> None:
+        _check_least(self, {"min_side": 0, "max_aspect": 0, "min_caption": 0, "max_caption": 0})
+        if 0 < self.max_aspect < 1:
+            raise ValueError(f"max_aspect is {self.max_aspect}, wanted 0 for any, or at least 1.")
+        if 0 < self.max_caption < self.min_caption:
+            raise ValueError(f"max_caption is {self.max_caption}, below min_caption {self.min_caption}.")
+        if self.min_score is not None and isnan(self.min_score):
+            raise ValueError("min_score is nan, wanted a number.")
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -68,7 +78,8 @@ class PrepareConfig:
     """Processes a rank that read, crop and resize while the rank itself encodes; 0 for none."""
 
     def __post_init__(self) -> None:
-        _check_least(self, {"image_size": 1, "views": 1, "batch_size": 1, "unit_pairs": 1, "workers": 0})
+        least = {"image_size": 1, "views": 1, "batch_size": 1, "unit_pairs": 1, "workers": 0, "max_broken": 0}
+        _check_least(self, least)
 
 
 @dataclass(frozen=True)
@@ -272,11 +283,14 @@ class SampleConfig:
     """Picture i is drawn with seed + i."""
 
     def __post_init__(self) -> None:
-        wrong = [f"{key} {getattr(self, key)}" for key in ("temperature", "top_k") if getattr(self, key) < 0]
+        keys = ("guidance_scale", "temperature", "top_k", "seed")
+        wrong = [f"{key} {getattr(self, key)}" for key in keys if not 0 <= getattr(self, key) < 2**63]
         if not 0 < self.top_p <= 1:
             wrong.append(f"top_p {self.top_p}")
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: temperature and top_k are at least 0, top_p is in (0, 1].")
+            raise ValueError(
+                f"{', '.join(wrong)}: {', '.join(keys)} are at least 0 and below 2^63, top_p is in (0, 1]."
+            )
 
 
 @dataclass(frozen=True)
@@ -316,3 +330,9 @@ class TokenizerConfig:
     save_every: int = 500
     """Steps between saves that the same command goes on from."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least(self, {"image_size": 1, "latent_channels": 1, "codebook_size": 2, "layers_per_block": 1})
+        _check_least(
+            self, {"max_steps": 1, "batch_size": 1, "lr": 0, "revive_every": 1, "save_every": 1, "seed": 0}
+        )

@@ -1,5 +1,8 @@
 """Every command's first contact: help without torch, the nearest right key, exit status and sentence."""
 
+import logging
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from t2i.cli import flags_of, parse
-from t2i.config import DataConfig, PrepareConfig, RunConfig
+from t2i.cli import flags_of, parse, quiet_libraries
+from t2i.config import DataConfig, PrepareConfig, RunConfig, SampleConfig, SourceConfig, TokenizerConfig
 from t2i.env import use_own_tools
 from t2i.errors import UserError, run_command
 
@@ -80,6 +83,8 @@ def test_impossible_numbers_are_refused_by_key():
         PrepareConfig(views=0, workers=-1)
     with pytest.raises(ValueError, match="seq_len is 0"):
         DataConfig(seq_len=0)
+    with pytest.raises(ValueError, match="max_steps is -1, wanted at least 1"):
+        TokenizerConfig(max_steps=-1)
 
 
 def test_run_files_are_flags_written_down(tmp_path):
@@ -112,6 +117,50 @@ def test_the_environments_own_programs_are_found_without_activating_it(monkeypat
 def test_a_value_that_no_sampler_can_have_is_a_sentence():
     done = run("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2")
     assert (done.returncode, done.stderr.strip().startswith("top_p 2.0")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"guidance_scale": math.nan},
+        {"guidance_scale": -1.0},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": math.nan},
+        {"seed": -1},
+    ],
+)
+def test_a_sampler_has_numbers_that_can_be_drawn_with(numbers):
+    ((key, value),) = numbers.items()
+    with pytest.raises(ValueError, match=f"^{key} {value}: "):
+        SampleConfig(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"min_side": -5}, "min_side is -5, wanted at least 0"),
+        ({"max_aspect": math.nan}, "max_aspect is nan, wanted at least 0"),
+        ({"max_aspect": 0.5}, "max_aspect is 0.5, wanted 0 for any, or at least 1"),
+        ({"max_caption": -3}, "max_caption is -3, wanted at least 0"),
+        ({"min_caption": 9, "max_caption": 5}, "max_caption is 5, below min_caption 9"),
+        ({"score_key": "s", "min_score": math.nan}, "min_score is nan"),
+    ],
+)
+def test_a_filter_that_would_keep_nothing_or_do_nothing_is_refused(numbers, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        SourceConfig(**numbers)
+
+
+def test_deepspeed_is_quiet_although_its_import_sets_a_level_anew():
+    quiet_libraries()
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.setLevel(logging.WARNING)
+    said = {
+        level: bool(deepspeed.filter(deepspeed.makeRecord("", level, "", 0, "", (), None)))
+        for level in (30, 40)
+    }
+    assert said == {logging.WARNING: False, logging.ERROR: True}
 
 
 def test_the_environment_is_described():

@@ -66,7 +66,7 @@ def open_documents(source: str) -> Documents:
         if not files:
             raise DataError(f"--source {source}: {path} holds no .txt file.")
         return Documents(source, (_read(file).strip() for file in files))
-    if name.startswith((".", "/")) or name.count("/") > 1:
+    if name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".txt":
         raise DataError(f"--source {source}: {path} does not exist.")
     return Documents(source, _dataset_texts(name))
 
@@ -120,7 +120,10 @@ def _dataset_texts(name: str) -> Iterator[str]:
     """Stream the `text` column of a Hugging Face dataset's training split."""
     from datasets import load_dataset
 
-    rows: Any = load_dataset(name, split="train", streaming=True)
+    try:
+        rows: Any = load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the Hugging Face data set {name} cannot be opened: {error}") from error
     for row in rows:
         if "text" not in row:
             raise DataError(f"--source text:{name} has columns {', '.join(row)}; wanted is one named text.")

@@ -178,9 +178,9 @@ def _same_arguments(folder: Path, found: dict[str, Any], wanted: dict[str, Any])
         if found.get(key) != wanted[key]
     ]
     if changed:
-        raise UserError(
-            f"{folder} was made with other arguments ({'; '.join(changed)}). Choose another --out."
-        )
+        begun = folder.name.endswith(".part")
+        advice = "Remove it to begin anew, or choose another --out" if begun else "Choose another --out"
+        raise UserError(f"{folder} was made with other arguments ({'; '.join(changed)}). {advice}.")
 
 
 def _signs(folder: Path, rank: int, world_size: int) -> AbstractContextManager[None]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from t2i.config import PrepareConfig
 from t2i.data.pairs import Source
 from t2i.data.roundtrip import sample_pictures
 from t2i.data.shards import IMAGE_TOKENIZER, TEXT_TOKENIZER, read_split
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, pictures_of, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -20,6 +21,8 @@ TEXT_WIDTH, TEXT_COLUMNS, MARGIN = 420, 56, 8
 """Pixels and characters of a caption's lines; pixels between parts."""
 
 SHOWN_CODES = 12
+DRAWN_BY = "a sheet of t2i"
+"""What a sheet's file says of itself, so that only sheets are replaced."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,33 @@ def draw_sheet(rows: list[Shown]) -> Image.Image:
         lines = textwrap.wrap(row.caption, TEXT_COLUMNS)[: side // 18]
         draw.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=4)
     return sheet
+
+
+def check_sheet(path: Path) -> None:
+    """Check that a sheet may be written to a file.
+
+    Raises:
+        UserError: it is no .png, has no folder, or is a file of somebody else.
+    """
+    if path.suffix != ".png":
+        raise UserError(f"--sheet is {path}; wanted is a name that ends in .png.")
+    if not path.parent.is_dir():
+        raise UserError(f"--sheet is {path}, but there is no folder {path.parent}.")
+    if not path.exists():
+        return
+    try:
+        software = Image.open(path).info.get("Software")
+    except (UnidentifiedImageError, OSError):
+        software = None
+    if software != DRAWN_BY:
+        raise UserError(f"--sheet {path} exists and was not drawn here; choose another.")
+
+
+def save_sheet(rows: list[Shown], path: Path) -> None:
+    """Draw rows into a file that check_sheet passed; an older sheet there is replaced."""
+    info = PngInfo()
+    info.add_text("Software", DRAWN_BY)
+    draw_sheet(rows).save(path, pnginfo=info)
 
 
 def _facts(key: str, split: str, ids: list[int], codes: list[int]) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.model.sampling_open_lm import sample_codes
+from t2i.plain import read_json
 from t2i.runs.ckpt import Checkpoint
 from t2i.tokens.image import pictures_of
 from t2i.tokens.sequence import caption_room, prompt
@@ -88,10 +89,13 @@ def draw_folder(
         "batch_size": batch_size,
         "captions_sha256": captions_sha256(captions),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    _same_settings(out / SETTINGS, settings)
     names = list(captions)
     paths = [out / f"{name}.png" for name in names]
+    out.mkdir(parents=True, exist_ok=True)
+    there = next((path for path in paths if path.exists()), None)
+    if there is not None and not (out / SETTINGS).exists():  # which is written before any picture
+        raise UserError(f"{there} was not drawn here: {out} has no {SETTINGS}. Choose another --out.")
+    _same_settings(out / SETTINGS, settings)
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
     starts = list(range(0, len(names), batch_size))[rank::world_size]
@@ -145,7 +149,7 @@ def _places(columns: int) -> Iterator[tuple[int, int]]:
 
 def _same_settings(file: Path, settings: dict[str, object]) -> None:
     if file.exists():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         changed = [
             f"{key}: {found.get(key)} there, {settings[key]} asked"
             for key in settings

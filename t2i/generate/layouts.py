@@ -66,7 +66,11 @@ def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
 def _geneval(file: Path, out: Path) -> Benchmark:
     if not file.is_file():
         raise DataError(f"--prompts {file} is no file; GenEval's is evaluation_metadata.jsonl.")
-    rows = [line for line in file.read_text().splitlines() if line.strip()]
+    rows = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not rows:
+        raise DataError(
+            f"--prompts {file} is empty; GenEval's evaluation_metadata.jsonl has a JSON object a line."
+        )
     captions: dict[str, str] = {}
     metadata = {}
     for number, row in enumerate(rows):
@@ -86,7 +90,7 @@ def _dpg(folder: Path, out: Path) -> Benchmark:
     sheets = {}
     for file in files:
         names = _names(f"{file.stem}_", digits=1)
-        captions |= dict.fromkeys(names, " ".join(file.read_text().split()))
+        captions |= dict.fromkeys(names, " ".join(file.read_text(encoding="utf-8", errors="replace").split()))
         sheets[out / f"{file.stem}.png"] = [drawn / f"{name}.png" for name in names]
     return Benchmark(captions=captions, drawn=drawn, metadata={}, sheets=sheets)
 

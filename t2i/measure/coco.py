@@ -4,11 +4,13 @@ A COCO folder holds annotations/captions_val2014.json and val2014/*.jpg (or imag
 https://cocodataset.org distributes them.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from t2i.data.caption_list import read_caption_list
 from t2i.data.hashing import hash_uniform
 from t2i.data.pairs.coco import Caption, CaptionFile, read_captions
 from t2i.errors import DataError, UserError
@@ -16,6 +18,7 @@ from t2i.measure.features import cache_folder
 from t2i.measure.pictures import Pictures, read_file
 from t2i.measure.reference import Reference
 from t2i.measure.score import Task
+from t2i.released import sha256_of
 
 CAPTIONS = Path("annotations", "captions_val2014.json")
 PICTURES = "val2014"
@@ -28,28 +31,37 @@ CAPTIONS_RULE = (
     " by id; then each with its second, and so on; the first {num_samples}"
 )
 
+LIST_RULE = (
+    "the first {num_samples} captions of a list with SHA-256 {sha256}, each picture's first before all others; where"
+    " it names no pictures, a caption is of the first picture by id that has it"
+)
 
-def coco_task(folder: Path, *, image_size: int, num_samples: int, seed: int) -> Task:
-    """Make the task of scoring on a COCO folder: every val2014 picture is the reference.
+
+@dataclass(frozen=True)
+class Choice:
+    """Captions in the order of drawing, each picture's first one before all others, and how they were chosen."""
+
+    captions: list[Caption]
+    rule: str
+
+
+def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
+    """Make the task of scoring on COCO: every val2014 picture is the reference.
 
     Args:
         image_size: pixels a side that the model draws.
-        num_samples: captions drawn; more than there are pictures takes second captions.
-        seed: which of the captions.
 
     Raises:
-        DataError: the folder is not of COCO's layout, or pictures are missing.
-        UserError: more captions asked than there are.
+        DataError: pictures are missing.
     """
-    coco = read_coco(folder)
-    chosen = choose_captions(coco.captions, num_samples=num_samples, seed=seed)
+    chosen = choice.captions
     own_ids = list(dict.fromkeys(caption.picture_id for caption in chosen))
     places = {picture_id: place for place, picture_id in enumerate(coco.pictures)}
     sizes = _sizes(list(coco.pictures.values()))
     return Task(
         data="MS COCO val2014",
         captions={name_of(caption): caption.text for caption in chosen},
-        captions_rule=CAPTIONS_RULE.format(seed=seed, num_samples=f"{num_samples:,}"),
+        captions_rule=choice.rule,
         own=_pictures([coco.pictures[picture_id] for picture_id in own_ids], size=image_size),
         reference=Reference(
             name=f"all {len(coco.pictures):,} pictures of MS COCO val2014",
@@ -75,21 +87,53 @@ def read_coco(folder: Path) -> CaptionFile:
     return read_captions(folder, PICTURES)
 
 
-def choose_captions(captions: dict[int, list[Caption]], *, num_samples: int, seed: int) -> list[Caption]:
+def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
     """Choose captions by CAPTIONS_RULE: distinct pictures first.
 
     Raises:
         UserError: there are fewer.
     """
+    captions = coco.captions
     total = sum(map(len, captions.values()))
+    _check_count(num_samples, total=total)
+    order = sorted(captions, key=lambda picture_id: hash_uniform("coco", seed, picture_id))
+    most = max(map(len, captions.values()))
+    rounds = [captions[each][turn] for turn in range(most) for each in order if turn < len(captions[each])]
+    return Choice(rounds[:num_samples], CAPTIONS_RULE.format(seed=seed, num_samples=f"{num_samples:,}"))
+
+
+def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -> Choice:
+    """Take the captions of a published list, by LIST_RULE.
+
+    Args:
+        num_samples: only the first so many of the list; None for all.
+
+    Raises:
+        DataError: the list cannot be read, or a row is of no picture of val2014.
+        UserError: the list is shorter.
+    """
+    listed = read_caption_list(file)
+    count = len(listed) if num_samples is None else num_samples
+    _check_count(count, total=len(listed))
+    ids = sorted(coco.captions, reverse=True)
+    by_text = {caption.text: picture_id for picture_id in ids for caption in coco.captions[picture_id]}
+    captions = []
+    for number, row in enumerate(listed[:count]):
+        picture_id = by_text.get(row.text) if row.picture_id is None else row.picture_id
+        if picture_id is None or picture_id not in coco.pictures:
+            wanted = f"caption {row.text!r:.80}" if picture_id is None else f"picture {picture_id}"
+            raise DataError(f"{file}, row {number + 1}: val2014 has no {wanted}.")
+        captions.append(Caption(number, picture_id, row.text))
+    firsts = {caption.picture_id: caption.caption_id for caption in reversed(captions)}
+    captions.sort(key=lambda caption: firsts[caption.picture_id] != caption.caption_id)
+    return Choice(captions, LIST_RULE.format(sha256=sha256_of(file), num_samples=f"{count:,}"))
+
+
+def _check_count(num_samples: int, *, total: int) -> None:
     if not 2 <= num_samples <= total:
         raise UserError(
             f"--num-samples is {num_samples:,}; wanted 2 to the {total:,} captions that there are."
         )
-    order = sorted(captions, key=lambda picture_id: hash_uniform("coco", seed, picture_id))
-    most = max(map(len, captions.values()))
-    rounds = [captions[each][turn] for turn in range(most) for each in order if turn < len(captions[each])]
-    return rounds[:num_samples]
 
 
 def name_of(caption: Caption) -> str:

@@ -1,10 +1,12 @@
 """Two scores side by side, if they were measured alike."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
+from t2i.plain import check_keys, read_json
+
+SCORES = "scores.json"
 
 PROTOCOL = (
     "data",
@@ -38,17 +40,14 @@ SUBJECT = (
 
 
 def read_scores(file: Path) -> dict[str, Any]:
-    """Read a scores.json.
+    """Read a scores.json, or that of a folder.
 
     Raises:
         UserError: it is none.
     """
-    try:
-        scores = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as scores.json ({error}).") from error
-    if not isinstance(scores, dict) or "rows" not in scores:
-        raise UserError(f"{file} is no scores.json: it has no rows.")
+    file = file / SCORES if file.is_dir() else file
+    scores = read_json(file, error=UserError)
+    check_keys(scores, {"rows": dict, "measures": list}, where=f"{file} is no scores.json", error=UserError)
     return scores
 
 

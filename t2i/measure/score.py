@@ -19,6 +19,7 @@ from t2i.config import SampleConfig
 from t2i.generate.draw import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
+from t2i.measure.compare import SCORES
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
 from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_note
 from t2i.measure.pictures import Pictures, Reconstructions
@@ -26,7 +27,7 @@ from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, meas
 from t2i.model.backbone import made_of
 from t2i.runs.ckpt import Checkpoint
 
-SCORES, CAPTIONS = "scores.json", "captions.jsonl"
+CAPTIONS = "captions.jsonl"
 KERNEL_SEED = 0
 PACKAGES = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
 

@@ -33,7 +33,10 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{folder} is of no model type that transformers knows: {error}") from error
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        raise UserError(
+            f"{folder} is no language model that transformers knows: model_type in its config.json is {kind!r}."
+        ) from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

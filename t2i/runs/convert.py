@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2i.data import openmoji
 from t2i.errors import CheckpointError, UserError
+from t2i.model.backbone import is_open_lm
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.reference import open_lm_logits
@@ -69,6 +70,8 @@ def convert_open_lm(
         CheckpointError: the checkpoint cannot be trusted, does not fit, or the folder gives other logits.
     """
     with new_folder(out) as part:
+        if config_name:
+            read_config(config_name)  # a wrong name is known before gigabytes are hashed
         releases = identify(checkpoint, tell=tell)
         config = read_config(_config_name(config_name, checkpoint=checkpoint, releases=releases))
         own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
@@ -89,6 +92,8 @@ def convert_back(ckpt: str, *, out: Path) -> None:
         UserError: `out` exists, or ckpt is no CKPT.
     """
     folder, _ = find(ckpt)
+    if not is_open_lm(folder):
+        raise UserError(f"{folder} holds no open_lm model: its config.json is of another class.")
     with new_folder(out) as part:
         config = OpenLMConfig.from_pretrained(folder)
         torch.save(open_lm_state(read_weights(folder), config=config), part / OPEN_LM_WEIGHTS)

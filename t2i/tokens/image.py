@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i.errors import DataError, UserError
+from t2i.plain import read_json
 
 ROUND_TRIP = "roundtrip.safetensors"
 """Pictures, their codes and what they decode to, kept beside shards, runs and exports."""
@@ -97,13 +98,18 @@ class ImageTokenizer:
         """
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
+        kind = read_json(folder / "config.json", error=UserError).get("_class_name")
+        if kind != VQModel.__name__:
+            raise UserError(
+                f"{folder} is no image tokenizer: its config.json is of {kind}; wanted is VQModel."
+            )
         # The switch lets the decoder take codes; folders older than it lack it, and weights do not depend on it.
         model = VQModel.from_pretrained(folder, lookup_from_codebook=True)
         return cls(model, folder=folder, device=device, dtype=dtype)
 
     def num_codes(self, image_size: int) -> int:
         """Count the codes of one picture of image_size x image_size pixels."""
-        if image_size % self.downscale:
+        if image_size < 1 or image_size % self.downscale:
             raise UserError(
                 f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels a code."
             )

@@ -7,6 +7,7 @@ DeepSpeed's and against real tensors; time is arithmetic on a utilisation that s
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,14 @@ def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: 
 
 
 def _check(ds_config: dict[str, Any], plan: PlanConfig) -> None:
-    if plan.num_gpus < 1 or not 0 < plan.mfu <= 1 or plan.price < 0:
+    if plan.num_gpus < 1 or not 0 < plan.mfu <= 1 or not 0 <= plan.price < inf:
         raise UserError(
             f"--num-gpus is {plan.num_gpus}, --mfu {plan.mfu} and --price {plan.price}; wanted are at least 1, above 0"
             " up to 1, and at least 0."
         )
+    for key in ("text_rows", "codebook_size", "codes_per_image", "num_pairs", "caption_tokens"):
+        if getattr(plan, key) < 1:
+            raise UserError(f"--{key.replace('_', '-')} is {getattr(plan, key)}; wanted is at least 1.")
     zero = ds_config.get("zero_optimization", {})
     offloads = [key for key in zero if key.startswith("offload")]
     if zero.get("stage") != 2 or offloads:

@@ -74,12 +74,12 @@ def measure_folder(
     extractor = load_features(FEATURES, device=device)
     measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
     step = max(1, len(pictures) // 32)
+    shown, columns = min(32, len(pictures) // step), min(8, len(pictures))
     rows = []
-    for start in range(0, min(32, len(pictures) // step) // 8 * 8, 8):
+    for start in range(0, shown // columns * columns, columns):
         for images in (pictures[::step], back[::step]):
-            rows.append(np.concatenate(list(images[start : start + 8]), axis=1))
-    if rows:
-        Image.fromarray(np.concatenate(rows)).save(grid)
+            rows.append(np.concatenate(list(images[start : start + columns]), axis=1))
+    Image.fromarray(np.concatenate(rows)).save(grid)
     return measures
 
 

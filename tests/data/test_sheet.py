@@ -9,8 +9,8 @@ from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.data.pairs import open_source
 from t2i.data.prepare import prepare
 from t2i.data.shards import check_image_tokenizer, check_shards, read_manifest, read_split
-from t2i.data.sheet import draw_sheet, preview, show_shards
-from t2i.errors import DataError
+from t2i.data.sheet import check_sheet, draw_sheet, preview, save_sheet, show_shards
+from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -44,6 +44,24 @@ def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
     with pytest.raises(DataError, match="no picture of .* can be read"):
         filtered = open_source(source.name, config=SourceConfig(min_side=1_000))
         preview(filtered, num=3, config=PrepareConfig(), **tokenizers)
+
+
+def test_a_sheet_replaces_a_sheet_and_nothing_else(source, tokenizers, tmp_path):
+    rows = preview(source, num=1, config=PrepareConfig(), **tokenizers)
+    sheet = tmp_path / "sheet.png"
+    for _ in range(2):
+        check_sheet(sheet)
+        save_sheet(rows, sheet)
+    made.picture(1).save(tmp_path / "mine.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for name, sentence in (
+        ("mine.png", "mine.png exists and was not drawn here"),
+        ("broken.png", "broken.png exists and was not drawn here"),
+        ("sheet.jpg", "wanted is a name that ends in .png"),
+        ("gone/sheet.png", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            check_sheet(tmp_path / name)
 
 
 def test_shards_show_what_their_codes_and_ids_say(source, tokenizers, tmp_path):

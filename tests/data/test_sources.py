@@ -103,6 +103,27 @@ def test_unfinished_and_broken_tars_are_reported_and_the_rest_is_used(tmp_path, 
     assert made.NUM_PICTURES // 2 < len(keys) < made.NUM_PICTURES
 
 
+def test_img2datasets_plain_files_are_read_although_their_tables_lie_beside_them(tmp_path):
+    made.text_folder(tmp_path / "cc3m" / "00000")
+    made.write_table(tmp_path / "cc3m" / "00000.parquet", [{"url": "http://x", "caption": "x"}])
+    (tmp_path / "cc3m" / "00000_stats.json").write_text("{}")
+    pairs = open_source(str(tmp_path / "cc3m")).pairs
+    assert [(pair.key, pair.caption) for pair in pairs[:2]] == [
+        ("00000/000.png", made.caption(0)),
+        ("00000/001.png", made.caption(1)),
+    ]
+
+
+def test_a_value_with_an_unquoted_comma_is_refused_by_its_line(tmp_path):
+    made.metadata_csv(tmp_path)
+    table = tmp_path / "metadata.csv"
+    table.write_text(table.read_text().replace(made.caption(1), "a dog, a cat"))
+    with pytest.raises(
+        DataError, match=r"metadata\.csv: line 3 has 3 values for the 2 columns file_name, text"
+    ):
+        open_source(str(tmp_path))
+
+
 def test_odd_members_of_a_tar_are_passed_over(tmp_path):
     import tarfile
 
@@ -137,6 +158,9 @@ def test_captions_and_names_come_from_the_keys_that_are_asked_for(tmp_path):
     name = made.parquet_bytes(tmp_path / "table")
     with pytest.raises(DataError, match=r"file_name, text; wanted is one of title \(--caption-key\)"):
         open_source(name, config=SourceConfig(caption_key="title")).units(8)
+    for key in ("pair", "score"):
+        with pytest.raises(DataError, match=rf"wanted is one of similarty \(--{key}-key\)"):
+            open_source(name, config=SourceConfig(**{f"{key}_key": "similarty"})).units(8)
 
 
 def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
@@ -248,3 +272,9 @@ def test_what_is_missing_is_named(tmp_path):
     made.write_table(tmp_path / "urls" / "x.parquet", [{"URL": "http://x", "TEXT": "x"}])
     with pytest.raises(DataError, match=r"URL, TEXT; wanted is one of image, jpg, png, webp \(--image-key\)"):
         open_source(str(tmp_path / "urls")).units(8)
+    made.metadata_jsonl(tmp_path / "nested" / "train")
+    with pytest.raises(DataError, match=r"24 times no \.txt caption beside.* metadata\.jsonl .* at its top"):
+        open_source(str(tmp_path / "nested"))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing is left: it has no picture"):
+        open_source(str(tmp_path / "nothing"))

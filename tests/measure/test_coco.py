@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from transformers import (
 )
 
 from t2i.config import ASSETS
+from t2i.data.pairs.coco import Caption, CaptionFile
 from t2i.errors import DataError, UserError
 from t2i.measure import reference
 from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip
-from t2i.measure.coco import centre_crop_lanczos, choose_captions, coco_task, read_coco
+from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_coco
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
 from t2i.tokens.image import ImageTokenizer, to_pixels
@@ -91,8 +93,9 @@ def slow_frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files_order(coco_folder, tmp_path):
-    captions = read_coco(coco_folder).captions
-    chosen = choose_captions(captions, num_samples=60, seed=0)
+    coco = read_coco(coco_folder)
+    captions = coco.captions
+    chosen = drawn_captions(coco, num_samples=60, seed=0).captions
     ids = [caption.picture_id for caption in chosen]
     assert len(set(ids[:24])) == 24 and ids[:24] == ids[24:48] == ids[:12] + ids[12:24]
     for turn in range(2):  # captions by id, whatever their order in the file
@@ -102,26 +105,27 @@ def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files
     assert (
         chosen[0].text.startswith("Sentence ") and "  " not in chosen[0].text and "\n" not in chosen[0].text
     )
-    assert chosen[:10] == choose_captions(captions, num_samples=10, seed=0)
-    assert chosen[:10] != choose_captions(captions, num_samples=10, seed=1)
-    turned = dict(reversed(captions.items()))
-    assert chosen == choose_captions(turned, num_samples=60, seed=0)
+    assert chosen[:10] == drawn_captions(coco, num_samples=10, seed=0).captions
+    assert chosen[:10] != drawn_captions(coco, num_samples=10, seed=1).captions
+    turned = replace(coco, captions=dict(reversed(captions.items())))
+    assert chosen == drawn_captions(turned, num_samples=60, seed=0).captions
     with pytest.raises(UserError, match="--num-samples is 121; wanted 2 to the 120 captions"):
-        choose_captions(captions, num_samples=121, seed=0)
+        drawn_captions(coco, num_samples=121, seed=0)
 
 
 def test_the_order_of_pictures_is_pinned():
     """The list of everybody's 30,000 captions hangs on it: sha256 of coco, seed and id, joined by \\x1f."""
-    captions = {id_: read for id_, read in enumerate([[f"{id_}"] for id_ in range(50)])}
-    wanted = sorted(captions, key=lambda id_: hashlib.sha256(f"coco\x1f0\x1f{id_}".encode()).digest())
-    assert choose_captions(captions, num_samples=50, seed=0) == [f"{id_}" for id_ in wanted]
+    coco = CaptionFile(pictures={}, captions={id_: [Caption(0, id_, "")] for id_ in range(50)})
+    wanted = sorted(coco.captions, key=lambda id_: hashlib.sha256(f"coco\x1f0\x1f{id_}".encode()).digest())
+    assert [each.picture_id for each in drawn_captions(coco, num_samples=50, seed=0).captions] == wanted
 
 
 def test_reference_pictures_are_cut_before_they_are_resized(coco_folder):
     files = sorted((coco_folder / "val2014").iterdir())
     modes = {Image.open(file).mode for file in files}
     assert modes == {"RGB", "L", "CMYK"}
-    task = coco_task(coco_folder, image_size=32, num_samples=2, seed=0)
+    coco = read_coco(coco_folder)
+    task = coco_task(coco, drawn_captions(coco, num_samples=2, seed=0), image_size=32)
     for picture, file in zip(task.reference.pictures, files, strict=True):
         np.testing.assert_array_equal(picture, np.asarray(square(file, 32)))
     frame = Image.new("RGB", (90, 40), "red")
@@ -239,6 +243,27 @@ def test_a_reference_is_kept_by_what_made_it(
     assert not [path for path in kept.iterdir() if path.name.startswith(".")]
 
 
+def test_a_broken_picture_of_the_reference_is_named_before_anything_is_drawn(
+    model_folder, coco_folder, narrow_inception_file, call, tmp_path, capsys
+):
+    coco = shutil.copytree(coco_folder, tmp_path / "coco")
+    broken = sorted((coco / "val2014").iterdir())[7]
+    broken.write_bytes(broken.read_bytes()[:200])
+    words = [
+        "--coco",
+        coco,
+        "--inception",
+        narrow_inception_file,
+        "--num-samples",
+        4,
+        "--out",
+        tmp_path / "out",
+    ]
+    assert call(model_folder, *words) == 3
+    assert f"{broken} cannot be read as a picture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_processes_draw_the_pictures_of_one(model_folder, coco_folder, call, tmp_path):
     words = [model_folder, "--coco", coco_folder, "--num-samples", 10, "--batch-size", 4]
     words += ["--features", "efficientnet_lite0", "--out"]
@@ -274,7 +299,7 @@ def test_compare_refuses_other_protocols_and_says_which_line(
     b = run("b", "--num-samples", 4, "--guidance-scale", 1)
     c = run("c", "--num-samples", 5, "--resize", "legacy_tensorflow")
     capsys.readouterr()
-    assert call("compare", a, b) == 0
+    assert call("compare", a, b.parent) == 0
     printed = capsys.readouterr().out
     assert "sampler.guidance_scale: 2.0 | 1.0" in printed and "resize" not in printed
     for file in (a, b):
@@ -286,7 +311,7 @@ def test_compare_refuses_other_protocols_and_says_which_line(
     assert {line.split(":")[0] for line in lines[1:]} == {"n", "resize", "captions", "captions_sha256"}
     assert refused.out == ""
     assert call("compare", a, coco_folder / "annotations" / "captions_val2014.json") == 2
-    assert "it has no rows" in capsys.readouterr().err
+    assert "is no scores.json: rows is None; wanted is dict" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
@@ -295,8 +320,9 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
     coco = shutil.copytree(coco_folder, tmp_path / "coco")
     gone = sorted((coco / "val2014").iterdir())[5]
     gone.unlink()
+    read = read_coco(coco)
     with pytest.raises(DataError, match=f"1 of the 24 pictures .* are missing, first .*{gone.name}"):
-        coco_task(coco, image_size=32, num_samples=2, seed=0)
+        coco_task(read, drawn_captions(read, num_samples=2, seed=0), image_size=32)
     file = coco / "annotations" / "captions_val2014.json"
     content = json.loads(file.read_text())
     for broken, found in (

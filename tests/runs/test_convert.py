@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from t2i.runs import convert
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.convert import convert_back, convert_open_lm, convert_vq
 from t2i.runs.folder import read_metrics
+from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer, train_text_tokenizer
 from t2i.tokens.weights import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.train.run import train
@@ -252,10 +254,28 @@ def test_a_converted_tokenizer_is_measured_at_another_size_on_any_folder(tmp_pat
     assert 0 < found["codes_in_use"] <= 1
     assert Image.open(tmp_path / "measured" / "reconstructions.png").size == (8 * 96, 2 * 96)
     for size, out, message in (
-        (96, "measured", "holds measures already"),
+        (96, "measured", "measured exists already; choose another"),
         (100, "other", "is no multiple of"),
+        (0, "other", "image size 0 is no multiple of"),
     ):
         with pytest.raises(SystemExit) as stopped:
             launch(monkeypatch, *words, "--image-size", size, "--out", tmp_path / out, name="tokenizer.py")
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    words[-1] = "3"
+    launch(monkeypatch, *words, "--image-size", 96, "--out", tmp_path / "three", name="tokenizer.py")
+    assert Image.open(tmp_path / "three" / "reconstructions.png").size == (3 * 96, 2 * 96)
+
+
+def test_folders_of_another_class_are_named_so(tmp_path):
+    with pytest.raises(
+        UserError, match="image_tokenizer holds no open_lm model: its config.json is of another"
+    ):
+        convert_back(str(ASSETS / "image_tokenizer"), out=tmp_path / "back")
+    shutil.copytree(ASSETS / "image_tokenizer", tmp_path / "kl")
+    config = tmp_path / "kl" / "config.json"
+    config.write_text(config.read_text().replace('"VQModel"', '"AutoencoderKL"'))
+    with pytest.raises(UserError, match="its config.json is of AutoencoderKL; wanted is VQModel"):
+        ImageTokenizer.load(tmp_path / "kl")
+    assert not (tmp_path / "back").exists()

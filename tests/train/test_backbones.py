@@ -199,7 +199,7 @@ def test_models_that_the_loss_would_get_wrong_are_refused(tokenizer, tmp_path):
     assert hidden_states(load_model(tmp_path / "gpt2"), torch.tensor([[1, 2]])).shape == (1, 2, 32)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text('{"model_type": "none-such"}')
-    with pytest.raises(UserError, match="is of no model type that transformers knows"):
+    with pytest.raises(UserError, match="is no language model that transformers knows: model_type"):
         load_model(tmp_path / "strange")
 
 

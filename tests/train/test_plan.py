@@ -1,5 +1,6 @@
 """Plans against what they are models of: real parameters, real tensors, DeepSpeed's own estimate, real files."""
 
+import math
 import runpy
 import sys
 import weakref
@@ -343,6 +344,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
         (ZERO2_FP32, {}, "known for bf16 only"),
         (ZERO2, {"num_gpus": 0}, "--num-gpus is 0"),
         (ZERO2, {"mfu": 40.0}, "--mfu 40.0"),
+        (ZERO2, {"price": math.nan}, "--price nan"),
+        (ZERO2, {"num_pairs": 0}, "--num-pairs is 0; wanted is at least 1"),
     ],
 )
 def test_what_cannot_be_planned_is_a_sentence(ds_config, asked, sentence):

@@ -73,6 +73,8 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
         raise UserError(f"min_score is {config.min_score}, but score_key names no column or json key.")
     if not 0 <= heldout_share < 1:
         raise UserError(f"heldout_share is {heldout_share}; wanted is a share from 0 to below 1.")
+    if not name:
+        raise UserError("--source is empty; wanted is what `--help` lists.")
     sieve = partial(sift, heldout_share=heldout_share, config=config)
     if name == "openmoji":
         source = _openmoji(sieve)
@@ -104,7 +106,9 @@ def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) ->
     metadata = find_metadata(folder)
     if metadata:
         return _listed(partial(read_image_folder, metadata=metadata, caption_key=config.caption_key), sieve)
-    files = sorted(folder.glob("*.tar")) or sorted(folder.glob("*.parquet"))
+    # img2dataset's layout of plain files has 00000.parquet, which holds no pictures, beside the folder 00000.
+    tables = [path for path in folder.glob("*.parquet") if not path.with_suffix("").is_dir()]
+    files = sorted(folder.glob("*.tar")) or sorted(tables)
     return _files(files, sieve, config) if files else _listed(partial(read_text_folder, folder=folder), sieve)
 
 
@@ -159,8 +163,11 @@ def _listed(read: Read, sieve: Sift) -> Source:
     pairs = list(sieve(left_out, read=read))
     if not pairs:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.items())
-        usual = f"no captioned picture ({', '.join(IMAGE_SUFFIXES)} beside .txt, metadata, .tar or .parquet)"
-        raise DataError(f"--source names a folder of which nothing is left: {reasons or usual}.")
+        raise DataError(
+            f"--source names a folder of which nothing is left: {reasons or 'it has no picture'}. Wanted are pictures"
+            f" ({', '.join(IMAGE_SUFFIXES)}) with .txt captions beside them, or metadata.jsonl (.csv, .parquet), .tar"
+            " or .parquet files at its top; COCO's folder is coco:DIR."
+        )
     return Source(units=partial(_runs, pairs), left_out=left_out)
 
 

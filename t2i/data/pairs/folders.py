@@ -1,15 +1,13 @@
 """Folders of pictures: .txt captions beside them, or Hugging Face's imagefolder metadata."""
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, parquet_errors, read_file
+from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, read_file
+from t2i.data.pairs.rows import read_rows
 from t2i.errors import DataError
-from t2i.plain import parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
@@ -38,7 +36,7 @@ def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: st
         DataError: the metadata is broken, or a column is missing.
     """
     folder = metadata.parent
-    rows = list(_rows(metadata))
+    rows = list(read_rows(metadata))
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     candidates = (caption_key,) if caption_key else CAPTION_COLUMNS
     column = next((name for name in candidates if name in columns), None)
@@ -51,31 +49,3 @@ def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: st
             left_out["metadata names a file that is not in the folder"] += 1
             continue
         yield Entry(str(row["file_name"]), row.get(column), partial(read_file, path), facts=row)
-
-
-def _rows(metadata: Path) -> Iterator[dict[str, Any]]:
-    """Read the rows of a metadata file.
-
-    Raises:
-        DataError: a line that is no JSON object, a table that cannot be read.
-    """
-    if metadata.suffix == ".parquet":
-        yield from _table(metadata)
-        return
-    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if metadata.suffix == ".csv":
-            try:
-                yield from csv.DictReader(file)
-            except csv.Error as error:
-                raise DataError(f"{metadata} is no table of comma-separated values: {error}.") from error
-        else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield parse_json(line, where=f"{metadata}: line {number}")
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with parquet_errors(path):
-        return pq.read_table(path).to_pylist()

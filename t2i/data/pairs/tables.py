@@ -101,10 +101,13 @@ def _columns(path: Path, names: list[str], config: SourceConfig) -> dict[str, st
             names, asked=config.caption_key, usual=CAPTION_COLUMNS, where=str(path), flag="--caption-key"
         ),
     }
-    for role, name in (("key", KEY_COLUMN), ("pair", config.pair_key), ("score", config.score_key)):
-        if name in names:
-            chosen[role] = name
-    return chosen
+    for role, name, flag in (
+        ("pair", config.pair_key, "--pair-key"),
+        ("score", config.score_key, "--score-key"),
+    ):
+        if name:
+            chosen[role] = choose_column(names, asked=name, usual=(), where=str(path), flag=flag)
+    return chosen | ({"key": KEY_COLUMN} if KEY_COLUMN in names else {})
 
 
 def _footer(path: Path) -> Any:

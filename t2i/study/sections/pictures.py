@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from t2i.data.shards import RECONSTRUCTIONS
+from t2i.measure.compare import SCORES
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
-from t2i.measure.score import SCORES
 from t2i.runs.ckpt import DATA_MANIFEST
 from t2i.study.arms import Curve, Run, curve, floors_of, read_json, runs_of
 from t2i.study.drawing import pictures as drawing

@@ -1,0 +1,77 @@
+"""A list of captions that somebody published: a column of a table, or the lines of a text file."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from t2i.data.pairs.rows import TABLES, read_rows
+from t2i.errors import DataError
+
+LISTS = (".txt", *TABLES)
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+PICTURE_COLUMNS = ("image_id", "coco_id", "uid", "file_name")
+"""Columns that say which picture a caption is of, as lists of COCO's captions name them; in any case."""
+
+PICTURE_ID = re.compile(r"(\d+)(?:_mscoco_\d+)?|(?:.*[_/])?(\d+)\.(?:jpg|png|0)")
+"""391895, 391895.0, COCO_val2014_000000391895.jpg, 391895_mscoco_0."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One row of a list."""
+
+    text: str
+    """In one line."""
+    picture_id: int | None
+    """COCO's id of the picture; None where the list has no column for it."""
+
+
+def read_caption_list(file: Path) -> list[Listed]:
+    """Read the rows of a list in their order.
+
+    Raises:
+        DataError: it is missing, of another ending, without captions, or a row has none or names no picture.
+    """
+    if file.suffix not in LISTS or not file.is_file():
+        found = "is no file" if file.suffix in LISTS else f"ends in {file.suffix or 'nothing'}"
+        raise DataError(f"the list of captions {file} {found}; wanted is a file of {', '.join(LISTS)}.")
+    listed = list(_lines(file) if file.suffix == ".txt" else _rows(file))
+    if not listed:
+        raise DataError(f"{file} lists no caption.")
+    return listed
+
+
+def _lines(file: Path) -> Iterator[Listed]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}.") from error
+    yield from (Listed(" ".join(line.split()), None) for line in lines if line.strip())
+
+
+def _rows(file: Path) -> Iterator[Listed]:
+    for number, row in enumerate(read_rows(file), 1):
+        columns = {str(name).strip().lower(): name for name in row}
+        caption = next((columns[name] for name in CAPTION_COLUMNS if name in columns), None)
+        picture = next((columns[name] for name in PICTURE_COLUMNS if name in columns), None)
+        text = "" if caption is None else " ".join(str(row[caption] or "").split())
+        if not text:
+            wanted = ", ".join(CAPTION_COLUMNS)
+            found = ", ".join(map(str, row))
+            raise DataError(
+                f"{file}, row {number}, has the columns {found}; wanted is a caption in one of {wanted}."
+            )
+        yield Listed(
+            text, None if picture is None else _picture_id(row[picture], where=f"{file}, row {number}")
+        )
+
+
+def _picture_id(value: Any, *, where: str) -> int:
+    found = PICTURE_ID.fullmatch(str(value))
+    if found is None:
+        raise DataError(
+            f"{where}, names the picture {value!r:.80}; wanted is COCO's id of it, such as 391895."
+        )
+    return int(found[1] or found[2])

@@ -1,0 +1,58 @@
+"""Rows of a table that people bring: JSON lines, values between commas or tabs, parquet."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from t2i.data.pairs.pair import parquet_errors
+from t2i.errors import DataError
+from t2i.plain import parse_json
+
+DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
+TABLES = (".jsonl", ".parquet", *DIALECTS)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a table, of one of the endings TABLES.
+
+    Raises:
+        DataError: a line that is no JSON object, a table that cannot be read.
+    """
+    if path.suffix == ".parquet":
+        yield from _table(path)
+        return
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        if path.suffix in DIALECTS:
+            yield from _separated(file, path)
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield parse_json(line, where=f"{path}: line {number}")
+
+
+def _separated(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+    """Read rows under a header; of one column, a separator is part of the value."""
+    reader = csv.DictReader(file, dialect=DIALECTS[path.suffix])
+    try:
+        for row in reader:
+            rest = row.pop(None, [])  # values beyond the header
+            if len(row) == 1:
+                row = {
+                    name: reader.reader.dialect.delimiter.join([value, *rest]) for name, value in row.items()
+                }
+            elif rest:
+                raise DataError(
+                    f"{path}: line {reader.line_num} has {len(row) + len(rest)} values for the {len(row)} columns"
+                    f" {', '.join(row)}; a value with the separator in it wants quotes around it."
+                )
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{path} is no table of separated values: {error}.") from error
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with parquet_errors(path):
+        return pq.read_table(path).to_pylist()

@@ -1,0 +1,48 @@
+"""Captions and folders that launchers/sample.py is given."""
+
+import json
+from functools import partial
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def draw(call):
+    return partial(call, "launchers/sample.py")
+
+
+def test_captions_are_read_from_the_lists_that_people_have(model_folder, draw, tmp_path):
+    (tmp_path / "my captions.csv").write_text(
+        'uid,caption\n391895_mscoco_0,"a cat, a dog"\n5_mscoco_1,a bus\n'
+    )
+    (tmp_path / "captions.txt").write_text("a cat, a dog\n\n  a bus \n")
+    for name in ("my captions.csv", "captions.txt"):
+        out = tmp_path / name.replace(".", "_")
+        assert draw(model_folder, "--prompts", tmp_path / name, "--out", out) == 0
+        found = [Image.open(out / f"0000{index}.png").text["caption"] for index in range(2)]
+        assert found == ["a cat, a dog", "a bus"]
+
+
+def test_a_file_that_is_no_list_is_not_taken_for_a_caption(model_folder, draw, tmp_path, capsys):
+    (tmp_path / "captions.json").write_text(json.dumps(["a cat"]))
+    for name, sentence in (
+        ("captions.json", "ends in .json; wanted is a file of .txt"),
+        ("gone.csv", "is no file"),
+    ):
+        assert draw(model_folder, "--prompts", tmp_path / name, "--out", tmp_path / "out") == 3
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_somebody_else_are_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):
+    mine = tmp_path / "00001.png"
+    mine.write_bytes(b"a photograph")
+    (tmp_path / "holiday.png").write_bytes(b"another")
+    assert draw(model_folder, "--prompts", "a cat", "a dog", "--out", tmp_path) == 2
+    assert f"{mine} was not drawn here" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001.png", "holiday.png"]
+    assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 0
+    (tmp_path / "settings.json").write_text("[]")
+    assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 3
+    assert "settings.json holds list; wanted is an object of keys" in capsys.readouterr().err
