@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import config_of
 from launched import (
     LEARN,
@@ -137,9 +139,14 @@ def same_but_for_rounding(whole, run_dir, observed):
     assert [[row[key] for key in exact] for row in found] == [[row[key] for key in exact] for row in wanted]
     largest = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found, wanted, strict=True))
     assert largest < 1e-6
-    observed(f"samples and tokens equal, losses within {largest:.1e}")
+    found, wanted = (state_of_last(run)["weights"] for run in (run_dir, whole))
+    frozen = [name for name in wanted if re.search(r"(in_proj|out_proj|w12|w3)\.weight", name)]
+    assert len(frozen) == 8  # of two layers
+    assert all(torch.equal(found[name], wanted[name]) for name in frozen)
+    observed(f"samples and tokens equal, losses within {largest:.1e}, frozen parameters equal")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     5,
     "SIGTERM to the `deepspeed` command alone",
