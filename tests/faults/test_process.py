@@ -135,7 +135,7 @@ def test_one_rank_goes_on_as_two(shards, tmp_path, observed):
 def same_but_for_rounding(whole, run_dir, observed):
     """Gradients are summed in another order: equal to fp32's rounding, which few steps do not amplify."""
     found, wanted = record(run_dir), record(whole)
-    exact = ("step", "epoch", "samples", "tokens", "padded", "lr")
+    exact = ("step", "epoch", "samples", "tokens", "lr")
     assert [[row[key] for key in exact] for row in found] == [[row[key] for key in exact] for row in wanted]
     largest = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found, wanted, strict=True))
     assert largest < 1e-6
@@ -385,7 +385,7 @@ def test_a_missing_compiler_is_said(shards, tmp_path, observed):
     environment = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
     job = Job(shards, tmp_path / "run", ranks=0, environment=environment).run()
     assert job.code == 2, job.said()[-3000:]
-    assert "g++ and ninja not found" in job.said()
+    assert "g++ not found, so DeepSpeed's operators" in job.said()
     assert "Traceback" not in job.said()
     observed(f"exit 2 after {job.seconds:.0f} s")
 
