@@ -222,7 +222,7 @@ def damage(run_dir, kind):
         ),
         pytest.param(
             "manifest",
-            "manifest.json cannot be read",
+            "manifest.json: step is None; wanted is int",
             marks=pytest.mark.fault(
                 23,
                 "a manifest that says nothing",
