@@ -68,7 +68,7 @@ def state(run_dir, step):
     36,
     "a loss is nan on one of 2 ranks",
     injected="the loss of rank 1 in step 3 times nan",
-    expected="skipped on both ranks together; killed later, it goes on to the same end",
+    expected="skipped on both ranks together, and logged with the samples of both",
 )
 def test_a_nan_on_one_rank_is_skipped_on_all(shards, tmp_path, observed):
     job = Job(shards, tmp_path / "run", fault="1:3:nan").run()
