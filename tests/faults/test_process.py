@@ -95,8 +95,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_bit_for_bit(shards, whole, t
     assert "resuming at step 4 of 8" in again.said()
     same_as(whole, killed.run_dir)
     observed(
-        f"status 6, command's status {killed.code}, rank named, all gone {seconds:.1f} s after the last step; from step 4"
-        " on, weights, Adam, random states and metrics of step 8 equal",
+        f"status 6, command's status {killed.code}, rank named, all gone {seconds:.1f} s after the last step; from"
+        " step 4 on, weights, Adam, random states and metrics of step 8 equal",
         deaths=[lost],
     )
 
