@@ -15,6 +15,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from t2i.runs.checkpoints import STEPS, last_step
 from t2i.runs.folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,8 @@ SETTINGS = {
     "train.deterministic": True,
 }
 """Of a run that takes a moment; two micro-batches of two on each of two ranks (see ds_config)."""
+LEARN = {"model__learn": "norms"}
+"""A part of the model is frozen in these runs."""
 
 
 def free_port():
@@ -50,11 +53,14 @@ def flags(settings):
     return words
 
 
-def ds_config(folder, micro_batch=2):
+def ds_config(folder):
     path = folder / "small.json"
     if not path.exists():
         plain = json.loads((ROOT / "ds_configs" / "zero2_fp32.json").read_text())
-        path.write_text(json.dumps({**plain, "train_micro_batch_size_per_gpu": micro_batch}))
+        # A deterministic run fills each new bucket, whatever the model's size.
+        buckets = {**plain["zero_optimization"], "reduce_bucket_size": 500_000}
+        changes = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": buckets}
+        path.write_text(json.dumps({**plain, **changes}))
     return path
 
 
@@ -62,13 +68,24 @@ class Job:
     """`deepspeed launchers/train.py` in a session of its own; use it as a context."""
 
     def __init__(
-        self, shards, run_dir, *, ranks=2, fault="", environment=None, port=None, beside=None, **settings
+        self,
+        shards,
+        run_dir,
+        *,
+        ranks=2,
+        fault="",
+        environment=None,
+        port=None,
+        beside=None,
+        command="train",
+        **settings,
     ):
         """Take a run's settings (`data__seq_len` for data.seq_len).
 
         Args:
             ranks: 0 for one process without a launcher.
             beside: where the log goes; None for beside the run folder.
+            command: of launchers/.
         """
         beside = beside or run_dir.parent
         self.run_dir, self.log = run_dir, beside / f"{run_dir.name}.log"
@@ -84,7 +101,7 @@ class Job:
             **{key.replace("__", "."): v for key, v in settings.items()},
         }
         script = [
-            "launchers/train.py",
+            f"launchers/{command}.py",
             "--ds_config",
             str(ds_config(beside)),
             "--run-dir",
@@ -174,6 +191,19 @@ class Job:
     def status(self):
         """Read status.json."""
         return json.loads((self.run_dir / "status.json").read_text())
+
+
+def steps_lost(run_dir):
+    """Count the steps that a run has done, by its metrics, and that no checkpoint holds."""
+    done = steps(run_dir)
+    return done[-1]["step"] - last_step(run_dir) if done else 0
+
+
+def forget_after(run_dir, *, step):
+    """Take a run's later checkpoints away, as if it had died before."""
+    for folder in (run_dir / "checkpoints").glob(STEPS):
+        if int(folder.name.removeprefix("step_")) > step:
+            folder.rename(run_dir / f"was_{folder.name}")
 
 
 def steps(run_dir):

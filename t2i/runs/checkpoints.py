@@ -79,9 +79,16 @@ def commit(
     staging.rename(final)
     _sync(final.parent)
     faults.reach("latest", step=step)
-    _replace(run_dir / LATEST, f"{final.relative_to(run_dir).as_posix()}\n")
+    _point_to(final)
     _drop_old(final.parent, keep_last=keep_last, keep_every=keep_every)
     return final
+
+
+def _point_to(folder: Path) -> None:
+    """Let `latest` name a checkpoint's folder, unless it does."""
+    latest, text = folder.parents[1] / LATEST, f"{CHECKPOINTS}/{folder.name}\n"
+    if not latest.exists() or latest.read_bytes() != text.encode():
+        _replace(latest, text)
 
 
 def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
@@ -142,28 +149,37 @@ def verify(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
 
 
 def choose(run_dir: Path) -> Path | None:
-    """Find the newest whole checkpoint; None if the run has none yet. A bad one is set aside as .bad.
+    """Find the newest whole checkpoint, and let `latest` name it; None if the run has none yet.
+
+    A bad one is set aside as .bad. `latest` may name one of those, or the one before: a death came in between.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole: never a silent start from step 0.
     """
-    reasons = []
     for folder in sorted((run_dir / CHECKPOINTS).glob(STEPS), reverse=True):
         try:
             verify(folder)
         except CheckpointError as error:
-            reasons.append(str(error))
             logger.warning("setting a bad checkpoint aside: %s", error)
             folder.rename(_free_name(folder.with_suffix(".bad")))
             continue
+        _point_to(folder)
         return folder
-    bad = sorted((run_dir / CHECKPOINTS).glob("step_??????.bad*"))
-    if reasons or bad:
-        listed = " ".join(reasons) or ", ".join(map(str, bad))
+    bad = sorted((run_dir / CHECKPOINTS).glob("step_??????.bad*"), reverse=True)
+    if bad:
+        listed = " ".join(map(_why_bad, bad))
         raise CheckpointError(
             f"no checkpoint of {run_dir} is whole: {listed} Start anew in another --run-dir."
         )
     return None
+
+
+def _why_bad(folder: Path) -> str:
+    try:
+        verify(folder)
+    except CheckpointError as error:
+        return str(error)
+    return f"{folder} was set aside, but is whole; take what follows the step off its name."
 
 
 def newest_readable(run_dir: Path) -> Path | None:

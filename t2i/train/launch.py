@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable
@@ -37,10 +38,13 @@ def start_processes() -> None:
         ) from error
 
 
-def make_repeatable(is_asked: bool) -> None:
-    """Choose the operators that give the same bits every time, or the fastest."""
+def make_repeatable(is_asked: bool, *, seed: int) -> None:
+    """Seed what random states libraries share, and choose the operators that give the same bits every time if asked."""
+    import numpy as np
     import torch
 
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     if is_asked:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
     torch.use_deterministic_algorithms(is_asked)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -19,6 +18,7 @@ from t2i.errors import NumericalError, Stopped
 from t2i.measure.sums import Interrupted
 from t2i.runs import checkpoints
 from t2i.tokens.sequence import next_token_labels
+from t2i.train.agreement import Read, read_step
 from t2i.train.engine import micro_batches
 from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
 from t2i.train.launch import any_rank, of_all_ranks
@@ -33,21 +33,6 @@ logger = logging.getLogger(__name__)
 
 BETWEEN_STEPS = 10.0
 """A save or a measure may take so many times as long as a step before it counts as hanging."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """What all ranks know after the backward pass of a step."""
-
-    sums: Tensor
-    """(7,) summed losses and counts of text, image, special, and z."""
-    total: float
-    """Tokens with a label."""
-    computed: float
-    """Positions of all micro-batches, padding among them."""
-    is_finite: bool
-    should_stop: bool
-    should_save: bool
 
 
 class Trainer:
@@ -175,7 +160,7 @@ class Trainer:
             group["lr"] = lr * group["lr_scale"]
         sums = self.accumulate(parts, counts[0])
         faults.reach("step", step=self.progress.step + 1)
-        read = self.read(sums, counts)
+        read = self.agree(sums, counts)
         losses = loss_row(read.sums)
         score = spike_score(losses["loss"], self.progress.losses) if losses["loss"] is not None else None
         is_spike = self.is_spike(score)
@@ -210,23 +195,15 @@ class Trainer:
             logger.warning("step %d changed no weight: %s", row["step"], why_skipped(row))
         return row, read
 
-    def read(self, sums: Tensor, counts: Tensor) -> Read:
-        """Sum over ranks and read, once a step: losses, counts, tokens, and what any rank found or was asked.
-
-        It comes before the update, which it may forbid, so the device waits here for the time of one small reduction.
-        """
+    def agree(self, sums: Tensor, counts: Tensor) -> Read:
+        """Read what all ranks found in this step, and what was asked of any of them."""
         run_dir = self.config.run_dir
-        asked = [
-            self.flag.is_set() or (self.is_first and asked_by_file(run_dir, STOP)),
-            self.is_first and asked_by_file(run_dir, SAVE),
-        ]
-        flags = torch.tensor(asked, dtype=torch.float64, device=sums.device)
-        is_broken = (~torch.isfinite(sums).all()).double()[None]
-        values = torch.cat([sums.double(), is_broken, flags])
-        dist.all_reduce(values)
-        host = torch.cat([values, counts]).cpu()
-        broken, stop, save, tokens, computed = host[7:].tolist()
-        return Read(host[:7], tokens, computed, not broken, should_stop=stop > 0, should_save=save > 0)
+        return read_step(
+            sums,
+            counts,
+            should_stop=self.flag.is_set() or (self.is_first and asked_by_file(run_dir, STOP)),
+            should_save=self.is_first and asked_by_file(run_dir, SAVE),
+        )
 
     def is_spike(self, score: float | None) -> bool:
         """Tell whether the loss jumped; where that has consequences, all ranks take them together."""

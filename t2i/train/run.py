@@ -71,7 +71,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             sweep()
             check_machine(ds_config, run_dir=config.run_dir)
         warn_of_building(ds_config)
-        make_repeatable(config.train.deterministic)
+        make_repeatable(config.train.deterministic, seed=config.train.seed)
         start_processes()
         world_size = dist.get_world_size()
         num_sequences = global_batch(config, world_size=world_size)

@@ -5,34 +5,108 @@ what it saw. `make faults` runs all of them and writes docs/reliability_report.m
 `slow`.
 """
 
+import datetime
+import platform
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from launched import LEARN, ROOT, Job
 
-REPORT_HEAD = """# Faults injected, and what happened
+NUM_ROWS = 43
+"""Of the list of faults; each has a line in the report, with or without a test."""
 
-Written by `make faults`; each row is a test in tests/faults/.
+REPORT = """# Faults injected, and what happened
+
+Written by `make faults`; each row is a test in `tests/faults/`.
+
+| | |
+| --- | --- |
+| commit | {commit} |
+| machine | {machine} |
+| date | {date} |
+| minutes | {minutes:.0f} |
+| rows of the list | {num_rows} |
+| faults injected | {injected} |
+| survived as expected | {survived} |
+| not injected here | {left_out} |
+| deaths without notice | {deaths}, which cost {again} steps done again, at most {worst} each |
+| stops that were asked for | {stops}, which cost {stop_steps} steps |
 
 | row | fault | injected | expected | observed | |
 | --- | --- | --- | --- | --- | --- |
+{table}
 """
+
+
+@dataclass
+class Seen:
+    """What one test saw."""
+
+    text: str = ""
+    deaths: tuple[int, ...] = ()
+    """Steps that each death without notice cost."""
+    stops: tuple[int, ...] = ()
+    """Steps that each stop that was asked for cost."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test of a fault, as the report shows it."""
+
+    cells: tuple[str, str, str, str]
+    """Fault, injected, expected, result."""
+    seen: Seen
+
+    def line(self, number):
+        what, injected, expected, result = self.cells
+        return f"| {number} | {what} | {injected} | {expected} | {self.seen.text} | {result} |"
+
+
+SEEN = pytest.StashKey[Seen]()
+ROWS = pytest.StashKey[dict[tuple[int, str], Row]]()
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--fault-report", type=Path, help="write a table of all faults to this file")
 
 
-@pytest.fixture
-def observed(request):
-    """Call it with what was seen; the last call counts."""
+def pytest_sessionstart(session):
+    session.config.stash[STARTED] = time.monotonic()
 
-    def note(text):
-        request.node.stash[OBSERVED] = text
+
+@pytest.fixture
+def observed(request, tmp_path_factory):
+    """Call it with what was seen, and with the steps that deaths and stops cost; the last call counts."""
+
+    def note(text, *, deaths=(), stops=()):
+        here = re.sub(rf"{tmp_path_factory.getbasetemp()}[\w/]*/", "", text)
+        cell = " ".join(here.replace(str(ROOT), ".").replace("|", "\\|").split())
+        request.node.stash[SEEN] = Seen(cell, tuple(deaths), tuple(stops))
 
     return note
 
 
-OBSERVED = pytest.StashKey[str]()
+@pytest.fixture(scope="session")
+def proof(shards, tmp_path_factory):
+    """launchers/verify_resume.py on two ranks: eight steps at once, then four and four more in another folder."""
+    folder = tmp_path_factory.mktemp("proof") / "runs"
+    job = Job(shards, folder, command="verify_resume", num_steps=8, **LEARN).run()
+    assert job.code == 0, job.said()[-3000:]
+    return job
+
+
+@pytest.fixture(scope="session")
+def whole(proof):
+    """A run of two ranks that nothing disturbs."""
+    return proof.run_dir / "whole"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -43,19 +117,63 @@ def pytest_runtest_makereport(item, call):
     if mark is None or (report.when != "call" and report.passed):
         return
     row, what = mark.args
-    seen = item.stash.get(OBSERVED, "")
     why = report.longrepr[2] if report.skipped else ""
     result = "pass" if report.passed else f"not run: {why}" if report.skipped else "FAIL"
-    cells = [what, mark.kwargs["injected"], mark.kwargs["expected"], seen, result]
-    item.config.stash.setdefault(ROWS, {})[row, item.name] = cells
-
-
-ROWS = pytest.StashKey[dict]()
+    cells = (what, mark.kwargs["injected"], mark.kwargs["expected"], result)
+    item.config.stash.setdefault(ROWS, {})[row, item.nodeid] = Row(cells, item.stash.get(SEEN, Seen()))
 
 
 def pytest_sessionfinish(session):
     path = session.config.getoption("--fault-report", default=None)
     if path:
-        rows = sorted(session.config.stash.get(ROWS, {}).items())
-        lines = [f"| {row} | " + " | ".join(cells) + " |" for (row, _), cells in rows]
-        path.write_text(REPORT_HEAD + "\n".join(lines) + "\n")
+        minutes = (time.monotonic() - session.config.stash[STARTED]) / 60
+        path.write_text(report_of(session.config.stash.get(ROWS, {}), minutes=minutes))
+
+
+def report_of(rows, *, minutes):
+    """Write the report of all rows, those without a test of this session among them."""
+    results = [row.cells[-1] for row in rows.values()]
+    left_out = sum(result.startswith("not run") for result in results)
+    deaths = [steps for row in rows.values() for steps in row.seen.deaths]
+    stops = [steps for row in rows.values() for steps in row.seen.stops]
+    tested = {number for number, _ in rows}
+    lines = [(number, row.line(number)) for (number, _), row in rows.items()]
+    lines += [
+        (number, f"| {number} | | | | | no test was run |")
+        for number in range(1, NUM_ROWS + 1)
+        if number not in tested
+    ]
+    return REPORT.format(
+        commit=commit(),
+        machine=machine(),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        minutes=minutes,
+        num_rows=f"{len(tested)} of {NUM_ROWS} with a test",
+        injected=len(results) - left_out,
+        survived=results.count("pass"),
+        left_out=left_out,
+        deaths=len(deaths),
+        again=sum(deaths),
+        worst=max(deaths, default=0),
+        stops=len(stops),
+        stop_steps=sum(stops),
+        table="\n".join(line for _, line in sorted(lines, key=itemgetter(0))),
+    )
+
+
+def commit():
+    """Name the commit of the checkout, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no checkout"
+
+
+def machine():
+    """Say what the faults were injected on."""
+    load = psutil.getloadavg()[1]
+    memory = psutil.virtual_memory().total / 1e9
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{psutil.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GB, {device}, Linux {platform.release()},"
+        f" Python {platform.python_version()}, torch {torch.__version__}; load of the last 5 minutes {load:.1f}"
+    )

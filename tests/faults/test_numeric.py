@@ -26,8 +26,6 @@ from t2i.tokens.text import TextTokenizer
 from t2i.train.guards import FEWEST_STEPS, WINDOW_STEPS, add_loss, spike_score
 from t2i.train.run import train
 
-pytestmark = pytest.mark.slow  # real launches, minutes together: `make faults` runs them
-
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
@@ -70,7 +68,7 @@ def state(run_dir, step):
     36,
     "a loss is nan on one of 2 ranks",
     injected="the loss of rank 1 in step 3 times nan",
-    expected="skipped on both ranks together; killed later, it goes on to the same end",
+    expected="skipped on both ranks together, and logged with the samples of both",
 )
 def test_a_nan_on_one_rank_is_skipped_on_all(shards, tmp_path, observed):
     job = Job(shards, tmp_path / "run", fault="1:3:nan").run()
@@ -107,13 +105,13 @@ def state_of(run_dir, step):
     return load_file(checkpoints.step_folder(run_dir, step) / "model.safetensors")
 
 
-def spiking(first_call_only):
-    """Make the loss of step 25 four times as large: whenever it is done, or the first time only."""
+def spiking(*, times):
+    """Make the loss of step 25 four times as large, the first so many times that it is done."""
     calls = []
 
     def factor(*, step):
         calls.append(step)
-        return 4.0 if step == 25 and (calls.count(25) <= 4 or not first_call_only) else 1.0
+        return 4.0 if step == 25 and calls.count(25) <= times else 1.0
 
     return factor
 
@@ -126,7 +124,7 @@ def spiking(first_call_only):
     expected="said and scored; left out; gone back to the last checkpoint, with other data",
 )
 def test_a_jump_of_the_loss_is_met_as_asked(mode, shards, tmp_path, monkeypatch, caplog, observed):
-    monkeypatch.setattr(faults, "loss_factor", spiking(first_call_only=True))
+    monkeypatch.setattr(faults, "loss_factor", spiking(times=1))
     config = settings_of(shards, tmp_path / "run", max_steps=30, save_every=20, spike=mode)
     train(config, ds_config_path=ds_config(tmp_path))
     rows = steps(config.run_dir)
@@ -154,7 +152,7 @@ def test_a_jump_of_the_loss_is_met_as_asked(mode, shards, tmp_path, monkeypatch,
     expected="exit 4 after three rewinds",
 )
 def test_a_jump_that_comes_again_ends_the_run(shards, tmp_path, monkeypatch, observed):
-    monkeypatch.setattr(faults, "loss_factor", spiking(first_call_only=False))
+    monkeypatch.setattr(faults, "loss_factor", spiking(times=99))
     config = settings_of(shards, tmp_path / "run", max_steps=30, save_every=20, spike="rewind")
     with pytest.raises(NumericalError, match="it has done so 3 times of at most 3"):
         train(config, ds_config_path=ds_config(tmp_path))
@@ -165,7 +163,7 @@ def test_a_jump_that_comes_again_ends_the_run(shards, tmp_path, monkeypatch, obs
 def test_a_run_that_goes_on_judges_spikes_as_if_it_had_not_stopped(shards, tmp_path, monkeypatch):
     from t2i.errors import Stopped
 
-    monkeypatch.setattr(faults, "loss_factor", spiking(first_call_only=False))
+    monkeypatch.setattr(faults, "loss_factor", spiking(times=99))
     settings = {"max_steps": 30, "save_every": 40, "spike": "skip"}
     whole, halves = (settings_of(shards, tmp_path / name, **settings) for name in ("whole", "halves"))
     train(whole, ds_config_path=ds_config(tmp_path))
@@ -228,8 +226,9 @@ def test_fifty_losses_are_those_of_the_golden_file(tmp_path, monkeypatch, observ
         GOLDEN.write_text(json.dumps(found))
     wanted = json.loads(GOLDEN.read_text())
     largest = np.abs(np.array(found) - np.array(wanted)).max()
-    # Products in another order (plain C++ instead of AVX2) move these losses by up to 2e-6 after 50 steps of Adam; a
-    # change of a formula moves them by far more than 1e-5.
+    # The file was written with AVX2. Measured: the largest difference is 1.1e-6 with ATEN_CPU_CAPABILITY=default, and
+    # 1.7e-6 with MKL and oneDNN held to SSE4 too; losses near 7 are 4.8e-7 apart at least. A change of a formula moves
+    # them by far more.
     assert largest < 1e-5
     observed(f"largest difference {largest:.1e}")
 

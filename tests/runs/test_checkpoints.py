@@ -23,6 +23,15 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     assert checkpoints.verify(newest)["tokens"] == 100
 
 
+@pytest.mark.parametrize("text", ["checkpoints/step_000005\n", "", "\xff"])
+def test_latest_names_what_is_chosen_though_a_death_came_before_it_could(tmp_path, text):
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    (tmp_path / "latest").write_text(text, encoding="latin-1")
+    assert checkpoints.choose(tmp_path) == newest
+    assert (tmp_path / "latest").read_text() == "checkpoints/step_000010\n"
+
+
 def truncate(folder):
     (folder / "engine" / "state.pt").write_bytes(b"x" * 99)
 
@@ -46,8 +55,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_chosen(tmp_path, d
     assert checkpoints.choose(tmp_path) == good
     assert bad.with_suffix(".bad").is_dir()
     damage(good)
-    for _ in range(2):  # the second try must not start from step 0 either
-        with pytest.raises(CheckpointError, match="no checkpoint of .* is whole"):
+    for _ in range(2):  # the second try must not start from step 0 either, and says the same
+        with pytest.raises(CheckpointError, match=r"whole: .*step_000010\.bad/.*step_000005\.bad/"):
             checkpoints.choose(tmp_path)
 
 
