@@ -1,6 +1,7 @@
 """The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ OWNED_BY_THE_RUN = {
     "scheduler": "train.warmup_steps",
 }
 KINDS = ("text", "image", "special")
-COLUMNS = 8
-"""A micro-batch's width is a multiple of this, which matrix products are quicker for."""
+POSITIONS = 8
+"""A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
 
 
 class Learner(nn.Module):
@@ -113,7 +114,8 @@ def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple
     order = lengths.argsort(stable=True)
     parts = []
     for rows in order.split(size):
-        longest = -(-max(1, int(lengths[rows].max())) // COLUMNS) * COLUMNS
+        columns = POSITIONS // math.gcd(POSITIONS, len(rows))
+        longest = -(-max(1, int(lengths[rows].max())) // columns) * columns
         parts.append((input_ids[rows, :longest], labels[rows, :longest]))
     return parts
 
