@@ -1,5 +1,6 @@
 """Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 CHUNK_ROWS = 256
 """Positions whose logits exist at one time."""
+TILE_ROWS = 4_096
+"""Rows of the head whose logits are worked on at one time on a CPU: with CHUNK_ROWS, four megabytes."""
 
 
 @torch.no_grad()
@@ -31,8 +34,8 @@ def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tenso
     rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
     found = torch.zeros(2, len(rows), device=hidden.device)
     for chunk in _chunks(len(rows)):
-        losses, partitions = _softmax(rows[chunk], targets[chunk], head=head)[:2]
-        found[:, chunk] = torch.stack([losses, partitions.square()])
+        softmax = _softmax(rows[chunk], targets[chunk], head=head)
+        found[:, chunk] = torch.stack([softmax.losses, softmax.partitions.square()])
     return _placed(found, counted)
 
 
@@ -91,19 +94,17 @@ def _learn_chunk(
     """Compute losses and squared log-partitions (2, N) of a chunk; add its part to the head's gradient (V, D).
 
     The gradient of a logit is weight * power, less one at the target. The weight of a row stays outside the products,
-    so that powers (N, V) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
+    so that powers (N, T) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
     """
-    losses, partitions, powers, sums = _softmax(rows, targets, head=head)
-    weights = ((1 + 2 * z_loss * partitions) / sums)[:, None]
-    powers = powers.to(head.dtype)
-    weighted = (rows.float() * weights).to(head.dtype)
-    if head.dtype == torch.float32:
-        head_gradient.addmm_(powers.T, weighted)
-    else:
-        head_gradient += powers.T @ weighted
+    tiles: list[tuple[Tensor, Tensor]] = []
+    found = _softmax(rows, targets, head=head, tiles=tiles)
+    weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums
+    weighted = rows.float() * weights
+    for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
+        _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
-    rows.copy_((powers @ head).float() * weights - head[targets].float())
-    return torch.stack([losses, partitions.square()])
+    rows.copy_(found.mixed * weights - head[targets].float())
+    return torch.stack([found.losses, found.partitions.square()])
 
 
 def _chunks(num_rows: int) -> list[slice]:
@@ -117,16 +118,65 @@ def _placed(found: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     return placed[0], placed[1]
 
 
-def _softmax(hidden: Tensor, targets: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute losses and log-partitions (N,), and the softmax as powers (N, V) over their sums (N,), in fp32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, head.to(hidden.dtype)).float()  # (N, V)
-    wanted = logits.gather(1, targets[:, None])[:, 0]
-    largest = logits.amax(-1)
-    powers = logits.sub_(largest[:, None]).exp_()  # in place: logits are most of a step's memory
-    sums = powers.sum(-1)
+@dataclass(frozen=True)
+class _Softmax:
+    """The softmax of N rows, in fp32; its powers are relative to the largest logit of a row."""
+
+    losses: Tensor
+    """(N,) nats of the targets."""
+    partitions: Tensor
+    """(N,) logarithms of the sums of exp(logit)."""
+    largest: Tensor
+    """(N, 1) logits."""
+    sums: Tensor
+    """(N, 1) of powers."""
+    mixed: Tensor
+    """(N, D) products of powers and head; zeros where no tiles are asked for."""
+
+
+def _softmax(
+    rows: Tensor, targets: Tensor, *, head: Tensor, tiles: list[tuple[Tensor, Tensor]] | None = None
+) -> _Softmax:
+    """Go over the head once, in tiles of T of its rows, each worked on while it is in the processor's cache.
+
+    Args:
+        tiles: takes powers (N, T) of each tile and the logit (N, 1) that they are relative to; None to keep none.
+
+    Source: the running maximum of online softmax (arXiv:1805.02867).
+    """
+    largest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
+    sums, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
+    mixed = torch.zeros(rows.shape, device=rows.device)
+    places = targets[:, None]
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in head.split(_tile_rows(head)):
+            logits = F.linear(rows, part.to(rows.dtype)).float()  # (N, T)
+            is_inside = (places >= 0) & (places < len(part))
+            found = logits.gather(1, places.clamp(0, len(part) - 1))
+            wanted = torch.where(is_inside, found, wanted)
+            places = places - len(part)
+            before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
+            shrink = (before - largest).exp()
+            powers = logits.sub_(largest).exp_()  # in place: logits are most of a step's memory
+            sums = sums * shrink + powers.sum(-1, keepdim=True)
+            if tiles is not None:
+                tiles.append((powers.to(head.dtype), largest))
+                _add_product(mixed.mul_(shrink), tiles[-1][0], part)
     partitions = largest + sums.log()
-    return partitions - wanted, partitions, powers, sums
+    return _Softmax((partitions - wanted)[:, 0], partitions[:, 0], largest, sums, mixed)
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add first @ second to a total in fp32."""
+    if first.dtype == torch.float32:
+        total.addmm_(first, second)
+    else:
+        total += first @ second
+
+
+def _tile_rows(head: Tensor) -> int:
+    """Rows of the head that are multiplied at a time: few on a processor with caches, all on a GPU."""
+    return TILE_ROWS if head.device.type == "cpu" else len(head)
 
 
 def split_sums(
