@@ -16,8 +16,10 @@ TILE_ROWS = 4_096
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each position's cross-entropy and squared log-partition over all rows of the head, without gradients.
+def token_losses(
+    hidden: Tensor, labels: Tensor, *, head: Tensor, image_rows: range | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute each position's cross-entropy and squared log-partition, without gradients.
 
     Logits are made and reduced in fp32, chunk by chunk, so that memory grows with CHUNK_ROWS and not with the batch.
     Positions that are not counted cost nothing.
@@ -26,21 +28,23 @@ def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tenso
         hidden: (B, S, D) last hidden states.
         labels: (B, S) next-token ids; -100 is not counted.
         head: (V, D) output weights.
+        image_rows: rows of the head that labels among them are told apart from, alone; None for all rows.
 
     Returns:
         losses in nats and squared log-partitions, (B, S) fp32 each, exactly 0 where not counted.
     """
-    counted = labels != IGNORED
-    rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
-    found = torch.zeros(2, len(rows), device=hidden.device)
-    for chunk in _chunks(len(rows)):
-        softmax = _softmax(rows[chunk], targets[chunk], head=head)
-        found[:, chunk] = torch.stack([softmax.losses, softmax.partitions.square()])
-    return _placed(found, counted)
+    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    found = torch.zeros(2, len(targets), device=hidden.device)
+    for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
+        for chunk in places.split(CHUNK_ROWS):
+            softmax = _softmax(flat[chunk], targets[chunk] - rows.start, head=head[rows.start : rows.stop])
+            found[:, chunk] = torch.stack([softmax.losses, softmax.partitions.square()])
+    losses, squares = found.view(2, *labels.shape)
+    return losses, squares
 
 
 def summed_loss(
-    hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0
+    hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0, image_rows: range | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to learn from.
 
@@ -52,11 +56,12 @@ def summed_loss(
         labels: (B, S) next-token ids; -100 is not counted.
         head: (V, D) output weights.
         z_loss: weight of the squared log-partition.
+        image_rows: as token_losses takes it.
 
     Returns:
         the sum, which alone has a gradient; losses and squared log-partitions (B, S) as token_losses gives them.
     """
-    return _SummedLoss.apply(hidden, labels, head, z_loss)
+    return _SummedLoss.apply(hidden, labels, head, z_loss, image_rows)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -64,37 +69,42 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float, image_rows: range | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        counted = labels != IGNORED
-        rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
-        found = torch.zeros(2, len(rows), device=hidden.device)
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        found = torch.zeros(2, len(targets), device=hidden.device)
+        hidden_gradient = torch.zeros_like(flat)
         head_gradient = torch.zeros_like(head, dtype=torch.float32)
-        for chunk in _chunks(len(rows)):
-            found[:, chunk] = _learn_chunk(
-                rows[chunk], targets[chunk], head, z_loss=z_loss, head_gradient=head_gradient
-            )
-        losses, squares = _placed(found, counted)
-        ctx.save_for_backward(rows, counted, head_gradient.to(head.dtype))
+        for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
+            own = slice(rows.start, rows.stop)
+            for chunk in places.split(CHUNK_ROWS):
+                found[:, chunk], hidden_gradient[chunk] = _learn_chunk(
+                    flat[chunk],
+                    targets[chunk] - rows.start,
+                    head[own],
+                    z_loss=z_loss,
+                    head_gradient=head_gradient[own],
+                )
+        ctx.save_for_backward(hidden_gradient.view_as(hidden), head_gradient.to(head.dtype))
+        losses, squares = found.view(2, *labels.shape)
         ctx.mark_non_differentiable(losses, squares)
         return found[0].sum() + z_loss * found[1].sum(), losses, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        rows, counted, head_gradient = ctx.saved_tensors
-        hidden_gradient = rows.new_zeros(*counted.shape, rows.shape[1])  # (B, S, D)
-        hidden_gradient[counted] = rows.mul_(scale)
-        return hidden_gradient, None, head_gradient.mul_(scale), None  # in place: it is large
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        # In place: the head's is large.
+        return hidden_gradient.mul_(scale), None, head_gradient.mul_(scale), None, None
 
 
 def _learn_chunk(
     rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
-) -> Tensor:
-    """Compute losses and squared log-partitions (2, N) of a chunk; add its part to the head's gradient (V, D).
+) -> tuple[Tensor, Tensor]:
+    """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
 
-    The gradient of a logit is weight * power, less one at the target. The weight of a row stays outside the products,
-    so that powers (N, T) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
+    Its part of the head's gradient is added to head_gradient (V, D). The gradient of a logit is weight * power, less
+    one at the target. The weight of a row stays outside the products, so that powers (N, T) are read as they are.
     """
     tiles: list[tuple[Tensor, Tensor]] = []
     found = _softmax(rows, targets, head=head, tiles=tiles)
@@ -103,19 +113,18 @@ def _learn_chunk(
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
         _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
-    rows.copy_(found.mixed * weights - head[targets].float())
-    return torch.stack([found.losses, found.partitions.square()])
+    own = found.mixed.mul_(weights) - head[targets].float()
+    return torch.stack([found.losses, found.partitions.square()]), own.to(rows.dtype)
 
 
-def _chunks(num_rows: int) -> list[slice]:
-    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
-
-
-def _placed(found: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Put two values of each counted position (2, N) where it stands: (B, S) each, 0 elsewhere."""
-    placed = found.new_zeros(2, *counted.shape)
-    placed[:, counted] = found
-    return placed[0], placed[1]
+def _parts(targets: Tensor, *, num_rows: int, image_rows: range | None) -> list[tuple[Tensor, range]]:
+    """Find the places of counted targets (N,), and the rows of the head that each is told apart from."""
+    counted = targets != IGNORED
+    if image_rows is None:
+        return [(counted.nonzero()[:, 0], range(num_rows))]
+    is_image = (targets >= image_rows.start) & (targets < image_rows.stop)
+    others = (counted & ~is_image).nonzero()[:, 0]
+    return [(is_image.nonzero()[:, 0], image_rows), (others, range(num_rows))]
 
 
 @dataclass(frozen=True)

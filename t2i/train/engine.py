@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import RunConfig, TrainConfig
 from t2i.errors import UserError
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, summed_loss
 from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
@@ -44,7 +44,13 @@ class Learner(nn.Module):
             the sum to learn from, z-loss included; (7,) sums of text, image, special, their counts, and z, to record.
         """
         hidden = hidden_states(self.model, input_ids)
-        total, losses, partitions = summed_loss(hidden, labels, head=head_of(self.model), z_loss=self.z_loss)
+        total, losses, partitions = summed_loss(
+            hidden,
+            labels,
+            head=head_of(self.model),
+            z_loss=self.z_loss,
+            image_rows=softmax_rows(self.model, layout=self.layout),
+        )
         sums = split_sums(
             losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
         )

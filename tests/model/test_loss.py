@@ -39,6 +39,29 @@ def test_losses_and_gradients_equal_plain_cross_entropy(z_loss, tile_rows, monke
     assert torch.allclose(gradients[1], head.grad, atol=1e-4)
 
 
+def test_image_labels_can_be_told_from_image_rows_alone():
+    hidden, labels, head = batch()
+    image_rows = range(27, 45)  # the last three of 48 rows are no codes
+    labels[labels >= 45] = -100
+    total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=0.1, image_rows=image_rows)
+    total.backward()
+    gradients = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    logits = hidden @ head.T
+    is_image = ((labels >= 27) & (labels < 45))[..., None]
+    is_other_row = torch.tensor([row not in image_rows for row in range(48)])
+    logits = logits.masked_fill(is_image & is_other_row, -torch.inf)
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    squares = logits.logsumexp(-1).square() * (labels != -100)
+    (plain.sum() + 0.1 * squares.sum()).backward()
+    assert torch.allclose(losses, plain, atol=1e-5)
+    assert torch.allclose(partitions, squares, rtol=1e-5)
+    assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
+    assert torch.allclose(gradients[1], head.grad, atol=1e-4)
+    measured = token_losses(hidden, labels, head=head, image_rows=image_rows)
+    assert all(torch.equal(a, b) for a, b in zip((losses, partitions), measured, strict=True))
+
+
 def test_losses_to_measure_and_to_learn_from_are_equal():
     hidden, labels, head = batch()
     _, *learned = summed_loss(hidden, labels, head=head)
