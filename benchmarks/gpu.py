@@ -122,8 +122,7 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
                 num_codes=CODES,
                 seeds=range(batch),
                 top_k=1_000,
-            ),
-            rounds=2,
+            )
         )
         ratios = [value / limit for value in seconds]
         yield row(f"sampling, batch {batch}: seconds / bandwidth's", min(ratios), ratios, target=f"<= {most}")

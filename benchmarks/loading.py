@@ -24,10 +24,11 @@ import torch
 
 from t2i.config import ASSETS, DataConfig
 from t2i.data.shards import FORMAT_VERSION
+from t2i.data.units import HASH
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
-CODES, BATCH, IN_A_SHARD = 1_024, 64, 512
+CODES, CODEBOOK, BATCH, IN_A_SHARD = 1_024, 16_384, 64, 512
 STEP_SECONDS = 896 * 1_152 / 64 / 22_000
 """A step of the paper on 64 A100 at llm-foundry's 22,000 tokens a second."""
 
@@ -135,7 +136,7 @@ def t2i_batches(folder: Path) -> Iterator[object]:
     from t2i.train.launch import prepare_environment
 
     prepare_environment()
-    layout = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=16_384)
+    layout = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=CODEBOOK)
     return iter(
         StepLoader(
             DataConfig(shards=folder, seq_len=1_152),
@@ -154,7 +155,7 @@ def pairs(number: int) -> Iterator[dict[str, np.ndarray]]:
     for _ in range(number):
         yield {
             "caption_ids": rng.integers(0, 2_000, 30, dtype=np.uint16),
-            "codes": rng.integers(0, 16_384, CODES, dtype=np.uint16),
+            "codes": rng.integers(0, CODEBOOK, CODES, dtype=np.uint16),
         }
 
 
@@ -163,7 +164,7 @@ def make_shards(folder: Path, number: int) -> Path:
     from streaming import MDSWriter
 
     columns = {"key": "str", "caption": "str", "caption_ids": "ndarray:uint16", "codes": "ndarray:uint16"}
-    with MDSWriter(out=str(folder / "train"), columns=columns, size_limit=None) as writer:
+    with MDSWriter(out=str(folder / "train"), columns=columns, size_limit=None, hashes=[HASH]) as writer:
         for index, pair in enumerate(pairs(IN_A_SHARD)):
             writer.write({"key": str(index), "caption": "a caption", **pair})
     index_file = folder / "train" / "index.json"
@@ -177,11 +178,24 @@ def make_shards(folder: Path, number: int) -> Path:
             os.link(folder / "train" / name, folder / "train" / copy)
         copies.append({**first, "raw_data": {**first["raw_data"], "basename": copy}})
     index_file.write_text(json.dumps({**index, "shards": copies}))
-    fingerprint = TextTokenizer.load(ASSETS / "text_tokenizer").fingerprint()
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
     manifest = {
         "format_version": FORMAT_VERSION,
+        "source": "benchmarks/loading.py",
+        "heldout_share": 0.0,
         "counts": {"train": len(copies) * IN_A_SHARD},
-        "text_tokenizer": {"fingerprint": fingerprint},
+        "files": {},
+        "arguments": {},
+        "text_tokenizer": {
+            "name": "embedded",
+            "fingerprint": tokenizer.fingerprint(),
+            "num_tokens": tokenizer.num_tokens,
+        },
+        "image_tokenizer": {"name": "none", "fingerprint": "none"},
+        "given_ids": True,
+        "codes_per_image": CODES,
+        "codebook_size": CODEBOOK,
+        "floors_nats": {},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -171,6 +171,9 @@ class TrainConfig:
     """Largest norm of the gradient."""
     z_loss: float = 0.0
     """Weight of the squared log-partition, a token."""
+    image_rows_only: bool = False
+    """Learn image codes by a softmax over their own rows instead of all. Other mathematics: the image losses of such
+    runs, held-out ones too, are less by what the choice of an image code costs, and compare with one another alone."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     save_every: int = 200

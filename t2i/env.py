@@ -1,5 +1,6 @@
 """What this machine has, and whether a run can start on it. `python -m t2i.env` is what a bug report needs."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ SPARE_BYTES = 2**23
 """Shared memory for Streaming and loader processes."""
 LEAST_DISK_BYTES = 2**20
 """Free space of a run's disk without which not even its log can be written; what a checkpoint needs is known later."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt."""
 DEFAULT_PORT = 29500
 """Where the ranks of a job that `deepspeed` starts find each other."""
 
@@ -38,6 +41,19 @@ def operators_needed(ds_config: dict[str, Any]) -> list[str]:
     """Name the C++ operators that a run on CPUs loads."""
     has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam")
     return ["deepspeed_shm_comm"] if has_torch_adam else ["deepspeed_shm_comm", "fused_adam"]
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, and torch hold large tensors in huge pages.
+
+    A step on a CPU takes and frees the same gigabyte again and again. As it comes, glibc gives large pieces back to the
+    system, which hands out zeroed pages one by one at the next touch. Other C libraries are left as they are.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it makes its first tensor
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_own_tools() -> None:

@@ -41,7 +41,7 @@ def draw_codes(
         model,
         [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
         empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
-        image_ids=range(layout.first_image_id, layout.first_image_id + layout.codebook_size),
+        image_ids=layout.image_rows,
         num_codes=num_codes,
         seeds=[start + index for index in range(len(captions))],
         guidance_scale=config.guidance_scale,

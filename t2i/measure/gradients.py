@@ -11,7 +11,7 @@ from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.errors import DataError
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import IGNORED, kinds_of, summed_loss
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.tokens.sequence import next_token_labels
@@ -83,7 +83,12 @@ def _part(
         hidden = hidden_states(learner, ids.to(learner.device))
         wanted = wanted.to(learner.device)
         kinds = kinds_of(wanted, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)
-        total, _, _ = summed_loss(hidden, wanted.masked_fill(~kinds[kind], IGNORED), head=head_of(learner))
+        total, _, _ = summed_loss(
+            hidden,
+            wanted.masked_fill(~kinds[kind], IGNORED),
+            head=head_of(learner),
+            image_rows=softmax_rows(learner, layout=layout),
+        )
         total.backward()  # type: ignore[no-untyped-call]
         nats, count = nats + float(total.detach()), count + int(kinds[kind].sum())
     gradient = {

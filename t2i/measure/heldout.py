@@ -10,7 +10,7 @@ from t2i.config import DataConfig
 from t2i.data.loader import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
@@ -65,6 +65,7 @@ def heldout_rows(
                 {
                     "split": split,
                     "num_pictures": meter.num_pictures,
+                    "image_rows_only": softmax_rows(model, layout=layout) is not None,
                     "image_loss": meter.own,
                     "text_loss": meter.text,
                     "image_loss_wrong_caption": meter.wrong,
@@ -144,7 +145,8 @@ def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
     """Sum the losses of one batch (B, S): image nats, image tokens, text nats, text tokens."""
     labels = next_token_labels(input_ids, layout=layout).to(model.device)
     hidden = hidden_states(model, input_ids.to(model.device))
-    losses, _ = token_losses(hidden, labels, head=head_of(model))
+    image_rows = softmax_rows(model, layout=layout)
+    losses, _ = token_losses(hidden, labels, head=head_of(model), image_rows=image_rows)
     sums = split_sums(
         losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
     )

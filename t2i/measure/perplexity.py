@@ -16,7 +16,7 @@ from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.text_shards import is_text
 from t2i.errors import DataError, UserError
 from t2i.measure.heldout import HELDOUT_SPLITS
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.runs.folder import RESOLVED
@@ -64,7 +64,12 @@ def write_results(
 ) -> Path:
     """Write perplexity.json, by default (None) into the model's run or folder; return its path."""
     path = out or home(model) / RESULTS
-    about = {"checkpoint": str(model.folder), "shards": str(config.shards), "mode": config.mode}
+    about = {
+        "checkpoint": str(model.folder),
+        "shards": str(config.shards),
+        "mode": config.mode,
+        "image_rows_only": softmax_rows(model.model, layout=model.layout) is not None,
+    }
     path.write_text(json.dumps({**about, "splits": results}, indent=1))
     return path
 
@@ -110,10 +115,11 @@ def measure(
     """Measure sequences (N, S) with whole pictures, or without any; image_size None for ids without pixels."""
     sums = torch.zeros(2, len(KINDS), dtype=torch.float64)
     by_code: list[Tensor] = []
+    image_rows = softmax_rows(model.model, layout=model.layout)
     for batch in input_ids.split(batch_size):
         labels = next_token_labels(batch, layout=model.layout).to(model.model.device)
         hidden = hidden_states(model.model, batch.to(model.model.device))
-        losses, _ = token_losses(hidden, labels, head=head_of(model.model))
+        losses, _ = token_losses(hidden, labels, head=head_of(model.model), image_rows=image_rows)
         split = split_sums(
             losses,
             labels,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.tokens.vocab import VocabLayout
 
 HEAD_TOLERANCE = 1e-2
 """Largest difference between logits and hidden states times head, for logits of the order of ten in any precision."""
@@ -80,6 +81,11 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def head_of(model: PreTrainedModel) -> Tensor:
     """Return the head (V, D); of a tied model, the embedding."""
     return cast(Tensor, model.get_output_embeddings().weight)
+
+
+def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:
+    """Return the rows of the head that a model learned to tell an image code from: image rows, or None for all."""
+    return layout.image_rows if getattr(model.config, "image_rows_only", False) else None
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -32,6 +32,7 @@ class OpenLMConfig(PretrainedConfig):
         sequence_mode: what the sequences held that it learned to continue with pictures: "text-to-image",
             "image-only" or "text-only".
         sequence_length: their tokens, padding included, beyond which captions were cut; None for no such length.
+        image_rows_only: image codes were learned by a softmax over their own rows alone.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown name.
@@ -59,6 +60,7 @@ class OpenLMConfig(PretrainedConfig):
         codes_per_image: int | None = None,
         sequence_mode: str = "text-to-image",
         sequence_length: int | None = None,
+        image_rows_only: bool = False,
         **kwargs: Any,
     ) -> None:
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
@@ -87,4 +89,5 @@ class OpenLMConfig(PretrainedConfig):
         self.codes_per_image = codes_per_image
         self.sequence_mode = sequence_mode
         self.sequence_length = sequence_length
+        self.image_rows_only = image_rows_only
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -1,5 +1,6 @@
 """Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 CHUNK_ROWS = 256
 """Positions whose logits exist at one time."""
+TILE_ROWS = 4_096
+"""Rows of the head whose logits are worked on at one time on a CPU: with CHUNK_ROWS, four megabytes."""
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each position's cross-entropy and squared log-partition over all rows of the head, without gradients.
+def token_losses(
+    hidden: Tensor, labels: Tensor, *, head: Tensor, image_rows: range | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute each position's cross-entropy and squared log-partition, without gradients.
 
     Logits are made and reduced in fp32, chunk by chunk, so that memory grows with CHUNK_ROWS and not with the batch.
     Positions that are not counted cost nothing.
@@ -23,21 +28,23 @@ def token_losses(hidden: Tensor, labels: Tensor, *, head: Tensor) -> tuple[Tenso
         hidden: (B, S, D) last hidden states.
         labels: (B, S) next-token ids; -100 is not counted.
         head: (V, D) output weights.
+        image_rows: rows of the head that labels among them are told apart from, alone; None for all rows.
 
     Returns:
         losses in nats and squared log-partitions, (B, S) fp32 each, exactly 0 where not counted.
     """
-    counted = labels != IGNORED
-    rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
-    found = torch.zeros(2, len(rows), device=hidden.device)
-    for chunk in _chunks(len(rows)):
-        losses, partitions = _softmax(rows[chunk], targets[chunk], head=head)[:2]
-        found[:, chunk] = torch.stack([losses, partitions.square()])
-    return _placed(found, counted)
+    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    found = torch.zeros(2, len(targets), device=hidden.device)
+    for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
+        for chunk in places.split(CHUNK_ROWS):
+            softmax = _softmax(flat[chunk], targets[chunk] - rows.start, head=head[rows.start : rows.stop])
+            found[:, chunk] = torch.stack([softmax.losses, softmax.partitions.square()])
+    losses, squares = found.view(2, *labels.shape)
+    return losses, squares
 
 
 def summed_loss(
-    hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0
+    hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0, image_rows: range | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to learn from.
 
@@ -49,11 +56,12 @@ def summed_loss(
         labels: (B, S) next-token ids; -100 is not counted.
         head: (V, D) output weights.
         z_loss: weight of the squared log-partition.
+        image_rows: as token_losses takes it.
 
     Returns:
         the sum, which alone has a gradient; losses and squared log-partitions (B, S) as token_losses gives them.
     """
-    return _SummedLoss.apply(hidden, labels, head, z_loss)
+    return _SummedLoss.apply(hidden, labels, head, z_loss, image_rows)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -61,72 +69,123 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float, image_rows: range | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        counted = labels != IGNORED
-        rows, targets = hidden[counted], labels[counted]  # (N, D), (N,)
-        found = torch.zeros(2, len(rows), device=hidden.device)
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        found = torch.zeros(2, len(targets), device=hidden.device)
+        hidden_gradient = torch.zeros_like(flat)
         head_gradient = torch.zeros_like(head, dtype=torch.float32)
-        for chunk in _chunks(len(rows)):
-            found[:, chunk] = _learn_chunk(
-                rows[chunk], targets[chunk], head, z_loss=z_loss, head_gradient=head_gradient
-            )
-        losses, squares = _placed(found, counted)
-        ctx.save_for_backward(rows, counted, head_gradient.to(head.dtype))
+        for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
+            own = slice(rows.start, rows.stop)
+            for chunk in places.split(CHUNK_ROWS):
+                found[:, chunk], hidden_gradient[chunk] = _learn_chunk(
+                    flat[chunk],
+                    targets[chunk] - rows.start,
+                    head[own],
+                    z_loss=z_loss,
+                    head_gradient=head_gradient[own],
+                )
+        ctx.save_for_backward(hidden_gradient.view_as(hidden), head_gradient.to(head.dtype))
+        losses, squares = found.view(2, *labels.shape)
         ctx.mark_non_differentiable(losses, squares)
         return found[0].sum() + z_loss * found[1].sum(), losses, squares
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        rows, counted, head_gradient = ctx.saved_tensors
-        hidden_gradient = rows.new_zeros(*counted.shape, rows.shape[1])  # (B, S, D)
-        hidden_gradient[counted] = rows.mul_(scale)
-        return hidden_gradient, None, head_gradient.mul_(scale), None  # in place: it is large
+    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        # In place: the head's is large.
+        return hidden_gradient.mul_(scale), None, head_gradient.mul_(scale), None, None
 
 
 def _learn_chunk(
     rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
-) -> Tensor:
-    """Compute losses and squared log-partitions (2, N) of a chunk; add its part to the head's gradient (V, D).
+) -> tuple[Tensor, Tensor]:
+    """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
 
-    The gradient of a logit is weight * power, less one at the target. The weight of a row stays outside the products,
-    so that powers (N, V) are read as they are. Rows (N, D) are not needed again: their gradient takes their place.
+    Its part of the head's gradient is added to head_gradient (V, D). The gradient of a logit is weight * power, less
+    one at the target. The weight of a row stays outside the products, so that powers (N, T) are read as they are.
     """
-    losses, partitions, powers, sums = _softmax(rows, targets, head=head)
-    weights = ((1 + 2 * z_loss * partitions) / sums)[:, None]
-    powers = powers.to(head.dtype)
-    weighted = (rows.float() * weights).to(head.dtype)
-    if head.dtype == torch.float32:
-        head_gradient.addmm_(powers.T, weighted)
-    else:
-        head_gradient += powers.T @ weighted
+    tiles: list[tuple[Tensor, Tensor]] = []
+    found = _softmax(rows, targets, head=head, tiles=tiles)
+    weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums
+    weighted = rows.float() * weights
+    for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
+        _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
-    rows.copy_((powers @ head).float() * weights - head[targets].float())
-    return torch.stack([losses, partitions.square()])
+    own = found.mixed.mul_(weights) - head[targets].float()
+    return torch.stack([found.losses, found.partitions.square()]), own.to(rows.dtype)
 
 
-def _chunks(num_rows: int) -> list[slice]:
-    return [slice(start, start + CHUNK_ROWS) for start in range(0, num_rows, CHUNK_ROWS)]
+def _parts(targets: Tensor, *, num_rows: int, image_rows: range | None) -> list[tuple[Tensor, range]]:
+    """Find the places of counted targets (N,), and the rows of the head that each is told apart from."""
+    counted = targets != IGNORED
+    if image_rows is None:
+        return [(counted.nonzero()[:, 0], range(num_rows))]
+    is_image = (targets >= image_rows.start) & (targets < image_rows.stop)
+    others = (counted & ~is_image).nonzero()[:, 0]
+    return [(is_image.nonzero()[:, 0], image_rows), (others, range(num_rows))]
 
 
-def _placed(found: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Put two values of each counted position (2, N) where it stands: (B, S) each, 0 elsewhere."""
-    placed = found.new_zeros(2, *counted.shape)
-    placed[:, counted] = found
-    return placed[0], placed[1]
+@dataclass(frozen=True)
+class _Softmax:
+    """The softmax of N rows, in fp32; its powers are relative to the largest logit of a row."""
+
+    losses: Tensor
+    """(N,) nats of the targets."""
+    partitions: Tensor
+    """(N,) logarithms of the sums of exp(logit)."""
+    largest: Tensor
+    """(N, 1) logits."""
+    sums: Tensor
+    """(N, 1) of powers."""
+    mixed: Tensor
+    """(N, D) products of powers and head; zeros where no tiles are asked for."""
 
 
-def _softmax(hidden: Tensor, targets: Tensor, *, head: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute losses and log-partitions (N,), and the softmax as powers (N, V) over their sums (N,), in fp32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, head.to(hidden.dtype)).float()  # (N, V)
-    wanted = logits.gather(1, targets[:, None])[:, 0]
-    largest = logits.amax(-1)
-    powers = logits.sub_(largest[:, None]).exp_()  # in place: logits are most of a step's memory
-    sums = powers.sum(-1)
+def _softmax(
+    rows: Tensor, targets: Tensor, *, head: Tensor, tiles: list[tuple[Tensor, Tensor]] | None = None
+) -> _Softmax:
+    """Go over the head once, in tiles of T of its rows, each worked on while it is in the processor's cache.
+
+    Args:
+        tiles: takes powers (N, T) of each tile and the logit (N, 1) that they are relative to; None to keep none.
+
+    Source: the running maximum of online softmax (arXiv:1805.02867).
+    """
+    largest = torch.full((len(rows), 1), -torch.inf, device=rows.device)
+    sums, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
+    mixed = torch.zeros(rows.shape, device=rows.device)
+    places = targets[:, None]
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in head.split(_tile_rows(head)):
+            logits = F.linear(rows, part.to(rows.dtype)).float()  # (N, T)
+            is_inside = (places >= 0) & (places < len(part))
+            found = logits.gather(1, places.clamp(0, len(part) - 1))
+            wanted = torch.where(is_inside, found, wanted)
+            places = places - len(part)
+            before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
+            shrink = (before - largest).exp()
+            powers = logits.sub_(largest).exp_()  # in place: logits are most of a step's memory
+            sums = sums * shrink + powers.sum(-1, keepdim=True)
+            if tiles is not None:
+                tiles.append((powers.to(head.dtype), largest))
+                _add_product(mixed.mul_(shrink), tiles[-1][0], part)
     partitions = largest + sums.log()
-    return partitions - wanted, partitions, powers, sums
+    return _Softmax((partitions - wanted)[:, 0], partitions[:, 0], largest, sums, mixed)
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """Add first @ second to a total in fp32."""
+    if first.dtype == torch.float32:
+        total.addmm_(first, second)
+    else:
+        total += first @ second
+
+
+def _tile_rows(head: Tensor) -> int:
+    """Rows of the head that are multiplied at a time: few on a processor with caches, all on a GPU."""
+    return TILE_ROWS if head.device.type == "cpu" else len(head)
 
 
 def split_sums(

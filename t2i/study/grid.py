@@ -107,8 +107,7 @@ def read_study(file: Path) -> Study:
     study: Study = _made(Study, {**values, "file": file}, file)
     for name, settings in {"settings": study.settings, **study.arms}.items():
         check_keys(settings, where=f"{study.file}: {name}")
-    for name in study.arms:
-        run_config(study, arm=name, seed=0, out=Path("out"))
+    _check_losses(study)
     _known_arms(study, list(study.arm_seeds), where="arm_seeds")
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
@@ -229,6 +228,21 @@ def _made(kind: Any, values: Any, file: Path) -> Any:
         return kind(**values)
     except TypeError as error:
         raise UserError(f"{file}: a {kind.__name__.lower()} is incomplete: {error}.") from error
+
+
+def _check_losses(study: Study) -> None:
+    """Read every arm's settings, and refuse arms whose image losses are different quantities.
+
+    Raises:
+        UserError: settings that a run does not have, or train.image_rows_only in some arms and not in others.
+    """
+    configs = {name: run_config(study, arm=name, seed=0, out=Path("out")) for name in study.arms}
+    restricted = [name for name, config in configs.items() if config.train.image_rows_only]
+    if restricted and len(restricted) < len(configs):
+        raise UserError(
+            f"{study.file}: train.image_rows_only is set in {', '.join(restricted)} alone; its image losses do not"
+            " compare with those over all rows. Set it for all arms, or make two studies."
+        )
 
 
 def _known_arms(study: Study, arms: list[str], *, where: str) -> None:

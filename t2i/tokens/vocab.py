@@ -53,6 +53,11 @@ class VocabLayout:
         return self.pad_id + 1
 
     @property
+    def image_rows(self) -> range:
+        """The ids of all image codes, in order of the codes."""
+        return range(self.first_image_id, self.first_image_id + self.codebook_size)
+
+    @property
     def vocab_size(self) -> int:
         """All rows, padded to the multiple."""
         used = self.first_image_id + self.codebook_size

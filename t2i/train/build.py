@@ -50,6 +50,9 @@ def build_model(
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest["codes_per_image"]
+    model.config.image_rows_only = config.train.image_rows_only
+    if config.train.image_rows_only and is_text(manifest):
+        raise UserError("train.image_rows_only is set, but the shards hold no image codes.")
     model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
     _check_positions(model, config)
     if config.model.gradient_checkpointing:

@@ -1,6 +1,7 @@
 """The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import RunConfig, TrainConfig
 from t2i.errors import UserError
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, summed_loss
 from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
@@ -23,8 +24,8 @@ OWNED_BY_THE_RUN = {
     "scheduler": "train.warmup_steps",
 }
 KINDS = ("text", "image", "special")
-COLUMNS = 8
-"""A micro-batch's width is a multiple of this, which matrix products are quicker for."""
+POSITIONS = 8
+"""A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
 
 
 class Learner(nn.Module):
@@ -43,7 +44,13 @@ class Learner(nn.Module):
             the sum to learn from, z-loss included; (7,) sums of text, image, special, their counts, and z, to record.
         """
         hidden = hidden_states(self.model, input_ids)
-        total, losses, partitions = summed_loss(hidden, labels, head=head_of(self.model), z_loss=self.z_loss)
+        total, losses, partitions = summed_loss(
+            hidden,
+            labels,
+            head=head_of(self.model),
+            z_loss=self.z_loss,
+            image_rows=softmax_rows(self.model, layout=self.layout),
+        )
         sums = split_sums(
             losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
         )
@@ -113,7 +120,8 @@ def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple
     order = lengths.argsort(stable=True)
     parts = []
     for rows in order.split(size):
-        longest = -(-max(1, int(lengths[rows].max())) // COLUMNS) * COLUMNS
+        columns = POSITIONS // math.gcd(POSITIONS, len(rows))
+        longest = -(-max(1, int(lengths[rows].max())) // columns) * columns
         parts.append((input_ids[rows, :longest], labels[rows, :longest]))
     return parts
 

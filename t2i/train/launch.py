@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from t2i.env import extensions_folder, operators_built, operators_needed, use_own_tools
+from t2i.env import extensions_folder, keep_memory, operators_built, operators_needed, use_own_tools
 from t2i.errors import EXPECTED, CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     use_own_tools()
+    keep_memory()
     _check_launch()
     if os.environ["RANK"] != "0":
         logging.getLogger("t2i").setLevel(logging.ERROR)  # the first rank speaks for all

@@ -121,6 +121,7 @@ class Saver:
             "loader": self.loader.state_dict(),
             "world_size": dist.get_world_size(),
             "global_batch": self.loader.global_batch,
+            "image_rows_only": settings.image_rows_only,
             "parameters": {"learned": num_learned, "all": num_all},
             "optimizer_state_bytes": optimizer_state_bytes(self.engine),
             "optimizer_bits": bits,

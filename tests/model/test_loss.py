@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from t2i.model import loss
 from t2i.model.loss import split_sums, summed_loss, token_losses
 
 KINDS = {"num_text_rows": 20, "first_image_id": 27}
@@ -16,8 +17,10 @@ def batch(dtype=torch.float32):
     return hidden, labels, head
 
 
+@pytest.mark.parametrize("tile_rows", [7, 48])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_losses_and_gradients_equal_plain_cross_entropy(z_loss):
+def test_losses_and_gradients_equal_plain_cross_entropy(z_loss, tile_rows, monkeypatch):
+    monkeypatch.setattr(loss, "TILE_ROWS", tile_rows)  # 48 rows in seven tiles, the last of 6, or in one
     hidden, labels, head = batch()
     total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=z_loss)
     (0.5 * total).backward()
@@ -34,6 +37,29 @@ def test_losses_and_gradients_equal_plain_cross_entropy(z_loss):
     assert torch.allclose(partitions, squares, rtol=1e-5)
     assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
     assert torch.allclose(gradients[1], head.grad, atol=1e-4)
+
+
+def test_image_labels_can_be_told_from_image_rows_alone():
+    hidden, labels, head = batch()
+    image_rows = range(27, 45)  # the last three of 48 rows are no codes
+    labels[labels >= 45] = -100
+    total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=0.1, image_rows=image_rows)
+    total.backward()
+    gradients = hidden.grad.clone(), head.grad.clone()
+    hidden.grad = head.grad = None
+    logits = hidden @ head.T
+    is_image = ((labels >= 27) & (labels < 45))[..., None]
+    is_other_row = torch.tensor([row not in image_rows for row in range(48)])
+    logits = logits.masked_fill(is_image & is_other_row, -torch.inf)
+    plain = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    squares = logits.logsumexp(-1).square() * (labels != -100)
+    (plain.sum() + 0.1 * squares.sum()).backward()
+    assert torch.allclose(losses, plain, atol=1e-5)
+    assert torch.allclose(partitions, squares, rtol=1e-5)
+    assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
+    assert torch.allclose(gradients[1], head.grad, atol=1e-4)
+    measured = token_losses(hidden, labels, head=head, image_rows=image_rows)
+    assert all(torch.equal(a, b) for a, b in zip((losses, partitions), measured, strict=True))
 
 
 def test_losses_to_measure_and_to_learn_from_are_equal():

@@ -1,0 +1,36 @@
+"""What t2i asks of the machine that it runs on."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TAKE_AGAIN = """
+import resource, sys
+from t2i.env import keep_memory
+
+if sys.argv[1] == "keep":
+    keep_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+size = 2**26
+b"x" * size
+before = faults()
+b"x" * size
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_comes_back_without_a_fault_a_page():
+    def faults(word):
+        command = [sys.executable, "-c", TAKE_AGAIN, word]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("keep") < 10
+    assert faults("leave") > 20  # 64 MB: 16,384 pages of 4 KB, or 32 of 2 MB
