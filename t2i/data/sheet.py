@@ -112,7 +112,7 @@ def check_sheet(path: Path) -> None:
     if not path.exists():
         return
     try:
-        software = Image.open(path).info.get("Software")
+        software = Image.open(path, formats=["PNG"]).info.get("Software")
     except (UnidentifiedImageError, OSError):
         software = None
     if software != DRAWN_BY:
