@@ -1,6 +1,7 @@
 """No test may reach the network; arithmetic is single-threaded so that it repeats."""
 
 import os
+import resource
 import runpy
 import shutil
 import sys
@@ -16,6 +17,8 @@ from PIL import Image
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
 
 torch.set_num_threads(1)
+# Streaming keeps the shared memory of every run that this process trains open until the process ends.
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 ROOT = Path(__file__).parents[1]
 
