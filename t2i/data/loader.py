@@ -18,7 +18,7 @@ from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
 from t2i.data.integrity import LookAhead
 from t2i.data.shards import check_sample, read_manifest
-from t2i.data.stream import VerifiedStream
+from t2i.data.stream import VerifiedStream, without_looks
 from t2i.errors import DataError, UserError
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
@@ -329,7 +329,7 @@ def live_with_rank(worker: int) -> None:
 def _open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
     """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
     try:
-        return SequenceDataset(config, **settings)
+        return without_looks(lambda: SequenceDataset(config, **settings))
     except UserError:
         raise
     except ValueError as error:

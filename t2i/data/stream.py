@@ -1,16 +1,22 @@
 """Streaming's view of one split, which reads nothing whose hash was not seen to be right."""
 
+import atexit
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import Stream
+from streaming import Stream, StreamingDataset
 from streaming.base.format.base.reader import FileInfo, Reader
+from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
 from t2i.data.integrity import HASH, Verified, check_file, read_index, remake_advice
 from t2i.data.remote import fetch
 from t2i.data.shards import read_manifest
+
+Opened = TypeVar("Opened", bound=StreamingDataset)
 
 
 class VerifiedStream(Stream):
@@ -59,3 +65,30 @@ class VerifiedStream(Stream):
         else:
             check_file(self.folder, name, wanted=wanted, advice=self.advice)
         return int(raw_info.bytes)
+
+
+def without_looks(open_dataset: Callable[[], Opened]) -> Opened:
+    """Open a data set, and close what Streaming opened of others in the search for a free name.
+
+    It would hold that until the process ends: one that opens a hundred data sets comes to the limit of open files.
+    """
+    looks: list[SharedMemory] = []
+
+    def look(name: str, create: bool, size: int = 0) -> SharedMemory:
+        memory = SharedMemory(name, create, size)
+        if not create:
+            looks.append(memory)
+        return memory
+
+    prefix.SharedMemory = look
+    try:
+        dataset = open_dataset()
+    finally:
+        prefix.SharedMemory = SharedMemory
+    for memory in looks:
+        if (
+            memory is not dataset._locals_shm
+        ):  # that of the first rank of this machine, which the others look for
+            atexit.unregister(memory.cleanup)
+            memory.cleanup()
+    return dataset

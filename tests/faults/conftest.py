@@ -72,6 +72,7 @@ class Row:
 SEEN = pytest.StashKey[Seen]()
 ROWS = pytest.StashKey[dict[tuple[int, str], Row]]()
 STARTED = pytest.StashKey[float]()
+COMMIT = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
@@ -80,6 +81,7 @@ def pytest_addoption(parser):
 
 def pytest_sessionstart(session):
     session.config.stash[STARTED] = time.monotonic()
+    session.config.stash[COMMIT] = commit()
 
 
 @pytest.fixture
@@ -127,10 +129,11 @@ def pytest_sessionfinish(session):
     path = session.config.getoption("--fault-report", default=None)
     if path:
         minutes = (time.monotonic() - session.config.stash[STARTED]) / 60
-        path.write_text(report_of(session.config.stash.get(ROWS, {}), minutes=minutes))
+        stash = session.config.stash
+        path.write_text(report_of(stash.get(ROWS, {}), minutes=minutes, commit=stash[COMMIT]))
 
 
-def report_of(rows, *, minutes):
+def report_of(rows, *, minutes, commit):
     """Write the report of all rows, those without a test of this session among them."""
     results = [row.cells[-1] for row in rows.values()]
     left_out = sum(result.startswith("not run") for result in results)
@@ -144,7 +147,7 @@ def report_of(rows, *, minutes):
         if number not in tested
     ]
     return REPORT.format(
-        commit=commit(),
+        commit=commit,
         machine=machine(),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         minutes=minutes,

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -124,6 +125,24 @@ def test_dead_runs_memory_is_swept_and_a_neighbours_is_not(small, observed, capl
     for one in (living, third):
         one.end()
     observed(f"{len(dead.files)} files of the dead run removed, {len(living.files)} of the neighbour's kept")
+
+
+def test_a_data_set_holds_nothing_of_another_open(small):
+    first = step_loader(small)
+    held = files_open(first)
+    others = [step_loader(small) for _ in range(3)]
+    assert held and files_open(first) == held
+    assert len(others) == 3  # alive until here
+
+
+def files_open(loader):
+    """List this process's open files of shared memory that a loader's data set made."""
+    number = loader.streams[0].loader.dataset._shm_prefix_int
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own
+            found.append(descriptor.readlink().name)
+    return sorted(name for name in found if name.startswith(f"{number:06d}_"))
 
 
 class OpenLoader:
