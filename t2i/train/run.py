@@ -1,6 +1,7 @@
 """One training run, from its settings to its last checkpoint."""
 
 import logging
+import math
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from t2i.train.stop import StopFlag, stop_flag
 logger = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("max_steps", "global_batch_tokens", "log_every", "keep_last", "eval_pictures")
+BELOW_ONE = ("beta1", "beta2")
 AT_LEAST_ZERO = (
     "save_every",
     "keep_every",
@@ -43,6 +45,14 @@ AT_LEAST_ZERO = (
     "warmup_steps",
     "weight_decay",
     "z_loss",
+    "lr",
+    "new_rows_lr",
+    "min_lr_ratio",
+    "grad_clip",
+    "l2_to_init",
+    "spike_score",
+    "beta1",
+    "beta2",
 )
 
 
@@ -91,15 +101,19 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
 
 
 def check_numbers(config: TrainConfig) -> None:
-    """Refuse counts that no run can have.
+    """Refuse numbers that no run can have.
 
     Raises:
         UserError: the first such key.
     """
     for least, keys in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
         for key in keys:
-            if getattr(config, key) < least:
-                raise UserError(f"train.{key} is {getattr(config, key)}; wanted is at least {least}.")
+            value = getattr(config, key)
+            if value is not None and not least <= value < math.inf:  # nan is neither
+                raise UserError(f"train.{key} is {value}; wanted is a number of at least {least}.")
+    for key in BELOW_ONE:
+        if getattr(config, key) >= 1:
+            raise UserError(f"train.{key} is {getattr(config, key)}; wanted is less than 1.")
 
 
 def _train(

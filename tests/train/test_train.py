@@ -156,6 +156,10 @@ def test_a_ds_config_that_cannot_work_is_refused(tmp_path, changes, sentence):
 def test_counts_that_no_run_can_have_are_refused(finished):
     with pytest.raises(UserError, match=r"train\.log_every is 0"):
         check_numbers(replace(finished.train, log_every=0))
+    with pytest.raises(UserError, match=r"train\.lr is nan"):
+        check_numbers(replace(finished.train, lr=float("nan")))
+    with pytest.raises(UserError, match=r"train\.beta2 is 1\.0; wanted is less than 1"):
+        check_numbers(replace(finished.train, beta2=1.0))
 
 
 def test_micro_batches_are_few_and_no_larger_than_asked():
