@@ -32,13 +32,14 @@ def sum_over_ranks(
     """Sum measure(batch), (size,) in float64, over this rank's batches and then over ranks: one reduction.
 
     Raises:
-        Interrupted: on every rank, if should_stop asked any of them between two batches.
+        Interrupted: on every rank, if should_stop asked any of them before a batch, or one that has none.
     """
     sums = torch.zeros(size + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
+    sums[-1] = should_stop()  # a rank that has no batch may be the one that was asked
     for batch in batches:
-        if should_stop():
+        if sums[-1] or should_stop():
             sums[-1] = 1
             break
         sums[:-1] += measure(batch)

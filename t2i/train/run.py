@@ -93,7 +93,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             faults.reach("setup", step=0)
             _train(config, ds_config, peers=peers, flag=flag, stop_at=stop_at)
         except (Exception, KeyboardInterrupt) as error:
-            flag.raises = False  # the launcher may ask a rank to end that is ending already
+            flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
             _leave(config, peers, error)
         finally:
             for lock in locks:

@@ -28,11 +28,15 @@ class StopFlag:
     num_interrupts: int = 0
     raises: bool = True
     """Before the first step nothing is to be saved, so a request ends the process where it is."""
+    is_leaving: bool = False
+    """The process is ending already and writes down why, which no further signal cuts short."""
 
     def note(self, number: int, frame: object = None) -> None:
         """Take a signal."""
         self.is_noted = True
         self.num_interrupts += number == signal.SIGINT
+        if self.is_leaving:
+            return
         if self.num_interrupts > 1:
             raise KeyboardInterrupt
         if self.raises:
