@@ -10,12 +10,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from t2i.runs.folder import commit
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
@@ -93,13 +94,6 @@ def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = Non
     rows_as_dicts = [{**asdict(row), "met": row.is_met} for row in rows]
     whole = {**facts, "rows": rows_as_dicts, "figures": figures or {}}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
-
-
-def commit() -> str:
-    """Name the commit that is measured; `+` says that files differ from it."""
-    here = Path(__file__).parent
-    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> str:

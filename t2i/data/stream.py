@@ -88,7 +88,7 @@ def without_looks(open_dataset: Callable[[], Opened]) -> Opened:
     for memory in looks:
         if (
             memory is not dataset._locals_shm
-        ):  # that of the first rank of this machine, which the others look for
+        ):  # the other ranks of a machine look for the first one's and keep it
             atexit.unregister(memory.cleanup)
             memory.cleanup()
     return dataset

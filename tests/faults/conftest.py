@@ -8,7 +8,6 @@ what it saw. `make faults` runs all of them and writes docs/reliability_report.m
 import datetime
 import platform
 import re
-import subprocess
 import time
 from dataclasses import dataclass
 from operator import itemgetter
@@ -18,6 +17,8 @@ import psutil
 import pytest
 import torch
 from launched import LEARN, ROOT, Job
+
+from t2i.runs.folder import commit
 
 NUM_ROWS = 43
 """Of the list of faults; each has a line in the report, with or without a test."""
@@ -81,7 +82,7 @@ def pytest_addoption(parser):
 
 def pytest_sessionstart(session):
     session.config.stash[STARTED] = time.monotonic()
-    session.config.stash[COMMIT] = commit()
+    session.config.stash[COMMIT] = commit() or "no checkout"
 
 
 @pytest.fixture
@@ -162,13 +163,6 @@ def report_of(rows, *, minutes, commit):
         stop_steps=sum(stops),
         table="\n".join(line for _, line in sorted(lines, key=itemgetter(0))),
     )
-
-
-def commit():
-    """Name the commit of the checkout, and whether files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "no checkout"
 
 
 def machine():
