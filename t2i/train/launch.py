@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -129,7 +130,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
         except EXPECTED as expected:
             error, outcome[1] = expected, expected.exit_code
         except OSError as failed:
-            error = CheckpointError(f"{failed.filename or 'The disk'}: {failed.strerror or failed}.")
+            first = failed.args[0][0][2] if isinstance(failed, shutil.Error) else failed  # of a copied folder
+            error = CheckpointError(f"{failed.filename or 'The disk'}: {failed.strerror or first}.")
             outcome[1] = CheckpointError.exit_code
     dist.broadcast_object_list(outcome)
     if error is not None:

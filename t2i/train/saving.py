@@ -205,6 +205,7 @@ def _sealing(engine: Any, *, step: int) -> Iterator[tuple[dict[str, Any], list[s
     """Seal each file that DeepSpeed writes on this rank, and collect failures instead of raising them.
 
     DeepSpeed's save waits for all ranks several times: a rank that raised in its midst would leave the others waiting.
+    The scripts that it copies beside its state, to get weights out of it, are left out: model.safetensors has these.
     """
     sealed: dict[str, Any] = {}
     reasons: list[str] = []
@@ -221,10 +222,11 @@ def _sealing(engine: Any, *, step: int) -> Iterator[tuple[dict[str, Any], list[s
             reasons.append(reason)
 
     writer.save = save
+    engine._copy_recovery_script = lambda path: None
     try:
         yield sealed, reasons
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
 
 
 def _reason(write: Callable[[], None]) -> str:

@@ -95,15 +95,22 @@ def test_a_second_save_that_fails_ends_the_run(shards, tmp_path, monkeypatch, ob
     observed("exit 5, step 1 kept and whole")
 
 
+def room_for(run_dir, *, num_checkpoints):
+    """Count the bytes of a run's folder beside its checkpoints, and of so many of these."""
+    held = {path: path.stat().st_size for path in run_dir.rglob("*") if path.is_file()}
+    kept = sum(size for path, size in held.items() if "checkpoints" not in path.parts)
+    return kept + int(num_checkpoints * checkpoints.bytes_of(checkpoints.step_folder(run_dir, 8)))
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     19,
     "a disk that fills up, 2 ranks",
-    injected="a file system of 8 MB, a checkpoint of some 5; then made larger",
+    injected="a file system with room for one checkpoint and a half; then made larger",
     expected="exit 5 at the second failure, the first checkpoint valid; with room, equal to the undisturbed run",
 )
 def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
-    disk = small_disk("size=8m")
+    disk = small_disk(f"size={room_for(whole, num_checkpoints=1.5)}")
     job = Job(shards, disk / "run", beside=tmp_path, **LEARN).run()
     assert job.status()["code"] == 5, job.said()[-3000:]
     assert "disk full: a checkpoint needs" in job.status()["reason"]
@@ -120,12 +127,12 @@ def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
 @pytest.mark.fault(
     19,
     "a disk too small for one checkpoint, 2 ranks",
-    injected="a file system of 2 MB: torch.save fails on both ranks",
+    injected="a file system with room for a fifth of a checkpoint: torch.save fails on both ranks",
     expected="no rank waits for another; exit 5 at the second failure; nothing half is left",
 )
-def test_a_disk_without_room_for_one(shards, tmp_path, small_disk, observed):
-    disk = small_disk("size=2m")
-    job = Job(shards, disk / "run", beside=tmp_path, train__hang_timeout_seconds=60).run()
+def test_a_disk_without_room_for_one(shards, whole, tmp_path, small_disk, observed):
+    disk = small_disk(f"size={room_for(whole, num_checkpoints=0.2)}")
+    job = Job(shards, disk / "run", beside=tmp_path, train__hang_timeout_seconds=60, **LEARN).run()
     assert "could not be written: rank" in job.said(), job.said()[-3000:]
     assert job.said().count("could not be written") == 2
     assert not list((job.run_dir / "checkpoints").iterdir())
