@@ -28,7 +28,7 @@ class StudyCommand:
     study: tyro.conf.Positional[Path]
     """Study file; launchers/studies/ has some."""
     out: Path | None = None
-    """Folder of runs and report; by default runs/NAME of the study file."""
+    """Folder of runs and report; by default runs/NAME of the study file, or of its base."""
     plan: bool = False
     """Only print what it will take."""
     gpu: tuple[str, ...] = ()
@@ -53,8 +53,8 @@ def main() -> None:
     from t2i.study.sections import check_sections
     from t2i.study.workers import local_workers, submit
 
-    out = command.out or Path("runs") / command.study.stem
     study = read_study(command.study)
+    out = command.out or study.default_out()
     check_sections(study)
     jobs = jobs_of(study, out=out)
     again = ["launchers/study.py", str(command.study), "--out", str(out)]

@@ -1,7 +1,8 @@
 """A study as YAML: steps that are done once, arms times seeds of training runs, measures of each run.
 
-`base: OTHER.yaml` takes runs' settings and steps from another study file, key by key. `{out}` in any string is the
-study's folder, `{run}` in a measure the folder of the run that it measures.
+`base: OTHER.yaml` takes runs' settings and steps from another study file, key by key, and works in that study's folder:
+what both name alike is done once. A step that is a name alone is the base's. `{out}` in any string is the study's
+folder, `{run}` in a measure the folder of the run that it measures.
 """
 
 import difflib
@@ -30,6 +31,8 @@ class Step:
     command: str
     """Script, from the repository's root."""
     flags: dict[str, Any] = field(default_factory=dict)
+    needs: list[str] | None = None
+    """Steps that must be done before; None for all that are listed before."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Study:
     question: str
     arms: dict[str, dict[str, Any]]
     """Settings of each arm, over `settings`."""
+    base: Path | None = None
+    """The study that this one goes on from."""
     seeds: list[int] = field(default_factory=lambda: [0])
     arm_seeds: dict[str, list[int]] = field(default_factory=dict)
     """Seeds of arms that have others than `seeds`."""
@@ -70,6 +75,14 @@ class Study:
     measures: list[Measure] = field(default_factory=list)
     report: list[dict[str, Any]] = field(default_factory=list)
     """Sections: `section` names a kind, the rest are its arguments."""
+
+    def default_out(self) -> Path:
+        """Return the folder of its runs, which is its base's."""
+        return Path("runs") / (self.base or self.file).stem
+
+    def report_dir(self, out: Path) -> Path:
+        """Return where the report goes: a study in its base's folder has a folder of its own there."""
+        return out / self.file.stem if self.base else out
 
     def seeds_of(self, arm: str) -> list[int]:
         """Return an arm's seeds."""
@@ -105,6 +118,7 @@ def read_study(file: Path) -> Study:
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
     study: Study = _made(Study, {**values, "file": file}, file)
+    _check_steps(study)
     for name, settings in {"settings": study.settings, **study.arms}.items():
         check_keys(settings, where=f"{study.file}: {name}")
     _check_losses(study)
@@ -143,9 +157,10 @@ def nearest_name(name: str, known: list[str]) -> str:
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
     """List a study's processes in the order of one worker."""
     jobs: list[Job] = []
-    for step in study.steps:  # each may read what the ones before it made
+    for step in study.steps:
         command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
-        jobs.append(Job(step.name, command, needs=tuple(job.name for job in jobs)))
+        before = tuple(job.name for job in jobs)
+        jobs.append(Job(step.name, command, needs=before if step.needs is None else tuple(step.needs)))
     needs = tuple(job.name for job in jobs)
     jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
     for measure in study.measures:
@@ -215,11 +230,21 @@ def _with_base(values: dict[str, Any], file: Path) -> dict[str, Any]:
     if not found.is_file():
         raise UserError(f"{file}: base is {base}, which is not beside it.")
     given = read_yaml(found, name=str(found))
-    return {key: given[key] for key in INHERITED if key in given} | values
+    if "base" in given:
+        raise UserError(f"{file}: base is {base}, which has a base itself; name that one.")
+    known = {step["name"]: step for step in given.get("steps", [])}
+    steps = values.get("steps", list(known))
+    if missing := [one for one in steps if isinstance(one, str) and one not in known]:
+        right = nearest_name(missing[0], list(known))
+        raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base}; {right}.")
+    values["steps"] = [known[one] if isinstance(one, str) else one for one in steps]
+    return {key: given[key] for key in INHERITED if key in given} | values | {"base": found}
 
 
 def _made(kind: Any, values: Any, file: Path) -> Any:
     known = {one.name for one in fields(kind)}
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a {kind.__name__.lower()} is {values!r}; wanted are names with values.")
     unknown = sorted(set(values) - known)
     if unknown:
         right = nearest_name(unknown[0], sorted(known))
@@ -243,6 +268,15 @@ def _check_losses(study: Study) -> None:
             f"{study.file}: train.image_rows_only is set in {', '.join(restricted)} alone; its image losses do not"
             " compare with those over all rows. Set it for all arms, or make two studies."
         )
+
+
+def _check_steps(study: Study) -> None:
+    before: list[str] = []
+    for step in study.steps:
+        for name in step.needs or []:
+            if name not in before:
+                raise UserError(f"{study.file}: step {step.name} needs {name}, which is no step before it.")
+        before.append(step.name)
 
 
 def _known_arms(study: Study, arms: list[str], *, where: str) -> None:

@@ -17,12 +17,13 @@ MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with
 
 
 def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str) -> Path:
-    """Write out/report.md, out/report.html and out/figures from the study's files; return the path of the page.
+    """Write report.md, report.html and figures from a study's files into its report's folder; return the page's path.
 
     Args:
         command: what makes it again.
     """
-    figures = out / "figures"
+    to = study.report_dir(out)
+    figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, arguments in enumerate(study.report, start=1):
@@ -44,8 +45,8 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         page = jinja2.Template(
             template.read_text(), autoescape=template is HTML, trim_blocks=True, lstrip_blocks=True
         ).render(**facts)
-        (out / name).write_text(page + "\n")
-    return out / "report.html"
+        (to / name).write_text(page + "\n")
+    return to / "report.html"
 
 
 def _commits(study: Study, out: Path) -> list[str]:

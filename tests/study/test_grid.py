@@ -90,6 +90,11 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
             "arm pretrained has settings that launchers/train.py does not take",
         ),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
+        (("  - {name: first", "  - first\n  - {name: more"), "a step is 'first'; wanted"),
+        (
+            ("{name: first,", "{name: first, needs: [second],"),
+            "step first needs second, which is no step before it",
+        ),
         (
             ("max_steps: 3", "max_step: 3"),
             "settings has the setting train.max_step, .* perhaps train.max_steps was meant",
@@ -109,6 +114,32 @@ def test_a_study_takes_from_its_base_what_it_does_not_say(tmp_path):
     study = read_study(other)
     assert (study.settings, study.steps) == (base.settings, base.steps)
     assert (study.title, study.seeds, list(study.arms), study.measures) == ("Other", [4], ["only"], [])
+    third = tmp_path / "third.yaml"
+    third.write_text(other.read_text().replace("study.yaml", "other.yaml"))
+    with pytest.raises(UserError, match="base is other.yaml, which has a base itself"):
+        read_study(third)
+
+
+def test_what_a_study_names_as_its_base_does_is_the_same_job(tmp_path):
+    base = read_study(written(tmp_path))
+    other = tmp_path / "other.yaml"
+    steps = "steps: [first, {name: own, command: step.py, needs: [first]}]"
+    other.write_text(
+        f"base: study.yaml\ntitle: O\nquestion: Q?\n{steps}\narms: {{random: {{}}, more: {{}}}}\n"
+    )
+    study = read_study(other)
+    out = study.default_out()
+    assert (out, study.report_dir(out)) == (Path("runs/study"), Path("runs/study/other"))
+    assert (base.default_out(), base.report_dir(out)) == (out, out)
+    jobs, before = jobs_of(study, out=out), jobs_of(base, out=out)
+    shared = [job.name for job in jobs if job.command in [one.command for one in before]]
+    assert shared == ["first", "random-seed0", "random-seed1"]
+    assert {job.name: job.needs for job in jobs}["own"] == ("first",)
+    other.write_text(other.read_text().replace("[first, {", "[frist, {"))
+    with pytest.raises(
+        UserError, match="steps has frist, which is no step of study.yaml; perhaps first was meant"
+    ):
+        read_study(other)
 
 
 SBATCH = """#!/usr/bin/env bash
