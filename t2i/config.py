@@ -284,6 +284,8 @@ class SampleConfig:
     """Of those, the most likely that together reach this probability."""
     seed: int = 0
     """Picture i is drawn with seed + i."""
+    compile: bool = False
+    """Compile the step that draws a code, of open_lm's models alone: a minute before the first picture."""
 
     def __post_init__(self) -> None:
         keys = ("guidance_scale", "temperature", "top_k", "seed")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from t2i.config import SampleConfig
@@ -54,6 +55,29 @@ def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint,
     assert before != [path.stat().st_mtime_ns for path in paths]  # the batch with the missing one, once
     with pytest.raises(UserError, match="seed: 5 there, 6 asked"):
         draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=6))
+
+
+def test_compiled_drawing_fills_the_last_batch_and_gives_the_same_pictures(checkpoint, tmp_path, monkeypatch):
+    real, shapes = torch.compile, []
+
+    def without_inductor(step, *, fullgraph, **_):  # whose kernels take a minute to build
+        compiled = real(step, fullgraph=fullgraph, backend="aot_eager")
+        return lambda codes, keys: shapes.append(codes.shape) or compiled(codes, keys)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    drawn = {
+        is_compiled: draw_folder(
+            checkpoint,
+            CAPTIONS,
+            out=tmp_path / str(is_compiled),
+            config=SampleConfig(compile=is_compiled),
+            batch_size=2,
+        )
+        for is_compiled in (False, True)
+    }
+    for plain, compiled in zip(*drawn.values(), strict=True):
+        assert Image.open(plain).tobytes() == Image.open(compiled).tobytes()
+    assert shapes == [(2,)] * 2 * 63  # codes after the first of two batches
 
 
 def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,11 +29,20 @@ BATCH_SIZE = 32
 def draw_codes(
     checkpoint: Checkpoint, captions: Sequence[str], *, config: SampleConfig, first_seed: int | None = None
 ) -> Tensor:
-    """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i."""
+    """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i.
+
+    Raises:
+        UserError: the model draws no pictures, or not by a compiled step.
+    """
     layout, model = checkpoint.layout, checkpoint.model
     num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
     if mode == "text-only":
         raise UserError(f"{checkpoint.folder} was trained on text alone; it draws no pictures.")
+    if config.compile and not hasattr(model, "begin_decoding"):
+        kind = type(model).__name__
+        raise UserError(
+            f"--compile: {checkpoint.folder} is a {kind}; only open_lm's models have a step to compile."
+        )
     length = model.config.sequence_length or model.config.max_position_embeddings
     room = caption_room(mode=mode, seq_len=length, num_codes=num_codes)
     texts = [checkpoint.text_tokenizer.encode(caption)[:room] for caption in captions]
@@ -48,14 +58,12 @@ def draw_codes(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        is_compiled=config.compile,
     )
 
 
-def draw_pictures(
-    checkpoint: Checkpoint, captions: Sequence[str], *, config: SampleConfig, first_seed: int | None = None
-) -> list[Image.Image]:
-    """Draw one picture a caption."""
-    codes = draw_codes(checkpoint, captions, config=config, first_seed=first_seed)
+def decoded(checkpoint: Checkpoint, codes: Tensor) -> list[Image.Image]:
+    """Decode codes (B, K) to pictures."""
     pictures = pictures_of(checkpoint.image_tokenizer.decode(codes)).cpu().numpy()
     return [Image.fromarray(picture) for picture in pictures]
 
@@ -100,14 +108,28 @@ def draw_folder(
         folder.mkdir(parents=True, exist_ok=True)
     starts = list(range(0, len(names), batch_size))[rank::world_size]
     facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
-    for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
-        batch = slice(start, start + batch_size)
-        if all(path.exists() for path in paths[batch]):
-            continue
-        texts = [captions[name] for name in names[batch]]
-        pictures = draw_pictures(checkpoint, texts, config=config, first_seed=config.seed + start)
-        for path, text, picture in zip(paths[batch], texts, pictures, strict=True):
-            _write(path, picture, {"caption": text, **facts})
+    starts = [
+        start for start in starts if not all(path.exists() for path in paths[start : start + batch_size])
+    ]
+
+    def write(codes: Tensor, start: int) -> None:
+        pictures = decoded(checkpoint, codes)
+        for path, name, picture in zip(paths[start:], names[start:], pictures, strict=False):
+            _write(path, picture, {"caption": captions[name], **facts})
+
+    with ThreadPoolExecutor(1) as beside:  # decodes and writes one batch while the next is sampled
+        writing: Future[None] | None = None
+        for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
+            texts = [captions[name] for name in names[start : start + batch_size]]
+            filled = batch_size - len(texts) if config.compile and len(names) > batch_size else 0  # one shape
+            codes = draw_codes(
+                checkpoint, texts + [""] * filled, config=config, first_seed=config.seed + start
+            )
+            if writing:
+                writing.result()
+            writing = beside.submit(write, codes[: len(texts)], start)
+        if writing:
+            writing.result()
     return paths
 
 
@@ -125,7 +147,7 @@ def draw_grid(checkpoint: Checkpoint, captions: Sequence[str], *, columns: int =
     """Draw captions with the default settings onto one sheet; the model is left in the mode it was in."""
     was_training = checkpoint.model.training
     checkpoint.model.eval()
-    pictures = draw_pictures(checkpoint, captions, config=SampleConfig())
+    pictures = decoded(checkpoint, draw_codes(checkpoint, captions, config=SampleConfig()))
     checkpoint.model.train(was_training)
     return grid(pictures, columns=columns)
 

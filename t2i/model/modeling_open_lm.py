@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_open_lm import OpenLMConfig
+from .decoding_open_lm import begin_decoding
 from .sampling_open_lm import draw
 
 ROTARY_BASE = 10_000.0
@@ -193,7 +194,7 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}  # noqa: RUF012
 
-    draw = draw
+    draw, begin_decoding = draw, begin_decoding
 
     def __init__(self, config: OpenLMConfig) -> None:
         super().__init__(config)

@@ -1,125 +1,37 @@
-"""Captions to image codes: one prefill, a static cache, guidance, and only the image rows of the head.
+"""Captions to image codes: one prefill, guidance, and only the image rows of the head.
 
 B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes a
-picture, T positions so far, L layers, H heads, D width.
+picture, T positions so far, D width.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
 
-class StaticCache:
-    """Keys and values (R, H, T, head_dim) of every layer in memory that is taken once."""
+@dataclass(frozen=True)
+class Draws:
+    """How codes are drawn from hidden states."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory  # (L, 2, R, H, P + K, head_dim)
-        self.length = 0
+    image_ids: range
+    """Ids of the image codes, in order of the codes."""
+    guidance_scale: float
+    temperature: float
+    top_k: int
+    top_p: float
 
-    @classmethod
-    def empty(cls, config: Any, *, num_rows: int, num_positions: int, like: Tensor) -> "StaticCache":
-        """Take the memory of so many rows and positions, zeroed, on the device and in the dtype of `like`."""
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, num_rows, config.num_attention_heads, num_positions, head_dim)
-        return cls(like.new_zeros(shape))
-
-    def get_seq_length(self) -> int:
-        """Count the positions held."""
-        return self.length
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, H, S, head_dim); return all so far. The last layer ends the step."""
-        end = self.length + key.shape[2]
-        keys, values = self.memory[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        if layer == len(self.memory) - 1:
-            self.length = end
-        return keys[:, :, :end], values[:, :, :end]
-
-
-class Decoder:
-    """The model's forward for one new token a row, without what only whole sequences need.
-
-    Weights are laid out for few rows, angles and mask are made once for all steps.
-    """
-
-    def __init__(self, model: Any, cache: StaticCache, *, padding: Tensor) -> None:
-        """Prepare to go on after the prompts that `cache` holds.
-
-        Args:
-            padding: (R,) positions on the left of each row that no key may be seen of.
-        """
-        self.body, self.cache = model.model, cache
-        num_rows, num_heads, num_positions, head_dim = cache.memory.shape[2:]
-        self.heads = (num_rows, 3, num_heads, head_dim)
-        self.products = [
-            [
-                product(linear.weight, num_rows=num_rows)
-                for linear in (
-                    block.attention.in_proj,
-                    block.attention.out_proj,
-                    block.feed_forward.w12,
-                    block.feed_forward.w3,
-                )
-            ]
-            for block in self.body.layers
-        ]
-        places = torch.arange(num_positions, device=padding.device)
-        self.angles = self.body.angles(
-            (places - padding[:, None]).clamp(min=0)
-        )  # (R, 1, P + K, head_dim) each
-        if self.angles is not None:
-            cos, sin = self.angles
-            sign = torch.ones_like(sin)
-            sign[..., : head_dim // 2] = -1
-            self.angles = cos, sin * sign
-        self.mask = None
-        if padding.any():
-            hidden = torch.full((num_rows, num_positions), -torch.inf, device=padding.device)
-            hidden = hidden.where(places < padding[:, None], 0)
-            self.mask = hidden[:, None, None].to(cache.memory.dtype)  # (R, 1, 1, P + K)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Append one id a row (R,) to the cache; compute its normed hidden state (R, D)."""
-        body, at = self.body, self.cache.length
-        end = at + 1
-        mask = None if self.mask is None else self.mask[..., :end]
-        angles = None if self.angles is None else [part[:, :, at : at + 1] for part in self.angles]
-        hidden = body.post_embed_norm(body.tok_embeddings(ids))  # (R, D)
-        for block, products, memory in zip(body.layers, self.products, self.cache.memory, strict=True):
-            in_proj, out_proj, w12, w3 = products
-            heads = self._heads(block.attention, in_proj(block.attention_norm(hidden)), angles)
-            memory[:, :, :, at] = heads[:, 1:].transpose(0, 1)
-            mixed = F.scaled_dot_product_attention(
-                heads[:, 0, :, None], memory[0, :, :, :end], memory[1, :, :, :end], attn_mask=mask
-            )  # (R, H, 1, head_dim)
-            hidden = hidden + out_proj(mixed.flatten(1))
-            gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)
-            hidden = hidden + w3(F.silu(gate) * value)
-        self.cache.length = end
-        return body.norm(hidden)
-
-    def _heads(self, attention: Any, projected: Tensor, angles: list[Tensor] | None) -> Tensor:
-        """Norm and turn what was projected (R, 3 D): queries, keys and values (R, 3, H, head_dim)."""
-        heads = projected.view(self.heads)
-        if self.body.config.qk_norm:
-            flat = projected.view(len(projected), 3, -1)
-            flat[:, 0] = attention.q_norm(flat[:, 0])
-            flat[:, 1] = attention.k_norm(flat[:, 1])
-        if angles is not None:
-            cos, signed_sin = angles
-            pair = heads[:, :2].float()
-            swapped = pair.roll(pair.shape[-1] // 2, dims=-1)
-            heads[:, :2] = torch.addcmul(pair * cos, swapped, signed_sin)
-        return heads
+    @property
+    def is_guided(self) -> bool:
+        """Tell whether each caption has a second row, of the empty one."""
+        return self.guidance_scale != 1
 
 
 def product(weight: Tensor, *, num_rows: int) -> Callable[[Tensor], Tensor]:
@@ -149,6 +61,7 @@ def sample_codes(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    is_compiled: bool = False,
 ) -> Tensor:
     """Sample one picture a prompt: codes (B, K), int64.
 
@@ -165,63 +78,77 @@ def sample_codes(
         temperature: 0 for the most likely code.
         top_k: keep this many codes; 0 for all.
         top_p: of those, keep the most likely that together reach this probability.
+        is_compiled: compile the step when it is first made for a number of prompts and a length of the longest
+            (by 32): tens of seconds, after which weights must stay as they are. Codes differ where rounding decides.
+
+    Raises:
+        ValueError: a compiled step of a model that is not open_lm's.
     """
-    batch, is_guided = len(prompts), guidance_scale != 1
+    how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]
-    to_logits = product(head, num_rows=batch)
-    keys = picture_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes)  # (B, K)
-    prefill = _prefill if model.config.model_type == "open_lm" else _prefill_any
-    hidden, decoder = prefill(
-        model, prompts, empty_prompt=empty_prompt if is_guided else None, num_codes=num_codes
-    )
-    codes = torch.empty(batch, num_codes, dtype=torch.long, device=model.device)
-    for step in range(num_codes):
-        if is_guided:
-            conditional, unconditional = hidden.float().chunk(2)
-            hidden = unconditional + guidance_scale * (conditional - unconditional)
-        logits = to_logits(hidden.to(head.dtype)).float()  # (B, codebook)
-        chosen = choose(logits, keys[:, step], temperature=temperature, top_k=top_k, top_p=top_p)
-        codes[:, step] = chosen
-        if step < num_codes - 1:
-            ids = chosen + image_ids.start
-            hidden = decoder(torch.cat([ids, ids]) if is_guided else ids)
-    return codes
+    keys = picture_keys(
+        torch.tensor(seeds, device=model.device), num_codes=num_codes
+    ).T.contiguous()  # (K, B)
+    begin = getattr(model, "begin_decoding", None)
+    empty = empty_prompt if how.is_guided else None
+    if begin is not None:
+        hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
+    elif is_compiled:
+        raise ValueError(
+            f"{type(model).__name__} draws by transformers' own cache, which is not compiled here"
+        )
+    else:
+        hidden, decoder = _begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
+    to_logits = product(head, num_rows=len(prompts))
+    step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
+    codes = [next_codes(hidden, keys[0], to_logits=to_logits, how=how)]
+    for of_code in keys[1:]:
+        codes.append(step(codes[-1], of_code).clone())  # a CUDA graph writes into the same memory
+    return torch.stack(codes, dim=1)
 
 
-def _prefill(
-    model: Any, prompts: Sequence[Sequence[int]], *, empty_prompt: Sequence[int] | None, num_codes: int
-) -> tuple[Tensor, Decoder]:
-    """Read the prompts: the last hidden states (R, D), and what goes on from there.
-
-    Args:
-        empty_prompt: read once for all rows; None without guidance.
-    """
-    lengths = [len(prompt) for prompt in prompts] + [len(empty_prompt or [])] * len(prompts)
-    batch, longest = len(prompts), max(lengths)
-    num_rows = 2 * batch if empty_prompt else batch
-    like = model.get_output_embeddings().weight
-    cache = StaticCache.empty(model.config, num_rows=num_rows, num_positions=longest + num_codes, like=like)
-    ids, mask = _left_padded(prompts, length=longest, device=model.device)  # (B, P)
-    own = StaticCache(cache.memory[:, :, :batch])
-    mask_or_none = None if mask.all() else mask
-    hidden = model.model(ids, attention_mask=mask_or_none, past_key_values=own).last_hidden_state[:, -1]
-    if empty_prompt:
-        single = StaticCache.empty(model.config, num_rows=1, num_positions=len(empty_prompt), like=like)
-        ids = torch.tensor([list(empty_prompt)], device=model.device)
-        last = model.model(ids, past_key_values=single).last_hidden_state[:, -1]
-        cache.memory[:, :, batch:, :, longest - len(empty_prompt) : longest] = single.memory
-        hidden = torch.cat([hidden, last.expand(batch, -1)])
-    cache.length = longest
-    padding = longest - torch.tensor(lengths[:num_rows], device=model.device)
-    return hidden, Decoder(model, cache, padding=padding)
+def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Tensor], how: Draws) -> Tensor:
+    """Draw a code a caption (B,) from hidden states (R, D), each by its own key (B,)."""
+    if how.is_guided:
+        conditional, unconditional = hidden.float().chunk(2)
+        mixed = unconditional + how.guidance_scale * (conditional - unconditional)
+        hidden = mixed.to(hidden.dtype)
+    logits = to_logits(hidden).float()  # (B, codebook)
+    return choose(logits, keys, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
 
 
-def _prefill_any(
+def _step(
+    decoder: Callable[[Tensor], Tensor], to_logits: Callable[[Tensor], Tensor], how: Draws
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make the step from codes (B,) and the keys (B,) of the next ones to these."""
+
+    def step(codes: Tensor, keys: Tensor) -> Tensor:
+        ids = codes + how.image_ids.start
+        hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids)
+        return next_codes(hidden, keys, to_logits=to_logits, how=how)
+
+    return step
+
+
+def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, Tensor], Tensor]:
+    """Compile a fixed decoder's step, once for all batches: CUDA graphs on a GPU, packed weights on a CPU."""
+    if how not in decoder.steps:
+        is_cuda = head.device.type == "cuda"
+        codebook, width = head.shape
+        to_logits = nn.Linear(width, codebook, bias=False, device="meta")  # weights of modules can be packed
+        to_logits.weight = nn.Parameter(head, requires_grad=False)
+        mode = "reduce-overhead" if is_cuda else None
+        step = torch.compile(_step(decoder, to_logits, how), fullgraph=True, dynamic=False, mode=mode)
+        decoder.steps[how] = step if is_cuda else torch._inductor.config.patch(freezing=True)(step)
+    return decoder.steps[how]
+
+
+def _begin_any(
     model: Any, prompts: Sequence[Sequence[int]], *, empty_prompt: Sequence[int] | None, num_codes: int
 ) -> tuple[Tensor, "PlainDecoder"]:
-    """Do what _prefill does with a class of transformers' own."""
+    """Read the prompts as a model's begin_decoding does, with a class of transformers' own."""
     rows = [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
-    ids, mask = _left_padded(rows, length=max(map(len, rows)), device=model.device)  # (R, P)
+    ids, mask = left_padded(rows, length=max(map(len, rows)), device=model.device)  # (R, P)
     decoder = PlainDecoder(model, F.pad(mask.long(), (0, num_codes), value=1))
     return decoder(ids), decoder
 
@@ -365,7 +292,7 @@ def decode(image_tokenizer: Any, codes: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], *, length: int, device: Any) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], *, length: int, device: Any) -> tuple[Tensor, Tensor]:
     """Pad rows on the left to one length: ids and mask (B, length)."""
     ids = [[row[0]] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]

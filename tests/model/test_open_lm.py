@@ -7,9 +7,10 @@ import torch
 
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
+from t2i.model.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
-from t2i.model.sampling_open_lm import Decoder, StaticCache, choose, picture_keys, sample_codes, waits
+from t2i.model.sampling_open_lm import choose, picture_keys, sample_codes, waits
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
 LOGITS = 1e-5
@@ -148,9 +149,30 @@ def test_decoding_token_by_token_equals_the_forward(positions, norm_type):
         like = model.output.weight
         cache = StaticCache.empty(model.config, num_rows=3, num_positions=9, like=like)
         model.model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
-        decoder = Decoder(model, cache, padding=padding)
-        parts = torch.stack([decoder(column) for column in ids[:, 5:].unbind(1)], 1)
-    assert torch.allclose(parts, whole[:, 5:], atol=LOGITS)
+        fixed = FixedDecoder(model, num_rows=3, num_positions=12)  # three more than there will be
+        for kept, layer in zip(fixed.memory, cache.memory, strict=True):
+            kept[..., :9, :] = layer
+        fixed.begin(length=5, padding=padding)
+        for decoder in (Decoder(model, cache.memory, length=5, padding=padding), fixed):
+            parts = torch.stack([decoder(column) for column in ids[:, 5:].unbind(1)], 1)
+            assert torch.allclose(parts, whole[:, 5:], atol=LOGITS)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkeypatch):
+    model, real, made = tiny(), torch.compile, []
+
+    def without_inductor(step, *, fullgraph, **_):  # whose kernels take a minute to build
+        made.append(step)
+        return real(step, fullgraph=fullgraph, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    settings = {"seeds": range(7), "guidance_scale": guidance_scale, **SETTINGS}
+    wanted = sample_codes(model, PROMPTS, **settings)
+    assert torch.equal(sample_codes(model, PROMPTS, **settings, is_compiled=True), wanted)
+    wanted = sample_codes(model, PROMPTS[::-1], **settings)
+    assert torch.equal(sample_codes(model, PROMPTS[::-1], **settings, is_compiled=True), wanted)
+    assert len(made) == 1
 
 
 def test_bf16_is_sampled_by_the_plain_product():

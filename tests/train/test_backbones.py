@@ -132,6 +132,8 @@ def test_drawing_equals_whole_passes_without_a_cache(trained):
             ids.append(int((none + 2.0 * (own - none)).argmax()) + first)
         assert [number - first for number in ids] == codes
     assert draw_codes(opened, ["picture 3"], config=SampleConfig()).shape == (1, 64)
+    with pytest.raises(UserError, match="only open_lm's models have a step to compile"):
+        draw_codes(opened, ["picture 3"], config=SampleConfig(compile=True))
 
 
 def test_measures_open_it(trained, tokenizer):

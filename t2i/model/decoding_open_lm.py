@@ -1,0 +1,265 @@
+"""open_lm's forward for one new token a row, over keys and values in memory that is taken once.
+
+B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes a
+picture, T positions so far, L layers, H heads, D width.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sampling_open_lm import left_padded, product
+
+FIXED_PROMPT_STEP = 32
+"""Prompts of fixed shapes are padded to a multiple of this: few shapes, each compiled once."""
+
+
+class StaticCache:
+    """Keys and values (R, H, T, head_dim) of every layer in memory that is taken once."""
+
+    def __init__(self, memory: Sequence[Tensor]) -> None:
+        self.memory = memory  # L of (2, R, H, P + K, head_dim)
+        self.length = 0
+
+    @classmethod
+    def empty(cls, config: Any, *, num_rows: int, num_positions: int, like: Tensor) -> "StaticCache":
+        """Take the memory of so many rows and positions, zeroed, on the device and in the dtype of `like`."""
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (2, num_rows, config.num_attention_heads, num_positions, head_dim)
+        return cls([like.new_zeros(shape) for _ in range(config.num_hidden_layers)])
+
+    def get_seq_length(self) -> int:
+        """Count the positions held."""
+        return self.length
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Append keys and values (R, H, S, head_dim); return all so far. The last layer ends the step."""
+        end = self.length + key.shape[2]
+        keys, values = self.memory[layer]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        if layer == len(self.memory) - 1:
+            self.length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Decoder:
+    """The forward for one new token a row, without what only whole sequences need.
+
+    Weights are laid out for few rows, angles and mask are made once for all steps, attention is over the true length.
+    """
+
+    def __init__(self, model: Any, memory: Sequence[Tensor], *, length: int, padding: Tensor) -> None:
+        """Prepare to go on after the prompts, whose keys and values `memory` holds.
+
+        Args:
+            memory: of each layer (2, R, H, P + K, head_dim).
+            length: P, the positions that it holds.
+            padding: (R,) positions on the left of each row that no key may be seen of.
+        """
+        self.body, self.memory, self.length = model.model, memory, length
+        num_rows, _, num_positions, head_dim = memory[0].shape[1:]
+        self.products = [
+            [product(weight, num_rows=num_rows) for weight in weights] for weights in _weights(self.body)
+        ]
+        places = torch.arange(num_positions, device=padding.device)
+        # (R, 1, P + K, head_dim) each
+        self.angles = _signed(self.body.angles((places - padding[:, None]).clamp(min=0)), head_dim)
+        self.mask = None
+        if padding.any():
+            hidden = torch.full((num_rows, num_positions), -torch.inf, device=padding.device)
+            hidden = hidden.where(places < padding[:, None], 0)
+            self.mask = hidden[:, None, None].to(memory[0].dtype)  # (R, 1, 1, P + K)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Append one id a row (R,); compute its normed hidden state (R, D)."""
+        at, end = self.length, self.length + 1
+
+        def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+            layer[:, :, :, at] = new
+            return layer[0, :, :, :end], layer[1, :, :, :end]
+
+        self.length = end
+        angles = None if self.angles is None else [part[:, :, at:end] for part in self.angles]
+        mask = None if self.mask is None else self.mask[..., :end]
+        return _forward(self.body, self.products, ids, self.memory, remember, angles=angles, mask=mask)
+
+
+class FixedDecoder(nn.Module):
+    """What Decoder does, in the same shapes at every step and batch: for torch.compile, and CUDA graphs.
+
+    Attention is over all positions that there will be, masked.
+    """
+
+    body: Any
+    at: Tensor
+    padding: Tensor
+
+    def __init__(self, model: Any, *, num_rows: int, num_positions: int) -> None:
+        super().__init__()
+        self.body = model.model
+        like = model.get_output_embeddings().weight
+        cache = StaticCache.empty(model.config, num_rows=num_rows, num_positions=num_positions, like=like)
+        zeros = functools.partial(torch.zeros, dtype=torch.long, device=like.device)
+        for layer, memory in enumerate(cache.memory):
+            self.register_buffer(f"memory_{layer}", memory)  # a graph reads and writes buffers in place
+        self.register_buffer("at", zeros(1))
+        self.register_buffer("padding", zeros(num_rows))
+        self.steps: dict[Any, Callable[..., Tensor]] = {}
+        """Compiled steps by the settings of their draws."""
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """Keys and values of each layer (2, R, H, P + K, head_dim)."""
+        return [self.get_buffer(f"memory_{layer}") for layer in range(len(self.body.layers))]
+
+    def begin(self, *, length: int, padding: Tensor) -> None:
+        """Go on after the prompts, whose keys and values `memory` holds; Decoder has the arguments."""
+        self.at.fill_(length)
+        self.padding.copy_(padding)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Append one id a row (R,); compute its normed hidden state (R, D)."""
+        at, memory = self.at, self.memory
+
+        def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+            layer.index_copy_(3, at, new[:, :, :, None])
+            return layer[0], layer[1]
+
+        num_positions, head_dim = memory[0].shape[3:]
+        places = torch.arange(num_positions, device=at.device)
+        mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, P + K)
+        angles = _signed(self.body.angles((at - self.padding)[:, None]), head_dim)
+        products = [
+            [functools.partial(F.linear, weight=weight) for weight in weights]
+            for weights in _weights(self.body)
+        ]
+        hidden = _forward(self.body, products, ids, memory, remember, angles=angles, mask=mask)
+        self.at.add_(1)
+        return hidden
+
+
+def begin_decoding(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    empty_prompt: Sequence[int] | None,
+    num_codes: int,
+    is_fixed: bool = False,
+) -> tuple[Tensor, Decoder | FixedDecoder]:
+    """Read the prompts: the last hidden states (R, D), and what goes on from there.
+
+    Args:
+        empty_prompt: read once for all rows; None without guidance.
+        is_fixed: go on in fixed shapes, by a decoder that the model keeps for all batches of these shapes.
+    """
+    lengths = [len(prompt) for prompt in prompts] + [len(empty_prompt or [])] * len(prompts)
+    batch, longest = len(prompts), max(lengths)
+    num_rows = 2 * batch if empty_prompt else batch
+    if is_fixed:
+        longest += -longest % FIXED_PROMPT_STEP
+        fixed = _kept_decoder(model, num_rows=num_rows, num_positions=longest + num_codes)
+    like = model.get_output_embeddings().weight
+    empty = functools.partial(StaticCache.empty, model.config, like=like)
+    memory = fixed.memory if is_fixed else empty(num_rows=num_rows, num_positions=longest + num_codes).memory
+    ids, mask = left_padded(prompts, length=longest, device=model.device)  # (B, P)
+    own = StaticCache([layer[:, :batch] for layer in memory])
+    mask_or_none = None if mask.all() else mask
+    hidden = model.model(ids, attention_mask=mask_or_none, past_key_values=own).last_hidden_state[:, -1]
+    if empty_prompt:
+        single = empty(num_rows=1, num_positions=len(empty_prompt))
+        ids = torch.tensor([list(empty_prompt)], device=model.device)
+        last = model.model(ids, past_key_values=single).last_hidden_state[:, -1]
+        for layer, read in zip(memory, single.memory, strict=True):
+            layer[:, batch:, :, longest - len(empty_prompt) : longest] = read
+        hidden = torch.cat([hidden, last.expand(batch, -1)])
+    padding = longest - torch.tensor(lengths[:num_rows], device=model.device)
+    if is_fixed:
+        fixed.begin(length=longest, padding=padding)
+        return hidden, fixed
+    return hidden, Decoder(model, memory, length=longest, padding=padding)
+
+
+def _kept_decoder(model: Any, *, num_rows: int, num_positions: int) -> FixedDecoder:
+    """Return the model's decoder of these shapes, made when it is first asked for."""
+    weight = model.get_output_embeddings().weight
+    kept = model.__dict__.setdefault("_fixed_decoders", {})
+    key = (num_rows, num_positions, weight.device, weight.dtype)
+    if key not in kept:
+        kept[key] = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
+    return kept[key]
+
+
+def _weights(body: Any) -> list[tuple[Tensor, ...]]:
+    """List the weights of each layer's four products."""
+    return [
+        (
+            block.attention.in_proj.weight,
+            block.attention.out_proj.weight,
+            block.feed_forward.w12.weight,
+            block.feed_forward.w3.weight,
+        )
+        for block in body.layers
+    ]
+
+
+def _signed(angles: tuple[Tensor, Tensor] | None, head_dim: int) -> list[Tensor] | None:
+    """Give the sines of the first half their sign, so that a turn is one addcmul."""
+    if angles is None:
+        return None
+    cos, sin = angles
+    first = torch.arange(head_dim, device=sin.device) < head_dim // 2
+    return [cos, torch.where(first, -sin, sin)]
+
+
+def _forward(
+    body: Any,
+    products: Sequence[Sequence[Callable[[Tensor], Tensor]]],
+    ids: Tensor,
+    memory: Sequence[Tensor],
+    remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    angles: list[Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Compute the normed hidden states (R, D) of one new id a row (R,).
+
+    Args:
+        products: in_proj, out_proj, w12 and w3 of each layer.
+        remember: puts new keys and values (2, R, H, head_dim) into a layer's memory, and returns what is to be seen.
+        angles: cos and signed sin (R, 1, 1, head_dim).
+        mask: what SDPA takes, (R, 1, 1, T).
+    """
+    heads_shape = (len(ids), 3, memory[0].shape[2], memory[0].shape[4])
+    hidden = body.post_embed_norm(body.tok_embeddings(ids))  # (R, D)
+    for block, (in_proj, out_proj, w12, w3), layer in zip(body.layers, products, memory, strict=True):
+        projected = in_proj(block.attention_norm(hidden))
+        heads = _heads(block.attention, projected, heads_shape, angles, has_norms=body.config.qk_norm)
+        keys, values = remember(layer, heads[:, 1:].transpose(0, 1))
+        query = heads[:, 0, :, None]
+        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)  # (R, H, 1, head_dim)
+        hidden = hidden + out_proj(mixed.flatten(1))
+        gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)
+        hidden = hidden + w3(F.silu(gate) * value)
+    return body.norm(hidden)
+
+
+def _heads(
+    attention: Any, projected: Tensor, shape: tuple[int, ...], angles: list[Tensor] | None, *, has_norms: bool
+) -> Tensor:
+    """Norm and turn what was projected (R, 3 D): queries, keys and values (R, 3, H, head_dim)."""
+    heads = projected.view(shape)
+    if has_norms:
+        flat = projected.view(len(projected), 3, -1)
+        flat[:, 0] = attention.q_norm(flat[:, 0])
+        flat[:, 1] = attention.k_norm(flat[:, 1])
+    if angles is not None:
+        cos, signed_sin = angles
+        pair = heads[:, :2].float()
+        swapped = pair.roll(pair.shape[-1] // 2, dims=-1)
+        heads[:, :2] = torch.addcmul(pair * cos, swapped, signed_sin)
+    return heads
