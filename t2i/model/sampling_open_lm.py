@@ -185,8 +185,10 @@ def choose(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_
     if count == codebook and top_p == 1:
         order = torch.arange(codebook, device=logits.device).expand_as(logits)
         kept = logits
+    elif top_p == 1:
+        kept, order = logits.topk(count, sorted=False)
     else:
-        kept, order = logits.topk(count, sorted=top_p < 1)
+        kept, order = logits.topk(count)
     probabilities = (kept / temperature).softmax(-1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
