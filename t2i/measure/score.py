@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from t2i.config import SampleConfig
+from t2i.errors import UserError
 from t2i.generate.draw import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
@@ -84,7 +85,14 @@ class Rulers:
 def draw_rows(
     checkpoint: Checkpoint, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
 ) -> dict[str, list[Path]]:
-    """Draw this rank's share of every row; return all paths, in the order of the captions."""
+    """Draw this rank's share of every row; return all paths, in the order of the captions.
+
+    Raises:
+        UserError: drawing.out holds pictures, or a list, of others.
+    """
+    listed = drawing.out / CAPTIONS
+    if listed.is_file() and listed.read_text() != caption_lines(task.captions):
+        raise UserError(f"{listed} is there and is another list than what is drawn. Choose another --out.")
     names = list(task.captions)
     moved = [task.captions[name] for name in names[1:] + names[:1]]
     rows = {"model": (checkpoint, task.captions)}

@@ -202,7 +202,7 @@ def test_a_second_run_draws_and_computes_nothing_again_and_other_settings_are_re
     assert times == {path: path.stat().st_mtime_ns for path in (out / "model").iterdir()}
     for changed, sentence in (
         (["--guidance-scale", 3], "guidance_scale: 2.0 there, 3.0 asked"),
-        (["--list-seed", 1], "captions_sha256: "),
+        (["--list-seed", 1], "captions.jsonl is there and is another list"),
         (["--batch-size", 3], "batch_size: 32 there, 3 asked"),
     ):
         capsys.readouterr()
@@ -304,6 +304,13 @@ def test_compare_refuses_other_protocols_and_says_which_line(
     assert "sampler.guidance_scale: 2.0 | 1.0" in printed and "resize" not in printed
     for file in (a, b):
         assert f"{json.loads(file.read_text())['fid']:.4f}" in printed
+    with_clip = json.loads(a.read_text())
+    with_clip |= {"clip_sha256": "1" * 64, "measures": [*with_clip["measures"], "clip_score"]}
+    (tmp_path / "with_clip.json").write_text(json.dumps(with_clip))
+    (tmp_path / "other_clip.json").write_text(json.dumps({**with_clip, "clip_sha256": "2" * 64}))
+    assert call("compare", tmp_path / "with_clip.json", a) == 0
+    assert call("compare", tmp_path / "with_clip.json", tmp_path / "other_clip.json") == 2
+    assert "clip_sha256" in capsys.readouterr().err
     assert call("compare", a, c) == 2
     refused = capsys.readouterr()
     lines = refused.err.splitlines()
