@@ -1,6 +1,7 @@
 """Pictures to codes: t2i's image tokenizer, the loop that a user of diffusers would write, and the convolutions alone.
 
-A VQModel of MoVQGAN's 67M shape with random weights, pictures of 256 x 256.
+A VQModel of MoVQGAN's 67M shape with random weights, pictures of 256 x 256. Then a folder of JPEG files to shards, by
+one process, by one with a reader beside it, and by two.
 
 Examples:
     python benchmarks/preparing.py
@@ -8,15 +9,29 @@ Examples:
 """
 
 import argparse
+import itertools
+import multiprocessing
+import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import numpy as np
 import side_by_side
 import torch
 from diffusers import VQModel
+from PIL import Image
 from torch import Tensor, nn
 
+from t2i.config import ASSETS, PrepareConfig
+from t2i.data.pairs import open_source
+from t2i.data.prepare import prepare
+from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+
+NUM_PICTURES, JPEG_SIDE = 1_024, 512
 
 
 def main() -> None:
@@ -27,6 +42,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 256, 512])
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
+    keep_memory()  # as prepare.py does, for every candidate alike
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, options.image_size, options.image_size) * 2 - 1
@@ -49,7 +65,80 @@ def main() -> None:
             "encoding: share of codes equal to diffusers' own", equal, equal, (equal, equal), 1, ">= 0.999"
         ),
     ]
+    rows += folders(rounds=options.rounds)
     side_by_side.write("preparing", rows, figures={"least seconds": {k: min(v) for k, v in seconds.items()}})
+
+
+def folders(*, rounds: int) -> list[side_by_side.Row]:
+    """Prepare a folder of pictures in three ways, in seconds of the clock, start-up left out."""
+    ways = {"one process": (1, 0), "one process and a reader": (1, 1), "two processes": (2, 0)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "pictures"
+        write_pictures(folder)
+        for _, (name, (processes, readers)) in itertools.product(range(rounds), ways.items()):
+            seconds[name].append(prepared(folder, processes=processes, readers=readers))
+    alone = seconds.pop("one process")
+    targets = {"one process and a reader": ">= 1", "two processes": ">= 1.7"}
+    note = f"seconds; {NUM_PICTURES} JPEG files of {JPEG_SIDE} x {JPEG_SIDE}, the embedded tokenizer"
+    return [
+        side_by_side.compared(
+            f"preparing: one process / {name}", alone, values, target=targets[name], note=note
+        )
+        for name, values in seconds.items()
+    ]
+
+
+def write_pictures(folder: Path) -> None:
+    """Write JPEG files of smooth noise with captions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(NUM_PICTURES):
+        coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        coarse.resize((JPEG_SIDE, JPEG_SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg")
+        (folder / f"{index:04d}.txt").write_text(f"picture {index}")
+
+
+def prepared(folder: Path, *, processes: int, readers: int) -> float:
+    """Prepare `folder` once; seconds from when all processes are ready to the end of the last."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(processes + 1)
+    with tempfile.TemporaryDirectory() as out:
+        started = [
+            context.Process(
+                target=rank_of, args=(rank, processes, readers, folder, Path(out) / "shards", ready)
+            )
+            for rank in range(processes)
+        ]
+        for process in started:
+            process.start()
+        ready.wait()
+        began = time.perf_counter()
+        for process in started:
+            process.join()
+        seconds = time.perf_counter() - began
+    if any(process.exitcode for process in started):
+        raise SystemExit("a process of the preparation failed")
+    return seconds
+
+
+def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, ready: Barrier) -> None:
+    """Do one process's part, from the moment that all are ready."""
+    keep_memory()
+    torch.set_num_threads(1)
+    source = open_source(str(folder))
+    image_tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
+    text_tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    ready.wait()
+    prepare(
+        source,
+        out=out,
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        config=PrepareConfig(unit_pairs=NUM_PICTURES // 8, workers=readers),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def model_of(channels: list[int]) -> VQModel:

@@ -108,8 +108,10 @@ def encode(command: PrepareCommand, out: Path) -> None:
     from t2i.data.pairs import open_source
     from t2i.data.prepare import prepare
     from t2i.data.ranks import place_in_job
+    from t2i.env import keep_memory
     from t2i.tokens.text import TextTokenizer
 
+    keep_memory()
     rank, world_size = place_in_job()
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     manifest = prepare(

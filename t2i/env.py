@@ -46,8 +46,9 @@ def operators_needed(ds_config: dict[str, Any]) -> list[str]:
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, and torch hold large tensors in huge pages.
 
-    A step on a CPU takes and frees the same gigabyte again and again. As it comes, glibc gives large pieces back to the
-    system, which hands out zeroed pages one by one at the next touch. Other C libraries are left as they are.
+    On a CPU a training step, or a picture's way through the tokenizer, takes and frees the same memory again and again.
+    As it comes, glibc gives large pieces back to the system, which hands out zeroed pages one by one at the next touch.
+    Other C libraries are left as they are.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it makes its first tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
