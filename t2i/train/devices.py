@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,23 +30,25 @@ class Device:
     """Where the two numbers are from."""
     unit: str = "GPU"
     """What there is one or many of."""
+    reported: str = ""
+    """Pattern of the name that CUDA gives it."""
 
 
-def _gpu(name: str, teraflops: float, gibibytes: float, source: str) -> Device:
-    return Device(name, teraflops * 1e12, gibibytes * 2**30, f"{source}, bf16 dense")
+def _gpu(name: str, teraflops: float, gibibytes: float, source: str, reported: str) -> Device:
+    return Device(name, teraflops * 1e12, gibibytes * 2**30, f"{source}, bf16 dense", reported=reported)
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40gb", 312, 40, "NVIDIA A100 data sheet"),
-        _gpu("a100-80gb", 312, 80, "NVIDIA A100 data sheet"),
-        _gpu("h100-80gb", 989, 80, "NVIDIA H100 SXM data sheet"),
-        _gpu("h200", 989, 141 * 1e9 / 2**30, "NVIDIA H200 SXM data sheet"),
-        _gpu("b200", 2250, 180 * 1e9 / 2**30, "NVIDIA DGX B200 data sheet"),
-        _gpu("l40s", 362, 48 * 1e9 / 2**30, "NVIDIA L40S data sheet"),
-        _gpu("rtx4090", 165, 24, "NVIDIA Ada GPU architecture paper, sums in fp32"),
-        _gpu("rtx3090", 71, 24, "NVIDIA GA102 GPU architecture paper, sums in fp32"),
+        _gpu("a100-40gb", 312, 40, "NVIDIA A100 data sheet", "A100-.*40GB"),
+        _gpu("a100-80gb", 312, 80, "NVIDIA A100 data sheet", "A100.*80GB"),
+        _gpu("h100-80gb", 989, 80, "NVIDIA H100 SXM data sheet", "H100 80GB HBM3"),
+        _gpu("h200", 989, 141 * 1e9 / 2**30, "NVIDIA H200 SXM data sheet", "H200"),
+        _gpu("b200", 2250, 180 * 1e9 / 2**30, "NVIDIA DGX B200 data sheet", "B200"),
+        _gpu("l40s", 362, 48 * 1e9 / 2**30, "NVIDIA L40S data sheet", "L40S"),
+        _gpu("rtx4090", 165, 24, "NVIDIA Ada GPU architecture paper, sums in fp32", "RTX 4090"),
+        _gpu("rtx3090", 71, 24, "NVIDIA GA102 GPU architecture paper, sums in fp32", "RTX 3090"),
     )
 }
 
@@ -63,6 +66,12 @@ def find_device(name: str, *, num_processes: int, is_half: bool) -> Device:
     if not is_half:
         raise UserError(f"the peak of {name} is known for bf16 only; give a --ds_config that enables it.")
     return GPUS[name]
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Look up what a device of CUDA's name does in bf16; None for one that is not in the list, or another build."""
+    found = [gpu for gpu in GPUS.values() if re.fullmatch(rf"(NVIDIA )?(GeForce )?{gpu.reported}", name)]
+    return found[0].peak_flops if found else None
 
 
 def measure_cpu(*, num_processes: int, is_half: bool) -> Device:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from t2i.model.backbone import made_of
 from t2i.model.learn import set_learned
@@ -71,6 +71,12 @@ def count_parameters(
             add_lora(model, rank=lora_rank)
         else:
             set_learned(model, recipe=recipe)
+    return counts_of(model)
+
+
+def counts_of(model: PreTrainedModel) -> Counts:
+    """Count a model's numbers as they are."""
+    config = model.config
     embedding = set() if config.tie_word_embeddings else set(model.get_input_embeddings().parameters())
     values = list(model.parameters())
     products = [value for value in values if value.dim() == 2 and value not in embedding]
@@ -138,10 +144,17 @@ def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int) -> f
     """Count products and sums of a token's forward and backward pass.
 
     Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and
-    12 L D S for attention, its square counted whole, as is usual for MFU (Source: PaLM, appendix B).
+    12 L D S for attention, its square counted whole, as is usual for MFU (Source: PaLM, appendix B). With
+    image_rows_only, an image token is multiplied by the image rows of the head alone.
     """
     attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
-    return 4 * counts.in_products + 2 * counts.learned_in_products + attention
+    left_out = 0.0
+    if getattr(model, "image_rows_only", False):
+        other_rows = model.vocab_size - model.vocab_layout["codebook_size"]
+        left_out = model.codes_per_image / seq_len * other_rows * model.hidden_size
+    learns_head = counts.learned_in_products >= model.vocab_size * model.hidden_size  # not with adapters
+    products = 4 * (counts.in_products - left_out)
+    return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
 
 
 def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:

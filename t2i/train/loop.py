@@ -22,7 +22,7 @@ from t2i.train.agreement import Read, read_step
 from t2i.train.engine import micro_batches
 from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
 from t2i.train.launch import any_rank, of_all_ranks
-from t2i.train.metrics import MetricsWriter, loss_row, number, peak_memory_bytes, short, why_skipped
+from t2i.train.metrics import MetricsWriter, Speed, loss_row, number, peak_memory_bytes, short, why_skipped
 from t2i.train.peers import STEP, Watchdog
 from t2i.train.periodic import Periodic
 from t2i.train.saving import Saver
@@ -63,6 +63,12 @@ class Trainer:
         self.layout = engine.module.layout
         self.progress = Progress()
         self.is_first = dist.get_rank() == 0
+        self.speed = Speed(
+            engine.module.model,
+            seq_len=config.data.seq_len,
+            device=engine.device,
+            is_half=engine.bfloat16_enabled(),
+        )
 
     def run(self) -> None:
         """Train from where the run folder stands to max_steps.
@@ -184,7 +190,7 @@ class Trainer:
             "spike_score": score,
             "spike": is_spike,
             "skipped": was_skipped,
-            "tokens_per_second": read.total / seconds,
+            **self.speed.row(num_tokens=read.total, seconds=seconds),
             "seconds": self.progress.seconds,
             "step_seconds": seconds,
             "data_seconds": data_seconds,

@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
 from t2i.runs.folder import METRICS, append_metrics, rewind_metrics
+from t2i.train.devices import peak_flops_of
 from t2i.train.engine import KINDS
+from t2i.train.estimates import counts_of, flops_a_token
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,26 @@ class MetricsWriter:
         except OSError as error:
             logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl is the record.", error)
             self.events = None
+
+
+class Speed:
+    """What the steps of a run make of its devices."""
+
+    def __init__(self, model: PreTrainedModel, *, seq_len: int, device: torch.device, is_half: bool) -> None:
+        self.flops_a_token = flops_a_token(model.config, counts=counts_of(model), seq_len=seq_len)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" and is_half else ""
+        self.peak_flops = peak_flops_of(name)
+        self.num_devices = dist.get_world_size()
+
+    def row(self, *, num_tokens: float, seconds: float) -> dict[str, float]:
+        """Count tokens and operations a second; with a GPU whose peak is known in bf16, the share of it (MFU).
+
+        Args:
+            num_tokens: of all ranks, padding left out.
+        """
+        flops = num_tokens * self.flops_a_token / seconds
+        row = {"tokens_per_second": num_tokens / seconds, "flops_per_second": flops}
+        return row | ({"mfu": flops / (self.num_devices * self.peak_flops)} if self.peak_flops else {})
 
 
 def _add_scalars(events: SummaryWriter, row: dict[str, Any]) -> None:

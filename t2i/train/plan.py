@@ -51,6 +51,7 @@ class Data:
     """Ids of the text tokenizer."""
     codebook_size: int
     """0 for shards of text alone."""
+    codes_per_image: int
     num_pairs: int
     """To train on."""
     shard_bytes: float
@@ -179,6 +180,7 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
         return Data(
             text_tokens=manifest["text_tokenizer"]["num_tokens"],
             codebook_size=manifest.get("codebook_size", 0),
+            codes_per_image=manifest.get("codes_per_image", 0),
             num_pairs=manifest["counts"]["train"],
             shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
             are_made=True,
@@ -191,6 +193,7 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
     return Data(
         text_tokens=plan.text_rows,
         codebook_size=plan.codebook_size,
+        codes_per_image=plan.codes_per_image,
         num_pairs=plan.num_pairs,
         shard_bytes=plan.num_pairs * pair_bytes(plan),
         are_made=False,
@@ -226,6 +229,7 @@ def model_config(config: RunConfig, *, data: Data) -> PretrainedConfig:
         rows = num_text_rows(model)
         model.vocab_layout = VocabLayout(rows, rows, codebook_size=data.codebook_size).to_dict()
         model.vocab_size = VocabLayout(**model.vocab_layout).vocab_size
+        model.codes_per_image, model.image_rows_only = data.codes_per_image, config.train.image_rows_only
     return model
 
 

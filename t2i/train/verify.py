@@ -14,7 +14,15 @@ from t2i.runs import checkpoints
 from t2i.runs.folder import read_metrics
 from t2i.train.run import train
 
-BY_THE_CLOCK = ("tokens_per_second", "seconds", "step_seconds", "data_seconds", "memory_bytes")
+BY_THE_CLOCK = (
+    "tokens_per_second",
+    "flops_per_second",
+    "mfu",
+    "seconds",
+    "step_seconds",
+    "data_seconds",
+    "memory_bytes",
+)
 """Of a row, what no second run has in common with a first."""
 
 

@@ -25,6 +25,11 @@ def test_a_run_says_so_everywhere_and_its_losses_are_over_the_rows_it_learned(fi
     assert json.loads(manifest.read_text())["image_rows_only"]
     heldout = next(row for row in read_metrics(config.run_dir) if row.get("split") == "heldout")
     assert heldout["image_rows_only"]
+    full, alone = (read_metrics(one.run_dir)[0] for one in (finished, config))
+    a_token = [row["flops_per_second"] / row["tokens_per_second"] for row in (full, alone)]
+    shape = json.loads((manifest.parent / "config.json").read_text())
+    left_out = 64 / 90 * (shape["vocab_size"] - shape["vocab_layout"]["codebook_size"]) * 32
+    assert a_token[0] - a_token[1] == pytest.approx(6 * left_out)
 
     model = open_language_model(str(config.run_dir))
     measured = perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]

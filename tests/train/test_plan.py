@@ -21,6 +21,7 @@ from t2i.errors import UserError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
+from t2i.train.devices import peak_flops_of
 from t2i.train.engine import Learner, accumulation, global_batch, make_engine, read_ds_config
 from t2i.train.estimates import (
     activation_bytes,
@@ -135,6 +136,28 @@ def test_frozen_parts_need_no_gradients_and_no_averages():
     frozen = counts["all"].in_products - rows / 2
     saved = [flops_a_token(tiny_config(), counts=count, seq_len=96) for count in counts.values()]
     assert saved[0] - saved[1] == 2 * frozen
+
+
+def test_a_softmax_over_image_rows_leaves_the_other_rows_products_out():
+    config = paper()
+    alone = replace(config, train=replace(config.train, image_rows_only=True))
+    plans = [make_plan(one, ds_config=ZERO2, plan=PlanConfig()) for one in (config, alone)]
+    left_out = 1_024 / 1_152 * (66_824 - 16_384) * 2_048
+    assert plans[0].flops_a_token - plans[1].flops_a_token == pytest.approx(6 * left_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H100 PCIe", None),  # slower than the one that is known
+        ("", None),
+    ],
+)
+def test_utilisation_is_of_the_peaks_that_are_known(name, peak):
+    assert peak_flops_of(name) == peak
 
 
 def test_flops_are_those_that_torch_counts():

@@ -43,6 +43,13 @@ def test_a_run_explains_itself(finished):
     assert steps[0]["image_tokens"] == 8 * 64
     assert steps[0]["special_tokens"] == 8 * 5  # `<doc>` is never a target
     assert steps[-1]["loss"] < steps[0]["loss"]
+    state = load_file(run_dir / "checkpoints" / "step_000006" / "model.safetensors")
+    products = sum(
+        value.numel() for name, value in state.items() if value.dim() == 2 and "tok_emb" not in name
+    )
+    flops = 6 * products + 12 * 2 * 32 * 90  # attention: layers, width, sequence
+    assert steps[0]["flops_per_second"] == pytest.approx(steps[0]["tokens_per_second"] * flops)
+    assert "mfu" not in steps[0]  # of GPUs alone
     assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
     assert yaml.safe_load((run_dir / "resolved.yaml").read_text())["train"]["max_steps"] == 6
     assert (run_dir / "latest").read_text().strip() == "checkpoints/step_000006"
