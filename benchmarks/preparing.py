@@ -32,6 +32,7 @@ from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
 NUM_PICTURES, JPEG_SIDE = 1_024, 512
+MOST_SECONDS_TO_START = 300
 
 
 def main() -> None:
@@ -112,7 +113,7 @@ def prepared(folder: Path, *, processes: int, readers: int) -> float:
         ]
         for process in started:
             process.start()
-        ready.wait()
+        ready.wait(timeout=MOST_SECONDS_TO_START)
         began = time.perf_counter()
         for process in started:
             process.join()
@@ -129,7 +130,7 @@ def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, r
     source = open_source(str(folder))
     image_tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
     text_tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
-    ready.wait()
+    ready.wait(timeout=MOST_SECONDS_TO_START)
     prepare(
         source,
         out=out,

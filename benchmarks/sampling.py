@@ -42,8 +42,10 @@ def main() -> None:
     rows, figures = [], {}
     for num_codes in options.num_codes:
         for batch in options.batch:
-            seconds = measure(num_codes, batch=batch, rounds=options.rounds)
+            seconds, equal = measure(num_codes, batch=batch, rounds=options.rounds)
             case = f"{num_codes} codes, batch {batch}"
+            what = f"sampling {case}: share of the compiled step's codes equal to the eager one's"
+            rows.append(side_by_side.Row(what, equal, equal, (equal, equal), 1, ">= 0.99"))
             figures[case] = {name: min(times) * 1000 / num_codes for name, times in seconds.items()}
             for name, target in TARGETS.items():
                 what = f"sampling {case}: {name} / products alone"
@@ -54,8 +56,8 @@ def main() -> None:
     side_by_side.write("sampling", rows, figures={"least ms a step": figures})
 
 
-def measure(num_codes: int, *, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Time all samplers for one batch of prompts."""
+def measure(num_codes: int, *, batch: int, rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Time all samplers for one batch of prompts; compare the codes of t2i's two."""
     torch.manual_seed(0)
     prompts = [torch.randint(50_277, (length,)).tolist() for length in LENGTHS[:batch]]
     sizes = {
@@ -89,7 +91,8 @@ def measure(num_codes: int, *, batch: int, rounds: int) -> dict[str, list[float]
         "generate of Llama, static cache": generate(llama, prompts, num_codes=num_codes, cache="static"),
         "generate of GPT-NeoX": generate(neox, prompts, num_codes=num_codes),
     }
-    return side_by_side.alternate(candidates, rounds=rounds)
+    seconds = side_by_side.alternate(candidates, rounds=rounds)
+    return seconds, (t2i() == t2i(is_compiled=True)).float().mean().item()
 
 
 def generate(

@@ -1,5 +1,6 @@
 """The stages after training, on one tiny run: draw, score, export, and use the export without t2i."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from PIL import Image
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
+from t2i.generate import draw
 from t2i.generate.draw import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.halves import halves_task, read_data_manifest
@@ -55,6 +57,15 @@ def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint,
     assert before != [path.stat().st_mtime_ns for path in paths]  # the batch with the missing one, once
     with pytest.raises(UserError, match="seed: 5 there, 6 asked"):
         draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=6))
+
+
+def test_a_picture_that_cannot_be_written_ends_the_drawing(checkpoint, tmp_path, monkeypatch):
+    def full(path, picture, facts):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(draw, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(), batch_size=3)
 
 
 def test_compiled_drawing_fills_the_last_batch_and_gives_the_same_pictures(checkpoint, tmp_path, monkeypatch):

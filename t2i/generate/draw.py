@@ -93,7 +93,7 @@ def draw_folder(
         raise UserError(f"--batch-size is {batch_size}; wanted is at least 1.")
     settings = {
         "weights": checkpoint.weights,
-        **asdict(config),
+        **{key: value for key, value in asdict(config).items() if key != "compile" or value},
         "batch_size": batch_size,
         "captions_sha256": captions_sha256(captions),
     }
@@ -112,12 +112,11 @@ def draw_folder(
         start for start in starts if not all(path.exists() for path in paths[start : start + batch_size])
     ]
 
-    def write(codes: Tensor, start: int) -> None:
-        pictures = decoded(checkpoint, codes)
+    def write(pictures: list[Image.Image], start: int) -> None:
         for path, name, picture in zip(paths[start:], names[start:], pictures, strict=False):
             _write(path, picture, {"caption": captions[name], **facts})
 
-    with ThreadPoolExecutor(1) as beside:  # decodes and writes one batch while the next is sampled
+    with ThreadPoolExecutor(1) as beside:  # compresses and writes one batch while the next is drawn
         writing: Future[None] | None = None
         for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
             texts = [captions[name] for name in names[start : start + batch_size]]
@@ -125,9 +124,10 @@ def draw_folder(
             codes = draw_codes(
                 checkpoint, texts + [""] * filled, config=config, first_seed=config.seed + start
             )
+            pictures = decoded(checkpoint, codes[: len(texts)])
             if writing:
                 writing.result()
-            writing = beside.submit(write, codes[: len(texts)], start)
+            writing = beside.submit(write, pictures, start)
         if writing:
             writing.result()
     return paths

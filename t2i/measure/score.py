@@ -158,13 +158,17 @@ def score(
         "seconds_to_measure": time.perf_counter() - started,
     }
     drawing.out.mkdir(parents=True, exist_ok=True)
-    (drawing.out / CAPTIONS).write_text(caption_lines(task.captions))
+    _write(drawing.out / CAPTIONS, caption_lines(task.captions))
     file = _scores_file(drawing.out, scores)
     scores["file"] = file.name
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(scores, indent=1))
-    temporary.replace(file)
+    _write(file, json.dumps(scores, indent=1))
     return scores
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def _scores_file(out: Path, scores: dict[str, Any]) -> Path:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .sampling_open_lm import left_padded, product
 
-FIXED_PROMPT_STEP = 32
-"""Prompts of fixed shapes are padded to a multiple of this: few shapes, each compiled once."""
+FIXED_STEP = 32
+"""Positions of fixed shapes are a multiple of this: a slightly longer prompt needs no new ones."""
 
 
 class StaticCache:
@@ -155,14 +155,14 @@ def begin_decoding(
 
     Args:
         empty_prompt: read once for all rows; None without guidance.
-        is_fixed: go on in fixed shapes, by a decoder that the model keeps for all batches of these shapes.
+        is_fixed: go on in fixed shapes, by a decoder that the model keeps for the next batch.
     """
     lengths = [len(prompt) for prompt in prompts] + [len(empty_prompt or [])] * len(prompts)
     batch, longest = len(prompts), max(lengths)
     num_rows = 2 * batch if empty_prompt else batch
     if is_fixed:
-        longest += -longest % FIXED_PROMPT_STEP
-        fixed = _kept_decoder(model, num_rows=num_rows, num_positions=longest + num_codes)
+        fixed = _kept_decoder(model, num_rows=num_rows, least_positions=longest + num_codes)
+        longest = fixed.memory[0].shape[3] - num_codes
     like = model.get_output_embeddings().weight
     empty = functools.partial(StaticCache.empty, model.config, like=like)
     memory = fixed.memory if is_fixed else empty(num_rows=num_rows, num_positions=longest + num_codes).memory
@@ -184,14 +184,24 @@ def begin_decoding(
     return hidden, Decoder(model, memory, length=longest, padding=padding)
 
 
-def _kept_decoder(model: Any, *, num_rows: int, num_positions: int) -> FixedDecoder:
-    """Return the model's decoder of these shapes, made when it is first asked for."""
-    weight = model.get_output_embeddings().weight
-    kept = model.__dict__.setdefault("_fixed_decoders", {})
-    key = (num_rows, num_positions, weight.device, weight.dtype)
-    if key not in kept:
-        kept[key] = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
-    return kept[key]
+def _kept_decoder(model: Any, *, num_rows: int, least_positions: int) -> FixedDecoder:
+    """Return the model's one decoder, made anew where it has other rows or too few positions."""
+    kept = model.__dict__.get("_fixed_decoder")
+    like = model.get_output_embeddings().weight
+    is_fit = (
+        kept is not None
+        and kept.padding.device == like.device
+        and kept.memory[0].dtype == like.dtype
+        and len(kept.padding) == num_rows
+        and kept.memory[0].shape[3] >= least_positions
+    )
+    if not is_fit:
+        del kept
+        model.__dict__["_fixed_decoder"] = None  # its memory goes before the next one's is taken
+        num_positions = least_positions + -least_positions % FIXED_STEP
+        kept = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
+        model.__dict__["_fixed_decoder"] = kept
+    return kept
 
 
 def _weights(body: Any) -> list[tuple[Tensor, ...]]:

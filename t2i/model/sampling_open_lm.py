@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+MOST_STEPS = 256
+"""Compiled steps of one process."""
 SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
 
@@ -78,8 +80,8 @@ def sample_codes(
         temperature: 0 for the most likely code.
         top_k: keep this many codes; 0 for all.
         top_p: of those, keep the most likely that together reach this probability.
-        is_compiled: compile the step when it is first made for a number of prompts and a length of the longest
-            (by 32): tens of seconds, after which weights must stay as they are. Codes differ where rounding decides.
+        is_compiled: compile the step, at first and where there are other numbers of prompts or a longer one than
+            before: a minute, after which weights must stay as they are. Codes differ where rounding decides.
 
     Raises:
         ValueError: a compiled step of a model that is not open_lm's.
@@ -139,6 +141,8 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
         to_logits.weight = nn.Parameter(head, requires_grad=False)
         mode = "reduce-overhead" if is_cuda else None
         step = torch.compile(_step(decoder, to_logits, how), fullgraph=True, dynamic=False, mode=mode)
+        # Dynamo counts all steps as versions of one function, and would stop at eight.
+        step = torch._dynamo.config.patch(recompile_limit=MOST_STEPS)(step)
         decoder.steps[how] = step if is_cuda else torch._inductor.config.patch(freezing=True)(step)
     return decoder.steps[how]
 

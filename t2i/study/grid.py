@@ -5,8 +5,7 @@ what both name alike is done once. A step that is a name alone is the base's. `{
 folder, `{run}` in a measure the folder of the run that it measures.
 """
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from t2i.cli import flags_of_mapping
 from t2i.config import RunConfig
 from t2i.errors import UserError
 from t2i.plain import read_yaml
+from t2i.study.names import TRAIN, check_keys, nearest_name
 
-TRAIN = "launchers/train.py"
 INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")
 """Keys that a study takes from its base."""
 
@@ -114,7 +113,8 @@ def read_study(file: Path) -> Study:
         UserError: no YAML, an unknown key, or settings that a run does not have.
     """
     values = read_yaml(file, name=str(file))
-    values = _with_base(values, file)
+    base = _read_base(values, file)
+    values = _with_base(values, base, file)
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
     study: Study = _made(Study, {**values, "file": file}, file)
@@ -123,35 +123,14 @@ def read_study(file: Path) -> Study:
         check_keys(settings, where=f"{study.file}: {name}")
     _check_losses(study)
     _known_arms(study, list(study.arm_seeds), where="arm_seeds")
+    if base:
+        _check_shared(study, base)
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
         arms = [*section.get("arms", []), *chain.from_iterable(section.get("pairs", []))]
         _known_arms(study, arms, where=f"report: {section.get('section')}")
     return study
-
-
-def check_keys(settings: dict[str, Any], *, where: str, kind: Any = RunConfig, prefix: str = "") -> None:
-    """Check that settings have the names of a run's, and name the nearest where one has not.
-
-    Raises:
-        UserError: the first name that a run does not have.
-    """
-    known = {one.name: one.type for one in fields(kind)}
-    for key, value in settings.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            right = nearest_name(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
-            raise UserError(f"{where} has the setting {prefix}{key}, which {TRAIN} does not take; {right}.")
-        group = known[name]
-        if is_dataclass(group) and isinstance(value, dict):
-            check_keys(value, where=where, kind=group, prefix=f"{prefix}{name}.")
-
-
-def nearest_name(name: str, known: list[str]) -> str:
-    """Say what somebody may have meant, or all that there is."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"perhaps {close[0]} was meant" if close else f"known are {', '.join(known)}"
 
 
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
@@ -221,24 +200,30 @@ def filled(values: Any, *, out: Path, run: Path | None = None) -> Any:
     return values
 
 
-def _with_base(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Take from a study's `base`, another file beside it, what the study itself does not say of runs and steps."""
-    base = values.pop("base", None)
+def _read_base(values: dict[str, Any], file: Path) -> Study | None:
+    """Read the study that `base` names, another file beside it."""
+    name = values.pop("base", None)
+    if name is None:
+        return None
+    if not (file.parent / str(name)).is_file():
+        raise UserError(f"{file}: base is {name}, which is not beside it.")
+    base = read_study(file.parent / str(name))
+    if base.base:
+        raise UserError(f"{file}: base is {name}, which has a base itself; name that one.")
+    return base
+
+
+def _with_base(values: dict[str, Any], base: Study | None, file: Path) -> dict[str, Any]:
+    """Take from its base what a study does not say of runs and steps; a step that is a name alone is the base's."""
     if base is None:
         return values
-    found = file.parent / str(base)
-    if not found.is_file():
-        raise UserError(f"{file}: base is {base}, which is not beside it.")
-    given = read_yaml(found, name=str(found))
-    if "base" in given:
-        raise UserError(f"{file}: base is {base}, which has a base itself; name that one.")
-    known = {step["name"]: step for step in given.get("steps", [])}
-    steps = values.get("steps", list(known))
+    known = {step.name: vars(step) for step in base.steps}
+    steps = values.get("steps") or list(known)
     if missing := [one for one in steps if isinstance(one, str) and one not in known]:
         right = nearest_name(missing[0], list(known))
-        raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base}; {right}.")
+        raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base.file.name}; {right}.")
     values["steps"] = [known[one] if isinstance(one, str) else one for one in steps]
-    return {key: given[key] for key in INHERITED if key in given} | values | {"base": found}
+    return {key: getattr(base, key) for key in INHERITED} | values | {"base": base.file}
 
 
 def _made(kind: Any, values: Any, file: Path) -> Any:
@@ -268,6 +253,19 @@ def _check_losses(study: Study) -> None:
             f"{study.file}: train.image_rows_only is set in {', '.join(restricted)} alone; its image losses do not"
             " compare with those over all rows. Set it for all arms, or make two studies."
         )
+
+
+def _check_shared(study: Study, base: Study) -> None:
+    """Refuse a job that has the name of one of the base's but another command: they share a folder."""
+    out = Path("out")
+    theirs = {job.name: job.command for job in jobs_of(base, out=out)}
+    for job in jobs_of(study, out=out):
+        changed = sorted(set(job.command) ^ set(theirs.get(job.name, job.command)))
+        if changed:
+            raise UserError(
+                f"{study.file}: {job.name} is another job in its base {base.file.name}, and both work in one folder"
+                f" (differs in {' '.join(changed)}). Give the arm, step or measure a name of its own."
+            )
 
 
 def _check_steps(study: Study) -> None:

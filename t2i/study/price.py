@@ -10,7 +10,8 @@ from t2i.cli import flags_of_mapping
 from t2i.config import ASSETS, PlanConfig, RunConfig
 from t2i.errors import UserError
 from t2i.study.arms import read_json
-from t2i.study.grid import TRAIN, Step, Study, filled, run_config, run_name
+from t2i.study.grid import Step, Study, filled, run_config, run_name
+from t2i.study.names import TRAIN
 from t2i.tokens.text import TextTokenizer
 from t2i.train.devices import find_device
 from t2i.train.engine import global_batch, read_ds_config
@@ -91,7 +92,7 @@ def _price(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int
     return Price(
         name=name,
         tokens=tokens,
-        flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len),
+        flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len, text_mix=config.data.text_mix),
         disk_bytes=config.train.keep_last * checkpoint_bytes(counts, element_bytes=element_bytes),
         took_seconds=record["seconds"] if record.get("state") == "done" else None,
     )

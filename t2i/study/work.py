@@ -19,7 +19,8 @@ from types import FrameType
 from typing import IO, Any
 
 from t2i.errors import Stopped, UserError
-from t2i.study.grid import TRAIN, Job, Study
+from t2i.study.grid import Job, Study
+from t2i.study.names import TRAIN
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ class Counts:
     in_products: int
     """In the matrices that every token is multiplied by: all but the norms and an untied embedding."""
     learned_in_products: int
+    learned_in_head: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def counts_of(model: PreTrainedModel) -> Counts:
         learned=sum(value.numel() for value in values if value.requires_grad),
         in_products=sum(value.numel() for value in products),
         learned_in_products=sum(value.numel() for value in products if value.requires_grad),
+        learned_in_head=sum(
+            value.numel() for value in model.get_output_embeddings().parameters() if value.requires_grad
+        ),
     )
 
 
@@ -140,19 +144,22 @@ def activation_bytes(
     return num_tokens * (model.num_hidden_layers * kept + whole + outside)
 
 
-def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int) -> float:
+def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int, text_mix: float = 0.0) -> float:
     """Count products and sums of a token's forward and backward pass.
 
     Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and
     12 L D S for attention, its square counted whole, as is usual for MFU (Source: PaLM, appendix B). With
     image_rows_only, an image token is multiplied by the image rows of the head alone.
+
+    Args:
+        text_mix: share of sequences without a picture.
     """
     attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
         other_rows = model.vocab_size - model.vocab_layout["codebook_size"]
-        left_out = model.codes_per_image / seq_len * other_rows * model.hidden_size
-    learns_head = counts.learned_in_products >= model.vocab_size * model.hidden_size  # not with adapters
+        left_out = (1 - text_mix) * model.codes_per_image / seq_len * other_rows * model.hidden_size
+    learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size  # not with adapters
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
 

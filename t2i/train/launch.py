@@ -130,8 +130,9 @@ def on_first_rank(work: Callable[[], T]) -> T:
         except EXPECTED as expected:
             error, outcome[1] = expected, expected.exit_code
         except OSError as failed:
-            first = failed.args[0][0][2] if isinstance(failed, shutil.Error) else failed  # of a copied folder
-            error = CheckpointError(f"{failed.filename or 'The disk'}: {failed.strerror or first}.")
+            is_folder = isinstance(failed, shutil.Error) and isinstance(failed.args[0], list)
+            reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
+            error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
             outcome[1] = CheckpointError.exit_code
     dist.broadcast_object_list(outcome)
     if error is not None:

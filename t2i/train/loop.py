@@ -63,12 +63,8 @@ class Trainer:
         self.layout = engine.module.layout
         self.progress = Progress()
         self.is_first = dist.get_rank() == 0
-        self.speed = Speed(
-            engine.module.model,
-            seq_len=config.data.seq_len,
-            device=engine.device,
-            is_half=engine.bfloat16_enabled(),
-        )
+        is_half = engine.bfloat16_enabled()
+        self.speed = Speed(engine.module.model, data=config.data, device=engine.device, is_half=is_half)
 
     def run(self) -> None:
         """Train from where the run folder stands to max_steps.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
+from t2i.config import DataConfig
 from t2i.runs.folder import METRICS, append_metrics, rewind_metrics
 from t2i.train.devices import peak_flops_of
 from t2i.train.engine import KINDS
@@ -78,8 +79,12 @@ class MetricsWriter:
 class Speed:
     """What the steps of a run make of its devices."""
 
-    def __init__(self, model: PreTrainedModel, *, seq_len: int, device: torch.device, is_half: bool) -> None:
-        self.flops_a_token = flops_a_token(model.config, counts=counts_of(model), seq_len=seq_len)
+    def __init__(
+        self, model: PreTrainedModel, *, data: DataConfig, device: torch.device, is_half: bool
+    ) -> None:
+        self.flops_a_token = flops_a_token(
+            model.config, counts=counts_of(model), seq_len=data.seq_len, text_mix=data.text_mix
+        )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and is_half else ""
         self.peak_flops = peak_flops_of(name)
         self.num_devices = dist.get_world_size()

@@ -115,7 +115,7 @@ def make_plan(config: RunConfig, *, ds_config: dict[str, Any], plan: PlanConfig)
     seq_len, sequences = config.data.seq_len, global_batch(config, world_size=plan.num_gpus)
     limit = ds_config["train_micro_batch_size_per_gpu"]
     steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
-    flops = flops_a_token(model, counts=counts, seq_len=seq_len)
+    flops = flops_a_token(model, counts=counts, seq_len=seq_len, text_mix=config.data.text_mix)
     # A forward pass is a third of a step's products; checkpointing does it twice.
     useful = 0.75 if config.model.gradient_checkpointing else 1.0
     return Plan(

@@ -181,9 +181,8 @@ def assert_stopped(job):
     status, done = job.status(), steps(job.run_dir)[-1]["step"]
     assert (status["state"], status["code"], status["step"]) == ("stopped", 75, done), job.said()[-3000:]
     assert f"Stopped at step {done} of" in job.said()
-    ours = re.sub(
-        r'Traceback [^\n]*\n  File "[^"]*/bin/deepspeed".*?\nKeyboardInterrupt\n', "", job.said(), flags=re.S
-    )
+    launchers = r'Traceback [^\n]*\n  File "[^"]*/bin/deepspeed"[^\n]*\n(?:  [^\n]*\n)+KeyboardInterrupt\n'
+    ours = re.sub(launchers, "", job.said())
     assert "Traceback" not in ours, ours[-3000:]
     checkpoints.verify(job.run_dir / (job.run_dir / "latest").read_text().strip())
 
@@ -399,10 +398,7 @@ def test_a_missing_compiler_is_said(shards, tmp_path, observed):
     job = Job(shards, tmp_path / "run", ranks=0, environment=environment).run()
     assert job.code == 2, job.said()[-3000:]
     assert "g++ not found, so DeepSpeed's operators" in job.said()
-    ours = re.sub(
-        r'Traceback [^\n]*\n  File "[^"]*/bin/deepspeed".*?\nKeyboardInterrupt\n', "", job.said(), flags=re.S
-    )
-    assert "Traceback" not in ours, ours[-3000:]
+    assert "Traceback" not in job.said()
     observed(f"exit 2 after {job.seconds:.0f} s")
 
 

@@ -173,6 +173,20 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkey
     wanted = sample_codes(model, PROMPTS[::-1], **settings)
     assert torch.equal(sample_codes(model, PROMPTS[::-1], **settings, is_compiled=True), wanted)
     assert len(made) == 1
+    longer = [[*range(30)], *PROMPTS[1:]]  # with 6 codes over the 32 positions there were
+    wanted = sample_codes(model, longer, **settings)
+    assert torch.equal(sample_codes(model, longer, **settings, is_compiled=True), wanted)
+    assert torch.equal(sample_codes(model, PROMPTS, **settings, is_compiled=True)[1:], wanted[1:])
+    assert len(made) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 7])
+def test_the_compiler_itself_draws_the_same_codes(batch):
+    model = tiny()
+    settings = {"seeds": range(batch), "guidance_scale": 3.0, **SETTINGS}
+    wanted = sample_codes(model, PROMPTS[:batch], **settings)
+    assert torch.equal(sample_codes(model, PROMPTS[:batch], **settings, is_compiled=True), wanted)
 
 
 def test_bf16_is_sampled_by_the_plain_product():

@@ -142,6 +142,22 @@ def test_what_a_study_names_as_its_base_does_is_the_same_job(tmp_path):
         read_study(other)
 
 
+@pytest.mark.parametrize(
+    ("base", "more", "sentence"),
+    [
+        (STUDY, "settings: {train: {max_steps: 4}}", "random-seed0 is another job in its base.* name of its own"),
+        (STUDY, "steps: [{name: first, command: other.py}]", "first is another job in its base study.yaml"),
+        (STUDY.replace("{name: first, ", "{"), "", "study.yaml: a step is incomplete"),
+    ],
+)  # fmt: skip
+def test_a_study_and_its_base_agree_on_what_they_share(tmp_path, base, more, sentence):
+    written(tmp_path, base)
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: study.yaml\ntitle: O\nquestion: Q?\narms: {{random: {{}}}}\n{more}\n")
+    with pytest.raises(UserError, match=sentence):
+        read_study(other)
+
+
 SBATCH = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$(dirname "$0")/words"
 echo "Submitted batch job 7"

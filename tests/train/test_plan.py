@@ -150,6 +150,7 @@ def test_a_softmax_over_image_rows_leaves_the_other_rows_products_out():
     ("name", "peak"),
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA H100 PCIe", None),  # slower than the one that is known

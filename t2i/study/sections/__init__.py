@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.study.grid import Study, nearest_name
+from t2i.study.grid import Study
+from t2i.study.names import nearest_name
 from t2i.study.sections import language, pictures, rows, training
 from t2i.study.sections.section import Section
 
