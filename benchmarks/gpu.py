@@ -1,7 +1,7 @@
 """What one GPU makes of the 1B model, in at most ten minutes: training's share of the peak, memory, sampling.
 
-bf16, 1,152 tokens, through DeepSpeed's ZeRO-2 with fused Adam; sampling 1,024 codes with guidance, by the eager step and
-by one compiled into a CUDA graph. Parts are skipped once the time is used up; what is done is in results/gpu.json.
+bf16, 1,152 tokens, through DeepSpeed's ZeRO-2 with fused Adam; sampling 1,024 codes with guidance, by the eager step
+and by one compiled into a CUDA graph. Parts are skipped once the time is used up; what is done is in results/gpu.json.
 
 Examples:
     python benchmarks/gpu.py --peak-tflops 989 --bandwidth-tb 3.35      an H100
