@@ -140,7 +140,9 @@ def verify(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
         if weights_only and name.startswith("engine/"):
             continue
         file = folder / name
-        size = file.stat().st_size if file.is_file() else None
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; the manifest lists it.")
+        size = file.stat().st_size
         if size != wanted["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes; the manifest says {wanted['bytes']}.")
         if _hash(file) != wanted["xxh64"]:

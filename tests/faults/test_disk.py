@@ -113,14 +113,15 @@ def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
     disk = small_disk(f"size={room_for(whole, num_checkpoints=1.5)}")
     job = Job(shards, disk / "run", beside=tmp_path, **LEARN).run()
     assert job.status()["code"] == 5, job.said()[-3000:]
-    assert "disk full: a checkpoint needs" in job.status()["reason"]
+    reason = job.status()["reason"]
+    assert "disk full: a checkpoint needs" in reason
     assert checkpoints.choose(job.run_dir).name == "step_000002"
     small_disk("size=100m")
     again = Job(shards, job.run_dir, beside=tmp_path, **LEARN).run()
     assert again.code == 0, again.said()[-3000:]
     assert record(job.run_dir) == record(whole)
     assert not first_difference(state_of_last(job.run_dir), state_of_last(whole))
-    observed(job.status()["reason"].partition(" at ")[0])
+    observed(f"exit 5: {reason.partition(' at ')[0]}; then equal")
 
 
 @pytest.mark.slow
@@ -209,7 +210,7 @@ def damage(run_dir, kind):
         ),
         pytest.param(
             "missing",
-            "has None bytes",
+            "is missing; the manifest lists it",
             marks=pytest.mark.fault(
                 23,
                 "a rank's file is missing",
