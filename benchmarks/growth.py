@@ -1,13 +1,18 @@
-"""How cost grows: seconds against width, depth, sequence length, vocabulary and batch, with fitted exponents.
+"""How cost grows: seconds against width, depth, sequence length, vocabulary, batch, with fitted exponents; and ranks.
 
-An exponent is the slope of log seconds over the two largest sizes: small sizes are all overhead.
+An exponent is the slope of log seconds over the two largest sizes: small sizes are all overhead. Ranks are processes of
+one thread, each with the same share of a batch, through the launcher. Samples are loading.py's.
 
 Examples:
     python benchmarks/growth.py
 """
 
 import argparse
+import itertools
 import math
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +22,11 @@ import torch
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.sampling_open_lm import sample_codes
+from t2i.runs.folder import read_metrics
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner
 
+ROOT = Path(__file__).parents[1]
 BASE = {"width": 256, "depth": 4, "length": 128, "codes": 1_024, "batch": 4}
 SIZES = {
     "width": (128, 256, 512),
@@ -54,7 +61,8 @@ def main() -> None:
                 side_by_side.Row(what, least, middle, (min(slopes), max(slopes)), len(slopes), target)
             )
             figures[f"{work}, {axis}"] = {name: min(times) for name, times in seconds.items()}
-    plot(figures, Path(__file__).parents[1] / "docs" / "growth.svg")
+    rows.append(ranks(rounds=options.rounds))
+    plot(figures, ROOT / "docs" / "growth.svg")
     side_by_side.write("growth", rows, figures={"least seconds": figures})
 
 
@@ -98,6 +106,29 @@ def sampling(width: int, depth: int, *, length: int, codes: int, batch: int) -> 
         seeds=range(batch),
         top_k=50,
     )
+
+
+def ranks(*, rounds: int) -> side_by_side.Row:
+    """Train on one and on two ranks: seconds of the clock of a step, of as many tokens a rank."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for round_, number in itertools.product(range(rounds), seconds):
+            run_dir = Path(scratch) / f"{number}-{round_}"
+            flags = [f"--train.global-batch-tokens={number * 16 * 96}", "--train.max-steps=12"]
+            flags += [
+                "--train.eval-every=0",
+                f"--run-dir={run_dir}",
+                "--ds_config=ds_configs/zero2_fp32.json",
+            ]
+            deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(number)]
+            launcher = deepspeed if number > 1 else [sys.executable]
+            subprocess.run(
+                [*launcher, "launchers/train.py", *flags], cwd=ROOT, check=True, capture_output=True
+            )
+            steps = [row["step_seconds"] for row in read_metrics(run_dir) if "split" not in row]
+            seconds[number].append(min(steps[2:]))
+    what = "growth of training with ranks: a step of 2 ranks / of 1, as many tokens a rank, seconds"
+    return side_by_side.compared(what, seconds[2], seconds[1])
 
 
 def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
