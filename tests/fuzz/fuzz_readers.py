@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.pairs", "t2i.plain"]):
     import made_sources as made
+    from PIL import JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  read on first use
 
     from t2i.data.pairs import UNREADABLE, open_source, read_picture
 
