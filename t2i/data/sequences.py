@@ -1,0 +1,162 @@
+"""Samples of shards as sequences, built when they are read, so that one shard set serves every vocabulary and mode."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from streaming import StreamingDataset
+from streaming.base.dataset import _ShardState
+from torch import Tensor
+
+from t2i.config import DataConfig
+from t2i.data.hashing import hash_uniform
+from t2i.data.shards import check_sample, read_manifest
+from t2i.data.stream import VerifiedStream, without_looks
+from t2i.errors import DataError, UserError
+from t2i.tokens.sequence import encode_sequence
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+
+
+def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
+    """Decide whether a caption is replaced by the empty one: a hash, the same on every rank."""
+    return hash_uniform("caption dropout", seed, epoch, key) < share
+
+
+def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextTokenizer | None:
+    """Return the tokenizer if captions must be read with it anew; None where the shards' ids are its own."""
+    made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
+    return None if tokenizer.fingerprint() == made_by else tokenizer
+
+
+def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
+    """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
+    if tokenizer is None:
+        ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
+        return (
+            ids[:0] if sample.get("caption") == "" else ids
+        )  # shards hold one id there: MDS has no empty arrays
+    return tokenizer.encode(sample["caption"])
+
+
+class SequenceDataset(StreamingDataset):
+    """The training split of one shard folder, as sequences."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        layout: VocabLayout,
+        num_sequences: int,
+        epoch_size: int,
+        seed: int,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        super().__init__(
+            streams=[VerifiedStream(config.shards, remote=config.remote)],
+            cache_limit=config.cache_limit,
+            epoch_size=epoch_size,
+            batch_size=num_sequences,
+            shuffle=True,
+            shuffle_seed=seed,
+            num_canonical_nodes=config.num_canonical_nodes,
+        )
+        self.config, self.layout, self.seed = config, layout, seed
+        self.tokenizer = tokenizer_to_apply(config, tokenizer=tokenizer)
+        self.manifest = read_manifest(config.shards)
+        self.failure: BaseException | None = None
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have a shard hashed or brought; one that is refused is left for other processes to refuse too.
+
+        They would wait for ever, each for the one that began to prepare it.
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except DataError:
+            self._shard_states[shard_id] = _ShardState.REMOTE
+            raise
+
+    def on_exception(self, future: "Future[Any]") -> None:
+        """Keep what ended a thread that prepares shards; Streaming would end the epoch and log a traceback."""
+        if failure := future.exception():
+            self.failure = failure
+            self._event.set()
+            self._iterator.on_exit()  # a thread that fails does not say so itself, and is waited for
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this process's samples of the next epoch.
+
+        Raises:
+            DataError: a shard is not what was prepared.
+        """
+        try:
+            yield from super().__iter__()
+        finally:
+            if self.failure:
+                raise self.failure
+
+    def __getitem__(self, at: Any) -> dict[str, Any]:
+        """Read one sample as input_ids (S,) and its key.
+
+        Raises:
+            DataError: it is none that the manifest allows.
+        """
+        sample = super().__getitem__(at - at % self.config.keep_every)
+        check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
+        epoch = self.next_epoch - 1
+        if "codes" not in sample:  # text shards hold whole sequences
+            return {
+                "input_ids": torch.from_numpy(sample["caption_ids"].astype("int64")),
+                "key": sample["key"],
+            }
+        caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
+        has_prompt = (
+            self.config.mode == "text-to-image"
+        )  # else the caption is no condition, but all or nothing
+        if has_prompt and is_dropped(
+            seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout
+        ):
+            caption_ids = caption_ids[:0]
+        input_ids = encode_sequence(
+            caption_ids,
+            torch.from_numpy(sample["codes"].astype("int64")),
+            layout=self.layout,
+            mode=self.config.mode,
+            seq_len=self.config.seq_len,
+        )
+        return {"input_ids": input_ids, "key": sample["key"]}
+
+
+def open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
+    """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
+    try:
+        return without_looks(lambda: SequenceDataset(config, **settings))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"data.shards {config.shards} cannot be read: {error}") from error
+
+
+def stack_sequences(
+    samples: list[dict[str, Any]],
+    *,
+    layout: VocabLayout,
+    config: DataConfig,
+    captions: list[Tensor] | None = None,
+) -> Tensor:
+    """Build the sequences (B, S) of read samples, under their own caption ids or the given ones."""
+    own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
+    return torch.stack(
+        [
+            encode_sequence(
+                caption_ids,
+                torch.from_numpy(sample["codes"].astype("int64")),
+                layout=layout,
+                mode=config.mode,
+                seq_len=config.seq_len,
+            )
+            for sample, caption_ids in zip(samples, own if captions is None else captions, strict=True)
+        ]
+    )
