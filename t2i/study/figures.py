@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 
 from t2i.study.statistics import ema
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+# Okabe and Ito's palette without its yellow, and wine: colour-blind readers can tell them apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 
 
 def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, float]) -> str:
