@@ -39,6 +39,8 @@ class StudyCommand:
     """Share of a device's peak that training reaches, for --plan; a guess until measured."""
     report: bool = False
     """Only write the report of what is there."""
+    jobs_only: bool = False
+    """Write no report: another worker does."""
     launcher: Literal["local", "slurm"] = "local"
     """Where workers run: processes here, or an array job of Slurm."""
     workers: int = 1
@@ -66,9 +68,10 @@ def main() -> None:
         print(f"The report, when it has ended or before: python {shlex.join([*again, '--report'])}")
     else:
         if not command.report:
-            with local_workers([sys.executable, *again], count=command.workers - 1):
+            with local_workers([sys.executable, *again, "--jobs-only"], count=command.workers - 1):
                 work_through(study, jobs, out=out)
-        report(study, jobs, out=out, again=shlex.join(["python", *again]))
+        if not command.jobs_only:
+            report(study, jobs, out=out, again=shlex.join(["python", *again]))
 
 
 def work_through(study: Any, jobs: Any, *, out: Path) -> None:

@@ -287,6 +287,22 @@ def test_a_killed_grid_goes_on(toy, number, code):
     assert json.loads((folder / "out" / "jobs" / "slow.json").read_text())["state"] == "done"
 
 
+def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp_path, monkeypatch, capfd):
+    """With two workers, of which one alone writes a report."""
+    (tmp_path / "toy.py").write_text(f"open('{tmp_path}/calls', 'a').write('call\\n')")
+    steps = [f'{{name: {name}, command: "{tmp_path}/toy.py", flags: {{}}}}' for name in ("a", "b")]
+    (tmp_path / "base.yaml").write_text(f"title: B\nquestion: Q\narms: {{}}\nsteps: [{', '.join(steps)}]\n")
+    (tmp_path / "other.yaml").write_text("base: base.yaml\ntitle: O\nquestion: Q\narms: {}\nsteps: [a]\n")
+    monkeypatch.chdir(ROOT)
+    out = ["--out", tmp_path / "out"]
+    assert call("launchers/study.py", tmp_path / "base.yaml", *out, "--workers", 2) == 0
+    assert capfd.readouterr().out.count("in a browser") == 1
+    assert call("launchers/study.py", tmp_path / "other.yaml", *out) == 0
+    assert calls(tmp_path) == ["call"] * 2
+    assert "<h1>O</h1>" in (tmp_path / "out" / "other" / "report.html").read_text()
+    assert "<h1>B</h1>" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_an_open_job_has_no_record(toy):
     job, _, folder = toy
     assert record_of(job("a"), folder / "out") == {"state": "open"}
