@@ -34,15 +34,16 @@ def forgetting(
     for axis, (value, arms) in zip(axes[:-1], values.items(), strict=True):
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
             style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-            axis.plot(one.tokens, one.values.mean(0), label=arm, **style)
+            name = arm if axis is axes[0] else None  # one legend for all: many arms leave no room for three
+            axis.plot(one.tokens, one.values.mean(0), label=name, **style)
             axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
         if value == "text_loss_text_rows":
             draw_floors(axis, floors)
         axis.set(xlabel="tokens trained on", ylabel=LABELS[value])
         finish(axis)
-    for (arm, (image, text)), (colour, dash) in zip(paths.items(), styles(), strict=False):
+    for (image, text), (colour, dash) in zip(paths.values(), styles(), strict=False):
         style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-        axes[-1].plot(image.values.mean(0), text.values.mean(0), label=arm, **style)
+        axes[-1].plot(image.values.mean(0), text.values.mean(0), **style)
     axes[-1].set(
         xlabel="held-out image loss, nats a code (learning: to the right)",
         ylabel=LABELS["text_loss_text_rows"],
