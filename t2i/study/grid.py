@@ -218,7 +218,7 @@ def _with_base(values: dict[str, Any], base: Study | None, file: Path) -> dict[s
     if base is None:
         return values
     known = {step.name: vars(step) for step in base.steps}
-    steps = values.get("steps") or list(known)
+    steps = list(known) if values.get("steps") is None else values["steps"]
     if missing := [one for one in steps if isinstance(one, str) and one not in known]:
         right = nearest_name(missing[0], list(known))
         raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base.file.name}; {right}.")
