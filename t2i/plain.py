@@ -1,6 +1,7 @@
 """JSON and YAML that a stranger may have written: plain values with the wanted keys, or a sentence."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,13 @@ def check_keys(
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(one.__name__ for one in kinds)
             raise error(f"{where}: {key} is {value!r:.80}; wanted is {names}.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all; of several processes that write it, on whichever machine, one is kept."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def is_inside(name: str) -> bool:

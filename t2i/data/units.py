@@ -25,6 +25,7 @@ from tqdm import tqdm
 from t2i.config import PrepareConfig
 from t2i.data.decode import decode_all, view_key
 from t2i.data.pairs import Pair, Unit
+from t2i.plain import write_whole
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -136,9 +137,7 @@ def key_hash(key: str) -> int:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=1))
 
 
 def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterator[Pair]:

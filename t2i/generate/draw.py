@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.model.sampling_open_lm import sample_codes
-from t2i.plain import read_json
+from t2i.plain import read_json, write_whole
 from t2i.runs.ckpt import Checkpoint
 from t2i.tokens.image import pictures_of
 from t2i.tokens.sequence import caption_room, prompt
@@ -106,11 +105,12 @@ def draw_folder(
     _same_settings(out / SETTINGS, settings)
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
-    starts = list(range(0, len(names), batch_size))[rank::world_size]
-    facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
     starts = [
-        start for start in starts if not all(path.exists() for path in paths[start : start + batch_size])
+        start
+        for start in list(range(0, len(names), batch_size))[rank::world_size]
+        if not all(path.exists() for path in paths[start : start + batch_size])
     ]
+    facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
 
     def write(pictures: list[Image.Image], start: int) -> None:
         for path, name, picture in zip(paths[start:], names[start:], pictures, strict=False):
@@ -182,11 +182,7 @@ def _same_settings(file: Path, settings: dict[str, object]) -> None:
                 f"{file.parent} holds pictures of other settings ({'; '.join(changed)}). Choose another --out."
             )
         return
-    temporary = file.with_name(
-        f".{file.name}.{os.uname().nodename}.{os.getpid()}"
-    )  # each rank writes the same
-    temporary.write_text(json.dumps(settings, indent=1))
-    temporary.replace(file)
+    write_whole(file, json.dumps(settings, indent=1))  # each rank writes the same
 
 
 def _write(path: Path, picture: Image.Image, facts: dict[str, object]) -> None:

@@ -26,6 +26,7 @@ from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_n
 from t2i.measure.pictures import Pictures, Reconstructions
 from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, measure_reference
 from t2i.model.backbone import made_of
+from t2i.plain import write_whole
 from t2i.runs.ckpt import Checkpoint
 
 CAPTIONS = "captions.jsonl"
@@ -158,17 +159,11 @@ def score(
         "seconds_to_measure": time.perf_counter() - started,
     }
     drawing.out.mkdir(parents=True, exist_ok=True)
-    _write(drawing.out / CAPTIONS, caption_lines(task.captions))
+    write_whole(drawing.out / CAPTIONS, caption_lines(task.captions))
     file = _scores_file(drawing.out, scores)
     scores["file"] = file.name
-    _write(file, json.dumps(scores, indent=1))
+    write_whole(file, json.dumps(scores, indent=1))
     return scores
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 def _scores_file(out: Path, scores: dict[str, Any]) -> Path:
