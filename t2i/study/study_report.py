@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 import matplotlib.pyplot as plt
 
+from t2i.cli import flags_of_mapping
 from t2i.runs.folder import ENVIRONMENT, environment
 from t2i.study.arms import read_json
 from t2i.study.figures import to_svg
@@ -39,6 +40,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         "environment": environment(),
         "commits": _commits(study, out),
         "command": command,
+        "flags": lambda settings: " ".join(flags_of_mapping(settings)),
         "date": time.strftime("%F"),
     }
     for template, name in ((MARKDOWN, "report.md"), (HTML, "report.html")):

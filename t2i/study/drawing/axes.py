@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 from t2i.study.figures import COLOURS
 
@@ -23,7 +24,7 @@ LABELS = {
 
 def panels(count: int) -> tuple[Any, Any]:
     """Make a row of panels: the figure and its axes."""
-    figure, axes = plt.subplots(1, count, figsize=(4.6 * count, 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), squeeze=False)
     return figure, axes[0]
 
 
@@ -34,15 +35,18 @@ def styles() -> Any:
 
 def draw_floors(axis: Any, floors: dict[str, float], *, perplexity: bool = False) -> None:
     """Draw what counting costs as named lines across."""
-    for share, (name, floor) in zip(cycle((0.01, 0.25)), floors.items(), strict=False):
+    for share, (name, floor) in zip(cycle((0.01, 0.5)), floors.items(), strict=False):
         level = math.exp(floor) if perplexity else floor
         axis.axhline(level, color="0.6", linewidth=0.7, linestyle=":")
         place = axis.get_yaxis_transform()  # across by share of the axis, up by value
-        axis.text(share, level, name, transform=place, fontsize=6, color="0.4", va="bottom")
+        axis.text(share, level, name.replace("_", " "), transform=place, fontsize=6, color="0.4", va="bottom")
 
 
 def finish(axis: Any) -> None:
-    """Add a grid and, where lines have names, a legend."""
+    """Add a grid, tokens as 500k and 2M, and, where lines have names, a legend."""
     axis.grid(alpha=0.2)
+    for one in (axis.xaxis, axis.yaxis):
+        if "tokens" in one.get_label_text():
+            one.set_major_formatter(EngFormatter(sep=""))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, frameon=False)

@@ -73,7 +73,7 @@ def difference(
         right.text(
             0.5, 0.5, f"{names[1]} does not get there", transform=right.transAxes, ha="center", va="bottom"
         )
-        right.set_xlim(0, first.tokens[-1])
+    right.set_xlim(left.get_xlim())
     right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"tokens {names[1]} needs beyond")
     for axis in (both_axis, left, right):
         finish(axis)
@@ -90,6 +90,7 @@ def sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str]
         samples, means, yerr=reach, color=COLOURS[0], marker="o", capsize=3, label="mean, 95% interval"
     )
     axis.set_xscale("log", base=2)
+    axis.set_xticks(samples, [f"{count:,}" for count in samples])
     axis.set(xlabel="training samples", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
     finish(axis)
     return figure
