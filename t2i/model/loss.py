@@ -85,7 +85,8 @@ class _SummedLoss(torch.autograd.Function):
                     z_loss=z_loss,
                     head_gradient=head_gradient[own],
                 )
-        ctx.save_for_backward(hidden_gradient.view_as(hidden), head_gradient.to(head.dtype))
+        # Not saved for the backward pass: what is saved stays referred to, and autograd would copy the head's.
+        ctx.gradients = hidden_gradient.view_as(hidden), head_gradient.to(head.dtype)
         losses, squares = found.view(2, *labels.shape)
         ctx.mark_non_differentiable(losses, squares)
         return found[0].sum() + z_loss * found[1].sum(), losses, squares
@@ -93,8 +94,8 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        # In place: the head's is large.
+        (hidden_gradient, head_gradient), ctx.gradients = ctx.gradients, None
+        # In place: the head's is large. So a graph goes backwards once.
         return hidden_gradient.mul_(scale), None, head_gradient.mul_(scale), None, None
 
 
