@@ -5,7 +5,7 @@ picture, T positions so far, L layers, H heads, D width.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from .sampling_open_lm import left_padded, product
 
 FIXED_STEP = 32
 """Positions of fixed shapes are a multiple of this: a slightly longer prompt needs no new ones."""
+MOST_WINDOWS, LEAST_WINDOW = 4, 128
+"""Attention in fixed shapes is over a growing number of positions; each number is compiled by itself."""
 
 
 class StaticCache:
@@ -90,12 +92,13 @@ class Decoder:
 
 
 class FixedDecoder(nn.Module):
-    """What Decoder does, in the same shapes at every step and batch: for torch.compile, and CUDA graphs.
+    """What Decoder does, in few shapes for all steps and batches: for torch.compile, and CUDA graphs.
 
-    Attention is over all positions that there will be, masked.
+    Attention is over a window: the first positions up to a multiple of a quarter of all, masked.
     """
 
     body: Any
+    length: int
     at: Tensor
     padding: Tensor
 
@@ -119,20 +122,28 @@ class FixedDecoder(nn.Module):
 
     def begin(self, *, length: int, padding: Tensor) -> None:
         """Go on after the prompts, whose keys and values `memory` holds; Decoder has the arguments."""
+        self.length = length
         self.at.fill_(length)
         self.padding.copy_(padding)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def windows(self) -> Iterator[int]:
+        """Yield the positions that each step from here must see at least, rounded up to windows."""
+        num_positions = self.memory[0].shape[3]
+        size = max(LEAST_WINDOW, -(-num_positions // MOST_WINDOWS))
+        for seen in range(self.length + 1, num_positions + 1):
+            yield min(num_positions, seen + -seen % size)
+
+    def forward(self, ids: Tensor, window: int) -> Tensor:
         """Append one id a row (R,); compute its normed hidden state (R, D)."""
         at, memory = self.at, self.memory
 
         def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
             layer.index_copy_(3, at, new[:, :, :, None])
-            return layer[0], layer[1]
+            return layer[0, :, :, :window], layer[1, :, :, :window]
 
-        num_positions, head_dim = memory[0].shape[3:]
-        places = torch.arange(num_positions, device=at.device)
-        mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, P + K)
+        places = torch.arange(window, device=at.device)
+        mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, window)
+        head_dim = memory[0].shape[4]
         angles = _signed(self.body.angles((at - self.padding)[:, None]), head_dim)
         products = [
             [functools.partial(F.linear, weight=weight) for weight in weights]

@@ -120,20 +120,20 @@ def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Te
 
 
 def _step(
-    decoder: Callable[[Tensor], Tensor], to_logits: Callable[[Tensor], Tensor], how: Draws
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make the step from codes (B,) and the keys (B,) of the next ones to these."""
+    decoder: Callable[..., Tensor], to_logits: Callable[[Tensor], Tensor], how: Draws
+) -> Callable[..., Tensor]:
+    """Make the step from codes (B,) and the keys (B,) of the next ones to these; a fixed decoder takes its window."""
 
-    def step(codes: Tensor, keys: Tensor) -> Tensor:
+    def step(codes: Tensor, keys: Tensor, *window: int) -> Tensor:
         ids = codes + how.image_ids.start
-        hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids)
+        hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids, *window)
         return next_codes(hidden, keys, to_logits=to_logits, how=how)
 
     return step
 
 
 def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile a fixed decoder's step, once for all batches: CUDA graphs on a GPU, packed weights on a CPU."""
+    """Compile a fixed decoder's step, once a window: CUDA graphs on a GPU, packed weights on a CPU."""
     if how not in decoder.steps:
         is_cuda = head.device.type == "cuda"
         codebook, width = head.shape
@@ -144,7 +144,8 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
         # Dynamo counts all steps as versions of one function, and would stop at eight.
         step = torch._dynamo.config.patch(recompile_limit=MOST_STEPS)(step)
         decoder.steps[how] = step if is_cuda else torch._inductor.config.patch(freezing=True)(step)
-    return decoder.steps[how]
+    windows = decoder.windows()
+    return lambda codes, keys: decoder.steps[how](codes, keys, next(windows))
 
 
 def _begin_any(

@@ -7,6 +7,7 @@ import torch
 
 from t2i.errors import UserError
 from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
+from t2i.model import decoding_open_lm
 from t2i.model.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
@@ -140,7 +141,8 @@ def test_a_seed_gives_the_same_picture_in_batches_of_1_and_7():
 
 @pytest.mark.parametrize("positions", ["rotary", "none"])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_decoding_token_by_token_equals_the_forward(positions, norm_type):
+def test_decoding_token_by_token_equals_the_forward(positions, norm_type, monkeypatch):
+    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
     model = tiny(positional_embedding_type=positions, norm_type=norm_type, qk_norm=True, post_embed_norm=True)
     ids, padding = torch.randint(64, (3, 9)), torch.tensor([0, 2, 4])
     mask = (torch.arange(9) >= padding[:, None]).long()
@@ -153,9 +155,13 @@ def test_decoding_token_by_token_equals_the_forward(positions, norm_type):
         for kept, layer in zip(fixed.memory, cache.memory, strict=True):
             kept[..., :9, :] = layer
         fixed.begin(length=5, padding=padding)
-        for decoder in (Decoder(model, cache.memory, length=5, padding=padding), fixed):
-            parts = torch.stack([decoder(column) for column in ids[:, 5:].unbind(1)], 1)
-            assert torch.allclose(parts, whole[:, 5:], atol=LOGITS)
+        plain = Decoder(model, cache.memory, length=5, padding=padding)
+        windows = [*fixed.windows()]
+        assert windows == [8, 8, 8, 12, 12, 12, 12]
+        for decode in (lambda ids, _: plain(ids), fixed):
+            columns = ids[:, 5:].unbind(1)
+            parts = [decode(column, window) for column, window in zip(columns, windows, strict=False)]
+            assert torch.allclose(torch.stack(parts, 1), whole[:, 5:], atol=LOGITS)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -167,6 +173,7 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkey
         return real(step, fullgraph=fullgraph, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
     settings = {"seeds": range(7), "guidance_scale": guidance_scale, **SETTINGS}
     wanted = sample_codes(model, PROMPTS, **settings)
     assert torch.equal(sample_codes(model, PROMPTS, **settings, is_compiled=True), wanted)
@@ -182,7 +189,8 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 7])
-def test_the_compiler_itself_draws_the_same_codes(batch):
+def test_the_compiler_itself_draws_the_same_codes(batch, monkeypatch):
+    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
     model = tiny()
     settings = {"seeds": range(batch), "guidance_scale": 3.0, **SETTINGS}
     wanted = sample_codes(model, PROMPTS[:batch], **settings)
