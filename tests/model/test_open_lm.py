@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from t2i.errors import UserError
-from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model import decoding_open_lm
+from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
