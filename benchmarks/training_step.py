@@ -93,7 +93,8 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def through_deepspeed(**settings: bool) -> Callable[[], None]:
     """Build t2i's own step: its engine, its loss; settings are of the model's configuration."""
-    from t2i.train.engine import Learner, make_engine, read_ds_config
+    from t2i.train.ds_config import read_ds_config
+    from t2i.train.engine import Learner, make_engine
     from t2i.train.launch import start_processes
 
     start_processes()

@@ -31,7 +31,7 @@ class PlanCommand(RunConfig):
 
 def main() -> None:
     command = parse(PlanCommand, description=__doc__ or "")
-    from t2i.train.engine import read_ds_config
+    from t2i.train.ds_config import read_ds_config
     from t2i.train.plan import describe, make_plan
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)

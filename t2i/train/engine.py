@@ -1,8 +1,6 @@
 """The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,18 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.config import RunConfig, TrainConfig
-from t2i.errors import UserError
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, summed_loss
 from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
 
-OWNED_BY_THE_RUN = {
-    "gradient_clipping": "train.grad_clip",
-    "train_batch_size": "train.global_batch_tokens",
-    "gradient_accumulation_steps": "train.global_batch_tokens",
-    "scheduler": "train.warmup_steps",
-}
 KINDS = ("text", "image", "special")
 POSITIONS = 8
 """A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
@@ -57,46 +48,6 @@ class Learner(nn.Module):
         totals = [sums[kind][0] for kind in KINDS]
         counts = [sums[kind][1].float() for kind in KINDS]
         return total, torch.stack([*totals, *counts, partitions.sum()])
-
-
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON and check that it leaves the science to the run.
-
-    Raises:
-        UserError: no such file, no JSON, or a number that the run's configuration owns.
-    """
-    try:
-        ds_config: dict[str, Any] = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--ds_config {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"--ds_config {path} is no JSON: {error}.") from error
-    if not isinstance(ds_config, dict):
-        raise UserError(f"--ds_config {path} holds {type(ds_config).__name__}; wanted is an object of keys.")
-    for key, owner in OWNED_BY_THE_RUN.items():
-        if key in ds_config:
-            raise UserError(f"{path} sets {key}, which --{owner} owns; remove it from the JSON.")
-    optimizer = ds_config.get("optimizer", {"params": {}})
-    if (
-        not isinstance(optimizer, dict)
-        or set(optimizer) != {"params"}
-        or set(optimizer["params"]) - {"torch_adam"}
-    ):
-        raise UserError(
-            f"{path} sets the optimizer, which --train.lr and its neighbours own; only torch_adam is free."
-        )
-    micro_batch = ds_config.get("train_micro_batch_size_per_gpu")
-    if type(micro_batch) is not int or micro_batch < 1:
-        raise UserError(
-            f"{path}: train_micro_batch_size_per_gpu is {micro_batch!r}; wanted is a number of sequences."
-        )
-    stage = ds_config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        # Stage 0 lets a gradient that is not finite into the weights; under 3 no rank has the weights to export.
-        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; wanted is 1 or 2.")
-    if ds_config.get("fp16", {}).get("enabled"):
-        raise UserError(f"{path} enables fp16, whose loss scaling skips steps by design; use bf16 or fp32.")
-    return ds_config
 
 
 def global_batch(config: RunConfig, *, world_size: int) -> int:

@@ -22,6 +22,7 @@ from t2i.env import check_machine
 from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
 from t2i.runs.checkpoints import last_step
 from t2i.runs.folder import make_folder, open_run, write_status
+from t2i.train.ds_config import read_ds_config
 from t2i.train.launch import (
     is_first_on_node,
     make_repeatable,
@@ -65,18 +66,18 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
     Raises:
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
-    make_folder(config.run_dir)
     check_numbers(config.train)
+    ds_config = read_ds_config(ds_config_path)
+    make_folder(config.run_dir)
     with stop_flag() as flag:
         prepare_environment()
         # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
         import torch.distributed as dist
 
         from t2i.data.shm import sweep
-        from t2i.train.engine import global_batch, read_ds_config
+        from t2i.train.engine import global_batch
         from t2i.train.peers import Peers
 
-        ds_config = read_ds_config(ds_config_path)
         if is_first_on_node() and not dist.is_initialized():
             sweep()
             check_machine(ds_config, run_dir=config.run_dir)

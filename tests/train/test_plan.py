@@ -22,7 +22,8 @@ from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.devices import peak_flops_of
-from t2i.train.engine import Learner, accumulation, global_batch, make_engine, read_ds_config
+from t2i.train.ds_config import read_ds_config
+from t2i.train.engine import Learner, accumulation, global_batch, make_engine
 from t2i.train.estimates import (
     activation_bytes,
     checkpoint_bytes,

@@ -23,7 +23,8 @@ from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
-from t2i.train.engine import accumulation, read_ds_config
+from t2i.train.ds_config import read_ds_config
+from t2i.train.engine import accumulation
 from t2i.train.run import check_numbers, train
 
 ROOT = Path(__file__).parents[2]
@@ -186,6 +187,7 @@ def test_a_ds_config_that_claims_a_number_of_the_run_is_refused(finished, tmp_pa
     (tmp_path / "bad.json").write_text('{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1}')
     with pytest.raises(UserError, match=r"gradient_clipping, which --train\.grad_clip owns"):
         train(replace(finished, run_dir=tmp_path / "run"), ds_config_path=tmp_path / "bad.json")
+    assert not (tmp_path / "run").exists()  # a mistake leaves no folder
 
 
 def test_any_ckpt_opens(finished):
