@@ -1,5 +1,6 @@
 """Resuming without running what a checkpoint says: DeepSpeed's state is pickled, and its own load would obey it."""
 
+import copyreg
 import os
 import pickle
 import tempfile
@@ -38,6 +39,16 @@ def check_owner(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} {why}; a run goes on only from files of its own user. See `chown`, `chmod`."
             )
+
+
+def pickle_enums_by_value() -> None:
+    """Have DeepSpeed's enum pickled as its class and a number.
+
+    Python 3.11.0 to 3.11.3 write a call of `getattr` instead, which can reach anything, and so is read by nothing here.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def check_plain(folder: Path) -> None:

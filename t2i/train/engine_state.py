@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 CONVERTED = ".universal"
 """Folder, beside the checkpoints, of one that is being read by another number of ranks."""
+CONVERTER = """
+from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+from t2i.runs.trust import pickle_enums_by_value
+pickle_enums_by_value()
+main(parse_arguments())
+"""
 
 
 def load_from_other_ranks(engine: deepspeed.DeepSpeedEngine, folder: Path, *, found: int) -> None:
@@ -52,7 +58,7 @@ def convert(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir()
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-c", CONVERTER, "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}

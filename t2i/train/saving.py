@@ -21,7 +21,7 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import METRICS, read_metrics, write_status
-from t2i.runs.trust import check_owner, check_plain
+from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import optimizer_state_bytes
@@ -57,6 +57,7 @@ class Saver:
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.num_failed = 0
+        pickle_enums_by_value()
 
     def save(self, progress: Progress, *, must_succeed: bool) -> None:
         """Commit a checkpoint: a Hugging Face folder plus engine/ for DeepSpeed's state.

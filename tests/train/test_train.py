@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
@@ -56,7 +57,10 @@ def test_a_run_explains_itself(finished):
     assert (run_dir / "latest").read_text().strip() == "checkpoints/step_000006"
 
 
-def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path):
+def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path, monkeypatch):
+    # As Python 3.11.2, Debian 12's, pickles enums.
+    by_name = lambda stage, _: (getattr, (type(stage), stage.name))  # noqa: E731
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
     config = replace(finished, run_dir=tmp_path / "run")
     with pytest.raises(Stopped, match="Stopped at step 3 of 6"):
         train(config, ds_config_path=DS_CONFIG, stop_at=3)
