@@ -244,7 +244,9 @@ def test_activations_are_those_that_a_forward_pass_keeps(settings, is_checkpoint
     owned = storages(learner.parameters())
     measured = sum(size for place, size in storages(kept.values()).items() if place not in owned)
     assert loss.requires_grad
-    measured += ids.numel() * config.hidden_size * dtype.itemsize  # the loss's gradient, which it keeps by itself
+    measured += (
+        ids.numel() * config.hidden_size * dtype.itemsize
+    )  # the loss's gradient, which it keeps by itself
     whole = activation_bytes(
         config, num_tokens=ids.numel(), element_bytes=dtype.itemsize, is_checkpointed=is_checkpointed
     )
