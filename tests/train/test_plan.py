@@ -244,9 +244,8 @@ def test_activations_are_those_that_a_forward_pass_keeps(settings, is_checkpoint
     owned = storages(learner.parameters())
     measured = sum(size for place, size in storages(kept.values()).items() if place not in owned)
     assert loss.requires_grad
-    measured += (
-        ids.numel() * config.hidden_size * dtype.itemsize
-    )  # the loss's gradient, which it keeps by itself
+    # The gradient of hidden states, which the loss keeps by itself.
+    measured += ids.numel() * config.hidden_size * dtype.itemsize
     whole = activation_bytes(
         config, num_tokens=ids.numel(), element_bytes=dtype.itemsize, is_checkpointed=is_checkpointed
     )
