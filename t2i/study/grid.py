@@ -128,7 +128,9 @@ def read_study(file: Path) -> Study:
     for measure in study.measures:
         _known_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
-        arms = [*section.get("arms", []), *chain.from_iterable(section.get("pairs", []))]
+        pairs = section.get("pairs", [])
+        named = pairs.values() if isinstance(pairs, dict) else pairs
+        arms = [*section.get("arms", []), *chain.from_iterable(named)]
         _known_arms(study, arms, where=f"report: {section.get('section')}")
     return study
 

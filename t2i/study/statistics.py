@@ -77,6 +77,21 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     )
 
 
+def corrected(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number, so that the chance of one false find among all is that of one test.
+
+    A test without a value (nan, of a single seed) keeps none, and counts.
+
+    Source: Holm, https://www.jstor.org/stable/4615733.
+    """
+    found, largest = [float("nan")] * len(p_values), 0.0
+    known = [place for place, value in enumerate(p_values) if value == value]
+    for rank, place in enumerate(sorted(known, key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        found[place] = largest
+    return found
+
+
 def smallest_detectable(deviation: float, *, num_seeds: int) -> float:
     """Compute the mean difference that a two-sided paired t-test finds with probability POWER; nan for one seed.
 

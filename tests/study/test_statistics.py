@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from t2i.study.statistics import (
+    corrected,
     difference_curve,
     ema,
     paired_test,
@@ -22,6 +23,15 @@ def test_the_average_equals_the_weighted_sum_it_stands_for():
         weights = [0.8 ** (count - 1 - place) for place in range(count)]
         assert average == pytest.approx(np.dot(weights, values[:count]) / sum(weights))
     assert ema([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+
+
+def test_p_values_are_corrected_as_holm_does():
+    # By hand: 4 x 0.01, 3 x 0.02, then 2 x 0.03 and 1 x 0.04, neither below the one before.
+    assert corrected([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert corrected([0.6, 0.9]) == [1.0, 1.0]
+    found = corrected([float("nan"), 0.01])
+    assert math.isnan(found[0])
+    assert found[1] == pytest.approx(0.02)
 
 
 def test_the_difference_and_its_interval_equal_the_formula_step_by_step():

@@ -80,6 +80,20 @@ def difference(
     return figure
 
 
+def overview(tests: dict[str, PairedTest], *, value: str) -> Any:
+    """Draw each test's mean difference with its interval, a line a comparison, the first on top."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
+    axis.axvline(0, color="0.5", linewidth=0.8)
+    for place, test in enumerate(tests.values()):
+        reach = 0.0 if math.isnan(test.low) else test.mean - test.low
+        axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
+    axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
+    axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean, 95% interval of each alone")
+    finish(axis)
+    return figure
+
+
 def sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str], value: str) -> Any:
     """Draw the paired difference at the end against the number of training samples, with its interval."""
     figure, (axis,) = panels(1)

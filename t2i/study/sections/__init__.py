@@ -16,6 +16,7 @@ KINDS: dict[str, Callable[..., Section]] = {
     "reconstructions": pictures.reconstructions,
     "curves": training.curves,
     "comparison": training.comparison,
+    "overview": training.overview,
     "sizes": training.sizes,
     "places": pictures.places,
     "conditioning": pictures.conditioning,

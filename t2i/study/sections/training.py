@@ -13,7 +13,15 @@ from t2i.study.arms import Curve, Run, curve, floors_of, paired, read_json, runs
 from t2i.study.drawing import training as drawing
 from t2i.study.grid import Study, run_dir
 from t2i.study.sections.section import Section, last
-from t2i.study.statistics import PairedTest, difference_curve, ema, paired_test, worth_in_tokens
+from t2i.study.statistics import (
+    CONFIDENCE,
+    PairedTest,
+    corrected,
+    difference_curve,
+    ema,
+    paired_test,
+    worth_in_tokens,
+)
 from t2i.study.wording import interval, known, p_value, verdict_on, without_empty_columns
 
 SMOOTHING = 0.95
@@ -111,6 +119,42 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
             f" Neither arm is below the cost of counting codes ({floor:.3f}): pictures are not learned yet."
         )
     return Section("Comparison", sentence, figure, table)
+
+
+def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str = "image_loss") -> Section:
+    """Put the tests of several comparisons beside one another, corrected for their number.
+
+    Args:
+        pairs: what each comparison is called -> its first and second arm.
+    """
+    tests: dict[str, PairedTest] = {}
+    for name, arms in pairs.items():
+        pair = paired(
+            *(curve(runs_of(study, arm=arm, out=out), value=value, split="heldout") for arm in arms)
+        )
+        if pair is not None:
+            tests[name] = paired_test(*(one.values[:, -1].tolist() for one in pair))
+    if not tests:
+        return Section("Comparisons", "No pair of arms is finished.")
+    holm = corrected([test.p_value for test in tests.values()])
+    table = [["comparison", "arms", "difference", "p", "p, corrected", "seen four times in five"]]
+    for (name, test), p_corrected in zip(tests.items(), holm, strict=True):
+        table.append(
+            [
+                name,
+                " - ".join(pairs[name]),
+                f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}",
+                p_value(test.p_value),
+                p_value(p_corrected),
+                known(test.smallest_detectable),
+            ]
+        )
+    seen = [name for name, one in zip(tests, holm, strict=True) if one < 1 - CONFIDENCE]
+    sentence = (
+        f"Paired t-tests of held-out {value} at the end of training, {len(tests)} in all; corrected for their number"
+        f" (Holm), a difference is seen in {len(seen)}" + (f": {', '.join(seen)}." if seen else ".")
+    )
+    return Section("Comparisons", sentence, drawing.overview(tests, value=value), table)
 
 
 def sizes(
