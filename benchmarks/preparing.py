@@ -67,7 +67,13 @@ def main() -> None:
         ),
     ]
     rows += folders(rounds=options.rounds)
-    side_by_side.write("preparing", rows, figures={"least seconds": {k: min(v) for k, v in seconds.items()}})
+    figures = {
+        "least seconds": {name: min(times) for name, times in seconds.items()},
+        "share of the encoder's time by operator, profiled once": side_by_side.time_by_operator(
+            candidates["t2i"]
+        ),
+    }
+    side_by_side.write("preparing", rows, figures=figures)
 
 
 def folders(*, rounds: int) -> list[side_by_side.Row]:

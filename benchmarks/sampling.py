@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, figures = [], {}
+    rows, figures, profiles = [], {}, {}
     for num_codes in options.num_codes:
         for batch in options.batch:
-            seconds, equal = measure(num_codes, batch=batch, rounds=options.rounds)
             case = f"{num_codes} codes, batch {batch}"
+            seconds, equal, profiles[case] = measure(num_codes, batch=batch, rounds=options.rounds)
             what = f"sampling {case}: share of the compiled step's codes equal to the eager one's"
             rows.append(side_by_side.Row(what, equal, equal, (equal, equal), 1, ">= 0.99"))
             figures[case] = {name: min(times) * 1000 / num_codes for name, times in seconds.items()}
@@ -53,11 +53,14 @@ def main() -> None:
             for name in [name for name in seconds if name not in ("limit", *TARGETS)]:
                 what = f"sampling {case}: {name} / t2i"
                 rows.append(side_by_side.compared(what, seconds[name], seconds["t2i"], target=">= 3"))
-    side_by_side.write("sampling", rows, figures={"least ms a step": figures})
+    what = "share of the eager sampler's time by operator, profiled once"
+    side_by_side.write("sampling", rows, figures={"least ms a step": figures, what: profiles})
 
 
-def measure(num_codes: int, *, batch: int, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Time all samplers for one batch of prompts; compare the codes of t2i's two."""
+def measure(
+    num_codes: int, *, batch: int, rounds: int
+) -> tuple[dict[str, list[float]], float, dict[str, float]]:
+    """Time all samplers for one batch of prompts; compare the codes of t2i's two; profile the eager one."""
     torch.manual_seed(0)
     prompts = [torch.randint(50_277, (length,)).tolist() for length in LENGTHS[:batch]]
     sizes = {
@@ -92,7 +95,8 @@ def measure(num_codes: int, *, batch: int, rounds: int) -> tuple[dict[str, list[
         "generate of GPT-NeoX": generate(neox, prompts, num_codes=num_codes),
     }
     seconds = side_by_side.alternate(candidates, rounds=rounds)
-    return seconds, (t2i() == t2i(is_compiled=True)).float().mean().item()
+    equal = (t2i() == t2i(is_compiled=True)).float().mean().item()
+    return seconds, equal, side_by_side.time_by_operator(t2i)
 
 
 def generate(

@@ -20,6 +20,7 @@ from t2i.runs.folder import commit
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
+MOST_OPERATORS = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ def compared(what: str, seconds: list[float], other: list[float], *, target: str
         target=target,
         note=note,
     )
+
+
+def time_by_operator(run: Callable[[], object]) -> dict[str, float]:
+    """Profile one run: the share of its time in each of torch's largest operators, and in all others together."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        run()
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in found.key_averages()}
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:MOST_OPERATORS]
+    shares = {name: times[name] / sum(times.values()) for name in largest}
+    return {**shares, "all others": 1 - sum(shares.values())}
 
 
 def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = None) -> None:

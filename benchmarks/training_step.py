@@ -78,6 +78,7 @@ def main() -> None:
     figures = {
         "tokens a CPU second": {name: tokens / min(times) for name, times in seconds.items()},
         "bytes above the model": memory,
+        "share of a step's time by operator, profiled once": side_by_side.time_by_operator(steps["t2i"]),
     }
     side_by_side.write("training_step", rows, figures=figures)
 
