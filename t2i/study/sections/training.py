@@ -149,11 +149,12 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
                 known(test.smallest_detectable),
             ]
         )
+    below = sum(test.mean < 0 for test in tests.values())
     seen = [name for name, one in zip(tests, holm, strict=True) if one < 1 - CONFIDENCE]
     sentence = (
         f"Paired t-tests of held-out {value} at the end of training, {len(tests)} in all"
-        f" ({sum(test.mean < 0 for test in tests.values())} below zero); corrected for their number (Holm), a difference"
-        f" is seen in {len(seen)}" + (f": {', '.join(seen)}." if seen else ".")
+        f" ({below} below zero); corrected for their number (Holm), a difference is seen in {len(seen)}"
+        + (f": {', '.join(seen)}." if seen else ".")
     )
     return Section("Comparisons", sentence, drawing.overview(tests, value=value), table)
 
