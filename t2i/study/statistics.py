@@ -85,7 +85,7 @@ def corrected(p_values: Sequence[float]) -> list[float]:
     Source: Holm, https://www.jstor.org/stable/4615733.
     """
     found, largest = [float("nan")] * len(p_values), 0.0
-    known = [place for place, value in enumerate(p_values) if value == value]
+    known = [place for place, value in enumerate(p_values) if not np.isnan(value)]
     for rank, place in enumerate(sorted(known, key=lambda place: p_values[place])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         found[place] = largest
