@@ -24,10 +24,10 @@ from t2i.measure.nearest import compare_rows, write_results
 from t2i.measure.perplexity import data_of
 from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
-from t2i.study.arms import curve, paired, runs_of
+from t2i.study.arms import Curve, curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
 from t2i.study.price import describe, prices, seconds_on
-from t2i.study.sections import check_sections, make_section
+from t2i.study.sections import check_sections, make_section, training
 from t2i.study.sections.pictures import PUBLISHED
 from t2i.study.study_report import write_study_report
 from t2i.tokens.text import TextTokenizer
@@ -301,3 +301,21 @@ def test_every_study_file_is_whole(file):
     assert jobs_of(study, out=Path("out"))
     assert study.report
     check_sections(study)
+
+
+def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, made):
+    study, out = made
+    falls_and_rises = {"fast": [[5.0, 3.0, 4.0], [5.1, 3.1, 4.3]], "slow": [[6.0, 3.5, 4.1], [6.0, 3.7, 4.2]]}
+    runs_of = lambda study, arm, out: [arm]  # noqa: E731
+    monkeypatch.setattr(training, "runs_of", runs_of)
+    monkeypatch.setattr(training, "floors_of", lambda runs: {"unigram": 2.0})
+    monkeypatch.setattr(
+        training,
+        "curve",
+        lambda runs, **_: Curve([1, 2, 3], [10, 20, 30], np.array(falls_and_rises[runs[0]]), [0, 1]),
+    )
+    section = training.comparison(study, out, arms=["fast", "slow"], value="image_loss")
+    assert "fast was lowest at 20 tokens, 3.050, and rose to 4.150." in section.found
+    assert "At each run's own lowest, -0.5500" in section.found
+    assert "does not hold for other pictures" in section.found
+    assert [row[0] for row in section.table[1:]] == ["10", "20"]  # no worth of a loss on its way up

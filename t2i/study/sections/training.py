@@ -67,7 +67,8 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         )
     first, second = pair
     test = paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
-    worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(len(first.tokens)))
+    until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no level to reach
+    worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
     runs = runs_of(study, arm=first_name, out=out)
     floors = floors_of(runs) if value == "image_loss" else {}
     figure = drawing.difference(
@@ -113,11 +114,17 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         f" {verdict_on(test.verdict, first_name)}. So many seeds would have seen a difference of"
         f" {known(test.smallest_detectable)} nats four times in five."
     )
+    rises = [_rise(one, name) for one, name in zip(pair, arms, strict=True)]
+    if any(rises):
+        sentence += f"{''.join(rises)} At each run's own lowest, {_lowest_difference(first, second)}."
     floor = floors.get("unigram")
     if floor and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > floor:
-        sentence += (
-            f" Neither arm is below the cost of counting codes ({floor:.3f}): pictures are not learned yet."
+        why = (
+            "what is learned does not hold for other pictures"
+            if any(rises)
+            else "pictures are not learned yet"
         )
+        sentence += f" Neither arm is below the cost of counting codes ({floor:.3f}): {why}."
     return Section("Comparison", sentence, figure, table)
 
 
@@ -168,7 +175,8 @@ def sizes(
         pairs: first and second arm of each size.
         names: what the first arms are, and the second.
     """
-    table = [["training samples", "arms", *(f"{name}" for name in names), "difference", "p", "verdict"]]
+    heads = ["training samples", "arms", *names, "difference", "p", "verdict", "at each run's own lowest"]
+    table = [heads]
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
         runs = [runs_of(study, arm=arm, out=out) for arm in arms]
@@ -182,7 +190,10 @@ def sizes(
         gap = f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}"
         means = [f"{one.values[:, -1].mean():.4f}" for one in (first, second)]
         verdict = verdict_on(test.verdict, names[0])
-        table.append([f"{found[-1][0]:,}", ", ".join(arms), *means, gap, p_value(test.p_value), verdict])
+        lowest = _lowest_difference(first, second)
+        table.append(
+            [f"{found[-1][0]:,}", ", ".join(arms), *means, gap, p_value(test.p_value), verdict, lowest]
+        )
     if not found:
         return Section("Data sizes", "No pair of arms is finished.")
     sentence = "; ".join(f"{test.mean:+.4f} nats with {count:,} samples" for count, test in found)
@@ -237,6 +248,21 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
             )
     total = sum(len(study.seeds_of(arm)) for arm in arms)
     return Section("Runs", f"{total - failed} of {total} runs ended well.", table=table)
+
+
+def _rise(one: Curve, name: str) -> str:
+    """Say where a held-out loss was lowest, if it ends above that in every seed; nothing if it does not."""
+    lowest = int(one.values.mean(0).argmin())
+    if not (one.values[:, -1] > one.values[:, lowest]).all():
+        return ""
+    least, end = one.values[:, lowest].mean(), one.values[:, -1].mean()
+    return f" {name} was lowest at {one.tokens[lowest]:,} tokens, {least:.3f}, and rose to {end:.3f}."
+
+
+def _lowest_difference(first: Curve, second: Curve) -> str:
+    """Compare the lowest loss of each run, which stopping early would keep; chosen on the same held-out samples."""
+    test = paired_test(first.values.min(1).tolist(), second.values.min(1).tolist())
+    return f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}, p = {p_value(test.p_value)}"
 
 
 def _smoothed_end(one: Curve) -> float:
