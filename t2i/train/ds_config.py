@@ -31,12 +31,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in ds_config:
             raise UserError(f"{path} sets {key}, which --{owner} owns; remove it from the JSON.")
+    for key in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(ds_config.get(key, {}), dict):
+            raise UserError(f"{path}: {key} is {ds_config[key]!r}; wanted is an object of keys.")
     optimizer = ds_config.get("optimizer", {"params": {}})
-    if (
-        not isinstance(optimizer, dict)
-        or set(optimizer) != {"params"}
-        or set(optimizer["params"]) - {"torch_adam"}
-    ):
+    parameters = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if not isinstance(parameters, dict) or set(optimizer) != {"params"} or set(parameters) - {"torch_adam"}:
         raise UserError(
             f"{path} sets the optimizer, which --train.lr and its neighbours own; only torch_adam is free."
         )

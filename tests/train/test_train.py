@@ -157,6 +157,9 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
         ({"fp16": {"enabled": True}}, r"enables fp16"),
         ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; wanted is a number"),
         ({"optimizer": None}, r"sets the optimizer"),
+        ({"optimizer": {"params": 1}}, r"sets the optimizer"),
+        ({"zero_optimization": 2}, r"zero_optimization is 2; wanted is an object"),
+        ({"bf16": True}, r"bf16 is True; wanted is an object"),
     ],
 )
 def test_a_ds_config_that_cannot_work_is_refused(tmp_path, changes, sentence):
