@@ -86,7 +86,8 @@ def time_by_operator(run: Callable[[], object]) -> dict[str, float]:
         run()
     times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in found.key_averages()}
     largest = sorted(times, key=times.__getitem__, reverse=True)[:MOST_OPERATORS]
-    shares = {name: times[name] / sum(times.values()) for name in largest}
+    total = sum(times.values())
+    shares = {name: times[name] / total for name in largest}
     return {**shares, "all others": 1 - sum(shares.values())}
 
 

@@ -101,6 +101,11 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1))
+
+
 def is_inside(name: str) -> bool:
     """Tell whether a name that a file gives stays in that file's folder."""
     path = Path(name)

@@ -17,9 +17,9 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
 from t2i.config import PrepareConfig, SourceConfig
-from t2i.data.units import HASH, write_json
+from t2i.data.units import HASH
 from t2i.errors import DataError
-from t2i.plain import Kind, check_keys, is_inside, read_json
+from t2i.plain import Kind, check_keys, is_inside, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

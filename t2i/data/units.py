@@ -4,7 +4,6 @@ What is in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys.npy
 last, units/000003.json, which says that the unit is whole.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from t2i.config import PrepareConfig
 from t2i.data.decode import decode_all, view_key
 from t2i.data.pairs import Pair, Unit
-from t2i.plain import write_whole
+from t2i.plain import write_json
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -133,11 +132,6 @@ def write_rows(
 def key_hash(key: str) -> int:
     """Hash a key to 64 bits."""
     return xxhash.xxh64_intdigest(key.encode())
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1))
 
 
 def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterator[Pair]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.model.sampling_open_lm import sample_codes
-from t2i.plain import read_json, write_whole
+from t2i.plain import read_json, write_json
 from t2i.runs.ckpt import Checkpoint
 from t2i.tokens.image import pictures_of
 from t2i.tokens.sequence import caption_room, prompt
@@ -107,7 +107,7 @@ def draw_folder(
         folder.mkdir(parents=True, exist_ok=True)
     starts = [
         start
-        for start in list(range(0, len(names), batch_size))[rank::world_size]
+        for start in range(0, len(names), batch_size)[rank::world_size]
         if not all(path.exists() for path in paths[start : start + batch_size])
     ]
     facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
@@ -182,7 +182,7 @@ def _same_settings(file: Path, settings: dict[str, object]) -> None:
                 f"{file.parent} holds pictures of other settings ({'; '.join(changed)}). Choose another --out."
             )
         return
-    write_whole(file, json.dumps(settings, indent=1))  # each rank writes the same
+    write_json(file, settings)  # each rank writes the same
 
 
 def _write(path: Path, picture: Image.Image, facts: dict[str, object]) -> None:

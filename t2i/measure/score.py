@@ -26,7 +26,7 @@ from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_n
 from t2i.measure.pictures import Pictures, Reconstructions
 from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, measure_reference
 from t2i.model.backbone import made_of
-from t2i.plain import write_whole
+from t2i.plain import write_json, write_whole
 from t2i.runs.ckpt import Checkpoint
 
 CAPTIONS = "captions.jsonl"
@@ -162,7 +162,7 @@ def score(
     write_whole(drawing.out / CAPTIONS, caption_lines(task.captions))
     file = _scores_file(drawing.out, scores)
     scores["file"] = file.name
-    write_whole(file, json.dumps(scores, indent=1))
+    write_json(file, scores)
     return scores
 
 

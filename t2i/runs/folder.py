@@ -21,7 +21,7 @@ import yaml
 
 from t2i.config import AlignRun, RunConfig
 from t2i.errors import CheckpointError, UserError
-from t2i.plain import write_whole
+from t2i.plain import write_json
 from t2i.runs.checkpoints import last_step
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
@@ -195,7 +195,7 @@ def write_status(run_dir: Path, *, state: str, step: int, code: int | None = Non
         "next": _next_command(run_dir, state),
         "time": time.strftime("%FT%T%z"),
     }
-    write_whole(run_dir / STATUS, json.dumps(status, indent=1))
+    write_json(run_dir / STATUS, status)
 
 
 def launch_command() -> str:

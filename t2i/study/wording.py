@@ -16,6 +16,11 @@ def interval(low: float, high: float, form: str) -> str:
     return f"(95%: {form.format(low)} to {form.format(high)})"
 
 
+def difference(mean: float, low: float, high: float) -> str:
+    """Write a mean difference with its 95% interval."""
+    return f"{mean:+.4f} {interval(low, high, '{:+.4f}')}"
+
+
 def known(value: float) -> str:
     """Write a number of something, or that it is not known."""
     return "an unknown number of" if math.isnan(value) else f"{value:.4f}"

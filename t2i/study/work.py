@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO, Any
 
 from t2i.errors import Stopped, UserError
-from t2i.plain import write_whole
+from t2i.plain import write_json
 from t2i.study.grid import Job, Study
 from t2i.study.names import TRAIN
 
@@ -133,7 +133,7 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
 
 
 def _write_record(job: Job, out: Path, record: dict[str, Any]) -> None:
-    write_whole(out / "jobs" / f"{job.name}.json", json.dumps({**record, "time": time.time()}, indent=1))
+    write_json(out / "jobs" / f"{job.name}.json", {**record, "time": time.time()})
 
 
 def _same_command(job: Job, out: Path) -> None:

@@ -22,7 +22,7 @@ from t2i.study.statistics import (
     paired_test,
     worth_in_tokens,
 )
-from t2i.study.wording import interval, known, p_value, verdict_on, without_empty_columns
+from t2i.study.wording import difference, interval, known, p_value, verdict_on, without_empty_columns
 
 SMOOTHING = 0.95
 """Decay of the averages that are drawn (paper, Figure 6)."""
@@ -59,18 +59,16 @@ def curves(
 def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: str = "heldout") -> Section:
     """Compare two arms: the paired difference along training, the test at its end, the worth in tokens."""
     first_name, second_name = arms
-    found = [curve(runs_of(study, arm=arm, out=out), value=value, split=split) for arm in arms]
-    pair = paired(found[0], found[1])
+    runs, pair = _pair_of(study, out, arms, value=value, split=split)
     if pair is None:
         return Section(
             "Comparison", f"{' and '.join(arms)} have no finished runs of one seed with {split} {value}."
         )
     first, second = pair
-    test = paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
+    test = _test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no level to reach
     worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
-    runs = runs_of(study, arm=first_name, out=out)
-    floors = floors_of(runs) if value == "image_loss" else {}
+    floors = floors_of(runs[0]) if value == "image_loss" else {}
     figure = drawing.difference(
         (first, second),
         difference_curve(first.values, second.values),
@@ -136,11 +134,9 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
     """
     tests: dict[str, PairedTest] = {}
     for name, arms in pairs.items():
-        pair = paired(
-            *(curve(runs_of(study, arm=arm, out=out), value=value, split="heldout") for arm in arms)
-        )
+        _, pair = _pair_of(study, out, arms, value=value)
         if pair is not None:
-            tests[name] = paired_test(*(one.values[:, -1].tolist() for one in pair))
+            tests[name] = _test_at_end(*pair)
     if not tests:
         return Section("Comparisons", "No pair of arms is finished.")
     holm = corrected([test.p_value for test in tests.values()])
@@ -150,7 +146,7 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
             [
                 name,
                 " - ".join(pairs[name]),
-                f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}",
+                difference(test.mean, test.low, test.high),
                 p_value(test.p_value),
                 p_value(p_corrected),
                 known(test.smallest_detectable),
@@ -179,15 +175,13 @@ def sizes(
     table = [heads]
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
-        runs = [runs_of(study, arm=arm, out=out) for arm in arms]
-        both = [curve(one, value=value, split="heldout") for one in runs]
-        pair = paired(both[0], both[1])
+        runs, pair = _pair_of(study, out, arms, value=value)
         if pair is None:
             continue
         first, second = pair
-        test = paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
+        test = _test_at_end(first, second)
         found.append((_num_samples(runs[0][0]), test))
-        gap = f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}"
+        gap = difference(test.mean, test.low, test.high)
         means = [f"{one.values[:, -1].mean():.4f}" for one in (first, second)]
         verdict = verdict_on(test.verdict, names[0])
         lowest = _lowest_difference(first, second)
@@ -250,6 +244,19 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
     return Section("Runs", f"{total - failed} of {total} runs ended well.", table=table)
 
 
+def _pair_of(
+    study: Study, out: Path, arms: list[str], *, value: str, split: str = "heldout"
+) -> tuple[list[list[Run]], tuple[Curve, Curve] | None]:
+    """Read two arms: the runs of each, and their curves over the seeds and steps of both, None if there are none."""
+    runs = [runs_of(study, arm=arm, out=out) for arm in arms]
+    first, second = (curve(one, value=value, split=split) for one in runs)
+    return runs, paired(first, second)
+
+
+def _test_at_end(first: Curve, second: Curve) -> PairedTest:
+    return paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
+
+
 def _rise(one: Curve, name: str) -> str:
     """Say where a held-out loss was lowest, if it ends above that in every seed; nothing if it does not."""
     lowest = int(one.values.mean(0).argmin())
@@ -262,7 +269,7 @@ def _rise(one: Curve, name: str) -> str:
 def _lowest_difference(first: Curve, second: Curve) -> str:
     """Compare the lowest loss of each run, which stopping early would keep; chosen on the same held-out samples."""
     test = paired_test(first.values.min(1).tolist(), second.values.min(1).tolist())
-    return f"{test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}, p = {p_value(test.p_value)}"
+    return f"{difference(test.mean, test.low, test.high)}, p = {p_value(test.p_value)}"
 
 
 def _smoothed_end(one: Curve) -> float:
