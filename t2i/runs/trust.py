@@ -44,8 +44,8 @@ def check_owner(folder: Path) -> None:
 def pickle_enums_by_value() -> None:
     """Have DeepSpeed's enum pickled as its class and a number.
 
-    Some Pythons, such as Debian 12's 3.11.2, write a call of `getattr` instead, which can reach anything, and so is read by
-    nothing here.
+    Some Pythons, such as Debian 12's 3.11.2, write a call of `getattr` instead, which can reach anything, and so is
+    read by nothing here.
     """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
