@@ -119,13 +119,15 @@ class Worth:
     first_tokens: int
     """Where the first arm stands."""
     extra_tokens: float
-    """What the second arm needs beyond that; nan if some seed does not reach the loss in its budget."""
+    """What the second arm needs beyond that; nan if some seed does not reach the loss in its budget, or is_earlier."""
     low: float
     high: float
     factor: float
     """Tokens of the second arm over tokens of the first."""
     num_reached: int
     """Seeds of the second arm that reach it."""
+    is_earlier: bool
+    """Whether some seed of the second arm is below the loss where it is first measured, so how far is not known."""
 
 
 def worth_in_tokens(
@@ -147,6 +149,10 @@ def worth_in_tokens(
                 for losses, loss in zip(second, first[:, column], strict=True)
             ]
         )
+        is_earlier = bool(np.isneginf(needed).any())
+        num_reached = int((~np.isnan(needed)).sum())
+        if is_earlier:
+            needed = np.full_like(needed, np.nan)
         extra = needed - tokens[column]
         half = float(_half_width(extra))
         found.append(
@@ -157,20 +163,25 @@ def worth_in_tokens(
                 low=float(extra.mean()) - half,
                 high=float(extra.mean()) + half,
                 factor=float((needed / tokens[column]).mean()),
-                num_reached=int(np.isfinite(needed).sum()),
+                num_reached=num_reached,
+                is_earlier=is_earlier,
             )
         )
     return found
 
 
 def tokens_to_reach(tokens: Sequence[int], losses: Sequence[float], *, loss: float) -> float:
-    """Find the tokens at which a curve first is at or below a loss, between points by a line; nan if it never is."""
+    """Find the tokens at which a curve first is at or below a loss, between points by a line.
+
+    Returns:
+        nan if it never is, minus infinity if it is below at its first point already.
+    """
     below = np.flatnonzero(np.asarray(losses) <= loss)
     if not len(below):
         return float("nan")
     place = int(below[0])
     if place == 0:
-        return float(tokens[0])
+        return float(tokens[0]) if losses[0] == loss else float("-inf")
     before, after = losses[place - 1], losses[place]
     share = (before - loss) / (before - after)
     return float(tokens[place - 1] + share * (tokens[place] - tokens[place - 1]))

@@ -87,7 +87,7 @@ def test_the_smallest_detectable_difference_is_found_four_times_in_five():
 
 def test_tokens_to_reach_equals_a_walk_along_the_curve():
     tokens, losses = [100, 200, 300, 400], [5.0, 4.0, 4.5, 2.0]
-    for loss in (5.5, 5.0, 4.6, 4.0, 3.0, 2.0):
+    for loss in (5.0, 4.6, 4.0, 3.0, 2.0):
         walked = next(
             (
                 at
@@ -99,6 +99,7 @@ def test_tokens_to_reach_equals_a_walk_along_the_curve():
         )
         assert tokens_to_reach(tokens, losses, loss=loss) == pytest.approx(walked, abs=1)
     assert math.isnan(tokens_to_reach(tokens, losses, loss=1.9))
+    assert tokens_to_reach(tokens, losses, loss=5.5) == -math.inf
 
 
 def test_a_head_start_of_a_hundred_tokens_is_worth_a_hundred():
@@ -111,6 +112,14 @@ def test_a_head_start_of_a_hundred_tokens_is_worth_a_hundred():
     assert early.factor == pytest.approx(500 / 400)
     assert early.loss == pytest.approx(2)
     assert (last.num_reached, math.isnan(last.extra_tokens)) == (0, True)
+
+
+def test_a_loss_that_was_passed_before_the_first_measurement_is_worth_nothing_known():
+    tokens = list(range(100, 1100, 100))
+    ahead, behind = 10 / np.arange(2, 12)[None], 10 / np.arange(1, 11)[None]
+    first, second = worth_in_tokens(tokens, behind, ahead, at=[0, 1])
+    assert (first.is_earlier, first.num_reached, math.isnan(first.extra_tokens)) == (True, 1, True)
+    assert (second.is_earlier, second.extra_tokens) == (False, pytest.approx(-100))
 
 
 def test_orders_agree_from_one_to_minus_one():

@@ -87,11 +87,12 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         ]
     ]
     for one in worth:
-        extra = (
-            "not reached"
-            if math.isnan(one.extra_tokens)
-            else f"{one.extra_tokens:,.0f} {interval(one.low, one.high, '{:,.0f}')}"
-        )
+        if one.is_earlier:
+            extra = "reached before it is first measured"
+        elif math.isnan(one.extra_tokens):
+            extra = "not reached"
+        else:
+            extra = f"{one.extra_tokens:,.0f} {interval(one.low, one.high, '{:,.0f}')}"
         factor = "" if math.isnan(one.factor) else f"{one.factor:.2f}"
         table.append(
             [
