@@ -70,7 +70,8 @@ def main() -> None:
             note="other mathematics: train.image_rows_only",
         )
     )
-    bucket = 4 * json.loads(DS_CONFIG.read_text())["zero_optimization"]["reduce_bucket_size"]
+    zero = json.loads(DS_CONFIG.read_text())["zero_optimization"]
+    bucket = 4 * zero["reduce_bucket_size"] if zero.get("contiguous_gradients", True) else 0
     share = (memory["t2i"] - bucket) / MOST_BYTES
     what = "training step: t2i's bytes above the model and DeepSpeed's bucket / 0.85 GB"
     rows.append(side_by_side.Row(what, share, share, (share, share), 1, "<= 1"))

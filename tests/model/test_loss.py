@@ -20,7 +20,7 @@ def batch(dtype=torch.float32):
 @pytest.mark.parametrize("tile_rows", [7, 48])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_losses_and_gradients_equal_plain_cross_entropy(z_loss, tile_rows, monkeypatch):
-    monkeypatch.setattr(loss, "TILE_ROWS", tile_rows)  # 48 rows in seven tiles, the last of 6, or in one
+    monkeypatch.setattr(loss, "CPU_TILE_ROWS", tile_rows)  # 48 rows in seven tiles, the last of 6, or in one
     hidden, labels, head = batch()
     total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=z_loss)
     (0.5 * total).backward()
