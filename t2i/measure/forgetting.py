@@ -16,6 +16,7 @@ from t2i.data.text_shards import check_text_tokenizer, is_text
 from t2i.errors import DataError
 from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
+from t2i.plain import write_whole
 from t2i.runs.ckpt import find, open_language_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -164,7 +165,7 @@ def write_results(results: dict[str, Any], *, ckpt: str, out: Path | None) -> Pa
     """Write forgetting.json, by default (None) into the CKPT's run or folder; return its path."""
     folder, run_dir = find(ckpt)
     path = out or (run_dir or folder) / RESULTS
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    write_whole(path, json.dumps(results, indent=1, ensure_ascii=False))
     return path
 
 

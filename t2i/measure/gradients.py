@@ -1,6 +1,5 @@
 """Whose gradient is it? The share of text, image and special tokens in tokens, loss and gradient norm."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from t2i.data.shards import read_split
 from t2i.errors import DataError
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import IGNORED, kinds_of, summed_loss
+from t2i.plain import write_json
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.tokens.sequence import next_token_labels
 
@@ -68,7 +68,7 @@ def gradient_shares(model: LanguageModel, input_ids: Tensor, *, batch_size: int 
 def write_results(results: dict[str, Any], *, model: LanguageModel, out: Path | None) -> Path:
     """Write gradients.json, by default (None) into the model's run or folder; return its path."""
     path = out or home(model) / RESULTS
-    path.write_text(json.dumps({"checkpoint": str(model.folder), **results}, indent=1))
+    write_json(path, {"checkpoint": str(model.folder), **results})
     return path
 
 

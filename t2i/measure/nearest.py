@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.errors import UserError
+from t2i.plain import write_whole
 from t2i.runs.ckpt import LanguageModel, home
 
 CHUNK_ROWS = 1_024
@@ -108,7 +109,7 @@ def compare_rows(model: LanguageModel, *, before: LanguageModel | None) -> dict[
 def write_results(results: dict[str, Any], *, model: LanguageModel, out: Path | None) -> Path:
     """Write nearest.json, by default (None) into the model's run or folder; return its path."""
     path = out or home(model) / RESULTS
-    path.write_text(json.dumps({"checkpoint": str(model.folder), **results}, ensure_ascii=False))
+    write_whole(path, json.dumps({"checkpoint": str(model.folder), **results}, ensure_ascii=False))
     return path
 
 

@@ -1,6 +1,5 @@
 """Held-out perplexity by kind of token, and the image loss by place on the code grid."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from t2i.errors import DataError, UserError
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
+from t2i.plain import write_json
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.runs.folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
@@ -70,7 +70,7 @@ def write_results(
         "mode": config.mode,
         "image_rows_only": softmax_rows(model.model, layout=model.layout) is not None,
     }
-    path.write_text(json.dumps({**about, "splits": results}, indent=1))
+    write_json(path, {**about, "splits": results})
     return path
 
 

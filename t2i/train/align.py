@@ -4,7 +4,6 @@ A caption is the mean of its text rows, a picture the mean of its codes' rows; o
 under CLIP's loss over N pairs. An untied model has two spaces of rows, embedding and head; each is aligned in itself.
 """
 
-import json
 import logging
 import os
 from dataclasses import asdict, replace
@@ -24,6 +23,7 @@ from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_app
 from t2i.data.shards import read_split
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
+from t2i.plain import write_json
 from t2i.runs.folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -142,7 +142,7 @@ def align(run: AlignRun) -> dict[str, Any]:
     }
     if is_first:
         save_file(_all_rows(sides, start=start, seed=run.align.seed), run.run_dir / ROWS_FILE)
-        (run.run_dir / SUMMARY).write_text(json.dumps({**summary, "settings": asdict(run.align)}, indent=1))
+        write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(run.align)})
         write_status(run.run_dir, state="done", step=run.align.max_steps, code=0)
     if lock is not None:
         lock.close()
