@@ -5,6 +5,7 @@ image-only     <doc> <image> codes </image> </doc>                           (pa
 text-only      <doc> <text> caption </text> </doc>
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -80,6 +81,7 @@ def next_token_labels(input_ids: Tensor, *, layout: VocabLayout) -> Tensor:
     return labels.masked_fill(labels == layout.pad_id, IGNORED)
 
 
+@functools.cache  # six small tensors took most of a sequence's time
 def _marker(token: str, layout: VocabLayout) -> Tensor:
     return torch.tensor([layout.special_id(token)])
 
