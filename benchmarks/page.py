@@ -5,6 +5,7 @@ Examples:
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 import side_by_side
@@ -28,6 +29,28 @@ alternate in one process on one thread, in CPU seconds unless the row says secon
 of the medians and the least and largest ratio of one round beside it. The products alone are the machine's limit: the
 matrix products that the work cannot do without, measured in the same run.
 """
+EXPLANATIONS = {
+    "sampling": (
+        "Where the time goes: beside its products the eager step makes many small calls a layer. The "
+        "compiled one has few, but torch's compiler packs weights for MKL, whose product of 16 rows takes "
+        "longer than oneDNN's, which the eager step and the limit use; and it attends to a whole window "
+        "of the cache, where the eager one reads the true length. So it gains most at batch 1. The draw "
+        "of a thousand codes out of 16,384 is most of the rest."
+    ),
+    "training_step": (
+        "Where the time goes: DeepSpeed averages, flattens, measures, clips and copies 41 million "
+        "gradients and weights, and Adam updates them, each a walk through memory; powers and sums of "
+        "66,824 logits a position; the body's elementwise work, forward and backward. The plain loops "
+        "keep their memory here as t2i's own step does; what page faults would cost them is not in their "
+        "figures. A heap is not laid out alike in each process, so bytes vary."
+    ),
+    "loading": (
+        "A sample is a file opened, read, unpacked and checked by Streaming's reader; formats that map a "
+        "file into memory or hold it whole take a fraction. It is done beside the device, so what counts "
+        "is the waiting."
+    ),
+}
+"""What a section's tables do not say by themselves."""
 
 
 def main() -> None:
@@ -55,6 +78,8 @@ def section(name: str, found: dict) -> str:
             f"| {row['what']} | {number(row['ratio'])} | {number(row['by_medians'])} | {low} to {high} |"
             f" {row['rounds']} | {row['target']} | {' '.join([verdict, row['note']]).strip()} |"
         )
+    if name in EXPLANATIONS:
+        lines += ["", textwrap.fill(EXPLANATIONS[name], 120)]
     for what, values in found["figures"].items():
         lines += [f"\n{what.capitalize()}:\n", *table(values)]
     return "\n".join(lines) + "\n"
