@@ -73,7 +73,7 @@ def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.R
         except torch.cuda.OutOfMemoryError:
             return
         shares = [a_token * sequences * SEQ_LEN / value / peak for value in seconds]
-        yield row(f"training, micro-batch {sequences}: MFU", max(shares), shares, target=target)
+        yield side_by_side.stated(f"training, micro-batch {sequences}: MFU", shares, best=max, target=target)
         planned = estimate_memory(
             CONFIG,
             counts=counts,
@@ -83,7 +83,9 @@ def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.R
             is_checkpointed=False,
         )
         share = torch.cuda.max_memory_allocated() / planned.total
-        yield row(f"training, micro-batch {sequences}: memory / plan", share, [share], target="<= 1.1")
+        yield side_by_side.stated(
+            f"training, micro-batch {sequences}: memory / plan", [share], target="<= 1.1"
+        )
 
 
 def optimizer_step(ds_config: dict, sequences: int) -> Callable[[], None]:
@@ -129,9 +131,9 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
             seconds = timed(functools.partial(draw, is_compiled=is_compiled))
             case, ratios = f"sampling, batch {batch}, {name}", [value / limit for value in seconds]
             target = f"<= {most}" if is_compiled else ""
-            yield row(f"{case}: seconds / bandwidth's", min(ratios), ratios, target=target)
+            yield side_by_side.stated(f"{case}: seconds / bandwidth's", ratios, target=target)
             rates = [batch / value for value in seconds]
-            yield row(f"{case}: pictures a second", max(rates), rates)
+            yield side_by_side.stated(f"{case}: pictures a second", rates, best=max)
 
 
 def timed(run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS) -> list[float]:
@@ -144,12 +146,6 @@ def timed(run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS) -> li
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
-
-
-def row(what: str, best: float, values: list[float], *, target: str = "") -> side_by_side.Row:
-    """State a figure with its spread."""
-    middle = sorted(values)[len(values) // 2]
-    return side_by_side.Row(what, best, middle, (min(values), max(values)), len(values), target)
 
 
 if __name__ == "__main__":

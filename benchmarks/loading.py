@@ -63,22 +63,8 @@ def against_number(folder: Path, *, num_samples: int, rounds: int) -> list[side_
     growth = [pair[1]["bytes"] / pair[0]["bytes"] for pair in found]
     case = f"loading {num_samples:,} pairs"
     return [
-        side_by_side.Row(
-            f"{case}: seconds to the first batch",
-            min(seconds),
-            sorted(seconds)[rounds // 2],
-            (min(seconds), max(seconds)),
-            rounds,
-            "<= 3",
-        ),
-        side_by_side.Row(
-            f"{case}: memory / that of a hundredth of them",
-            min(growth),
-            sorted(growth)[rounds // 2],
-            (min(growth), max(growth)),
-            rounds,
-            "<= 1.1",
-        ),
+        side_by_side.stated(f"{case}: seconds to the first batch", seconds, target="<= 3"),
+        side_by_side.stated(f"{case}: memory / that of a hundredth of them", growth, target="<= 1.1"),
     ]
 
 
@@ -131,29 +117,15 @@ def waiting(folder: Path) -> side_by_side.Row:
         started = time.perf_counter()
         next(batches)
         shares.append((time.perf_counter() - started) / STEP_SECONDS)
-    return side_by_side.Row(
-        f"loading: waiting for a rank's {RANK_PAIRS} pairs, four processes / the step of an A100",
-        statistics.median(shares),
-        statistics.median(shares),
-        (min(shares), max(shares)),
-        len(shares),
-        "<= 0.01",
-        NOTE,
-    )
+    what = f"loading: waiting for a rank's {RANK_PAIRS} pairs, four processes / the step of an A100"
+    return side_by_side.stated(what, shares, best=statistics.median, target="<= 0.01", note=NOTE)
 
 
 def cpu_share(seconds: list[float]) -> side_by_side.Row:
     """Compare the CPU seconds of 20 batches, read without further processes, with a rank's step."""
     shares = [value / 20 / BATCH * RANK_PAIRS / STEP_SECONDS for value in seconds]
-    return side_by_side.Row(
-        f"loading: CPU of a rank's {RANK_PAIRS} pairs / the step of an A100",
-        min(shares),
-        statistics.median(shares),
-        (min(shares), max(shares)),
-        len(shares),
-        "",
-        NOTE,
-    )
+    what = f"loading: CPU of a rank's {RANK_PAIRS} pairs / the step of an A100"
+    return side_by_side.stated(what, shares, note=NOTE)
 
 
 def t2i_batches(folder: Path, *, num_pairs: int = BATCH, num_workers: int = 0) -> Iterator[object]:

@@ -44,12 +44,12 @@ EXPLANATIONS = {
         "keep their memory here as t2i's own step does; what page faults would cost them is not in their "
         "figures. A heap is not laid out alike in each process, so bytes vary."
     ),
-    "growth": "![seconds against sizes](growth.svg)",
     "loading": (
         "A sample is a file opened, read, unpacked and checked by Streaming's reader; formats that map a "
         "file into memory or hold it whole take a fraction. It is done beside the device, so what counts "
         "is the waiting."
     ),
+    "growth": "![seconds against sizes](growth.svg)",
 }
 """What a section's tables do not say by themselves."""
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,6 +76,19 @@ def compared(what: str, seconds: list[float], other: list[float], *, target: str
         target=target,
         note=note,
     )
+
+
+def stated(
+    what: str,
+    values: Sequence[float],
+    *,
+    best: Callable[[Sequence[float]], float] = min,
+    target: str = "",
+    note: str = "",
+) -> Row:
+    """State a figure of some rounds: the best of them, their median and their range."""
+    middle = statistics.median(values)
+    return Row(what, best(values), middle, (min(values), max(values)), len(values), target, note)
 
 
 def time_by_operator(run: Callable[[], object]) -> dict[str, float]:

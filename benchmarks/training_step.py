@@ -79,16 +79,8 @@ def main() -> None:
     zero = json.loads(DS_CONFIG.read_text())["zero_optimization"]
     bucket = 4 * zero["reduce_bucket_size"] if zero.get("contiguous_gradients", True) else 0
     shares = [(value - bucket) / MOST_BYTES for value in memory["t2i"]]
-    rows.append(
-        side_by_side.Row(
-            "training step: t2i's bytes above the model and DeepSpeed's bucket / 0.85 GB",
-            statistics.median(shares),
-            statistics.median(shares),
-            (min(shares), max(shares)),
-            MEMORY_ROUNDS,
-            "<= 1",
-        )
-    )
+    what = "training step: t2i's bytes above the model and DeepSpeed's bucket / 0.85 GB"
+    rows.append(side_by_side.stated(what, shares, best=statistics.median, target="<= 1"))
     tokens = SEQUENCES * (TEXT + IMAGE)
     figures = {
         "tokens a CPU second": {name: tokens / min(times) for name, times in seconds.items()},

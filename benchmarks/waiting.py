@@ -45,7 +45,7 @@ def timed(what: str, command: list[str], *, rounds: int, target: str) -> side_by
     seconds = side_by_side.alternate({what: lambda: run(command)}, rounds=rounds, clock=time.perf_counter)[
         what
     ]
-    return seconds_row(what, seconds, target=target)
+    return side_by_side.stated(what, seconds, target=target)
 
 
 def run(command: list[str]) -> None:
@@ -66,7 +66,7 @@ def first_step(folder: Path, *, rounds: int) -> side_by_side.Row:
         run([sys.executable, "launchers/train.py", "--ds_config", "ds_configs/zero2_fp32.json", *flags])
 
     seconds = side_by_side.alternate({what: once}, rounds=rounds, clock=time.perf_counter)[what]
-    return seconds_row(what, seconds, target="<= 30")
+    return side_by_side.stated(what, seconds, target="<= 30")
 
 
 def commit_against_copy(folder: Path, *, rounds: int) -> side_by_side.Row:
@@ -102,12 +102,6 @@ def commit_against_copy(folder: Path, *, rounds: int) -> side_by_side.Row:
     return side_by_side.compared(
         "waiting: a checkpoint's commit / cp and hash", seconds["ours"], seconds["plain"], target="<= 1.5"
     )
-
-
-def seconds_row(what: str, seconds: list[float], *, target: str) -> side_by_side.Row:
-    """State seconds themselves."""
-    middle = sorted(seconds)[len(seconds) // 2]
-    return side_by_side.Row(what, min(seconds), middle, (min(seconds), max(seconds)), len(seconds), target)
 
 
 if __name__ == "__main__":

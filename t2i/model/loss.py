@@ -14,7 +14,7 @@ LOG2_E = math.log2(math.e)
 CHUNK_ROWS = 1_024
 """Positions whose logits exist at one time."""
 CPU_CHUNK_ROWS = 512
-"""The same on a CPU, whose memory is no faster for more."""
+"""The same on a CPU, where more are no faster."""
 CPU_TILE_ROWS = 2_048
 """Rows of the head whose logits are worked on at one time on a CPU: with CPU_CHUNK_ROWS, four megabytes."""
 
