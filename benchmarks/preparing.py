@@ -31,8 +31,8 @@ from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
-NUM_PICTURES, JPEG_SIDE = 1_024, 512
-MOST_SECONDS_TO_START = 300
+NUM_PICTURES, JPEG_SIDE = 2_048, 512
+MOST_SECONDS = 300
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, options.image_size, options.image_size) * 2 - 1
     plain = model_of(options.channels)
+    spread_codebook(plain, pixels)
     same = model_of(options.channels)
     same.load_state_dict(plain.state_dict())
     tokenizer = ImageTokenizer(same, folder=Path())
@@ -105,7 +106,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def prepared(folder: Path, *, processes: int, readers: int) -> float:
-    """Prepare `folder` once; seconds from when all processes are ready to the end of the last."""
+    """Prepare `folder` once; seconds from when all processes are ready until the last is done, not its exit."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
     with tempfile.TemporaryDirectory() as out:
@@ -117,24 +118,25 @@ def prepared(folder: Path, *, processes: int, readers: int) -> float:
         ]
         for process in started:
             process.start()
-        ready.wait(timeout=MOST_SECONDS_TO_START)
+        ready.wait(timeout=MOST_SECONDS)
         began = time.perf_counter()
+        ready.wait(timeout=MOST_SECONDS)
+        seconds = time.perf_counter() - began
         for process in started:
             process.join()
-        seconds = time.perf_counter() - began
     if any(process.exitcode for process in started):
         raise SystemExit("a process of the preparation failed")
     return seconds
 
 
 def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, ready: Barrier) -> None:
-    """Do one process's part, from the moment that all are ready."""
+    """Do one process's part, from the moment that all are ready, and say that it is done."""
     keep_memory()
     torch.set_num_threads(1)
     source = open_source(str(folder))
     image_tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
     text_tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
-    ready.wait(timeout=MOST_SECONDS_TO_START)
+    ready.wait(timeout=MOST_SECONDS)
     prepare(
         source,
         out=out,
@@ -144,6 +146,7 @@ def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, r
         rank=rank,
         world_size=world_size,
     )
+    ready.wait(timeout=MOST_SECONDS)
 
 
 def model_of(channels: list[int]) -> VQModel:
@@ -159,6 +162,14 @@ def model_of(channels: list[int]) -> VQModel:
         norm_type="spatial",
         lookup_from_codebook=True,
     ).eval()
+
+
+@torch.no_grad()
+def spread_codebook(model: VQModel, pixels: Tensor) -> None:
+    """Lay the codes among the latents, as training does; diffusers' own first codes are all ties beside them."""
+    latents = model.encode(pixels).latents
+    codes = model.quantize.embedding.weight
+    codes.copy_(torch.randn_like(codes) * latents.std((0, 2, 3)) + latents.mean((0, 2, 3)))
 
 
 @torch.inference_mode()

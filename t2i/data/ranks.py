@@ -13,6 +13,8 @@ from t2i.errors import LostRankError, UserError
 BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0
 """A rank that others wait for and that shows no life for so long is given up."""
+LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, PAUSE_SHARE = 0.02, 1.0, 0.05
+"""Between two looks, which a shared disk answers: a share of what was waited for already, within bounds."""
 
 
 def place_in_job() -> tuple[int, int]:
@@ -77,7 +79,7 @@ def wait_for(owing: Callable[[], Iterable[int]], *, folder: Path) -> None:
     Raises:
         LostRankError: one of them shows no life any more.
     """
-    watch = Watch(folder)
+    watch, began = Watch(folder), time.monotonic()
     while ranks := sorted(set(owing())):
         lost = [rank for rank in ranks if watch.silence_seconds(rank) > PATIENCE_SECONDS]
         if lost:
@@ -85,4 +87,5 @@ def wait_for(owing: Callable[[], Iterable[int]], *, folder: Path) -> None:
                 f"rank {', '.join(map(str, lost))} owes work and has shown no life for {PATIENCE_SECONDS:.0f} s."
                 " What is whole is kept; start the same command again on every rank."
             )
-        time.sleep(min(1.0, BEAT_SECONDS))
+        pause = PAUSE_SHARE * (time.monotonic() - began)
+        time.sleep(min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS))
