@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import side_by_side
 import torch
@@ -99,17 +100,20 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-def through_deepspeed(**settings: bool) -> Callable[[], None]:
-    """Build t2i's own step: its engine, its loss; settings are of the model's configuration."""
+def engine_of(**settings: bool) -> Any:
+    """Build t2i's own engine and loss; settings are of the model's configuration."""
     from t2i.train.ds_config import read_ds_config
     from t2i.train.engine import Learner, make_engine
     from t2i.train.launch import start_processes
 
     start_processes()
     learner = Learner(OpenLMForCausalLM(OpenLMConfig(**SIZES, **settings)).train(), layout=LAYOUT)
-    engine = make_engine(
-        learner, config=TrainConfig(), ds_config=read_ds_config(DS_CONFIG), per_rank=SEQUENCES
-    )
+    return make_engine(learner, config=TrainConfig(), ds_config=read_ds_config(DS_CONFIG), per_rank=SEQUENCES)
+
+
+def through_deepspeed(**settings: bool) -> Callable[[], None]:
+    """Build t2i's own step."""
+    engine = engine_of(**settings)
     ids, labels = batch()
     count = (labels >= 0).sum()
 

@@ -1,4 +1,4 @@
-"""What a person waits for: --help, the first step of a run, and a checkpoint beside cp and a hash of the same bytes.
+"""What a person waits for: --help, the first step of a run, a checkpoint and an export beside cp and a hash.
 
 Seconds are of the clock, each command a process of its own, warm: the second run counts.
 
@@ -7,16 +7,18 @@ Examples:
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import side_by_side
-import xxhash
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("train", "prepare", "sample", "export", "study", "plan")
@@ -36,7 +38,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         rows.append(first_step(Path(folder), rounds=options.rounds))
-        rows.append(commit_against_copy(Path(folder), rounds=options.rounds))
+        rows += saves_against_copies(Path(folder), rounds=options.rounds)
     side_by_side.write("waiting", rows)
 
 
@@ -69,39 +71,89 @@ def first_step(folder: Path, *, rounds: int) -> side_by_side.Row:
     return side_by_side.stated(what, seconds, target="<= 30")
 
 
-def commit_against_copy(folder: Path, *, rounds: int) -> side_by_side.Row:
-    """Commit the files of a checkpoint as training does; against cp and xxh64 of the same bytes."""
-    from t2i.runs import checkpoints
+def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]:
+    """Save a model of 41 million parameters as training does, and export it; against cp and xxh64 of the same files."""
+    import training_step
 
-    run_dir = folder / "run0"
-    source = next((run_dir / checkpoints.CHECKPOINTS).glob("step_*"))
-    target, places = folder / "copies", iter(range(1_000))
-    files = [path for path in source.rglob("*") if path.is_file() and path.name != checkpoints.MANIFEST]
+    from t2i.config import ASSETS, TrainConfig
+    from t2i.env import keep_memory
+    from t2i.model.backbone import load_model
+    from t2i.runs.checkpoints import last_step, step_folder
+    from t2i.runs.ckpt import Checkpoint
+    from t2i.runs.export import export
+    from t2i.tokens.image import ImageTokenizer
+    from t2i.tokens.text import TextTokenizer
+    from t2i.train.guards import Progress
+    from t2i.train.saving import Saver
 
-    def copy(to: Path) -> None:
-        for path in files:
-            place = to / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-
-    def plain() -> None:
-        place = target / str(next(places))
-        copy(place)
-        for path in files:
-            xxhash.xxh64((place / path.relative_to(source)).read_bytes()).hexdigest()
-
-    def committed() -> None:
-        other = target / f"run{next(places)}"
-        other.mkdir(parents=True)
-        copy(checkpoints.begin(other))
-        checkpoints.commit(other, step=1, facts={}, keep_last=2)
-
-    seconds = side_by_side.alternate(
-        {"plain": plain, "ours": committed}, rounds=rounds, clock=time.perf_counter
+    keep_memory()
+    run_dir, exported = folder / "large", folder / "exported"
+    run_dir.mkdir()
+    engine, text_tokenizer = training_step.engine_of(), TextTokenizer.load(ASSETS / "text_tokenizer")
+    loss, _ = engine(*training_step.batch())
+    engine.backward(loss)
+    engine.step()
+    saver = Saver(
+        SimpleNamespace(run_dir=run_dir, train=TrainConfig(keep_last=1)),
+        engine=engine,
+        loader=SimpleNamespace(state_dict=dict, global_batch=1),
+        text_tokenizer=text_tokenizer,
+        image_tokenizer=None,
     )
-    return side_by_side.compared(
-        "waiting: a checkpoint's commit / cp and hash", seconds["ours"], seconds["plain"], target="<= 1.5"
+    steps = itertools.count(1)
+
+    def save() -> Path:
+        saver.save(Progress(step=next(steps)), must_succeed=True)
+        return step_folder(run_dir, last_step(run_dir))
+
+    what = "waiting: a checkpoint of 41 million parameters / cp and hash"
+    saves = against_copy(what, save, scratch=folder, rounds=rounds)
+    saved = save()
+    checkpoint = Checkpoint(
+        saved,
+        run_dir=None,
+        model=load_model(saved).eval(),
+        text_tokenizer=text_tokenizer,
+        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
+        layout=training_step.LAYOUT,
     )
+
+    def export_anew() -> Path:
+        shutil.rmtree(exported, ignore_errors=True)
+        export(checkpoint, out=exported, command="")
+        return exported
+
+    what = "waiting: an export of 41 million parameters / cp and hash"
+    return [saves, against_copy(what, export_anew, scratch=folder, rounds=rounds)]
+
+
+def against_copy(what: str, write: Callable[[], Path], *, scratch: Path, rounds: int) -> side_by_side.Row:
+    """Write a folder; against cp and xxh64 of its files.
+
+    Before each, more bytes are written and removed, so that both find memory for the disk's cache: the host of a
+    virtual machine may lend it page by page, which takes ten times as long.
+    """
+    from t2i.data.hashing import file_hash
+
+    written, place = write(), scratch / "copy"
+
+    def copy() -> Path:
+        shutil.copytree(written, place)
+        for path in place.rglob("*"):
+            if path.is_file():
+                file_hash(path)
+        return written
+
+    room = bytes(2 * sum(path.stat().st_size for path in written.rglob("*")))
+    seconds: dict[str, list[float]] = {"write": [], "copy": []}
+    for _, (name, work) in itertools.product(range(rounds), (("write", write), ("copy", copy))):
+        (scratch / "room").write_bytes(room)
+        (scratch / "room").unlink()
+        began = time.perf_counter()
+        written = work()
+        seconds[name].append(time.perf_counter() - began)
+        shutil.rmtree(place, ignore_errors=True)
+    return side_by_side.compared(what, seconds["write"], seconds["copy"], target="<= 1.5")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,16 @@ def call(monkeypatch):
     return run
 
 
+@pytest.fixture
+def one_process():
+    import deepspeed
+
+    from t2i.train.launch import prepare_environment
+
+    prepare_environment()
+    deepspeed.init_distributed(dist_backend=None, verbose=False)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     from t2i.data.pairs import open_source

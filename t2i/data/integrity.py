@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
 from t2i.config import PrepareConfig, SourceConfig
+from t2i.data.hashing import file_hash
 from t2i.data.units import HASH
 from t2i.errors import DataError
 from t2i.plain import Kind, check_keys, is_inside, read_json, write_json
@@ -120,15 +120,6 @@ def read_sample(shard: ShardFile, place: int) -> dict[str, Any]:
 
 def _are_texts(values: list[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
-
-
-def file_hash(path: Path) -> str:
-    """Hash a file's bytes (xxh64, hex)."""
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_file(folder: Path, name: str, *, wanted: str, advice: str) -> None:

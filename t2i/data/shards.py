@@ -12,14 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from t2i.data.integrity import (
-    check_file,
-    check_listing,
-    file_hash,
-    read_index,
-    read_sample,
-    remake_advice,
-)
+from t2i.data.hashing import file_hash
+from t2i.data.integrity import check_file, check_listing, read_index, read_sample, remake_advice
 from t2i.data.remote import fetch
 from t2i.errors import DataError
 from t2i.plain import Kind, check_keys, is_inside, read_json

@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from t2i import faults
+from t2i.data.hashing import file_hash
 from t2i.errors import CheckpointError
 from t2i.plain import check_keys, is_inside, read_json
 
@@ -40,8 +41,11 @@ def begin(run_dir: Path) -> Path:
 
 def seal(path: Path) -> dict[str, Any]:
     """Push a written file to the disk and describe it: bytes and hash. Whoever wrote it does this, in parallel."""
-    _sync(path)
-    return {"bytes": path.stat().st_size, "xxh64": _hash(path)}
+    with ThreadPoolExecutor(1) as pool:
+        pushed = pool.submit(_sync, path)  # the disk's work, beside the hash, which is the processor's
+        digest = file_hash(path)
+        pushed.result()
+    return {"bytes": path.stat().st_size, "xxh64": digest}
 
 
 def commit(
@@ -97,7 +101,8 @@ def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
             continue
         trash = old.with_name(f".trash-{old.name}")
         old.rename(trash)
-        shutil.rmtree(trash)
+        # Beside what comes next; begin() removes what a death leaves of it.
+        threading.Thread(target=shutil.rmtree, args=(trash,), kwargs={"ignore_errors": True}).start()
 
 
 def discard(run_dir: Path) -> None:
@@ -145,7 +150,7 @@ def verify(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
         size = file.stat().st_size
         if size != wanted["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes; the manifest says {wanted['bytes']}.")
-        if _hash(file) != wanted["xxh64"]:
+        if file_hash(file) != wanted["xxh64"]:
             raise CheckpointError(f"{file} has another content than the manifest says.")
     return manifest
 
@@ -216,14 +221,6 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}{number}")
     return free
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -15,6 +15,10 @@ from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
 
 KINDS = ("text", "image", "special")
+OWN_GROUP = 0.1
+"""A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
+NORM_PART = 2**20
+"""Numbers of a gradient whose squares are summed at a time."""
 POSITIONS = 8
 """A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
 
@@ -104,9 +108,26 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=learner, model_parameters=parameter_groups(learner, config=config), config=whole
     )
+    measure_in_parts(engine.optimizer)
     if config.l2_to_init:
         pull_to_start(engine.optimizer.optimizer, share=config.l2_to_init)
     return engine
+
+
+def measure_in_parts(optimizer: Any) -> None:
+    """Let DeepSpeed take the norm of gradients part by part: it copies in double precision what it measures."""
+    whole = optimizer.get_grad_norm_direct
+
+    def by_parts(gradients: list[Tensor], params: list[nn.Parameter], **rest: Any) -> Tensor:
+        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        pairs = [
+            (part, param)
+            for gradient, param in zip(real, params, strict=False)
+            for part in gradient.flatten().split(NORM_PART)
+        ]
+        return whole([part for part, _ in pairs], [param for _, param in pairs], **rest)
+
+    optimizer.get_grad_norm_direct = by_parts
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
@@ -135,20 +156,32 @@ def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
     """Group parameters: matrices decay, norms and biases do not, new rows that were split off may have their own rate.
 
-    `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
+    DeepSpeed flattens, updates and frees one group's gradients after the other, so the largest matrices are groups of
+    their own. `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
     scale = 1.0 if config.new_rows_lr is None else config.new_rows_lr / config.lr
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     new_rows = [value for name, value in learned.items() if name.endswith(".new")]
     others = [value for name, value in learned.items() if not name.endswith(".new")]
     matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
+    least = OWN_GROUP * sum(value.numel() for value in learned.values())
+    large = [[value] for value in matrices if value.numel() >= least]
+    small = [value for value in matrices if value.numel() < least]
     decay = config.weight_decay
     groups = [
-        {"params": matrices, "weight_decay": decay, "lr_scale": 1.0, "is_new": False},
+        *(
+            {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
+            for values in (*large, small)
+        ),
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},
         {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
     ]
     return [group for group in groups if group["params"]]
+
+
+def group_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
+    """Count the numbers that learn in each group: DeepSpeed lays its state out by groups, in their order."""
+    return [sum(value.numel() for value in group) for group in engine.optimizer.bit16_groups]
 
 
 def optimizer_state_bytes(engine: deepspeed.DeepSpeedEngine) -> int:

@@ -3,11 +3,13 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
@@ -24,7 +26,7 @@ from t2i.runs.folder import METRICS, read_metrics, write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer
-from t2i.train.engine import optimizer_state_bytes
+from t2i.train.engine import group_sizes, optimizer_state_bytes
 from t2i.train.engine_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
 from t2i.train.launch import on_first_rank
@@ -36,6 +38,8 @@ WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
 
 MAX_FAILED = 2
 """Saves in a row that may not fail."""
+SEALERS = 2
+"""Files that a rank pushes to the disk and hashes at one time, beside what it writes."""
 
 
 class Saver:
@@ -71,7 +75,7 @@ class Saver:
         if checkpoints.step_folder(self.run_dir, progress.step).exists():
             return
         check_ranks_agree(self.engine.module)
-        reason = on_first_rank(lambda: _reason(self._prepare)) or self._write(progress)
+        reason = on_first_rank(lambda: _reason(lambda: self._begin(progress.step))) or self._write(progress)
         if not reason:
             self.num_failed = 0
             return
@@ -85,20 +89,24 @@ class Saver:
             )
         logger.warning("%s Training goes on to the next save.", sentence)
 
-    def _prepare(self) -> None:
-        """Make the folder to write into, if the disk has room for a checkpoint as large as the last one."""
-        checkpoints.begin(self.run_dir)
+    def _begin(self, step: int) -> None:
+        """Write the weights into a new folder, if the disk has room for a checkpoint as large as the last one."""
+        staging, model = checkpoints.begin(self.run_dir), self.engine.module.model
         last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
         free = shutil.disk_usage(self.run_dir).free
         if last and free < (needed := checkpoints.bytes_of(last[0])):
             raise CheckpointError(
                 f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
             )
+        faults.reach("weights", step=step, path=staging)
+        model.save_pretrained(staging, state_dict=merged_state_dict(model))
+        self.text_tokenizer.tokenizer.save_pretrained(staging)
 
     def _write(self, progress: Progress) -> str:
         """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
         staging = self.run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
-        with _sealing(self.engine, step=progress.step) as (sealed, reasons):
+        written = [path for path in staging.iterdir() if path.is_file()] if dist.get_rank() == 0 else []
+        with _sealing(self.engine, step=progress.step, written=written) as (sealed, reasons):
             self.engine.save_checkpoint(
                 str(staging), tag="engine", client_state=random_states(), save_latest=False
             )
@@ -109,14 +117,11 @@ class Saver:
             return failed[0]
         known = {path: facts for files, _, _ in parts for path, facts in files.items()}
         bits = [number for _, _, number in parts]
-        return on_first_rank(lambda: _reason(lambda: self._commit(staging, progress, known, bits)))
+        return on_first_rank(lambda: _reason(lambda: self._commit(progress, known, bits)))
 
-    def _commit(self, staging: Path, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
-        model, step, settings = self.engine.module.model, progress.step, self.config.train
-        faults.reach("weights", step=step, path=staging)
-        model.save_pretrained(staging, state_dict=merged_state_dict(model))
-        self.text_tokenizer.tokenizer.save_pretrained(staging)
-        num_learned, num_all = num_parameters(model)
+    def _commit(self, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
+        step, settings = progress.step, self.config.train
+        num_learned, num_all = num_parameters(self.engine.module.model)
         facts = {
             "progress": vars(progress),
             "loader": self.loader.state_dict(),
@@ -124,6 +129,7 @@ class Saver:
             "global_batch": self.loader.global_batch,
             "image_rows_only": settings.image_rows_only,
             "parameters": {"learned": num_learned, "all": num_all},
+            "parameter_groups": group_sizes(self.engine),
             "optimizer_state_bytes": optimizer_state_bytes(self.engine),
             "optimizer_bits": bits,
         }
@@ -182,6 +188,7 @@ class Saver:
 
         Raises:
             UserError: this number of ranks would make another global batch.
+            CheckpointError: its groups of parameters are others, as an older t2i made them.
         """
         manifest = checkpoints.read_manifest(folder)
         batch = manifest.get("global_batch", self.loader.global_batch)
@@ -189,6 +196,15 @@ class Saver:
             raise UserError(
                 f"{folder} was made with {batch} sequences a step; {dist.get_world_size()} ranks make"
                 f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
+            )
+        groups, found = group_sizes(self.engine), manifest.get("parameter_groups")
+        if found != groups:
+            told = (
+                f"has parameters in groups of {found}" if found else "does not tell its groups of parameters"
+            )
+            raise CheckpointError(
+                f"{folder} {told}; this version of t2i makes groups of {groups}. Go on with the version that wrote it,"
+                f" or begin a run from its weights: --model.init {folder} --run-dir NEW."
             )
         if manifest["world_size"] == dist.get_world_size():
             load_engine(self.engine, folder)
@@ -202,35 +218,45 @@ def _is_measured(run_dir: Path, step: int) -> bool:
 
 
 @contextmanager
-def _sealing(engine: Any, *, step: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Seal each file that DeepSpeed writes on this rank, and collect failures instead of raising them.
+def _sealing(engine: Any, *, step: int, written: list[Path]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Seal what is written and each file that DeepSpeed writes on this rank, beside the writing of the next one.
 
-    DeepSpeed's save waits for all ranks several times: a rank that raised in its midst would leave the others waiting.
-    The scripts that it copies beside its state, to get weights out of it, are left out: model.safetensors has these.
+    Failures are collected instead of raised: DeepSpeed's save waits for all ranks several times, and a rank that raised
+    in its midst would leave the others waiting. The scripts that it copies beside its state, to get weights out of it,
+    are left out: model.safetensors has these. So are the sums of zip files: the manifest has a hash of each.
     """
     sealed: dict[str, Any] = {}
     reasons: list[str] = []
     writer = engine.checkpoint_engine
-    plain = writer.save
+    plain, has_sums = writer.save, torch.serialization.get_crc32_options()
+    with ThreadPoolExecutor(SEALERS) as pool:
+        coming = {str(path): pool.submit(checkpoints.seal, path) for path in written}
 
-    def save(state_dict: Any, path: str) -> None:
-        def write() -> None:
-            faults.reach("shards", step=step, path=Path(path))
-            plain(state_dict, path)
-            sealed[path] = checkpoints.seal(Path(path))
+        def save(state_dict: Any, path: str) -> None:
+            def write() -> None:
+                faults.reach("shards", step=step, path=Path(path))
+                plain(state_dict, path)
+                coming[path] = pool.submit(checkpoints.seal, Path(path))
 
-        if reason := _reason(write):
-            reasons.append(reason)
+            if reason := _reason(write):
+                reasons.append(reason)
 
-    writer.save = save
-    engine._copy_recovery_script = lambda path: None
-    try:
-        yield sealed, reasons
-    finally:
-        del writer.save, engine._copy_recovery_script
+        writer.save = save
+        engine._copy_recovery_script = lambda path: None
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield sealed, reasons
+        finally:
+            del writer.save, engine._copy_recovery_script
+            torch.serialization.set_crc32_options(has_sums)
+        for path, seal in coming.items():
+            if reason := _reason(seal.result):
+                reasons.append(reason)
+            else:
+                sealed[path] = seal.result()
 
 
-def _reason(write: Callable[[], None]) -> str:
+def _reason(write: Callable[[], object]) -> str:
     """Write, and return in one sentence why that failed, or nothing."""
     try:
         write()

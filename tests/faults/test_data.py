@@ -33,11 +33,12 @@ from t2i import env
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data import prepare as preparing
 from t2i.data import ranks, remote
+from t2i.data.hashing import file_hash
 from t2i.data.integrity import LookAhead, check_listing, read_index, remake_command
 from t2i.data.loader import StepLoader
 from t2i.data.pairs import open_source
 from t2i.data.prepare import prepare
-from t2i.data.shards import fetch_shards, file_hash, read_manifest, read_split
+from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.shm import sweep
 from t2i.data.units import HASH, column_kinds
 from t2i.errors import DataError, LostRankError, UserError

@@ -273,6 +273,7 @@ try:
     check_ranks_agree(model)
 except NumericalError as error:
     print(error, flush=True)
+    dist.destroy_process_group()  # whose threads an interpreter that ends does not always outlive
     sys.exit(error.exit_code)
 """
 

@@ -32,7 +32,6 @@ from t2i.train.estimates import (
     estimate_memory,
     flops_a_token,
 )
-from t2i.train.launch import prepare_environment
 from t2i.train.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +62,6 @@ def learner_of(config, *, is_checkpointed=False):
 def batch(num_sequences=4, seq_len=96):
     ids = torch.randint(0, LAYOUT.vocab_size - 8, (num_sequences, seq_len))
     return ids, ids.roll(-1, 1)
-
-
-@pytest.fixture
-def one_process():
-    import deepspeed
-
-    prepare_environment()
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
 
 
 def storages(values):

@@ -1,0 +1,90 @@
+"""A step through DeepSpeed against torch's own, and how what learns is grouped."""
+
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from t2i.config import TrainConfig
+from t2i.errors import CheckpointError
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.runs import checkpoints
+from t2i.tokens.vocab import VocabLayout
+from t2i.train import engine as engines
+from t2i.train.ds_config import read_ds_config
+from t2i.train.saving import Saver
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = VocabLayout(num_text_rows=512, num_text_tokens=512, codebook_size=1_024)
+CONFIG = TrainConfig(lr=1e-2, grad_clip=0.1)
+
+
+def learner():
+    torch.manual_seed(0)
+    config = OpenLMConfig(LAYOUT.vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    return engines.Learner(OpenLMForCausalLM(config).train(), layout=LAYOUT)
+
+
+def engine_of(module):
+    ds_config = read_ds_config(ROOT / "ds_configs" / "zero2_fp32.json")
+    return engines.make_engine(module, config=CONFIG, ds_config=ds_config, per_rank=4)
+
+
+def test_steps_and_their_norms_are_those_of_torch(one_process, monkeypatch):
+    monkeypatch.setattr(engines, "NORM_PART", 1_000)  # which divides no matrix
+    plain = learner()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": CONFIG.weight_decay},
+            {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0},
+        ],
+        lr=CONFIG.lr,
+        betas=(CONFIG.beta1, CONFIG.beta2),
+    )
+    engine = engine_of(deepcopy(plain))
+    for _ in range(3):
+        ids = torch.randint(LAYOUT.vocab_size - 8, (4, 40))
+        loss, _ = engine(ids, ids.roll(-1, 1))
+        engine.backward(loss)
+        engine.step()
+        optimizer.zero_grad()
+        plain(ids, ids.roll(-1, 1))[0].backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), CONFIG.grad_clip)
+        optimizer.step()
+        assert norm > CONFIG.grad_clip
+        assert float(engine.get_global_grad_norm()) == pytest.approx(float(norm), rel=1e-5)
+    for (name, ours), theirs in zip(engine.module.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_large_matrices_are_groups_of_their_own():
+    module = learner()
+    groups = engines.parameter_groups(module, config=CONFIG)
+    embedding, head = (
+        part.weight for part in (module.model.get_input_embeddings(), module.model.get_output_embeddings())
+    )
+    assert [group["params"] for group in groups[:2]] == [[embedding], [head]]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.1, 0]
+    grouped = [id(value) for group in groups for value in group["params"]]
+    assert sorted(grouped) == sorted(map(id, module.parameters()))
+
+
+@pytest.mark.parametrize("groups", [[217_600, 512], None])
+def test_state_in_other_groups_is_not_loaded(groups, one_process, tmp_path):
+    engine = engine_of(learner())
+    saver = Saver(
+        SimpleNamespace(run_dir=tmp_path),
+        engine=engine,
+        loader=SimpleNamespace(global_batch=4),
+        text_tokenizer=None,
+        image_tokenizer=None,
+    )
+    checkpoints.begin(tmp_path)
+    facts = {"world_size": 1, "parameter_groups": groups} if groups else {"world_size": 1}
+    folder = checkpoints.commit(tmp_path, step=1, facts=facts, keep_last=1)
+    with pytest.raises(CheckpointError, match=f"groups of .*{engines.group_sizes(engine)[0]}.*--model.init"):
+        saver.load(folder)
