@@ -135,6 +135,7 @@ def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
     """Draw seconds over size, both in logarithms."""
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = path.name  # the same picture is the same file
     drawing, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for name, points in figures.items():
         work, axis = name.split(", ")
@@ -144,7 +145,7 @@ def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
         place.set(title=work, xlabel="size, as a multiple of the smallest", ylabel="CPU seconds")
         place.legend()
     drawing.tight_layout()
-    drawing.savefig(path)
+    drawing.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

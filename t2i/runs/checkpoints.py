@@ -21,6 +21,8 @@ from t2i.plain import check_keys, is_inside, read_json
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, LATEST, MANIFEST, STAGING = "checkpoints", "latest", "manifest.json", ".saving"
+TRASH = ".trash-"
+"""Before the name of a checkpoint that is being removed."""
 STEPS = "step_" + 6 * "[0-9]"
 """Names of whole checkpoints (a glob), of which the last in order is the newest."""
 
@@ -33,10 +35,18 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def begin(run_dir: Path) -> Path:
     """Make an empty folder to write a checkpoint into; what a killed save left there is removed."""
     staging = run_dir / CHECKPOINTS / STAGING
-    for left in (staging, *staging.parent.glob(".trash-*")):
+    wait_for_removals()
+    for left in (staging, *staging.parent.glob(f"{TRASH}*")):
         shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+def wait_for_removals() -> None:
+    """Wait until the checkpoints that this process dropped are gone, and their space is free."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(TRASH):
+            thread.join()
 
 
 def seal(path: Path) -> dict[str, Any]:
@@ -99,10 +109,10 @@ def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
     for old in sorted(folder.glob(STEPS))[:-keep_last]:
         if keep_every and int(old.name.removeprefix("step_")) % keep_every == 0:
             continue
-        trash = old.with_name(f".trash-{old.name}")
+        trash = old.with_name(TRASH + old.name)
         old.rename(trash)
         # Beside what comes next; begin() removes what a death leaves of it.
-        threading.Thread(target=shutil.rmtree, args=(trash,), kwargs={"ignore_errors": True}).start()
+        threading.Thread(target=shutil.rmtree, args=(trash, True), name=trash.name).start()
 
 
 def discard(run_dir: Path) -> None:

@@ -49,6 +49,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if stage not in (1, 2):
         # Stage 0 lets a gradient that is not finite into the weights; under 3 no rank has the weights to export.
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; wanted is 1 or 2.")
+    has_bf16 = ds_config.get("bf16", {}).get("enabled", False)
+    if stage == 1 and has_bf16 and ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        # DeepSpeed then takes another optimizer, which asks nobody whether a step should be left out.
+        raise UserError(
+            f"{path}: zero_optimization.stage is 1 with bf16 and grad_accum_dtype fp32; wanted is stage 2."
+        )
     if ds_config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path} enables fp16, whose loss scaling skips steps by design; use bf16 or fp32.")
     return ds_config

@@ -229,31 +229,35 @@ def _sealing(engine: Any, *, step: int, written: list[Path]) -> Iterator[tuple[d
     reasons: list[str] = []
     writer = engine.checkpoint_engine
     plain, has_sums = writer.save, torch.serialization.get_crc32_options()
-    with ThreadPoolExecutor(SEALERS) as pool:
-        coming = {str(path): pool.submit(checkpoints.seal, path) for path in written}
+    pool = ThreadPoolExecutor(SEALERS)
+    coming = {str(path): pool.submit(checkpoints.seal, path) for path in written}
 
-        def save(state_dict: Any, path: str) -> None:
-            def write() -> None:
-                faults.reach("shards", step=step, path=Path(path))
-                plain(state_dict, path)
-                coming[path] = pool.submit(checkpoints.seal, Path(path))
+    def save(state_dict: Any, path: str) -> None:
+        def write() -> None:
+            faults.reach("shards", step=step, path=Path(path))
+            plain(state_dict, path)
+            coming[path] = pool.submit(checkpoints.seal, Path(path))
 
-            if reason := _reason(write):
-                reasons.append(reason)
+        if reason := _reason(write):
+            reasons.append(reason)
 
-        writer.save = save
-        engine._copy_recovery_script = lambda path: None
-        torch.serialization.set_crc32_options(False)
-        try:
-            yield sealed, reasons
-        finally:
-            del writer.save, engine._copy_recovery_script
-            torch.serialization.set_crc32_options(has_sums)
-        for path, seal in coming.items():
-            if reason := _reason(seal.result):
-                reasons.append(reason)
-            else:
-                sealed[path] = seal.result()
+    writer.save = save
+    engine._copy_recovery_script = lambda path: None
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield sealed, reasons
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)  # what ends a run is not kept waiting
+        raise
+    finally:
+        del writer.save, engine._copy_recovery_script
+        torch.serialization.set_crc32_options(has_sums)
+    for path, seal in coming.items():
+        if reason := _reason(seal.result):
+            reasons.append(reason)
+        else:
+            sealed[path] = seal.result()
+    pool.shutdown()
 
 
 def _reason(write: Callable[[], object]) -> str:

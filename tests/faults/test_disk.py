@@ -95,11 +95,14 @@ def test_a_second_save_that_fails_ends_the_run(shards, tmp_path, monkeypatch, ob
     observed("exit 5, step 1 kept and whole")
 
 
-def room_for(run_dir, *, num_checkpoints):
-    """Count the bytes of a run's folder beside its checkpoints, and of so many of these."""
+def room_for(run_dir, *, weights, state):
+    """Count the bytes of a run's folder beside its checkpoints, and of parts of a checkpoint."""
     held = {path: path.stat().st_size for path in run_dir.rglob("*") if path.is_file()}
     kept = sum(size for path, size in held.items() if "checkpoints" not in path.parts)
-    return kept + int(num_checkpoints * checkpoints.bytes_of(checkpoints.step_folder(run_dir, 8)))
+    files = checkpoints.read_manifest(checkpoints.step_folder(run_dir, 8))["files"]
+    of_state = sum(file["bytes"] for name, file in files.items() if name.startswith("engine/"))
+    of_weights = sum(file["bytes"] for file in files.values()) - of_state
+    return kept + int(weights * of_weights + state * of_state)
 
 
 @pytest.mark.slow
@@ -110,7 +113,7 @@ def room_for(run_dir, *, num_checkpoints):
     expected="exit 5 at the second failure, the first checkpoint valid; with room, equal to the undisturbed run",
 )
 def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
-    disk = small_disk(f"size={room_for(whole, num_checkpoints=1.5)}")
+    disk = small_disk(f"size={room_for(whole, weights=1.5, state=1.5)}")
     job = Job(shards, disk / "run", beside=tmp_path, **LEARN).run()
     assert job.status()["code"] == 5, job.said()[-3000:]
     reason = job.status()["reason"]
@@ -128,13 +131,16 @@ def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
 @pytest.mark.fault(
     19,
     "a disk too small for one checkpoint, 2 ranks",
-    injected="a file system with room for a fifth of a checkpoint: torch.save fails on both ranks",
+    injected="a file system with room for half the weights, or for these and a tenth of DeepSpeed's state",
     expected="no rank waits for another; exit 5 at the second failure; nothing half is left",
 )
-def test_a_disk_without_room_for_one(shards, whole, tmp_path, small_disk, observed):
-    disk = small_disk(f"size={room_for(whole, num_checkpoints=0.2)}")
+@pytest.mark.parametrize(
+    ("weights", "state", "who"), [(0.5, 0.0, r"(?!rank)"), (1.0, 0.1, r"rank \d: ")], ids=["weights", "state"]
+)
+def test_a_disk_without_room_for_one(weights, state, who, shards, whole, tmp_path, small_disk, observed):
+    disk = small_disk(f"size={room_for(whole, weights=weights, state=state)}")
     job = Job(shards, disk / "run", beside=tmp_path, train__hang_timeout_seconds=60, **LEARN).run()
-    assert "could not be written: rank" in job.said(), job.said()[-3000:]
+    assert re.search(f"could not be written: {who}", job.said()), job.said()[-3000:]
     assert job.said().count("could not be written") == 2
     assert not list((job.run_dir / "checkpoints").iterdir())
     assert [row["step"] for row in steps(job.run_dir)] == [1, 2, 3, 4]

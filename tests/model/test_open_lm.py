@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2i.errors import UserError
-from t2i.model import decoding_open_lm
+from t2i.model import decoding_open_lm, sampling_open_lm
 from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
@@ -185,6 +185,30 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkey
     assert torch.equal(sample_codes(model, longer, **settings, is_compiled=True), wanted)
     assert torch.equal(sample_codes(model, PROMPTS, **settings, is_compiled=True)[1:], wanted[1:])
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("batch", "wanted"), [(1, []), (7, ["tf32"])])
+def test_many_rows_are_compiled_for_onednn_and_run_as_precisely_as_before(batch, wanted, monkeypatch):
+    precision, compiled_at = torch.backends.mkldnn.matmul, []
+    before = precision.fp32_precision
+
+    def eager(graph, inputs):
+        compiled_at.append(precision.fp32_precision)
+        return graph.forward
+
+    monkeypatch.setattr(sampling_open_lm, "_has_blocks", lambda weight: True)
+    monkeypatch.setattr(sampling_open_lm, "product", lambda weight, **_: lambda rows: rows @ weight.T)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
+    real = torch.compile
+
+    def without_inductor(step, *, backend, **rest):
+        return real(step, fullgraph=True, backend="eager" if backend == "inductor" else backend)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    settings = {"seeds": range(batch), "guidance_scale": 3.0, **SETTINGS}
+    sample_codes(tiny(), PROMPTS[:batch], **settings, is_compiled=True)
+    assert sorted(set(compiled_at)) == wanted
+    assert precision.fp32_precision == before
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
 import json
-import threading
 
 import pytest
 
@@ -78,8 +77,7 @@ def test_a_killed_save_leaves_the_one_before(tmp_path, monkeypatch):
 def test_only_the_last_are_kept_and_none_is_overwritten(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep_last=2)
-    for thread in set(threading.enumerate()) - {threading.current_thread()}:
-        thread.join(10)  # old ones are removed beside what comes next
+    checkpoints.wait_for_removals()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step_000002",
         "step_000003",

@@ -1,5 +1,6 @@
 """A step through DeepSpeed against torch's own, and how what learns is grouped."""
 
+import errno
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from t2i.config import TrainConfig
+from t2i.config import ASSETS, TrainConfig
 from t2i.errors import CheckpointError
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs import checkpoints
+from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine as engines
 from t2i.train.ds_config import read_ds_config
+from t2i.train.guards import Progress
 from t2i.train.saving import Saver
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +64,30 @@ def test_steps_and_their_norms_are_those_of_torch(one_process, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("lengths", [[5_000, 1, 3_000], [999], []])
+def test_the_norm_is_taken_of_parts_without_padding(lengths):
+    seen = []
+
+    def plain(gradients, params):
+        assert len(gradients) == len(params)
+        assert all(part.numel() <= engines.NORM_PART for part in gradients)
+        seen.extend(zip(gradients, params, strict=True))
+        return torch.tensor(0.0)
+
+    optimizer = SimpleNamespace(get_grad_norm_direct=plain)
+    gradients, params = [torch.randn(length) for length in lengths], [object() for _ in lengths]
+    marked, unmarked = torch.ones(7), torch.ones(9)
+    marked._zero_padding = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "NORM_PART", 1_000)
+        engines.measure_in_parts(optimizer)
+        # DeepSpeed marks what it puts between gradients, and leaves what it puts after the last without a parameter.
+        optimizer.get_grad_norm_direct([*gradients[:1], marked, *gradients[1:], unmarked], params)
+    for gradient, param in zip(gradients, params, strict=True):
+        assert torch.equal(torch.cat([part for part, owner in seen if owner is param]), gradient)
+    assert sum(part.numel() for part, _ in seen) == sum(lengths)
+
+
 def test_large_matrices_are_groups_of_their_own():
     module = learner()
     groups = engines.parameter_groups(module, config=CONFIG)
@@ -73,16 +100,39 @@ def test_large_matrices_are_groups_of_their_own():
     assert sorted(grouped) == sorted(map(id, module.parameters()))
 
 
+def saver_of(engine, run_dir):
+    return Saver(
+        SimpleNamespace(run_dir=run_dir, train=CONFIG),
+        engine=engine,
+        loader=SimpleNamespace(state_dict=dict, global_batch=4),
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        image_tokenizer=None,
+    )
+
+
+def test_a_file_that_cannot_be_sealed_fails_its_save_alone(one_process, tmp_path, monkeypatch, caplog):
+    saver, real = saver_of(engine_of(learner()), tmp_path), checkpoints.seal
+
+    def full(path):
+        if path.name.endswith("optim_states.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "seal", full)
+        saver.save(Progress(step=1), must_succeed=False)
+    assert "step 1 could not be written: rank 0" in caplog.text
+    assert "optim_states.pt: No space left on device" in caplog.text
+    assert not list((tmp_path / "checkpoints").iterdir())
+    saver.save(Progress(step=2), must_succeed=True)
+    files = checkpoints.verify(tmp_path / "checkpoints" / "step_000002")["files"]
+    assert {"model.safetensors", "config.json", "engine/mp_rank_00_model_states.pt"} < set(files)
+
+
 @pytest.mark.parametrize("groups", [[217_600, 512], None])
 def test_state_in_other_groups_is_not_loaded(groups, one_process, tmp_path):
     engine = engine_of(learner())
-    saver = Saver(
-        SimpleNamespace(run_dir=tmp_path),
-        engine=engine,
-        loader=SimpleNamespace(global_batch=4),
-        text_tokenizer=None,
-        image_tokenizer=None,
-    )
+    saver = saver_of(engine, tmp_path)
     checkpoints.begin(tmp_path)
     facts = {"world_size": 1, "parameter_groups": groups} if groups else {"world_size": 1}
     folder = checkpoints.commit(tmp_path, step=1, facts=facts, keep_last=1)

@@ -154,6 +154,14 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
     [
         ({"zero_optimization": {"stage": 0}}, r"stage is 0; wanted is 1 or 2"),
         ({"zero_optimization": {"stage": 3}}, r"stage is 3; wanted is 1 or 2"),
+        (
+            {
+                "zero_optimization": {"stage": 1},
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            r"stage is 1 with bf16 and grad_accum_dtype fp32; wanted is stage 2",
+        ),
         ({"fp16": {"enabled": True}}, r"enables fp16"),
         ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; wanted is a number"),
         ({"optimizer": None}, r"sets the optimizer"),
