@@ -1,5 +1,6 @@
 """The processes of a job: what a launcher sets, how ranks find each other, and what the first rank decides for all."""
 
+import atexit
 import logging
 import os
 import random
@@ -37,6 +38,19 @@ def start_processes() -> None:
         raise UserError(
             f"another job holds port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
         ) from error
+    atexit.unregister(_close_gloo)
+    atexit.register(_close_gloo)
+
+
+def _close_gloo() -> None:
+    """End gloo's threads before the interpreter: one that ends over them may abort, with another exit status.
+
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def make_repeatable(is_asked: bool, *, seed: int) -> None:
