@@ -51,13 +51,20 @@ def alternate(
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.process_time,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Run every candidate once unmeasured, then in turn for so many rounds: seconds of each."""
+    """Run every candidate once unmeasured, then in turn for so many rounds: seconds of each.
+
+    Args:
+        before: run, unmeasured, before each candidate.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
+        before()
         run()
     for _ in range(rounds):
         for name, run in candidates.items():
+            before()
             started = clock()
             run()
             seconds[name].append(clock() - started)

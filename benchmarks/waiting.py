@@ -135,24 +135,26 @@ def against_copy(what: str, write: Callable[[], Path], *, scratch: Path, rounds:
     """
     from t2i.data.hashing import file_hash
 
-    written, place = write(), scratch / "copy"
+    written, place = [write()], scratch / "copy"
+    room = bytes(2 * sum(path.stat().st_size for path in written[0].rglob("*")))
 
-    def copy() -> Path:
-        shutil.copytree(written, place)
+    def write_anew() -> None:
+        written[0] = write()
+
+    def copy() -> None:
+        shutil.copytree(written[0], place)
         for path in place.rglob("*"):
             if path.is_file():
                 file_hash(path)
-        return written
 
-    room = bytes(2 * sum(path.stat().st_size for path in written.rglob("*")))
-    seconds: dict[str, list[float]] = {"write": [], "copy": []}
-    for _, (name, work) in itertools.product(range(rounds), (("write", write), ("copy", copy))):
+    def make_room() -> None:
+        shutil.rmtree(place, ignore_errors=True)
         (scratch / "room").write_bytes(room)
         (scratch / "room").unlink()
-        began = time.perf_counter()
-        written = work()
-        seconds[name].append(time.perf_counter() - began)
-        shutil.rmtree(place, ignore_errors=True)
+
+    candidates = {"write": write_anew, "copy": copy}
+    seconds = side_by_side.alternate(candidates, rounds=rounds, clock=time.perf_counter, before=make_room)
+    shutil.rmtree(place)
     return side_by_side.compared(what, seconds["write"], seconds["copy"], target="<= 1.5")
 
 

@@ -43,12 +43,9 @@ def call(monkeypatch):
 
 @pytest.fixture
 def one_process():
-    import deepspeed
+    from t2i.train.launch import start_processes
 
-    from t2i.train.launch import prepare_environment
-
-    prepare_environment()
-    deepspeed.init_distributed(dist_backend=None, verbose=False)
+    start_processes()
 
 
 @pytest.fixture(scope="session")

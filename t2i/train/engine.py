@@ -169,10 +169,10 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str
     small = [value for value in matrices if value.numel() < least]
     decay = config.weight_decay
     groups = [
-        *(
-            {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
-            for values in (*large, small)
-        ),
+        {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
+        for values in (*large, small)
+    ]
+    groups += [
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},
         {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
     ]
