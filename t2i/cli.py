@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import tyro
 
 from t2i.errors import UserError
-from t2i.plain import read_yaml
+from t2i.files import read_yaml
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ from t2i.data.shards import (
 )
 from t2i.data.units import Encoder, facts_file, write_unit
 from t2i.errors import DataError, UserError
-from t2i.plain import write_json
+from t2i.files import write_json
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.plain import check_keys, read_json
+from t2i.files import check_keys, read_json
 
 SCORES = "scores.json"
 

@@ -14,9 +14,9 @@ from t2i.data.documents import PREFIX, open_documents
 from t2i.data.shards import MANIFEST, read_manifest, read_split
 from t2i.data.text_shards import check_text_tokenizer, is_text
 from t2i.errors import DataError
+from t2i.files import write_whole
 from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
-from t2i.plain import write_whole
 from t2i.runs.ckpt import find, open_language_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

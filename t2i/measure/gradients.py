@@ -10,9 +10,9 @@ from t2i.config import DataConfig
 from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.errors import DataError
+from t2i.files import write_json
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import IGNORED, kinds_of, summed_loss
-from t2i.plain import write_json
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.tokens.sequence import next_token_labels
 

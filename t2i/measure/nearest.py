@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.errors import UserError
-from t2i.plain import write_whole
+from t2i.files import write_whole
 from t2i.runs.ckpt import LanguageModel, home
 
 CHUNK_ROWS = 1_024

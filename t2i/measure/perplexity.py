@@ -14,10 +14,10 @@ from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_app
 from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.text_shards import is_text
 from t2i.errors import DataError, UserError
+from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
-from t2i.plain import write_json
 from t2i.runs.ckpt import LanguageModel, home
 from t2i.runs.folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels

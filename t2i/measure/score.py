@@ -17,6 +17,7 @@ import torch
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
+from t2i.files import write_json, write_whole
 from t2i.generate.draw import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
@@ -26,7 +27,6 @@ from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_n
 from t2i.measure.pictures import Pictures, Reconstructions
 from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, measure_reference
 from t2i.model.backbone import made_of
-from t2i.plain import write_json, write_whole
 from t2i.runs.ckpt import Checkpoint
 
 CAPTIONS = "captions.jsonl"

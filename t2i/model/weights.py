@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from t2i.errors import CheckpointError, UserError
+from t2i.files import read_json, read_yaml
 from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.modeling_open_lm import ROTARY_BASE, OpenLMForCausalLM
-from t2i.plain import read_json, read_yaml
 from t2i.released import check_fit, plain_names
 
 SIZES = {

@@ -16,7 +16,7 @@ from typing import Any
 from t2i import faults
 from t2i.data.hashing import file_hash
 from t2i.errors import CheckpointError
-from t2i.plain import check_keys, is_inside, read_json
+from t2i.files import check_keys, is_inside, read_json
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import tyro
 from t2i.cli import flags_of_mapping
 from t2i.config import RunConfig
 from t2i.errors import UserError
-from t2i.plain import read_yaml
+from t2i.files import read_yaml
 from t2i.study.names import TRAIN, check_keys, nearest_name
 
 INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")

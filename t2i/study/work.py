@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO, Any
 
 from t2i.errors import Stopped, UserError
-from t2i.plain import write_json
+from t2i.files import write_json
 from t2i.study.grid import Job, Study
 from t2i.study.names import TRAIN
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i.errors import DataError, UserError
-from t2i.plain import read_json
+from t2i.files import read_json
 
 ROUND_TRIP = "roundtrip.safetensors"
 """Pictures, their codes and what they decode to, kept beside shards, runs and exports."""

@@ -22,8 +22,8 @@ from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.errors import UserError
+from t2i.files import write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
-from t2i.plain import write_json
 from t2i.runs.folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

@@ -17,7 +17,7 @@ from t2i.data.pairs import open_source, read_picture
 from t2i.data.pairs.pair import UNREADABLE, caption_text
 from t2i.data.shards import read_manifest, read_split
 from t2i.errors import CheckpointError, DataError, UserError
-from t2i.plain import parse_json
+from t2i.files import parse_json
 from t2i.runs import checkpoints
 from t2i.tokens.text import TextTokenizer
 

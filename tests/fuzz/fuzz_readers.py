@@ -19,7 +19,7 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.pairs", "t2i.plain"]):
+with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.pairs", "t2i.files"]):
     import made_sources as made
     from PIL import JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  read on first use
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from t2i.data.pairs.pair import Entry, file_inside, read_file
 from t2i.errors import DataError
-from t2i.plain import Kind, check_keys, read_json
+from t2i.files import Kind, check_keys, read_json
 
 
 @dataclass(frozen=True)

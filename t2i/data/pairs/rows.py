@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from t2i.data.pairs.pair import parquet_errors
 from t2i.errors import DataError
-from t2i.plain import parse_json
+from t2i.files import parse_json
 
 DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 TABLES = (".jsonl", ".parquet", *DIALECTS)

@@ -18,7 +18,7 @@ from PIL import Image
 from t2i.config import SourceConfig
 from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, Read, read_picture
 from t2i.errors import DataError
-from t2i.plain import parse_json
+from t2i.files import parse_json
 
 logger = logging.getLogger(__name__)
 
