@@ -65,8 +65,8 @@ class OpenLmBack:
 def main() -> None:
     kinds = OpenLm | Movqgan | Llamagen | OpenLmBack
     command = parse(kinds, description=__doc__ or "", has_run_file=False)  # type: ignore[arg-type]
-    from t2i.runs.convert import convert_back, convert_open_lm, convert_vq
-    from t2i.tokens.weights import LLAMAGEN, MOVQGAN
+    from t2i.convert.convert import convert_back, convert_open_lm, convert_vq
+    from t2i.convert.vq import LLAMAGEN, MOVQGAN
 
     if isinstance(command, OpenLmBack):
         convert_back(command.ckpt, out=command.out)

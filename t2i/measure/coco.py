@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from t2i.convert.released import sha256_of
 from t2i.data.caption_list import read_caption_list
 from t2i.data.hashing import hash_uniform
 from t2i.data.pairs.coco import Caption, CaptionFile, read_captions
@@ -18,7 +19,6 @@ from t2i.measure.features import cache_folder
 from t2i.measure.pictures import Pictures, read_file
 from t2i.measure.reference import Reference
 from t2i.measure.score import Task
-from t2i.released import sha256_of
 
 CAPTIONS = Path("annotations", "captions_val2014.json")
 PICTURES = "val2014"

@@ -8,10 +8,7 @@ import yaml
 from safetensors.torch import save_file
 from twins.open_lm import SIZES, OpenLM
 
-from t2i.errors import CheckpointError, UserError
-from t2i.model.configuration_open_lm import NORM_TYPES, POSITIONS, OpenLMConfig
-from t2i.model.reference import open_lm_logits
-from t2i.model.weights import (
+from t2i.convert.open_lm import (
     CONFIGS,
     config_of,
     load_open_lm,
@@ -20,7 +17,10 @@ from t2i.model.weights import (
     open_lm_tensors,
     read_config,
 )
-from t2i.released import read_weights
+from t2i.convert.open_lm_reference import open_lm_logits
+from t2i.convert.released import read_weights
+from t2i.errors import CheckpointError, UserError
+from t2i.model.configuration_open_lm import NORM_TYPES, POSITIONS, OpenLMConfig
 
 # fp32 sums in another order: at most 2e-5 was seen on logits of about 5.
 LOGITS = 1e-4

@@ -17,16 +17,16 @@ from twins.image_tokenizers import SMALL, Released, in_released_form
 from twins.open_lm import SIZES, OpenLM
 
 from t2i.config import ASSETS
+from t2i.convert import convert
+from t2i.convert.convert import convert_back, convert_open_lm, convert_vq
+from t2i.convert.open_lm import load_open_lm
+from t2i.convert.vq import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.errors import CheckpointError, UserError
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.weights import load_open_lm
-from t2i.runs import convert
 from t2i.runs.ckpt import open_checkpoint
-from t2i.runs.convert import convert_back, convert_open_lm, convert_vq
 from t2i.runs.folder import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer, train_text_tokenizer
-from t2i.tokens.weights import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.train.run import train
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from PIL import Image
 from twins.image_tokenizers import NAMES, SMALL, Released, in_released_form
 
+from t2i.convert.vq import LLAMAGEN, MOVQGAN, load_vq, vq_config, vq_tensors
+from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
 from t2i.errors import CheckpointError
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, code_agreement, to_pixels
-from t2i.tokens.reference import source_codes, source_latents, source_pixels
-from t2i.tokens.weights import LLAMAGEN, MOVQGAN, load_vq, vq_config, vq_tensors
 
 # fp32 convolutions in another order. Against a double-precision twin, latents up to 16 were off by 2e-5 in the usual
 # memory format and by 1e-4 in channels last, 7e-6 of the largest; pixels by 1e-5 to 3e-5.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from torch import Tensor
 
+from t2i.convert.released import check_fit, plain_names
 from t2i.errors import CheckpointError
-from t2i.released import check_fit, plain_names
 
 PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 """What encodes and decodes; training files hold losses, discriminators and averages beside them."""

@@ -7,14 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2i.data import openmoji
-from t2i.errors import CheckpointError, UserError
-from t2i.model.backbone import is_open_lm
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.reference import open_lm_logits
-from t2i.model.resize import never_generate
-from t2i.model.weights import (
+from t2i.convert.open_lm import (
     RELEASED_CONFIGS,
     load_open_lm,
     open_lm_config,
@@ -22,13 +15,20 @@ from t2i.model.weights import (
     open_lm_tensors,
     read_config,
 )
-from t2i.released import RELEASES, read_weights, sha256_of, weight_files
+from t2i.convert.open_lm_reference import open_lm_logits
+from t2i.convert.released import RELEASES, read_weights, sha256_of, weight_files
+from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
+from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
+from t2i.data import openmoji
+from t2i.errors import CheckpointError, UserError
+from t2i.model.backbone import is_open_lm
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.resize import never_generate
 from t2i.runs.ckpt import find
 from t2i.runs.folder import new_folder
 from t2i.tokens.image import ImageTokenizer, to_pixels
-from t2i.tokens.reference import source_codes, source_latents, source_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
-from t2i.tokens.weights import SourceLayout, load_vq, vq_tensors
 
 OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
 NUM_PROOF_IDS = 24

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2i.tokens.weights import SourceLayout
+from t2i.convert.vq import SourceLayout
 
 NUM_GROUPS, EPS = 32, 1e-6
 

@@ -1,0 +1,1 @@
+"""Released weights become Hugging Face and diffusers folders."""
