@@ -16,10 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from t2i.config import DataConfig
+from t2i.cost.devices import peak_flops_of
+from t2i.cost.estimates import counts_of, flops_a_token
 from t2i.runs.folder import METRICS, append_metrics, rewind_metrics
-from t2i.train.devices import peak_flops_of
 from t2i.train.engine import KINDS
-from t2i.train.estimates import counts_of, flops_a_token
 
 logger = logging.getLogger(__name__)
 

@@ -122,6 +122,7 @@ def _train(
 ) -> None:
     import torch.distributed as dist
 
+    from t2i.cost.devices import warn_of_slow_bf16
     from t2i.data.integrity import check_listing
     from t2i.data.loader import StepLoader, num_text_sequences, text_stream
     from t2i.data.shards import (
@@ -135,7 +136,6 @@ def _train(
     from t2i.tokens.sequence import caption_room
     from t2i.tokens.text import TextTokenizer
     from t2i.train.build import build_model
-    from t2i.train.devices import warn_of_slow_bf16
     from t2i.train.engine import Learner, global_batch, make_engine
     from t2i.train.loop import Trainer
     from t2i.train.metrics import MetricsWriter

@@ -309,7 +309,7 @@ def test_one_bit_between_ranks_is_found(observed):
     expected="one warning with the factor and the ds_config to use",
 )
 def test_slow_bf16_is_said_once(monkeypatch, caplog, finished, observed):
-    from t2i.train import devices
+    from t2i.cost import devices
 
     monkeypatch.setattr(devices, "product_seconds", lambda dtype: 0.09 if dtype is torch.bfloat16 else 0.001)
     devices.warn_of_slow_bf16(torch.nn.Linear(4, 4), {"bf16": {"enabled": True}}, tokens=10)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from t2i.config import ASSETS, SampleConfig
+from t2i.cost.estimates import count_parameters
 from t2i.data.shards import read_manifest
 from t2i.errors import UserError
 from t2i.generate.draw import draw_codes
@@ -37,7 +38,6 @@ from t2i.runs.export import export
 from t2i.runs.folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
-from t2i.train.estimates import count_parameters
 from t2i.train.run import train
 
 ROOT = Path(__file__).parents[2]

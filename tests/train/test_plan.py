@@ -16,23 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.cli import flags_of
 from t2i.config import EMBEDDED_SHARDS, DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
-from t2i.data.shards import read_split
-from t2i.errors import UserError
-from t2i.model import loss
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.tokens.vocab import VocabLayout
-from t2i.train.devices import peak_flops_of
-from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import Learner, accumulation, global_batch, make_engine
-from t2i.train.estimates import (
+from t2i.cost.devices import peak_flops_of
+from t2i.cost.estimates import (
     activation_bytes,
     checkpoint_bytes,
     count_parameters,
     estimate_memory,
     flops_a_token,
 )
-from t2i.train.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
+from t2i.cost.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
+from t2i.data.shards import read_split
+from t2i.errors import UserError
+from t2i.model import loss
+from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.tokens.vocab import VocabLayout
+from t2i.train.ds_config import read_ds_config
+from t2i.train.engine import Learner, accumulation, global_batch, make_engine
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "launchers" / "configs" / "paper_1b.yaml"

@@ -14,15 +14,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from t2i.config import EMBEDDED_SHARDS, EMBEDDED_VIEWS, PlanConfig, RunConfig
-from t2i.data.shards import MANIFEST, read_manifest
-from t2i.errors import UserError
-from t2i.model.backbone import read_model_config
-from t2i.runs.ckpt import find
-from t2i.tokens.vocab import VocabLayout
-from t2i.train.build import random_model_config
-from t2i.train.devices import Device, find_device
-from t2i.train.engine import accumulation, global_batch
-from t2i.train.estimates import (
+from t2i.cost.devices import Device, find_device
+from t2i.cost.estimates import (
     Counts,
     Memory,
     checkpoint_bytes,
@@ -31,6 +24,13 @@ from t2i.train.estimates import (
     flops_a_token,
     weight_bytes,
 )
+from t2i.data.shards import MANIFEST, read_manifest
+from t2i.errors import UserError
+from t2i.model.backbone import read_model_config
+from t2i.runs.ckpt import find
+from t2i.tokens.vocab import VocabLayout
+from t2i.train.build import random_model_config
+from t2i.train.engine import accumulation, global_batch
 from t2i.train.run import check_numbers
 
 SHARE_LEFT_FREE = 0.08
