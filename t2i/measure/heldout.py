@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import read_split
 from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states, softmax_rows

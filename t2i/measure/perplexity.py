@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.sequences import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.text_shards import is_text
 from t2i.errors import DataError, UserError
