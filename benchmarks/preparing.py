@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from t2i.config import ASSETS, PrepareConfig
 from t2i.data.pairs import open_source
-from t2i.data.prepare import prepare
+from t2i.data.prepare.images import prepare
 from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer

@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def check(folder: Path, *, sheet: Path) -> None:
+    from t2i.data.prepare.preview import check_sheet, save_sheet, show_shards
     from t2i.data.shards import check_shards, has_image_tokenizer, read_manifest
-    from t2i.data.sheet import check_sheet, save_sheet, show_shards
 
     check_sheet(sheet)
     for split, count in check_shards(folder).items():
@@ -90,7 +90,7 @@ def check(folder: Path, *, sheet: Path) -> None:
 
 def pack(command: PrepareCommand, out: Path) -> None:
     from t2i.data.documents import open_documents
-    from t2i.data.text_shards import prepare_text
+    from t2i.data.prepare.text import prepare_text
     from t2i.tokens.text import TextTokenizer
 
     manifest = prepare_text(
@@ -106,7 +106,7 @@ def pack(command: PrepareCommand, out: Path) -> None:
 
 def encode(command: PrepareCommand, out: Path) -> None:
     from t2i.data.pairs import open_source
-    from t2i.data.prepare import prepare
+    from t2i.data.prepare.images import prepare
     from t2i.data.ranks import place_in_job
     from t2i.env import keep_memory
     from t2i.tokens.text import TextTokenizer
@@ -137,7 +137,7 @@ def encode(command: PrepareCommand, out: Path) -> None:
 
 def look(command: PrepareCommand) -> None:
     from t2i.data.pairs import open_source
-    from t2i.data.sheet import check_sheet, preview, save_sheet
+    from t2i.data.prepare.preview import check_sheet, preview, save_sheet
     from t2i.tokens.text import TextTokenizer
 
     check_sheet(command.sheet)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from t2i.data.prepare.text import is_text
 from t2i.data.shards import MANIFEST
-from t2i.data.text_shards import is_text
 from t2i.runs.ckpt import DATA_MANIFEST
 from t2i.runs.folder import RESOLVED, STATUS, read_metrics
 from t2i.study.grid import Study, run_dir

@@ -125,13 +125,13 @@ def _train(
     from t2i.cost.devices import warn_of_slow_bf16
     from t2i.data.integrity import check_listing
     from t2i.data.loader import StepLoader, num_text_sequences, text_stream
+    from t2i.data.prepare.text import check_text_use, is_text
     from t2i.data.shards import (
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
         check_image_tokenizer,
         has_image_tokenizer,
     )
-    from t2i.data.text_shards import check_text_use, is_text
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.sequence import caption_room
     from t2i.tokens.text import TextTokenizer
@@ -252,7 +252,7 @@ def prepare_embedded(out: Path) -> None:
     if out.exists():
         return
     from t2i.data.pairs import open_source
-    from t2i.data.prepare import prepare
+    from t2i.data.prepare.images import prepare
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, SourceConfig, TrainConfig
 from t2i.data.pairs import open_source, reopen_source
 from t2i.data.pairs.pattern import expand
-from t2i.data.prepare import prepare
+from t2i.data.prepare.images import prepare
 from t2i.data.shards import read_manifest, read_split
 from t2i.errors import DataError, UserError
 from t2i.runs.folder import read_metrics

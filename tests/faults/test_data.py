@@ -31,16 +31,16 @@ from streaming.base.storage.download import LocalDownloader
 
 from t2i import env
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data import prepare as preparing
 from t2i.data import ranks, remote
 from t2i.data.hashing import file_hash
 from t2i.data.integrity import LookAhead, check_listing, read_index, remake_command
 from t2i.data.loader import StepLoader
 from t2i.data.pairs import open_source
-from t2i.data.prepare import prepare
+from t2i.data.prepare import images as preparing
+from t2i.data.prepare.encode import HASH, column_kinds
+from t2i.data.prepare.images import prepare
 from t2i.data.shards import fetch_shards, read_manifest, read_split
 from t2i.data.shm import sweep
-from t2i.data.units import HASH, column_kinds
 from t2i.errors import DataError, LostRankError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -677,7 +677,7 @@ def test_a_folder_that_cannot_be_written_to_is_hashed_each_time(copy, monkeypatc
 
 def test_every_column_that_is_written_may_be_read(tokenizers):
     from t2i.data.integrity import COLUMNS
-    from t2i.data.units import Encoder
+    from t2i.data.prepare.encode import Encoder
 
     kinds = column_kinds(
         Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False)

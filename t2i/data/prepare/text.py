@@ -20,8 +20,8 @@ from t2i.config import DataConfig
 from t2i.data.documents import Documents
 from t2i.data.floors import code_floors
 from t2i.data.hashing import hash_uniform
+from t2i.data.prepare.encode import HASH
 from t2i.data.shards import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, read_split, side_files
-from t2i.data.units import HASH
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 

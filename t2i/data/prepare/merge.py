@@ -11,7 +11,7 @@ import numpy as np
 from streaming.base.format import reader_from_json
 from streaming.base.util import merge_index
 
-from t2i.data.units import (
+from t2i.data.prepare.encode import (
     REPEATED,
     Encoder,
     facts_file,

@@ -1,0 +1,1 @@
+"""Captioned images become shards once: read, crop, encode, merge, look at."""
