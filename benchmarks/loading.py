@@ -25,7 +25,7 @@ import torch
 
 from t2i.config import ASSETS, DataConfig
 from t2i.data.prepare.encode import HASH
-from t2i.data.shards import FORMAT_VERSION
+from t2i.data.shards.reader import FORMAT_VERSION
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 

@@ -24,7 +24,7 @@ from t2i.cost.estimates import (
     flops_a_token,
     weight_bytes,
 )
-from t2i.data.shards import MANIFEST, read_manifest
+from t2i.data.shards.reader import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.backbone import read_model_config
 from t2i.runs.ckpt import find

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.shards import check_sample, read_manifest
+from t2i.data.shards.reader import check_sample, read_manifest
 from t2i.data.stream import VerifiedStream, without_looks
 from t2i.errors import DataError, UserError
 from t2i.tokens.sequence import encode_sequence

@@ -12,9 +12,9 @@ from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.shared import SharedMemory, prefix
 from streaming.base.world import World
 
-from t2i.data.integrity import HASH, Verified, check_file, read_index, remake_advice
-from t2i.data.remote import fetch
-from t2i.data.shards import read_manifest
+from t2i.data.shards.integrity import HASH, Verified, check_file, read_index, remake_advice
+from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.remote import fetch
 
 Opened = TypeVar("Opened", bound=StreamingDataset)
 

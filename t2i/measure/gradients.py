@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards import read_split
+from t2i.data.shards.reader import read_split
 from t2i.errors import DataError
 from t2i.files import write_json
 from t2i.model.backbone import head_of, hidden_states, softmax_rows

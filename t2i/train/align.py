@@ -20,7 +20,7 @@ from tqdm import tqdm
 from t2i.config import AlignRun, ModelConfig, RunConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.loader import StepLoader, num_trained_on
-from t2i.data.shards import read_split
+from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows

@@ -123,10 +123,10 @@ def _train(
     import torch.distributed as dist
 
     from t2i.cost.devices import warn_of_slow_bf16
-    from t2i.data.integrity import check_listing
     from t2i.data.loader import StepLoader, num_text_sequences, text_stream
     from t2i.data.prepare.text import check_text_use, is_text
-    from t2i.data.shards import (
+    from t2i.data.shards.integrity import check_listing
+    from t2i.data.shards.reader import (
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
         check_image_tokenizer,
@@ -218,7 +218,7 @@ def manifest_of(data: DataConfig) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from t2i.data.shards import fetch_shards, read_manifest
+    from t2i.data.shards.reader import fetch_shards, read_manifest
 
     if data.shards == EMBEDDED_SHARDS and not data.remote:
         on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from t2i import faults
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
-from t2i.data.shards import MANIFEST
+from t2i.data.shards.reader import MANIFEST
 from t2i.errors import CheckpointError, UserError
 from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict

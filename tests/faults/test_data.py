@@ -31,15 +31,16 @@ from streaming.base.storage.download import LocalDownloader
 
 from t2i import env
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data import ranks, remote
+from t2i.data import ranks
 from t2i.data.hashing import file_hash
-from t2i.data.integrity import LookAhead, check_listing, read_index, remake_command
 from t2i.data.loader import StepLoader
 from t2i.data.pairs import open_source
 from t2i.data.prepare import images as preparing
 from t2i.data.prepare.encode import HASH, column_kinds
 from t2i.data.prepare.images import prepare
-from t2i.data.shards import fetch_shards, read_manifest, read_split
+from t2i.data.shards import remote
+from t2i.data.shards.integrity import LookAhead, check_listing, read_index, remake_command
+from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
 from t2i.data.shm import sweep
 from t2i.errors import DataError, LostRankError, UserError
 from t2i.tokens.image import ImageTokenizer
@@ -301,7 +302,9 @@ def test_looking_ahead_finds_what_is_not_read_yet(copy, observed, monkeypatch):
     verified = json.loads((copy / "verified.json").read_text())
     assert len(verified) == len(shard_files(copy)) + len(shard_files(copy, "heldout"))
     hashed = []
-    monkeypatch.setattr("t2i.data.integrity.file_hash", lambda path: hashed.append(path) or file_hash(path))
+    monkeypatch.setattr(
+        "t2i.data.shards.integrity.file_hash", lambda path: hashed.append(path) or file_hash(path)
+    )
     path = shard_files(copy)[-1]
     flip(path, at=-9)
     loader = step_loader(copy)
@@ -669,15 +672,15 @@ def test_a_folder_that_cannot_be_written_to_is_hashed_each_time(copy, monkeypatc
     def refuse(path, value):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("t2i.data.integrity.write_json", refuse)
+    monkeypatch.setattr("t2i.data.shards.integrity.write_json", refuse)
     ahead = LookAhead(copy, manifest=read_manifest(copy))
     ahead.run()
     ahead.check()
 
 
 def test_every_column_that_is_written_may_be_read(tokenizers):
-    from t2i.data.integrity import COLUMNS
     from t2i.data.prepare.encode import Encoder
+    from t2i.data.shards.integrity import COLUMNS
 
     kinds = column_kinds(
         Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False)

@@ -26,7 +26,7 @@ from t2i.config import SourceConfig
 from t2i.convert.released import read_weights
 from t2i.data.pairs import open_source, read_picture
 from t2i.data.pairs import tars as reading
-from t2i.data.shards import read_split
+from t2i.data.shards.reader import read_split
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.runs.ckpt import find, open_checkpoint
 from t2i.runs.trust import check_owner

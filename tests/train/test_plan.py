@@ -25,7 +25,7 @@ from t2i.cost.estimates import (
     flops_a_token,
 )
 from t2i.cost.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
-from t2i.data.shards import read_split
+from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.model import loss
 from t2i.model.configuration_open_lm import OpenLMConfig

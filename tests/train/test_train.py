@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
-from t2i.data.shards import read_manifest
+from t2i.data.shards.reader import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.ckpt import open_checkpoint

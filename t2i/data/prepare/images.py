@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.decode import decoding
-from t2i.data.floors import code_floors
 from t2i.data.pairs import SPLITS, GivenIds, Source
 from t2i.data.prepare.encode import Encoder, facts_file, write_unit
 from t2i.data.prepare.merge import Merged, merge_units
 from t2i.data.ranks import signs_of_life, wait_for
 from t2i.data.roundtrip import write_round_trip
-from t2i.data.shards import (
+from t2i.data.shards.baselines import code_floors
+from t2i.data.shards.reader import (
     BROKEN,
     FORMAT_VERSION,
     IMAGE_TOKENIZER,

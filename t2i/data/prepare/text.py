@@ -1,6 +1,6 @@
 """Documents to shards for text-only training: ids joined by the tokenizer's end token, cut into whole sequences.
 
-The folder is one of t2i/data/shards.py without pictures: train/, heldout/ and a manifest that has no image keys. A
+The folder is one of t2i/data/shards/reader.py without pictures: train/, heldout/ and a manifest that has no image keys. A
 sequence is text alone, with no marker, as language models are trained; so its model is a plain language model.
 """
 
@@ -18,10 +18,17 @@ from tqdm import tqdm
 
 from t2i.config import DataConfig
 from t2i.data.documents import Documents
-from t2i.data.floors import code_floors
 from t2i.data.hashing import hash_uniform
 from t2i.data.prepare.encode import HASH
-from t2i.data.shards import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, read_split, side_files
+from t2i.data.shards.baselines import code_floors
+from t2i.data.shards.reader import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TEXT_TOKENIZER,
+    read_manifest,
+    read_split,
+    side_files,
+)
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from streaming.base.storage.download import CloudDownloader
 
 from t2i.data.hashing import file_hash
-from t2i.data.integrity import HASH
+from t2i.data.shards.integrity import HASH
 from t2i.errors import DataError
 
 logger = logging.getLogger(__name__)
