@@ -25,8 +25,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2i.config import ASSETS, PrepareConfig
-from t2i.data.pairs import open_source
 from t2i.data.prepare.images import prepare
+from t2i.data.sources import open_source
 from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer

@@ -60,7 +60,7 @@ def main() -> None:
     command = parse(PrepareCommand, description=__doc__ or "")
     if [command.out is not None, command.check is not None, command.preview > 0].count(True) != 1:
         raise UserError("give one of --out DIR to prepare, --check DIR to check, --preview N to look.")
-    from t2i.data.documents import PREFIX
+    from t2i.data.sources.documents import PREFIX
 
     if command.check:
         check(command.check, sheet=command.sheet)
@@ -89,8 +89,8 @@ def check(folder: Path, *, sheet: Path) -> None:
 
 
 def pack(command: PrepareCommand, out: Path) -> None:
-    from t2i.data.documents import open_documents
     from t2i.data.prepare.text import prepare_text
+    from t2i.data.sources.documents import open_documents
     from t2i.tokens.text import TextTokenizer
 
     manifest = prepare_text(
@@ -105,9 +105,9 @@ def pack(command: PrepareCommand, out: Path) -> None:
 
 
 def encode(command: PrepareCommand, out: Path) -> None:
-    from t2i.data.pairs import open_source
     from t2i.data.prepare.images import prepare
     from t2i.data.ranks import place_in_job
+    from t2i.data.sources import open_source
     from t2i.env import keep_memory
     from t2i.tokens.text import TextTokenizer
 
@@ -136,8 +136,8 @@ def encode(command: PrepareCommand, out: Path) -> None:
 
 
 def look(command: PrepareCommand) -> None:
-    from t2i.data.pairs import open_source
     from t2i.data.prepare.preview import check_sheet, preview, save_sheet
+    from t2i.data.sources import open_source
     from t2i.tokens.text import TextTokenizer
 
     check_sheet(command.sheet)

@@ -40,7 +40,7 @@ class SampleCommand:
 
 
 def captions_of(prompts: tuple[str, ...]) -> list[str]:
-    from t2i.data.caption_list import LISTS, read_caption_list
+    from t2i.data.sources.caption_list import LISTS, read_caption_list
 
     if len(prompts) == 1:
         path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1

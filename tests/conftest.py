@@ -50,8 +50,8 @@ def one_process():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    from t2i.data.pairs import open_source
     from t2i.data.prepare.images import prepare
+    from t2i.data.sources import open_source
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 

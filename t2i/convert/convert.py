@@ -19,7 +19,7 @@ from t2i.convert.open_lm_reference import open_lm_logits
 from t2i.convert.released import RELEASES, read_weights, sha256_of, weight_files
 from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
 from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
-from t2i.data import openmoji
+from t2i.data.sources import openmoji
 from t2i.errors import CheckpointError, UserError
 from t2i.model.backbone import is_open_lm
 from t2i.model.configuration_open_lm import OpenLMConfig

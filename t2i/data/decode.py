@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i.config import PrepareConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs import UNREADABLE, LeftOut, Pair
+from t2i.data.sources import UNREADABLE, LeftOut, Pair
 from t2i.errors import DataError
 from t2i.tokens.image import centre_crop_resize, shifted
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from t2i.config import PrepareConfig
 from t2i.data.decode import decode
-from t2i.data.pairs import Pair, Source, Unit
 from t2i.data.shards.reader import RECONSTRUCTIONS
+from t2i.data.sources import Pair, Source, Unit
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, pictures_of, to_pixels
 
 NUM_ROUND_TRIP, NUM_COMPARED = 8, 32

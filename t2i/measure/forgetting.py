@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i.data.documents import PREFIX, open_documents
 from t2i.data.prepare.text import check_text_tokenizer, is_text
 from t2i.data.shards.reader import MANIFEST, read_manifest, read_split
+from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.errors import DataError
 from t2i.files import write_whole
 from t2i.measure.sums import ShouldStop, never, rank_and_size, sum_over_ranks

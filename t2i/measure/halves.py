@@ -12,7 +12,7 @@ from typing import Any
 
 from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs import Pair, reopen_source
+from t2i.data.sources import Pair, reopen_source
 from t2i.errors import DataError
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
 from t2i.measure.pictures import Pictures, encode, readable

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i.data.pairs import UNREADABLE, Pair, read_picture
+from t2i.data.sources import UNREADABLE, Pair, read_picture
 from t2i.errors import DataError
 from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
 

@@ -251,8 +251,8 @@ def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless shards are there."""
     if out.exists():
         return
-    from t2i.data.pairs import open_source
     from t2i.data.prepare.images import prepare
+    from t2i.data.sources import open_source
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
 

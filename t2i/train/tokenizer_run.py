@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs import UNREADABLE, Source
+from t2i.data.sources import UNREADABLE, Source
 from t2i.errors import DataError, UserError
 from t2i.measure.features import load_features, metric_key
 from t2i.measure.reconstruction import Reconstruction, evaluate_tokenizer

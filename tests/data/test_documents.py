@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from t2i.config import ASSETS, DataConfig
-from t2i.data import documents
-from t2i.data.documents import open_documents, prose
 from t2i.data.prepare.text import check_text_use, is_text, prepare_text
 from t2i.data.shards.reader import check_shards, read_manifest, read_split
+from t2i.data.sources import documents
+from t2i.data.sources.documents import open_documents, prose
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer, documentation_strings
 

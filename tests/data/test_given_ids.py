@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
-from t2i.data.pairs import open_source
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.reader import check_shards, read_manifest, read_split
+from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics

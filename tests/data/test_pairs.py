@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from t2i.data import openmoji, pairs
+from t2i.data import sources as pairs
+from t2i.data.sources import openmoji
 from t2i.errors import DataError
 
 

@@ -15,9 +15,9 @@ from botocore.exceptions import BotoCoreError
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.loader import StepLoader
-from t2i.data.pairs import open_source
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
+from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import data_of
 from t2i.runs.ckpt import open_language_model

@@ -12,11 +12,11 @@ from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.dataset import is_dropped
 from t2i.data.decode import views
 from t2i.data.loader import StepLoader
-from t2i.data.pairs import open_source
 from t2i.data.prepare import images as preparing
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import reader as shards
 from t2i.data.shards.baselines import code_floors
+from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, shifted, to_pixels
 from t2i.tokens.sequence import decode_sequence

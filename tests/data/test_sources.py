@@ -9,10 +9,10 @@ import made_sources as made
 import pytest
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, SourceConfig, TrainConfig
-from t2i.data.pairs import open_source, reopen_source
-from t2i.data.pairs.pattern import expand
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.reader import read_manifest, read_split
+from t2i.data.sources import open_source, reopen_source
+from t2i.data.sources.pattern import expand
 from t2i.errors import DataError, UserError
 from t2i.runs.folder import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels

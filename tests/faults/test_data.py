@@ -34,7 +34,6 @@ from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data import ranks
 from t2i.data.hashing import file_hash
 from t2i.data.loader import StepLoader
-from t2i.data.pairs import open_source
 from t2i.data.prepare import images as preparing
 from t2i.data.prepare.encode import HASH, column_kinds
 from t2i.data.prepare.images import prepare
@@ -42,6 +41,7 @@ from t2i.data.shards import remote
 from t2i.data.shards.integrity import LookAhead, check_listing, read_index, remake_command
 from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
 from t2i.data.shm import sweep
+from t2i.data.sources import open_source
 from t2i.errors import DataError, LostRankError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer

@@ -16,8 +16,8 @@ from PIL import Image
 
 from t2i import faults
 from t2i.config import ASSETS, PrepareConfig
-from t2i.data.pairs import open_source
 from t2i.data.prepare.images import prepare
+from t2i.data.sources import open_source
 from t2i.errors import NumericalError
 from t2i.runs import checkpoints
 from t2i.runs.folder import read_metrics

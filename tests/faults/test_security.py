@@ -24,9 +24,9 @@ from streaming import MDSWriter
 from t2i.cli import flags_of
 from t2i.config import SourceConfig
 from t2i.convert.released import read_weights
-from t2i.data.pairs import open_source, read_picture
-from t2i.data.pairs import tars as reading
 from t2i.data.shards.reader import read_split
+from t2i.data.sources import open_source, read_picture
+from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.runs.ckpt import find, open_checkpoint
 from t2i.runs.trust import check_owner

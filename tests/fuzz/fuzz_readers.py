@@ -19,11 +19,11 @@ import atheris
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.pairs", "t2i.files"]):
+with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.sources", "t2i.files"]):
     import made_sources as made
     from PIL import JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  read on first use
 
-    from t2i.data.pairs import UNREADABLE, open_source, read_picture
+    from t2i.data.sources import UNREADABLE, open_source, read_picture
 
 
 def pictures(data: bytes) -> None:

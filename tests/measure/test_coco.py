@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from t2i.config import ASSETS
-from t2i.data.pairs.coco import Caption, CaptionFile
+from t2i.data.sources.coco import Caption, CaptionFile
 from t2i.errors import DataError, UserError
 from t2i.measure import reference
 from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip

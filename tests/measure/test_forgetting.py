@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from t2i.data.documents import open_documents
 from t2i.data.prepare.text import prepare_text
+from t2i.data.sources.documents import open_documents
 from t2i.errors import DataError
 from t2i.measure.forgetting import (
     PROMPTS,

@@ -12,9 +12,9 @@ import pytest
 from conftest import config_of
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
-from t2i.data.documents import open_documents
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.reader import read_manifest
+from t2i.data.sources.documents import open_documents
 from t2i.errors import NumericalError, UserError
 from t2i.measure import gradients
 from t2i.measure import perplexity as perplexity_module

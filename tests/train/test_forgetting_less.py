@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
-from t2i.data.documents import open_documents
 from t2i.data.loader import StepLoader
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.reader import read_manifest, read_split
+from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.ckpt import open_checkpoint

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from t2i.config import TokenizerConfig
-from t2i.data.pairs import open_source
+from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.reconstruction import structural_similarity
 from t2i.tokens.image import ImageTokenizer

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from t2i.config import PrepareConfig
 from t2i.data.decode import decode_all, view_key
-from t2i.data.pairs import Pair, Unit
+from t2i.data.sources import Pair, Unit
 from t2i.files import write_json
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import TextTokenizer

@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from t2i.config import PrepareConfig
-from t2i.data.pairs import Source
 from t2i.data.roundtrip import sample_pictures
 from t2i.data.shards.reader import IMAGE_TOKENIZER, TEXT_TOKENIZER, read_split
+from t2i.data.sources import Source
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, pictures_of, to_pixels
 from t2i.tokens.text import TextTokenizer

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 
 from t2i.config import SourceConfig
-from t2i.data.pairs.folders import CAPTION_COLUMNS
-from t2i.data.pairs.pair import Entry, Read, parquet_errors, read_picture
+from t2i.data.sources.folder import CAPTION_COLUMNS
+from t2i.data.sources.source import Entry, Read, parquet_errors, read_picture
 from t2i.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")

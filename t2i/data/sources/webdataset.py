@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from t2i.config import SourceConfig
-from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, Read, read_picture
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Read, read_picture
 from t2i.errors import DataError
 from t2i.files import parse_json
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import SourceConfig
-from t2i.data import openmoji
-from t2i.data.pairs.coco import caption_files, has_both, read_coco
-from t2i.data.pairs.folders import find_metadata, read_image_folder, read_text_folder
-from t2i.data.pairs.given import read_facts, units_of_ids
-from t2i.data.pairs.hub import units_of_dataset
-from t2i.data.pairs.pair import (
+from t2i.data.sources import openmoji
+from t2i.data.sources.coco import caption_files, has_both, read_coco
+from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
+from t2i.data.sources.hub import units_of_dataset
+from t2i.data.sources.parquet import units_of_tables
+from t2i.data.sources.pattern import expand
+from t2i.data.sources.precomputed import read_facts, units_of_ids
+from t2i.data.sources.source import (
     IMAGE_SUFFIXES,
     UNREADABLE,
     Entry,
@@ -30,9 +32,7 @@ from t2i.data.pairs.pair import (
     read_picture,
     sift,
 )
-from t2i.data.pairs.pattern import expand
-from t2i.data.pairs.tables import units_of_tables
-from t2i.data.pairs.tars import units_of_tars
+from t2i.data.sources.webdataset import units_of_tars
 from t2i.errors import DataError, UserError
 
 __all__ = [

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from t2i.data.pairs.pair import IMAGE_SUFFIXES, Entry, file_inside, read_file
-from t2i.data.pairs.rows import read_rows
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, file_inside, read_file
+from t2i.data.sources.tables import read_rows
 from t2i.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

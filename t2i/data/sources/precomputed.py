@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from t2i.data.hashing import hash_uniform
-from t2i.data.pairs.pair import GivenIds, Pair, Unit, caption_text
+from t2i.data.sources.source import GivenIds, Pair, Unit, caption_text
 from t2i.errors import DataError
 
 FACTS = "ids.json"

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from t2i.config import SourceConfig
-from t2i.data.pairs.folders import CAPTION_COLUMNS
-from t2i.data.pairs.pair import Entry, Read, read_picture
-from t2i.data.pairs.tables import IMAGE_COLUMNS, choose_column, picture_bytes
+from t2i.data.sources.folder import CAPTION_COLUMNS
+from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, picture_bytes
+from t2i.data.sources.source import Entry, Read, read_picture
 from t2i.errors import DataError
 
 KEY_COLUMNS = ("key", "__key__")

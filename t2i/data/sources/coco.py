@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from t2i.data.pairs.pair import Entry, file_inside, read_file
+from t2i.data.sources.source import Entry, file_inside, read_file
 from t2i.errors import DataError
 from t2i.files import Kind, check_keys, read_json
 

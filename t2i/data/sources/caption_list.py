@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i.data.pairs.rows import TABLES, read_rows
+from t2i.data.sources.tables import TABLES, read_rows
 from t2i.errors import DataError
 
 LISTS = (".txt", *TABLES)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from t2i.data.pairs.pair import parquet_errors
+from t2i.data.sources.source import parquet_errors
 from t2i.errors import DataError
 from t2i.files import parse_json
 
