@@ -131,7 +131,7 @@ def cpu_share(seconds: list[float]) -> side_by_side.Row:
 def t2i_batches(folder: Path, *, num_pairs: int = BATCH, num_workers: int = 0) -> Iterator[object]:
     """Read as training does."""
     from t2i.data.loader import StepLoader
-    from t2i.train.launch import prepare_environment
+    from t2i.distributed.launch import prepare_environment
 
     prepare_environment()
     layout = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=CODEBOOK)

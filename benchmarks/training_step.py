@@ -102,9 +102,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def engine_of(**settings: bool) -> Any:
     """Build t2i's own engine and loss; settings are of the model's configuration."""
+    from t2i.distributed.launch import start_processes
     from t2i.train.ds_config import read_ds_config
     from t2i.train.engine import Learner, make_engine
-    from t2i.train.launch import start_processes
 
     start_processes()
     learner = Learner(OpenLMForCausalLM(OpenLMConfig(**SIZES, **settings)).train(), layout=LAYOUT)

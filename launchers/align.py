@@ -31,7 +31,7 @@ class AlignCommand:
 
 def main() -> None:
     command = parse(AlignCommand, description=__doc__ or "")
-    from t2i.train.launch import start_processes
+    from t2i.distributed.launch import start_processes
 
     start_processes()
     from t2i.train.align import ROWS_FILE, align

@@ -106,8 +106,8 @@ def pack(command: PrepareCommand, out: Path) -> None:
 
 def encode(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.images import prepare
-    from t2i.data.ranks import place_in_job
     from t2i.data.sources import open_source
+    from t2i.distributed.heartbeat import place_in_job
     from t2i.env import keep_memory
     from t2i.tokens.text import TextTokenizer
 

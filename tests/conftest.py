@@ -43,7 +43,7 @@ def call(monkeypatch):
 
 @pytest.fixture
 def one_process():
-    from t2i.train.launch import start_processes
+    from t2i.distributed.launch import start_processes
 
     start_processes()
 

@@ -17,10 +17,10 @@ import yaml
 from t2i.cli import flags_of
 from t2i.config import RunConfig
 from t2i.cost.plan import describe, make_plan
+from t2i.distributed.launch import prepare_environment
 from t2i.errors import UserError
 from t2i.runs.folder import read_metrics
 from t2i.train.ds_config import read_ds_config
-from t2i.train.launch import prepare_environment
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "launchers" / "cluster"

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from t2i.distributed.launch import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError
 from t2i.runs.trust import only_plain_values
-from t2i.train.launch import of_all_ranks, on_first_rank
 
 logger = logging.getLogger(__name__)
 

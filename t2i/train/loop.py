@@ -11,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i import faults
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
+from t2i.distributed import faults
+from t2i.distributed.health import STEP, Watchdog
+from t2i.distributed.launch import any_rank, of_all_ranks
+from t2i.distributed.signals import SAVE, STOP, StopFlag, asked_by_file, forget_file
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.sums import Interrupted
 from t2i.runs import checkpoints
@@ -21,13 +24,10 @@ from t2i.tokens.sequence import next_token_labels
 from t2i.train.agreement import Read, read_step
 from t2i.train.engine import micro_batches
 from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
-from t2i.train.launch import any_rank, of_all_ranks
 from t2i.train.metrics import MetricsWriter, Speed, loss_row, number, peak_memory_bytes, short, why_skipped
-from t2i.train.peers import STEP, Watchdog
 from t2i.train.periodic import Periodic
 from t2i.train.saving import Saver
 from t2i.train.schedule import learning_rate
-from t2i.train.stop import SAVE, STOP, StopFlag, asked_by_file, forget_file
 
 logger = logging.getLogger(__name__)
 

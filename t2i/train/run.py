@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from t2i import faults
 from t2i.config import (
     ASSETS,
     EMBEDDED_SHARDS,
@@ -18,12 +17,8 @@ from t2i.config import (
     RunConfig,
     TrainConfig,
 )
-from t2i.env import check_machine
-from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
-from t2i.runs.checkpoints import last_step
-from t2i.runs.folder import make_folder, open_run, write_status
-from t2i.train.ds_config import read_ds_config
-from t2i.train.launch import (
+from t2i.distributed import faults
+from t2i.distributed.launch import (
     is_first_on_node,
     make_repeatable,
     on_first_rank,
@@ -31,7 +26,12 @@ from t2i.train.launch import (
     start_processes,
     warn_of_building,
 )
-from t2i.train.stop import StopFlag, stop_flag
+from t2i.distributed.signals import StopFlag, stop_flag
+from t2i.env import check_machine
+from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
+from t2i.runs.checkpoints import last_step
+from t2i.runs.folder import make_folder, open_run, write_status
+from t2i.train.ds_config import read_ds_config
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
         import torch.distributed as dist
 
-        from t2i.data.shm import sweep
+        from t2i.distributed.health import Peers
+        from t2i.distributed.shared_memory import sweep
         from t2i.train.engine import global_batch
-        from t2i.train.peers import Peers
 
         if is_first_on_node() and not dist.is_initialized():
             sweep()
@@ -132,6 +132,7 @@ def _train(
         check_image_tokenizer,
         has_image_tokenizer,
     )
+    from t2i.distributed.health import Watchdog
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.sequence import caption_room
     from t2i.tokens.text import TextTokenizer
@@ -139,7 +140,6 @@ def _train(
     from t2i.train.engine import Learner, global_batch, make_engine
     from t2i.train.loop import Trainer
     from t2i.train.metrics import MetricsWriter
-    from t2i.train.peers import Watchdog
     from t2i.train.periodic import periodic_work
     from t2i.train.saving import Saver
 
@@ -281,7 +281,7 @@ def _leave(config: RunConfig, peers: Any, error: BaseException) -> NoReturn:
     An error that every rank has is the first rank's to say. One that a rank has alone is its own; the others only meet
     a lost connection, and the lowest of them says who is gone.
     """
-    from t2i.train.peers import is_lost_connection
+    from t2i.distributed.health import is_lost_connection
 
     code, is_first = exit_code(error), peers.rank == 0
     is_shared = isinstance(error, NumericalError | Stopped | KeyboardInterrupt)

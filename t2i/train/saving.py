@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from t2i import faults
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards.reader import MANIFEST
+from t2i.distributed import faults
+from t2i.distributed.launch import on_first_rank
 from t2i.errors import CheckpointError, UserError
 from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict
@@ -29,7 +30,6 @@ from t2i.tokens.text import TextTokenizer
 from t2i.train.engine import group_sizes, optimizer_state_bytes
 from t2i.train.engine_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
-from t2i.train.launch import on_first_rank
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import made_sources as made
 import pytest
 
 from t2i.config import ASSETS, PrepareConfig
-from t2i.data import ranks
 from t2i.data.prepare import images as preparing
 from t2i.data.prepare.images import prepare
 from t2i.data.sources import open_source
+from t2i.distributed import heartbeat as ranks
 from t2i.errors import DataError, LostRankError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer

@@ -31,7 +31,6 @@ from streaming.base.storage.download import LocalDownloader
 
 from t2i import env
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data import ranks
 from t2i.data.hashing import file_hash
 from t2i.data.loader import StepLoader
 from t2i.data.prepare import images as preparing
@@ -40,8 +39,9 @@ from t2i.data.prepare.images import prepare
 from t2i.data.shards import remote
 from t2i.data.shards.integrity import LookAhead, check_listing, read_index, remake_command
 from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
-from t2i.data.shm import sweep
 from t2i.data.sources import open_source
+from t2i.distributed import heartbeat as ranks
+from t2i.distributed.shared_memory import sweep
 from t2i.errors import DataError, LostRankError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer

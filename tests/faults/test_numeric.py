@@ -14,10 +14,10 @@ from conftest import config_of
 from launched import ROOT, Job, ds_config, first_difference, free_port, record, state_of_last, steps
 from PIL import Image
 
-from t2i import faults
 from t2i.config import ASSETS, PrepareConfig
 from t2i.data.prepare.images import prepare
 from t2i.data.sources import open_source
+from t2i.distributed import faults
 from t2i.errors import NumericalError
 from t2i.runs import checkpoints
 from t2i.runs.folder import read_metrics

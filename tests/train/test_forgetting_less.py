@@ -266,7 +266,7 @@ def without_launcher():
 READER = """
 import json, sys
 from pathlib import Path
-from t2i.train.launch import start_processes
+from t2i.distributed.launch import start_processes
 start_processes()
 import torch.distributed as dist
 from t2i.config import DataConfig

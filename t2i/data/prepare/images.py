@@ -21,7 +21,6 @@ from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.decode import decoding
 from t2i.data.prepare.encode import Encoder, facts_file, write_unit
 from t2i.data.prepare.merge import Merged, merge_units
-from t2i.data.ranks import signs_of_life, wait_for
 from t2i.data.roundtrip import write_round_trip
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import (
@@ -35,6 +34,7 @@ from t2i.data.shards.reader import (
     side_files,
 )
 from t2i.data.sources import SPLITS, GivenIds, Source
+from t2i.distributed.heartbeat import signs_of_life, wait_for
 from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.tokens.image import ImageTokenizer
