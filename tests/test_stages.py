@@ -12,8 +12,8 @@ from PIL import Image
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.generate import draw
-from t2i.generate.draw import draw_folder
+from t2i.generate import sample as draw
+from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.halves import halves_task, read_data_manifest
 from t2i.measure.score import Drawing, Rulers, draw_rows, score

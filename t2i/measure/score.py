@@ -18,7 +18,7 @@ import torch
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.files import write_json, write_whole
-from t2i.generate.draw import caption_lines, captions_sha256, draw_folder
+from t2i.generate.sample import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
 from t2i.measure.compare import SCORES

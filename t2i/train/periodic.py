@@ -9,7 +9,7 @@ from torch import nn
 
 from t2i.config import RunConfig
 from t2i.data.shards.reader import read_split
-from t2i.generate.draw import draw_grid
+from t2i.generate.sample import draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
 from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.sums import Interrupted, ShouldStop

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.generate.layouts import read_benchmark
+from t2i.generate.benchmarks import read_benchmark
 
 ROWS = [
     {"tag": "two_object", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"},

@@ -27,7 +27,7 @@ from t2i.config import ASSETS, SampleConfig
 from t2i.cost.estimates import count_parameters
 from t2i.data.shards.reader import read_manifest
 from t2i.errors import UserError
-from t2i.generate.draw import draw_codes
+from t2i.generate.sample import draw_codes
 from t2i.measure.forgetting import completions
 from t2i.measure.heldout import heldout_rows
 from t2i.measure.nearest import compare_rows

@@ -16,7 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.generate.draw import grid
+from t2i.generate.sample import grid
 
 PER_PROMPT = 4
 """Pictures a prompt in both benchmarks."""
