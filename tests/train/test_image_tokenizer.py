@@ -8,11 +8,11 @@ from PIL import Image
 from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.measure.reconstruction import structural_similarity
+from t2i.image_tokenizer import train as image_tokenizer
+from t2i.image_tokenizer.make import make_tokenizer
+from t2i.image_tokenizer.quality import structural_similarity
+from t2i.image_tokenizer.train import Codebook, build_model, kmeans, train_image_tokenizer
 from t2i.tokens.image import ImageTokenizer
-from t2i.train import image_tokenizer
-from t2i.train.image_tokenizer import Codebook, build_model, kmeans, train_image_tokenizer
-from t2i.train.tokenizer_run import make_tokenizer
 
 TINY = TokenizerConfig(
     image_size=16,

@@ -12,10 +12,10 @@ from t2i.config import TokenizerConfig
 from t2i.data.hashing import hash_uniform
 from t2i.data.sources import UNREADABLE, Source
 from t2i.errors import DataError, UserError
+from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
+from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
 from t2i.measure.features import load_features, metric_key
-from t2i.measure.reconstruction import Reconstruction, evaluate_tokenizer
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
-from t2i.train.image_tokenizer import STATE_FILE, train_image_tokenizer
 
 FEATURES = "efficientnet_lite0"
 

@@ -1,0 +1,1 @@
+"""The image tokenizer's own training, and what its reconstructions are worth."""
