@@ -14,7 +14,7 @@ from cleanfid.fid import frechet_distance as clean_fid
 from threadpoolctl import threadpool_limits
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from t2i.measure.frechet import frechet_distance, statistics
+from t2i.measure.distances import frechet_distance, statistics
 
 
 def main() -> None:

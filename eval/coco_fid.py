@@ -76,7 +76,7 @@ class CompareCommand:
 
 def score_model(command: ScoreCommand) -> None:
     from t2i.generate.processes import join, leave
-    from t2i.measure.reference import measure_reference
+    from t2i.measure.feature_cache import measure_reference
     from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.ckpt import open_checkpoint
 
@@ -110,7 +110,7 @@ def score_model(command: ScoreCommand) -> None:
 
 def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
     from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_coco
-    from t2i.measure.halves import halves_task, read_data_manifest
+    from t2i.measure.heldout_images import halves_task, read_data_manifest
 
     if command.coco is None:
         return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
@@ -136,7 +136,7 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
 
 
 def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
-    from t2i.measure.halves import caption_meters, read_data_manifest
+    from t2i.measure.heldout_images import caption_meters, read_data_manifest
 
     return caption_meters(checkpoint, read_data_manifest(checkpoint))
 

@@ -32,7 +32,7 @@ class NearestCommand:
 
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
-    from t2i.measure.nearest import compare_rows, write_results
+    from t2i.measure.embeddings import compare_rows, write_results
     from t2i.runs.ckpt import open_language_model
 
     model = open_language_model(command.ckpt)

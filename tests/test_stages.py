@@ -15,7 +15,7 @@ from t2i.errors import UserError
 from t2i.generate import sample as draw
 from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
-from t2i.measure.halves import halves_task, read_data_manifest
+from t2i.measure.heldout_images import halves_task, read_data_manifest
 from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from t2i.errors import UserError
-from t2i.measure.pictures import batches, read_file
+from t2i.measure.images import batches, read_file
 from t2i.runs.ckpt import weights_sha256
 
 RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"

@@ -15,9 +15,9 @@ from t2i.data.hashing import hash_uniform
 from t2i.data.sources.caption_list import read_caption_list
 from t2i.data.sources.coco import Caption, CaptionFile, read_captions
 from t2i.errors import DataError, UserError
+from t2i.measure.feature_cache import Reference
 from t2i.measure.features import cache_folder
-from t2i.measure.pictures import Pictures, read_file
-from t2i.measure.reference import Reference
+from t2i.measure.images import Pictures, read_file
 from t2i.measure.score import Task
 
 CAPTIONS = Path("annotations", "captions_val2014.json")

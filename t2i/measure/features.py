@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.errors import DataError, UserError
-from t2i.measure.pictures import batches, read_file
+from t2i.measure.images import batches, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from t2i.generate.sample import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
 from t2i.measure.compare import SCORES
+from t2i.measure.distances import frechet_distance, kernel_distance, sample_size_note
+from t2i.measure.feature_cache import BATCH_SIZE, Measured, Reference, measure, measure_reference
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
-from t2i.measure.frechet import frechet_distance, kernel_distance, sample_size_note
-from t2i.measure.pictures import Pictures, Reconstructions
-from t2i.measure.reference import BATCH_SIZE, Measured, Reference, measure, measure_reference
+from t2i.measure.images import Pictures, Reconstructions
 from t2i.model.backbone import made_of
 from t2i.runs.ckpt import Checkpoint
 

@@ -29,7 +29,7 @@ from transformers import (
 from t2i.config import ASSETS
 from t2i.data.sources.coco import Caption, CaptionFile
 from t2i.errors import DataError, UserError
-from t2i.measure import reference
+from t2i.measure import feature_cache as reference
 from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip
 from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_coco
 from t2i.runs.ckpt import open_checkpoint

@@ -10,8 +10,8 @@ from matplotlib import cbook
 from PIL import Image
 
 from t2i.measure import features
+from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.features import cached_inception, extract, kernel_key, load_features, metric_key
-from t2i.measure.frechet import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from t2i.measure.frechet import (
+from t2i.measure.distances import (
     FrechetStatistics,
     frechet_distance,
     kernel_distance,

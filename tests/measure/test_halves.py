@@ -4,7 +4,7 @@ import pytest
 from measure.conftest import write_coco
 
 from t2i.errors import DataError
-from t2i.measure.halves import heldout_halves
+from t2i.measure.heldout_images import heldout_halves
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.features import extract, load_features
-from t2i.measure.frechet import frechet_distance, statistics
 from t2i.model.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.text import TextTokenizer
 

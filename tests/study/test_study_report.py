@@ -18,9 +18,9 @@ from t2i.data.sources.documents import open_documents
 from t2i.errors import NumericalError, UserError
 from t2i.measure import gradients
 from t2i.measure import perplexity as perplexity_module
+from t2i.measure.embeddings import compare_rows, write_results
 from t2i.measure.forgetting import forgetting
 from t2i.measure.gradients import gradient_shares, heldout_sequences
-from t2i.measure.nearest import compare_rows, write_results
 from t2i.measure.perplexity import data_of
 from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics

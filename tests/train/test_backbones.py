@@ -28,9 +28,9 @@ from t2i.cost.estimates import count_parameters
 from t2i.data.shards.reader import read_manifest
 from t2i.errors import UserError
 from t2i.generate.sample import draw_codes
+from t2i.measure.embeddings import compare_rows
 from t2i.measure.forgetting import completions
 from t2i.measure.heldout import heldout_rows
-from t2i.measure.nearest import compare_rows
 from t2i.model.backbone import hidden_states, load_model
 from t2i.model.sampling_open_lm import prompt_ids, sample_codes
 from t2i.runs.ckpt import open_checkpoint, open_language_model

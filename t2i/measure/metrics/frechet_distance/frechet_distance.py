@@ -8,8 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from t2i.measure.distances import frechet_distance, sample_size_note, statistics
 from t2i.measure.features import extract, load_features, metric_key
-from t2i.measure.frechet import frechet_distance, sample_size_note, statistics
 
 CITATION = """\
 @inproceedings{heusel2017gans,

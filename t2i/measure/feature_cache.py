@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from t2i.measure.distances import FrechetStatistics, statistics
 from t2i.measure.features import FeatureExtractor, extract
-from t2i.measure.frechet import FrechetStatistics, statistics
-from t2i.measure.pictures import Pictures
+from t2i.measure.images import Pictures
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from t2i.config import DataConfig
 from t2i.data.hashing import hash_uniform
 from t2i.data.sources import Pair, reopen_source
 from t2i.errors import DataError
+from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
-from t2i.measure.pictures import Pictures, encode, readable
-from t2i.measure.reference import Reference
+from t2i.measure.images import Pictures, encode, readable
 from t2i.measure.score import Task
 from t2i.runs.ckpt import DATA_MANIFEST, Checkpoint
 from t2i.tokens.image import centre_crop_resize
