@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.errors import UserError
-from t2i.model.learn import layers_of
+from t2i.model.trainable import layers_of
 
 ADAPTER = "default"
 SCALE = 2.0

@@ -19,8 +19,8 @@ from t2i.data.shards.reader import MANIFEST
 from t2i.distributed import faults
 from t2i.distributed.launch import on_first_rank
 from t2i.errors import CheckpointError, UserError
-from t2i.model.learn import num_parameters
 from t2i.model.resize import merged_state_dict
+from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoints
 from t2i.runs.ckpt import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.folder import METRICS, read_metrics, write_status

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from t2i.errors import UserError
-from t2i.model.learn import layers_of
+from t2i.model.trainable import layers_of
 
 KINDS = ("within-tensors", "moments", "layer-order")
 
