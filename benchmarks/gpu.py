@@ -21,9 +21,9 @@ import torch
 from t2i.config import TrainConfig
 from t2i.cost.estimates import count_parameters, estimate_memory, flops_a_token
 from t2i.distributed.launch import start_processes
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.sampling_open_lm import sample_codes
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.sampling_open_lm import sample_codes
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine

@@ -15,8 +15,8 @@ import side_by_side
 import torch
 from torch import Tensor
 
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.sequence import encode_sequence, next_token_labels
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner, micro_batches

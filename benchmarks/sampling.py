@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.sampling_open_lm import product, sample_codes
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.sampling_open_lm import product, sample_codes
 
 VOCABULARY, FIRST_IMAGE_ID, CODEBOOK = 66_824, 50_439, 16_384
 WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4

@@ -101,8 +101,8 @@ def finished(shards, tmp_path_factory):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder like an exported one, of random weights, that draws 32x32 pictures in a moment."""
-    from t2i.model.configuration_open_lm import OpenLMConfig
-    from t2i.model.modeling_open_lm import OpenLMForCausalLM
+    from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+    from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
     from t2i.tokens.vocab import VocabLayout

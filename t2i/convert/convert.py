@@ -22,8 +22,8 @@ from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
 from t2i.data.sources import openmoji
 from t2i.errors import CheckpointError, UserError
 from t2i.model.backbone import is_open_lm
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import never_generate
 from t2i.runs.ckpt import find
 from t2i.runs.folder import new_folder

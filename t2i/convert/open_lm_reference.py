@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from t2i.model.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 
 
 @torch.inference_mode()

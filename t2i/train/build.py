@@ -11,9 +11,9 @@ from t2i.config import ModelConfig, RunConfig
 from t2i.data.prepare.text import is_text
 from t2i.errors import UserError
 from t2i.model.backbone import load_model, made_of
-from t2i.model.configuration_open_lm import OpenLMConfig
 from t2i.model.control_init import scramble
 from t2i.model.lora import add_lora
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.trainable import set_learned
 from t2i.runs.ckpt import DATA_MANIFEST, find

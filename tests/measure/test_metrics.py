@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.features import extract, load_features
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.text import TextTokenizer
 
 ROOT = Path(__file__).parents[2]

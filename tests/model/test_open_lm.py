@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from t2i.errors import UserError
-from t2i.model import decoding_open_lm, sampling_open_lm
-from t2i.model.configuration_open_lm import NORM_TYPES, OpenLMConfig
-from t2i.model.decoding_open_lm import Decoder, FixedDecoder, StaticCache
-from t2i.model.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
+from t2i.model.open_lm import decoding_open_lm, sampling_open_lm
+from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
+from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
+from t2i.model.open_lm.sampling_open_lm import choose, picture_keys, sample_codes, waits
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
-from t2i.model.sampling_open_lm import choose, picture_keys, sample_codes, waits
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
 LOGITS = 1e-5

@@ -20,7 +20,7 @@ from t2i.convert.open_lm import (
 from t2i.convert.open_lm_reference import open_lm_logits
 from t2i.convert.released import read_weights
 from t2i.errors import CheckpointError, UserError
-from t2i.model.configuration_open_lm import NORM_TYPES, POSITIONS, OpenLMConfig
+from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, POSITIONS, OpenLMConfig
 
 # fp32 sums in another order: at most 2e-5 was seen on logits of about 5.
 LOGITS = 1e-4

@@ -22,7 +22,7 @@ from t2i.convert.convert import convert_back, convert_open_lm, convert_vq
 from t2i.convert.open_lm import load_open_lm
 from t2i.convert.vq import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.errors import CheckpointError, UserError
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.folder import read_metrics
 from t2i.tokens.image import ImageTokenizer

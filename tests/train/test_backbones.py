@@ -32,7 +32,7 @@ from t2i.measure.embeddings import compare_rows
 from t2i.measure.forgetting import completions
 from t2i.measure.heldout import heldout_rows
 from t2i.model.backbone import hidden_states, load_model
-from t2i.model.sampling_open_lm import prompt_ids, sample_codes
+from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
 from t2i.runs.ckpt import open_checkpoint, open_language_model
 from t2i.runs.export import export
 from t2i.runs.folder import read_metrics

@@ -2,8 +2,8 @@
 
 import torch
 
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.sequence import encode_sequence, next_token_labels
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner, micro_batches

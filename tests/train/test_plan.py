@@ -28,8 +28,8 @@ from t2i.cost.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, mod
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.model import loss
-from t2i.model.configuration_open_lm import OpenLMConfig
-from t2i.model.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, accumulation, global_batch, make_engine
