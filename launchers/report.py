@@ -23,7 +23,7 @@ class ReportCommand:
 
 def main() -> None:
     command = parse(ReportCommand, description=__doc__ or "")
-    from t2i.study.report import write_report
+    from t2i.report.run import write_report
 
     print(f"Open {write_report(command.run)} in a browser.")
 

@@ -83,7 +83,7 @@ def work_through(study: Any, jobs: Any, *, out: Path) -> None:
 
 
 def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
-    from t2i.study.study_report import write_study_report
+    from t2i.report.study import write_study_report
 
     print(f"Open {write_study_report(study, jobs, out=out, command=again)} in a browser.")
 

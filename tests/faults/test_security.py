@@ -447,7 +447,7 @@ RULES = {
 ALLOWED = {
     ("t2i/runs/card.md", "remote code"),
     ("t2i/generate/benchmarks.py", "a picture of any format"),  # pictures that were drawn just before
-    ("t2i/study/report.py", "a picture of any format"),
+    ("t2i/report/run.py", "a picture of any format"),
 }
 
 

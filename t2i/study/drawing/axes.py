@@ -10,7 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-from t2i.study.figures import COLOURS
+from t2i.report.figures import COLOURS
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 LABELS = {

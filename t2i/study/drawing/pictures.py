@@ -7,9 +7,9 @@ import matplotlib.dates
 import matplotlib.pyplot as plt
 import numpy as np
 
+from t2i.report.figures import COLOURS
 from t2i.study.arms import Curve
 from t2i.study.drawing.axes import draw_floors, finish, panels, styles
-from t2i.study.figures import COLOURS
 
 
 def published(rows: list[dict[str, str]]) -> Any:

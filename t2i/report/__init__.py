@@ -1,0 +1,1 @@
+"""Pages to look at: the report of one run and of one study."""
