@@ -51,8 +51,8 @@ class StudyCommand:
 
 def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
+    from t2i.report.sections.registry import check_sections
     from t2i.study.grid import jobs_of, read_study
-    from t2i.study.sections import check_sections
     from t2i.study.workers import local_workers, submit
 
     study = read_study(command.study)

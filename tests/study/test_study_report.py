@@ -22,14 +22,15 @@ from t2i.measure.embeddings import compare_rows, write_results
 from t2i.measure.forgetting import forgetting
 from t2i.measure.gradients import gradient_shares, heldout_sequences
 from t2i.measure.perplexity import data_of
+from t2i.report.sections import comparisons as training
+from t2i.report.sections.images import PUBLISHED
+from t2i.report.sections.registry import check_sections, make_section
 from t2i.report.study import write_study_report
 from t2i.runs.ckpt import open_language_model
 from t2i.runs.folder import read_metrics
 from t2i.study.arms import Curve, curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
 from t2i.study.price import describe, prices, seconds_on
-from t2i.study.sections import check_sections, make_section, training
-from t2i.study.sections.pictures import PUBLISHED
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
 from t2i.train.build import starting_model

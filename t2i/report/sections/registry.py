@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
+from t2i.report.sections import comparisons as training
+from t2i.report.sections import embeddings as rows
+from t2i.report.sections import images as pictures
+from t2i.report.sections import language
+from t2i.report.sections.section import Section
 from t2i.study.grid import Study
 from t2i.study.names import nearest_name
-from t2i.study.sections import language, pictures, rows, training
-from t2i.study.sections.section import Section
 
 KINDS: dict[str, Callable[..., Section]] = {
     "published": pictures.published,
