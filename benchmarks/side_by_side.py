@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from t2i.runs.folder import commit
+from t2i.runs.run_folder import commit
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5

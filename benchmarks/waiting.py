@@ -78,9 +78,9 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     from t2i.config import ASSETS, TrainConfig
     from t2i.env import keep_memory
     from t2i.model.backbone import load_model
-    from t2i.runs.checkpoints import last_step, step_folder
-    from t2i.runs.ckpt import Checkpoint
+    from t2i.runs.checkpoint_store import last_step, step_folder
     from t2i.runs.export import export
+    from t2i.runs.loading import Checkpoint
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
     from t2i.train.guards import Progress

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from t2i.measure.score import Rulers, Task
-    from t2i.runs.ckpt import Checkpoint
+    from t2i.runs.loading import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def score_model(command: ScoreCommand) -> None:
     from t2i.generate.processes import join, leave
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.score import Drawing, draw_rows, score
-    from t2i.runs.ckpt import open_checkpoint
+    from t2i.runs.loading import open_checkpoint
 
     started = time.perf_counter()
     if command.captions and (command.coco is None or command.list_seed):

@@ -34,7 +34,7 @@ def main() -> None:
 
     from t2i.measure.gradients import KINDS, gradient_shares, heldout_sequences, write_results
     from t2i.measure.perplexity import data_of
-    from t2i.runs.ckpt import open_language_model
+    from t2i.runs.loading import open_language_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_language_model(command.ckpt, device=device)

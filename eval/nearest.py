@@ -33,7 +33,7 @@ class NearestCommand:
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
     from t2i.measure.embeddings import compare_rows, write_results
-    from t2i.runs.ckpt import open_language_model
+    from t2i.runs.loading import open_language_model
 
     model = open_language_model(command.ckpt)
     results = compare_rows(model, before=open_language_model(command.before) if command.before else None)

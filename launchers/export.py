@@ -30,8 +30,8 @@ class ExportCommand:
 
 def main() -> None:
     command = parse(ExportCommand, description=__doc__ or "")
-    from t2i.runs.ckpt import open_checkpoint
     from t2i.runs.export import check_repo, export, push
+    from t2i.runs.loading import open_checkpoint
 
     if command.push_to_hub:
         check_repo(command.push_to_hub)

@@ -59,7 +59,7 @@ def main() -> None:
     from t2i.generate.benchmarks import Benchmark, read_benchmark
     from t2i.generate.processes import join, leave
     from t2i.generate.sample import draw_folder
-    from t2i.runs.ckpt import open_checkpoint
+    from t2i.runs.loading import open_checkpoint
 
     if command.layout == "plain":
         names = {f"{index:05d}": caption for index, caption in enumerate(captions_of(command.prompts))}

@@ -59,7 +59,7 @@ def main() -> None:
     from t2i.data.sources import open_source
     from t2i.image_tokenizer.make import FEATURES, make_tokenizer, measure_folder
     from t2i.measure.features import metric_key
-    from t2i.runs.folder import new_folder
+    from t2i.runs.run_folder import new_folder
 
     source = open_source(command.source, config=command.reading)
     if isinstance(command, Train):

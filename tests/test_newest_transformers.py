@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
+from t2i.runs.loading import open_checkpoint
 
 pytestmark = pytest.mark.newest_transformers
 

@@ -18,8 +18,8 @@ from t2i.measure.features import load_features
 from t2i.measure.heldout_images import halves_task, read_data_manifest
 from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.report.run import write_report
-from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
+from t2i.runs.loading import open_checkpoint
 
 CAPTIONS = {f"{index:02d}": f"picture {index}" for index in range(3)}
 

@@ -25,8 +25,8 @@ from t2i.model.backbone import is_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import never_generate
-from t2i.runs.ckpt import find
-from t2i.runs.folder import new_folder
+from t2i.runs.loading import find
+from t2i.runs.run_folder import new_folder
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
 

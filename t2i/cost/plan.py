@@ -27,7 +27,7 @@ from t2i.cost.estimates import (
 from t2i.data.shards.reader import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.backbone import read_model_config
-from t2i.runs.ckpt import find
+from t2i.runs.loading import find
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import random_model_config
 from t2i.train.engine import accumulation, global_batch

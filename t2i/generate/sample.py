@@ -17,7 +17,7 @@ from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.files import read_json, write_json
 from t2i.model.open_lm.sampling_open_lm import sample_codes
-from t2i.runs.ckpt import Checkpoint
+from t2i.runs.loading import Checkpoint
 from t2i.tokens.image import pictures_of
 from t2i.tokens.sequence import caption_room, prompt
 

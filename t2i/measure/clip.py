@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from t2i.errors import UserError
 from t2i.measure.images import batches, read_file
-from t2i.runs.ckpt import weights_sha256
+from t2i.runs.loading import weights_sha256
 
 RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"
 BATCH_SIZE = 32

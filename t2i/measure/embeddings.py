@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.files import write_whole
-from t2i.runs.ckpt import LanguageModel, home
+from t2i.runs.loading import LanguageModel, home
 
 CHUNK_ROWS = 1_024
 RESULTS = "nearest.json"

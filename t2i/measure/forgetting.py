@@ -17,7 +17,7 @@ from t2i.errors import DataError
 from t2i.files import write_whole
 from t2i.measure.reduce import ShouldStop, never, rank_and_size, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
-from t2i.runs.ckpt import find, open_language_model
+from t2i.runs.loading import find, open_language_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 

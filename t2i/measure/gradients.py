@@ -13,7 +13,7 @@ from t2i.errors import DataError
 from t2i.files import write_json
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import IGNORED, kinds_of, summed_loss
-from t2i.runs.ckpt import LanguageModel, home
+from t2i.runs.loading import LanguageModel, home
 from t2i.tokens.sequence import next_token_labels
 
 RESULTS = "gradients.json"

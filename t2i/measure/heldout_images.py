@@ -18,7 +18,7 @@ from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
 from t2i.measure.images import Pictures, encode, readable
 from t2i.measure.score import Task
-from t2i.runs.ckpt import DATA_MANIFEST, Checkpoint
+from t2i.runs.loading import DATA_MANIFEST, Checkpoint
 from t2i.tokens.image import centre_crop_resize
 
 CROP_RULE = "centre square of the shorter side, PIL bicubic"

@@ -18,8 +18,8 @@ from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
-from t2i.runs.ckpt import LanguageModel, home
-from t2i.runs.folder import RESOLVED
+from t2i.runs.loading import LanguageModel, home
+from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
 
 RESULTS = "perplexity.json"

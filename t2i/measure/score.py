@@ -27,7 +27,7 @@ from t2i.measure.feature_cache import BATCH_SIZE, Measured, Reference, measure, 
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
 from t2i.measure.images import Pictures, Reconstructions
 from t2i.model.backbone import made_of
-from t2i.runs.ckpt import Checkpoint
+from t2i.runs.loading import Checkpoint
 
 CAPTIONS = "captions.jsonl"
 KERNEL_SEED = 0

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from t2i.cli import flags_of_mapping
 from t2i.report.figures import to_svg
 from t2i.report.sections.registry import Section, make_section
-from t2i.runs.folder import ENVIRONMENT, environment
+from t2i.runs.run_folder import ENVIRONMENT, environment
 from t2i.study.arms import read_json
 from t2i.study.grid import Job, Study, run_dir
 

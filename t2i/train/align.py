@@ -24,7 +24,7 @@ from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
-from t2i.runs.folder import open_run, write_status
+from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import Start, starting_model

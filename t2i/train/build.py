@@ -16,7 +16,7 @@ from t2i.model.lora import add_lora
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.trainable import set_learned
-from t2i.runs.ckpt import DATA_MANIFEST, find
+from t2i.runs.loading import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2i.errors import NumericalError
-from t2i.runs import checkpoints
-from t2i.runs.folder import METRICS
+from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.run_folder import METRICS
 
 MAX_SKIPPED = 3
 """Steps in a row without an update, or rewinds of one run, after which it ends."""

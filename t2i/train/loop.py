@@ -19,7 +19,7 @@ from t2i.distributed.launch import any_rank, of_all_ranks
 from t2i.distributed.signals import SAVE, STOP, StopFlag, asked_by_file, forget_file
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted
-from t2i.runs import checkpoints
+from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.sequence import next_token_labels
 from t2i.train.agreement import Read, read_step
 from t2i.train.engine import micro_batches

@@ -13,8 +13,8 @@ from t2i.generate.sample import draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
 from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
-from t2i.runs.ckpt import Checkpoint
-from t2i.runs.folder import SAMPLE_CAPTIONS, SAMPLES
+from t2i.runs.loading import Checkpoint
+from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

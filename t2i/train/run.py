@@ -29,8 +29,8 @@ from t2i.distributed.launch import (
 from t2i.distributed.signals import StopFlag, stop_flag
 from t2i.env import check_machine
 from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
-from t2i.runs.checkpoints import last_step
-from t2i.runs.folder import make_folder, open_run, write_status
+from t2i.runs.checkpoint_store import last_step
+from t2i.runs.run_folder import make_folder, open_run, write_status
 from t2i.train.ds_config import read_ds_config
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ def manifest_of(data: DataConfig) -> dict[str, Any]:
 
 def with_found_start(config: RunConfig) -> RunConfig:
     """Resolve model.init to a folder, the same on every rank, though its run may be writing another one."""
-    from t2i.runs.ckpt import find
+    from t2i.runs.loading import find
 
     if config.model.init == "random":
         return config

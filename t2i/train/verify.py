@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from t2i.config import RunConfig
 from t2i.errors import Stopped
-from t2i.runs import checkpoints
-from t2i.runs.folder import read_metrics
+from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.run_folder import read_metrics
 from t2i.train.run import train
 
 BY_THE_CLOCK = (

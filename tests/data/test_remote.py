@@ -20,8 +20,8 @@ from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import data_of
-from t2i.runs.ckpt import open_language_model
-from t2i.runs.folder import read_metrics
+from t2i.runs.loading import open_language_model
+from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

@@ -14,7 +14,7 @@ from t2i.data.shards.reader import read_manifest, read_split
 from t2i.data.sources import open_source, reopen_source
 from t2i.data.sources.pattern import expand
 from t2i.errors import DataError, UserError
-from t2i.runs.folder import read_metrics
+from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.run import train

@@ -18,7 +18,7 @@ from t2i.data.sources import open_source, read_picture
 from t2i.data.sources.source import UNREADABLE, caption_text
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.files import parse_json
-from t2i.runs import checkpoints
+from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.text import TextTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from launched import LEARN, ROOT, Job
 
-from t2i.runs.folder import commit
+from t2i.runs.run_folder import commit
 
 NUM_ROWS = 43
 """Of the list of faults; each has a line in the report, with or without a test."""

@@ -14,8 +14,9 @@ from conftest import config_of
 from launched import LEARN, ROOT, Job, copy_run, ds_config, first_difference, record, state_of_last, steps
 
 from t2i.errors import CheckpointError
-from t2i.runs import checkpoints, folder
-from t2i.runs.folder import read_metrics
+from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs import run_folder as folder
+from t2i.runs.run_folder import read_metrics
 from t2i.train.metrics import MetricsWriter
 from t2i.train.run import train
 

@@ -28,8 +28,8 @@ from launched import (
     steps_lost,
 )
 
-from t2i.runs import checkpoints
-from t2i.runs.folder import read_metrics
+from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.run_folder import read_metrics
 from t2i.train import verify
 from t2i.train.run import train
 
@@ -410,7 +410,7 @@ def test_a_missing_compiler_is_said(shards, tmp_path, observed):
 )
 def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
     holder = (
-        "import sys; from pathlib import Path; from t2i.config import RunConfig; from t2i.runs.folder import open_run;"
+        "import sys; from pathlib import Path; from t2i.config import RunConfig; from t2i.runs.run_folder import open_run;"
         f"lock = open_run(RunConfig(run_dir=Path({str(tmp_path / 'run')!r})), ds_config={{}});"
         "print('held', flush=True); sys.stdin.read()"
     )
@@ -433,7 +433,7 @@ def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
 )
 def test_changed_science_is_refused_and_a_changed_machine_is_not(finished, tmp_path, observed):
     from t2i.errors import UserError
-    from t2i.runs.folder import open_run
+    from t2i.runs.run_folder import open_run
 
     run_dir = copy_run(finished.run_dir, tmp_path / "run")
     config = replace(finished, run_dir=run_dir)

@@ -28,7 +28,7 @@ from t2i.data.shards.reader import read_split
 from t2i.data.sources import open_source, read_picture
 from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
-from t2i.runs.ckpt import find, open_checkpoint
+from t2i.runs.loading import find, open_checkpoint
 from t2i.runs.trust import check_owner
 from t2i.train.run import train
 
@@ -417,7 +417,7 @@ def test_odd_file_names_are_only_names(tmp_path, monkeypatch, observed):
 )
 def test_tokens_are_never_said(monkeypatch, capfd, caplog, observed):
     from t2i.env import describe
-    from t2i.runs.folder import environment
+    from t2i.runs.run_folder import environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     monkeypatch.setattr("sys.argv", ["launchers/train.py"])

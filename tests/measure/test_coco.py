@@ -32,8 +32,8 @@ from t2i.errors import DataError, UserError
 from t2i.measure import feature_cache as reference
 from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip
 from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_coco
-from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
+from t2i.runs.loading import open_checkpoint
 from t2i.tokens.image import ImageTokenizer, to_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")

@@ -15,7 +15,7 @@ from t2i.measure.forgetting import (
     text_sequences,
     write_results,
 )
-from t2i.runs.ckpt import open_language_model
+from t2i.runs.loading import open_language_model
 
 
 @pytest.fixture(scope="module")

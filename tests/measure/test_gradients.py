@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from t2i.measure.gradients import gradient_shares
-from t2i.runs.ckpt import open_language_model
+from t2i.runs.loading import open_language_model
 from t2i.tokens.sequence import encode_sequence
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from t2i.errors import UserError
 from t2i.measure.embeddings import compare_rows, linear_cka, nearest, nearness, random_nearer, write_results
-from t2i.runs.ckpt import open_language_model
+from t2i.runs.loading import open_language_model
 
 
 def test_nearest_equals_every_pair_compared():

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from t2i.errors import CheckpointError
-from t2i.runs import checkpoints
+from t2i.runs import checkpoint_store as checkpoints
 
 
 def save(run_dir, step, keep_last=9):

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from transformers import pipeline
 
-from t2i.runs.ckpt import open_checkpoint
 from t2i.runs.export import export
+from t2i.runs.loading import open_checkpoint
 
 QUESTIONS = [
     {"question": f"picture {index} is a", "choices": ["picture", "house", "dog"], "answer": index % 3}

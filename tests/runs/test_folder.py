@@ -4,7 +4,7 @@ import pytest
 
 from t2i.config import RunConfig
 from t2i.errors import UserError
-from t2i.runs import folder
+from t2i.runs import run_folder as folder
 
 
 def test_other_science_settings_are_listed_and_refused(tmp_path):

@@ -26,8 +26,8 @@ from t2i.report.sections import comparisons as training
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import check_sections, make_section
 from t2i.report.study import write_study_report
-from t2i.runs.ckpt import open_language_model
-from t2i.runs.folder import read_metrics
+from t2i.runs.loading import open_language_model
+from t2i.runs.run_folder import read_metrics
 from t2i.study.arms import Curve, curve, paired, runs_of
 from t2i.study.grid import jobs_of, read_study, run_config, run_dir
 from t2i.study.price import describe, prices, seconds_on

@@ -33,9 +33,9 @@ from t2i.measure.forgetting import completions
 from t2i.measure.heldout import heldout_rows
 from t2i.model.backbone import hidden_states, load_model
 from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
-from t2i.runs.ckpt import open_checkpoint, open_language_model
 from t2i.runs.export import export
-from t2i.runs.folder import read_metrics
+from t2i.runs.loading import open_checkpoint, open_language_model
+from t2i.runs.run_folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.run import train

@@ -13,7 +13,7 @@ from t2i.config import ASSETS, TrainConfig
 from t2i.errors import CheckpointError
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.runs import checkpoints
+from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine as engines

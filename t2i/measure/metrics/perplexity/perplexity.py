@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from t2i.errors import DataError
 from t2i.model.backbone import head_of, hidden_states, load_model
 from t2i.model.loss import IGNORED, token_losses
-from t2i.runs.ckpt import find
+from t2i.runs.loading import find
 from t2i.tokens.text import TextTokenizer
 
 INPUTS = """

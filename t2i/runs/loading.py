@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from t2i.convert.released import sha256_of, weight_files
 from t2i.errors import UserError
 from t2i.model.backbone import load_model
-from t2i.runs.checkpoints import CHECKPOINTS, newest_readable
+from t2i.runs.checkpoint_store import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

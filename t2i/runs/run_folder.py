@@ -22,7 +22,7 @@ import yaml
 from t2i.config import AlignRun, RunConfig
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
-from t2i.runs.checkpoints import last_step
+from t2i.runs.checkpoint_store import last_step
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
     "resolved.yaml",
