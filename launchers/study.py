@@ -52,7 +52,7 @@ class StudyCommand:
 def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
     from t2i.report.sections.registry import check_sections
-    from t2i.study.grid import jobs_of, read_study
+    from t2i.study.spec import jobs_of, read_study
     from t2i.study.workers import local_workers, submit
 
     study = read_study(command.study)
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def work_through(study: Any, jobs: Any, *, out: Path) -> None:
-    from t2i.study.work import work
+    from t2i.study.runner import work
 
     for name, record in work(jobs, study=study, out=out).items():
         if record["state"] != "done":
@@ -89,7 +89,7 @@ def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
 
 
 def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -> None:
-    from t2i.study.price import describe, prices
+    from t2i.study.cost import describe, prices
 
     machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
     priced = prices(study, out=out)

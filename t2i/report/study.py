@@ -11,8 +11,8 @@ from t2i.cli import flags_of_mapping
 from t2i.report.figures import to_svg
 from t2i.report.sections.registry import Section, make_section
 from t2i.runs.run_folder import ENVIRONMENT, environment
-from t2i.study.arms import read_json
-from t2i.study.grid import Job, Study, run_dir
+from t2i.study.results import read_json
+from t2i.study.spec import Job, Study, run_dir
 
 MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with_name("study.html.jinja")
 

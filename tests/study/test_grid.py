@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import UserError
-from t2i.study.grid import Job, jobs_of, read_study, run_config
-from t2i.study.work import record_of, work
+from t2i.study.runner import record_of, work
+from t2i.study.spec import Job, jobs_of, read_study, run_config
 from t2i.study.workers import local_workers, submit
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +241,7 @@ def test_two_workers_never_take_one_job(toy):
     jobs = [job(f"j{index}", seconds=0.15) for index in range(6)]
     # Locks belong to open files, so two threads exclude each other as two processes do; signals are the main thread's.
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("t2i.study.work.WAIT_SECONDS", 0.02)
+        patched.setattr("t2i.study.runner.WAIT_SECONDS", 0.02)
         patched.setattr(signal, "signal", lambda number, handler: None)
         workers = [
             threading.Thread(target=work, args=(jobs,), kwargs={"study": study, "out": folder / "out"})
@@ -258,8 +258,8 @@ WORKER = """
 import sys
 from pathlib import Path
 from t2i.errors import run_command
-from t2i.study import work
-from t2i.study.grid import Job, read_study
+from t2i.study import runner as work
+from t2i.study.spec import Job, read_study
 work.WAIT_SECONDS = 0.05
 folder = Path(sys.argv[1])
 def job(name, seconds):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from t2i.report.sections.section import Section, read_files
-from t2i.study.arms import read_json
 from t2i.study.drawing import rows as drawing
-from t2i.study.grid import Study
+from t2i.study.results import read_json
+from t2i.study.spec import Study
 from t2i.train.align import SUMMARY
 
 

@@ -14,9 +14,9 @@ from t2i.measure.compare import SCORES
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
 from t2i.report.sections.section import Section, last
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.study.arms import Curve, Run, curve, floors_of, read_json, runs_of
 from t2i.study.drawing import pictures as drawing
-from t2i.study.grid import Study
+from t2i.study.results import Curve, Run, curve, floors_of, read_json, runs_of
+from t2i.study.spec import Study
 from t2i.study.statistics import rank_agreement
 
 PUBLISHED = Path(__file__).parents[1] / "published_fid.csv"

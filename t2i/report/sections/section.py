@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2i.study.arms import Curve, read_json
+from t2i.study.results import Curve, read_json
 
 
 @dataclass

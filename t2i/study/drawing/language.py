@@ -3,8 +3,8 @@
 from typing import Any
 
 from t2i.report.figures import COLOURS
-from t2i.study.arms import Curve
 from t2i.study.drawing.axes import LABELS, draw_floors, finish, panels, styles
+from t2i.study.results import Curve
 
 
 def pretraining(one: Curve, *, floors: dict[str, float]) -> Any:

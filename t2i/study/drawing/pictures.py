@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from t2i.report.figures import COLOURS
-from t2i.study.arms import Curve
 from t2i.study.drawing.axes import draw_floors, finish, panels, styles
+from t2i.study.results import Curve
 
 
 def published(rows: list[dict[str, str]]) -> Any:

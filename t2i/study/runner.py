@@ -20,8 +20,8 @@ from typing import IO, Any
 
 from t2i.errors import Stopped, UserError
 from t2i.files import write_json
-from t2i.study.grid import Job, Study
 from t2i.study.names import TRAIN
+from t2i.study.spec import Job, Study
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from t2i.data.prepare.text import is_text
 from t2i.data.shards.reader import MANIFEST
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import RESOLVED, STATUS, read_metrics
-from t2i.study.grid import Study, run_dir
+from t2i.study.spec import Study, run_dir
 
 Rows = list[dict[str, Any]]
 
