@@ -27,7 +27,7 @@ class TrainCommand(RunConfig):
 
 def main() -> None:
     command = parse(TrainCommand, description=__doc__ or "")
-    from t2i.train.run import train
+    from t2i.train.main import train
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
     train(config, ds_config_path=command.ds_config)

@@ -39,7 +39,7 @@ def main() -> None:
         raise UserError(f"--num-steps is {command.num_steps}; wanted is 2 to train.max_steps.")
     import torch.distributed as dist
 
-    from t2i.train.verify import first_difference, train_both
+    from t2i.train.resume_check import first_difference, train_both
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
     whole, halves = train_both(config, ds_config_path=command.ds_config, num_steps=command.num_steps)

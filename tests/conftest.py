@@ -91,7 +91,7 @@ def config_of(shards, run_dir, **train_settings):
 
 @pytest.fixture(scope="session")
 def finished(shards, tmp_path_factory):
-    from t2i.train.run import train
+    from t2i.train.main import train
 
     config = config_of(shards, tmp_path_factory.mktemp("runs") / "whole")
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")

@@ -31,7 +31,7 @@ from t2i.runs.loading import find
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import random_model_config
 from t2i.train.engine import accumulation, global_batch
-from t2i.train.run import check_numbers
+from t2i.train.main import check_numbers
 
 SHARE_LEFT_FREE = 0.08
 """Of a device's memory: CUDA's context, NCCL's buffers, fragments. A guess."""

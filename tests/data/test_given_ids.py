@@ -15,7 +15,7 @@ from t2i.errors import DataError, UserError
 from t2i.runs.loading import open_checkpoint
 from t2i.runs.run_folder import read_metrics
 from t2i.tokens.text import TextTokenizer
-from t2i.train.run import train
+from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"vocab_size": 70_000, "length": 10, "made_by": "a one-dimensional tokenizer"}

@@ -17,7 +17,7 @@ from t2i.errors import DataError, UserError
 from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
 from t2i.tokens.text import TextTokenizer
-from t2i.train.run import train
+from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 CONFIG = PrepareConfig(unit_pairs=8, batch_size=8)

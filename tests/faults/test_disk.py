@@ -17,8 +17,8 @@ from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs import run_folder as folder
 from t2i.runs.run_folder import read_metrics
+from t2i.train.main import train
 from t2i.train.metrics import MetricsWriter
-from t2i.train.run import train
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train.guards import FEWEST_STEPS, WINDOW_STEPS, add_loss, spike_score
-from t2i.train.run import train
+from t2i.train.main import train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 

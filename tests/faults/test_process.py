@@ -30,8 +30,8 @@ from launched import (
 
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.run_folder import read_metrics
-from t2i.train import verify
-from t2i.train.run import train
+from t2i.train import resume_check as verify
+from t2i.train.main import train
 
 
 @pytest.fixture

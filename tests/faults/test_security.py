@@ -30,7 +30,7 @@ from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.runs.loading import find, open_checkpoint
 from t2i.runs.trust import check_owner
-from t2i.train.run import train
+from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
@@ -144,7 +144,7 @@ def half_run(finished, tmp_path):
 def test_resuming_never_runs_a_pickle(pattern, is_listed, half_run, tmp_path, monkeypatch, observed):
     config, folder = half_run
     if not is_listed:
-        monkeypatch.setattr("t2i.train.saving.check_plain", lambda folder: None)
+        monkeypatch.setattr("t2i.train.checkpoint.check_plain", lambda folder: None)
     path = next((folder / "engine").glob(pattern))
     buffer = io.BytesIO()
     torch.save({**torch.load(path, weights_only=False), "more": Evil(tmp_path / "ran")}, buffer)

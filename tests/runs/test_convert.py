@@ -27,7 +27,7 @@ from t2i.runs.loading import open_checkpoint
 from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer, train_text_tokenizer
-from t2i.train.run import train
+from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 432

@@ -34,7 +34,7 @@ from t2i.study.spec import jobs_of, read_study, run_config, run_dir
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
 from t2i.train.build import starting_model
-from t2i.train.run import start_processes, train
+from t2i.train.main import start_processes, train
 
 ROOT = Path(__file__).parents[2]
 

@@ -38,7 +38,7 @@ from t2i.runs.loading import open_checkpoint, open_language_model
 from t2i.runs.run_folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
-from t2i.train.run import train
+from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"

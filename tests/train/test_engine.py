@@ -17,9 +17,9 @@ from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine as engines
+from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
 from t2i.train.guards import Progress
-from t2i.train.saving import Saver
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=512, num_text_tokens=512, codebook_size=1_024)

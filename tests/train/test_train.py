@@ -26,7 +26,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import accumulation
-from t2i.train.run import check_numbers, train
+from t2i.train.main import check_numbers, train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"

@@ -137,11 +137,11 @@ def _train(
     from t2i.tokens.sequence import caption_room
     from t2i.tokens.text import TextTokenizer
     from t2i.train.build import build_model
+    from t2i.train.checkpoint import Saver
     from t2i.train.engine import Learner, global_batch, make_engine
     from t2i.train.loop import Trainer
     from t2i.train.metrics import MetricsWriter
     from t2i.train.periodic import periodic_work
-    from t2i.train.saving import Saver
 
     data, world_size = config.data, dist.get_world_size()
     manifest = manifest_of(data)

@@ -27,8 +27,8 @@ from t2i.runs.run_folder import METRICS, read_metrics, write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer
+from t2i.train.deepspeed_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.engine import group_sizes, optimizer_state_bytes
-from t2i.train.engine_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
 
 logger = logging.getLogger(__name__)
