@@ -133,7 +133,7 @@ def against_copy(what: str, write: Callable[[], Path], *, scratch: Path, rounds:
     Before each, more bytes are written and removed, so that both find memory for the disk's cache: the host of a
     virtual machine may lend it page by page, which takes ten times as long.
     """
-    from t2i.data.hashing import file_hash
+    from t2i.files import file_hash
 
     written, place = [write()], scratch / "copy"
     room = bytes(2 * sum(path.stat().st_size for path in written[0].rglob("*")))

@@ -57,9 +57,9 @@ class Evaluate:
 def main() -> None:
     command = parse(Train | Evaluate, description=__doc__ or "")  # type: ignore[arg-type]
     from t2i.data.sources import open_source
+    from t2i.files import new_folder
     from t2i.image_tokenizer.make import FEATURES, make_tokenizer, measure_folder
     from t2i.measure.features import metric_key
-    from t2i.runs.run_folder import new_folder
 
     source = open_source(command.source, config=command.reading)
     if isinstance(command, Train):

@@ -1,10 +1,15 @@
 """JSON and YAML that a stranger may have written: plain values with the wanted keys, or a sentence."""
 
+import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 
 from t2i.errors import CheckpointError, DataError, UserError
@@ -15,6 +20,9 @@ Refusal = type[UserError] | type[CheckpointError]
 
 REASON_CHARACTERS = 200
 """Of a library's own words on what it could not read."""
+
+HASH = "xxh64"
+"""The hash in the index of shards, checked when they are downloaded and by --check."""
 
 
 class _NoAliases(yaml.SafeLoader):
@@ -115,3 +123,43 @@ def is_inside(name: str) -> bool:
 def _reason(broken: Exception) -> str:
     text = " ".join(str(broken).split()) or type(broken).__name__
     return text[:REASON_CHARACTERS].rstrip(".")
+
+
+def sha256_of(file: Path) -> str:
+    """Hash a file (hex)."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give an empty folder to write into, which becomes `out` when all went well.
+
+    Raises:
+        UserError: `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"--out {out} exists already; choose another.")
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def hash_uniform(*parts: object) -> float:
+    """Map parts (joined by their text) to [0, 1), evenly."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def file_hash(path: Path) -> str:
+    """Hash a file's bytes (xxh64, hex)."""
+    digest = xxhash.xxh64()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

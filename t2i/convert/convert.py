@@ -16,17 +16,17 @@ from t2i.convert.open_lm import (
     read_config,
 )
 from t2i.convert.open_lm_reference import open_lm_logits
-from t2i.convert.released import RELEASES, read_weights, sha256_of, weight_files
+from t2i.convert.released import RELEASES, read_weights, weight_files
 from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
 from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
 from t2i.data.sources import openmoji
 from t2i.errors import CheckpointError, UserError
+from t2i.files import new_folder, sha256_of
 from t2i.model.backbone import is_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import never_generate
 from t2i.runs.loading import find
-from t2i.runs.run_folder import new_folder
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
 

@@ -1,6 +1,5 @@
 """Files that others released: known by their hash, read without running what is in them, checked by name and shape."""
 
-import hashlib
 import pickle
 import re
 import struct
@@ -30,12 +29,6 @@ RELEASES = {
 
 NUM_NAMED = 5
 """Tensors that an error names; the rest are counted."""
-
-
-def sha256_of(file: Path) -> str:
-    """Hash a file (hex)."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def weight_files(path: Path) -> list[Path]:

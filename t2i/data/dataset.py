@@ -10,10 +10,10 @@ from streaming.base.dataset import _ShardState
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.hashing import hash_uniform
 from t2i.data.shards.reader import check_sample, read_manifest
 from t2i.data.stream import VerifiedStream, without_looks
 from t2i.errors import DataError, UserError
+from t2i.files import hash_uniform
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

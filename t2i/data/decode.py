@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from PIL import Image
 
 from t2i.config import PrepareConfig
-from t2i.data.hashing import hash_uniform
 from t2i.data.sources import UNREADABLE, LeftOut, Pair
 from t2i.errors import DataError
+from t2i.files import hash_uniform
 from t2i.tokens.image import centre_crop_resize, shifted
 
 TASK_PAIRS = 16

@@ -9,9 +9,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
-from t2i.data.hashing import hash_uniform
 from t2i.data.sources import UNREADABLE, Source
 from t2i.errors import DataError, UserError
+from t2i.files import hash_uniform
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
 from t2i.measure.features import load_features, metric_key

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from t2i.convert.released import sha256_of
-from t2i.data.hashing import hash_uniform
 from t2i.data.sources.caption_list import read_caption_list
 from t2i.data.sources.coco import Caption, CaptionFile, read_captions
 from t2i.errors import DataError, UserError
+from t2i.files import hash_uniform, sha256_of
 from t2i.measure.feature_cache import Reference
 from t2i.measure.features import cache_folder
 from t2i.measure.images import Pictures, read_file

@@ -11,9 +11,9 @@ from itertools import islice
 from typing import Any
 
 from t2i.config import DataConfig
-from t2i.data.hashing import hash_uniform
 from t2i.data.sources import Pair, reopen_source
 from t2i.errors import DataError
+from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
 from t2i.measure.images import Pictures, encode, readable

@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from t2i.data.hashing import file_hash
 from t2i.distributed import faults
 from t2i.errors import CheckpointError
-from t2i.files import check_keys, is_inside, read_json
+from t2i.files import check_keys, file_hash, is_inside, read_json
 
 logger = logging.getLogger(__name__)
 

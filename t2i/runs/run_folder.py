@@ -7,12 +7,9 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -55,25 +52,6 @@ FREE_TO_CHANGE = (
     "model.gradient_checkpointing",
 )
 """Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, which becomes `out` when all went well.
-
-    Raises:
-        UserError: `out` exists.
-    """
-    if out.exists():
-        raise UserError(f"--out {out} exists already; choose another.")
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -31,10 +31,9 @@ from streaming.base.storage.download import LocalDownloader
 
 from t2i import env
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data.hashing import file_hash
 from t2i.data.loader import StepLoader
 from t2i.data.prepare import images as preparing
-from t2i.data.prepare.encode import HASH, column_kinds
+from t2i.data.prepare.encode import column_kinds
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import remote
 from t2i.data.shards.integrity import LookAhead, check_listing, read_index, remake_command
@@ -43,6 +42,7 @@ from t2i.data.sources import open_source
 from t2i.distributed import heartbeat as ranks
 from t2i.distributed.shared_memory import sweep
 from t2i.errors import DataError, LostRankError, UserError
+from t2i.files import HASH, file_hash
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

@@ -24,12 +24,10 @@ from tqdm import tqdm
 from t2i.config import PrepareConfig
 from t2i.data.decode import decode_all, view_key
 from t2i.data.sources import Pair, Unit
-from t2i.files import write_json
+from t2i.files import HASH, write_json
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import TextTokenizer
 
-HASH = "xxh64"
-"""The hash in the index of shards, checked when they are downloaded and by --check."""
 REPEATED = "a key that was there before"
 
 

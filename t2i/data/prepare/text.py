@@ -17,8 +17,6 @@ from streaming import MDSWriter
 from tqdm import tqdm
 
 from t2i.config import DataConfig
-from t2i.data.hashing import hash_uniform
-from t2i.data.prepare.encode import HASH
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import (
     FORMAT_VERSION,
@@ -30,6 +28,7 @@ from t2i.data.shards.reader import (
 )
 from t2i.data.sources.documents import Documents
 from t2i.errors import DataError, UserError
+from t2i.files import HASH, hash_uniform
 from t2i.tokens.text import TextTokenizer
 
 SPLITS = ("train", "heldout")

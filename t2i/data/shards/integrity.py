@@ -16,10 +16,8 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
 from t2i.config import PrepareConfig, SourceConfig
-from t2i.data.hashing import file_hash
-from t2i.data.prepare.encode import HASH
 from t2i.errors import DataError
-from t2i.files import Kind, check_keys, is_inside, read_json, write_json
+from t2i.files import HASH, Kind, check_keys, file_hash, is_inside, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

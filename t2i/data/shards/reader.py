@@ -12,11 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from t2i.data.hashing import file_hash
 from t2i.data.shards.integrity import check_file, check_listing, read_index, read_sample, remake_advice
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
-from t2i.files import Kind, check_keys, is_inside, read_json
+from t2i.files import Kind, check_keys, file_hash, is_inside, read_json
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 
 FORMAT_VERSION = 2

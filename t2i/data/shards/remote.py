@@ -9,9 +9,9 @@ from pathlib import Path
 
 from streaming.base.storage.download import CloudDownloader
 
-from t2i.data.hashing import file_hash
 from t2i.data.shards.integrity import HASH
 from t2i.errors import DataError
+from t2i.files import file_hash
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from PIL import Image
 
-from t2i.data.hashing import hash_uniform
+from t2i.files import hash_uniform
 
 Split = Literal["train", "heldout", "combinations"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i.data.hashing import hash_uniform
 from t2i.data.sources.source import GivenIds, Pair, Unit, caption_text
 from t2i.errors import DataError
+from t2i.files import hash_uniform
 
 FACTS = "ids.json"
 

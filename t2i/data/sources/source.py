@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
-from t2i.data.hashing import hash_uniform
 from t2i.errors import DataError
-from t2i.files import is_inside
+from t2i.files import hash_uniform, is_inside
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
