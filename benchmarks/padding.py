@@ -15,11 +15,12 @@ import side_by_side
 import torch
 from torch import Tensor
 
+from t2i.data.batching import micro_batches
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.sequence import encode_sequence, next_token_labels
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.engine import Learner, micro_batches
+from t2i.train.engine import Learner
 
 LAYOUT = VocabLayout(2_048, num_text_tokens=2_000, codebook_size=1_024)
 MOST_CAPTION, MEAN_CAPTION, SPREAD = 122, 30.0, 0.35

@@ -11,13 +11,13 @@ from t2i.config import ASSETS, PlanConfig, RunConfig
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, count_parameters, flops_a_token, weight_bytes
 from t2i.cost.plan import known_data, model_config, num_text_rows
+from t2i.data.batching import global_batch
 from t2i.errors import UserError
 from t2i.study.names import TRAIN
 from t2i.study.results import read_json
 from t2i.study.spec import Step, Study, filled, run_config, run_name
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import global_batch
 
 
 @dataclass(frozen=True)

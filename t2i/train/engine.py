@@ -1,6 +1,5 @@
 """The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
 
-import math
 from typing import Any
 
 import deepspeed
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from t2i.config import RunConfig, TrainConfig
+from t2i.config import TrainConfig
+from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, summed_loss
-from t2i.tokens.sequence import IGNORED
 from t2i.tokens.vocab import VocabLayout
 
 KINDS = ("text", "image", "special")
@@ -19,8 +18,6 @@ OWN_GROUP = 0.1
 """A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
 NORM_PART = 2**20
 """Numbers of a gradient whose squares are summed at a time."""
-POSITIONS = 8
-"""A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
 
 
 class Learner(nn.Module):
@@ -52,33 +49,6 @@ class Learner(nn.Module):
         totals = [sums[kind][0] for kind in KINDS]
         counts = [sums[kind][1].float() for kind in KINDS]
         return total, torch.stack([*totals, *counts, partitions.sum()])
-
-
-def global_batch(config: RunConfig, *, world_size: int) -> int:
-    """Count the sequences of one step: global_batch_tokens / seq_len, rounded to what the ranks divide."""
-    per_rank = round(config.train.global_batch_tokens / config.data.seq_len / world_size)
-    return max(1, per_rank) * world_size
-
-
-def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
-    """Split a rank's sequences into the fewest micro-batches: their number, and sequences each (the last has fewer)."""
-    steps = -(-per_rank // micro_batch)
-    return steps, -(-per_rank // steps)
-
-
-def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut a step's sequences (B, S) into parts of `size`, like lengths together, without columns that none needs.
-
-    A step is a sum over its sequences, and no position sees what is on its right: the losses are the same.
-    """
-    lengths = ((labels != IGNORED) * torch.arange(1, labels.shape[1] + 1)).amax(-1)  # (B,)
-    order = lengths.argsort(stable=True)
-    parts = []
-    for rows in order.split(size):
-        columns = POSITIONS // math.gcd(POSITIONS, len(rows))
-        longest = -(-max(1, int(lengths[rows].max())) // columns) * columns
-        parts.append((input_ids[rows, :longest], labels[rows, :longest]))
-    return parts
 
 
 def make_engine(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.config import RunConfig
+from t2i.data.batching import micro_batches
 from t2i.data.loader import StepLoader
 from t2i.distributed import faults
 from t2i.distributed.health import STEP, Watchdog
@@ -22,7 +23,6 @@ from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.sequence import next_token_labels
 from t2i.train.checkpoint import Saver
-from t2i.train.engine import micro_batches
 from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
 from t2i.train.metrics import MetricsWriter, Speed, loss_row, number, peak_memory_bytes, short, why_skipped
 from t2i.train.periodic import Periodic

@@ -74,9 +74,9 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
         import torch.distributed as dist
 
+        from t2i.data.batching import global_batch
         from t2i.distributed.health import Peers
         from t2i.distributed.shared_memory import sweep
-        from t2i.train.engine import global_batch
 
         if is_first_on_node() and not dist.is_initialized():
             sweep()
@@ -123,6 +123,7 @@ def _train(
     import torch.distributed as dist
 
     from t2i.cost.devices import warn_of_slow_bf16
+    from t2i.data.batching import global_batch
     from t2i.data.loader import StepLoader, num_text_sequences, text_stream
     from t2i.data.prepare.text import check_text_use, is_text
     from t2i.data.shards.integrity import check_listing
@@ -138,7 +139,7 @@ def _train(
     from t2i.tokens.text import TextTokenizer
     from t2i.train.build import build_model
     from t2i.train.checkpoint import Saver
-    from t2i.train.engine import Learner, global_batch, make_engine
+    from t2i.train.engine import Learner, make_engine
     from t2i.train.loop import Trainer
     from t2i.train.metrics import MetricsWriter
     from t2i.train.periodic import periodic_work

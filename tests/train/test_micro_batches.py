@@ -2,11 +2,12 @@
 
 import torch
 
+from t2i.data.batching import micro_batches
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.sequence import encode_sequence, next_token_labels
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.engine import Learner, micro_batches
+from t2i.train.engine import Learner
 
 LAYOUT = VocabLayout(num_text_rows=40, num_text_tokens=40, codebook_size=32)
 

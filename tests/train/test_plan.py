@@ -25,6 +25,7 @@ from t2i.cost.estimates import (
     flops_a_token,
 )
 from t2i.cost.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
+from t2i.data.batching import accumulation, global_batch
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.model import loss
@@ -32,7 +33,7 @@ from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import Learner, accumulation, global_batch, make_engine
+from t2i.train.engine import Learner, make_engine
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "launchers" / "configs" / "paper_1b.yaml"

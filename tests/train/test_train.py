@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
+from t2i.data.batching import accumulation
 from t2i.data.shards.reader import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
@@ -25,7 +26,6 @@ from t2i.runs.run_folder import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import accumulation
 from t2i.train.main import check_numbers, train
 
 ROOT = Path(__file__).parents[2]
