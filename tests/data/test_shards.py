@@ -10,9 +10,9 @@ from PIL import Image
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.dataset import is_dropped
-from t2i.data.decode import views
 from t2i.data.loader import StepLoader
 from t2i.data.prepare import images as preparing
+from t2i.data.prepare.encode import views
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import reader as shards
 from t2i.data.shards.baselines import code_floors

@@ -18,10 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from t2i.config import PrepareConfig, SourceConfig
-from t2i.data.decode import decoding
-from t2i.data.prepare.encode import Encoder, facts_file, write_unit
+from t2i.data.prepare.encode import Encoder, decoding, facts_file, write_unit
 from t2i.data.prepare.merge import Merged, merge_units
-from t2i.data.roundtrip import write_round_trip
+from t2i.data.prepare.preview import write_round_trip
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import (
     BROKEN,
