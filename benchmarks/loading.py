@@ -24,7 +24,7 @@ import side_by_side
 import torch
 
 from t2i.config import ASSETS, DataConfig
-from t2i.data.shards.reader import FORMAT_VERSION
+from t2i.data.shards.manifest import FORMAT_VERSION
 from t2i.files import HASH
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

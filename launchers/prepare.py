@@ -74,7 +74,8 @@ def main() -> None:
 
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.prepare.preview import check_sheet, save_sheet, show_shards
-    from t2i.data.shards.reader import check_shards, has_image_tokenizer, read_manifest
+    from t2i.data.shards.manifest import has_image_tokenizer, read_manifest
+    from t2i.data.shards.reader import check_shards
 
     check_sheet(sheet)
     for split, count in check_shards(folder).items():

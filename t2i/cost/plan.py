@@ -25,7 +25,7 @@ from t2i.cost.estimates import (
     weight_bytes,
 )
 from t2i.data.batching import accumulation, global_batch
-from t2i.data.shards.reader import MANIFEST, read_manifest
+from t2i.data.shards.manifest import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.backbone import read_model_config
 from t2i.runs.loading import find

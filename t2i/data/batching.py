@@ -1,4 +1,4 @@
-"""TODO: t2i.data.batching."""
+"""How one optimizer step is cut: sequences per step, micro-batches, and padding that no position needs."""
 
 import math
 

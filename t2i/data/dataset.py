@@ -18,7 +18,8 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import HASH, Verified, check_file, read_index, remake_advice
-from t2i.data.shards.reader import check_sample, read_manifest
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import check_sample
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform

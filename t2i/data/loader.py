@@ -14,7 +14,7 @@ from streaming import StreamingDataLoader
 from t2i.config import DataConfig
 from t2i.data.dataset import open_dataset
 from t2i.data.shards.integrity import LookAhead
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i.data.prepare.text import check_text_tokenizer, is_text
-from t2i.data.shards.reader import MANIFEST, read_manifest, read_split
+from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, is_text, read_manifest
+from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.errors import DataError
 from t2i.files import write_whole

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.prepare.text import is_text
-from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
+from t2i.data.shards.manifest import is_text, read_manifest
+from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS

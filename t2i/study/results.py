@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from t2i.data.prepare.text import is_text
-from t2i.data.shards.reader import MANIFEST
+from t2i.data.shards.manifest import MANIFEST, is_text
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import RESOLVED, STATUS, read_metrics
 from t2i.study.spec import Study, run_dir

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from t2i.config import ModelConfig, RunConfig
-from t2i.data.prepare.text import is_text
+from t2i.data.shards.manifest import is_text
 from t2i.errors import UserError
 from t2i.model.backbone import load_model, made_of
 from t2i.model.control_init import scramble

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
-from t2i.data.shards.reader import MANIFEST
+from t2i.data.shards.manifest import MANIFEST
 from t2i.distributed import faults
 from t2i.distributed.launch import on_first_rank
 from t2i.errors import CheckpointError, UserError

@@ -125,14 +125,15 @@ def _train(
     from t2i.cost.devices import warn_of_slow_bf16
     from t2i.data.batching import global_batch
     from t2i.data.loader import StepLoader, num_text_sequences, text_stream
-    from t2i.data.prepare.text import check_text_use, is_text
     from t2i.data.shards.integrity import check_listing
-    from t2i.data.shards.reader import (
+    from t2i.data.shards.manifest import (
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
-        check_image_tokenizer,
+        check_text_use,
         has_image_tokenizer,
+        is_text,
     )
+    from t2i.data.shards.reader import check_image_tokenizer
     from t2i.distributed.health import Watchdog
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.sequence import caption_room
@@ -219,7 +220,8 @@ def manifest_of(data: DataConfig) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from t2i.data.shards.reader import fetch_shards, read_manifest
+    from t2i.data.shards.manifest import read_manifest
+    from t2i.data.shards.reader import fetch_shards
 
     if data.shards == EMBEDDED_SHARDS and not data.remote:
         on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from t2i.config import ASSETS, DataConfig
-from t2i.data.prepare.text import check_text_use, is_text, prepare_text
-from t2i.data.shards.reader import check_shards, read_manifest, read_split
+from t2i.data.prepare.text import prepare_text
+from t2i.data.shards.manifest import check_text_use, is_text, read_manifest
+from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import documents
 from t2i.data.sources.documents import open_documents, prose
 from t2i.errors import DataError, UserError

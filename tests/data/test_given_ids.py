@@ -9,7 +9,8 @@ import pytest
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
 from t2i.data.prepare.images import prepare
-from t2i.data.shards.reader import check_shards, read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.runs.loading import open_checkpoint

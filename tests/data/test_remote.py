@@ -16,7 +16,8 @@ from botocore.exceptions import BotoCoreError
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.loader import StepLoader
 from t2i.data.prepare.images import prepare
-from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import data_of

@@ -8,7 +8,8 @@ import torch
 from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.data.prepare.images import prepare
 from t2i.data.prepare.preview import check_sheet, draw_sheet, preview, save_sheet, show_shards
-from t2i.data.shards.reader import check_image_tokenizer, check_shards, read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import check_image_tokenizer, check_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, to_pixels

@@ -10,7 +10,8 @@ import pytest
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, SourceConfig, TrainConfig
 from t2i.data.prepare.images import prepare
-from t2i.data.shards.reader import read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import read_split
 from t2i.data.sources import open_source, reopen_source
 from t2i.data.sources.pattern import expand
 from t2i.errors import DataError, UserError

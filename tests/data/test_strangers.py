@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from t2i.cli import flags_of
 from t2i.config import ASSETS
 from t2i.data.shards.integrity import check_listing, read_index, remake_command
-from t2i.data.shards.reader import read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import read_split
 from t2i.data.sources import open_source, read_picture
 from t2i.data.sources.source import UNREADABLE, caption_text
 from t2i.errors import CheckpointError, DataError, UserError

@@ -37,7 +37,8 @@ from t2i.data.prepare.encode import column_kinds
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import remote
 from t2i.data.shards.integrity import LookAhead, check_listing, read_index, remake_command
-from t2i.data.shards.reader import fetch_shards, read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.data.sources import open_source
 from t2i.distributed import heartbeat as ranks
 from t2i.distributed.shared_memory import sweep

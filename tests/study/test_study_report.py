@@ -13,7 +13,7 @@ from conftest import config_of
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.errors import NumericalError, UserError
 from t2i.measure import gradients

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.distributed.launch import start_processes
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary

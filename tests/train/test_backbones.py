@@ -25,7 +25,7 @@ from transformers import (
 
 from t2i.config import ASSETS, SampleConfig
 from t2i.cost.estimates import count_parameters
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.errors import UserError
 from t2i.generate.sample import draw_codes
 from t2i.measure.embeddings import compare_rows

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from t2i.config import ASSETS
 from t2i.data.loader import StepLoader
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.reader import read_manifest, read_split
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict

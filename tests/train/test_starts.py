@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from t2i.config import ASSETS, DataConfig
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict

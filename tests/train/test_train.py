@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from t2i.config import ASSETS
 from t2i.data.batching import accumulation
-from t2i.data.shards.reader import read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_checkpoint

@@ -22,16 +22,16 @@ from t2i.data.prepare.encode import Encoder, decoding, facts_file, write_unit
 from t2i.data.prepare.merge import Merged, merge_units
 from t2i.data.prepare.preview import write_round_trip
 from t2i.data.shards.baselines import code_floors
-from t2i.data.shards.reader import (
+from t2i.data.shards.manifest import (
     BROKEN,
     FORMAT_VERSION,
     IMAGE_TOKENIZER,
     MANIFEST,
     TEXT_TOKENIZER,
     read_manifest,
-    read_split,
     side_files,
 )
+from t2i.data.shards.reader import read_split
 from t2i.data.sources import SPLITS, GivenIds, Source
 from t2i.distributed.heartbeat import signs_of_life, wait_for
 from t2i.errors import DataError, UserError

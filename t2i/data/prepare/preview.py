@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from t2i.config import PrepareConfig
 from t2i.data.prepare.encode import decode
-from t2i.data.shards.reader import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKENIZER, read_split
+from t2i.data.shards.manifest import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKENIZER
+from t2i.data.shards.reader import read_split
 from t2i.data.sources import Pair, Source, Unit
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, pictures_of, to_pixels

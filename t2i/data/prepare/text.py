@@ -16,16 +16,9 @@ import numpy as np
 from streaming import MDSWriter
 from tqdm import tqdm
 
-from t2i.config import DataConfig
 from t2i.data.shards.baselines import code_floors
-from t2i.data.shards.reader import (
-    FORMAT_VERSION,
-    MANIFEST,
-    TEXT_TOKENIZER,
-    read_manifest,
-    read_split,
-    side_files,
-)
+from t2i.data.shards.manifest import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, side_files
+from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import Documents
 from t2i.errors import DataError, UserError
 from t2i.files import HASH, hash_uniform
@@ -110,42 +103,6 @@ def prepare_text(
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
     part.rename(out)
     return manifest
-
-
-def is_text(manifest: dict[str, Any]) -> bool:
-    """Tell shards of documents from shards of pictures."""
-    return "sequence_tokens" in manifest
-
-
-def check_text_use(config: DataConfig, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
-    """Check that a run may read text shards.
-
-    Raises:
-        UserError: another mode or sequence length.
-        DataError: another text tokenizer made them.
-    """
-    if config.mode != "text-only":
-        raise UserError(f"{config.shards} holds text alone; data.mode is {config.mode}, wanted is text-only.")
-    if config.seq_len != manifest["sequence_tokens"]:
-        wanted = manifest["sequence_tokens"]
-        raise UserError(
-            f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {wanted} tokens."
-        )
-    check_text_tokenizer(config.shards, manifest=manifest, tokenizer=tokenizer)
-
-
-def check_text_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
-    """Check that a tokenizer is the one that packed text shards, whose ids cannot be made anew.
-
-    Raises:
-        DataError: it is another.
-    """
-    made_by = manifest["text_tokenizer"]
-    if made_by["fingerprint"] != tokenizer.fingerprint():
-        raise DataError(
-            f"{folder} was made with the text tokenizer {made_by['name']} ({made_by['fingerprint'][:12]}),"
-            f" not {tokenizer.name} ({tokenizer.fingerprint()[:12]}). Prepare it again with --text-tokenizer."
-        )
 
 
 def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:

@@ -13,75 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from t2i.data.shards.integrity import check_file, check_listing, read_index, read_sample, remake_advice
+from t2i.data.shards.manifest import MANIFEST, _read_manifest_file, read_manifest
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
-from t2i.files import Kind, check_keys, file_hash, is_inside, read_json
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
-
-FORMAT_VERSION = 2
-MANIFEST, BROKEN, RECONSTRUCTIONS = "manifest.json", "broken.jsonl", "reconstructions.png"
-IMAGE_TOKENIZER, TEXT_TOKENIZER = "image_tokenizer", "text_tokenizer"
-"""Folders of the tokenizers that made the shards."""
-
-KEYS: dict[str, Kind] = {
-    "source": str,
-    "heldout_share": (int, float),
-    "counts": dict,
-    "files": dict,
-    "arguments": dict,
-    "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
-}
-"""Of every manifest; those of codes, of pictures and of text have more."""
-CODE_KEYS: dict[str, Kind] = {
-    "given_ids": bool,
-    "codes_per_image": int,
-    "codebook_size": int,
-    "floors_nats": dict,
-    "image_tokenizer": {"name": str, "fingerprint": str},
-}
-PICTURE_KEYS: dict[str, Kind] = {**CODE_KEYS, "image_size": int}
-TEXT_KEYS: dict[str, Kind] = {"sequence_tokens": int, "floors_nats": dict}
-SPLITS = ("train", "heldout", "combinations")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a shard folder's manifest.
-
-    Raises:
-        DataError: there is none, another format, or one that prepare.py does not write.
-    """
-    if not (folder / MANIFEST).is_file():
-        raise DataError(f"{folder} is no shard folder: it has no {MANIFEST}. launchers/prepare.py makes one.")
-    return _read_manifest_file(folder / MANIFEST)
-
-
-def _read_manifest_file(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format {manifest.get('format_version')!r:.80}; this version reads {FORMAT_VERSION}."
-            " Prepare the source again."
-        )
-    kind = PICTURE_KEYS if has_image_tokenizer(manifest) else CODE_KEYS
-    if "sequence_tokens" in manifest:
-        kind = TEXT_KEYS
-    check_keys(manifest, KEYS | kind, where=path)
-    _check_names(manifest, where=path)
-    return manifest
-
-
-def _check_names(manifest: dict[str, Any], *, where: Path) -> None:
-    """Check splits, counts and names of files, which are used as paths."""
-    for split, count in manifest["counts"].items():
-        if split not in SPLITS or not isinstance(count, int) or count < 1:
-            raise DataError(
-                f"{where}: counts say {split!r:.80} {count!r:.80}; wanted are {', '.join(SPLITS)}."
-            )
-    for name, digest in manifest["files"].items():
-        if not is_inside(name) or not isinstance(digest, str):
-            raise DataError(
-                f"{where}: files name {name!r:.80}, which is no file of the folder with its hash."
-            )
 
 
 def fetch_shards(folder: Path, *, remote: str) -> None:
@@ -142,11 +77,6 @@ def read_split(
         yield read_sample(shard, place - ends[at])
 
 
-def has_image_tokenizer(manifest: dict[str, Any]) -> bool:
-    """Tell shards of pictures from those of given ids and of documents, which no image tokenizer decodes."""
-    return manifest.get("given_ids") is False
-
-
 def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
     """Encode the stored pictures again and compare fingerprint and codes.
 
@@ -199,10 +129,3 @@ def _check_range(kind: str, values: Any, end: int, *, where: Path, key: str) -> 
 def _check_length(kind: str, values: Any, wanted: int, *, where: Path, key: str) -> None:
     if len(values) != wanted:
         raise DataError(f"{where}: sample {key} has {len(values)} {kind}; wanted are {wanted}.")
-
-
-def side_files(folder: Path) -> dict[str, str]:
-    """Hash what training reads beside the shards: indexes, the round trip and the tokenizers."""
-    patterns = ("*/index.json", ROUND_TRIP, f"{IMAGE_TOKENIZER}/*", f"{TEXT_TOKENIZER}/*")
-    found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(found)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i.data.shards.reader import RECONSTRUCTIONS
+from t2i.data.shards.manifest import RECONSTRUCTIONS
 from t2i.measure.compare import SCORES
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
 from t2i.report.sections.section import Section, last
