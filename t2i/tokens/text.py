@@ -1,10 +1,8 @@
 """Captions to ids: a Hugging Face fast tokenizer (GPT-NeoX-20B's layout) behind a small face."""
 
-import ast
 import hashlib
 import json
 import sysconfig
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from t2i.data.sources.documents import documentation_strings
 from t2i.errors import UserError
 
 NEOX = "EleutherAI/gpt-neox-20b"
@@ -129,15 +128,3 @@ def standard_library_texts() -> list[str]:
     """Gather English from this Python's standard library: the documentation strings of its top-level modules."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [text for path in sorted(folder.glob("*.py")) for text in documentation_strings(path)]
-
-
-def documentation_strings(path: Path) -> list[str]:
-    """Read the documentation strings of one Python file; a file that this Python cannot parse has none."""
-    try:
-        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return [text for text in found if text]

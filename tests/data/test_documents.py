@@ -9,9 +9,9 @@ from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import check_text_use, is_text, read_manifest
 from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import documents
-from t2i.data.sources.documents import open_documents, prose
+from t2i.data.sources.documents import documentation_strings, open_documents, prose
 from t2i.errors import DataError, UserError
-from t2i.tokens.text import TextTokenizer, documentation_strings
+from t2i.tokens.text import TextTokenizer
 
 
 @pytest.fixture(scope="module")

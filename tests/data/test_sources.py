@@ -12,8 +12,7 @@ from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import open_source, reopen_source
-from t2i.data.sources.pattern import expand
+from t2i.data.sources import expand, open_source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.runs.run_folder import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import SourceConfig
-from t2i.data.sources import openmoji
 from t2i.data.sources.coco import caption_files, has_both, read_coco
 from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
 from t2i.data.sources.hub import units_of_dataset
 from t2i.data.sources.parquet import units_of_tables
-from t2i.data.sources.pattern import expand
 from t2i.data.sources.precomputed import read_facts, units_of_ids
 from t2i.data.sources.source import (
     IMAGE_SUFFIXES,
@@ -54,6 +52,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 Sift = Callable[..., Iterator[Pair]]
 """`sift` with its rules filled in; takes a reader."""
+
+GLOB_CHARACTERS = frozenset("*?[")
 
 
 def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig = AS_IT_IS) -> Source:
@@ -183,3 +183,38 @@ def _runs(pairs: Sequence[Pair], num_pairs: int) -> list[Unit]:
 
 def _run(pairs: Sequence[Pair], start: int, end: int, left_out: Counter[str]) -> Sequence[Pair]:
     return pairs[start:end]
+
+
+def expand(pattern: str) -> list[Path]:
+    """List the files that a pattern names, braces in their order, globs sorted, each file once.
+
+    Raises:
+        DataError: a part of the pattern names no file.
+    """
+    files: list[Path] = []
+    for one in braces(pattern):
+        path = Path(one)
+        has_glob = not GLOB_CHARACTERS.isdisjoint(one)
+        found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if has_glob else [path]
+        if not found or not all(file.is_file() for file in found):
+            raise DataError(
+                f"--source {one} is neither `openmoji`, a file, a folder that exists, coco:DIR, nor a Hugging Face"
+                " data set (USER/NAME, or hf: before any name)."
+            )
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def braces(pattern: str) -> Iterator[str]:
+    """Write out a pattern's braces, numbers padded as the first is; the first braces vary slowest."""
+    match = re.search(r"\{([^{}]+)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if ends:
+        choices = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from braces(pattern[: match.start()] + choice + pattern[match.end() :])

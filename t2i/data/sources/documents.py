@@ -1,16 +1,17 @@
 """Documents for text-only training: documentation of installed packages, text files, a dataset's text column."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from t2i.errors import DataError
-from t2i.tokens.text import documentation_strings
 
 PREFIX = "text:"
 """What a source of documents begins with: text:docstrings, text:PATH, text:NAME."""
@@ -128,3 +129,15 @@ def _dataset_texts(name: str) -> Iterator[str]:
         if "text" not in row:
             raise DataError(f"--source text:{name} has columns {', '.join(row)}; wanted is one named text.")
         yield str(row["text"])
+
+
+def documentation_strings(path: Path) -> list[str]:
+    """Read the documentation strings of one Python file; a file that this Python cannot parse has none."""
+    try:
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in found if text]
