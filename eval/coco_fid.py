@@ -75,7 +75,7 @@ class CompareCommand:
 
 
 def score_model(command: ScoreCommand) -> None:
-    from t2i.generate.processes import join, leave
+    from t2i.distributed.launch import join, leave
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.loading import open_checkpoint

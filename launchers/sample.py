@@ -56,8 +56,8 @@ def main() -> None:
     command = parse(SampleCommand, description=__doc__ or "")
     if command.layout != "plain" and len(command.prompts) != 1:
         raise UserError(f"--layout {command.layout} wants one --prompts path; found {len(command.prompts)}.")
+    from t2i.distributed.launch import join, leave
     from t2i.generate.benchmarks import Benchmark, read_benchmark
-    from t2i.generate.processes import join, leave
     from t2i.generate.sample import draw_folder
     from t2i.runs.loading import open_checkpoint
 

@@ -4,18 +4,20 @@ import atexit
 import logging
 import os
 import random
-import shutil
 import socket
-import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
 
 from t2i.env import extensions_folder, keep_memory, operators_built, operators_needed, use_own_tools
-from t2i.errors import EXPECTED, CheckpointError, UserError
+from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+PATIENCE = timedelta(days=2)
+"""How long a process waits for the slowest one; a process that dies ends all of them at once."""
 
 
 def start_processes() -> None:
@@ -123,54 +125,21 @@ def warn_of_building(ds_config: dict[str, Any]) -> None:
     )
 
 
-def is_first_on_node() -> bool:
-    """Tell whether this process does what each machine needs once."""
-    return os.environ["LOCAL_RANK"] == "0"
-
-
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Do work on the first rank alone and return what it returned on every rank.
-
-    Raises:
-        UserError, CheckpointError, ...: what the work raised, on the first rank; the others leave without a word.
-    """
-    import torch.distributed as dist
-
-    outcome: list[Any] = [None, 0]
-    error: BaseException | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except EXPECTED as expected:
-            error, outcome[1] = expected, expected.exit_code
-        except OSError as failed:
-            is_folder = isinstance(failed, shutil.Error) and isinstance(failed.args[0], list)
-            reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
-            error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
-            outcome[1] = CheckpointError.exit_code
-    dist.broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1]:
-        sys.exit(outcome[1])
-    return outcome[0]  # type: ignore[no-any-return]
-
-
-def any_rank(claim: bool) -> bool:
-    """Tell whether a claim is true on any rank; every rank calls it."""
-    return any(of_all_ranks([claim]))
-
-
-def of_all_ranks(values: list[T]) -> list[T]:
-    """Join the lists of all ranks, in order; every rank calls it."""
-    import torch.distributed as dist
-
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def join() -> PartialState:
+    """Meet the other processes, if there are any: process_index, num_processes, device, wait_for_everyone()."""
+    keep_memory()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        os.environ.pop("LOCAL_RANK", None)  # or accelerate opens a group of one, at whatever MASTER_PORT says
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def leave(processes: PartialState) -> None:
+    """End the group that join opened."""
+    if processes.num_processes > 1:
+        processes.destroy_process_group()

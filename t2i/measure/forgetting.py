@@ -13,9 +13,10 @@ from torch import Tensor
 from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, is_text, read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
+from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError
 from t2i.files import write_whole
-from t2i.measure.reduce import ShouldStop, never, rank_and_size, sum_over_ranks
+from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
 from t2i.runs.loading import find, open_language_model
 from t2i.tokens.text import TextTokenizer

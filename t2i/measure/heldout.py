@@ -9,7 +9,8 @@ from torch import Tensor
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.reader import read_split
-from t2i.measure.reduce import ShouldStop, never, rank_and_size, sum_over_ranks
+from t2i.distributed.collectives import rank_and_size
+from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels

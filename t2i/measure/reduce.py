@@ -20,11 +20,6 @@ def never() -> bool:
     return False
 
 
-def rank_and_size() -> tuple[int, int]:
-    """Tell this process's rank and the number of ranks; (0, 1) without a job."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @torch.inference_mode()
 def sum_over_ranks(
     batches: Iterable[T], measure: Callable[[T], Tensor], *, model: Any, size: int, should_stop: ShouldStop

@@ -17,7 +17,7 @@ from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards.manifest import MANIFEST
 from t2i.distributed import faults
-from t2i.distributed.launch import on_first_rank
+from t2i.distributed.collectives import on_first_rank
 from t2i.errors import CheckpointError, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters

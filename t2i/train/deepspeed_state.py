@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from t2i.distributed.launch import of_all_ranks, on_first_rank
+from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError
 from t2i.runs.trust import only_plain_values
 

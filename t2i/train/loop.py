@@ -15,8 +15,8 @@ from t2i.config import RunConfig
 from t2i.data.batching import micro_batches
 from t2i.data.loader import StepLoader
 from t2i.distributed import faults
+from t2i.distributed.collectives import any_rank, of_all_ranks
 from t2i.distributed.health import STEP, Watchdog
-from t2i.distributed.launch import any_rank, of_all_ranks
 from t2i.distributed.signals import SAVE, STOP, StopFlag, asked_by_file, forget_file
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted

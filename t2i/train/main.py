@@ -18,14 +18,8 @@ from t2i.config import (
     TrainConfig,
 )
 from t2i.distributed import faults
-from t2i.distributed.launch import (
-    is_first_on_node,
-    make_repeatable,
-    on_first_rank,
-    prepare_environment,
-    start_processes,
-    warn_of_building,
-)
+from t2i.distributed.collectives import is_first_on_node, on_first_rank
+from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
 from t2i.distributed.signals import StopFlag, stop_flag
 from t2i.env import check_machine
 from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code

@@ -1,0 +1,65 @@
+"""What ranks decide or know together."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from t2i.errors import EXPECTED, CheckpointError
+
+T = TypeVar("T")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Tell this process's rank and the number of ranks; (0, 1) without a job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first_on_node() -> bool:
+    """Tell whether this process does what each machine needs once."""
+    return os.environ["LOCAL_RANK"] == "0"
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Do work on the first rank alone and return what it returned on every rank.
+
+    Raises:
+        UserError, CheckpointError, ...: what the work raised, on the first rank; the others leave without a word.
+    """
+    import torch.distributed as dist
+
+    outcome: list[Any] = [None, 0]
+    error: BaseException | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except EXPECTED as expected:
+            error, outcome[1] = expected, expected.exit_code
+        except OSError as failed:
+            is_folder = isinstance(failed, shutil.Error) and isinstance(failed.args[0], list)
+            reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
+            error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
+            outcome[1] = CheckpointError.exit_code
+    dist.broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1]:
+        sys.exit(outcome[1])
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+def any_rank(claim: bool) -> bool:
+    """Tell whether a claim is true on any rank; every rank calls it."""
+    return any(of_all_ranks([claim]))
+
+
+def of_all_ranks(values: list[T]) -> list[T]:
+    """Join the lists of all ranks, in order; every rank calls it."""
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
