@@ -16,13 +16,13 @@ from t2i.convert.open_lm import (
     read_config,
 )
 from t2i.convert.open_lm_reference import open_lm_logits
-from t2i.convert.released import RELEASES, read_weights, weight_files
+from t2i.convert.released import RELEASES, read_weights
 from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
 from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
 from t2i.data.sources import openmoji
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, sha256_of
-from t2i.model.backbone import is_open_lm
+from t2i.model.backbone import is_open_lm, weight_files
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import never_generate

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError
+from t2i.model.backbone import weight_files
 
 RELEASES = {
     "c8eeee10d471071414f1f80c4f6fc530a61f089f3ca427282d7b26d9590b30a6": "mlfoundations/open_lm_1B open_lm_1b.pt",
@@ -29,20 +30,6 @@ RELEASES = {
 
 NUM_NAMED = 5
 """Tensors that an error names; the rest are counted."""
-
-
-def weight_files(path: Path) -> list[Path]:
-    """List the files that hold the weights of a checkpoint: the file itself, or those of a Hugging Face folder.
-
-    Raises:
-        UserError: there is no such file, or none in the folder.
-    """
-    if path.is_file():
-        return [path]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(path.glob(pattern)):
-            return files
-    raise UserError(f"{path} is no file of weights, and no folder with .safetensors or pytorch_model.bin.")
 
 
 def read_weights(path: Path) -> dict[str, Any]:

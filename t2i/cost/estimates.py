@@ -7,10 +7,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from t2i.model.backbone import made_of
-from t2i.model.lora import add_lora
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
-from t2i.model.trainable import set_learned
+from t2i.model.trainable import add_lora, set_learned
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size where the JSON has none."""

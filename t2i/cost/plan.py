@@ -27,10 +27,9 @@ from t2i.cost.estimates import (
 from t2i.data.batching import accumulation, global_batch
 from t2i.data.shards.manifest import MANIFEST, read_manifest
 from t2i.errors import UserError
-from t2i.model.backbone import read_model_config
+from t2i.model.backbone import random_model_config, read_model_config
 from t2i.runs.loading import find
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.build import random_model_config
 from t2i.train.main import check_numbers
 
 SHARE_LEFT_FREE = 0.08

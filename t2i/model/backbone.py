@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from t2i.config import ModelConfig
 from t2i.errors import UserError
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -114,3 +115,40 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
             f"{name} ({type(model).__name__}) does more to its logits than a product with its head: they differ by"
             f" {difference:.1e}. Models with a bias there, or scaled or capped logits, cannot be trained here."
         )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """List the files that hold the weights of a checkpoint: the file itself, or those of a Hugging Face folder.
+
+    Raises:
+        UserError: there is no such file, or none in the folder.
+    """
+    if path.is_file():
+        return [path]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(path.glob(pattern)):
+            return files
+    raise UserError(f"{path} is no file of weights, and no folder with .safetensors or pytorch_model.bin.")
+
+
+def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> PretrainedConfig:
+    """Describe a random language model, its text rows rounded up to a multiple of 8; other families as wide as open_lm.
+
+    Raises:
+        UserError: sizes that do not divide, or an unknown norm.
+    """
+    sizes: dict[str, Any] = {
+        "vocab_size": -(-num_text_tokens // 8) * 8,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": seq_len,
+    }
+    try:
+        ours = OpenLMConfig(**sizes, norm_type=config.norm_type, qk_norm=config.qk_norm)
+    except ValueError as error:
+        raise UserError(f"model.*: {error}.") from error
+    if config.family == "open_lm":
+        return ours
+    sizes |= {"intermediate_size": ours.intermediate_size, "num_key_value_heads": config.num_heads}
+    return AutoConfig.for_model(config.family, **sizes, tie_word_embeddings=False)

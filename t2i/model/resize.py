@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.errors import UserError
-from t2i.model.lora import merge_lora
+from t2i.model.trainable import merge_lora
 
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
 

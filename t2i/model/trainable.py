@@ -1,6 +1,8 @@
 """Which parameters learn: the paper's ladder from the rows alone to everything (Figure 6)."""
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.errors import UserError
@@ -8,6 +10,10 @@ from t2i.errors import UserError
 RECIPES = ("all", "embeddings", "norms", "first-half", "feed-forward")
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
 """What model classes call the feed-forward part of a layer: open_lm's name and transformers' own."""
+
+ADAPTER = "default"
+SCALE = 2.0
+"""What the adapters' product is multiplied by (peft's lora_alpha over rank)."""
 
 
 def set_learned(model: PreTrainedModel, *, recipe: str) -> None:
@@ -88,3 +94,44 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
             f"model.learn is feed-forward; a layer here has {', '.join(names)}, none of {FEED_FORWARD_NAMES}."
         )
     return layer.get_submodule(name)
+
+
+def add_lora(model: PreTrainedModel, *, rank: int) -> None:
+    """Put an adapter beside every matrix of the layers, in place, and freeze all but adapters and new rows.
+
+    The adapters' second matrices are zero, so the model computes what it did.
+
+    Raises:
+        UserError: there is no matrix to adapt.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+
+    inside = {id(module) for module in layers_of(model).modules()}
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in inside
+    ]
+    if not targets:
+        raise UserError(
+            f"model.lora_rank is {rank}; the layers of {type(model).__name__} have no nn.Linear to adapt."
+        )
+    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=targets)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for name, value in model.named_parameters():
+        value.requires_grad_(".lora_" in name or name.endswith(".new"))
+
+
+def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Replace, in a state dict of `model`, adapters and the matrices beside them by the matrices that they make up."""
+    adapted: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")
+    ]
+    for name, module in adapted:
+        weight = state.pop(f"{name}.base_layer.weight")
+        delta = module.get_delta_weight(ADAPTER).detach()
+        for key in [key for key in state if key.startswith(f"{name}.lora_")]:
+            del state[key]
+        state[f"{name}.weight"] = weight + delta.to(weight.dtype)
+        if f"{name}.base_layer.bias" in state:
+            state[f"{name}.bias"] = state.pop(f"{name}.base_layer.bias")

@@ -15,10 +15,9 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel
 
-from t2i.convert.released import weight_files
 from t2i.errors import UserError
 from t2i.files import sha256_of
-from t2i.model.backbone import load_model
+from t2i.model.backbone import load_model, weight_files
 from t2i.runs.checkpoint_store import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from t2i.config import ModelConfig, RunConfig
+from t2i.config import RunConfig
 from t2i.data.shards.manifest import is_text
 from t2i.errors import UserError
-from t2i.model.backbone import load_model, made_of
+from t2i.model.backbone import load_model, made_of, random_model_config
 from t2i.model.control_init import scramble
-from t2i.model.lora import add_lora
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
-from t2i.model.trainable import set_learned
+from t2i.model.trainable import add_lora, set_learned
 from t2i.runs.loading import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -128,29 +127,6 @@ def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> PreTraine
     return made_of(
         random_model_config(config.model, num_text_tokens=num_text_tokens, seq_len=config.data.seq_len)
     )
-
-
-def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> PretrainedConfig:
-    """Describe a random language model, its text rows rounded up to a multiple of 8; other families as wide as open_lm.
-
-    Raises:
-        UserError: sizes that do not divide, or an unknown norm.
-    """
-    sizes: dict[str, Any] = {
-        "vocab_size": -(-num_text_tokens // 8) * 8,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": seq_len,
-    }
-    try:
-        ours = OpenLMConfig(**sizes, norm_type=config.norm_type, qk_norm=config.qk_norm)
-    except ValueError as error:
-        raise UserError(f"model.*: {error}.") from error
-    if config.family == "open_lm":
-        return ours
-    sizes |= {"intermediate_size": ours.intermediate_size, "num_key_value_heads": config.num_heads}
-    return AutoConfig.for_model(config.family, **sizes, tie_word_embeddings=False)
 
 
 def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:

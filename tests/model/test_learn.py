@@ -4,11 +4,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from t2i.errors import UserError
 from t2i.model.control_init import scramble
-from t2i.model.lora import add_lora
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import split_rows
-from t2i.model.trainable import num_parameters, set_learned
+from t2i.model.trainable import add_lora, num_parameters, set_learned
 
 
 def tiny(**changes):
