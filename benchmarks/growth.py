@@ -22,7 +22,7 @@ import torch
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.sampling_open_lm import sample_codes
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner
 

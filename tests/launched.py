@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2i.runs.checkpoint_store import STEPS, last_step
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_SECONDS = 540

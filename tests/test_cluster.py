@@ -19,7 +19,7 @@ from t2i.config import RunConfig
 from t2i.cost.plan import describe, make_plan
 from t2i.distributed.launch import prepare_environment
 from t2i.errors import UserError
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.train.ds_config import read_ds_config
 
 ROOT = Path(__file__).parents[1]

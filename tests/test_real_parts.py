@@ -17,7 +17,7 @@ from PIL import Image
 from twins.image_tokenizers import SMALL, Released
 from twins.open_lm import SIZES, OpenLM
 
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import train_text_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")

@@ -1,7 +1,6 @@
 """A run's folder explains itself: what was asked, on what machine, how far it is, and every number."""
 
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -20,15 +19,8 @@ from t2i.config import AlignRun, RunConfig
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
 from t2i.runs.checkpoint_store import last_step
+from t2i.runs.metrics_log import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, STATUS
 
-RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
-    "resolved.yaml",
-    "ds_config.json",
-    "environment.json",
-    "status.json",
-    "metrics.jsonl",
-    ".lock",
-)
 SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the captions of each of them, a line each."""
 
@@ -184,48 +176,3 @@ def launch_command() -> str:
 
 def _next_command(run_dir: Path, state: str) -> str:
     return f"python launchers/report.py {shlex.quote(str(run_dir))}" if state == "done" else launch_command()
-
-
-def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
-    """Append rows to metrics.jsonl with one write, whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; the file is as it was.
-    """
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path = run_dir / METRICS
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        before = os.fstat(descriptor).st_size
-        if os.write(descriptor, text) != len(text):
-            os.ftruncate(descriptor, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    finally:
-        os.close(descriptor)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that a kill tore is passed over."""
-    path = run_dir / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number != len(lines) - 1:
-                raise
-    return rows
-
-
-def rewind_metrics(run_dir: Path, *, step: int) -> None:
-    """Move rows after `step` to metrics.jsonl.rewound, so that no figure shows a step twice."""
-    rows = read_metrics(run_dir)
-    later = [row for row in rows if row["step"] > step]
-    if not (run_dir / METRICS).exists():
-        return
-    with (run_dir / f"{METRICS}.rewound").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in later)
-    temporary = run_dir / f".{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    temporary.replace(run_dir / METRICS)

@@ -10,7 +10,7 @@ import yaml
 
 from t2i.data.shards.manifest import MANIFEST, is_text
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.run_folder import RESOLVED, STATUS, read_metrics
+from t2i.runs.metrics_log import RESOLVED, STATUS, read_metrics
 from t2i.study.spec import Study, run_dir
 
 Rows = list[dict[str, Any]]

@@ -23,7 +23,8 @@ from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.run_folder import METRICS, read_metrics, write_status
+from t2i.runs.metrics_log import METRICS, read_metrics
+from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from t2i.errors import NumericalError
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.run_folder import METRICS
+from t2i.runs.metrics_log import METRICS
 
 MAX_SKIPPED = 3
 """Steps in a row without an update, or rewinds of one run, after which it ends."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import counts_of, flops_a_token
-from t2i.runs.run_folder import METRICS, append_metrics, rewind_metrics
+from t2i.runs.metrics_log import METRICS, append_metrics, rewind_metrics
 from t2i.train.engine import KINDS
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from t2i.config import RunConfig
 from t2i.errors import Stopped
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 
 BY_THE_CLOCK = (

@@ -14,7 +14,7 @@ from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.runs.loading import open_checkpoint
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.main import train
 

@@ -22,7 +22,7 @@ from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import data_of
 from t2i.runs.loading import open_language_model
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout

@@ -14,7 +14,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources import expand, open_source, reopen_source
 from t2i.errors import DataError, UserError
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
 from t2i.tokens.text import TextTokenizer
 from t2i.train.main import train

@@ -16,7 +16,7 @@ from launched import LEARN, ROOT, Job, copy_run, ds_config, first_difference, re
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs import run_folder as folder
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 from t2i.train.metrics import MetricsWriter
 

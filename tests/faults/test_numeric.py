@@ -20,7 +20,7 @@ from t2i.data.sources import open_source
 from t2i.distributed import faults
 from t2i.errors import NumericalError
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train.guards import FEWEST_STEPS, WINDOW_STEPS, add_loss, spike_score

@@ -29,7 +29,7 @@ from launched import (
 )
 
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.train import resume_check as verify
 from t2i.train.main import train
 

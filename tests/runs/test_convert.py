@@ -24,7 +24,7 @@ from t2i.convert.vq import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.errors import CheckpointError, UserError
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.loading import open_checkpoint
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer, train_text_tokenizer
 from t2i.train.main import train

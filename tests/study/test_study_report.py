@@ -27,7 +27,7 @@ from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import check_sections, make_section
 from t2i.report.study import write_study_report
 from t2i.runs.loading import open_language_model
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.study.cost import describe, prices, seconds_on
 from t2i.study.results import Curve, curve, paired, runs_of
 from t2i.study.spec import jobs_of, read_study, run_config, run_dir

@@ -16,7 +16,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.distributed.launch import start_processes
 from t2i.errors import UserError
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.align import AlignedRows, align, contrastive_loss, retrieval_accuracy

@@ -35,7 +35,7 @@ from t2i.model.backbone import hidden_states, load_model
 from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
 from t2i.runs.export import export
 from t2i.runs.loading import open_checkpoint, open_language_model
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.main import train

@@ -20,7 +20,7 @@ from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_checkpoint
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine, loop

@@ -10,7 +10,7 @@ import yaml
 from t2i.errors import UserError
 from t2i.measure.perplexity import data_of, perplexity
 from t2i.runs.loading import open_language_model
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2_fp32.json"

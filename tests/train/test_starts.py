@@ -15,7 +15,7 @@ from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_language_model
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.main import train

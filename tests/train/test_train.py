@@ -22,7 +22,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_checkpoint
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.ds_config import read_ds_config

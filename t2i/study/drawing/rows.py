@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i.runs.run_folder import read_metrics
+from t2i.runs.metrics_log import read_metrics
 from t2i.study.drawing.axes import finish, panels, styles
 
 

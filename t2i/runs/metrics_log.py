@@ -1,0 +1,61 @@
+"""metrics.jsonl: every number of a run, a row per recorded step, appended whole or not at all."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
+    "resolved.yaml",
+    "ds_config.json",
+    "environment.json",
+    "status.json",
+    "metrics.jsonl",
+    ".lock",
+)
+
+
+def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
+    """Append rows to metrics.jsonl with one write, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses; the file is as it was.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = run_dir / METRICS
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, text) != len(text):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line that a kill tore is passed over."""
+    path = run_dir / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number != len(lines) - 1:
+                raise
+    return rows
+
+
+def rewind_metrics(run_dir: Path, *, step: int) -> None:
+    """Move rows after `step` to metrics.jsonl.rewound, so that no figure shows a step twice."""
+    rows = read_metrics(run_dir)
+    later = [row for row in rows if row["step"] > step]
+    if not (run_dir / METRICS).exists():
+        return
+    with (run_dir / f"{METRICS}.rewound").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in later)
+    temporary = run_dir / f".{METRICS}.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    temporary.replace(run_dir / METRICS)
