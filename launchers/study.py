@@ -52,8 +52,8 @@ class StudyCommand:
 def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
     from t2i.report.sections.registry import check_sections
-    from t2i.study.spec import jobs_of, read_study
-    from t2i.study.workers import local_workers, submit
+    from t2i.study.jobs import jobs_of, read_study
+    from t2i.study.runner import local_workers, submit
 
     study = read_study(command.study)
     out = command.out or study.default_out()

@@ -13,9 +13,9 @@ from t2i.cost.estimates import checkpoint_bytes, count_parameters, flops_a_token
 from t2i.cost.plan import known_data, model_config, num_text_rows
 from t2i.data.batching import global_batch
 from t2i.errors import UserError
-from t2i.study.names import TRAIN
+from t2i.study.jobs import filled, run_config, run_name
 from t2i.study.results import read_json
-from t2i.study.spec import Step, Study, filled, run_config, run_name
+from t2i.study.spec import TRAIN, Step, Study
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
 

@@ -8,6 +8,8 @@ import fcntl
 import json
 import logging
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from typing import IO, Any
 
 from t2i.errors import Stopped, UserError
 from t2i.files import write_json
-from t2i.study.names import TRAIN
-from t2i.study.spec import Job, Study
+from t2i.study.jobs import Job
+from t2i.study.spec import TRAIN, Study
 
 logger = logging.getLogger(__name__)
 
@@ -143,3 +145,44 @@ def _same_command(job: Job, out: Path) -> None:
         raise UserError(
             f"{out}: {job.name} was done with another command (differs in {' '.join(changed)}). Choose another --out."
         )
+
+
+@contextmanager
+def local_workers(command: list[str], *, count: int) -> Iterator[None]:
+    """Run `count` more workers on this machine; wait for them, or stop them where this one was stopped."""
+    others = [subprocess.Popen(command) for _ in range(count)]
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        for other in others:
+            if not is_done:
+                other.terminate()
+            other.wait()
+
+
+def submit(command: list[str], *, count: int, options: list[str], out: Path) -> str:
+    """Submit an array job of `count` workers to Slurm and return what sbatch said.
+
+    Five minutes before its time limit each worker's run is asked to save; submitting again goes on.
+
+    Raises:
+        UserError: there is no sbatch here, or it refused.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--launcher is slurm, but there is no sbatch on this machine.")
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    words = [
+        "sbatch",
+        f"--array=0-{count - 1}",
+        "--job-name=t2i-study",
+        "--signal=B:TERM@300",
+        f"--output={out / 'logs' / 'worker-%a.log'}",
+        *options,
+        f"--wrap=exec {shlex.join(command)}",  # exec: the signal goes to the worker, not to a shell
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch refused: {done.stderr.strip()}")
+    return done.stdout.strip()

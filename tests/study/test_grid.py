@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import UserError
-from t2i.study.runner import record_of, work
-from t2i.study.spec import Job, jobs_of, read_study, run_config
-from t2i.study.workers import local_workers, submit
+from t2i.study.jobs import Job, jobs_of, read_study, run_config
+from t2i.study.runner import local_workers, record_of, submit, work
 
 ROOT = Path(__file__).parents[2]
 

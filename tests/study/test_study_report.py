@@ -29,8 +29,8 @@ from t2i.report.study import write_study_report
 from t2i.runs.loading import open_language_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.study.cost import describe, prices, seconds_on
+from t2i.study.jobs import jobs_of, read_study, run_config, run_dir
 from t2i.study.results import Curve, curve, paired, runs_of
-from t2i.study.spec import jobs_of, read_study, run_config, run_dir
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
 from t2i.train.build import starting_model

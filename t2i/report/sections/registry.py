@@ -11,8 +11,7 @@ from t2i.report.sections import embeddings as rows
 from t2i.report.sections import images as pictures
 from t2i.report.sections import language
 from t2i.report.sections.section import Section
-from t2i.study.names import nearest_name
-from t2i.study.spec import Study
+from t2i.study.spec import Study, nearest_name
 
 KINDS: dict[str, Callable[..., Section]] = {
     "published": pictures.published,
