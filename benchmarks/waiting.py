@@ -84,7 +84,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
     from t2i.train.checkpoint import Saver
-    from t2i.train.guards import Progress
+    from t2i.train.progress import Progress
 
     keep_memory()
     run_dir, exported = folder / "large", folder / "exported"

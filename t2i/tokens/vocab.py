@@ -13,6 +13,8 @@ from t2i.errors import UserError
 
 SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
+KINDS = ("text", "image", "special")
+
 
 @dataclass(frozen=True)
 class VocabLayout:

@@ -28,7 +28,7 @@ from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import Start, starting_model
-from t2i.train.main import manifest_of, with_found_start
+from t2i.train.inputs import manifest_of, with_found_start
 from t2i.train.metrics import MetricsWriter
 
 logger = logging.getLogger(__name__)

@@ -2,16 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from t2i.config import RunConfig
 from t2i.data.loader import StepLoader
@@ -28,19 +23,23 @@ from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
 from t2i.tokens.text import TextTokenizer
-from t2i.train.deepspeed_state import load_engine, load_from_other_ranks, random_states
-from t2i.train.engine import group_sizes, optimizer_state_bytes
-from t2i.train.guards import Progress, check_ranks_agree, optimizer_bits
+from t2i.train.deepspeed_state import (
+    _reason,
+    _sealing,
+    group_sizes,
+    load_engine,
+    load_from_other_ranks,
+    optimizer_state_bytes,
+    random_states,
+)
+from t2i.train.guards import check_ranks_agree, optimizer_bits
+from t2i.train.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
-"""What torch.save's RuntimeError speaks of when the disk fails under it."""
 
 MAX_FAILED = 2
 """Saves in a row that may not fail."""
-SEALERS = 2
-"""Files that a rank pushes to the disk and hashes at one time, beside what it writes."""
 
 
 class Saver:
@@ -216,64 +215,6 @@ class Saver:
 
 def _is_measured(run_dir: Path, step: int) -> bool:
     return any("split" in row and row["step"] == step for row in read_metrics(run_dir))
-
-
-@contextmanager
-def _sealing(engine: Any, *, step: int, written: list[Path]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Seal what is written and each file that DeepSpeed writes on this rank, beside the writing of the next one.
-
-    Failures are collected instead of raised: DeepSpeed's save waits for all ranks several times, and a rank that raised
-    in its midst would leave the others waiting. The scripts that it copies beside its state, to get weights out of it,
-    are left out: model.safetensors has these. So are the sums of zip files: the manifest has a hash of each.
-    """
-    sealed: dict[str, Any] = {}
-    reasons: list[str] = []
-    writer = engine.checkpoint_engine
-    plain, has_sums = writer.save, torch.serialization.get_crc32_options()
-    pool = ThreadPoolExecutor(SEALERS)
-    coming = {str(path): pool.submit(checkpoints.seal, path) for path in written}
-
-    def save(state_dict: Any, path: str) -> None:
-        def write() -> None:
-            faults.reach("shards", step=step, path=Path(path))
-            plain(state_dict, path)
-            coming[path] = pool.submit(checkpoints.seal, Path(path))
-
-        if reason := _reason(write):
-            reasons.append(reason)
-
-    writer.save = save
-    engine._copy_recovery_script = lambda path: None
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield sealed, reasons
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # what ends a run is not kept waiting
-        raise
-    finally:
-        del writer.save, engine._copy_recovery_script
-        torch.serialization.set_crc32_options(has_sums)
-    for path, seal in coming.items():
-        if reason := _reason(seal.result):
-            reasons.append(reason)
-        else:
-            sealed[path] = seal.result()
-    pool.shutdown()
-
-
-def _reason(write: Callable[[], object]) -> str:
-    """Write, and return in one sentence why that failed, or nothing."""
-    try:
-        write()
-    except CheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.filename or 'the disk'}: {error.strerror or error}."
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER_WORDS):
-            raise
-        return f"{str(error).splitlines()[0]} (a full disk?)."
-    return ""
 
 
 def _size(count: float) -> str:

@@ -11,9 +11,8 @@ from t2i.config import TrainConfig
 from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, summed_loss
-from t2i.tokens.vocab import VocabLayout
+from t2i.tokens.vocab import KINDS, VocabLayout
 
-KINDS = ("text", "image", "special")
 OWN_GROUP = 0.1
 """A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
 NORM_PART = 2**20
@@ -147,14 +146,3 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str
         {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
     ]
     return [group for group in groups if group["params"]]
-
-
-def group_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
-    """Count the numbers that learn in each group: DeepSpeed lays its state out by groups, in their order."""
-    return [sum(value.numel() for value in group) for group in engine.optimizer.bit16_groups]
-
-
-def optimizer_state_bytes(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Count the bytes of Adam's moments on this rank."""
-    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
-    return sum(value.numel() * value.element_size() for value in moments if isinstance(value, Tensor))

@@ -1,7 +1,6 @@
 """What a run refuses to learn from: losses that jump, gradients that are not finite, ranks that differ."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,45 +12,14 @@ from torch import Tensor, nn
 from t2i.errors import NumericalError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import METRICS
+from t2i.train.progress import Progress
 
 MAX_SKIPPED = 3
 """Steps in a row without an update, or rewinds of one run, after which it ends."""
-WINDOW_STEPS = 64
-"""Losses that a new one is held against."""
 FEWEST_STEPS = 16
 """No loss is called a spike before so many."""
 LEAST_SPREAD = 0.002
 """Spread of losses, as a share of their median, below which it is not believed."""
-
-
-@dataclass
-class Progress:
-    """What a run has done; saved and restored with the weights."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    """Real tokens, padding not counted."""
-    seconds: float = 0.0
-    skipped: int = 0
-    """Steps whose update was left out, for a gradient that was not finite or a spike of the loss."""
-    skipped_in_a_row: int = 0
-    rewinds: int = 0
-    """Times that a spike sent the run back to a checkpoint."""
-    losses: list[float] = field(default_factory=list)
-    """Those of the last steps, which a spike is told by."""
-    owed: list[int] = field(default_factory=list)
-    """Places of periodic work that a stop cut short; it is done first when the run goes on."""
-
-    def count(self, num_sequences: int, *, tokens: int, loss: float | None, was_skipped: bool) -> None:
-        """Count a step over all ranks. One without an update counts too: the schedule and the data go on."""
-        self.step += 1
-        self.samples += num_sequences
-        self.tokens += tokens
-        self.skipped += was_skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
-        if loss is not None and not was_skipped:
-            add_loss(loss, self.losses)
 
 
 def spike_score(loss: float, window: Sequence[float]) -> float | None:
@@ -65,12 +33,6 @@ def spike_score(loss: float, window: Sequence[float]) -> float | None:
     middle = median(window)
     spread = 1.4826 * median(abs(value - middle) for value in window)
     return (loss - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-9)
-
-
-def add_loss(loss: float, window: list[float]) -> None:
-    """Put a loss into the window, in place, and drop the oldest beyond WINDOW_STEPS."""
-    window.append(loss)
-    del window[:-WINDOW_STEPS]
 
 
 def step_without_update(engine: Any) -> None:

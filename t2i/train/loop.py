@@ -23,11 +23,12 @@ from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.sequence import next_token_labels
 from t2i.train.checkpoint import Saver
-from t2i.train.guards import MAX_SKIPPED, Progress, check_updates, spike_score, step_without_update
-from t2i.train.metrics import MetricsWriter, Speed, loss_row, number, peak_memory_bytes, short, why_skipped
+from t2i.train.guards import MAX_SKIPPED, check_updates, spike_score, step_without_update
+from t2i.train.metrics import MetricsWriter, Speed, peak_memory_bytes, short, why_skipped
 from t2i.train.periodic import Periodic
+from t2i.train.progress import Progress
 from t2i.train.schedule import learning_rate
-from t2i.train.step_sums import Read, read_step
+from t2i.train.step_sums import Read, loss_row, number, read_step
 
 logger = logging.getLogger(__name__)
 

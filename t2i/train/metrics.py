@@ -1,7 +1,6 @@
 """Where a run's numbers go: metrics.jsonl is the record, TensorBoard a view of it."""
 
 import logging
-import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
@@ -19,7 +17,6 @@ from t2i.config import DataConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import counts_of, flops_a_token
 from t2i.runs.metrics_log import METRICS, append_metrics, rewind_metrics
-from t2i.train.engine import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -107,16 +104,6 @@ def _add_scalars(events: SummaryWriter, row: dict[str, Any]) -> None:
             events.add_scalar(f"{group}/{key}", value, row["step"])
 
 
-def loss_row(sums: Tensor) -> dict[str, Any]:
-    """Divide summed losses and counts (7,) once: nats a token by class, None where nothing was counted."""
-    totals, counts = sums[:3], sums[3:6]
-    row: dict[str, Any] = {"loss": number((totals.sum() / counts.sum()).item())}
-    for kind, total, count in zip(KINDS, totals, counts, strict=True):
-        row[f"{kind}_loss"] = number((total / count).item()) if count else None
-        row[f"{kind}_tokens"] = int(count)
-    return row
-
-
 def why_skipped(row: dict[str, Any]) -> str:
     """Tell why the update of a row's step was left out."""
     if row["loss"] is None:
@@ -127,11 +114,6 @@ def why_skipped(row: dict[str, Any]) -> str:
 def short(value: float | None) -> str:
     """Write a loss for a progress bar."""
     return "-" if value is None else f"{value:.3f}"
-
-
-def number(value: float) -> float | None:
-    """JSON has no nan or inf: a value that is not finite is stored as null."""
-    return value if math.isfinite(value) else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

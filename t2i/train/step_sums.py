@@ -1,10 +1,14 @@
 """What all ranks know after the backward pass of a step: one reduction, one read from the device."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from t2i.tokens.vocab import KINDS
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,18 @@ def read_step(sums: Tensor, counts: Tensor, *, should_stop: bool, should_save: b
     host = torch.cat([values, counts]).cpu()
     broken, stop, save, tokens, computed = host[7:].tolist()
     return Read(host[:7], tokens, computed, not broken, should_stop=stop > 0, should_save=save > 0)
+
+
+def loss_row(sums: Tensor) -> dict[str, Any]:
+    """Divide summed losses and counts (7,) once: nats a token by class, None where nothing was counted."""
+    totals, counts = sums[:3], sums[3:6]
+    row: dict[str, Any] = {"loss": number((totals.sum() / counts.sum()).item())}
+    for kind, total, count in zip(KINDS, totals, counts, strict=True):
+        row[f"{kind}_loss"] = number((total / count).item()) if count else None
+        row[f"{kind}_tokens"] = int(count)
+    return row
+
+
+def number(value: float) -> float | None:
+    """JSON has no nan or inf: a value that is not finite is stored as null."""
+    return value if math.isfinite(value) else None

@@ -23,8 +23,9 @@ from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
-from t2i.train.guards import FEWEST_STEPS, WINDOW_STEPS, add_loss, spike_score
+from t2i.train.guards import FEWEST_STEPS, spike_score
 from t2i.train.main import train
+from t2i.train.progress import WINDOW_STEPS, add_loss
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 

@@ -19,7 +19,7 @@ from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine as engines
 from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
-from t2i.train.guards import Progress
+from t2i.train.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=512, num_text_tokens=512, codebook_size=1_024)
