@@ -16,9 +16,9 @@ from measure.conftest import write_inception
 from PIL import Image
 from twins.image_tokenizers import SMALL, Released
 from twins.open_lm import SIZES, OpenLM
+from twins.text_tokenizer import train_text_tokenizer
 
 from t2i.runs.metrics_log import read_metrics
-from t2i.tokens.text import train_text_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 

@@ -19,7 +19,7 @@ from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
 from t2i.runs.loading import LanguageModel, home
-from t2i.runs.metrics_log import RESOLVED
+from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
 
 RESULTS = "perplexity.json"

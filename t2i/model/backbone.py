@@ -89,11 +89,6 @@ def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None
     return layout.image_rows if getattr(model.config, "image_rows_only", False) else None
 
 
-def is_tied(model: PreTrainedModel) -> bool:
-    """Tell whether head and embedding are the same rows."""
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-
 @torch.inference_mode()
 def check_head(model: PreTrainedModel, *, name: str) -> None:
     """Hold a model's logits against hidden states times head, which loss and sampler compute apart from its class.

@@ -15,8 +15,8 @@ from t2i.errors import UserError
 from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
 from t2i.report.figures import loss_curves
-from t2i.runs.metrics_log import ENVIRONMENT, RESOLVED, STATUS, read_metrics
-from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
+from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
 from t2i.tokens.image import centre_crop_resize
 
 TEMPLATE = Path(__file__).with_name("report.html")

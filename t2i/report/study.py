@@ -10,8 +10,7 @@ import matplotlib.pyplot as plt
 from t2i.cli import flags_of_mapping
 from t2i.report.figures import to_svg
 from t2i.report.sections.registry import Section, make_section
-from t2i.runs.metrics_log import ENVIRONMENT
-from t2i.runs.run_folder import environment
+from t2i.runs.run_folder import ENVIRONMENT, environment
 from t2i.study.jobs import Job, run_dir
 from t2i.study.results import read_json
 from t2i.study.spec import Study

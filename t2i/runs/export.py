@@ -20,7 +20,7 @@ from t2i.files import new_folder
 from t2i.model.backbone import load_model
 from t2i.model.open_lm import sampling_open_lm
 from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
-from t2i.runs.metrics_log import RESOLVED
+from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP
 
 SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}

@@ -6,14 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, METRICS, LOCK = (
-    "resolved.yaml",
-    "ds_config.json",
-    "environment.json",
-    "status.json",
-    "metrics.jsonl",
-    ".lock",
-)
+METRICS = "metrics.jsonl"
 
 
 def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:

@@ -19,8 +19,14 @@ from t2i.config import AlignRun, RunConfig
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
 from t2i.runs.checkpoint_store import last_step
-from t2i.runs.metrics_log import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, STATUS
 
+RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, LOCK = (
+    "resolved.yaml",
+    "ds_config.json",
+    "environment.json",
+    "status.json",
+    ".lock",
+)
 SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the captions of each of them, a line each."""
 

@@ -10,7 +10,8 @@ import yaml
 
 from t2i.data.shards.manifest import MANIFEST, is_text
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import RESOLVED, STATUS, read_metrics
+from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import RESOLVED, STATUS
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
 

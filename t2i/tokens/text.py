@@ -2,16 +2,12 @@
 
 import hashlib
 import json
-import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from t2i.data.sources.documents import documentation_strings
 from t2i.errors import UserError
 
 NEOX = "EleutherAI/gpt-neox-20b"
@@ -104,27 +100,3 @@ def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:  # GPT-NeoX-20B's own files name none
         tokenizer.pad_token = PADDING if PADDING in vocabulary else tokenizer.eos_token
     return tokenizer
-
-
-def train_text_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE of the structure of GPT-NeoX-20B's: NFC, `<|endoftext|>` and `<|padding|>` first."""
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return TextTokenizer(
-        _with_ends(PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side=SIDE)), name="trained here"
-    )
-
-
-def standard_library_texts() -> list[str]:
-    """Gather English from this Python's standard library: the documentation strings of its top-level modules."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    return [text for path in sorted(folder.glob("*.py")) for text in documentation_strings(path)]

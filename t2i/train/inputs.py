@@ -1,5 +1,6 @@
 """What a run reads before its first step: shards, the model to start from, and the text tokenizer."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from t2i.config import (
 )
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.errors import UserError
-from t2i.train.main import logger
+
+logger = logging.getLogger(__name__)
 
 
 def manifest_of(data: DataConfig) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def prepare_embedded(out: Path) -> None:
     )
 
 
-def _text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
+def text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
     """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
     if config.model.init == "random":
         return own

@@ -20,7 +20,7 @@ from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import make_folder, open_run, write_status
 from t2i.train.ds_config import read_ds_config
-from t2i.train.inputs import _text_tokenizer_folder, manifest_of, warn_of_other_tokenizer, with_found_start
+from t2i.train.inputs import manifest_of, text_tokenizer_folder, warn_of_other_tokenizer, with_found_start
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _train(
     if not data.remote:
         on_first_rank(lambda: check_listing(data.shards, manifest))
     config = with_found_start(config)
-    text_tokenizer = TextTokenizer.load(_text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
+    text_tokenizer = TextTokenizer.load(text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
     image_tokenizer = None
     if is_text(manifest):
         check_text_use(data, manifest=manifest, tokenizer=text_tokenizer)

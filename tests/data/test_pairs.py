@@ -101,6 +101,6 @@ def test_other_formats_and_huge_pictures_are_refused(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot identify"):
         pairs.read_picture((tmp_path / "a.bmp").read_bytes())
     picture(tmp_path / "a.png")
-    monkeypatch.setattr(pairs.pair, "MAX_IMAGE_PIXELS", 95)
+    monkeypatch.setattr(pairs.source, "MAX_IMAGE_PIXELS", 95)
     with pytest.raises(ValueError, match="12 x 8 pixels are over the limit of 95"):
         pairs.read_picture((tmp_path / "a.png").read_bytes())

@@ -120,9 +120,9 @@ def test_workers_read_out_of_files_that_hold_many_pictures(kind, tmp_path, argum
 
 
 def test_a_worker_that_dies_is_told_of(tmp_path, arguments, monkeypatch):
-    from t2i.data import decode
+    from t2i.data.prepare import encode
 
-    monkeypatch.setattr(decode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(encode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="one of 1 processes that read pictures died"):
         prepare(out=tmp_path / "shards", **{**arguments, "config": PrepareConfig(workers=1)})
 

@@ -15,8 +15,7 @@ from launched import LEARN, ROOT, Job, copy_run, ds_config, first_difference, re
 
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs import run_folder as folder
-from t2i.runs.metrics_log import read_metrics
+from t2i.runs.metrics_log import append_metrics, read_metrics
 from t2i.train.main import train
 from t2i.train.metrics import MetricsWriter
 
@@ -399,9 +398,9 @@ def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    folder.append_metrics(tmp_path, {"step": 1})
+    append_metrics(tmp_path, {"step": 1})
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, text: write(descriptor, text[:5]))
     with pytest.raises(OSError, match="No space left"):
-        folder.append_metrics(tmp_path, {"step": 2})
+        append_metrics(tmp_path, {"step": 2})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -410,7 +410,8 @@ def test_a_missing_compiler_is_said(shards, tmp_path, observed):
 )
 def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
     holder = (
-        "import sys; from pathlib import Path; from t2i.config import RunConfig; from t2i.runs.run_folder import open_run;"
+        "import sys; from pathlib import Path; from t2i.config import RunConfig;"
+        "from t2i.runs.run_folder import open_run;"
         f"lock = open_run(RunConfig(run_dir=Path({str(tmp_path / 'run')!r})), ds_config={{}});"
         "print('held', flush=True); sys.stdin.read()"
     )

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from twins.image_tokenizers import SMALL, Released, in_released_form
 from twins.open_lm import SIZES, OpenLM
+from twins.text_tokenizer import train_text_tokenizer
 
 from t2i.config import ASSETS
 from t2i.convert import convert
@@ -26,7 +27,7 @@ from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs.loading import open_checkpoint
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
-from t2i.tokens.text import TextTokenizer, train_text_tokenizer
+from t2i.tokens.text import TextTokenizer
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]

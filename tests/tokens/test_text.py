@@ -8,9 +8,10 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils import hub
+from twins.text_tokenizer import train_text_tokenizer
 
 from t2i.errors import UserError
-from t2i.tokens.text import NEOX, TextTokenizer, train_text_tokenizer
+from t2i.tokens.text import NEOX, TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 CAPTION = "a red  apple, <|endoftext|>"

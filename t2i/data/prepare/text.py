@@ -1,6 +1,6 @@
 """Documents to shards for text-only training: ids joined by the tokenizer's end token, cut into whole sequences.
 
-The folder is one of t2i/data/shards/reader.py without pictures: train/, heldout/ and a manifest that has no image keys. A
+The folder is one of shards without pictures: train/, heldout/ and a manifest that has no image keys. A
 sequence is text alone, with no marker, as language models are trained; so its model is a plain language model.
 """
 

@@ -42,10 +42,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} is no shard folder: it has no {MANIFEST}. launchers/prepare.py makes one.")
-    return _read_manifest_file(folder / MANIFEST)
+    return read_manifest_file(folder / MANIFEST)
 
 
-def _read_manifest_file(path: Path) -> dict[str, Any]:
+def read_manifest_file(path: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise DataError(

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from t2i.data.shards.integrity import check_file, check_listing, read_index, read_sample, remake_advice
-from t2i.data.shards.manifest import MANIFEST, _read_manifest_file, read_manifest
+from t2i.data.shards.manifest import MANIFEST, read_manifest, read_manifest_file
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
@@ -31,7 +31,7 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
         raise DataError(
             f"data.shards {folder} caches other shards than {remote} holds now; choose another folder."
         )
-    manifest = _read_manifest_file(new)
+    manifest = read_manifest_file(new)
     for name, wanted in manifest["files"].items():
         fetch(remote, folder, name, wanted=wanted)
     for split in manifest["counts"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.config import SourceConfig
+from t2i.data.sources import openmoji
 from t2i.data.sources.coco import caption_files, has_both, read_coco
 from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
 from t2i.data.sources.hub import units_of_dataset

@@ -9,7 +9,7 @@ import yaml
 from t2i.data.loader import num_trained_on
 from t2i.report.sections.section import Section, last
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import RESOLVED
+from t2i.runs.run_folder import RESOLVED
 from t2i.study.drawing import training as drawing
 from t2i.study.jobs import run_dir
 from t2i.study.results import Curve, Run, curve, floors_of, paired, read_json, runs_of

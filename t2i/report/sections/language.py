@@ -5,7 +5,8 @@ from pathlib import Path
 
 from t2i.report.sections.section import Section, last, read_files
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import STATUS, read_metrics
+from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import STATUS
 from t2i.study.drawing import language as drawing
 from t2i.study.results import Curve, Run, curve, paired, read_json, runs_of, text_floors_of
 from t2i.study.spec import Study
