@@ -4,7 +4,7 @@ import atexit
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from streaming.base.world import World
 from torch import Tensor
 
 from t2i.config import DataConfig
-from t2i.data.shards.integrity import HASH, Verified, check_file, read_index, remake_advice
+from t2i.data.shards.integrity import HASH, Sample, Verified, check_file, read_index, remake_advice
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_sample
 from t2i.data.shards.remote import fetch
@@ -41,7 +41,7 @@ def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextT
     return None if tokenizer.fingerprint() == made_by else tokenizer
 
 
-def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -> Tensor:
+def caption_ids_of(sample: Sample, *, tokenizer: TextTokenizer | None) -> Tensor:
     """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
     if tokenizer is None:
         ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
@@ -49,6 +49,14 @@ def caption_ids_of(sample: dict[str, Any], *, tokenizer: TextTokenizer | None) -
             ids[:0] if sample.get("caption") == "" else ids
         )  # shards hold one id there: MDS has no empty arrays
     return tokenizer.encode(sample["caption"])
+
+
+class Encoded(TypedDict):
+    """One sample as the model reads it."""
+
+    input_ids: Tensor
+    """(S,)"""
+    key: str
 
 
 class SequenceDataset(StreamingDataset):
@@ -96,7 +104,7 @@ class SequenceDataset(StreamingDataset):
             self._event.set()
             self._iterator.on_exit()  # a thread that fails does not say so itself, and is waited for
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Encoded]:
         """Yield this process's samples of the next epoch.
 
         Raises:
@@ -108,7 +116,7 @@ class SequenceDataset(StreamingDataset):
             if self.failure:
                 raise self.failure
 
-    def __getitem__(self, at: Any) -> dict[str, Any]:
+    def __getitem__(self, at: int) -> Encoded:
         """Read one sample as input_ids (S,) and its key.
 
         Raises:
@@ -140,10 +148,27 @@ class SequenceDataset(StreamingDataset):
         return {"input_ids": input_ids, "key": sample["key"]}
 
 
-def open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
-    """Open the training split; what Streaming says of an impossible cache_limit is the user's to know."""
+def open_dataset(
+    config: DataConfig,
+    *,
+    layout: VocabLayout,
+    num_sequences: int,
+    epoch_size: int,
+    seed: int,
+    tokenizer: TextTokenizer,
+) -> SequenceDataset:
+    """Open the training split, num_sequences of this rank per step; what Streaming says of an impossible cache_limit is the user's to know."""
     try:
-        return without_looks(lambda: SequenceDataset(config, **settings))
+        return without_looks(
+            lambda: SequenceDataset(
+                config,
+                layout=layout,
+                num_sequences=num_sequences,
+                epoch_size=epoch_size,
+                seed=seed,
+                tokenizer=tokenizer,
+            )
+        )
     except UserError:
         raise
     except ValueError as error:
@@ -151,7 +176,7 @@ def open_dataset(config: DataConfig, **settings: Any) -> SequenceDataset:
 
 
 def stack_sequences(
-    samples: list[dict[str, Any]],
+    samples: list[Sample],
     *,
     layout: VocabLayout,
     config: DataConfig,

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from streaming import StreamingDataLoader
@@ -21,6 +21,18 @@ from t2i.tokens.vocab import VocabLayout
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent dies."""
+
+
+class Batch(TypedDict):
+    """One rank's share of one optimizer step."""
+
+    input_ids: torch.Tensor
+    """(B, S)"""
+    key: list[str]
+
+
+Position = dict[str, int]
+"""Where Streaming's loader stands: epoch, samples read of it, and what fixes their order."""
 
 
 class _Stream:
@@ -71,14 +83,14 @@ class _Stream:
         )
         self.folder = config.shards
         self.look_aheads: list[LookAhead] = []
-        self.position: dict[str, Any] | None = None
+        self.position: Position | None = None
 
     def look_ahead(self) -> None:
         """Hash all shards in a thread; what it finds ends the iteration."""
         self.look_aheads.append(LookAhead(self.folder, manifest=read_manifest(self.folder)))
         self.look_aheads[-1].start()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             for batch in _sentences(self.loader):
                 for thread in self.look_aheads:
@@ -86,7 +98,7 @@ class _Stream:
                 self.position = self.loader.state_dict()
                 yield batch
 
-    def go_on_from(self, position: dict[str, Any] | None) -> None:
+    def go_on_from(self, position: Position | None) -> None:
         """Set the position; None for the start."""
         self.position = position
         if position is not None:
@@ -131,7 +143,7 @@ class StepLoader:
         for stream in self.streams:
             stream.look_ahead()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield input_ids (B, S) and keys for ever, epoch after epoch; mixed-in text comes last in a batch.
 
         Raises:
@@ -211,7 +223,7 @@ def live_with_rank(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _sentences(loader: StreamingDataLoader) -> Iterator[dict[str, Any]]:
+def _sentences(loader: StreamingDataLoader) -> Iterator[Batch]:
     """Pass batches on; of a loader process's error keep the sentence, which torch puts below a traceback."""
     try:
         yield from loader

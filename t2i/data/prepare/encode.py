@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -26,6 +25,7 @@ from streaming import MDSWriter
 from tqdm import tqdm
 
 from t2i.config import PrepareConfig
+from t2i.data.shards.integrity import Sample
 from t2i.data.sources import UNREADABLE, LeftOut, Pair, Unit
 from t2i.errors import DataError
 from t2i.files import HASH, hash_uniform, write_json
@@ -94,7 +94,7 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     write_json(facts_file(part, index), {"counts": counts, "broken": broken, "left_out": left_out})
 
 
-def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[dict[str, Any]]:
+def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[Sample]:
     """Spell rows as the columns of a shard."""
     id_type = smallest_type(encoder.text_tokenizer.num_tokens)
     for row in rows:
@@ -119,9 +119,7 @@ def smallest_type(num_values: int) -> str:
     return "uint16" if num_values <= 2**16 else "uint32"
 
 
-def write_rows(
-    part: Path, split: str, name: str, *, rows: Iterable[dict[str, Any]], encoder: Encoder
-) -> None:
+def write_rows(part: Path, split: str, name: str, *, rows: Iterable[Sample], encoder: Encoder) -> None:
     """Write one shard folder, aside under a name of this process, then move it into place."""
     aside = part / "writing" / f"{socket.gethostname()}-{os.getpid()}" / split / name
     shutil.rmtree(aside, ignore_errors=True)

@@ -27,12 +27,13 @@ from t2i.data.shards.manifest import (
     FORMAT_VERSION,
     IMAGE_TOKENIZER,
     MANIFEST,
+    SPLITS,
     TEXT_TOKENIZER,
     read_manifest,
     side_files,
 )
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import SPLITS, GivenIds, Source
+from t2i.data.sources import GivenIds, Source
 from t2i.distributed.heartbeat import signs_of_life, wait_for
 from t2i.errors import DataError, UserError
 from t2i.files import write_json

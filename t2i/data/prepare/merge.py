@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from streaming.base.format import reader_from_json
@@ -20,6 +19,7 @@ from t2i.data.prepare.encode import (
     unit_name,
     write_rows,
 )
+from t2i.data.shards.integrity import Sample
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def repeated_keys(hashes: list[np.ndarray]) -> dict[int, set[int]]:
     return found
 
 
-def read_unit(part: Path, split: str, name: str) -> Iterator[dict[str, Any]]:
+def read_unit(part: Path, split: str, name: str) -> Iterator[Sample]:
     """Read the samples of one unit's shard."""
     for shard in json.loads((part / split / name / "index.json").read_text())["shards"]:
         reader = reader_from_json(str(part / split), name, shard)
@@ -79,7 +79,7 @@ def read_unit(part: Path, split: str, name: str) -> Iterator[dict[str, Any]]:
 
 def _without(part: Path, split: str, name: str, repeated: set[int], encoder: Encoder) -> tuple[str, int, int]:
     """Write a unit's shard again without repeated keys; return its name, the pictures left out, the rows kept."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Sample] = []
     num_left_out, is_kept = 0, True
     views = encoder.config.views if split == "train" else 1
     for place, row in enumerate(read_unit(part, split, name)):

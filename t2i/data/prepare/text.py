@@ -24,7 +24,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import HASH, hash_uniform
 from t2i.tokens.text import TextTokenizer
 
-SPLITS = ("train", "heldout")
+TEXT_SPLITS = ("train", "heldout")
 FLOOR_SEQUENCES = 20_000
 """Sequences of each split, from its start, that floors are counted on."""
 
@@ -88,8 +88,8 @@ def prepare_text(
         "gathered_sha256": digest,
         "split_rule": f"sha256 of the document below {heldout_share} of its range is heldout",
         "heldout_share": heldout_share,
-        "counts": {split: packs[split].num_sequences for split in SPLITS},
-        "documents": {split: packs[split].num_documents for split in SPLITS},
+        "counts": {split: packs[split].num_sequences for split in TEXT_SPLITS},
+        "documents": {split: packs[split].num_documents for split in TEXT_SPLITS},
         "sequence_tokens": seq_len,
         "text_tokenizer": {
             "name": text_tokenizer.name,
@@ -108,7 +108,7 @@ def prepare_text(
 def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
     """Score each split with a uniform, a unigram and a bigram model counted on train, in nats a token."""
     ids = {}
-    for split in SPLITS:
+    for split in TEXT_SPLITS:
         samples = zip(range(FLOOR_SEQUENCES), read_split(folder, split), strict=False)
         ids[split] = np.stack([sample["caption_ids"] for _, sample in samples]).astype(np.int64)
     floors = code_floors(ids, codebook_size=num_tokens)
@@ -122,7 +122,7 @@ def _write(
     """Write both splits; return what was packed and the hash of all documents."""
     kind = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     columns = {"key": "str", "caption_ids": f"ndarray:{kind}"}
-    packs = {split: _Pack(seq_len) for split in SPLITS}
+    packs = {split: _Pack(seq_len) for split in TEXT_SPLITS}
     seen: set[bytes] = set()
     digest = hashlib.sha256()
     end_id = tokenizer.end_id  # looked up in the whole vocabulary, so once

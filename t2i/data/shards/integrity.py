@@ -10,8 +10,10 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
 from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
@@ -43,6 +45,18 @@ SHARD_KEYS: dict[str, Kind] = {
 }
 
 
+class Sample(TypedDict, total=False):
+    """One sample of a shard: a captioned image as codes, or one sequence of text."""
+
+    key: Required[str]
+    caption: str
+    """Absent from text shards."""
+    caption_ids: Required["NDArray[np.unsignedinteger]"]
+    """(T,) by the tokenizer of the manifest; of text shards the whole sequence (S,)."""
+    codes: "NDArray[np.unsignedinteger]"
+    """(K,); absent from text shards."""
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One shard as its index tells of it."""
@@ -66,7 +80,7 @@ def read_index(folder: Path, split: str) -> list[ShardFile]:
     return [_shard_file(folder, split, entry, where=path) for entry in index["shards"]]
 
 
-def _shard_file(folder: Path, split: str, entry: Any, *, where: Path) -> ShardFile:
+def _shard_file(folder: Path, split: str, entry: object, *, where: Path) -> ShardFile:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: a shard is {entry!r:.80}; wanted is an object of keys.")
     check_keys(entry, SHARD_KEYS, where=where)
@@ -103,20 +117,20 @@ def _shard_file(folder: Path, split: str, entry: Any, *, where: Path) -> ShardFi
     return ShardFile(name, data["bytes"], data["hashes"][HASH], reader_from_json(str(folder), split, plain))
 
 
-def read_sample(shard: ShardFile, place: int) -> dict[str, Any]:
+def read_sample(shard: ShardFile, place: int) -> Sample:
     """Read one sample of a shard whose hash is right; its author may still have written nonsense into it.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        sample: dict[str, Any] = shard.reader[place]
+        sample: Sample = shard.reader[place]
     except (IndexError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{shard.name}: sample {place} cannot be read: {error}.") from error
     return sample
 
 
-def _are_texts(values: list[Any]) -> bool:
+def _are_texts(values: list[object]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
@@ -224,7 +238,7 @@ class Verified:
         except OSError as error:
             logger.info("%s is not kept (%s): each job hashes anew", self.folder / VERIFIED, error.strerror)
 
-    def _stamp(self, name: str, wanted: str) -> list[Any]:
+    def _stamp(self, name: str, wanted: str) -> list[int | str]:
         try:
             found = (self.folder / name).stat()
         except OSError:

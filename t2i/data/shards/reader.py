@@ -5,14 +5,23 @@ A shard folder holds train/, heldout/ and combinations/ (MosaicML Streaming's MD
 roundtrip.safetensors with reconstructions.png (eight pictures, their codes and what the tokenizer makes of them).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from t2i.data.shards.integrity import check_file, check_listing, read_index, read_sample, remake_advice
+from t2i.data.shards.integrity import (
+    Sample,
+    check_file,
+    check_listing,
+    read_index,
+    read_sample,
+    remake_advice,
+)
 from t2i.data.shards.manifest import MANIFEST, read_manifest, read_manifest_file
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
@@ -41,7 +50,7 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
 
 def read_split(
     folder: Path, split: str, *, num_samples: int | None = None, remote: str = ""
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Sample]:
     """Read samples of one split in their order: key, caption, caption_ids, codes.
 
     Args:
@@ -104,7 +113,7 @@ def check_shards(folder: Path) -> dict[str, int]:
     return dict(manifest["counts"])
 
 
-def check_sample(sample: dict[str, Any], *, manifest: dict[str, Any], where: Path) -> None:
+def check_sample(sample: Sample, *, manifest: dict[str, Any], where: Path) -> None:
     """Hold one sample's numbers against the manifest: how many codes or ids, and from what range.
 
     Raises:
@@ -121,11 +130,11 @@ def check_sample(sample: dict[str, Any], *, manifest: dict[str, Any], where: Pat
     _check_range("codes", sample["codes"], manifest["codebook_size"], where=where, key=key)
 
 
-def _check_range(kind: str, values: Any, end: int, *, where: Path, key: str) -> None:
+def _check_range(kind: str, values: NDArray[np.unsignedinteger], end: int, *, where: Path, key: str) -> None:
     if len(values) and values.max() >= end:
         raise DataError(f"{where}: sample {key} has {kind} up to {values.max()}; allowed are 0 to {end - 1}.")
 
 
-def _check_length(kind: str, values: Any, wanted: int, *, where: Path, key: str) -> None:
+def _check_length(kind: str, values: Sized, wanted: int, *, where: Path, key: str) -> None:
     if len(values) != wanted:
         raise DataError(f"{where}: sample {key} has {len(values)} {kind}; wanted are {wanted}.")

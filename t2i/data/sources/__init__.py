@@ -13,7 +13,7 @@ from typing import Any
 
 from t2i.config import SourceConfig
 from t2i.data.sources import openmoji
-from t2i.data.sources.coco import caption_files, has_both, read_coco
+from t2i.data.sources.coco import caption_files, has_both, list_coco
 from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
 from t2i.data.sources.hub import units_of_dataset
 from t2i.data.sources.parquet import units_of_tables
@@ -25,7 +25,7 @@ from t2i.data.sources.source import (
     GivenIds,
     LeftOut,
     Pair,
-    Read,
+    ReadEntries,
     Source,
     Unit,
     read_picture,
@@ -35,7 +35,6 @@ from t2i.data.sources.webdataset import units_of_tars
 from t2i.errors import DataError, UserError
 
 __all__ = [
-    "SPLITS",
     "UNREADABLE",
     "GivenIds",
     "LeftOut",
@@ -47,7 +46,6 @@ __all__ = [
     "reopen_source",
 ]
 
-SPLITS = ("train", "heldout", "combinations")
 AS_IT_IS = SourceConfig()
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -130,7 +128,7 @@ def _openmoji(sieve: Sift) -> Source:
 
 
 def _coco(folder: Path, sieve: Sift) -> Source:
-    source = _listed(partial(read_coco, folder=folder), sieve)
+    source = _listed(partial(list_coco, folder=folder), sieve)
     if has_both(caption_files(folder)):
         return replace(source, split_rule="pictures of captions_val*.json are heldout, all others train")
     return source
@@ -158,7 +156,7 @@ def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
     raise DataError(f"--source names files with {found}; wanted are all .tar, or all .parquet.")
 
 
-def _listed(read: Read, sieve: Sift) -> Source:
+def _listed(read: ReadEntries, sieve: Sift) -> Source:
     """Make a source whose pairs are all listed now, as the files of a folder are."""
     left_out: Counter[str] = Counter()
     pairs = list(sieve(left_out, read=read))
@@ -172,7 +170,7 @@ def _listed(read: Read, sieve: Sift) -> Source:
     return Source(units=partial(_runs, pairs), left_out=left_out)
 
 
-def _sifted(reads: Sequence[Read], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
+def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
     """Make units whose entries are listed when they are read; their size is that of what they read."""
     return [partial(sieve, read=read) for read in reads]
 

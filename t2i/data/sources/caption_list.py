@@ -4,13 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from t2i.data.sources.tables import TABLES, read_rows
+from t2i.data.sources.tables import TABLES, read_table_rows
 from t2i.errors import DataError
 
 LISTS = (".txt", *TABLES)
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+LIST_COLUMNS = ("caption", "text", "prompt")
 PICTURE_COLUMNS = ("image_id", "coco_id", "uid", "file_name")
 """Columns that say which picture a caption is of, as lists of COCO's captions name them; in any case."""
 
@@ -52,13 +51,13 @@ def _lines(file: Path) -> Iterator[Listed]:
 
 
 def _rows(file: Path) -> Iterator[Listed]:
-    for number, row in enumerate(read_rows(file), 1):
+    for number, row in enumerate(read_table_rows(file), 1):
         columns = {str(name).strip().lower(): name for name in row}
-        caption = next((columns[name] for name in CAPTION_COLUMNS if name in columns), None)
+        caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
         picture = next((columns[name] for name in PICTURE_COLUMNS if name in columns), None)
         text = "" if caption is None else " ".join(str(row[caption] or "").split())
         if not text:
-            wanted = ", ".join(CAPTION_COLUMNS)
+            wanted = ", ".join(LIST_COLUMNS)
             found = ", ".join(map(str, row))
             raise DataError(
                 f"{file}, row {number}, has the columns {found}; wanted is a caption in one of {wanted}."
@@ -68,7 +67,7 @@ def _rows(file: Path) -> Iterator[Listed]:
         )
 
 
-def _picture_id(value: Any, *, where: str) -> int:
+def _picture_id(value: object, *, where: str) -> int:
     found = PICTURE_ID.fullmatch(str(value))
     if found is None:
         raise DataError(

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from t2i.data.sources.source import Entry, file_inside, read_file
+from t2i.data.sources.source import Entry, file_inside, read_image_file
 from t2i.errors import DataError
 from t2i.files import Kind, check_keys, read_json
 
@@ -32,7 +31,7 @@ class CaptionFile:
     """Picture id -> its captions, by id."""
 
 
-def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
+def list_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
     """Make a pair of each caption, in order of picture and caption, with keys PICTURE-NUMBER.
 
     Where there are train and val captions, the val pictures are heldout; else the picture's id decides.
@@ -51,7 +50,7 @@ def read_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
                 yield Entry(
                     f"{picture_id:012d}-{number}",
                     caption.text,
-                    partial(read_file, path),
+                    partial(read_image_file, path),
                     group=str(picture_id),
                     split=_own_split(name, files),
                 )
@@ -87,7 +86,7 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
 
 
-def _check_entry(entry: Any, wanted: dict[str, Kind], *, where: str) -> None:
+def _check_entry(entry: object, wanted: dict[str, Kind], *, where: str) -> None:
     if not isinstance(entry, dict):
         raise DataError(f"{where} hold {entry!r:.80}; wanted is an object of keys.")
     check_keys(entry, wanted, where=where)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, file_inside, read_file
-from t2i.data.sources.tables import read_rows
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, file_inside, read_image_file
+from t2i.data.sources.tables import read_table_rows
 from t2i.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -21,7 +21,7 @@ def read_text_folder(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]
             left_out["no .txt caption beside the picture"] += 1
             continue
         caption = caption_file.read_text(encoding="utf-8", errors="replace")
-        yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_file, path))
+        yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_image_file, path))
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -36,7 +36,7 @@ def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: st
         DataError: the metadata is broken, or a column is missing.
     """
     folder = metadata.parent
-    rows = list(read_rows(metadata))
+    rows = list(read_table_rows(metadata))
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     candidates = (caption_key,) if caption_key else CAPTION_COLUMNS
     column = next((name for name in candidates if name in columns), None)
@@ -48,4 +48,4 @@ def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: st
         if path is None:
             left_out["metadata names a file that is not in the folder"] += 1
             continue
-        yield Entry(str(row["file_name"]), row.get(column), partial(read_file, path), facts=row)
+        yield Entry(str(row["file_name"]), row.get(column), partial(read_image_file, path), facts=row)

@@ -7,25 +7,29 @@ a stream, so a pair holds its picture's bytes.
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
 from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, picture_bytes
-from t2i.data.sources.source import Entry, Read, read_picture
+from t2i.data.sources.source import Entry, ReadEntries, read_picture
 from t2i.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 KEY_COLUMNS = ("key", "__key__")
 
 
-def units_of_dataset(name: str, *, config: SourceConfig) -> list[Read]:
+def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
     """Open a data set by its name or folder, and make a unit of each of its shards.
 
     Raises:
         DataError: it cannot be opened, or lacks a column.
     """
+    # Imported here: it takes two seconds, and most sources are no data set of the hub.
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -55,7 +59,9 @@ def units_of_dataset(name: str, *, config: SourceConfig) -> list[Read]:
     return [partial(read_shard, rows=rows, index=index, columns=columns) for index in shards]
 
 
-def read_shard(left_out: Counter[str], *, rows: Any, index: int, columns: dict[str, str]) -> Iterator[Entry]:
+def read_shard(
+    left_out: Counter[str], *, rows: "IterableDataset", index: int, columns: dict[str, str]
+) -> Iterator[Entry]:
     """Read one shard's rows, with keys of the column `key` or `__key__`, else SHARD/ROW."""
     shard = rows.shard(num_shards=rows.num_shards, index=index)
     for place, row in enumerate(shard):
@@ -64,17 +70,17 @@ def read_shard(left_out: Counter[str], *, rows: Any, index: int, columns: dict[s
         yield Entry(str(key), row[columns["caption"]], partial(open_cell, cell), facts=_flat(row))
 
 
-def open_cell(cell: Any) -> Image.Image:
+def open_cell(cell: object) -> Image.Image:
     """Read a picture out of a cell: bytes, or a path that the data set streams from."""
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-        from datasets.utils.file_utils import xopen
+        from datasets.utils.file_utils import xopen  # here, as above
 
         with xopen(cell["path"], "rb") as file:
             return read_picture(file.read())
     return read_picture(picture_bytes(cell))
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flat(row: dict[str, object]) -> dict[str, object]:
     """Lay a WebDataset row's json open, so that its keys are facts like columns."""
     inner = row.get("json")
     return {**inner, **row} if isinstance(inner, dict) else row

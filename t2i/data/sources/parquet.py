@@ -8,26 +8,27 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
-from t2i.data.sources.source import Entry, Read, parquet_errors, read_picture
+from t2i.data.sources.source import Entry, ReadEntries, parquet_errors, read_picture
 from t2i.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
 KEY_COLUMN = "key"
 
 
-def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) -> list[Read]:
+def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) -> list[ReadEntries]:
     """Cut each file into runs of row groups of at least `num_pairs` rows, from the files' footers alone.
 
     Raises:
         DataError: a file is no parquet, or lacks a column.
     """
-    units: list[Read] = []
+    units: list[ReadEntries] = []
     for path in paths:
         groups: list[int] = []
         num_rows = 0
@@ -37,17 +38,15 @@ def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) 
             groups.append(group)
             num_rows += footer.row_group(group).num_rows
             if num_rows >= num_pairs or group == footer.num_row_groups - 1:
-                units.append(partial(read_rows, path=path, groups=tuple(groups), columns=columns))
+                units.append(partial(read_row_groups, path=path, groups=tuple(groups), columns=columns))
                 groups, num_rows = [], 0
     return units
 
 
-def read_rows(
+def read_row_groups(
     left_out: Counter[str], *, path: Path, groups: tuple[int, ...], columns: dict[str, str]
 ) -> Iterator[Entry]:
     """List the rows of some row groups, with keys of the column `key`, else FILE/GROUP/ROW."""
-    import pyarrow.parquet as pq
-
     small = [name for role, name in columns.items() if role != "image"]
     with parquet_errors(path):
         file = pq.ParquetFile(path)
@@ -69,7 +68,7 @@ def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
     return read_picture(picture_bytes(_pictures(path, group, column)[place].as_py()))
 
 
-def picture_bytes(cell: Any) -> bytes:
+def picture_bytes(cell: object) -> bytes:
     """Take the bytes out of a cell: themselves, or in a struct of bytes and path."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
@@ -110,17 +109,13 @@ def _columns(path: Path, names: list[str], config: SourceConfig) -> dict[str, st
     return chosen | ({"key": KEY_COLUMN} if KEY_COLUMN in names else {})
 
 
-def _footer(path: Path) -> Any:
-    import pyarrow.parquet as pq
-
+def _footer(path: Path) -> pq.FileMetaData:
     with parquet_errors(path):
         return pq.read_metadata(path)
 
 
 @lru_cache(maxsize=2)
-def _pictures(path: Path, group: int, column: str) -> Any:
+def _pictures(path: Path, group: int, column: str) -> pa.ChunkedArray:
     """Read one row group's pictures as an Arrow column."""
-    import pyarrow.parquet as pq
-
     with parquet_errors(path):
         return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from t2i.data.sources.source import GivenIds, Pair, Unit, caption_text
@@ -74,7 +74,7 @@ def read_ids(left_out: Counter[str], *, path: Path, facts: GivenIds, heldout_sha
             yield Pair(key, caption_text(row.get("caption")), split, open=NoPicture(key), codes=codes)
 
 
-def _rows_of_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _rows_of_jsonl(path: Path) -> Iterator[dict[str, object]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -86,9 +86,7 @@ def _rows_of_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
+def _rows_of_parquet(path: Path) -> Iterator[dict[str, object]]:
     file = pq.ParquetFile(path)
     if "ids" not in file.schema_arrow.names:
         raise DataError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; wanted is ids.")
@@ -96,7 +94,7 @@ def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _rows_of_npy(path: Path) -> Iterator[dict[str, Any]]:
+def _rows_of_npy(path: Path) -> Iterator[dict[str, object]]:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     file = path.with_suffix(".txt")
     captions = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""] * len(array)
@@ -105,7 +103,7 @@ def _rows_of_npy(path: Path) -> Iterator[dict[str, Any]]:
     yield from ({"ids": ids, "caption": caption} for ids, caption in zip(array, captions, strict=True))
 
 
-READERS: dict[str, Callable[[Path], Iterable[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path], Iterable[dict[str, object]]]] = {
     ".jsonl": _rows_of_jsonl,
     ".parquet": _rows_of_parquet,
     ".npy": _rows_of_npy,

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
@@ -113,10 +113,10 @@ class Entry:
     """What a source found, before any rule is applied."""
 
     key: str
-    caption: Any
+    caption: object
     """Text, a list whose first text counts, or None."""
     open: Callable[[], Image.Image]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     """The rest of its row: what pair_key and score_key choose from."""
     group: str = ""
     """Entries of one group show one picture and stay in one split; empty for each on its own."""
@@ -124,11 +124,13 @@ class Entry:
     """The source's own word on the split; empty for a hash."""
 
 
-Read = Callable[[Counter[str]], Iterator[Entry]]
+ReadEntries = Callable[[Counter[str]], Iterator[Entry]]
 """Reads a fixed run of entries; counts by reason what is none."""
 
 
-def sift(left_out: Counter[str], *, read: Read, heldout_share: float, config: SourceConfig) -> Iterator[Pair]:
+def sift(
+    left_out: Counter[str], *, read: ReadEntries, heldout_share: float, config: SourceConfig
+) -> Iterator[Pair]:
     """Turn entries into pairs: captions in one line, splits by hash, filters; what is left out is counted."""
     for entry in read(left_out):
         caption = caption_text(entry.caption)
@@ -148,7 +150,7 @@ def sift(left_out: Counter[str], *, read: Read, heldout_share: float, config: So
         )
 
 
-def caption_text(value: Any) -> str:
+def caption_text(value: object) -> str:
     """Write a caption in one line: of a list the first, of nothing the empty text."""
     first = (value[0] if value else "") if isinstance(value, list | tuple) else value
     return " ".join(encodable(str(first or "")).replace("\x00", "").split())
@@ -189,15 +191,13 @@ def parquet_errors(path: Path) -> Iterator[None]:
     Raises:
         DataError: the file is no parquet, or broken.
     """
-    import pyarrow as pa
-
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:  # of which one is for text that is not UTF-8
         raise DataError(f"{path} is no parquet file, or broken: {error}.") from error
 
 
-def read_file(path: Path) -> Image.Image:
+def read_image_file(path: Path) -> Image.Image:
     """Read a picture file as RGB."""
     return read_picture(path.read_bytes())
 
@@ -229,7 +229,7 @@ def _decode(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(caption: str, facts: Mapping[str, Any], config: SourceConfig) -> str:
+def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> str:
     """Say why an entry is left out; empty if it is not."""
     if not caption:
         return "empty caption"

@@ -3,7 +3,9 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+import pyarrow.parquet as pq
 
 from t2i.data.sources.source import parquet_errors
 from t2i.errors import DataError
@@ -13,7 +15,7 @@ DIALECTS = {".csv": "excel", ".tsv": "excel-tab"}
 TABLES = (".jsonl", ".parquet", *DIALECTS)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_table_rows(path: Path) -> Iterator[dict[str, object]]:
     """Read the rows of a table, of one of the endings TABLES.
 
     Raises:
@@ -31,7 +33,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield parse_json(line, where=f"{path}: line {number}")
 
 
-def _separated(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
     """Read rows under a header; of one column, a separator is part of the value."""
     reader = csv.DictReader(file, dialect=DIALECTS[path.suffix])
     try:
@@ -51,8 +53,7 @@ def _separated(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is no table of separated values: {error}.") from error
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
+def _table(path: Path) -> list[dict[str, object]]:
     with parquet_errors(path):
-        return pq.read_table(path).to_pylist()
+        rows: list[dict[str, object]] = pq.read_table(path).to_pylist()
+        return rows

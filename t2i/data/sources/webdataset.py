@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from PIL import Image
 
 from t2i.config import SourceConfig
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Read, read_picture
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, read_picture
 from t2i.errors import DataError
 from t2i.files import parse_json
 
@@ -42,13 +41,13 @@ class ListedFile(io.FileIO):
         return super().read(size)
 
 
-def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceConfig) -> list[Read]:
+def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceConfig) -> list[ReadEntries]:
     """Make a unit of each finished tar; count and name the unfinished ones.
 
     img2dataset writes NAME_stats.json last: where some tars have one, a tar without is unfinished.
     """
     stats = {path.name for folder in {path.parent for path in paths} for path in folder.glob("*_stats.json")}
-    units: list[Read] = []
+    units: list[ReadEntries] = []
     for path in paths:
         if stats and f"{path.stem}_stats.json" not in stats:
             logger.warning("%s has no %s_stats.json: unfinished, left out", path, path.stem)
@@ -111,7 +110,7 @@ def _entry(
     if picture.size > MAX_PICTURE_BYTES:
         return f"a file over {MAX_PICTURE_BYTES} bytes in a tar"
     caption_key = config.caption_key or ("txt" if "txt" in parts else "caption")
-    facts: dict[str, Any] = {}
+    facts: dict[str, object] = {}
     if config.pair_key or config.score_key or caption_key not in parts:
         try:
             facts = parse_json(_text(tar, parts["json"]), where=key) if "json" in parts else {}
