@@ -74,13 +74,13 @@ def main() -> None:
 
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.prepare.preview import check_sheet, save_sheet, show_shards
-    from t2i.data.shards.manifest import has_image_tokenizer, read_manifest
+    from t2i.data.shards.manifest import read_manifest
     from t2i.data.shards.reader import check_shards
 
     check_sheet(sheet)
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
-    if not has_image_tokenizer(read_manifest(folder)):
+    if not read_manifest(folder).has_image_tokenizer:
         return
     rows = show_shards(folder, num=NUM_SHOWN)
     save_sheet(rows, sheet)
@@ -101,7 +101,7 @@ def pack(command: PrepareCommand, out: Path) -> None:
         seq_len=command.seq_len,
         heldout_share=command.heldout_share,
     )
-    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
+    counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
     print(f"{out}: {counts} sequences of {command.seq_len} tokens.")
 
 
@@ -126,14 +126,14 @@ def encode(command: PrepareCommand, out: Path) -> None:
     )
     if rank > 0:
         return
-    counts = ", ".join(f"{count} {split}" for split, count in manifest["counts"].items())
-    print(f"{out}: {counts}; {manifest['broken']} broken.")
+    counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
+    print(f"{out}: {counts}; {manifest.broken} broken.")
     if source.given is None:
         print(f"Look at {out / 'reconstructions.png'}.")
-    for reason, count in manifest["left_out"].items():
+    for reason, count in (manifest.left_out or {}).items():
         print(f"left out: {count} times {reason}")
     if command.dtype != "float32":
-        print(f"{manifest['codes_equal_float32']:.1%} of the codes of a sample equal float32's.")
+        print(f"{manifest.codes_equal_float32:.1%} of the codes of a sample equal float32's.")
 
 
 def look(command: PrepareCommand) -> None:

@@ -177,10 +177,10 @@ def known_data(config: RunConfig, *, plan: PlanConfig) -> Data:
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         return Data(
-            text_tokens=manifest["text_tokenizer"]["num_tokens"],
-            codebook_size=manifest.get("codebook_size", 0),
-            codes_per_image=manifest.get("codes_per_image", 0),
-            num_pairs=manifest["counts"]["train"],
+            text_tokens=manifest.text_tokenizer.num_tokens,
+            codebook_size=manifest.codebook_size,
+            codes_per_image=manifest.codes_per_image,
+            num_pairs=manifest.counts["train"],
             shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
             are_made=True,
         )

@@ -37,7 +37,7 @@ def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
 
 def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextTokenizer | None:
     """Return the tokenizer if captions must be read with it anew; None where the shards' ids are its own."""
-    made_by = read_manifest(config.shards)["text_tokenizer"]["fingerprint"]
+    made_by = read_manifest(config.shards).text_tokenizer.fingerprint
     return None if tokenizer.fingerprint() == made_by else tokenizer
 
 
@@ -157,7 +157,11 @@ def open_dataset(
     seed: int,
     tokenizer: TextTokenizer,
 ) -> SequenceDataset:
-    """Open the training split, num_sequences of this rank per step; what Streaming says of an impossible cache_limit is the user's to know."""
+    """Open the training split, num_sequences of this rank per step.
+
+    Raises:
+        UserError: what Streaming says of an impossible cache_limit.
+    """
     try:
         return without_looks(
             lambda: SequenceDataset(

@@ -14,7 +14,7 @@ from streaming import StreamingDataLoader
 from t2i.config import DataConfig
 from t2i.data.dataset import open_dataset
 from t2i.data.shards.integrity import LookAhead
-from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.manifest import Manifest, read_manifest
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -54,7 +54,7 @@ class _Stream:
                 " shard from again that left the cache."
             )
         manifest = read_manifest(config.shards)
-        num_samples = manifest["counts"].get("train", 0)
+        num_samples = manifest.counts.get("train", 0)
         num_kept = num_trained_on(manifest, keep_every=config.keep_every)
         if num_kept < a_step:
             raise UserError(
@@ -197,7 +197,7 @@ def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int
     return count
 
 
-def num_trained_on(manifest: dict[str, Any], *, keep_every: int) -> int:
+def num_trained_on(manifest: Manifest, *, keep_every: int) -> int:
     """Count the training samples that data.keep_every leaves.
 
     Raises:
@@ -205,7 +205,7 @@ def num_trained_on(manifest: dict[str, Any], *, keep_every: int) -> int:
     """
     if keep_every < 1:
         raise UserError(f"data.keep_every is {keep_every}; wanted is at least 1.")
-    return -(-int(manifest["counts"].get("train", 0)) // keep_every)
+    return -(-manifest.counts.get("train", 0) // keep_every)
 
 
 def text_stream(config: DataConfig) -> DataConfig:

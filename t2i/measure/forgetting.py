@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, is_text, read_manifest
+from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
@@ -60,7 +60,7 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
     folder = Path(text)
     if not (folder / MANIFEST).is_file():
         documents: Iterable[str] = open_documents(f"{PREFIX}{text}").texts
-    elif is_text(manifest := read_manifest(folder)):
+    elif (manifest := read_manifest(folder)).is_text:
         check_text_tokenizer(folder, manifest=manifest, tokenizer=tokenizer)
         samples = list(read_split(folder, "heldout"))
         samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.shards.integrity import Sample
 from t2i.data.shards.reader import read_split
 from t2i.distributed.collectives import rank_and_size
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
@@ -50,7 +51,7 @@ def heldout_rows(
     to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
     for split in HELDOUT_SPLITS:
         samples = [
-            {**sample, "caption_ids": caption_ids_of(sample, tokenizer=to_apply).numpy()}
+            with_ids(sample, caption_ids_of(sample, tokenizer=to_apply))
             for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
         ]
         if samples:
@@ -102,9 +103,16 @@ def heldout_text_rows(
     return [{"split": "heldout", "num_sequences": len(ids), "text_loss": (sums[2] / sums[3]).item()}]
 
 
+def with_ids(sample: Sample, caption_ids: Tensor) -> Sample:
+    """Give a sample other caption ids (T,)."""
+    changed = sample.copy()
+    changed["caption_ids"] = caption_ids.numpy()
+    return changed
+
+
 def caption_meter(
     model: Any,
-    samples: list[dict[str, Any]],
+    samples: list[Sample],
     *,
     config: DataConfig,
     layout: VocabLayout,

@@ -4,14 +4,15 @@ The held-out pairs are read again from their source and cut in two halves: one i
 captions of the other are drawn.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from t2i.config import DataConfig
-from t2i.data.sources import Pair, reopen_source
+from t2i.data.shards.integrity import Sample
+from t2i.data.shards.manifest import Manifest, read_manifest_file
+from t2i.data.sources import Pair, Source, reopen_source
 from t2i.errors import DataError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
@@ -34,8 +35,8 @@ class Halves:
     drawn: list[Pair]
 
 
-def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halves:
-    """Read the held-out pairs of a manifest's source and cut them into halves of equal size.
+def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
+    """Read the held-out pairs of a source and cut them into halves of equal size.
 
     Args:
         num_samples: pictures a half; None for as many as there are.
@@ -44,7 +45,7 @@ def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halv
         DataError: the source has fewer than 20 held-out pictures that can be read, or fewer are asked for.
     """
     pairs: dict[str, Pair] = {}
-    for pair in reopen_source(manifest).pairs:
+    for pair in source.pairs:
         if (
             pair.split in HELDOUT_SPLITS
         ):  # a picture of many captions comes once, or both halves would have it
@@ -53,16 +54,14 @@ def heldout_halves(manifest: dict[str, Any], *, num_samples: int | None) -> Halv
     found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
     half = len(found) // 2
     if half < 10:
-        raise DataError(
-            f"{manifest['source']} gives {len(found)} held-out pictures; a distance needs at least 20."
-        )
+        raise DataError(f"{source.name} gives {len(found)} held-out pictures; a distance needs at least 20.")
     return Halves(reference=found[half : 2 * half], drawn=found[:half])
 
 
-def halves_task(manifest: dict[str, Any], *, num_samples: int | None) -> Task:
+def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     """Make the task of scoring on a manifest's held-out pictures; num_samples as in heldout_halves."""
-    halves = heldout_halves(manifest, num_samples=num_samples)
-    source, size = manifest["source"], manifest["image_size"]
+    halves = heldout_halves(reopen_source(manifest), num_samples=num_samples)
+    source, size = manifest.source, manifest.image_size
     reference = Reference(
         name=f"{len(halves.reference)} held-out pictures of {source}",
         pictures=pictures(halves.reference, size=size),
@@ -82,7 +81,7 @@ def halves_task(manifest: dict[str, Any], *, num_samples: int | None) -> Task:
     )
 
 
-def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_data_manifest(checkpoint: Checkpoint) -> Manifest:
     """Read what a run or an exported folder tells of its data.
 
     Raises:
@@ -91,11 +90,10 @@ def read_data_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     path = (checkpoint.run_dir or checkpoint.folder) / DATA_MANIFEST
     if not path.is_file():
         raise DataError(f"{path} is missing, so the held-out pictures of this model are not known.")
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    return manifest
+    return read_manifest_file(path)
 
 
-def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str, Any]:
+def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code.
 
     At most METER_PICTURES of each, evenly spread.
@@ -111,9 +109,13 @@ def caption_meters(checkpoint: Checkpoint, manifest: dict[str, Any]) -> dict[str
         pairs = list(readable(spread))
         if len(pairs) < 2:
             continue
-        codes = encode(pictures(pairs, size=manifest["image_size"]), checkpoint.image_tokenizer)
+        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.image_tokenizer)
         samples = [
-            {"codes": row, "caption_ids": checkpoint.text_tokenizer.encode(pair.caption).numpy()}
+            Sample(
+                key=pair.key,
+                codes=row,
+                caption_ids=checkpoint.text_tokenizer.encode(pair.caption).numpy(),
+            )
             for pair, row in zip(pairs, codes, strict=True)
         ]
         meters[split] = asdict(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards.manifest import is_text, read_manifest
+from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.errors import DataError, UserError
 from t2i.files import write_json
@@ -87,10 +87,10 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
     if config.remote:
         fetch_shards(config.shards, remote=config.remote)
     manifest = read_manifest(config.shards)
-    if is_text(manifest):
+    if manifest.is_text:
         raise DataError(f"{config.shards} holds text alone, which eval/forgetting.py measures.")
-    if manifest.get("codebook_size") != model.layout.codebook_size:
-        found, wanted = manifest.get("codebook_size"), model.layout.codebook_size
+    if manifest.codebook_size != model.layout.codebook_size:
+        found, wanted = manifest.codebook_size, model.layout.codebook_size
         raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} knows {wanted}.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
@@ -101,7 +101,7 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
         results[split] = {"num_pictures": len(samples)} | measure(
-            model, ids, batch_size=batch_size, image_size=manifest.get("image_size")
+            model, ids, batch_size=batch_size, image_size=manifest.image_size or None
         )
     if not results:
         raise DataError(f"{config.shards} has no held-out split.")

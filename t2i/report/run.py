@@ -11,10 +11,13 @@ import jinja2
 import yaml
 from PIL import Image
 
+from t2i.data.shards.manifest import Manifest, read_manifest_file
+from t2i.data.sources import reopen_source
 from t2i.errors import UserError
 from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
 from t2i.report.figures import loss_curves
+from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
 from t2i.tokens.image import centre_crop_resize
@@ -32,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / RESOLVED).is_file():
         raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
     rows = read_metrics(run_dir)
-    manifest = _json(run_dir / "data_manifest.json")
+    manifest = _json(run_dir / DATA_MANIFEST)
     measured = _measured(run_dir)
     scores = _json(measured / SCORES) if measured else {}
     floors = manifest.get("floors_nats", {}).get("heldout", {})
@@ -58,7 +61,9 @@ def write_report(run_dir: Path) -> Path:
             kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
             for kind in ("image", "text")
         },
-        pictures=_pictures(measured / "model", manifest) if measured else [],
+        pictures=_pictures(measured / "model", read_manifest_file(run_dir / DATA_MANIFEST))
+        if measured
+        else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         commands=_commands(run_dir),
@@ -74,17 +79,17 @@ def _measured(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def _pictures(folder: Path, manifest: dict[str, Any]) -> list[dict[str, str]]:
+def _pictures(folder: Path, manifest: Manifest) -> list[dict[str, str]]:
     """Pair drawn pictures with the real ones of their captions, spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
-    pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
+    pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
     step = max(1, len(drawn) // NUM_PICTURES)
     shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_PICTURES]
     return [
         {
             "caption": pair.caption,
             "split": pair.split,
-            "real": _data_url(centre_crop_resize(pair.open(), size=manifest["image_size"])),
+            "real": _data_url(centre_crop_resize(pair.open(), size=manifest.image_size)),
             "drawn": _data_url(Image.open(path)),
         }
         for pair, path in shown

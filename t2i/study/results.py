@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from t2i.data.shards.manifest import MANIFEST, is_text
+from t2i.data.shards.manifest import MANIFEST
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import RESOLVED, STATUS
@@ -99,7 +99,7 @@ def text_floors_of(runs: list[Run]) -> dict[str, float]:
     settings = yaml.safe_load((runs[0].folder / RESOLVED).read_text())
     manifest = read_json(Path(settings["train"]["eval_text"]) / MANIFEST)
     floors: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
-    return floors if is_text(manifest) else {}
+    return floors if "sequence_tokens" in manifest else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from t2i.config import RunConfig
-from t2i.data.shards.manifest import is_text
+from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.model.backbone import load_model, made_of, random_model_config
 from t2i.model.control_init import scramble
@@ -32,7 +31,7 @@ class Start:
 
 
 def build_model(
-    config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer
+    config: RunConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer
 ) -> tuple[PreTrainedModel, VocabLayout]:
     """Make the language model of config.model, grow it for the codes of `manifest`, freeze what does not learn.
 
@@ -44,13 +43,13 @@ def build_model(
     torch.manual_seed(config.train.seed)
     start = starting_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
     model, layout = start.model, start.layout
-    if start.num_kept < layout.vocab_size and not is_text(manifest):
+    if start.num_kept < layout.vocab_size and not manifest.is_text:
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
-        model.config.codes_per_image = manifest["codes_per_image"]
+        model.config.codes_per_image = manifest.codes_per_image
     model.config.image_rows_only = config.train.image_rows_only
-    if config.train.image_rows_only and is_text(manifest):
+    if config.train.image_rows_only and manifest.is_text:
         raise UserError("train.image_rows_only is set, but the shards hold no image codes.")
     model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
     _check_positions(model, config)
@@ -94,7 +93,7 @@ def _check_positions(model: PreTrainedModel, config: RunConfig) -> None:
         raise UserError(f"data.seq_len is {seq_len}; {config.model.init} was made for {found} positions.")
 
 
-def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenizer: TextTokenizer) -> Start:
+def starting_model(config: RunConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
     """Make or load the language model, scrambled if asked, with the rows that can be kept.
 
     All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
@@ -106,14 +105,14 @@ def starting_model(config: RunConfig, *, manifest: dict[str, Any], text_tokenize
         model = _random_model(config, text_tokenizer)
     else:
         model = load_model(find(config.model.init)[0], dtype=torch.float32)
-    codebook_size = manifest.get("codebook_size", 0)
+    codebook_size = manifest.codebook_size
     rows, num_kept = model.config.vocab_size, model.config.vocab_size
     known = getattr(model.config, "vocab_layout", None)
     if known is None:
         layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
     else:
         layout = VocabLayout(**known)
-        if not is_text(manifest) and not _knows_codes(config.model.init, manifest):
+        if not manifest.is_text and not _knows_codes(config.model.init, manifest):
             layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
             num_kept = layout.first_image_id
             model.resize_token_embeddings(num_kept, mean_resizing=False)
@@ -129,11 +128,11 @@ def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> PreTraine
     )
 
 
-def _knows_codes(name: str, manifest: dict[str, Any]) -> bool:
+def _knows_codes(name: str, manifest: Manifest) -> bool:
     """Tell whether a CKPT was trained on codes of the image tokenizer that made these shards."""
     folder, run_dir = find(name)
     file = (run_dir or folder) / DATA_MANIFEST
     if not file.is_file():
         return False
     trained_on = json.loads(file.read_text()).get("image_tokenizer", {})
-    return bool(trained_on.get("fingerprint") == manifest["image_tokenizer"]["fingerprint"])
+    return bool(trained_on.get("fingerprint") == manifest.code_maker.fingerprint)

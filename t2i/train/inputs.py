@@ -13,13 +13,14 @@ from t2i.config import (
     PrepareConfig,
     RunConfig,
 )
+from t2i.data.shards.manifest import Manifest, read_manifest
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def manifest_of(data: DataConfig) -> dict[str, Any]:
+def manifest_of(data: DataConfig) -> Manifest:
     """Make the embedded shards or bring remote ones, where that is asked and needed, and read the manifest.
 
     Raises:
@@ -27,7 +28,6 @@ def manifest_of(data: DataConfig) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    from t2i.data.shards.manifest import read_manifest
     from t2i.data.shards.reader import fetch_shards
 
     if data.shards == EMBEDDED_SHARDS and not data.remote:
@@ -48,12 +48,12 @@ def with_found_start(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, init=found))
 
 
-def warn_of_other_tokenizer(tokenizer: Any, manifest: dict[str, Any]) -> None:
+def warn_of_other_tokenizer(tokenizer: Any, manifest: Manifest) -> None:
     """Say that captions are read anew where the model's text tokenizer is not that of the shards."""
-    made_by = manifest["text_tokenizer"]
-    if made_by["fingerprint"] != tokenizer.fingerprint():
+    made_by = manifest.text_tokenizer
+    if made_by.fingerprint != tokenizer.fingerprint():
         logger.warning(
-            "captions are tokenized anew by %s; shards have ids of %s", tokenizer.name, made_by["name"]
+            "captions are tokenized anew by %s; shards have ids of %s", tokenizer.name, made_by.name
         )
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from t2i.config import RunConfig
 from t2i.data.batching import micro_batches
-from t2i.data.loader import StepLoader
+from t2i.data.loader import Batch, StepLoader
 from t2i.distributed import faults
 from t2i.distributed.collectives import any_rank, of_all_ranks
 from t2i.distributed.health import STEP, Watchdog
@@ -146,7 +146,7 @@ class Trainer:
         if self.writer:
             self.writer.rewind(step=step)
 
-    def step(self, batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], Read]:
+    def step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Read]:
         """Do one optimizer step over the whole global batch; return its row and what else was read."""
         started = time.perf_counter()
         batch = next(batches)

@@ -119,8 +119,6 @@ def _train(
         IMAGE_TOKENIZER,
         TEXT_TOKENIZER,
         check_text_use,
-        has_image_tokenizer,
-        is_text,
     )
     from t2i.data.shards.reader import check_image_tokenizer
     from t2i.distributed.health import Watchdog
@@ -141,12 +139,12 @@ def _train(
     config = with_found_start(config)
     text_tokenizer = TextTokenizer.load(text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
     image_tokenizer = None
-    if is_text(manifest):
+    if manifest.is_text:
         check_text_use(data, manifest=manifest, tokenizer=text_tokenizer)
     else:
-        caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest["codes_per_image"])
+        caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest.codes_per_image)
         warn_of_other_tokenizer(text_tokenizer, manifest)
-    if has_image_tokenizer(manifest):
+    if manifest.has_image_tokenizer:
         image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
         on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
     num_sequences = global_batch(config, world_size=world_size)
@@ -189,7 +187,7 @@ def _train(
             layout=layout,
             text_tokenizer=text_tokenizer,
             image_tokenizer=image_tokenizer,
-            reads_text=is_text(manifest),
+            reads_text=manifest.is_text,
             writer=writer,
         ),
         flag=flag,

@@ -6,7 +6,7 @@ import pytest
 
 from t2i.config import ASSETS, DataConfig
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.manifest import check_text_use, is_text, read_manifest
+from t2i.data.shards.manifest import TextMaker, check_text_use, read_manifest
 from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import documents
 from t2i.data.sources.documents import documentation_strings, open_documents, prose
@@ -56,32 +56,33 @@ def test_documents_are_packed_whole_and_once_and_splits_share_none(prepared, fol
     both = found["train"] + found["heldout"]
     assert len(both) == len(set(both))
     manifest = read_manifest(prepared)
-    assert sum(manifest["documents"].values()) == 60  # the double is left out
+    assert sum(manifest.documents.values()) == 60  # the double is left out
     for split in ("train", "heldout"):
-        assert manifest["documents"][split] - len(found[split]) <= 1
-    assert is_text(manifest)
-    assert not {"codes_per_image", "codebook_size", "image_tokenizer", "image_size"} & set(manifest)
+        assert manifest.documents[split] - len(found[split]) <= 1
+    assert manifest.is_text
+    written = json.loads((prepared / "manifest.json").read_text())
+    assert not {"codes_per_image", "codebook_size", "image_tokenizer", "image_size"} & set(written)
 
 
 def test_floors_of_text_are_ordered_as_models_are(prepared):
-    floors = read_manifest(prepared)["floors_nats"]["heldout"]
+    floors = read_manifest(prepared).floors_nats["heldout"]
     assert floors["bigram"] < floors["unigram"] < floors["uniform"] == pytest.approx(np.log(2048))
 
 
 def test_the_same_documents_give_the_same_hash_and_others_another(prepared, folder, tokenizer, tmp_path):
     again = prepare(folder, tmp_path / "again", tokenizer)
-    assert again["gathered_sha256"] == read_manifest(prepared)["gathered_sha256"]
+    assert again.gathered_sha256 == read_manifest(prepared).gathered_sha256
     (tmp_path / "one.txt").write_text(
         "First of all.\n\nSecond, a paragraph of some length.\n\n" * 2 + "End. " * 40
     )
     one = prepare(tmp_path / "one.txt", tmp_path / "other", tokenizer, seq_len=4, heldout_share=0.5)
-    assert one["gathered_sha256"] != again["gathered_sha256"]
-    assert sum(one["documents"].values()) == 3
+    assert one.gathered_sha256 != again.gathered_sha256
+    assert sum(one.documents.values()) == 3
 
 
 def test_checks_count_and_read_everything(prepared, tokenizer):
     counts = check_shards(prepared)
-    assert counts == read_manifest(prepared)["counts"]
+    assert counts == read_manifest(prepared).counts
     manifest = json.loads((prepared / "manifest.json").read_text())
     (prepared / "manifest.json").write_text(json.dumps({**manifest, "sequence_tokens": 15}))
     with pytest.raises(DataError, match="has 16 ids; wanted are 15"):
@@ -97,7 +98,7 @@ def test_other_uses_are_refused(prepared, folder, tokenizer):
         check_text_use(replace(config, mode="image-only"), manifest=manifest, tokenizer=tokenizer)
     with pytest.raises(UserError, match="data.seq_len is 96; the sequences of .* have 16 tokens"):
         check_text_use(replace(config, seq_len=96), manifest=manifest, tokenizer=tokenizer)
-    other = {**manifest, "text_tokenizer": {"name": "another", "fingerprint": "0" * 64}}
+    other = replace(manifest, text_tokenizer=TextMaker("another", "0" * 64, num_tokens=2048))
     with pytest.raises(DataError, match="made with the text tokenizer another"):
         check_text_use(config, manifest=other, tokenizer=tokenizer)
     with pytest.raises(UserError, match="Choose another --out"):

@@ -53,7 +53,7 @@ def prepared(folder, out, **settings):
 
 def test_ids_of_every_layout_are_trained_on(folder, ids, tmp_path):
     manifest = prepared(folder, tmp_path / "shards")
-    assert (manifest["codebook_size"], manifest["codes_per_image"]) == (70_000, 10)
+    assert (manifest.codebook_size, manifest.codes_per_image) == (70_000, 10)
     assert not (tmp_path / "shards" / "image_tokenizer").exists()
     counts = check_shards(tmp_path / "shards")
     assert sum(counts.values()) == 36
@@ -83,8 +83,8 @@ def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):
     rows = [{"ids": [1] * 9}, {"ids": [1.5] * 10}, {"ids": [-1] * 10}, {"ids": [70_000] * 10}]
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = prepared(folder, tmp_path / "shards")
-    assert manifest["left_out"] == {"an id outside 0 to 69999": 2, "not 10 integers": 2}
-    assert read_manifest(tmp_path / "shards")["image_tokenizer"]["name"] == FACTS["made_by"]
+    assert manifest.left_out == {"an id outside 0 to 69999": 2, "not 10 integers": 2}
+    assert read_manifest(tmp_path / "shards").image_tokenizer.name == FACTS["made_by"]
     with pytest.raises(UserError, match="views is 2; ids:.* has no pictures to shift"):
         prepared(folder, tmp_path / "views", views=2)
     (folder / "c.txt").write_text("one line\n")

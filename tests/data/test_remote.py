@@ -119,7 +119,7 @@ def test_the_cache_stays_below_its_limit(bucket, tmp_path):
     config = DataConfig(shards=tmp_path / "cache", seq_len=90, remote="s3://bucket/small", cache_limit="10b")
     fetch_shards(config.shards, remote=config.remote)
     settings = {
-        "layout": VocabLayout(2048, 2048, read_manifest(config.shards)["codebook_size"]),
+        "layout": VocabLayout(2048, 2048, read_manifest(config.shards).codebook_size),
         "global_batch": 2,
         "world_size": 1,
         "seed": 0,

@@ -75,11 +75,11 @@ def test_every_pair_is_found_again_with_the_codes_of_its_picture(
 
 def test_the_manifest_counts_and_broken_pictures_are_listed(prepared):
     manifest = shards.read_manifest(prepared)
-    assert sum(manifest["counts"].values()) == 40
-    assert manifest["counts"]["train"] > manifest["counts"]["heldout"] > 0
-    assert manifest["broken"] == 1
+    assert sum(manifest.counts.values()) == 40
+    assert manifest.counts["train"] > manifest.counts["heldout"] > 0
+    assert manifest.broken == 1
     assert json.loads((prepared / "broken.jsonl").read_text())["key"] == "broken.png"
-    assert manifest["floors_nats"]["train"]["uniform"] == pytest.approx(np.log(manifest["codebook_size"]))
+    assert manifest.floors_nats["train"]["uniform"] == pytest.approx(np.log(manifest.codebook_size))
 
 
 def test_a_killed_preparation_goes_on_and_ends_the_same(
@@ -152,7 +152,7 @@ def test_floors_equal_a_counted_twin():
 def loader_of(shard_folder: Path, tokenizer, **changes) -> StepLoader:
     config = DataConfig(shards=shard_folder, **{"seq_len": 90, **changes})
     layout = VocabLayout(num_text_rows=2048, num_text_tokens=2048, codebook_size=512)
-    layout = replace(layout, codebook_size=shards.read_manifest(shard_folder)["codebook_size"])
+    layout = replace(layout, codebook_size=shards.read_manifest(shard_folder).codebook_size)
     return StepLoader(config, layout=layout, global_batch=8, world_size=1, seed=3, tokenizer=tokenizer)
 
 

@@ -95,9 +95,9 @@ def test_lower_precision_is_measured_against_float32(source, tokenizers, tmp_pat
     settings = {"source": source, "config": PrepareConfig()}
     manifest = prepare(out=tmp_path / "b", **settings, **{**tokenizers, "image_tokenizer": lower})
     prepare(out=tmp_path / "f", **settings, **tokenizers)
-    assert read_manifest(tmp_path / "f")["codes_equal_float32"] == 1.0
+    assert read_manifest(tmp_path / "f").codes_equal_float32 == 1.0
     codes = [np.stack([s["codes"] for s in read_split(tmp_path / name, "train")]) for name in "bf"]
     # All 24 pictures are in the sample, in one batch both times.
-    assert manifest["codes_equal_float32"] == pytest.approx((codes[0] == codes[1]).mean())
-    assert 0.8 < manifest["codes_equal_float32"] < 1
+    assert manifest.codes_equal_float32 == pytest.approx((codes[0] == codes[1]).mean())
+    assert 0.8 < manifest.codes_equal_float32 < 1
     check_image_tokenizer(tmp_path / "b", tokenizers["image_tokenizer"])

@@ -40,7 +40,7 @@ def wanted(tokenizers):
 
 
 def samples(shards):
-    return [sample for split in read_manifest(shards)["counts"] for sample in read_split(shards, split)]
+    return [sample for split in read_manifest(shards).counts for sample in read_split(shards, split)]
 
 
 def run_config(shards, run_dir):
@@ -58,7 +58,7 @@ def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, t
     source = open_source(name, heldout_share=0.2)
     out = tmp_path / "shards"
     manifest = prepare(source, out=out, config=CONFIG, **tokenizers)
-    assert sum(manifest["counts"].values()) == made.NUM_PICTURES
+    assert sum(manifest.counts.values()) == made.NUM_PICTURES
     # Batches differ from those of `wanted`; one code in a hundred may tie otherwise.
     for sample in samples(out):
         codes = zip(sample["codes"].tolist(), wanted[sample["caption"]], strict=True)
@@ -182,7 +182,7 @@ def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
     source = open_source(f"{folder}/0.tar", config=reading)
     config = replace(CONFIG, max_broken=0.2)
     manifest = prepare(source, out=tmp_path / "shards", config=config, **tokenizers)
-    assert manifest["left_out"] == {
+    assert manifest.left_out == {
         "a caption below 2 characters": 1,
         "a caption over 200 characters": 1,
         "a side below 32 pixels": 1,
@@ -190,8 +190,8 @@ def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
         "no number in similarity": 1,
         "similarity below 0.25": 6,
     }
-    assert manifest["broken"] == 1
-    assert sum(manifest["counts"].values()) == 6
+    assert manifest.broken == 1
+    assert sum(manifest.counts.values()) == 6
     assert reopen_source(manifest).config == reading
     with pytest.raises(UserError, match="min_score is 0.5, but score_key names no column"):
         open_source("openmoji", config=SourceConfig(min_score=0.5))
@@ -206,12 +206,12 @@ def test_of_a_key_in_several_units_the_first_is_kept(tmp_path, tokenizers, views
     source = open_source(str(folder), heldout_share=0.3, config=SourceConfig(pair_key="url"))
     config = replace(CONFIG, unit_pairs=5, views=views)
     manifest = prepare(source, out=tmp_path / "shards", config=config, **tokenizers)
-    assert manifest["left_out"] == {"a key that was there before": 4}
+    assert manifest.left_out == {"a key that was there before": 4}
     kept = {sample["key"]: sample["caption"] for sample in samples(tmp_path / "shards")}
     pictures = {key: text for key, text in kept.items() if "@" not in key}
     assert pictures == {f"u{index}": made.caption(index) for index in range(20)}
-    assert len(kept) == manifest["counts"]["train"] + manifest["counts"]["heldout"]
-    assert manifest["counts"]["train"] == sum(split == "train" for split in splits(source)) * views
+    assert len(kept) == manifest.counts["train"] + manifest.counts["heldout"]
+    assert manifest.counts["train"] == sum(split == "train" for split in splits(source)) * views
     assert not list((tmp_path / "shards").rglob("units"))
 
 

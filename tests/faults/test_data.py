@@ -81,7 +81,7 @@ def step_loader(folder, *, global_batch=4, **settings):
     manifest = read_manifest(folder)
     return StepLoader(
         DataConfig(shards=folder, seq_len=90, **settings),
-        layout=VocabLayout(2048, 2048, manifest["codebook_size"]),
+        layout=VocabLayout(2048, 2048, manifest.codebook_size),
         global_batch=global_batch,
         world_size=1,
         seed=0,
@@ -231,7 +231,7 @@ def test_every_flipped_bit_is_found_before_a_sample_is_read(copy, observed):
             assert fact in str(caught.value)
         found += 1
         flip(path, at=at, bit=bit)
-    assert len(list(read_split(copy, "train"))) == manifest["counts"]["train"]
+    assert len(list(read_split(copy, "train"))) == manifest.counts["train"]
     observed(f"{found} of 100 found, each names its shard")
 
 
@@ -510,7 +510,7 @@ def test_bad_pictures_are_listed_and_odd_ones_become_rgb(tmp_path, tokenizers, o
     lines = (tmp_path / "shards" / "broken.jsonl").read_text().splitlines()
     listed = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
     assert set(listed) >= {f"{name}.jpg" for name in set(bad) - {"JPEG with broken EXIF"}}
-    assert manifest["broken"] == len(listed) and all(listed.values())
+    assert manifest.broken == len(listed) and all(listed.values())
     kept = {
         sample["key"] for split in ("train", "heldout") for sample in read_split(tmp_path / "shards", split)
     }
@@ -544,7 +544,7 @@ def test_odd_captions_never_become_special_ids(tmp_path, tokenizers, observed):
         (folder / f"{name}.txt").write_bytes(content)
     source = open_source(str(folder), heldout_share=0.0)
     manifest = prepare(source, out=tmp_path / "shards", config=PrepareConfig(), **tokenizers)
-    assert manifest["left_out"] == {"empty caption": 1}
+    assert manifest.left_out == {"empty caption": 1}
     samples = {
         sample["key"].removesuffix(".png"): sample for sample in read_split(tmp_path / "shards", "train")
     }
@@ -657,7 +657,7 @@ def test_downloads_are_tried_again_and_nothing_broken_stays(small, tmp_path, bad
     expected="exit 2 with both numbers",
 )
 def test_too_few_samples_are_refused(small, observed):
-    count = read_manifest(small)["counts"]["train"]
+    count = read_manifest(small).counts["train"]
     with pytest.raises(UserError, match=rf"has {count} training sequences; one step takes 64") as caught:
         step_loader(small, global_batch=64)
     assert caught.value.exit_code == 2

@@ -72,7 +72,7 @@ def test_a_step_holds_the_share_of_text_and_the_order_does_not_depend_on_where_i
     finished, text, tokenizer
 ):
     rows = tokenizer.num_tokens
-    layout = VocabLayout(rows, rows, read_manifest(finished.data.shards)["codebook_size"])
+    layout = VocabLayout(rows, rows, read_manifest(finished.data.shards).codebook_size)
     data = replace(finished.data, text_mix=0.25, text_shards=text)
     settings = {"layout": layout, "global_batch": 8, "world_size": 1, "seed": 0, "tokenizer": tokenizer}
     packed = {tuple(sample["caption_ids"].tolist()) for sample in read_split(text, "train")}
@@ -287,7 +287,7 @@ Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(keys))
 
 
 def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
-    codes = read_manifest(finished.data.shards)["codebook_size"]
+    codes = read_manifest(finished.data.shards).codebook_size
     script, out = tmp_path / "read.py", tmp_path / "keys"
     script.write_text(READER)
     words = [finished.data.shards, text, ASSETS / "text_tokenizer", codes]

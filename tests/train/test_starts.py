@@ -104,7 +104,7 @@ def test_text_only_training_makes_a_plain_language_model(text_run, tokenizer):
     steps = [row for row in rows if "split" not in row]
     heldout = [row for row in rows if row.get("split") == "heldout"]
     assert steps[0]["image_tokens"] == steps[0]["special_tokens"] == steps[0]["padded"] - 22 == 0
-    floors = read_manifest(text_run.data.shards)["floors_nats"]["heldout"]
+    floors = read_manifest(text_run.data.shards).floors_nats["heldout"]
     assert heldout[-1]["text_loss"] < floors["unigram"]
     language_model = open_language_model(str(text_run.run_dir))
     assert language_model.model.config.vocab_layout is None
@@ -130,7 +130,7 @@ def test_a_pre_trained_run_gives_its_text_rows_and_every_layer(text_run, grown_r
     for name, value in merged_state_dict(model).items():
         kept = value[: layout.num_text_rows] if value.shape[0] == layout.vocab_size else value
         assert torch.equal(kept, start[name]), name
-    assert layout.codebook_size == read_manifest(grown_run.data.shards)["codebook_size"]
+    assert layout.codebook_size == read_manifest(grown_run.data.shards).codebook_size
 
 
 def test_forgetting_is_measured_before_the_first_step_and_on(text_run, grown_run):

@@ -10,9 +10,8 @@ import logging
 import shutil
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,9 +25,11 @@ from t2i.data.shards.manifest import (
     BROKEN,
     FORMAT_VERSION,
     IMAGE_TOKENIZER,
-    MANIFEST,
     SPLITS,
     TEXT_TOKENIZER,
+    Maker,
+    Manifest,
+    TextMaker,
     read_manifest,
     side_files,
 )
@@ -46,6 +47,9 @@ ARGUMENTS = "arguments.json"
 WORKING = ("units", "ranks", "writing")
 """Folders of OUT.part that OUT needs no more."""
 
+Arguments = dict[str, object]
+"""All that decides what is in the shards, by name."""
+
 FLOOR_CODES = 2**24
 """Codes of each split, of pictures evenly spread, that floors are counted on."""
 
@@ -59,7 +63,7 @@ def prepare(
     config: PrepareConfig,
     rank: int = 0,
     world_size: int = 1,
-) -> dict[str, Any]:
+) -> Manifest:
     """Encode a source into shards at `out` and return the manifest; a finished or half-made `out` is gone on with.
 
     With several ranks each is called alike and returns when the first one has merged all units.
@@ -115,7 +119,7 @@ def _arguments(
     image_tokenizer: ImageTokenizer | None,
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
-) -> dict[str, Any]:
+) -> Arguments:
     """Gather all that decides what is in the shards."""
     common = {
         "format_version": FORMAT_VERSION,
@@ -123,7 +127,7 @@ def _arguments(
         "heldout_share": source.heldout_share,
         "reading": _changed(source.config),
         "unit_pairs": config.unit_pairs,
-        "image_tokenizer": _maker(source, image_tokenizer)["fingerprint"],
+        "image_tokenizer": _maker(source, image_tokenizer).fingerprint,
         "text_tokenizer": text_tokenizer.fingerprint(),
     }
     if image_tokenizer is None:
@@ -140,12 +144,12 @@ def _arguments(
     }
 
 
-def _maker(source: Source, image_tokenizer: ImageTokenizer | None) -> dict[str, str]:
+def _maker(source: Source, image_tokenizer: ImageTokenizer | None) -> Maker:
     """Name what turned pictures into codes."""
     if image_tokenizer is not None:
-        return {"name": str(image_tokenizer.folder), "fingerprint": image_tokenizer.fingerprint()}
+        return Maker(str(image_tokenizer.folder), image_tokenizer.fingerprint())
     given = _given(source)
-    return {"name": given.made_by, "fingerprint": f"ids:{given.made_by}:{given.vocab_size}:{given.length}"}
+    return Maker(given.made_by, f"ids:{given.made_by}:{given.vocab_size}:{given.length}")
 
 
 def _given(source: Source) -> GivenIds:
@@ -153,26 +157,26 @@ def _given(source: Source) -> GivenIds:
     return source.given
 
 
-def _changed(config: SourceConfig) -> dict[str, Any]:
+def _changed(config: SourceConfig) -> dict[str, object]:
     """List the settings that are not the defaults."""
     defaults = asdict(SourceConfig())
     return {key: value for key, value in asdict(config).items() if value != defaults[key]}
 
 
-def _begin(part: Path, arguments: dict[str, Any]) -> None:
+def _begin(part: Path, arguments: Arguments) -> None:
     (part / "units").mkdir(parents=True, exist_ok=True)
     if not (part / ARGUMENTS).exists():
         write_json(part / ARGUMENTS, arguments)
 
 
-def _finished(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+def _finished(out: Path, arguments: Arguments) -> Manifest:
     manifest = read_manifest(out)
-    _same_arguments(out, manifest["arguments"], arguments)
+    _same_arguments(out, manifest.arguments, arguments)
     logger.info("%s is already prepared", out)
     return manifest
 
 
-def _same_arguments(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _same_arguments(folder: Path, found: Arguments, wanted: Arguments) -> None:
     changed = [
         f"{key}: {found.get(key)} there, {wanted[key]} asked"
         for key in wanted
@@ -188,9 +192,7 @@ def _signs(folder: Path, rank: int, world_size: int) -> AbstractContextManager[N
     return signs_of_life(folder, rank=rank) if world_size > 1 else nullcontext()
 
 
-def _finish(
-    part: Path, num_units: int, source: Source, encoder: Encoder, arguments: dict[str, Any]
-) -> Merged:
+def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, arguments: Arguments) -> Merged:
     """Merge the units, keep the tokenizers and a round trip, count floors, write the manifest."""
     text_tokenizer = encoder.text_tokenizer
     merged = merge_units(part, num_units, encoder=encoder)
@@ -203,35 +205,34 @@ def _finish(
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
     _check_broken(merged, part=part, config=encoder.config)
     text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
-    image_facts = _image_facts(part, source, encoder)
-    num_pictures = FLOOR_CODES // image_facts["codes_per_image"]
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "source": source.name,
-        "licence": source.licence,
-        "split_rule": source.split_rule,
-        "heldout_share": source.heldout_share,
-        "reading": arguments["reading"],
-        "counts": {split: merged.counts[split] for split in SPLITS if merged.counts[split]},
-        "broken": len(merged.broken),
-        "left_out": dict(sorted((source.left_out + merged.left_out).items())),
-        "codebook_size": encoder.codebook_size,
-        **image_facts,
-        "image_tokenizer": _maker(source, encoder.image_tokenizer),
-        "text_tokenizer": {
-            "name": text_tokenizer.name,
-            "fingerprint": text_tokenizer.fingerprint(),
-            "num_tokens": text_tokenizer.num_tokens,
-        },
-        "floors_nats": code_floors(
+    images = _keep_image_tokenizer(part, source, encoder)
+    num_pictures = FLOOR_CODES // images.codes_per_image
+    Manifest(
+        source=source.name,
+        licence=source.licence,
+        split_rule=source.split_rule,
+        heldout_share=source.heldout_share,
+        reading=_changed(source.config),
+        counts={split: merged.counts[split] for split in SPLITS if merged.counts[split]},
+        broken=len(merged.broken),
+        left_out=dict(sorted((source.left_out + merged.left_out).items())),
+        codebook_size=encoder.codebook_size,
+        image_size=images.image_size,
+        codes_per_image=images.codes_per_image,
+        given_ids=encoder.image_tokenizer is None,
+        codes_equal_float32=images.codes_equal_float32,
+        image_tokenizer=_maker(source, encoder.image_tokenizer),
+        text_tokenizer=TextMaker(
+            text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
+        ),
+        floors_nats=code_floors(
             {split: _codes(part, split, num_pictures=num_pictures) for split in merged.counts},
             codebook_size=encoder.codebook_size,
         ),
-        "files": side_files(part),
-        "arguments": arguments,
-        "prepare": asdict(encoder.config),
-    }
-    write_json(part / MANIFEST, manifest)
+        files=side_files(part),
+        arguments=arguments,
+        prepare=asdict(encoder.config),
+    ).write(part)
     return merged
 
 
@@ -252,21 +253,29 @@ def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
     return np.stack([sample["codes"] for sample in read_split(part, split, num_samples=num_pictures)])
 
 
-def _image_facts(part: Path, source: Source, encoder: Encoder) -> dict[str, Any]:
-    """Keep the image tokenizer and a round trip; return what the manifest says of pictures and codes."""
+@dataclass(frozen=True)
+class _Images:
+    """What the manifest says of images and their codes."""
+
+    codes_per_image: int
+    image_size: int = 0
+    codes_equal_float32: float | None = None
+
+
+def _keep_image_tokenizer(part: Path, source: Source, encoder: Encoder) -> _Images:
+    """Copy the image tokenizer beside the shards and store a round trip; precomputed codes have neither."""
     tokenizer, config = encoder.image_tokenizer, encoder.config
     if tokenizer is None:
-        return {"codes_per_image": _given(source).length, "given_ids": True}
+        return _Images(_given(source).length)
     (part / IMAGE_TOKENIZER).mkdir(exist_ok=True)
     for path in tokenizer.folder.iterdir():
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, part / IMAGE_TOKENIZER / path.name)
-    return {
-        "image_size": config.image_size,
-        "codes_per_image": tokenizer.num_codes(config.image_size),
-        "given_ids": False,
-        "codes_equal_float32": write_round_trip(part, source, tokenizer, config),
-    }
+    return _Images(
+        codes_per_image=tokenizer.num_codes(config.image_size),
+        image_size=config.image_size,
+        codes_equal_float32=write_round_trip(part, source, tokenizer, config),
+    )
 
 
 def _sweep(out: Path, part: Path, merged: Merged) -> None:

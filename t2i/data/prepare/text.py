@@ -5,19 +5,17 @@ sequence is text alone, with no marker, as language models are trained; so its m
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from streaming import MDSWriter
 from tqdm import tqdm
 
 from t2i.data.shards.baselines import code_floors
-from t2i.data.shards.manifest import FORMAT_VERSION, MANIFEST, TEXT_TOKENIZER, read_manifest, side_files
+from t2i.data.shards.manifest import TEXT_TOKENIZER, Manifest, TextMaker, read_manifest, side_files
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import Documents
 from t2i.errors import DataError, UserError
@@ -50,7 +48,7 @@ class _Pack:
 
 def prepare_text(
     documents: Documents, *, out: Path, text_tokenizer: TextTokenizer, seq_len: int, heldout_share: float
-) -> dict[str, Any]:
+) -> Manifest:
     """Pack documents into shards at `out` and return the manifest; a killed preparation begins anew.
 
     A document that was there before, letter by letter, is left out. Which split it goes to is a hash of its text.
@@ -59,7 +57,7 @@ def prepare_text(
         UserError: `out` was made with other arguments.
         DataError: a split does not fill one sequence.
     """
-    arguments = {
+    arguments: dict[str, object] = {
         "source": documents.name,
         "seq_len": seq_len,
         "heldout_share": heldout_share,
@@ -67,9 +65,10 @@ def prepare_text(
     }
     if out.exists():
         manifest = read_manifest(out)
-        if manifest.get("arguments") != arguments:
-            found = manifest.get("arguments")
-            raise UserError(f"{out} was made with {found}; asked is {arguments}. Choose another --out.")
+        if manifest.arguments != arguments:
+            raise UserError(
+                f"{out} was made with {manifest.arguments}; asked is {arguments}. Choose another --out."
+            )
         return manifest
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -81,26 +80,23 @@ def prepare_text(
                 f"{documents.name}: {pack.num_documents} {split} documents do not fill one sequence of {seq_len}."
             )
     text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "source": documents.name,
-        "versions": documents.versions,
-        "gathered_sha256": digest,
-        "split_rule": f"sha256 of the document below {heldout_share} of its range is heldout",
-        "heldout_share": heldout_share,
-        "counts": {split: packs[split].num_sequences for split in TEXT_SPLITS},
-        "documents": {split: packs[split].num_documents for split in TEXT_SPLITS},
-        "sequence_tokens": seq_len,
-        "text_tokenizer": {
-            "name": text_tokenizer.name,
-            "fingerprint": text_tokenizer.fingerprint(),
-            "num_tokens": text_tokenizer.num_tokens,
-        },
-        "floors_nats": text_floors(part, num_tokens=text_tokenizer.num_tokens),
-        "files": side_files(part),
-        "arguments": arguments,
-    }
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    manifest = Manifest(
+        source=documents.name,
+        versions=documents.versions,
+        gathered_sha256=digest,
+        split_rule=f"sha256 of the document below {heldout_share} of its range is heldout",
+        heldout_share=heldout_share,
+        counts={split: packs[split].num_sequences for split in TEXT_SPLITS},
+        documents={split: packs[split].num_documents for split in TEXT_SPLITS},
+        sequence_tokens=seq_len,
+        text_tokenizer=TextMaker(
+            text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
+        ),
+        floors_nats=text_floors(part, num_tokens=text_tokenizer.num_tokens),
+        files=side_files(part),
+        arguments=arguments,
+    )
+    manifest.write(part)
     part.rename(out)
     return manifest
 

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required, TypedDict
+from typing import Required, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from streaming.base.format import reader_from_json
 from streaming.base.format.base.reader import Reader
 
 from t2i.config import PrepareConfig, SourceConfig
+from t2i.data.shards.manifest import Manifest
 from t2i.errors import DataError
 from t2i.files import HASH, Kind, check_keys, file_hash, is_inside, read_json, write_json
 
@@ -148,16 +149,16 @@ def check_file(folder: Path, name: str, *, wanted: str, advice: str) -> None:
         raise DataError(f"{folder / name} has the {HASH} {found}; made with {wanted}. {advice}")
 
 
-def check_listing(folder: Path, manifest: dict[str, Any]) -> None:
+def check_listing(folder: Path, manifest: Manifest) -> None:
     """Check indexes, counts, names and sizes of all shards, and hash the files beside them; reads no shard.
 
     Raises:
         DataError: the first file that is missing, too many, or not as it was made.
     """
     advice = remake_advice(folder, manifest)
-    for name, wanted in manifest["files"].items():
+    for name, wanted in manifest.files.items():
         check_file(folder, name, wanted=wanted, advice=advice)
-    for split, count in manifest["counts"].items():
+    for split, count in manifest.counts.items():
         shards = read_index(folder, split)
         found = sum(len(shard.reader) for shard in shards)
         if found != count:
@@ -182,35 +183,32 @@ def _check_size(folder: Path, shard: ShardFile, advice: str) -> None:
         raise DataError(f"{path} has {found} bytes; made with {shard.num_bytes}. {advice}")
 
 
-def remake_advice(folder: Path, manifest: dict[str, Any]) -> str:
+def remake_advice(folder: Path, manifest: Manifest) -> str:
     """Say how to make a shard folder again: move it away, and the command that made it."""
     return f"Move {folder} away and make it again: {remake_command(folder, manifest)}"
 
 
-def remake_command(folder: Path, manifest: dict[str, Any]) -> str:
+def remake_command(folder: Path, manifest: Manifest) -> str:
     """Write out the command that prepares a shard folder as it was made."""
-    flags: dict[str, Any] = {"source": manifest["source"], "out": folder}
-    if "sequence_tokens" in manifest:
-        flags |= {"seq-len": manifest["sequence_tokens"]}
+    flags: dict[str, object] = {"source": manifest.source, "out": folder}
+    if manifest.is_text:
+        flags |= {"seq-len": manifest.sequence_tokens}
     else:
-        flags |= {"image-tokenizer": manifest["image_tokenizer"]["name"]}
-        flags |= _changed(manifest.get("prepare"), PrepareConfig()) | _changed(
-            manifest.get("reading"), SourceConfig()
-        )
-        dtype = manifest.get("arguments", {}).get("dtype", "float32")
+        flags |= {"image-tokenizer": manifest.code_maker.name}
+        flags |= _changed(manifest.prepare, PrepareConfig()) | _changed(manifest.reading, SourceConfig())
+        dtype = manifest.arguments.get("dtype", "float32")
         flags |= {} if dtype == "float32" else {"dtype": dtype}
     flags |= {
-        "text-tokenizer": manifest["text_tokenizer"]["name"],
-        "heldout-share": manifest["heldout_share"],
+        "text-tokenizer": manifest.text_tokenizer.name,
+        "heldout-share": manifest.heldout_share,
     }
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     return shlex.join(["python", "launchers/prepare.py", *words])
 
 
-def _changed(found: Any, defaults: PrepareConfig | SourceConfig) -> dict[str, Any]:
+def _changed(found: dict[str, object] | None, defaults: PrepareConfig | SourceConfig) -> dict[str, object]:
     """List settings of a manifest that are not the defaults."""
-    values = found if isinstance(found, dict) else {}
-    return {key: value for key, value in values.items() if value != getattr(defaults, key, value)}
+    return {key: value for key, value in (found or {}).items() if value != getattr(defaults, key, value)}
 
 
 class Verified:
@@ -249,7 +247,7 @@ class Verified:
 class LookAhead(threading.Thread):
     """Hashes all shards of a folder while a job trains, so that a bad one is not met after days."""
 
-    def __init__(self, folder: Path, *, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, manifest: Manifest) -> None:
         super().__init__(daemon=True, name="look ahead")
         self.folder, self.manifest = folder, manifest
         self.failure: DataError | None = None
@@ -259,7 +257,7 @@ class LookAhead(threading.Thread):
         verified, advice = Verified(self.folder), remake_advice(self.folder, self.manifest)
         saved = time.monotonic()
         try:
-            for split in self.manifest["counts"]:
+            for split in self.manifest.counts:
                 for shard in read_index(self.folder, split):
                     if not verified.has(shard.name, wanted=shard.xxh64):
                         check_file(self.folder, shard.name, wanted=shard.xxh64, advice=advice)

@@ -1,11 +1,12 @@
 """manifest.json of a shard folder: what made the shards, what they hold, and whether a run can use them."""
 
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from t2i.config import DataConfig
 from t2i.errors import DataError, UserError
-from t2i.files import Kind, check_keys, file_hash, is_inside, read_json
+from t2i.files import Kind, check_keys, file_hash, is_inside, read_json, write_json
 from t2i.tokens.image import ROUND_TRIP
 from t2i.tokens.text import TextTokenizer
 
@@ -19,22 +20,123 @@ KEYS: dict[str, Kind] = {
     "counts": dict,
     "files": dict,
     "arguments": dict,
+    "floors_nats": dict,
     "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
 }
-"""Of every manifest; those of codes, of pictures and of text have more."""
+"""Of every manifest; those of codes, of images and of text have more."""
 CODE_KEYS: dict[str, Kind] = {
     "given_ids": bool,
     "codes_per_image": int,
     "codebook_size": int,
-    "floors_nats": dict,
     "image_tokenizer": {"name": str, "fingerprint": str},
 }
-PICTURE_KEYS: dict[str, Kind] = {**CODE_KEYS, "image_size": int}
-TEXT_KEYS: dict[str, Kind] = {"sequence_tokens": int, "floors_nats": dict}
+IMAGE_KEYS: dict[str, Kind] = {**CODE_KEYS, "image_size": int}
+TEXT_KEYS: dict[str, Kind] = {"sequence_tokens": int}
+OPTIONAL_KEYS: dict[str, Kind] = {
+    "licence": str,
+    "split_rule": str,
+    "reading": dict,
+    "prepare": dict,
+    "broken": int,
+    "left_out": dict,
+    "codes_equal_float32": (int, float),
+    "versions": dict,
+    "gathered_sha256": str,
+    "documents": dict,
+}
+"""Older manifests lack some, and shards of another kind others; what is there has its type."""
 SPLITS = ("train", "heldout", "combinations")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Maker:
+    """The image tokenizer that made the codes, or whoever made precomputed ones."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TextMaker:
+    """The text tokenizer that made the caption ids."""
+
+    name: str
+    fingerprint: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What manifest.json says, key by key; a key that a kind of shards has not is None (or 0) here and absent there."""
+
+    source: str
+    heldout_share: float
+    counts: dict[str, int]
+    """Samples of each split that has any."""
+    text_tokenizer: TextMaker
+    floors_nats: dict[str, dict[str, float]]
+    """Per split, what its codes (or text tokens) cost count-based baselines, in nats each."""
+    files: dict[str, str]
+    """Files beside the shards and their hashes."""
+    arguments: dict[str, Any]
+    """All that decides what is in the shards: another preparation into the same folder must have the same."""
+    licence: str | None = None
+    split_rule: str | None = None
+    reading: dict[str, Any] | None = None
+    """SourceConfig's settings that were not the defaults."""
+    prepare: dict[str, Any] | None = None
+    """PrepareConfig's settings."""
+    broken: int | None = None
+    left_out: dict[str, int] | None = None
+    given_ids: bool | None = None
+    """The codes are precomputed: there is no image tokenizer and no image."""
+    codes_per_image: int = 0
+    """0 for text shards, as the next."""
+    codebook_size: int = 0
+    image_size: int = 0
+    """Pixels per side; 0 for text and for precomputed codes."""
+    image_tokenizer: Maker | None = None
+    codes_equal_float32: float | None = None
+    """Of a sample, the share of codes that equals those of the image tokenizer in float32."""
+    sequence_tokens: int | None = None
+    """Of text shards alone."""
+    versions: dict[str, str] | None = None
+    gathered_sha256: str | None = None
+    documents: dict[str, int] | None = None
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def is_text(self) -> bool:
+        """Tell shards of documents from shards of images."""
+        return self.sequence_tokens is not None
+
+    @property
+    def has_image_tokenizer(self) -> bool:
+        """Tell shards of images from those of precomputed codes and of documents, which nothing here decodes."""
+        return self.given_ids is False
+
+    @property
+    def code_maker(self) -> Maker:
+        """Name what made the codes.
+
+        Raises:
+            DataError: these are text shards.
+        """
+        if self.image_tokenizer is None:
+            raise DataError(f"{self.source}: these are text shards, without image_tokenizer.")
+        return self.image_tokenizer
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json, whole or not at all."""
+        absent = {key for key, value in asdict(self).items() if value is None} | {
+            key for key in ("codes_per_image", "codebook_size", "image_size") if not getattr(self, key)
+        }
+        write_json(
+            folder / MANIFEST, {key: value for key, value in asdict(self).items() if key not in absent}
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
     """Read a shard folder's manifest.
 
     Raises:
@@ -45,38 +147,47 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return read_manifest_file(folder / MANIFEST)
 
 
-def read_manifest_file(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
+def read_manifest_file(path: Path) -> Manifest:
+    """Read a manifest, or the copy of it that a run keeps.
+
+    Raises:
+        DataError: another format, or one that prepare.py does not write.
+    """
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format {manifest.get('format_version')!r:.80}; this version reads {FORMAT_VERSION}."
+            f"{path} has format {values.get('format_version')!r:.80}; this version reads {FORMAT_VERSION}."
             " Prepare the source again."
         )
-    kind = PICTURE_KEYS if has_image_tokenizer(manifest) else CODE_KEYS
-    if "sequence_tokens" in manifest:
+    kind = IMAGE_KEYS if values.get("given_ids") is False else CODE_KEYS
+    if "sequence_tokens" in values:
         kind = TEXT_KEYS
-    check_keys(manifest, KEYS | kind, where=path)
-    _check_names(manifest, where=path)
-    return manifest
+    present = {key: expected for key, expected in OPTIONAL_KEYS.items() if values.get(key) is not None}
+    check_keys(values, KEYS | kind | present, where=path)
+    _check_names(values["counts"], values["files"], where=path)
+    known = {one.name for one in fields(Manifest)}
+    text, image = values["text_tokenizer"], values.get("image_tokenizer")
+    return Manifest(
+        **{
+            key: value
+            for key, value in values.items()
+            if key in known - {"text_tokenizer", "image_tokenizer"}
+        },
+        text_tokenizer=TextMaker(text["name"], text["fingerprint"], text["num_tokens"]),
+        image_tokenizer=None if image is None else Maker(image["name"], image["fingerprint"]),
+    )
 
 
-def _check_names(manifest: dict[str, Any], *, where: Path) -> None:
+def _check_names(counts: dict[str, object], files: dict[str, object], *, where: Path) -> None:
     """Check splits, counts and names of files, which are used as paths."""
-    for split, count in manifest["counts"].items():
+    for split, count in counts.items():
         if split not in SPLITS or not isinstance(count, int) or count < 1:
-            raise DataError(
-                f"{where}: counts say {split!r:.80} {count!r:.80}; wanted are {', '.join(SPLITS)}."
-            )
-    for name, digest in manifest["files"].items():
+            raise DataError(f"{where}: counts say {split!r:.80} {count!r:.80}; expected {', '.join(SPLITS)}.")
+    for name, digest in files.items():
         if not is_inside(name) or not isinstance(digest, str):
             raise DataError(
                 f"{where}: files name {name!r:.80}, which is no file of the folder with its hash."
             )
-
-
-def has_image_tokenizer(manifest: dict[str, Any]) -> bool:
-    """Tell shards of pictures from those of given ids and of documents, which no image tokenizer decodes."""
-    return manifest.get("given_ids") is False
 
 
 def side_files(folder: Path) -> dict[str, str]:
@@ -86,12 +197,7 @@ def side_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(found)}
 
 
-def is_text(manifest: dict[str, Any]) -> bool:
-    """Tell shards of documents from shards of pictures."""
-    return "sequence_tokens" in manifest
-
-
-def check_text_use(config: DataConfig, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+def check_text_use(config: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:
     """Check that a run may read text shards.
 
     Raises:
@@ -99,24 +205,24 @@ def check_text_use(config: DataConfig, *, manifest: dict[str, Any], tokenizer: T
         DataError: another text tokenizer made them.
     """
     if config.mode != "text-only":
-        raise UserError(f"{config.shards} holds text alone; data.mode is {config.mode}, wanted is text-only.")
-    if config.seq_len != manifest["sequence_tokens"]:
-        wanted = manifest["sequence_tokens"]
+        raise UserError(f"{config.shards} holds text alone; data.mode is {config.mode}, expected text-only.")
+    if config.seq_len != manifest.sequence_tokens:
         raise UserError(
-            f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {wanted} tokens."
+            f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {manifest.sequence_tokens}"
+            " tokens."
         )
     check_text_tokenizer(config.shards, manifest=manifest, tokenizer=tokenizer)
 
 
-def check_text_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: TextTokenizer) -> None:
+def check_text_tokenizer(folder: Path, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:
     """Check that a tokenizer is the one that packed text shards, whose ids cannot be made anew.
 
     Raises:
         DataError: it is another.
     """
-    made_by = manifest["text_tokenizer"]
-    if made_by["fingerprint"] != tokenizer.fingerprint():
+    made_by = manifest.text_tokenizer
+    if made_by.fingerprint != tokenizer.fingerprint():
         raise DataError(
-            f"{folder} was made with the text tokenizer {made_by['name']} ({made_by['fingerprint'][:12]}),"
+            f"{folder} was made with the text tokenizer {made_by.name} ({made_by.fingerprint[:12]}),"
             f" not {tokenizer.name} ({tokenizer.fingerprint()[:12]}). Prepare it again with --text-tokenizer."
         )

@@ -8,7 +8,6 @@ roundtrip.safetensors with reconstructions.png (eight pictures, their codes and 
 from collections.abc import Iterator, Sized
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from t2i.data.shards.integrity import (
     read_sample,
     remake_advice,
 )
-from t2i.data.shards.manifest import MANIFEST, read_manifest, read_manifest_file
+from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest, read_manifest_file
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
@@ -41,9 +40,9 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
             f"data.shards {folder} caches other shards than {remote} holds now; choose another folder."
         )
     manifest = read_manifest_file(new)
-    for name, wanted in manifest["files"].items():
+    for name, wanted in manifest.files.items():
         fetch(remote, folder, name, wanted=wanted)
-    for split in manifest["counts"]:
+    for split in manifest.counts:
         fetch(remote, folder, f"{split}/index.json")
     new.replace(folder / MANIFEST)
 
@@ -61,7 +60,7 @@ def read_split(
         DataError: a shard that is missing or is not as it was made; nothing is read from it.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    is_wanted = manifest is not None and split in manifest["counts"]
+    is_wanted = manifest is not None and split in manifest.counts
     if remote and is_wanted:
         fetch(remote, folder, f"{split}/index.json")
     if not is_wanted and not (folder / split / "index.json").is_file():
@@ -92,7 +91,7 @@ def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
     Raises:
         DataError: the shards were made by another image tokenizer.
     """
-    made_by = read_manifest(folder)["image_tokenizer"]["fingerprint"]
+    made_by = read_manifest(folder).code_maker.fingerprint
     if made_by != tokenizer.fingerprint():
         found = f"{tokenizer.folder} ({tokenizer.fingerprint()[:12]})"
         raise DataError(f"{folder} was made by another image tokenizer ({made_by[:12]}) than {found}.")
@@ -107,27 +106,27 @@ def check_shards(folder: Path) -> dict[str, int]:
     """
     manifest = read_manifest(folder)
     check_listing(folder, manifest)
-    for split, count in manifest["counts"].items():
+    for split, count in manifest.counts.items():
         for sample in tqdm(read_split(folder, split), total=count, unit="sample", desc=split):
             check_sample(sample, manifest=manifest, where=folder / split)
-    return dict(manifest["counts"])
+    return dict(manifest.counts)
 
 
-def check_sample(sample: Sample, *, manifest: dict[str, Any], where: Path) -> None:
+def check_sample(sample: Sample, *, manifest: Manifest, where: Path) -> None:
     """Hold one sample's numbers against the manifest: how many codes or ids, and from what range.
 
     Raises:
         DataError: with the sample's key, what was found and what is allowed.
     """
-    key, num_tokens = sample["key"], manifest["text_tokenizer"]["num_tokens"]
+    key, num_tokens = sample["key"], manifest.text_tokenizer.num_tokens
     _check_range("caption ids", sample["caption_ids"], num_tokens, where=where, key=key)
-    if "sequence_tokens" in manifest:
-        _check_length("ids", sample["caption_ids"], manifest["sequence_tokens"], where=where, key=key)
+    if manifest.sequence_tokens is not None:
+        _check_length("ids", sample["caption_ids"], manifest.sequence_tokens, where=where, key=key)
         return
     if "caption" not in sample:
         raise DataError(f"{where}: sample {key} has no caption.")
-    _check_length("codes", sample.get("codes", ()), manifest["codes_per_image"], where=where, key=key)
-    _check_range("codes", sample["codes"], manifest["codebook_size"], where=where, key=key)
+    _check_length("codes", sample.get("codes", ()), manifest.codes_per_image, where=where, key=key)
+    _check_range("codes", sample["codes"], manifest.codebook_size, where=where, key=key)
 
 
 def _check_range(kind: str, values: NDArray[np.unsignedinteger], end: int, *, where: Path, key: str) -> None:

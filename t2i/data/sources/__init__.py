@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from t2i.config import SourceConfig
+from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import openmoji
 from t2i.data.sources.coco import caption_files, has_both, list_coco
 from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
@@ -84,10 +84,10 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
     return replace(source, name=name, config=config)
 
 
-def reopen_source(manifest: dict[str, Any]) -> Source:
+def reopen_source(manifest: Manifest) -> Source:
     """Open the source that a manifest tells of, read and filtered as it was then."""
-    config = SourceConfig(**manifest.get("reading", {}))
-    return open_source(manifest["source"], heldout_share=manifest["heldout_share"], config=config)
+    config = SourceConfig(**manifest.reading or {})
+    return open_source(manifest.source, heldout_share=manifest.heldout_share, config=config)
 
 
 def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) -> Source:

@@ -7,6 +7,7 @@ import numpy as np
 import yaml
 
 from t2i.data.loader import num_trained_on
+from t2i.data.shards.manifest import read_manifest_file
 from t2i.report.sections.section import Section, last
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import RESOLVED
@@ -205,7 +206,7 @@ def sizes(
 def _num_samples(run: Run) -> int:
     """Count the samples that a run was trained on."""
     settings = yaml.safe_load((run.folder / RESOLVED).read_text())["data"]
-    return num_trained_on(read_json(run.folder / DATA_MANIFEST), keep_every=settings["keep_every"])
+    return num_trained_on(read_manifest_file(run.folder / DATA_MANIFEST), keep_every=settings["keep_every"])
 
 
 def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
