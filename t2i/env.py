@@ -176,7 +176,7 @@ def describe() -> dict[str, str]:
 
 def _accelerators() -> str:
     try:
-        import torch
+        import torch  # here: it takes seconds, and what is reported may be that it is broken
     except (ImportError, OSError) as error:  # as a broken installation does
         return f"torch cannot be imported: {error}"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

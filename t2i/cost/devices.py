@@ -7,6 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
 from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,8 +80,6 @@ def peak_flops_of(name: str) -> float | None:
 
 def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
     """Time one matrix product on all cores, and share it and the memory out among the processes."""
-    import torch
-
     dtype = torch.bfloat16 if is_half else torch.float32
     flops = 2 * MEASURED_SIZE**3 / product_seconds(dtype, size=MEASURED_SIZE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -87,11 +89,8 @@ def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
     return Device("cpu", flops / num_processes, memory / num_processes, source, unit="process")
 
 
-def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> None:
+def warn_of_slow_bf16(model: nn.Module, ds_config: dict[str, Any], *, tokens: int) -> None:
     """Warn once where bf16 is asked of a CPU that is slow at it, with the time a step will take."""
-    import torch
-    import torch.distributed as dist
-
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return
     seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -108,10 +107,8 @@ def warn_of_slow_bf16(model: Any, ds_config: dict[str, Any], *, tokens: int) -> 
     )
 
 
-def product_seconds(dtype: Any, *, size: int = PRODUCT_SIZE) -> float:
+def product_seconds(dtype: torch.dtype, *, size: int = PRODUCT_SIZE) -> float:
     """Time one product of two matrices of size x size on this CPU, the best of three."""
-    import torch
-
     matrix = torch.ones(size, size, dtype=dtype)
     times = []
     for _ in range(3):

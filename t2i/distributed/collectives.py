@@ -29,8 +29,6 @@ def on_first_rank(work: Callable[[], T]) -> T:
     Raises:
         UserError, CheckpointError, ...: what the work raised, on the first rank; the others leave without a word.
     """
-    import torch.distributed as dist
-
     outcome: list[Any] = [None, 0]
     error: BaseException | None = None
     if dist.get_rank() == 0:
@@ -58,8 +56,6 @@ def any_rank(claim: bool) -> bool:
 
 def of_all_ranks(values: list[T]) -> list[T]:
     """Join the lists of all ranks, in order; every rank calls it."""
-    import torch.distributed as dist
-
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]

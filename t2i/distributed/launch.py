@@ -8,7 +8,9 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 from t2i.env import extensions_folder, keep_memory, operators_built, operators_needed, use_own_tools
@@ -27,9 +29,7 @@ def start_processes() -> None:
         UserError: another job listens at the port where ranks meet.
     """
     prepare_environment()
-    # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
-    import deepspeed
-    import torch.distributed as dist
+    import deepspeed  # here: it chooses its accelerator when it is imported, and `join` needs none of its six seconds
 
     try:
         deepspeed.init_distributed(dist_backend=None, verbose=False)
@@ -49,17 +49,12 @@ def _close_gloo() -> None:
 
     Source: https://github.com/pytorch/pytorch/issues/190489.
     """
-    import torch.distributed as dist
-
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
 def make_repeatable(is_asked: bool, *, seed: int) -> None:
     """Seed what random states libraries share, and choose the operators that give the same bits every time if asked."""
-    import numpy as np
-    import torch
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if is_asked:
@@ -69,10 +64,11 @@ def make_repeatable(is_asked: bool, *, seed: int) -> None:
 
 
 def prepare_environment() -> None:
-    """Fill in what a launcher sets, for streaming and for a process without a launcher.
+    """Fill in what a launcher sets and libraries read, before any of them is imported or used.
 
     RANK alone tells a launched process; `deepspeed`, `torchrun`, Slurm's script and an operator's pod each leave
-    something out of the rest.
+    something out of the rest. Streaming tells machines apart by LOCAL_WORLD_SIZE when it opens a data set, which
+    `deepspeed` calls LOCAL_SIZE; DeepSpeed reads DS_ACCELERATOR when it is imported.
 
     Raises:
         UserError: a launched process lacks an address or a size, or has a local rank beyond its node.
@@ -89,8 +85,6 @@ def prepare_environment() -> None:
     _check_launch()
     if os.environ["RANK"] != "0":
         logging.getLogger("t2i").setLevel(logging.ERROR)  # the first rank speaks for all
-    import torch
-
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
 
@@ -111,8 +105,6 @@ def _check_launch() -> None:
 
 def warn_of_building(ds_config: dict[str, Any]) -> None:
     """Say on the first rank that DeepSpeed is about to compile, which takes minutes once."""
-    import torch
-
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
         return
     names = operators_needed(ds_config)

@@ -104,7 +104,7 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     Raises:
         UserError: there is no matrix to adapt.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
+    from peft import LoraConfig, inject_adapter_in_model  # here: it takes seconds, and few runs have adapters
 
     inside = {id(module) for module in layers_of(model).modules()}
     targets = [

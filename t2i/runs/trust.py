@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from t2i.errors import CheckpointError
 
@@ -47,8 +50,6 @@ def pickle_enums_by_value() -> None:
     Some Pythons, such as Debian 12's 3.11.2, write a call of `getattr` instead, which can reach anything, and so is
     read by nothing here.
     """
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
@@ -94,10 +95,6 @@ def only_plain_values(folder: Path) -> Iterator[None]:
 
 
 def _known() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     array = np.random.get_state()[1]  # type: ignore[index]
     rebuild = array.__reduce__()[0]  # type: ignore[union-attr]
     return [

@@ -7,6 +7,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from botocore.exceptions import BotoCoreError, ClientError
 from streaming.base.storage.download import CloudDownloader
 
 from t2i.data.shards.integrity import HASH
@@ -54,8 +55,6 @@ def _attempt(remote: str, url: str, coming: Path, wanted: str) -> str:
     Raises:
         DataError: another attempt would end the same.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     coming.unlink(missing_ok=True)
     try:
         _downloader(remote).download(url, str(coming), TIMEOUT_SECONDS)

