@@ -94,11 +94,11 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     engine.backward(loss)
     engine.step()
     saver = Saver(
-        SimpleNamespace(run_dir=run_dir, train=TrainConfig(keep_last=1)),
+        TrainConfig(keep_last=1),
+        run_dir=run_dir,
         engine=engine,
         loader=SimpleNamespace(state_dict=dict, global_batch=1),
-        text_tokenizer=text_tokenizer,
-        image_tokenizer=None,
+        inputs=SimpleNamespace(text_tokenizer=text_tokenizer),
     )
     steps = itertools.count(1)
 

@@ -31,11 +31,17 @@ class PlanCommand(RunConfig):
 
 def main() -> None:
     command = parse(PlanCommand, description=__doc__ or "")
-    from t2i.cost.plan import describe, make_plan
+    from t2i.cost.description import describe
+    from t2i.cost.plan import make_plan
     from t2i.train.ds_config import read_ds_config
 
-    config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
-    plan = make_plan(config, ds_config=read_ds_config(command.ds_config), plan=command.plan)
+    plan = make_plan(
+        command.data,
+        model=command.model,
+        train=command.train,
+        ds_config=read_ds_config(command.ds_config),
+        plan=command.plan,
+    )
     print("\n".join(describe(plan)))
 
 

@@ -27,7 +27,13 @@ class TrainCommand(RunConfig):
 
 def main() -> None:
     command = parse(TrainCommand, description=__doc__ or "")
-    from t2i.train.main import train
+    from t2i.distributed.signals import stop_flag
+
+    with stop_flag():  # importing takes seconds, in which a stop is a stop too
+        from t2i.distributed.launch import prepare_environment
+
+        prepare_environment()  # before DeepSpeed, which looks for its accelerator when it is imported
+        from t2i.train.main import train
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
     train(config, ds_config_path=command.ds_config)

@@ -37,9 +37,15 @@ def main() -> None:
     command = parse(VerifyCommand, description=__doc__ or "")
     if not 2 <= command.num_steps <= command.train.max_steps:
         raise UserError(f"--num-steps is {command.num_steps}; wanted is 2 to train.max_steps.")
-    import torch.distributed as dist
+    from t2i.distributed.signals import stop_flag
 
-    from t2i.train.resume_check import first_difference, train_both
+    with stop_flag():  # importing takes seconds, in which a stop is a stop too
+        import torch.distributed as dist
+
+        from t2i.distributed.launch import prepare_environment
+
+        prepare_environment()  # before DeepSpeed, which looks for its accelerator when it is imported
+        from t2i.train.resume_check import first_difference, train_both
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
     whole, halves = train_both(config, ds_config_path=command.ds_config, num_steps=command.num_steps)

@@ -15,8 +15,8 @@ import tyro
 import yaml
 
 from t2i.cli import flags_of
-from t2i.config import RunConfig
-from t2i.cost.plan import describe, make_plan
+from t2i.cost.description import describe
+from t2i.cost.plan import make_plan
 from t2i.distributed.launch import prepare_environment
 from t2i.errors import UserError
 from t2i.runs.metrics_log import read_metrics
@@ -117,10 +117,13 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
 def test_the_plan_in_the_documentation_is_the_one_that_is_printed():
     for words in commands("launchers/plan.py"):
         command = parsed(words, launcher="plan", command="PlanCommand")
-        config = RunConfig(
-            run_dir=command.run_dir, data=command.data, model=command.model, train=command.train
+        plan = make_plan(
+            command.data,
+            model=command.model,
+            train=command.train,
+            ds_config=read_ds_config(ROOT / command.ds_config),
+            plan=command.plan,
         )
-        plan = make_plan(config, ds_config=read_ds_config(ROOT / command.ds_config), plan=command.plan)
     page = (ROOT / "docs" / "scaling.md").read_text()
     assert "\n".join(f"    {line}".rstrip() for line in describe(plan)) in page
 

@@ -5,16 +5,19 @@ import math
 import torch
 from torch import Tensor
 
-from t2i.config import RunConfig
 from t2i.tokens.sequence import IGNORED
 
 POSITIONS = 8
 """A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
 
 
-def global_batch(config: RunConfig, *, world_size: int) -> int:
-    """Count the sequences of one step: global_batch_tokens / seq_len, rounded to what the ranks divide."""
-    per_rank = round(config.train.global_batch_tokens / config.data.seq_len / world_size)
+def global_batch(batch_tokens: int, *, seq_len: int, world_size: int) -> int:
+    """Count the sequences of one step: batch_tokens / seq_len, rounded to what the ranks divide.
+
+    Args:
+        batch_tokens: train.global_batch_tokens, over all ranks.
+    """
+    per_rank = round(batch_tokens / seq_len / world_size)
     return max(1, per_rank) * world_size
 
 

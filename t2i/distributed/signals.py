@@ -16,6 +16,8 @@ STOP, SAVE = "STOP", "SAVE"
 PARENT_SECONDS = 0.5
 """Between looks at whether the launcher still lives."""
 
+BEFORE_A_STEP = "Stopped before the first step of this start; the same command goes on."
+
 DEEPSPEED, TORCHRUN = b"deepspeed.launcher.launch", b"torchrun"
 """Words in the command lines of launchers that start ranks on a machine."""
 
@@ -40,7 +42,7 @@ class StopFlag:
         if self.num_interrupts > 1:
             raise KeyboardInterrupt
         if self.raises:
-            raise Stopped("Stopped before the first step of this start; the same command goes on.")
+            raise Stopped(BEFORE_A_STEP)
 
     def is_set(self) -> bool:
         """Tell whether a request has come."""
@@ -57,20 +59,48 @@ def stop_flag() -> Iterator[StopFlag]:
     watch.start()
     try:
         yield flag
+        if flag.is_noted and flag.raises:  # some library caught what the signal raised, as imports do
+            raise Stopped(BEFORE_A_STEP)
     finally:
         ended.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def asked_by_file(run_dir: Path, name: str) -> bool:
-    """Tell whether somebody made the file STOP or SAVE in the run folder."""
-    return (run_dir / name).exists()
+@dataclass(frozen=True)
+class Requests:
+    """What is asked of a run while it trains: by signals to this rank, by files in its folder, or in advance."""
 
+    flag: StopFlag
+    run_dir: Path
+    reads_files: bool
+    """One rank looks for them and tells the others: on a shared disk each would see them at another time."""
+    stop_at: int | None = None
+    """Stop after this step; None for the run's last."""
 
-def forget_file(run_dir: Path, name: str) -> None:
-    """Remove the file STOP or SAVE, whose wish is granted."""
-    (run_dir / name).unlink(missing_ok=True)
+    def begin(self) -> None:
+        """From now on a request waits for the end of its step."""
+        self.flag.raises = False
+
+    def is_signalled(self) -> bool:
+        """Tell whether a signal asked this rank to stop, which breaks off a measure too."""
+        return self.flag.is_set()
+
+    def should_stop(self) -> bool:
+        """Tell whether this rank was asked to stop after its step."""
+        return self.is_signalled() or self._has(STOP)
+
+    def should_save(self) -> bool:
+        """Tell whether this rank was asked to save."""
+        return self._has(SAVE)
+
+    def grant(self, name: str) -> None:
+        """Remove the file STOP or SAVE, whose wish is done."""
+        if self.reads_files:
+            (self.run_dir / name).unlink(missing_ok=True)
+
+    def _has(self, name: str) -> bool:
+        return self.reads_files and (self.run_dir / name).exists()
 
 
 def launchers() -> dict[int, int]:

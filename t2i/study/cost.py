@@ -8,9 +8,9 @@ import tyro
 
 from t2i.cli import flags_of_mapping
 from t2i.config import ASSETS, PlanConfig, RunConfig
+from t2i.cost.assumptions import known_data, model_config, num_text_rows
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, count_parameters, flops_a_token, weight_bytes
-from t2i.cost.plan import known_data, model_config, num_text_rows
 from t2i.data.batching import global_batch
 from t2i.errors import UserError
 from t2i.study.jobs import filled, run_config, run_name
@@ -82,13 +82,18 @@ def seconds_on(priced: list[Price], *, gpu: str, num_gpus: int, mfu: float) -> f
 
 
 def _price(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> Price:
-    model = model_config(config, data=known_data(config, plan=plan))
-    settings = config.model
+    settings, seq_len = config.model, config.data.seq_len
+    model = model_config(
+        settings,
+        data=known_data(config.data.shards, plan=plan),
+        seq_len=seq_len,
+        image_rows_only=config.train.image_rows_only,
+    )
     counts = count_parameters(
         model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
     )
-    seq_len = config.data.seq_len
-    tokens = config.train.max_steps * global_batch(config, world_size=1) * seq_len
+    sequences = global_batch(config.train.global_batch_tokens, seq_len=seq_len, world_size=1)
+    tokens = config.train.max_steps * sequences * seq_len
     record = read_json(out / "jobs" / f"{name}.json")
     return Price(
         name=name,

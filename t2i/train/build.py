@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from t2i.config import RunConfig
+from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.model.backbone import load_model, made_of, random_model_config
@@ -31,107 +32,121 @@ class Start:
 
 
 def build_model(
-    config: RunConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer
+    config: ModelConfig,
+    *,
+    data: DataConfig,
+    train: TrainConfig,
+    manifest: Manifest,
+    text_tokenizer: TextTokenizer,
 ) -> tuple[PreTrainedModel, VocabLayout]:
-    """Make the language model of config.model, grow it for the codes of `manifest`, freeze what does not learn.
+    """Make the language model, grow it for the codes of `manifest`, freeze what does not learn.
 
     Shards of text alone need no codes: the model keeps the rows that it has.
 
     Raises:
         UserError: model.init is no CKPT, its tokenizer has more ids than it has rows, or settings contradict.
     """
-    torch.manual_seed(config.train.seed)
-    start = starting_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
+    torch.manual_seed(train.seed)
+    start = starting_model(
+        config, seq_len=data.seq_len, seed=train.seed, manifest=manifest, text_tokenizer=text_tokenizer
+    )
     model, layout = start.model, start.layout
     if start.num_kept < layout.vocab_size and not manifest.is_text:
-        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.model.rows, seed=config.train.seed)
+        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.rows, seed=train.seed)
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
-    model.config.image_rows_only = config.train.image_rows_only
-    if config.train.image_rows_only and manifest.is_text:
+    if train.image_rows_only and manifest.is_text:
         raise UserError("train.image_rows_only is set, but the shards hold no image codes.")
-    model.config.sequence_mode, model.config.sequence_length = config.data.mode, config.data.seq_len
-    _check_positions(model, config)
-    if config.model.gradient_checkpointing:
+    # Written into config.json, so that whoever draws or measures later knows how the model was trained.
+    model.config.image_rows_only = train.image_rows_only
+    model.config.sequence_mode, model.config.sequence_length = data.mode, data.seq_len
+    _check_positions(model, seq_len=data.seq_len, name=config.init)
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    choose_learned(model, config, num_kept=start.num_kept)
+    choose_learned(model, config, train=train, num_kept=start.num_kept)
     return model, layout
 
 
-def choose_learned(model: PreTrainedModel, config: RunConfig, *, num_kept: int) -> None:
+def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainConfig, num_kept: int) -> None:
     """Split new rows from the first num_kept where they learn in their own way, and freeze what does not learn.
 
     Raises:
         UserError: settings that contradict each other, or that leave nothing to learn.
     """
-    settings, rank = config.train, config.model.lora_rank
-    if rank < 0 or settings.l2_to_init < 0:
+    rank = config.lora_rank
+    if rank < 0 or train.l2_to_init < 0:
         raise UserError(
-            f"model.lora_rank is {rank} and train.l2_to_init {settings.l2_to_init}; wanted is 0 or more."
+            f"model.lora_rank is {rank} and train.l2_to_init {train.l2_to_init}; wanted is 0 or more."
         )
-    if rank and config.model.learn != "all":
+    if rank and config.learn != "all":
         raise UserError(
-            f"model.lora_rank is {rank}: what learns is settled, but model.learn says {config.model.learn}."
+            f"model.lora_rank is {rank}: what learns is settled, but model.learn says {config.learn}."
         )
     has_new = model.config.vocab_size > num_kept
-    if settings.new_rows_lr is not None and not has_new:
+    if train.new_rows_lr is not None and not has_new:
         raise UserError("train.new_rows_lr is set, but no row is new.")
-    if has_new and (settings.new_rows_lr is not None or settings.l2_to_init or rank):
+    # One tensor has one learning rate and one requires_grad: what differs for new rows needs them apart.
+    if has_new and (train.new_rows_lr is not None or train.l2_to_init or rank):
         split_rows(model, num_old=num_kept)
-    set_learned(model, recipe=config.model.learn)
+    set_learned(model, recipe=config.learn)
     if rank:
         add_lora(model, rank=rank)
 
 
-def _check_positions(model: PreTrainedModel, config: RunConfig) -> None:
+def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None:
     """Let open_lm have as many positions as a sequence, which cost it nothing; hold others to what they have."""
-    seq_len, found = config.data.seq_len, getattr(model.config, "max_position_embeddings", None)
+    found = getattr(model.config, "max_position_embeddings", None)
     if isinstance(model.config, OpenLMConfig):
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
     elif found is not None and found < seq_len:
-        raise UserError(f"data.seq_len is {seq_len}; {config.model.init} was made for {found} positions.")
+        raise UserError(f"data.seq_len is {seq_len}; {name} was made for {found} positions.")
 
 
-def starting_model(config: RunConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
-    """Make or load the language model, scrambled if asked, with the rows that can be kept.
+def starting_model(
+    config: ModelConfig, *, seq_len: int, seed: int, manifest: Manifest, text_tokenizer: TextTokenizer
+) -> Start:
+    """Make or load the language model, scrambled if asked, with the rows that can be kept."""
+    if config.init != "random":
+        start = loaded_start(config.init, manifest=manifest, text_tokenizer=text_tokenizer)
+    elif config.scramble != "none":
+        raise UserError(f"model.scramble is {config.scramble}, but model.init is random.")
+    else:
+        made = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
+        start = _unmet(made_of(made), manifest=manifest, text_tokenizer=text_tokenizer)
+    if config.scramble != "none":
+        scramble(start.model, kind=config.scramble, seed=seed)
+    return start
+
+
+def loaded_start(name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
+    """Load a CKPT with the rows that can be kept.
 
     All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
     """
-    model: PreTrainedModel
-    if config.model.init == "random":
-        if config.model.scramble != "none":
-            raise UserError(f"model.scramble is {config.model.scramble}, but model.init is random.")
-        model = _random_model(config, text_tokenizer)
-    else:
-        model = load_model(find(config.model.init)[0], dtype=torch.float32)
-    codebook_size = manifest.codebook_size
-    rows, num_kept = model.config.vocab_size, model.config.vocab_size
+    folder, run_dir = find(name)
+    model = load_model(folder, dtype=torch.float32)
     known = getattr(model.config, "vocab_layout", None)
     if known is None:
-        layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
-    else:
-        layout = VocabLayout(**known)
-        if not manifest.is_text and not _knows_codes(config.model.init, manifest):
-            layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
-            num_kept = layout.first_image_id
-            model.resize_token_embeddings(num_kept, mean_resizing=False)
-    if config.model.scramble != "none":
-        scramble(model, kind=config.model.scramble, seed=config.train.seed)
-    return Start(model=model, layout=layout, num_kept=num_kept)
+        return _unmet(model, manifest=manifest, text_tokenizer=text_tokenizer)
+    layout = VocabLayout(**known)
+    if manifest.is_text or _knows_codes(run_dir or folder, manifest):
+        return Start(model, layout, num_kept=model.config.vocab_size)
+    layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, manifest.codebook_size)
+    model.resize_token_embeddings(layout.first_image_id, mean_resizing=False)
+    return Start(model, layout, num_kept=layout.first_image_id)
 
 
-def _random_model(config: RunConfig, text_tokenizer: TextTokenizer) -> PreTrainedModel:
-    num_text_tokens = text_tokenizer.num_tokens
-    return made_of(
-        random_model_config(config.model, num_text_tokens=num_text_tokens, seq_len=config.data.seq_len)
-    )
+def _unmet(model: PreTrainedModel, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
+    """Keep all rows of a language model that has met no codes yet."""
+    rows, codebook_size = model.config.vocab_size, manifest.codebook_size
+    layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
+    return Start(model, layout, num_kept=rows)
 
 
-def _knows_codes(name: str, manifest: Manifest) -> bool:
-    """Tell whether a CKPT was trained on codes of the image tokenizer that made these shards."""
-    folder, run_dir = find(name)
-    file = (run_dir or folder) / DATA_MANIFEST
+def _knows_codes(home: Path, manifest: Manifest) -> bool:
+    """Tell whether the model of a folder was trained on codes of the image tokenizer that made these shards."""
+    file = home / DATA_MANIFEST
     if not file.is_file():
         return False
     trained_on = json.loads(file.read_text()).get("image_tokenizer", {})

@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from t2i.config import RunConfig
+from t2i.config import TrainConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards.manifest import MANIFEST
 from t2i.distributed import faults
@@ -21,8 +21,7 @@ from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.metrics_log import METRICS, read_metrics
 from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
-from t2i.tokens.image import ROUND_TRIP, ImageTokenizer
-from t2i.tokens.text import TextTokenizer
+from t2i.tokens.image import ROUND_TRIP
 from t2i.train.deepspeed_state import (
     _reason,
     _sealing,
@@ -33,6 +32,7 @@ from t2i.train.deepspeed_state import (
     random_states,
 )
 from t2i.train.guards import check_ranks_agree, optimizer_bits
+from t2i.train.inputs import Inputs
 from t2i.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -47,19 +47,18 @@ class Saver:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainConfig,
         *,
+        run_dir: Path,
         engine: deepspeed.DeepSpeedEngine,
         loader: StepLoader,
-        text_tokenizer: TextTokenizer,
-        image_tokenizer: ImageTokenizer | None,
+        inputs: Inputs,
     ) -> None:
         self.config = config
-        self.run_dir = config.run_dir
+        self.run_dir = run_dir
         self.engine = engine
         self.loader = loader
-        self.text_tokenizer = text_tokenizer
-        self.image_tokenizer = image_tokenizer
+        self.inputs = inputs
         self.num_failed = 0
         pickle_enums_by_value()
 
@@ -100,7 +99,7 @@ class Saver:
             )
         faults.reach("weights", step=step, path=staging)
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
-        self.text_tokenizer.tokenizer.save_pretrained(staging)
+        self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
 
     def _write(self, progress: Progress) -> str:
         """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
@@ -120,7 +119,7 @@ class Saver:
         return on_first_rank(lambda: _reason(lambda: self._commit(progress, known, bits)))
 
     def _commit(self, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
-        step, settings = progress.step, self.config.train
+        step, settings = progress.step, self.config
         num_learned, num_all = num_parameters(self.engine.module.model)
         facts = {
             "progress": vars(progress),
@@ -161,20 +160,21 @@ class Saver:
         if progress.owed:
             is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
             progress.owed = [] if is_measured else progress.owed
-        logger.info("resuming at step %d of %d", progress.step, self.config.train.max_steps)
+        logger.info("resuming at step %d of %d", progress.step, self.config.max_steps)
         return progress
 
     def _find_start(self) -> Path | None:
         """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
-        run_dir, manifest = self.run_dir, self.config.data.shards / MANIFEST
+        run_dir, shards, image_tokenizer = self.run_dir, self.inputs.shards, self.inputs.image_tokenizer
+        manifest = shards / MANIFEST
         if not (run_dir / DATA_MANIFEST).exists():
-            if self.image_tokenizer is not None:
-                shutil.copytree(self.image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
-                shutil.copyfile(self.config.data.shards / ROUND_TRIP, run_dir / ROUND_TRIP)
+            if image_tokenizer is not None:
+                shutil.copytree(image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
+                shutil.copyfile(shards / ROUND_TRIP, run_dir / ROUND_TRIP)
             shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
         elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
             raise UserError(
-                f"{run_dir} was begun with other shards than {self.config.data.shards} holds now: its"
+                f"{run_dir} was begun with other shards than {shards} holds now: its"
                 f" {DATA_MANIFEST} differs. Choose another --run-dir."
             )
         folder = checkpoints.choose(run_dir)

@@ -1,23 +1,83 @@
-"""What a run reads before its first step: shards, the model to start from, and the text tokenizer."""
+"""What a run reads before its first step: shards, the model to start from, and both tokenizers."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from t2i.config import (
-    ASSETS,
-    EMBEDDED_SHARDS,
-    EMBEDDED_VIEWS,
-    DataConfig,
-    PrepareConfig,
-    RunConfig,
+import torch.distributed as dist
+
+from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig
+from t2i.data.loader import num_text_sequences, text_stream
+from t2i.data.prepare.images import prepare
+from t2i.data.shards.integrity import check_listing
+from t2i.data.shards.manifest import (
+    IMAGE_TOKENIZER,
+    TEXT_TOKENIZER,
+    Manifest,
+    check_text_use,
+    read_manifest,
 )
-from t2i.data.shards.manifest import Manifest, read_manifest
+from t2i.data.shards.reader import check_image_tokenizer, fetch_shards
+from t2i.data.sources import open_source
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.errors import UserError
+from t2i.runs.loading import find
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.sequence import caption_room
+from t2i.tokens.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made from, checked before any weight is made."""
+
+    shards: Path
+    manifest: Manifest
+    """That of the shards."""
+    start: str
+    """`random`, or the folder of the weights to start from."""
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer | None
+    """None for shards of text or of precomputed tokens, which no image tokenizer decodes."""
+
+
+def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
+    """Read and check all that a run is made from, on every rank together.
+
+    Args:
+        init: model.init, `random` or a CKPT.
+        global_batch: sequences per step over all ranks.
+
+    Raises:
+        DataError: there are no such shards, or they are not as they were made.
+        UserError: settings, shards and model do not fit together.
+    """
+    manifest = manifest_of(data)
+    if not data.remote:
+        on_first_rank(lambda: check_listing(data.shards, manifest))
+    start = found_start(init)
+    text_tokenizer = TextTokenizer.load(text_tokenizer_folder(start, own=data.shards / TEXT_TOKENIZER))
+    _check_fit(data, manifest=manifest, tokenizer=text_tokenizer)
+    image_tokenizer = None
+    if manifest.has_image_tokenizer:
+        image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
+        # It encodes images again, which takes seconds: the other ranks have the same files.
+        on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
+    if num_text_sequences(data, global_batch=global_batch, world_size=dist.get_world_size()):
+        mixed = text_stream(data)
+        check_text_use(mixed, manifest=manifest_of(mixed), tokenizer=text_tokenizer)
+    return Inputs(data.shards, manifest, start, text_tokenizer, image_tokenizer)
+
+
+def _check_fit(data: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:
+    """Check that sequences can be made of the shards; say where captions are tokenized anew."""
+    if manifest.is_text:
+        check_text_use(data, manifest=manifest, tokenizer=tokenizer)
+        return
+    caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest.codes_per_image)
+    warn_of_other_tokenizer(tokenizer, manifest)
 
 
 def manifest_of(data: DataConfig) -> Manifest:
@@ -26,29 +86,22 @@ def manifest_of(data: DataConfig) -> Manifest:
     Raises:
         DataError: there are no such shards.
     """
-    import torch.distributed as dist
-
-    from t2i.data.shards.reader import fetch_shards
-
     if data.shards == EMBEDDED_SHARDS and not data.remote:
         on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))
     if data.remote and is_first_on_node():
         fetch_shards(data.shards, remote=data.remote)
-    dist.barrier()
+    dist.barrier()  # the other ranks of a machine read what its first one brings
     return read_manifest(data.shards)
 
 
-def with_found_start(config: RunConfig) -> RunConfig:
+def found_start(init: str) -> str:
     """Resolve model.init to a folder, the same on every rank, though its run may be writing another one."""
-    from t2i.runs.loading import find
-
-    if config.model.init == "random":
-        return config
-    found = on_first_rank(lambda: str(find(config.model.init)[0]))
-    return replace(config, model=replace(config.model, init=found))
+    if init == "random":
+        return init
+    return on_first_rank(lambda: str(find(init)[0]))
 
 
-def warn_of_other_tokenizer(tokenizer: Any, manifest: Manifest) -> None:
+def warn_of_other_tokenizer(tokenizer: TextTokenizer, manifest: Manifest) -> None:
     """Say that captions are read anew where the model's text tokenizer is not that of the shards."""
     made_by = manifest.text_tokenizer
     if made_by.fingerprint != tokenizer.fingerprint():
@@ -61,11 +114,6 @@ def prepare_embedded(out: Path) -> None:
     """Make the embedded pictures' shards at `out`, unless shards are there."""
     if out.exists():
         return
-    from t2i.data.prepare.images import prepare
-    from t2i.data.sources import open_source
-    from t2i.tokens.image import ImageTokenizer
-    from t2i.tokens.text import TextTokenizer
-
     prepare(
         open_source("openmoji"),
         out=out,
@@ -75,11 +123,11 @@ def prepare_embedded(out: Path) -> None:
     )
 
 
-def text_tokenizer_folder(config: RunConfig, *, own: Path) -> Path:
+def text_tokenizer_folder(start: str, *, own: Path) -> Path:
     """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
-    if config.model.init == "random":
+    if start == "random":
         return own
-    folder = Path(config.model.init)
+    folder = Path(start)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")
     return folder

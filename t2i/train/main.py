@@ -3,24 +3,37 @@
 import logging
 import math
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from t2i.config import (
-    RunConfig,
-    TrainConfig,
-)
+import torch.distributed as dist
+
+from t2i.config import RunConfig, TrainConfig
+from t2i.cost.devices import warn_of_slow_bf16
+from t2i.data.batching import global_batch
+from t2i.data.loader import StepLoader
 from t2i.distributed import faults
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
+from t2i.distributed.health import Peers, Watchdog, is_lost_connection
 from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
-from t2i.distributed.signals import StopFlag, stop_flag
+from t2i.distributed.shared_memory import sweep
+from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine
 from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import make_folder, open_run, write_status
+from t2i.train.build import build_model
+from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
-from t2i.train.inputs import manifest_of, text_tokenizer_folder, warn_of_other_tokenizer, with_found_start
+from t2i.train.engine import Learner, make_engine
+from t2i.train.inputs import read_inputs
+from t2i.train.loop import Control, Trainer
+from t2i.train.metrics import MetricsWriter, Speed
+from t2i.train.periodic import periodic_work
+from t2i.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +62,8 @@ AT_LEAST_ZERO = (
 def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None) -> None:
     """Train in this process, one rank of a launched job or a job of its own.
 
+    The run is wired here, once: each part takes its own settings, and nothing below knows the whole of them.
+
     Args:
         stop_at: stop, saved, after this step, as if asked to; None for max_steps.
 
@@ -56,38 +71,86 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
     check_numbers(config.train)
+    run_dir, data, settings = config.run_dir, config.data, config.train
     ds_config = read_ds_config(ds_config_path)
-    make_folder(config.run_dir)
+    make_folder(run_dir)  # first of all: whoever waits in a queue for hours wants to know at once
     with stop_flag() as flag:
-        prepare_environment()
-        # Imported here: streaming reads LOCAL_WORLD_SIZE when it is imported.
-        import torch.distributed as dist
+        make_repeatable(settings.deterministic, seed=settings.seed)
+        _start(ds_config, run_dir=run_dir)
+        world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
+        num_sequences = global_batch(
+            settings.global_batch_tokens, seq_len=data.seq_len, world_size=world_size
+        )
+        heading = f"{num_sequences:,} sequences of {data.seq_len:,} tokens a step; ranks: {world_size}"
+        with _job(
+            run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
+        ) as peers:
+            inputs = read_inputs(data, init=config.model.init, global_batch=num_sequences)
+            model, layout = build_model(
+                replace(config.model, init=inputs.start),
+                data=data,
+                train=settings,
+                manifest=inputs.manifest,
+                text_tokenizer=inputs.text_tokenizer,
+            )
+            loader = StepLoader(
+                data,
+                layout=layout,
+                global_batch=num_sequences,
+                world_size=world_size,
+                seed=settings.seed,
+                tokenizer=inputs.text_tokenizer,
+            )
+            if is_first and not data.remote:
+                loader.look_ahead()
+            per_rank = num_sequences // world_size
+            warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
+            learner = Learner(model, layout=layout, z_loss=settings.z_loss)
+            engine = make_engine(learner, config=settings, ds_config=ds_config, per_rank=per_rank)
+            writer = MetricsWriter(run_dir) if is_first else None
+            speed = Speed(model, data=data, device=engine.device, is_half=engine.bfloat16_enabled())
+            requests = Requests(flag, run_dir, reads_files=is_first, stop_at=stop_at)
+            watchdog = Watchdog(
+                peers, seconds=settings.hang_timeout_seconds, on_hang=lambda error: _report(peers, error)
+            )
+            trainer = Trainer(
+                settings,
+                stepper=Stepper(settings, engine=engine, loader=loader, speed=speed, requests=requests),
+                saver=Saver(settings, run_dir=run_dir, engine=engine, loader=loader, inputs=inputs),
+                periodic=periodic_work(settings, data=data, learner=learner, inputs=inputs, writer=writer),
+                writer=writer,
+                control=Control(requests, watchdog),
+            )
+            trainer.run()
+            if is_first:
+                write_status(run_dir, state="done", step=trainer.progress.step, code=0)
 
-        from t2i.data.batching import global_batch
-        from t2i.distributed.health import Peers
-        from t2i.distributed.shared_memory import sweep
 
-        if is_first_on_node() and not dist.is_initialized():
-            sweep()
-            check_machine(ds_config, run_dir=config.run_dir)
-        warn_of_building(ds_config)
-        make_repeatable(config.train.deterministic, seed=config.train.seed)
-        start_processes()
-        world_size = dist.get_world_size()
-        num_sequences = global_batch(config, world_size=world_size)
-        heading = f"{num_sequences:,} sequences of {config.data.seq_len:,} tokens a step; ranks: {world_size}"
-        locks: list[IO[str]] = []
-        on_first_rank(lambda: locks.append(open_run(config, ds_config=ds_config, heading=heading)))
-        peers = Peers.meet(config.run_dir)
-        try:
-            faults.reach("setup", step=0)
-            _train(config, ds_config, peers=peers, flag=flag, stop_at=stop_at)
-        except (Exception, KeyboardInterrupt) as error:
-            flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
-            _leave(config, peers, error)
-        finally:
-            for lock in locks:
-                lock.close()
+def _start(ds_config: dict[str, Any], *, run_dir: Path) -> None:
+    """Look at the machine before it is too late for a sentence, and let the ranks of the job meet."""
+    prepare_environment()
+    if is_first_on_node() and not dist.is_initialized():  # a second run in one process has its port already
+        sweep()
+        check_machine(ds_config, run_dir=run_dir)
+    warn_of_building(ds_config)
+    start_processes()
+
+
+@contextmanager
+def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -> Iterator[Peers]:
+    """Hold the run folder on the first rank, and let an error end all ranks, of which one says it."""
+    locks: list[IO[str]] = []
+    on_first_rank(lambda: locks.append(open_folder()))
+    peers = Peers.meet(run_dir)
+    try:
+        faults.reach("setup", step=0)
+        yield peers
+    except (Exception, KeyboardInterrupt) as error:
+        flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
+        _leave(peers, error)
+    finally:
+        for lock in locks:
+            lock.close()
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -106,107 +169,12 @@ def check_numbers(config: TrainConfig) -> None:
             raise UserError(f"train.{key} is {getattr(config, key)}; wanted is less than 1.")
 
 
-def _train(
-    config: RunConfig, ds_config: dict[str, Any], *, peers: Any, flag: StopFlag, stop_at: int | None
-) -> None:
-    import torch.distributed as dist
-
-    from t2i.cost.devices import warn_of_slow_bf16
-    from t2i.data.batching import global_batch
-    from t2i.data.loader import StepLoader, num_text_sequences, text_stream
-    from t2i.data.shards.integrity import check_listing
-    from t2i.data.shards.manifest import (
-        IMAGE_TOKENIZER,
-        TEXT_TOKENIZER,
-        check_text_use,
-    )
-    from t2i.data.shards.reader import check_image_tokenizer
-    from t2i.distributed.health import Watchdog
-    from t2i.tokens.image import ImageTokenizer
-    from t2i.tokens.sequence import caption_room
-    from t2i.tokens.text import TextTokenizer
-    from t2i.train.build import build_model
-    from t2i.train.checkpoint import Saver
-    from t2i.train.engine import Learner, make_engine
-    from t2i.train.loop import Trainer
-    from t2i.train.metrics import MetricsWriter
-    from t2i.train.periodic import periodic_work
-
-    data, world_size = config.data, dist.get_world_size()
-    manifest = manifest_of(data)
-    if not data.remote:
-        on_first_rank(lambda: check_listing(data.shards, manifest))
-    config = with_found_start(config)
-    text_tokenizer = TextTokenizer.load(text_tokenizer_folder(config, own=data.shards / TEXT_TOKENIZER))
-    image_tokenizer = None
-    if manifest.is_text:
-        check_text_use(data, manifest=manifest, tokenizer=text_tokenizer)
-    else:
-        caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest.codes_per_image)
-        warn_of_other_tokenizer(text_tokenizer, manifest)
-    if manifest.has_image_tokenizer:
-        image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
-        on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
-    num_sequences = global_batch(config, world_size=world_size)
-    if num_text_sequences(data, global_batch=num_sequences, world_size=world_size):
-        mixed = text_stream(data)
-        check_text_use(mixed, manifest=manifest_of(mixed), tokenizer=text_tokenizer)
-    model, layout = build_model(config, manifest=manifest, text_tokenizer=text_tokenizer)
-    loader = StepLoader(
-        data,
-        layout=layout,
-        global_batch=num_sequences,
-        world_size=world_size,
-        seed=config.train.seed,
-        tokenizer=text_tokenizer,
-    )
-    if dist.get_rank() == 0 and not data.remote:
-        loader.look_ahead()
-    per_rank = num_sequences // world_size
-    warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
-    engine = make_engine(
-        Learner(model, layout=layout, z_loss=config.train.z_loss),
-        config=config.train,
-        ds_config=ds_config,
-        per_rank=per_rank,
-    )
-    writer = MetricsWriter(config.run_dir) if dist.get_rank() == 0 else None
-    saver = Saver(
-        config, engine=engine, loader=loader, text_tokenizer=text_tokenizer, image_tokenizer=image_tokenizer
-    )
-    seconds = config.train.hang_timeout_seconds
-    trainer = Trainer(
-        config,
-        engine=engine,
-        loader=loader,
-        saver=saver,
-        writer=writer,
-        periodic=periodic_work(
-            config,
-            model=model,
-            layout=layout,
-            text_tokenizer=text_tokenizer,
-            image_tokenizer=image_tokenizer,
-            reads_text=manifest.is_text,
-            writer=writer,
-        ),
-        flag=flag,
-        watchdog=Watchdog(peers, seconds=seconds, on_hang=lambda error: _report(config, peers, error)),
-        stop_at=stop_at,
-    )
-    trainer.run()
-    if writer:
-        write_status(config.run_dir, state="done", step=trainer.progress.step, code=0)
-
-
-def _leave(config: RunConfig, peers: Any, error: BaseException) -> NoReturn:
+def _leave(peers: Peers, error: BaseException) -> NoReturn:
     """End this rank after an error, so that the job says it once: raise it here, or go without a word.
 
     An error that every rank has is the first rank's to say. One that a rank has alone is its own; the others only meet
     a lost connection, and the lowest of them says who is gone.
     """
-    from t2i.distributed.health import is_lost_connection
-
     code, is_first = exit_code(error), peers.rank == 0
     is_shared = isinstance(error, NumericalError | Stopped | KeyboardInterrupt)
     failed = peers.failed() if isinstance(error, Stopped) else None  # whose launcher then asked all to end
@@ -215,25 +183,25 @@ def _leave(config: RunConfig, peers: Any, error: BaseException) -> NoReturn:
         if not peers.speaks():
             sys.exit(lost.exit_code)
         peers.note_failure(lost)
-        _report(config, peers, lost)
+        _report(peers, lost)
         raise lost from error
     if is_first or not is_shared:
         peers.note_failure(error)
     if is_first:
-        _report(config, peers, error)
+        _report(peers, error)
         if not isinstance(error, (*EXPECTED, KeyboardInterrupt)):
-            print(f"The traceback is also in {config.run_dir / 'error.txt'}.", file=sys.stderr)
+            print(f"The traceback is also in {peers.run_dir / 'error.txt'}.", file=sys.stderr)
     elif is_shared or (isinstance(error, EXPECTED) and peers.first_says_it_too(error)):
         sys.exit(code)
     raise error
 
 
-def _report(config: RunConfig, peers: Any, error: BaseException) -> None:
+def _report(peers: Peers, error: BaseException) -> None:
     """Write status.json, on the rank that speaks for the job; a disk that refuses must not hide the error."""
     if not (peers.rank == 0 or peers.speaks()):
         return
     state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     with suppress(OSError):
-        step = last_step(config.run_dir)
-        write_status(config.run_dir, state=state, step=step, code=exit_code(error), reason=reason)
+        step = last_step(peers.run_dir)
+        write_status(peers.run_dir, state=state, step=step, code=exit_code(error), reason=reason)

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from t2i.config import RunConfig
+from t2i.config import DataConfig, TrainConfig
 from t2i.data.shards.reader import read_split
 from t2i.generate.sample import draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
@@ -15,9 +18,10 @@ from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
 from t2i.runs.loading import Checkpoint
 from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
-from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+from t2i.train.engine import Learner
+from t2i.train.inputs import Inputs
 from t2i.train.metrics import MetricsWriter
 
 NUM_SAMPLED = 16
@@ -39,45 +43,54 @@ class Periodic:
 
 
 def periodic_work(
-    config: RunConfig,
+    config: TrainConfig,
     *,
-    model: Any,
-    layout: VocabLayout,
-    text_tokenizer: TextTokenizer,
-    image_tokenizer: ImageTokenizer | None,
-    reads_text: bool,
+    data: DataConfig,
+    learner: Learner,
+    inputs: Inputs,
     writer: MetricsWriter | None,
 ) -> list[Periodic]:
     """List what a run measures and draws, with how often.
 
     Args:
-        image_tokenizer: None where there are no pictures to draw.
-        reads_text: the shards are of documents.
         writer: the first rank's.
     """
-    settings = config.train
-    measure = _picture_losses(config, model, layout, text_tokenizer)
-    if reads_text:
-        measure = _text_losses(config, model, layout)
-    found = [Periodic(every=settings.eval_every, work=measure)]
-    if settings.eval_text:
-        work = _kept_text(config, model, layout, text_tokenizer)
-        found.append(Periodic(every=settings.eval_every, work=work, at_start=True))
-    if settings.sample_every and image_tokenizer is not None and config.data.mode == "text-to-image":
-        drawer = Checkpoint(config.run_dir, config.run_dir, model, text_tokenizer, image_tokenizer, layout)
-        found.append(Periodic(every=settings.sample_every, work=_samples(config, drawer, writer)))
+    model, layout = learner.model, learner.layout
+    amount, tokenizer = config.eval_pictures, inputs.text_tokenizer
+    found = [
+        Periodic(
+            every=config.eval_every,
+            work=_text_losses(model, layout, data=data, num_sequences=amount)
+            if inputs.manifest.is_text
+            else _picture_losses(model, layout, data=data, tokenizer=tokenizer, num_pictures=amount),
+        )
+    ]
+    if config.eval_text:
+        ids = text_sequences(
+            config.eval_text, tokenizer=tokenizer, seq_len=data.seq_len, num_sequences=amount
+        )
+        found.append(Periodic(every=config.eval_every, work=_kept_text(model, layout, ids), at_start=True))
+    if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
+        work = _samples(learner, data=data, inputs=inputs, writer=writer)
+        found.append(Periodic(every=config.sample_every, work=work))
     return found
 
 
-def _picture_losses(config: RunConfig, model: Any, layout: VocabLayout, tokenizer: TextTokenizer) -> Work:
+def _picture_losses(
+    model: PreTrainedModel,
+    layout: VocabLayout,
+    *,
+    data: DataConfig,
+    tokenizer: TextTokenizer,
+    num_pictures: int,
+) -> Work:
     def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
-        amount = config.train.eval_pictures
         rows = heldout_rows(
             model,
-            config=config.data,
+            config=data,
             layout=layout,
             tokenizer=tokenizer,
-            num_pictures=amount,
+            num_pictures=num_pictures,
             should_stop=should_stop,
         )
         return [{"step": step, **row} for row in rows]
@@ -85,21 +98,20 @@ def _picture_losses(config: RunConfig, model: Any, layout: VocabLayout, tokenize
     return measure
 
 
-def _text_losses(config: RunConfig, model: Any, layout: VocabLayout) -> Work:
+def _text_losses(
+    model: PreTrainedModel, layout: VocabLayout, *, data: DataConfig, num_sequences: int
+) -> Work:
     def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
-        amount = config.train.eval_pictures
         rows = heldout_text_rows(
-            model, config=config.data, layout=layout, num_sequences=amount, should_stop=should_stop
+            model, config=data, layout=layout, num_sequences=num_sequences, should_stop=should_stop
         )
         return [{"step": step, **row} for row in rows]
 
     return measure
 
 
-def _kept_text(config: RunConfig, model: Any, layout: VocabLayout, tokenizer: TextTokenizer) -> Work:
-    """Measure what is left of the language model."""
-    settings = {"seq_len": config.data.seq_len, "num_sequences": config.train.eval_pictures}
-    ids = text_sequences(config.train.eval_text, tokenizer=tokenizer, **settings)
+def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work:
+    """Measure what is left of the language model on sequences (N, S)."""
 
     def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
         cost = text_cost(model, ids, layout=layout, should_stop=should_stop)
@@ -109,23 +121,33 @@ def _kept_text(config: RunConfig, model: Any, layout: VocabLayout, tokenizer: Te
     return measure
 
 
-def _samples(config: RunConfig, drawer: Checkpoint, writer: MetricsWriter | None) -> Work:
+def _samples(learner: Learner, *, data: DataConfig, inputs: Inputs, writer: MetricsWriter | None) -> Work:
     """Draw held-out captions, always the same, on the first rank: a PNG and TensorBoard's copy of it."""
-    heldout = read_split(config.data.shards, "heldout", num_samples=NUM_SAMPLED, remote=config.data.remote)
+    heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)
     captions = [sample["caption"] for sample in heldout]
 
     def sample(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
         if writer and captions:
-            folder = config.run_dir / SAMPLES
+            folder = writer.run_dir / SAMPLES
             folder.mkdir(exist_ok=True)
             (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
-            with interruptible(drawer.model, should_stop):
-                sheet = draw_grid(drawer, captions)
+            with interruptible(learner.model, should_stop):
+                sheet = _sheet(learner, captions, inputs=inputs, run_dir=writer.run_dir)
             sheet.save(folder / f"step_{step:06d}.png")
             writer.show(sheet, step=step)
         return []
 
     return sample
+
+
+def _sheet(learner: Learner, captions: list[str], *, inputs: Inputs, run_dir: Path) -> Image.Image:
+    assert inputs.image_tokenizer is not None
+    return draw_grid(
+        Checkpoint(
+            run_dir, run_dir, learner.model, inputs.text_tokenizer, inputs.image_tokenizer, learner.layout
+        ),
+        captions,
+    )
 
 
 @contextmanager

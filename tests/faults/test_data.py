@@ -384,7 +384,7 @@ def test_what_is_missing_or_too_much_is_said_at_the_start(damage, copy, observed
 def test_a_run_checks_sizes_before_it_builds_a_model(shards, finished, tmp_path, observed, monkeypatch):
     shutil.copytree(shards, tmp_path / "shards")
     path = truncate(tmp_path / "shards")
-    monkeypatch.setattr("t2i.train.build.build_model", lambda *args, **settings: pytest.fail("too late"))
+    monkeypatch.setattr("t2i.train.main.build_model", lambda *args, **settings: pytest.fail("too late"))
     config = replace(
         finished, run_dir=tmp_path / "run", data=replace(finished.data, shards=tmp_path / "shards")
     )

@@ -124,7 +124,13 @@ def made(finished, tmp_path_factory):
         max_new_tokens=4,
     )
     (out / "forgetting.json").write_text(json.dumps(results))
-    start = starting_model(finished, manifest=read_manifest(finished.data.shards), text_tokenizer=tokenizer)
+    start = starting_model(
+        finished.model,
+        seq_len=finished.data.seq_len,
+        seed=finished.train.seed,
+        manifest=read_manifest(finished.data.shards),
+        text_tokenizer=tokenizer,
+    )
     start.model.save_pretrained(out / "language-model")
     tokenizer.tokenizer.save_pretrained(out / "language-model")
     start_processes()

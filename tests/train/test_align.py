@@ -19,8 +19,9 @@ from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.align import AlignedRows, align, contrastive_loss, retrieval_accuracy
+from t2i.train.align import align
 from t2i.train.build import build_model
+from t2i.train.contrastive import AlignedRows, contrastive_loss, retrieval_accuracy
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=20, num_text_tokens=18, codebook_size=9)
@@ -68,7 +69,7 @@ TWO_RANKS = """
 import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as processes
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.align import AlignedRows, loss_and_gradient
+from t2i.train.contrastive import AlignedRows, loss_and_gradient
 
 torch.set_num_threads(1)
 layout = VocabLayout(num_text_rows=20, num_text_tokens=18, codebook_size=9)
@@ -115,7 +116,13 @@ def language_model(finished, tmp_path_factory):
     from t2i.train.build import starting_model
 
     tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
-    start = starting_model(finished, manifest=read_manifest(finished.data.shards), text_tokenizer=tokenizer)
+    start = starting_model(
+        finished.model,
+        seq_len=finished.data.seq_len,
+        seed=finished.train.seed,
+        manifest=read_manifest(finished.data.shards),
+        text_tokenizer=tokenizer,
+    )
     folder = tmp_path_factory.mktemp("language_model")
     start.model.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
@@ -152,7 +159,13 @@ def test_its_rows_file_grows_the_model(run, language_model, finished):
         model=replace(finished.model, init=str(language_model), rows=str(run.run_dir / "rows.safetensors")),
     )
     tokenizer = TextTokenizer.load(language_model)
-    model, layout = build_model(config, manifest=read_manifest(run.data.shards), text_tokenizer=tokenizer)
+    model, layout = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(run.data.shards),
+        text_tokenizer=tokenizer,
+    )
     given = load_file(run.run_dir / "rows.safetensors")
     assert torch.equal(model.get_input_embeddings().weight[layout.num_text_rows :], given[INPUT_ROWS])
     assert torch.equal(model.get_output_embeddings().weight[layout.num_text_rows :], given[OUTPUT_ROWS])

@@ -101,7 +101,13 @@ def test_a_run_learns_and_keeps_the_class(trained):
 def test_a_grown_model_gives_the_logits_it_gave_for_text(trained, tokenizer):
     _, start, config = trained
     before = load_model(start)
-    after, _ = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    after, _ = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
     ids = torch.arange(40).view(2, 20)
     rows = before.config.vocab_size
     with torch.inference_mode():
@@ -213,7 +219,13 @@ def test_more_positions_than_a_model_has_are_refused(finished, tokenizer, tmp_pa
         data=replace(finished.data, seq_len=129),
     )
     with pytest.raises(UserError, match="data.seq_len is 129; .* was made for 128 positions"):
-        build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+        build_model(
+            config.model,
+            data=config.data,
+            train=config.train,
+            manifest=read_manifest(config.data.shards),
+            text_tokenizer=tokenizer,
+        )
 
 
 def test_the_class_is_what_transformers_loads(trained):
@@ -225,7 +237,13 @@ def test_the_class_is_what_transformers_loads(trained):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
     config = replace(finished, model=replace(finished.model, family=family))
-    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    model, layout = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
     assert type(model) is FAMILIES[family][0]
     assert len(model.get_input_embeddings().weight) == layout.vocab_size
     assert model.config.num_hidden_layers == finished.model.num_layers

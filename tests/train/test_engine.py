@@ -102,11 +102,11 @@ def test_large_matrices_are_groups_of_their_own():
 
 def saver_of(engine, run_dir):
     return Saver(
-        SimpleNamespace(run_dir=run_dir, train=CONFIG),
+        CONFIG,
+        run_dir=run_dir,
         engine=engine,
         loader=SimpleNamespace(state_dict=dict, global_batch=4),
-        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-        image_tokenizer=None,
+        inputs=SimpleNamespace(text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer")),
     )
 
 

@@ -57,7 +57,13 @@ def checkpoint(run_dir, step):
 
 
 def untrained(config, tokenizer):
-    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    model, layout = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
     return merged_state_dict(model), layout
 
 
@@ -136,7 +142,13 @@ def start(finished, tmp_path_factory, tokenizer):
     from t2i.train.build import starting_model
 
     folder = tmp_path_factory.mktemp("language-model")
-    found = starting_model(finished, manifest=read_manifest(finished.data.shards), text_tokenizer=tokenizer)
+    found = starting_model(
+        finished.model,
+        seq_len=finished.data.seq_len,
+        seed=finished.train.seed,
+        manifest=read_manifest(finished.data.shards),
+        text_tokenizer=tokenizer,
+    )
     found.model.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
     return folder

@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2i.cli import flags_of
 from t2i.config import EMBEDDED_SHARDS, DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
+from t2i.cost.assumptions import MDS_BYTES_A_PAIR, known_data, model_config, pair_bytes
+from t2i.cost.description import describe
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import (
     activation_bytes,
@@ -24,7 +26,7 @@ from t2i.cost.estimates import (
     estimate_memory,
     flops_a_token,
 )
-from t2i.cost.plan import MDS_BYTES_A_PAIR, describe, known_data, make_plan, model_config, pair_bytes
+from t2i.cost.plan import make_plan
 from t2i.data.batching import accumulation, global_batch
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
@@ -46,6 +48,10 @@ def paper():
     import tyro
 
     return tyro.cli(RunConfig, args=flags_of(PAPER))
+
+
+def plan_of(config, **settings):
+    return make_plan(config.data, model=config.model, train=config.train, **settings)
 
 
 def tiny_config(**settings):
@@ -74,14 +80,17 @@ def test_the_papers_run_is_896_sequences_on_64_gpus():
     assert (config.data.seq_len, config.train.lr, config.train.warmup_steps) == (1_152, 3e-4, 2_000)
     assert config.data.caption_dropout == 0
     for world_size in (1, 2, 4, 8, 16, 32, 64, 128):
-        assert global_batch(config, world_size=world_size) == 896
+        assert (
+            global_batch(config.train.global_batch_tokens, seq_len=config.data.seq_len, world_size=world_size)
+            == 896
+        )
     assert accumulation(896 // 64, micro_batch=ZERO2["train_micro_batch_size_per_gpu"]) == (2, 7)
     # 100B tokens, to the step.
     assert 0 <= config.train.max_steps * 896 * 1_152 - 100e9 < 896 * 1_152
 
 
 def test_the_papers_plan():
-    plan = make_plan(paper(), ds_config=ZERO2, plan=PlanConfig(num_gpus=64, price=2.0))
+    plan = plan_of(paper(), ds_config=ZERO2, plan=PlanConfig(num_gpus=64, price=2.0))
     assert plan.model.vocab_size == 66_824
     # 24 layers of 4 D^2 + 3 D h and two norms with bias, two tables of rows, the last norm.
     width, inner = 2_048, 5_632
@@ -100,7 +109,7 @@ def test_the_papers_plan():
 def test_gradient_checkpointing_takes_a_quarter_of_the_useful_products():
     config = paper()
     recomputing = replace(config, model=replace(config.model, gradient_checkpointing=True))
-    plans = [make_plan(one, ds_config=ZERO2, plan=PlanConfig(num_gpus=64)) for one in (config, recomputing)]
+    plans = [plan_of(one, ds_config=ZERO2, plan=PlanConfig(num_gpus=64)) for one in (config, recomputing)]
     assert plans[1].tokens_per_second == pytest.approx(0.75 * plans[0].tokens_per_second)
 
 
@@ -135,7 +144,7 @@ def test_frozen_parts_need_no_gradients_and_no_averages():
 def test_a_softmax_over_image_rows_leaves_the_other_rows_products_out():
     config = paper()
     alone = replace(config, train=replace(config.train, image_rows_only=True))
-    plans = [make_plan(one, ds_config=ZERO2, plan=PlanConfig()) for one in (config, alone)]
+    plans = [plan_of(one, ds_config=ZERO2, plan=PlanConfig()) for one in (config, alone)]
     left_out = 1_024 / 1_152 * (66_824 - 16_384) * 2_048
     assert plans[0].flops_a_token - plans[1].flops_a_token == pytest.approx(6 * left_out)
 
@@ -317,7 +326,7 @@ def test_a_checkpoint_has_the_planned_size(finished):
 
 
 def test_shards_have_the_planned_size(shards):
-    data = known_data(RunConfig(data=DataConfig(shards=shards)), plan=PlanConfig())
+    data = known_data(shards, plan=PlanConfig())
     samples = [sample for split in ("train", "heldout") for sample in read_split(shards, split)]
     assert data.are_made and data.num_pairs == len(list(read_split(shards, "train")))
     text = sum(len(sample["key"]) + len(sample["caption"]) for sample in samples)
@@ -332,13 +341,13 @@ def test_shards_have_the_planned_size(shards):
 
 def test_a_model_folder_that_is_there_is_read(finished, shards):
     folder = finished.run_dir / "checkpoints" / "step_000006"
-    config = RunConfig(data=DataConfig(shards=shards), model=ModelConfig(init=str(folder), hidden_size=8))
-    model = model_config(config, data=known_data(config, plan=PlanConfig()))
+    config = ModelConfig(init=str(folder), hidden_size=8)
+    model = model_config(config, data=known_data(shards, plan=PlanConfig()), seq_len=96)
     assert model.hidden_size == finished.model.hidden_size
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    plan = make_plan(paper(), ds_config=ZERO2, plan=PlanConfig(gpu="rtx4090", num_gpus=64))
+    plan = plan_of(paper(), ds_config=ZERO2, plan=PlanConfig(gpu="rtx4090", num_gpus=64))
     room = 0.92 * plan.device.memory_bytes
     for is_checkpointed, largest in plan.largest_micro_batch.items():
         memory = [
@@ -370,13 +379,13 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 )
 def test_what_cannot_be_planned_is_a_sentence(ds_config, asked, sentence):
     with pytest.raises(UserError, match=sentence):
-        make_plan(paper(), ds_config=ds_config, plan=PlanConfig(**asked))
+        plan_of(paper(), ds_config=ds_config, plan=PlanConfig(**asked))
 
 
 def test_the_embedded_shards_are_not_taken_for_the_papers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{EMBEDDED_SHARDS} is not made yet"):
-        known_data(RunConfig(), plan=PlanConfig())
+        known_data(DataConfig().shards, plan=PlanConfig())
 
 
 def test_the_command_plans_for_this_machine(shards, monkeypatch, capsys):

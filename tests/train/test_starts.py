@@ -31,7 +31,13 @@ def tokenizer():
 
 
 def built(config, tokenizer):
-    model, layout = build_model(config, manifest=read_manifest(config.data.shards), text_tokenizer=tokenizer)
+    model, layout = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
     return model, layout
 
 
@@ -155,7 +161,9 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
     assert torch.equal(model.get_output_embeddings().weight, head)
     manifest = json.loads((grown_run.data.shards / "manifest.json").read_text())
     other = {**manifest, "image_tokenizer": {"fingerprint": "another"}, "codebook_size": 40}
-    model, layout = build_model(config, manifest=other, text_tokenizer=tokenizer)
+    model, layout = build_model(
+        config.model, data=config.data, train=config.train, manifest=other, text_tokenizer=tokenizer
+    )
     rows = model.get_output_embeddings().weight
     first = trained.layout.first_image_id
     assert len(rows) == layout.vocab_size == 2048 + 7 + 40 + 1

@@ -312,6 +312,10 @@ def test_new_rows_learn_at_their_own_rate(finished, tmp_path):
 def _untrained(config):
     manifest = read_manifest(config.data.shards)
     model, _ = build_model(
-        config, manifest=manifest, text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer")
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=manifest,
+        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
     )
     return merged_state_dict(model)

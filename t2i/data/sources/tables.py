@@ -7,8 +7,6 @@ from typing import TextIO
 
 import pyarrow.parquet as pq
 
-import pyarrow.parquet as pq
-
 from t2i.data.sources.source import parquet_errors
 from t2i.errors import DataError
 from t2i.files import parse_json

@@ -1,0 +1,105 @@
+"""What a plan knows of shards and model where they are there, and assumes where they are not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from t2i.config import EMBEDDED_SHARDS, EMBEDDED_VIEWS, ModelConfig, PlanConfig
+from t2i.data.shards.manifest import MANIFEST, read_manifest
+from t2i.errors import UserError
+from t2i.model.backbone import random_model_config, read_model_config
+from t2i.runs.loading import find
+from t2i.tokens.vocab import VocabLayout
+
+CHARACTERS_A_TOKEN = 4.5
+"""Of English captions under a BPE of 50,000; a guess."""
+
+KEY_BYTES, MDS_BYTES_A_PAIR = 12, 24
+"""A key, which is a guess, and the columns' sizes with the pair's place, which a test measures."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a plan needs to know of the shards."""
+
+    text_tokens: int
+    """Ids of the text tokenizer."""
+    codebook_size: int
+    """0 for shards of text alone."""
+    codes_per_image: int
+    num_pairs: int
+    """To train on."""
+    shard_bytes: float
+    are_made: bool
+    """Read from the shards themselves, or assumed."""
+
+
+def known_data(folder: Path, *, plan: PlanConfig) -> Data:
+    """Read what the shards in `folder` say, or take the plan's own numbers where they are not made yet.
+
+    Raises:
+        UserError: they are the embedded shards, whose numbers are not the plan's.
+    """
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        return Data(
+            text_tokens=manifest.text_tokenizer.num_tokens,
+            codebook_size=manifest.codebook_size,
+            codes_per_image=manifest.codes_per_image,
+            num_pairs=manifest.counts["train"],
+            shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
+            are_made=True,
+        )
+    if folder == EMBEDDED_SHARDS:
+        raise UserError(
+            f"{folder} is not made yet: python launchers/prepare.py --source openmoji"
+            f" --views {EMBEDDED_VIEWS} --out {folder}"
+        )
+    return Data(
+        text_tokens=plan.text_rows,
+        codebook_size=plan.codebook_size,
+        codes_per_image=plan.codes_per_image,
+        num_pairs=plan.num_pairs,
+        shard_bytes=plan.num_pairs * pair_bytes(plan),
+        are_made=False,
+    )
+
+
+def pair_bytes(plan: PlanConfig) -> float:
+    """Estimate a pair's bytes in a shard: codes and caption ids of two or four bytes each, and the caption."""
+    caption = plan.caption_tokens * (CHARACTERS_A_TOKEN + _id_bytes(plan.text_rows))
+    return plan.codes_per_image * _id_bytes(plan.codebook_size) + caption + KEY_BYTES + MDS_BYTES_A_PAIR
+
+
+def _id_bytes(num_values: int) -> int:
+    return 2 if num_values <= 2**16 else 4
+
+
+def is_there(init: str) -> bool:
+    """Tell whether model.init is on this disk."""
+    return init != "random" and Path(init).exists()
+
+
+def model_config(
+    config: ModelConfig, *, data: Data, seq_len: int, image_rows_only: bool = False
+) -> PretrainedConfig:
+    """Describe the model that will learn, image rows included: model.init's if it is here, else of the given size."""
+    model: PretrainedConfig
+    if is_there(config.init):
+        folder, _ = find(config.init)
+        model = read_model_config(folder)
+    else:
+        model = random_model_config(config, num_text_tokens=data.text_tokens, seq_len=seq_len)
+    if data.codebook_size:
+        rows = num_text_rows(model)
+        model.vocab_layout = VocabLayout(rows, rows, codebook_size=data.codebook_size).to_dict()
+        model.vocab_size = VocabLayout(**model.vocab_layout).vocab_size
+        model.codes_per_image, model.image_rows_only = data.codes_per_image, image_rows_only
+    return model
+
+
+def num_text_rows(model: PretrainedConfig) -> int:
+    """Count the rows of text, which are all of a model that has not met pictures."""
+    layout: dict[str, int] = getattr(model, "vocab_layout", None) or {}
+    return layout.get("num_text_rows", model.vocab_size)

@@ -1,0 +1,102 @@
+"""The contrastive loss between image rows and a frozen language model's text rows (paper, Figure 7).
+
+A caption is the mean of its text rows, a picture the mean of its codes' rows; only the latter learn, and a temperature,
+under CLIP's loss over N pairs. An untied model has two spaces of rows, embedding and head; each is aligned in itself.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2i.model.resize import new_rows
+from t2i.tokens.vocab import VocabLayout
+
+MAX_SCALE = 100.0
+"""Largest inverse temperature, as in CLIP."""
+
+
+class AlignedRows(nn.Module):
+    """One space of rows: text rows that stay, image rows and a temperature that learn."""
+
+    def __init__(self, text_rows: Tensor, *, layout: VocabLayout, temperature: float, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        rows = new_rows(text_rows, count=layout.codebook_size, kind="random", generator=generator)
+        self.register_buffer("text_rows", text_rows, persistent=False)
+        self.image_rows = nn.Parameter(rows)
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+        self.layout = layout
+
+    def bags(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the rows of sequences (B, S): image and text features, (B, D) each, of length one."""
+        is_text = input_ids < self.layout.num_text_rows
+        codes = input_ids - self.layout.first_image_id
+        is_image = (codes >= 0) & (codes < self.layout.codebook_size)
+        image = _bag(self.image_rows, codes, is_image)
+        text = _bag(self.get_buffer("text_rows"), input_ids, is_text)
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    @property
+    def temperature(self) -> float:
+        """What similarities are divided by."""
+        return float((-self.log_scale.detach()).exp())
+
+    def scaled(self) -> Tensor:
+        """Return image rows (codebook, D) as long, on average, as text rows: CLIP's loss sees no length."""
+        rows = self.image_rows.detach()
+        return rows * (self.get_buffer("text_rows").norm(dim=-1).mean() / rows.norm(dim=-1).mean())
+
+
+def contrastive_loss(image: Tensor, text: Tensor, *, log_scale: Tensor) -> Tensor:
+    """Compute CLIP's loss of features (N, D) of length one: pictures find their texts, texts their pictures."""
+    logits = log_scale.exp() * image @ text.T  # (N, N)
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def gathered(features: Tensor) -> Tensor:
+    """Stack this rank's features (B, D) with all others' (N, D); a gradient flows to this rank's own alone."""
+    if dist.get_world_size() == 1:
+        return features
+    parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, features.detach().contiguous())
+    parts[dist.get_rank()] = features
+    return torch.cat(parts)
+
+
+def loss_and_gradient(side: AlignedRows, input_ids: Tensor) -> float:
+    """Add the gradient of the loss over all ranks' pairs to `side` on every rank; return the loss.
+
+    Each rank knows the whole loss, but differentiates it through its own pictures; the sum over ranks is the gradient
+    of the rows. The temperature's gradient is whole on each rank already.
+    """
+    image, text = side.bags(input_ids)
+    loss = contrastive_loss(gathered(image), gathered(text), log_scale=side.log_scale)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert side.image_rows.grad is not None
+    dist.all_reduce(side.image_rows.grad)
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def retrieval_accuracy(image: Tensor, text: Tensor) -> dict[str, float]:
+    """Count how often the nearest of N is the right one, both ways; k equal nearest count 1 / k each."""
+    similarities = image @ text.T
+    return {
+        "image_to_text": _top_one(similarities),
+        "text_to_image": _top_one(similarities.T),
+        "chance": 1 / len(image),
+    }
+
+
+def _bag(rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Average rows (V, D) of the marked ids (B, S): (B, D); zero where none is marked."""
+    weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    return F.embedding_bag(ids.where(mask, 0), rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
+
+
+def _top_one(similarities: Tensor) -> float:
+    best = similarities.amax(-1, keepdim=True)
+    is_best = similarities == best
+    return float((is_best.diagonal() / is_best.sum(-1)).mean())
