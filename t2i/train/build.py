@@ -112,36 +112,41 @@ def starting_model(
     elif config.scramble != "none":
         raise UserError(f"model.scramble is {config.scramble}, but model.init is random.")
     else:
-        made = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
-        start = _unmet(made_of(made), manifest=manifest, text_tokenizer=text_tokenizer)
+        size = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
+        start = _kept_rows(made_of(size), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
     if config.scramble != "none":
         scramble(start.model, kind=config.scramble, seed=seed)
     return start
 
 
 def loaded_start(name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
-    """Load a CKPT with the rows that can be kept.
+    """Load a CKPT with the rows that can be kept."""
+    folder, run_dir = find(name)
+    return _kept_rows(
+        load_model(folder, dtype=torch.float32),
+        knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),
+        manifest=manifest,
+        text_tokenizer=text_tokenizer,
+    )
+
+
+def _kept_rows(
+    model: PreTrainedModel, *, knows_codes: bool, manifest: Manifest, text_tokenizer: TextTokenizer
+) -> Start:
+    """Cut off the rows that mean nothing for these shards.
 
     All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
     """
-    folder, run_dir = find(name)
-    model = load_model(folder, dtype=torch.float32)
+    rows, codebook_size = model.config.vocab_size, manifest.codebook_size
     known = getattr(model.config, "vocab_layout", None)
-    if known is None:
-        return _unmet(model, manifest=manifest, text_tokenizer=text_tokenizer)
+    if known is None:  # it has met no codes at all
+        return Start(model, VocabLayout(rows, text_tokenizer.num_tokens, codebook_size), num_kept=rows)
     layout = VocabLayout(**known)
-    if manifest.is_text or _knows_codes(run_dir or folder, manifest):
-        return Start(model, layout, num_kept=model.config.vocab_size)
-    layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, manifest.codebook_size)
+    if knows_codes or manifest.is_text:
+        return Start(model, layout, num_kept=rows)
+    layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
     model.resize_token_embeddings(layout.first_image_id, mean_resizing=False)
     return Start(model, layout, num_kept=layout.first_image_id)
-
-
-def _unmet(model: PreTrainedModel, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
-    """Keep all rows of a language model that has met no codes yet."""
-    rows, codebook_size = model.config.vocab_size, manifest.codebook_size
-    layout = VocabLayout(rows, num_text_tokens=text_tokenizer.num_tokens, codebook_size=codebook_size)
-    return Start(model, layout, num_kept=rows)
 
 
 def _knows_codes(home: Path, manifest: Manifest) -> bool:

@@ -71,59 +71,59 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
     check_numbers(config.train)
-    run_dir, data, settings = config.run_dir, config.data, config.train
+    run_dir, data_config, model_config, train_config = config.run_dir, config.data, config.model, config.train
     ds_config = read_ds_config(ds_config_path)
     make_folder(run_dir)  # first of all: whoever waits in a queue for hours wants to know at once
     with stop_flag() as flag:
-        make_repeatable(settings.deterministic, seed=settings.seed)
+        make_repeatable(train_config.deterministic, seed=train_config.seed)
         _start(ds_config, run_dir=run_dir)
         world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
         num_sequences = global_batch(
-            settings.global_batch_tokens, seq_len=data.seq_len, world_size=world_size
+            train_config.global_batch_tokens, seq_len=data_config.seq_len, world_size=world_size
         )
-        heading = f"{num_sequences:,} sequences of {data.seq_len:,} tokens a step; ranks: {world_size}"
+        heading = f"{num_sequences:,} sequences of {data_config.seq_len:,} tokens a step; ranks: {world_size}"
         with _job(
             run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
         ) as peers:
-            inputs = read_inputs(data, init=config.model.init, global_batch=num_sequences)
+            inputs = read_inputs(data_config, init=model_config.init, global_batch=num_sequences)
             model, layout = build_model(
-                replace(config.model, init=inputs.start),
-                data=data,
-                train=settings,
+                replace(model_config, init=inputs.start),
+                data=data_config,
+                train=train_config,
                 manifest=inputs.manifest,
                 text_tokenizer=inputs.text_tokenizer,
             )
             loader = StepLoader(
-                data,
+                data_config,
                 layout=layout,
                 global_batch=num_sequences,
                 world_size=world_size,
-                seed=settings.seed,
+                seed=train_config.seed,
                 tokenizer=inputs.text_tokenizer,
             )
-            if is_first and not data.remote:
+            if is_first and not data_config.remote:
                 loader.look_ahead()
             per_rank = num_sequences // world_size
-            warn_of_slow_bf16(model, ds_config, tokens=per_rank * data.seq_len)
-            learner = Learner(model, layout=layout, z_loss=settings.z_loss)
-            engine = make_engine(learner, config=settings, ds_config=ds_config, per_rank=per_rank)
+            warn_of_slow_bf16(model, ds_config, tokens=per_rank * data_config.seq_len)
+            learner = Learner(model, layout=layout, z_loss=train_config.z_loss)
+            engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
             writer = MetricsWriter(run_dir) if is_first else None
-            speed = Speed(model, data=data, device=engine.device, is_half=engine.bfloat16_enabled())
+            speed = Speed(model, data=data_config, device=engine.device, is_half=engine.bfloat16_enabled())
             requests = Requests(flag, run_dir, reads_files=is_first, stop_at=stop_at)
             watchdog = Watchdog(
-                peers, seconds=settings.hang_timeout_seconds, on_hang=lambda error: _report(peers, error)
+                peers, seconds=train_config.hang_timeout_seconds, on_hang=lambda error: _report(peers, error)
             )
             trainer = Trainer(
-                settings,
-                stepper=Stepper(settings, engine=engine, loader=loader, speed=speed, requests=requests),
-                saver=Saver(settings, run_dir=run_dir, engine=engine, loader=loader, inputs=inputs),
-                periodic=periodic_work(settings, data=data, learner=learner, inputs=inputs, writer=writer),
+                train_config,
+                stepper=Stepper(train_config, engine=engine, loader=loader, speed=speed, requests=requests),
+                saver=Saver(train_config, run_dir=run_dir, engine=engine, loader=loader, inputs=inputs),
+                periodic=periodic_work(
+                    train_config, data=data_config, learner=learner, inputs=inputs, writer=writer
+                ),
                 writer=writer,
                 control=Control(requests, watchdog),
             )
             trainer.run()
-            if is_first:
-                write_status(run_dir, state="done", step=trainer.progress.step, code=0)
 
 
 def _start(ds_config: dict[str, Any], *, run_dir: Path) -> None:
@@ -138,13 +138,15 @@ def _start(ds_config: dict[str, Any], *, run_dir: Path) -> None:
 
 @contextmanager
 def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -> Iterator[Peers]:
-    """Hold the run folder on the first rank, and let an error end all ranks, of which one says it."""
+    """Hold the run folder while the block runs, and write down how it ended; one rank says an error that all have."""
     locks: list[IO[str]] = []
     on_first_rank(lambda: locks.append(open_folder()))
     peers = Peers.meet(run_dir)
     try:
         faults.reach("setup", step=0)
         yield peers
+        if peers.rank == 0:
+            write_status(run_dir, state="done", step=last_step(run_dir), code=0)
     except (Exception, KeyboardInterrupt) as error:
         flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
         _leave(peers, error)
