@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 import yaml
+from streaming.base.world import World
 
 from t2i.cli import flags_of
 from t2i.cost.description import describe
@@ -156,6 +157,19 @@ def test_what_launchers_leave_out_is_filled_in(names, wanted, monkeypatch):
         monkeypatch.setenv(name, value)
     prepare_environment()
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == wanted
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # set by the code, not by the patch
+
+
+def test_streaming_tells_machines_apart_though_it_is_imported_first(monkeypatch):
+    """Under the deepspeed launcher, which names the processes of a machine LOCAL_SIZE alone."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    job = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    for name, value in {**job, "MASTER_ADDR": "node01", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    prepare_environment()
+    world = World.detect()
+    assert (world.num_nodes, world.ranks_per_node, world.node, world.rank_of_node) == (2, 2, 1, 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE")  # set by the code, not by the patch
 
 

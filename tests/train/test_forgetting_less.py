@@ -17,13 +17,14 @@ from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import open_documents
+from t2i.distributed.signals import StopFlag
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_checkpoint
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train import engine, loop
+from t2i.train import engine
 from t2i.train.build import build_model
 from t2i.train.main import train
 
@@ -107,7 +108,7 @@ def test_mixed_text_is_counted_as_text_and_a_stopped_run_goes_on_bit_for_bit(fin
     assert all(row["text_tokens"] > 2 * 89 for row in steps)  # a sequence's first token is no target
     halves = replace(config, run_dir=tmp_path / "halves")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        patched.setattr(StopFlag, "is_set", lambda self: True)
         with pytest.raises(Stopped, match="Stopped at step 1 of 3"):
             train(halves, ds_config_path=DS_CONFIG)
     train(halves, ds_config_path=DS_CONFIG)
@@ -195,7 +196,7 @@ def test_a_run_of_adapters_goes_on_bit_for_bit(finished, start, tmp_path):
     train(whole, ds_config_path=DS_CONFIG)
     halves = replace(whole, run_dir=tmp_path / "halves")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        patched.setattr(StopFlag, "is_set", lambda self: True)
         with pytest.raises(Stopped):
             train(halves, ds_config_path=DS_CONFIG)
     train(halves, ds_config_path=DS_CONFIG)
@@ -254,7 +255,7 @@ def test_a_pulled_run_stays_nearer_to_its_start_and_goes_on_bit_for_bit(finished
     assert rows[1].norm() > 0.9 * rows[0].norm()  # new rows are free
     halves = replace(held, run_dir=tmp_path / "halves")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop.StopFlag, "is_set", lambda self: True)
+        patched.setattr(StopFlag, "is_set", lambda self: True)
         with pytest.raises(Stopped):
             train(halves, ds_config_path=DS_CONFIG)
     train(halves, ds_config_path=DS_CONFIG)
