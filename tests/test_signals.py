@@ -33,9 +33,9 @@ def test_a_file_breaks_off_no_measure_and_a_signal_does(tmp_path):
 
 
 def test_a_stop_that_an_import_caught_is_not_forgotten():
-    with pytest.raises(Stopped, match="before the first step"), stop_flag():
-        with suppress(Exception):  # as libraries import what is optional
-            os.kill(os.getpid(), signal.SIGTERM)
+    # Suppressed as by libraries that import what is optional.
+    with pytest.raises(Stopped, match="before the first step"), stop_flag(), suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_after_the_first_step_began_ends_nothing_by_itself(tmp_path):
