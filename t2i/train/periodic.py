@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -71,7 +70,8 @@ def periodic_work(
         )
         found.append(Periodic(every=config.eval_every, work=_kept_text(model, layout, ids), at_start=True))
     if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
-        work = _samples(learner, data=data, inputs=inputs, writer=writer)
+        drawer = Checkpoint(Path(), None, model, tokenizer, inputs.image_tokenizer, layout)
+        work = _samples(drawer, data=data, writer=writer)
         found.append(Periodic(every=config.sample_every, work=work))
     return found
 
@@ -121,7 +121,7 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work
     return measure
 
 
-def _samples(learner: Learner, *, data: DataConfig, inputs: Inputs, writer: MetricsWriter | None) -> Work:
+def _samples(drawer: Checkpoint, *, data: DataConfig, writer: MetricsWriter | None) -> Work:
     """Draw held-out captions, always the same, on the first rank: a PNG and TensorBoard's copy of it."""
     heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)
     captions = [sample["caption"] for sample in heldout]
@@ -131,23 +131,13 @@ def _samples(learner: Learner, *, data: DataConfig, inputs: Inputs, writer: Metr
             folder = writer.run_dir / SAMPLES
             folder.mkdir(exist_ok=True)
             (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
-            with interruptible(learner.model, should_stop):
-                sheet = _sheet(learner, captions, inputs=inputs, run_dir=writer.run_dir)
+            with interruptible(drawer.model, should_stop):
+                sheet = draw_grid(drawer, captions)
             sheet.save(folder / f"step_{step:06d}.png")
             writer.show(sheet, step=step)
         return []
 
     return sample
-
-
-def _sheet(learner: Learner, captions: list[str], *, inputs: Inputs, run_dir: Path) -> Image.Image:
-    assert inputs.image_tokenizer is not None
-    return draw_grid(
-        Checkpoint(
-            run_dir, run_dir, learner.model, inputs.text_tokenizer, inputs.image_tokenizer, learner.layout
-        ),
-        captions,
-    )
 
 
 @contextmanager
