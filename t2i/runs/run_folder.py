@@ -11,11 +11,10 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import yaml
 
-from t2i.config import AlignRun, RunConfig
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
 from t2i.runs.checkpoint_store import last_step
@@ -52,12 +51,19 @@ FREE_TO_CHANGE = (
 """Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""
 
 
+class Settings(Protocol):
+    """All that somebody asked of a run: a dataclass, written down whole and read by nothing here but its folder."""
+
+    @property
+    def run_dir(self) -> Path: ...
+
+
 def plain(config: Any) -> dict[str, Any]:
     """Turn a configuration into plain values, for YAML and for comparing."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
+def open_run(config: Settings, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
 
     Args:
@@ -82,7 +88,7 @@ def open_run(config: RunConfig | AlignRun, *, ds_config: dict[str, Any], heading
     return lock
 
 
-def _refuse_other_science(config: RunConfig | AlignRun) -> None:
+def _refuse_other_science(config: Settings) -> None:
     resolved = config.run_dir / RESOLVED
     if not resolved.exists():
         return
