@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from t2i.config import ASSETS, DataConfig
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.manifest import Maker, read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
@@ -159,8 +159,8 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
     model, layout = built(config, tokenizer)
     assert layout == trained.layout
     assert torch.equal(model.get_output_embeddings().weight, head)
-    manifest = json.loads((grown_run.data.shards / "manifest.json").read_text())
-    other = {**manifest, "image_tokenizer": {"fingerprint": "another"}, "codebook_size": 40}
+    manifest = read_manifest(grown_run.data.shards)
+    other = replace(manifest, image_tokenizer=Maker("another", "another"), codebook_size=40)
     model, layout = build_model(
         config.model, data=config.data, train=config.train, manifest=other, text_tokenizer=tokenizer
     )
