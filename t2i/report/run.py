@@ -22,7 +22,7 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
 from t2i.tokens.image import centre_crop_resize
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("run.html.jinja")
 NUM_PICTURES = 24
 
 

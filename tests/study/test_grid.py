@@ -257,14 +257,14 @@ WORKER = """
 import sys
 from pathlib import Path
 from t2i.errors import run_command
-from t2i.study import runner as work
-from t2i.study.spec import Job, read_study
-work.WAIT_SECONDS = 0.05
+from t2i.study import runner
+from t2i.study.jobs import Job, read_study
+runner.WAIT_SECONDS = 0.05
 folder = Path(sys.argv[1])
 def job(name, seconds):
     return Job(name, [str(folder / "toy.py"), str(folder), name, seconds, "0"])
 jobs = [job("a", "0"), job("slow", "1.5"), job("c", "0")]
-run_command(lambda: work.work(jobs, study=read_study(folder / "study.yaml"), out=folder / "out"))
+run_command(lambda: runner.work(jobs, study=read_study(folder / "study.yaml"), out=folder / "out"))
 """
 
 
