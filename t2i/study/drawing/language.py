@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from t2i.report.figures import COLOURS
-from t2i.study.drawing.axes import LABELS, draw_floors, finish, panels, styles
+from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
 from t2i.study.results import Curve
 
 

@@ -7,8 +7,7 @@ import matplotlib.dates
 import matplotlib.pyplot as plt
 import numpy as np
 
-from t2i.report.figures import COLOURS
-from t2i.study.drawing.axes import draw_floors, finish, panels, styles
+from t2i.report.figures import COLOURS, draw_floors, finish, panels, styles
 from t2i.study.results import Curve
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from t2i.report.figures import finish, panels, styles
 from t2i.runs.metrics_log import read_metrics
-from t2i.study.drawing.axes import finish, panels, styles
 
 
 def alignment_curves(folder: Path, sides: list[str]) -> Any:

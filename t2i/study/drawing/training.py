@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i.report.figures import COLOURS
-from t2i.study.drawing.axes import LABELS, draw_floors, finish, panels, styles
+from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
 from t2i.study.results import Curve
 from t2i.study.statistics import DifferenceCurve, PairedTest, Worth, ema
 
