@@ -7,8 +7,16 @@ import numpy as np
 import yaml
 
 from t2i.data.loader import num_trained_on
-from t2i.data.shards.manifest import read_manifest_file
-from t2i.report.sections.section import Section, last
+from t2i.report.sections.section import (
+    Section,
+    difference,
+    interval,
+    known,
+    last,
+    p_value,
+    verdict_on,
+    without_empty_columns,
+)
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import RESOLVED
 from t2i.study.drawing import training as drawing
@@ -24,7 +32,6 @@ from t2i.study.statistics import (
     paired_test,
     worth_in_tokens,
 )
-from t2i.study.wording import difference, interval, known, p_value, verdict_on, without_empty_columns
 
 SMOOTHING = 0.95
 """Decay of the averages that are drawn (paper, Figure 6)."""
