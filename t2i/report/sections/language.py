@@ -2,12 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
+from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
 from t2i.report.sections.section import Section, last, read_files
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import STATUS
-from t2i.study.drawing import language as drawing
 from t2i.study.results import Curve, Run, curve, paired, read_json, runs_of, text_floors_of
 from t2i.study.spec import Study
 
@@ -32,7 +33,7 @@ def pretraining(study: Study, out: Path, *, folder: str) -> Section:
         f" perplexity of {math.exp(end):.1f}; counting single tokens costs {math.exp(floors['unigram']):.0f}, pairs"
         f" {math.exp(floors['bigram']):.0f}."
     )
-    return Section("The language model", sentence, drawing.pretraining(found, floors=floors))
+    return Section("The language model", sentence, _draw_pretraining(found, floors=floors))
 
 
 def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
@@ -79,7 +80,7 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
     sentence = (
         f"Held-out text, among text rows, goes in nats a token: {'; '.join(sentences) or 'not measured'}."
     )
-    return Section("Forgetting", sentence, drawing.forgetting(panels, paths, floors=floors), table)
+    return Section("Forgetting", sentence, _draw_forgetting(panels, paths, floors=floors), table)
 
 
 def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
@@ -122,3 +123,49 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
             f" cosine of the two {one['cosine_text_image']:+.2f}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
+
+
+def _draw_pretraining(one: Curve, *, floors: dict[str, float]) -> Any:
+    """Draw held-out text loss against tokens, beside what counting costs."""
+    figure, (axis,) = panels(1)
+    axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
+    draw_floors(axis, floors)
+    axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats a token")
+    finish(axis)
+    return figure
+
+
+def _draw_forgetting(
+    values: dict[str, dict[str, Curve]],
+    paths: dict[str, tuple[Curve, Curve]],
+    *,
+    floors: dict[str, float],
+) -> Any:
+    """Draw the cost of held-out text and the leak along training, and what was kept against what was learned.
+
+    Args:
+        values: value -> arm -> curve, with the range of seeds.
+        paths: arm -> held-out image loss and text loss at the same steps.
+        floors: of held-out text, nats a token.
+    """
+    figure, axes = panels(len(values) + 1)
+    for axis, (value, arms) in zip(axes[:-1], values.items(), strict=True):
+        for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
+            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+            name = arm if axis is axes[0] else None  # one legend for all: many arms leave no room for three
+            axis.plot(one.tokens, one.values.mean(0), label=name, **style)
+            axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+        if value == "text_loss_text_rows":
+            draw_floors(axis, floors)
+        axis.set(xlabel="tokens trained on", ylabel=LABELS[value])
+        finish(axis)
+    for (image, text), (colour, dash) in zip(paths.values(), styles(), strict=False):
+        style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+        axes[-1].plot(image.values.mean(0), text.values.mean(0), **style)
+    axes[-1].set(
+        xlabel="held-out image loss, nats a code (learning: to the right)",
+        ylabel=LABELS["text_loss_text_rows"],
+    )
+    axes[-1].invert_xaxis()
+    finish(axes[-1])
+    return figure
