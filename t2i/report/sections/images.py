@@ -7,14 +7,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib.dates
+import matplotlib.pyplot as plt
 import numpy as np
 
 from t2i.data.shards.manifest import RECONSTRUCTIONS
 from t2i.measure.compare import SCORES
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
+from t2i.report.figures import COLOURS, draw_floors, finish, panels, styles
 from t2i.report.sections.section import Section, last
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.study.drawing import pictures as drawing
 from t2i.study.results import Curve, Run, curve, floors_of, read_json, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import rank_agreement
@@ -33,7 +35,7 @@ def published(study: Study, out: Path) -> Section:
         f" auto-regressive ones among them: {', '.join(regressive)}. Protocols differ from paper to paper."
     )
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    return Section("Published FIDs", sentence, drawing.published(rows), table)
+    return Section("Published FIDs", sentence, _draw_published(rows), table)
 
 
 def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
@@ -47,7 +49,7 @@ def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
         f" {manifest['codebook_size']}: what no model of these codes can do better than."
     )
     title = "originals above, reconstructions below"
-    figure = drawing.picture(folder / RECONSTRUCTIONS, title=title)
+    figure = _show_file(folder / RECONSTRUCTIONS, title=title)
     return Section("Reconstructions", sentence, figure)
 
 
@@ -81,7 +83,7 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
     if len(names) > 1:
         share = float((grids[names[0]] < grids[names[1]]).mean())
         sentence += f". {names[0]} costs less than {names[1]} at {share:.0%} of the places"
-    return Section("Loss by place", f"{sentence}.", drawing.places(grids, floors=floors), table)
+    return Section("Loss by place", f"{sentence}.", _draw_places(grids, floors=floors), table)
 
 
 def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
@@ -109,7 +111,7 @@ def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
         f"{arm}: {one.values[:, -1].mean():.1f} nats an image less under the own caption than under none"
         for arm, one in worth["empty"].items()
     )
-    return Section("What a caption is worth", f"{sentence}.", drawing.conditioning(worth), table)
+    return Section("What a caption is worth", f"{sentence}.", _draw_conditioning(worth), table)
 
 
 def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Section:
@@ -145,7 +147,7 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
     if len(means) > 1:
         sentence += f", {_tau(means)} over the means of {len(means)} arms"
     floors = floors_of(runs_of(study, arm=next(iter(points)), out=out))
-    figure = drawing.agreement(points, measure=measure, floors=floors)
+    figure = _draw_agreement(points, measure=measure, floors=floors)
     return Section("Perplexity or distance", f"{sentence}; 1 is the same order.", figure, table)
 
 
@@ -159,3 +161,98 @@ def _tau(points: Sequence[tuple[float, ...]]) -> str:
     if all(one == two for one, two in pairwise(losses)):
         return "unknown"
     return f"{rank_agreement(losses, distances):+.2f}"
+
+
+def _draw_published(rows: list[dict[str, str]]) -> Any:
+    """Draw FIDs over time: colour by family, filled where a pre-trained language model is used."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(7.4, 4.2)
+    for family, colour, marker in zip(("auto-regressive", "diffusion"), COLOURS, "os", strict=False):
+        for used in ("no", "yes"):
+            chosen = [
+                row for row in rows if row["family"] == family and row["pretrained_language_model"] == used
+            ]
+            axis.plot(
+                [np.datetime64(row["date"]) for row in chosen],
+                [float(row["fid"]) for row in chosen],
+                marker,
+                color=colour,
+                fillstyle="full" if used == "yes" else "none",
+                label=f"{family}, {'with' if used == 'yes' else 'no'} pre-trained language model",
+            )
+    ordered = sorted(rows, key=lambda row: (row["date"], -float(row["fid"])))
+    for place, row in enumerate(ordered):  # names above and below in turn, so that neighbours do not overlap
+        axis.annotate(
+            row["model"], (np.datetime64(row["date"]), float(row["fid"])), (0, -11 if place % 2 else 5), fontsize=6,
+            textcoords="offset points", ha="center",
+        )  # fmt: skip
+    axis.margins(x=0.12, y=0.1)
+    axis.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%Y-%m"))
+    axis.set(xlabel="first published", ylabel="zero-shot FID on MS-COCO")
+    finish(axis)
+    return figure
+
+
+def _show_file(path: Path, *, title: str) -> Any:
+    """Show a picture file as it is."""
+    image = plt.imread(path)
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(9, 9 * image.shape[0] / image.shape[1] + 0.4)
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[], title=title)
+    return figure
+
+
+def _draw_places(losses: dict[str, np.ndarray], *, floors: dict[str, float]) -> Any:
+    """Draw image loss by row and by column of the code grid, and where the first arm is better than the second.
+
+    Args:
+        losses: arm -> (side, side) nats a code, mean over seeds.
+    """
+    arms = list(losses)
+    figure, axes = panels(3 if len(arms) > 1 else 2)
+    for axis, name, direction in zip(axes, ("row", "column"), (1, 0), strict=False):
+        for (arm, grid), (colour, dash) in zip(losses.items(), styles(), strict=False):
+            axis.plot(grid.mean(direction), color=colour, linestyle=dash, label=arm)
+        draw_floors(axis, floors)
+        axis.set(xlabel=f"{name} of the code grid", ylabel="image loss, nats a code")
+        finish(axis)
+    if len(arms) > 1:
+        change = losses[arms[0]] - losses[arms[1]]
+        limit = max(float(np.abs(change).max()), 1e-9)
+        shown = axes[2].imshow(change, cmap="PuOr", vmin=-limit, vmax=limit)
+        figure.colorbar(shown, ax=axes[2], label="nats a code")
+        axes[2].set(title=f"{arms[0]} - {arms[1]}", xlabel="column", ylabel="row")
+    return figure
+
+
+def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Any:
+    """Draw what a caption is worth in nats an image, a panel for each kind of other caption."""
+    figure, axes = panels(len(worth))
+    for axis, (other, arms) in zip(axes, worth.items(), strict=True):
+        axis.axhline(0, color="0.5", linewidth=0.8)
+        for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
+            axis.plot(one.tokens, one.values.mean(0), color=colour, linestyle=dash, label=arm)
+            axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+        axis.set(xlabel="tokens trained on", ylabel=f"{other} - own caption, nats an image")
+        finish(axis)
+    return figure
+
+
+def _draw_agreement(
+    points: dict[str, list[tuple[float, float]]], *, measure: str, floors: dict[str, float]
+) -> Any:
+    """Draw each run's distance against its held-out image loss, a colour an arm."""
+    figure, (axis,) = panels(1)
+    markers = "os^Dv<>Phd*"
+    for place, ((arm, found), (colour, _)) in enumerate(zip(points.items(), styles(), strict=False)):
+        marker = markers[place % len(markers)]
+        axis.plot(*zip(*found, strict=True), marker, color=colour, label=arm)
+    for name, floor in floors.items():
+        axis.axvline(floor, color="0.6", linewidth=0.7, linestyle=":")
+        axis.text(
+            floor, 0.01, name, transform=axis.get_xaxis_transform(), fontsize=6, color="0.4", rotation=90
+        )
+    axis.set(xlabel="held-out image loss, nats a code", ylabel=measure)
+    finish(axis)
+    return figure
