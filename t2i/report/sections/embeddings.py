@@ -1,9 +1,13 @@
 """Rows of the vocabulary: alignment, nearest text tokens, the semantics probe."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from t2i.report.figures import finish, panels, styles
 from t2i.report.sections.section import Section, read_files
-from t2i.study.drawing import rows as drawing
+from t2i.runs.metrics_log import read_metrics
 from t2i.study.results import read_json
 from t2i.study.spec import Study
 from t2i.train.align import SUMMARY
@@ -27,7 +31,7 @@ def alignment(study: Study, out: Path, *, folder: str) -> Section:
     sentence = (
         f"A picture finds its caption among held-out ones at most {best:.1f} times as often as by chance."
     )
-    return Section("Alignment", sentence, drawing.alignment_curves(path, sides), table)
+    return Section("Alignment", sentence, _draw_alignment(path, sides), table)
 
 
 def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "input") -> Section:
@@ -51,7 +55,7 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
         table.append([name, *medians, f"{one['compared']['random_nearer']:.1%}", tokens])
     shares = ", ".join(f"{one['compared']['random_nearer']:.0%} ({name})" for name, one in found.items())
     sentence = f"A random row is nearer to text than an image row in {shares}; 50% would be no difference from noise."
-    return Section("Nearest text tokens", sentence, drawing.cosines(found), table)
+    return Section("Nearest text tokens", sentence, _draw_cosines(found), table)
 
 
 def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Section:
@@ -84,3 +88,37 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
     return Section(
         "Semantics probe", f"{sentence}; {len(table) - 1} numbers beside their controls.", table=table
     )
+
+
+def _draw_alignment(folder: Path, sides: list[str]) -> Any:
+    """Draw contrastive loss and temperature against steps (paper, Figure 7)."""
+    figure, axes = panels(2)
+    rows = [row for row in read_metrics(folder) if "split" not in row]
+    for axis, value in zip(axes, ("loss", "temperature"), strict=True):
+        for side, (colour, dash) in zip(sides, styles(), strict=False):
+            points = [(row["step"], row[value]) for row in rows if row["rows"] == side]
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=dash, label=side)
+        axis.set(xlabel="step", ylabel="contrastive loss, nats" if value == "loss" else value)
+        finish(axis)
+    return figure
+
+
+def _draw_cosines(found: dict[str, dict[str, Any]]) -> Any:
+    """Draw, a panel a model, how near image, random and text rows are to their nearest text row."""
+    figure, axes = panels(len(found))
+    for axis, (name, one) in zip(axes, found.items(), strict=True):
+        every = np.concatenate([one["cosines"][kind] for kind in ("image", "random", "text")])
+        bins = np.linspace(every.min(), every.max(), 50)
+        for kind, (colour, dash) in zip(("image", "random", "text"), styles(), strict=False):
+            axis.hist(
+                one["cosines"][kind],
+                bins=bins,
+                density=True,
+                histtype="step",
+                color=colour,
+                linestyle=dash,
+                label=kind,
+            )
+        axis.set(xlabel="cosine to the nearest text row", ylabel="density", title=name)
+        finish(axis)
+    return figure
