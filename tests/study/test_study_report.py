@@ -22,7 +22,7 @@ from t2i.measure.embeddings import compare_rows, write_results
 from t2i.measure.forgetting import forgetting
 from t2i.measure.gradients import gradient_shares, heldout_sequences
 from t2i.measure.perplexity import data_of
-from t2i.report.sections import comparisons as training
+from t2i.report.sections import comparisons
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import check_sections, make_section
 from t2i.report.study import write_study_report
@@ -314,14 +314,14 @@ def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, ma
     study, out = made
     falls_and_rises = {"fast": [[5.0, 3.0, 4.0], [5.1, 3.1, 4.3]], "slow": [[6.0, 3.5, 4.1], [6.0, 3.7, 4.2]]}
     runs_of = lambda study, arm, out: [arm]  # noqa: E731
-    monkeypatch.setattr(training, "runs_of", runs_of)
-    monkeypatch.setattr(training, "floors_of", lambda runs: {"unigram": 2.0})
+    monkeypatch.setattr(comparisons, "runs_of", runs_of)
+    monkeypatch.setattr(comparisons, "floors_of", lambda runs: {"unigram": 2.0})
     monkeypatch.setattr(
-        training,
+        comparisons,
         "curve",
         lambda runs, **_: Curve([1, 2, 3], [10, 20, 30], np.array(falls_and_rises[runs[0]]), [0, 1]),
     )
-    section = training.comparison(study, out, arms=["fast", "slow"], value="image_loss")
+    section = comparisons.comparison(study, out, arms=["fast", "slow"], value="image_loss")
     assert "fast was lowest at 20 tokens, 3.050, and rose to 4.150." in section.found
     assert "At each run's own lowest, -0.5500" in section.found
     assert "does not hold for other pictures" in section.found

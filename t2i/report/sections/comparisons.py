@@ -1,68 +1,36 @@
-"""Training curves, comparisons of arms, what runs cost."""
+"""Comparisons of arms: paired differences, several tests at once, sizes of data."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from t2i.data.loader import num_trained_on
+from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
 from t2i.report.sections.section import (
     Section,
     difference,
     interval,
     known,
-    last,
     p_value,
     verdict_on,
-    without_empty_columns,
 )
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import RESOLVED
-from t2i.study.drawing import training as drawing
-from t2i.study.jobs import run_dir
 from t2i.study.results import Curve, Run, curve, floors_of, paired, read_json, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import (
     CONFIDENCE,
+    DifferenceCurve,
     PairedTest,
+    Worth,
     corrected,
     difference_curve,
-    ema,
     paired_test,
     worth_in_tokens,
 )
-
-SMOOTHING = 0.95
-"""Decay of the averages that are drawn (paper, Figure 6)."""
-
-
-def curves(
-    study: Study, out: Path, *, arms: list[str], values: list[str], perplexity: bool = False
-) -> Section:
-    """Draw training curves against tokens, raw and smoothed, a panel a value; the table has the last held-out ones."""
-    panels: dict[str, dict[str, Curve]] = {value: {} for value in values}
-    table = [["arm", "seeds", *(f"held-out {value}" for value in values)]]
-    floors: dict[str, float] = {}
-    for arm in arms:
-        runs = runs_of(study, arm=arm, out=out)
-        floors = floors or floors_of(runs)
-        cells = []
-        for value in values:
-            found = curve(runs, value=value)
-            if found is not None:
-                panels[value][arm] = found
-            cells.append(last(curve(runs, value=value, split="heldout")))
-        table.append([arm, str(len(runs)), *cells])
-    table = without_empty_columns(table)
-    figure = drawing.training_curves(panels, decay=SMOOTHING, perplexity=perplexity, floors=floors)
-    sentence = "; ".join(
-        f"{value} ends at "
-        + ", ".join(f"{_smoothed_end(one):.3f} ({arm})" for arm, one in panels[value].items())
-        for value in values
-        if panels[value]
-    )
-    return Section("Training curves", f"Smoothed by {SMOOTHING}, in nats a token, {sentence}.", figure, table)
 
 
 def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: str = "heldout") -> Section:
@@ -78,7 +46,7 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no level to reach
     worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
     floors = floors_of(runs[0]) if value == "image_loss" else {}
-    figure = drawing.difference(
+    figure = _draw_difference(
         (first, second),
         difference_curve(first.values, second.values),
         worth,
@@ -169,7 +137,7 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
         f" ({below} below zero); corrected for their number (Holm), a difference is seen in {len(seen)}"
         + (f": {', '.join(seen)}." if seen else ".")
     )
-    return Section("Comparisons", sentence, drawing.overview(tests, value=value), table)
+    return Section("Comparisons", sentence, _draw_overview(tests, value=value), table)
 
 
 def sizes(
@@ -201,7 +169,7 @@ def sizes(
     if not found:
         return Section("Data sizes", "No pair of arms is finished.")
     sentence = "; ".join(f"{test.mean:+.4f} nats with {count:,} samples" for count, test in found)
-    figure = drawing.sizes(
+    figure = _draw_sizes(
         [count for count, _ in found],
         [test for _, test in found],
         names=(names[0], names[1]),
@@ -214,44 +182,6 @@ def _num_samples(run: Run) -> int:
     """Count the samples that a run was trained on."""
     settings = yaml.safe_load((run.folder / RESOLVED).read_text())["data"]
     return num_trained_on(read_manifest_file(run.folder / DATA_MANIFEST), keep_every=settings["keep_every"])
-
-
-def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Tabulate every run: how it ended, what learned, what it cost."""
-    table = [
-        ["run", "ended", "learned numbers", "optimizer state", "held-out image loss", "tokens", "minutes"]
-    ]
-    failed = 0
-    for arm in arms:
-        for seed in study.seeds_of(arm):
-            folder = run_dir(out, arm, seed)
-            status = read_json(folder / "status.json")
-            runs = [run for run in runs_of(study, arm=arm, out=out) if run.seed == seed]
-            if not runs:
-                failed += 1
-                table.append(
-                    [
-                        folder.name,
-                        f"{status.get('state', 'not begun')}: {status.get('reason', '')}",
-                        *[""] * 5,
-                    ]
-                )
-                continue
-            end = [row for row in runs[0].rows if "split" not in row][-1]
-            facts = read_json(folder / "checkpoints" / f"step_{end['step']:06d}" / "manifest.json")
-            table.append(
-                [
-                    folder.name,
-                    "done",
-                    f"{facts['parameters']['learned']:,} of {facts['parameters']['all']:,}",
-                    f"{facts['optimizer_state_bytes'] / 1e6:,.1f} MB",
-                    last(curve(runs, value="image_loss", split="heldout")),
-                    f"{end['tokens']:,}",
-                    f"{end['seconds'] / 60:.1f}",
-                ]
-            )
-    total = sum(len(study.seeds_of(arm)) for arm in arms)
-    return Section("Runs", f"{total - failed} of {total} runs ended well.", table=table)
 
 
 def _pair_of(
@@ -282,5 +212,74 @@ def _lowest_difference(first: Curve, second: Curve) -> str:
     return f"{difference(test.mean, test.low, test.high)}, p = {p_value(test.p_value)}"
 
 
-def _smoothed_end(one: Curve) -> float:
-    return float(np.mean([ema(row.tolist(), decay=SMOOTHING)[-1] for row in one.values]))
+def _draw_difference(
+    both: tuple[Curve, Curve],
+    found: DifferenceCurve,
+    worth: list[Worth],
+    *,
+    names: tuple[str, str],
+    value: str,
+    floors: dict[str, float],
+) -> Any:
+    """Draw both arms beside floors, the paired difference with its interval, and the worth in tokens."""
+    figure, (both_axis, left, right) = panels(3)
+    first = both[0]
+    for one, name, (colour, dash) in zip(both, names, styles(), strict=False):
+        both_axis.plot(one.tokens, one.values.mean(0), color=colour, linestyle=dash, label=name)
+        both_axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+    draw_floors(both_axis, floors)
+    both_axis.set(xlabel="tokens trained on", ylabel=f"held-out {LABELS.get(value, value)}")
+    left.axhline(0, color="0.5", linewidth=0.8)
+    left.plot(first.tokens, found.mean, color=COLOURS[0], marker="o", markersize=3, label="mean over seeds")
+    if not np.isnan(found.low).all():
+        left.fill_between(
+            first.tokens, found.low, found.high, color=COLOURS[0], alpha=0.2, label="95% interval"
+        )
+    left.set(xlabel="tokens trained on", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
+    reached = [one for one in worth if not math.isnan(one.extra_tokens)]
+    right.axhline(0, color="0.5", linewidth=0.8)
+    if reached:
+        low, high = ([getattr(one, side) for one in reached] for side in ("low", "high"))
+        at, mean = [one.first_tokens for one in reached], [one.extra_tokens for one in reached]
+        right.plot(at, mean, color=COLOURS[1], marker="o", markersize=3, label="mean over seeds")
+        if not np.isnan(low).all():
+            right.fill_between(at, low, high, color=COLOURS[1], alpha=0.2, label="95% interval")
+    else:
+        right.text(
+            0.5, 0.5, f"{names[1]} does not get there", transform=right.transAxes, ha="center", va="bottom"
+        )
+    right.set_xlim(left.get_xlim())
+    right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"tokens {names[1]} needs beyond")
+    for axis in (both_axis, left, right):
+        finish(axis)
+    return figure
+
+
+def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Any:
+    """Draw each test's mean difference with its interval, a line a comparison, the first on top."""
+    figure, (axis,) = panels(1)
+    figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
+    axis.axvline(0, color="0.5", linewidth=0.8)
+    for place, test in enumerate(tests.values()):
+        reach = 0.0 if math.isnan(test.low) else test.mean - test.low
+        axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
+    axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
+    axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean, 95% interval of each alone")
+    finish(axis)
+    return figure
+
+
+def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str], value: str) -> Any:
+    """Draw the paired difference at the end against the number of training samples, with its interval."""
+    figure, (axis,) = panels(1)
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    means = [test.mean for test in tests]
+    reach = [0.0 if math.isnan(test.low) else test.mean - test.low for test in tests]
+    axis.errorbar(
+        samples, means, yerr=reach, color=COLOURS[0], marker="o", capsize=3, label="mean, 95% interval"
+    )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(samples, [f"{count:,}" for count in samples])
+    axis.set(xlabel="training samples", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
+    finish(axis)
+    return figure

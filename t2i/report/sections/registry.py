@@ -6,32 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.report.sections import comparisons as training
-from t2i.report.sections import embeddings as rows
-from t2i.report.sections import images as pictures
-from t2i.report.sections import language
+from t2i.report.sections import comparisons, curves, embeddings, images, language
 from t2i.report.sections.section import Section
 from t2i.study.spec import Study, nearest_name
 
 KINDS: dict[str, Callable[..., Section]] = {
-    "published": pictures.published,
-    "reconstructions": pictures.reconstructions,
-    "curves": training.curves,
-    "comparison": training.comparison,
-    "overview": training.overview,
-    "sizes": training.sizes,
-    "places": pictures.places,
-    "conditioning": pictures.conditioning,
-    "agreement": pictures.agreement,
-    "alignment": rows.alignment,
-    "nearest": rows.nearest,
-    "probe": rows.probe,
+    "published": images.published,
+    "reconstructions": images.reconstructions,
+    "curves": curves.curves,
+    "comparison": comparisons.comparison,
+    "overview": comparisons.overview,
+    "sizes": comparisons.sizes,
+    "places": images.places,
+    "conditioning": images.conditioning,
+    "agreement": images.agreement,
+    "alignment": embeddings.alignment,
+    "nearest": embeddings.nearest,
+    "probe": embeddings.probe,
     "pretraining": language.pretraining,
     "completions": language.completions,
     "forgetting": language.forgetting,
     "captions": language.captions,
     "shares": language.shares,
-    "ends": training.ends,
+    "ends": curves.ends,
 }
 
 
