@@ -78,7 +78,7 @@ def work_through(study: Any, jobs: Any, *, out: Path) -> None:
     from t2i.study.runner import work
 
     for name, record in work(jobs, study=study, out=out).items():
-        if record["state"] != "done":
+        if record.state != "done":
             print(f"{name}: {record['state']}; see {out / 'logs' / name}.log")
 
 

@@ -62,6 +62,15 @@ def read_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
     return parse_json(text, where=path, error=error)
 
 
+def read_optional_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
+    """Read a file that holds a JSON object; without the file there are no keys.
+
+    Raises:
+        error: it cannot be read, or holds something else.
+    """
+    return read_json(path, error=error) if path.is_file() else {}
+
+
 def read_yaml(path: Path, *, name: str) -> dict[str, Any]:
     """Read a file that holds a YAML mapping, without running anything.
 

@@ -2,20 +2,26 @@
 
 import io
 import math
+from collections.abc import Iterator
 from itertools import cycle
-from typing import Any
 
 import matplotlib
 
-matplotlib.use("agg")
+matplotlib.use("agg")  # before pyplot: there is no screen where reports are written
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from t2i.study.results import TRAIN_ROWS, Curve, Row
 from t2i.study.statistics import ema
 
 # Okabe and Ito's palette without its yellow, and wine: colour-blind readers can tell them apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+Dash = str | tuple[int, tuple[int, ...]]
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
+"""Six beside eight colours: the first 24 lines all differ, and in print without colour the dashes still do."""
 LABELS = {
     "loss": "loss, nats a token",
     "text_loss": "text loss, nats a token",
@@ -25,27 +31,37 @@ LABELS = {
 }
 
 
-def panels(count: int) -> tuple[Any, Any]:
-    """Make a row of panels: the figure and its axes."""
+def panels(count: int) -> tuple[Figure, np.ndarray]:
+    """Make a row of panels: the figure and its axes, (count,)."""
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 3.2), squeeze=False)
     return figure, axes[0]
 
 
-def styles() -> Any:
+def styles() -> Iterator[tuple[str, Dash]]:
     """Yield a colour and a dash for each line, without end: callers stop at their own last line."""
     return zip(cycle(COLOURS), cycle(DASHES), strict=False)
 
 
-def draw_floors(axis: Any, floors: dict[str, float], *, perplexity: bool = False) -> None:
-    """Draw what counting costs as named lines across."""
-    for share, (name, floor) in zip(cycle((0.01, 0.5)), floors.items(), strict=False):
-        level = math.exp(floor) if perplexity else floor
+def draw_mean_and_range(
+    axis: Axes, one: Curve, *, colour: str, dash: Dash, label: str | None, marker: str = ""
+) -> None:
+    """Draw a curve's mean over seeds, and the range of seeds as a pale band."""
+    mean = one.values.mean(0)
+    axis.plot(one.tokens, mean, color=colour, linestyle=dash, label=label, marker=marker, markersize=3)
+    axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+
+
+def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool = False) -> None:
+    """Draw count-based baselines as named lines across."""
+    # Left and middle in turn: two baselines are often so near that their names would overlap.
+    for share, (name, baseline) in zip(cycle((0.01, 0.5)), baselines.items(), strict=False):
+        level = math.exp(baseline) if perplexity else baseline
         axis.axhline(level, color="0.6", linewidth=0.7, linestyle=":")
         place = axis.get_yaxis_transform()  # across by share of the axis, up by value
         axis.text(share, level, name.replace("_", " "), transform=place, fontsize=6, color="0.4", va="bottom")
 
 
-def finish(axis: Any) -> None:
+def finish(axis: Axes) -> None:
     """Add a grid, tokens as 500k and 2M, and, where lines have names, a legend."""
     axis.grid(alpha=0.2)
     for one in (axis.xaxis, axis.yaxis):
@@ -55,30 +71,30 @@ def finish(axis: Any) -> None:
         axis.legend(fontsize=7, frameon=False)
 
 
-def loss_curves(rows: list[dict[str, Any]], *, kind: str, floors: dict[str, float]) -> str:
+def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> str:
     """Draw training loss, raw and smoothed, and held-out losses of one kind ("image" or "text") as SVG."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
     key = f"{kind}_loss"
-    train = [(row["step"], row[key]) for row in rows if "split" not in row and row.get(key) is not None]
-    if train:
+    if train := _points(rows, key=key, split=TRAIN_ROWS):
         steps, values = zip(*train, strict=True)
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
         axes.plot(steps, ema(values), color=COLOURS[0], label="training (average, 0.95)")
     for colour, split in zip(COLOURS[1:], ("heldout", "combinations"), strict=False):
-        points = [
-            (row["step"], row[key]) for row in rows if row.get("split") == split and row.get(key) is not None
-        ]
-        if points:
+        if points := _points(rows, key=key, split=split):
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=split)
-    for style, (name, floor) in zip(("-.", "--", ":", (0, (1, 4))), floors.items(), strict=False):
-        axes.axhline(floor, color="0.5", linewidth=0.8, linestyle=style, label=f"{name}: {floor:.2f}")
+    for style, (name, baseline) in zip(("-.", "--", ":", (0, (1, 4))), baselines.items(), strict=False):
+        axes.axhline(baseline, color="0.5", linewidth=0.8, linestyle=style, label=f"{name}: {baseline:.2f}")
     axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats a token")
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     return to_svg(figure)
 
 
-def to_svg(figure: Any) -> str:
+def _points(rows: list[Row], *, key: str, split: str) -> list[tuple[int, float]]:
+    return [(row.step, row.values[key]) for row in rows if row.split == split and key in row.values]
+
+
+def to_svg(figure: Figure) -> str:
     """Write a figure out as the <svg> element alone, and close it."""
     buffer = io.StringIO()
     figure.tight_layout()

@@ -2,8 +2,8 @@
 
 import base64
 import io
-import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,55 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest, read_manifest_file
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
+from t2i.files import read_optional_json
 from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
 from t2i.report.figures import loss_curves
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
+from t2i.study.results import TRAIN_ROWS, Row, read_rows
 from t2i.tokens.image import centre_crop_resize
 
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
-NUM_PICTURES = 24
+NUM_IMAGES = 24
+
+
+@dataclass(frozen=True)
+class DrawnImage:
+    """An image that the model drew, beside the real one of its caption."""
+
+    caption: str
+    split: str
+    real: str
+    """As a data URL: the page is one file."""
+    drawn: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows; what is an object of JSON or YAML there is shown as its file has it."""
+
+    name: str
+    status: dict[str, Any]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    manifest: dict[str, Any]
+    """Of the training shards; empty if the run has none yet."""
+    scores: dict[str, Any]
+    """Empty if no checkpoint was scored."""
+    baselines: dict[str, float]
+    """Count-based, in nats per code."""
+    last: Row
+    """The last training row."""
+    heldout: list[Row]
+    """Of the last step: losses under matched, shuffled and null captions."""
+    curves: dict[str, str]
+    """Image and text losses as SVG."""
+    images: list[DrawnImage]
+    samples: list[tuple[int, str]]
+    """Steps and the grids drawn at them, as data URLs."""
+    sample_captions: list[str]
+    commands: list[str]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -34,64 +73,64 @@ def write_report(run_dir: Path) -> Path:
     """
     if not (run_dir / RESOLVED).is_file():
         raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
-    rows = read_metrics(run_dir)
-    manifest = _json(run_dir / DATA_MANIFEST)
+    template = jinja2.Template(
+        TEMPLATE.read_text(),
+        autoescape=True,  # captions are anybody's text
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path = run_dir / "report.html"
+    path.write_text(template.render(vars(_page(run_dir))))
+    return path
+
+
+def _page(run_dir: Path) -> Page:
+    rows = read_rows(run_dir)
+    manifest = read_optional_json(run_dir / DATA_MANIFEST)
     measured = _measured(run_dir)
-    scores = _json(measured / SCORES) if measured else {}
-    floors = manifest.get("floors_nats", {}).get("heldout", {})
-    steps = [row for row in rows if "split" not in row]
-    last_step = steps[-1]["step"] if steps else 0
-    page = jinja2.Template(
-        TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).render(
+    baselines = manifest.get("floors_nats", {}).get("heldout", {})
+    last = next((row for row in reversed(rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
+    return Page(
         name=run_dir.name,
-        status=_json(run_dir / STATUS),
-        environment=_json(run_dir / ENVIRONMENT),
+        status=read_optional_json(run_dir / STATUS),
+        environment=read_optional_json(run_dir / ENVIRONMENT),
         settings=yaml.safe_load((run_dir / RESOLVED).read_text()),
         manifest=manifest,
-        scores=scores,
-        floors=floors,
-        last=steps[-1] if steps else {},
-        heldout=[
-            row
-            for row in rows
-            if row.get("image_loss_wrong_caption") is not None and row["step"] == last_step
-        ],
+        scores=read_optional_json(measured / SCORES) if measured else {},
+        baselines=baselines,
+        last=last,
+        heldout=[row for row in rows if "image_loss_wrong_caption" in row.values and row.step == last.step],
         curves={
-            kind: loss_curves(rows, kind=kind, floors=floors if kind == "image" else {})
+            kind: loss_curves(rows, kind=kind, baselines=baselines if kind == "image" else {})
             for kind in ("image", "text")
         },
-        pictures=_pictures(measured / "model", read_manifest_file(run_dir / DATA_MANIFEST))
-        if measured
-        else [],
+        images=_images(measured / "model", manifest) if measured else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         commands=_commands(run_dir),
     )
-    path = run_dir / "report.html"
-    path.write_text(page)
-    return path
 
 
 def _measured(run_dir: Path) -> Path | None:
-    """Find the measures of the newest checkpoint that was measured on the run's own held-out pictures."""
+    """Find the measures of the newest checkpoint that was measured on the run's own held-out images."""
     found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
     return found[-1].parent if found else None
 
 
-def _pictures(folder: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Pair drawn pictures with the real ones of their captions, spread over the drawn half."""
+def _images(folder: Path, manifest: dict[str, Any]) -> list[DrawnImage]:
+    """Pair drawn images with the real ones of their captions, spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
-    pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
-    step = max(1, len(drawn) // NUM_PICTURES)
-    shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_PICTURES]
+    pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
+    # Every n-th and never the best: a page of chosen images says nothing of the others.
+    step = max(1, len(drawn) // NUM_IMAGES)
+    shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
     return [
-        {
-            "caption": pair.caption,
-            "split": pair.split,
-            "real": _data_url(centre_crop_resize(pair.open(), size=manifest.image_size)),
-            "drawn": _data_url(Image.open(path)),
-        }
+        DrawnImage(
+            caption=pair.caption,
+            split=pair.split,
+            real=_data_url(centre_crop_resize(pair.open(), size=manifest["image_size"])),
+            drawn=_data_url(Image.open(path)),
+        )
         for pair, path in shown
     ]
 
@@ -105,7 +144,7 @@ def _spread(folder: Path) -> list[Path]:
 
 def _commands(run_dir: Path) -> list[str]:
     """Write out what made the run's files, to be copied and run again."""
-    commands = [_json(run_dir / ENVIRONMENT)["command"]]
+    commands = [read_optional_json(run_dir / ENVIRONMENT)["command"]]
     if _measured(run_dir):
         commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
     return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]
@@ -119,7 +158,3 @@ def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

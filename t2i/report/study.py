@@ -1,21 +1,56 @@
 """A study as a short paper: report.md with figures beside it, and report.html with everything inside it."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib.pyplot as plt
 
 from t2i.cli import flags_of_mapping
+from t2i.files import read_optional_json
 from t2i.report.figures import to_svg
-from t2i.report.sections.registry import Section, make_section
+from t2i.report.sections.registry import make_section
+from t2i.report.sections.section import Section
 from t2i.runs.run_folder import ENVIRONMENT, environment
-from t2i.study.jobs import Job, run_dir
-from t2i.study.results import read_json
-from t2i.study.spec import Study
+from t2i.study.jobs import Job, Record, read_record, run_dir
+from t2i.study.spec import Settings, Study
 
 MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with_name("study.html.jinja")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section as the templates show it."""
+
+    section: Section
+    png: str = ""
+    """Its figure's path from the page; empty for none."""
+    svg: str = ""
+    """The figure itself."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the templates show."""
+
+    study: Study
+    parts: list[Part]
+    failed: dict[str, Record]
+    """Jobs that did not end well, by name."""
+    minutes: float
+    """Of processes, in all."""
+    environment: dict[str, Any]
+    """As environment.json: of the machine that writes the page."""
+    commits: list[str]
+    """That runs were trained at; a page may be written by a later one."""
+    command: str
+    date: str
+
+    @staticmethod
+    def flags(settings: Settings) -> str:
+        """Write settings as somebody would type them."""
+        return " ".join(flags_of_mapping(settings))
 
 
 def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str) -> Path:
@@ -27,45 +62,45 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     to = study.report_dir(out)
     figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for number, arguments in enumerate(study.report, start=1):
-        section = make_section(arguments, study=study, out=out)
-        parts.append(_part(section, name=f"{number:02d}-{arguments['section']}", folder=figures))
-    records = {job.name: read_json(out / "jobs" / f"{job.name}.json") for job in jobs}
-    facts = {
-        "study": study,
-        "parts": parts,
-        "records": records,
-        "minutes": sum(record.get("seconds", 0) for record in records.values()) / 60,
-        "failed": {name: one for name, one in records.items() if one.get("state") not in ("done", None)},
-        "environment": environment(),
-        "commits": _commits(study, out),
-        "command": command,
-        "flags": lambda settings: " ".join(flags_of_mapping(settings)),
-        "date": time.strftime("%F"),
-    }
-    for template, name in ((MARKDOWN, "report.md"), (HTML, "report.html")):
-        page = jinja2.Template(
-            template.read_text(), autoescape=template is HTML, trim_blocks=True, lstrip_blocks=True
-        ).render(**facts)
-        (to / name).write_text(page + "\n")
+    records = {job.name: read_record(out, job.name) for job in jobs}
+    page = Page(
+        study=study,
+        parts=[
+            _part(
+                make_section(spec, study=study, out=out), name=f"{number:02d}-{spec.section}", folder=figures
+            )
+            for number, spec in enumerate(study.report, start=1)
+        ],
+        failed={name: one for name, one in records.items() if one.state not in ("done", "open")},
+        minutes=sum(record.seconds or 0 for record in records.values()) / 60,
+        environment=environment(),
+        commits=_commits(study, out),
+        command=command,
+        date=time.strftime("%F"),
+    )
+    (to / "report.md").write_text(_rendered(page, MARKDOWN, is_html=False))
+    (to / "report.html").write_text(_rendered(page, HTML, is_html=True))
     return to / "report.html"
 
 
+def _rendered(page: Page, template: Path, *, is_html: bool) -> str:
+    # Captions, completions and arms' names are anybody's text: HTML escapes them all, and Markdown has no scripts.
+    made = jinja2.Template(template.read_text(), autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
+    return made.render(vars(page), flags=page.flags) + "\n"
+
+
 def _commits(study: Study, out: Path) -> list[str]:
-    """List the commits that runs were trained with; a page may be written by a later one."""
-    found = {read_json(run_dir(out, *run) / ENVIRONMENT).get("commit", "") for run in study.runs()}
+    """List the commits that runs were trained at."""
+    found = {read_optional_json(run_dir(out, *run) / ENVIRONMENT).get("commit", "") for run in study.runs()}
     return sorted(found - {""})
 
 
-def _part(section: Section, *, name: str, folder: Path) -> dict[str, Any]:
-    """Save a section's figure as PNG and SVG, and give the template what it shows."""
-    part: dict[str, Any] = {"section": section, "svg": "", "png": ""}
-    if section.figure is not None:
-        section.figure.tight_layout()
-        section.figure.savefig(folder / f"{name}.png", dpi=150)
-        part["png"] = f"figures/{name}.png"
-        part["svg"] = to_svg(section.figure)
-        (folder / f"{name}.svg").write_text(part["svg"])
-        plt.close(section.figure)
-    return part
+def _part(section: Section, *, name: str, folder: Path) -> Part:
+    """Save a section's figure as PNG and SVG."""
+    if section.figure is None:
+        return Part(section)
+    section.figure.tight_layout()
+    section.figure.savefig(folder / f"{name}.png", dpi=150)
+    svg = to_svg(section.figure)
+    (folder / f"{name}.svg").write_text(svg)
+    return Part(section, png=f"figures/{name}.png", svg=svg)

@@ -4,18 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from t2i.cli import flags_of_mapping
 from t2i.config import ASSETS, PlanConfig, RunConfig
 from t2i.cost.assumptions import known_data, model_config, num_text_rows
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, count_parameters, flops_a_token, weight_bytes
 from t2i.data.batching import global_batch
-from t2i.errors import UserError
-from t2i.study.jobs import filled, run_config, run_name
-from t2i.study.results import read_json
-from t2i.study.spec import TRAIN, Step, Study
+from t2i.files import read_json
+from t2i.study.jobs import read_record, run_config, run_name, step_config
+from t2i.study.spec import TRAIN, Study
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
 
@@ -38,7 +34,7 @@ def prices(study: Study, *, out: Path) -> list[Price]:
     """Price every training run, those among the steps too; what is done has its time."""
     half = weight_bytes(read_ds_config(Path(study.ds_config)))
     plan = PlanConfig(**{**_embedded(), **study.assumed})
-    runs = {step.name: _step_config(step, out=out) for step in study.steps if step.command == TRAIN}
+    runs = {step.name: step_config(step, out=out) for step in study.steps if step.command == TRAIN}
     runs |= {
         run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
     }
@@ -92,25 +88,16 @@ def _price(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int
     counts = count_parameters(
         model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
     )
-    sequences = global_batch(config.train.global_batch_tokens, seq_len=seq_len, world_size=1)
-    tokens = config.train.max_steps * sequences * seq_len
-    record = read_json(out / "jobs" / f"{name}.json")
+    seq_len = config.data.seq_len
+    tokens = config.train.max_steps * global_batch(config, world_size=1) * seq_len
+    record = read_record(out, name)
     return Price(
         name=name,
         tokens=tokens,
         flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len, text_mix=config.data.text_mix),
         disk_bytes=config.train.keep_last * checkpoint_bytes(counts, element_bytes=element_bytes),
-        took_seconds=record["seconds"] if record.get("state") == "done" else None,
+        took_seconds=record.seconds if record.state == "done" else None,
     )
-
-
-def _step_config(step: Step, *, out: Path) -> RunConfig:
-    """Read the settings of a step that trains."""
-    flags = {key: value for key, value in filled(step.flags, out=out).items() if key != "ds_config"}
-    try:
-        return tyro.cli(RunConfig, args=flags_of_mapping(flags))
-    except SystemExit as error:
-        raise UserError(f"step {step.name} has settings that {TRAIN} does not take.") from error
 
 
 def _embedded() -> dict[str, Any]:

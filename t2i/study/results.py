@@ -1,6 +1,5 @@
-"""Finished runs as arrays: what a comparison of arms is computed from, metrics.jsonl alone."""
+"""Finished runs as arrays: what a comparison of arms is computed from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,46 @@ from typing import Any
 import numpy as np
 import yaml
 
-from t2i.data.shards.manifest import MANIFEST
+from t2i.data.loader import num_trained_on
+from t2i.data.shards.manifest import MANIFEST, is_text
+from t2i.files import read_optional_json
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
 from t2i.runs.run_folder import RESOLVED, STATUS
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
 
-Rows = list[dict[str, Any]]
+TRAIN_ROWS = "train"
+"""The split of training rows, which metrics.jsonl leaves unnamed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of metrics.jsonl."""
+
+    step: int
+    split: str
+    """train, or what a held-out row was measured on."""
+    values: dict[str, float]
+    """Numbers by their key; what was not measured is not there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run's files."""
+
+    folder: Path
+    seed: int
+    rows: list[Row]
+    state: str
+    """As status.json says; empty for a run that has not begun."""
+    reason: str
+    """Why it ended, where it did not end well."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ended well."""
+        return self.state == "done"
 
 
 @dataclass(frozen=True)
@@ -30,35 +61,41 @@ class Curve:
     seeds: list[int]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run's files."""
+def read_run(folder: Path, *, seed: int) -> Run:
+    """Read a run's rows and how it ended."""
+    status = read_optional_json(folder / STATUS)
+    state, reason = status.get("state", ""), status.get("reason", "")
+    return Run(folder, seed, read_rows(folder), state=state, reason=reason)
 
-    folder: Path
-    seed: int
-    rows: Rows
-    status: dict[str, Any]
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read metrics.jsonl."""
+    return [
+        Row(
+            step=row["step"],
+            split=row.get("split", TRAIN_ROWS),
+            values={key: value for key, value in row.items() if isinstance(value, int | float)},
+        )
+        for row in read_metrics(folder)
+    ]
 
 
 def runs_of(study: Study, *, arm: str, out: Path) -> list[Run]:
     """Read an arm's runs that have ended well."""
-    folders = [(seed, run_dir(out, arm, seed)) for seed in study.seeds_of(arm)]
-    runs = [Run(folder, seed, read_metrics(folder), read_json(folder / STATUS)) for seed, folder in folders]
-    return [run for run in runs if run.status.get("state") == "done"]
+    # A run that is still going, or ended in nan, would pair its last step with another's end.
+    runs = [read_run(run_dir(out, arm, seed), seed=seed) for seed in study.seeds_of(arm)]
+    return [run for run in runs if run.is_done]
 
 
-def curve(runs: list[Run], *, value: str, split: str = "train") -> Curve | None:
+def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | None:
     """Collect one value over the steps that all runs have; None if there is no such step.
 
     Args:
-        split: "train" for the training rows, else the `split` of held-out rows.
+        value: key of metrics.jsonl.
+        split: of the rows.
     """
     found = [
-        {
-            row["step"]: row[value]
-            for row in run.rows
-            if row.get("split", "train") == split and row.get(value) is not None
-        }
+        {row.step: row.values[value] for row in run.rows if row.split == split and value in row.values}
         for run in runs
     ]
     steps = sorted(set.intersection(*map(set, found))) if found else []
@@ -69,9 +106,9 @@ def curve(runs: list[Run], *, value: str, split: str = "train") -> Curve | None:
     return Curve(steps, [tokens[step] for step in steps], values, [run.seed for run in runs])
 
 
-def tokens_at(rows: Rows) -> dict[int, int]:
+def tokens_at(rows: list[Row]) -> dict[int, int]:
     """Map each training step to the tokens done by then; step 0 has none."""
-    return {0: 0} | {row["step"]: row["tokens"] for row in rows if "split" not in row}
+    return {0: 0} | {row.step: int(row.values["tokens"]) for row in rows if row.split == TRAIN_ROWS}
 
 
 def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
@@ -85,26 +122,43 @@ def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | N
     return _kept(first, seeds, steps), _kept(second, seeds, steps)
 
 
-def floors_of(runs: list[Run]) -> dict[str, float]:
-    """Read what held-out codes cost models that only count, in nats a code; empty for text."""
-    manifest = read_json(runs[0].folder / DATA_MANIFEST) if runs else {}
-    floors: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
-    return floors if "codebook_size" in manifest else {}
+def image_baselines(runs: list[Run]) -> dict[str, float]:
+    """Read the count-based baselines of held-out codes, in nats per code; none for runs on text."""
+    manifest = data_manifest(runs[0]) if runs else {}
+    return _baselines(manifest) if "codebook_size" in manifest else {}
 
 
-def text_floors_of(runs: list[Run]) -> dict[str, float]:
-    """Read what held-out text costs models that only count, in nats a token; empty where it is of no text shards."""
+def text_baselines(runs: list[Run]) -> dict[str, float]:
+    """Read the count-based baselines of held-out text, in nats per token; none where it is of no text shards."""
     if not runs:
         return {}
-    settings = yaml.safe_load((runs[0].folder / RESOLVED).read_text())
-    manifest = read_json(Path(settings["train"]["eval_text"]) / MANIFEST)
-    floors: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
-    return floors if "sequence_tokens" in manifest else {}
+    manifest = read_optional_json(Path(_settings(runs[0])["train"]["eval_text"]) / MANIFEST)
+    return _baselines(manifest) if is_text(manifest) else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file; empty if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+def num_samples(run: Run) -> int:
+    """Count the samples that a run was trained on."""
+    return num_trained_on(data_manifest(run), keep_every=_settings(run)["data"]["keep_every"])
+
+
+def codes_per_image(run: Run) -> int:
+    """Read how many codes an image of the run's shards has."""
+    return int(data_manifest(run)["codes_per_image"])
+
+
+def data_manifest(run: Run) -> dict[str, Any]:
+    """Read the manifest of the shards that a run was trained on; empty if it has not begun."""
+    return read_optional_json(run.folder / DATA_MANIFEST)
+
+
+def _baselines(manifest: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
+    return found
+
+
+def _settings(run: Run) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = yaml.safe_load((run.folder / RESOLVED).read_text())
+    return settings
 
 
 def _kept(one: Curve, seeds: list[int], steps: list[int]) -> Curve:

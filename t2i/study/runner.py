@@ -5,7 +5,6 @@ it ends. A job that is done has a record; one that failed does not stop the othe
 """
 
 import fcntl
-import json
 import logging
 import os
 import shlex
@@ -18,11 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 from t2i.errors import Stopped, UserError
-from t2i.files import write_json
-from t2i.study.jobs import Job
+from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study
 
 logger = logging.getLogger(__name__)
@@ -32,12 +30,12 @@ WAIT_SECONDS = 2.0
 STOPPED = Stopped.exit_code
 
 
-def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, dict[str, Any]]:
+def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
     """Do every job that is not done; return the records of all by name.
 
     Raises:
         UserError: a finished job was done with another command.
-        Stopped: a signal asked for it; what runs has saved, and the same command goes on.
+        Stopped: a signal asked for it; what runs has saved, and the same command resumes.
     """
     started = time.time()
     for folder in ("jobs", "locks", "logs"):
@@ -45,7 +43,7 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, dict[str, Any
     for job in jobs:
         _same_command(job, out)
     while True:
-        records = {job.name: record_of(job, out) for job in jobs}
+        records = {job.name: read_record(out, job.name) for job in jobs}
         settled = {name for name, record in records.items() if _is_settled(record, started)}
         waiting = [job for job in jobs if job.name not in settled]
         if not waiting:
@@ -54,33 +52,31 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, dict[str, Any
             time.sleep(WAIT_SECONDS)
 
 
-def record_of(job: Job, out: Path) -> dict[str, Any]:
-    """Read what became of a job: state is open, done, failed or skipped."""
-    path = out / "jobs" / f"{job.name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"state": "open"}
+def _is_settled(record: Record, started: float) -> bool:
+    """Tell whether a job needs nothing more: done, or tried by some worker since this one started."""
+    # A failure from before this call is tried anew; one of another worker beside it is not.
+    return record.state == "done" or (record.time or 0) > started
 
 
-def _is_settled(record: dict[str, Any], started: float) -> bool:
-    return record["state"] == "done" or record.get("time", 0) > started
-
-
-def _try(job: Job, records: dict[str, dict[str, Any]], settled: set[str], *, study: Study, out: Path) -> bool:
+def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Study, out: Path) -> bool:
     """Do a job if its needs are met and nobody else has it; tell whether anything came of it."""
-    failed = [name for name in job.needs if name in settled and records[name]["state"] != "done"]
+    failed = [name for name in job.needs if name in settled and records[name].state != "done"]
     if failed:
-        _write_record(job, out, {"state": "skipped", "reason": f"needs {failed[0]}, which is not done"})
+        reason = f"needs {failed[0]}, which is not done"
+        write_record(out, job.name, Record("skipped", reason=reason, time=time.time()))
         return True
     if not set(job.needs) <= settled:
         return False
     with _claimed(out / "locks" / job.name) as lock:
         if lock is None:
             return False
-        if record_of(job, out)["state"] != "done":
-            _write_record(job, out, _run(job, lock, study=study, out=out))
+        # Between reading the records and taking the lock another worker may have done it.
+        if read_record(out, job.name).state != "done":
+            write_record(out, job.name, _run(job, lock, study=study, out=out))
         return True
 
 
-def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> dict[str, Any]:
+def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     """Run a job's process to its end; its output goes to logs/NAME.log."""
     prefix = study.launch if job.command[0] == TRAIN and study.launch else [sys.executable]
     began = time.time()
@@ -93,16 +89,17 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> dict[str, Any]:
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
+            pass_fds=(lock.fileno(),),  # the job holds its lock too, should this worker be killed
         )
         with _signals_passed_on(process) as signals:
             code = process.wait()
     if signals or code == STOPPED:
-        raise Stopped(f"Stopped at {job.name}; the same command goes on.")
+        raise Stopped(f"Stopped at {job.name}; run the same command to resume.")
     state = "done" if code == 0 else "failed"
     if code:
         logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
-    return {"state": state, "code": code, "seconds": time.time() - began, "command": job.command}
+    ended = time.time()
+    return Record(state, code=code, seconds=ended - began, command=tuple(job.command), time=ended)
 
 
 @contextmanager
@@ -134,14 +131,10 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
         yield lock
 
 
-def _write_record(job: Job, out: Path, record: dict[str, Any]) -> None:
-    write_json(out / "jobs" / f"{job.name}.json", {**record, "time": time.time()})
-
-
 def _same_command(job: Job, out: Path) -> None:
-    record = record_of(job, out)
-    if record["state"] == "done" and record["command"] != job.command:
-        changed = sorted(set(record["command"]) ^ set(job.command))
+    record = read_record(out, job.name)
+    if record.state == "done" and list(record.command) != job.command:
+        changed = sorted(set(record.command) ^ set(job.command))
         raise UserError(
             f"{out}: {job.name} was done with another command (differs in {' '.join(changed)}). Choose another --out."
         )

@@ -1,19 +1,29 @@
-"""A study as YAML: steps that are done once, arms times seeds of training runs, measures of each run.
+"""What a study file says: steps that are done once, arms times seeds of training runs, measures of runs, a report.
 
-`base: OTHER.yaml` takes runs' settings and steps from another study file, key by key, and works in that study's folder:
+`base: OTHER.yaml` takes the settings and steps of another study file, key by key, and works in that study's folder:
 what both name alike is done once. A step that is a name alone is the base's. `{out}` in any string is the study's
-folder, `{run}` in a measure the folder of the run that it measures.
+folder; in a measure, `{run}` is the folder of the run that it measures.
+
+Everything here is checked when the file is read, so that a slip in the last section costs no training run.
 """
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t2i.config import RunConfig
 from t2i.errors import UserError
+from t2i.files import read_yaml
 
 TRAIN = "launchers/train.py"
+INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")
+"""Keys that a study takes from its base. Arms, measures and sections are its own: they are what it asks."""
+
+Setting = bool | int | float | str | None | list["Setting"] | dict[str, "Setting"]
+"""A value of YAML."""
+Settings = dict[str, Setting]
+"""Nested as in a run file: {train: {max_steps: 200}}."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Step:
     name: str
     command: str
     """Script, from the repository's root."""
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: Settings = field(default_factory=dict)
     needs: list[str] | None = None
     """Steps that must be done before; None for all that are listed before."""
 
@@ -34,7 +44,7 @@ class Measure:
 
     name: str
     command: str
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: Settings = field(default_factory=dict)
     at: str = ""
     """What of the run is measured, such as checkpoints/step_000500; empty for its latest checkpoint."""
     arms: list[str] = field(default_factory=list)
@@ -44,34 +54,54 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class SectionSpec:
+    """An entry of the report: what kind of section, and what it is about."""
+
+    section: str
+    """A kind; docs/study.md lists them."""
+    title: str = ""
+    """Empty for the kind's own."""
+    paper: str = ""
+    """What the paper found, to stand beside what is found here."""
+    arguments: Settings = field(default_factory=dict)
+    """Of the kind, by its function's names."""
+
+    def arms(self) -> list[str]:
+        """List the arms that it names, alone or in pairs."""
+        pairs = self.arguments.get("pairs")
+        named = list(pairs.values()) if isinstance(pairs, dict) else pairs
+        lists = [self.arguments.get("arms"), *(named if isinstance(named, list) else [])]
+        return [str(arm) for one in lists if isinstance(one, list) for arm in one]
+
+
+@dataclass(frozen=True)
 class Study:
     """What a study file says."""
 
     file: Path
     title: str
     question: str
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, Settings]
     """Settings of each arm, over `settings`."""
-    base: Path | None = None
-    """The study that this one goes on from."""
+    base: "Study | None" = None
+    """The study whose steps, settings and folder this one shares."""
     seeds: list[int] = field(default_factory=lambda: [0])
     arm_seeds: dict[str, list[int]] = field(default_factory=dict)
     """Seeds of arms that have others than `seeds`."""
     ds_config: str = "ds_configs/zero2_fp32.json"
     launch: list[str] = field(default_factory=list)
     """Words before a training script, such as [deepspeed, --num_gpus, "8"]; empty for this Python."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     """Settings of all runs, as a run file holds them."""
-    assumed: dict[str, Any] = field(default_factory=dict)
+    assumed: Settings = field(default_factory=dict)
     """What --plan takes of shards that are not made yet, by the names of PlanConfig; by default the embedded ones."""
     steps: list[Step] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
-    report: list[dict[str, Any]] = field(default_factory=list)
-    """Sections: `section` names a kind, the rest are its arguments."""
+    report: list[SectionSpec] = field(default_factory=list)
 
     def default_out(self) -> Path:
         """Return the folder of its runs, which is its base's."""
-        return Path("runs") / (self.base or self.file).stem
+        return Path("runs") / (self.base or self).file.stem
 
     def report_dir(self, out: Path) -> Path:
         """Return where the report goes: a study in its base's folder has a folder of its own there."""
@@ -87,8 +117,38 @@ class Study:
         return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
 
 
-def check_keys(settings: dict[str, Any], *, where: str, kind: Any = RunConfig, prefix: str = "") -> None:
+Entry = TypeVar("Entry", Step, Measure, Study)
+
+
+def read_spec(file: Path) -> Study:
+    """Read a study file, and check its names: keys, settings, steps and arms.
+
+    Raises:
+        UserError: no YAML, an unknown key, or a name that is nowhere defined.
+    """
+    values = read_yaml(file, name=str(file))
+    base = _read_base(values.pop("base", None), file=file)
+    if base is not None:
+        values = _with_base(values, base, file)
+    values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
+    values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
+    values["report"] = [_section(one, file) for one in values.get("report", [])]
+    study = _made(Study, {**values, "file": file}, file)
+    _check_steps(study)
+    for name, settings in {"settings": study.settings, **study.arms}.items():
+        check_settings(settings, where=f"{file}: {name}")
+    _check_arms(study, list(study.arm_seeds), where="arm_seeds")
+    for measure in study.measures:
+        _check_arms(study, measure.arms, where=f"measures: {measure.name}")
+    for section in study.report:
+        _check_arms(study, section.arms(), where=f"report: {section.section}")
+    return study
+
+
+def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, prefix: str = "") -> None:
     """Check that settings have the names of a run's, and name the nearest where one has not.
+
+    tyro would refuse them too, but arm by arm and in its own words, which know of flags and not of the file.
 
     Raises:
         UserError: the first name that a run does not have.
@@ -100,11 +160,76 @@ def check_keys(settings: dict[str, Any], *, where: str, kind: Any = RunConfig, p
             right = nearest_name(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
             raise UserError(f"{where} has the setting {prefix}{key}, which {TRAIN} does not take; {right}.")
         group = known[name]
-        if is_dataclass(group) and isinstance(value, dict):
-            check_keys(value, where=where, kind=group, prefix=f"{prefix}{name}.")
+        if isinstance(group, type) and is_dataclass(group) and isinstance(value, dict):
+            check_settings(value, where=where, kind=group, prefix=f"{prefix}{name}.")
 
 
 def nearest_name(name: str, known: list[str]) -> str:
     """Say what somebody may have meant, or all that there is."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"perhaps {close[0]} was meant" if close else f"known are {', '.join(known)}"
+
+
+def _read_base(name: Setting, *, file: Path) -> Study | None:
+    """Read the study that `base` names, another file beside it."""
+    if name is None:
+        return None
+    if not (file.parent / str(name)).is_file():
+        raise UserError(f"{file}: base is {name}, which is not beside it.")
+    base = read_spec(file.parent / str(name))
+    if base.base:  # one level: a folder shared by a chain of files would be hard to follow
+        raise UserError(f"{file}: base is {name}, which has a base itself; name that one.")
+    return base
+
+
+def _with_base(values: dict[str, Any], base: Study, file: Path) -> dict[str, Any]:
+    """Take from its base what a study does not say of runs and steps; a step that is a name alone is the base's."""
+    known = {step.name: vars(step) for step in base.steps}
+    steps = list(known) if values.get("steps") is None else values["steps"]
+    if missing := [one for one in steps if isinstance(one, str) and one not in known]:
+        right = nearest_name(missing[0], list(known))
+        raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base.file.name}; {right}.")
+    named = {**values, "steps": [known[one] if isinstance(one, str) else one for one in steps]}
+    return {key: getattr(base, key) for key in INHERITED} | named | {"base": base}
+
+
+def _section(values: Any, file: Path) -> SectionSpec:
+    """Take an entry of the report apart; its kind's own arguments stand beside the names that all kinds have."""
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a section is {values!r}; expected names with values.")
+    shared = {key: values[key] for key in ("section", "title", "paper") if key in values}
+    return SectionSpec(
+        **{"section": "", **shared},
+        arguments={key: value for key, value in values.items() if key not in shared},
+    )
+
+
+def _made(kind: type[Entry], values: Any, file: Path) -> Entry:
+    """Make one entry from what the file says."""
+    what, known = kind.__name__.lower(), {one.name for one in fields(kind)}
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a {what} is {values!r}; expected names with values.")
+    unknown = sorted(set(values) - known)
+    if unknown:
+        right = nearest_name(unknown[0], sorted(known))
+        raise UserError(f"{file}: unknown key {unknown[0]} of a {what}; {right}.")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{file}: a {what} is incomplete: {error}.") from error
+
+
+def _check_steps(study: Study) -> None:
+    before: list[str] = []
+    for step in study.steps:
+        for name in step.needs or []:
+            if name not in before:
+                raise UserError(f"{study.file}: step {step.name} needs {name}, which is no step before it.")
+        before.append(step.name)
+
+
+def _check_arms(study: Study, arms: list[str], *, where: str) -> None:
+    unknown = sorted(set(arms) - set(study.arms))
+    if unknown:
+        right = nearest_name(unknown[0], list(study.arms))
+        raise UserError(f"{study.file}: {where} names arm {unknown[0]}; {right}.")

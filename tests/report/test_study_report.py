@@ -31,6 +31,7 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.study.cost import describe, prices, seconds_on
 from t2i.study.jobs import jobs_of, read_study, run_config, run_dir
 from t2i.study.results import Curve, curve, paired, runs_of
+from t2i.study.spec import SectionSpec
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
 from t2i.train.build import starting_model
@@ -183,7 +184,7 @@ def test_the_comparison_says_what_the_rows_say(made):
 
 def section_of(made, kind):
     study, out = made
-    arguments = next(one for one in study.report if one["section"] == kind)
+    arguments = next(one for one in study.report if one.section == kind)
     return make_section(arguments, study=study, out=out)
 
 
@@ -262,9 +263,9 @@ def test_curves_pair_seeds_and_steps(made):
 def test_unknown_sections_and_arguments_are_refused(made):
     study, out = made
     with pytest.raises(UserError, match="has a section 'curve'; perhaps curves was meant"):
-        make_section({"section": "curve"}, study=study, out=out)
+        make_section(SectionSpec("curve"), study=study, out=out)
     with pytest.raises(UserError, match="section Runs: no argument 'arm'; perhaps arms was meant"):
-        make_section({"section": "ends", "title": "Runs", "arm": "fast"}, study=study, out=out)
+        make_section(SectionSpec("ends", title="Runs", arguments={"arm": "fast"}), study=study, out=out)
 
 
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
@@ -296,7 +297,7 @@ def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):
     row = next(row for row in section.table if row[0] == "broken-seed1")
     assert row[1].startswith("failed: The loss or gradient was not finite in steps 2 to 4")
     arms = {"arms": ["fast", "broken"], "value": "image_loss"}
-    found = make_section({"section": "comparison", **arms}, study=study, out=out).found
+    found = make_section(SectionSpec("comparison", arguments=arms), study=study, out=out).found
     assert found == "fast and broken have no finished runs of one seed with heldout image_loss."
 
 
@@ -315,7 +316,7 @@ def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, ma
     falls_and_rises = {"fast": [[5.0, 3.0, 4.0], [5.1, 3.1, 4.3]], "slow": [[6.0, 3.5, 4.1], [6.0, 3.7, 4.2]]}
     runs_of = lambda study, arm, out: [arm]  # noqa: E731
     monkeypatch.setattr(comparisons, "runs_of", runs_of)
-    monkeypatch.setattr(comparisons, "floors_of", lambda runs: {"unigram": 2.0})
+    monkeypatch.setattr(comparisons, "image_baselines", lambda runs: {"unigram": 2.0})
     monkeypatch.setattr(
         comparisons,
         "curve",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import UserError
-from t2i.study.jobs import Job, jobs_of, read_study, run_config
-from t2i.study.runner import local_workers, record_of, submit, work
+from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config
+from t2i.study.runner import local_workers, submit, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
             "arm pretrained has settings that launchers/train.py does not take",
         ),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
-        (("  - {name: first", "  - first\n  - {name: more"), "a step is 'first'; wanted"),
+        (("  - {name: first", "  - first\n  - {name: more"), "a step is 'first'; expected"),
         (
             ("{name: first,", "{name: first, needs: [second],"),
             "step first needs second, which is no step before it",
@@ -224,12 +224,12 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     job, study, folder = toy
     jobs = [job("a"), job("bad", code=4), job("c", needs=("a",)), job("d", needs=("bad",))]
     records = work(jobs, study=study, out=folder / "out")
-    assert {name: record["state"] for name, record in records.items()} == {
+    assert {name: record.state for name, record in records.items()} == {
         "a": "done", "bad": "failed", "c": "done", "d": "skipped",
     }  # fmt: skip
-    assert records["bad"]["code"] == 4
+    assert records["bad"].code == 4
     mended = [jobs[0], job("bad"), *jobs[2:]]
-    assert {record["state"] for record in work(mended, study=study, out=folder / "out").values()} == {"done"}
+    assert {record.state for record in work(mended, study=study, out=folder / "out").values()} == {"done"}
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
         work([job("a", seconds=0.1)], study=study, out=folder / "out")
@@ -303,5 +303,5 @@ def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp
 
 
 def test_an_open_job_has_no_record(toy):
-    job, _, folder = toy
-    assert record_of(job("a"), folder / "out") == {"state": "open"}
+    _, _, folder = toy
+    assert read_record(folder / "out", "a") == Record("open")

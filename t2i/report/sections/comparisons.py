@@ -2,24 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
+from matplotlib.figure import Figure
 
-from t2i.data.loader import num_trained_on
-from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
+from t2i.report.figures import COLOURS, LABELS, draw_baselines, draw_mean_and_range, finish, panels, styles
 from t2i.report.sections.section import (
     Section,
+    SectionKind,
     difference,
     interval,
     known,
     p_value,
     verdict_on,
 )
-from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.run_folder import RESOLVED
-from t2i.study.results import Curve, Run, curve, floors_of, paired, read_json, runs_of
+from t2i.study.results import Curve, Run, curve, image_baselines, num_samples, paired, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import (
     CONFIDENCE,
@@ -45,63 +42,69 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
     test = _test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no level to reach
     worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
-    floors = floors_of(runs[0]) if value == "image_loss" else {}
+    baselines = image_baselines(runs[0]) if value == "image_loss" else {}
     figure = _draw_difference(
         (first, second),
         difference_curve(first.values, second.values),
         worth,
         names=(first_name, second_name),
         value=value,
-        floors=floors,
+        baselines=baselines,
     )
-    table = [
-        [
-            "at tokens",
-            f"{value} of {first_name}",
-            f"tokens {second_name} needs beyond",
-            "factor",
-            "seeds that reach it",
-        ]
+    head = [
+        "at tokens",
+        f"{value} of {first_name}",
+        f"tokens {second_name} needs beyond",
+        "factor",
+        "seeds that reach it",
     ]
-    for one in worth:
-        if one.is_earlier:
-            extra = "reached before it is first measured"
-        elif math.isnan(one.extra_tokens):
-            extra = "not reached"
-        else:
-            extra = f"{one.extra_tokens:,.0f} {interval(one.low, one.high, '{:,.0f}')}"
-        factor = "" if math.isnan(one.factor) else f"{one.factor:.2f}"
-        table.append(
-            [
-                f"{one.first_tokens:,}",
-                f"{one.loss:.4f}",
-                extra,
-                factor,
-                f"{one.num_reached} of {test.num_seeds}",
-            ]
-        )
+    table = [head, *(_worth_row(one, num_seeds=test.num_seeds) for one in worth)]
+    sentence = _found(first, second, names=(first_name, second_name), unigram=baselines.get("unigram"))
+    return Section("Comparison", sentence, figure, table)
+
+
+def _worth_row(one: Worth, *, num_seeds: int) -> list[str]:
+    if one.is_earlier:
+        extra = "reached before it is first measured"
+    elif math.isnan(one.extra_tokens):
+        extra = "not reached"
+    else:
+        extra = f"{one.extra_tokens:,.0f} {interval(one.low, one.high, '{:,.0f}')}"
+    factor = "" if math.isnan(one.factor) else f"{one.factor:.2f}"
+    return [
+        f"{one.first_tokens:,}",
+        f"{one.loss:.4f}",
+        extra,
+        factor,
+        f"{one.num_reached} of {num_seeds}",
+    ]
+
+
+def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: float | None) -> str:
+    """Say what two arms' test found, where a loss rose again, and whether anything was learned at all.
+
+    Args:
+        unigram: the count-based baseline, in nats per code; None for a value that has none.
+    """
+    test = _test_at_end(first, second)
     at = f"{first.tokens[-1]:,}"
-    if second.tokens[-1] != first.tokens[-1]:  # such as where one of them has text beside its pictures
+    if second.tokens[-1] != first.tokens[-1]:  # such as where one of them has text beside its images
         at += f" and {second.tokens[-1]:,}"
     sentence = (
-        f"At {at} tokens, step {first.steps[-1]}, {first_name} - {second_name} is {test.mean:+.4f} nats"
+        f"At {at} tokens, step {first.steps[-1]}, {names[0]} - {names[1]} is {test.mean:+.4f} nats"
         f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds:"
         f" p = {p_value(test.p_value)},"
-        f" {verdict_on(test.verdict, first_name)}. So many seeds would have seen a difference of"
+        f" {verdict_on(test.verdict, names[0])}. So many seeds would have seen a difference of"
         f" {known(test.smallest_detectable)} nats four times in five."
     )
-    rises = [_rise(one, name) for one, name in zip(pair, arms, strict=True)]
-    if any(rises):
-        sentence += f"{''.join(rises)} At each run's own lowest, {_lowest_difference(first, second)}."
-    floor = floors.get("unigram")
-    if floor and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > floor:
-        why = (
-            "what is learned does not hold for other pictures"
-            if any(rises)
-            else "pictures are not learned yet"
-        )
-        sentence += f" Neither arm is below the cost of counting codes ({floor:.3f}): {why}."
-    return Section("Comparison", sentence, figure, table)
+    rises = _rise(first, names[0]) + _rise(second, names[1])
+    if rises:
+        sentence += f"{rises} At each run's own lowest, {_lowest_difference(first, second)}."
+    # A difference between two arms that have not learned the codes' frequencies is one of warming up.
+    if unigram and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > unigram:
+        why = "what is learned does not hold for other pictures" if rises else "pictures are not learned yet"
+        sentence += f" Neither arm is below the cost of counting codes ({unigram:.3f}): {why}."
+    return sentence
 
 
 def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str = "image_loss") -> Section:
@@ -158,7 +161,7 @@ def sizes(
             continue
         first, second = pair
         test = _test_at_end(first, second)
-        found.append((_num_samples(runs[0][0]), test))
+        found.append((num_samples(runs[0][0]), test))
         gap = difference(test.mean, test.low, test.high)
         means = [f"{one.values[:, -1].mean():.4f}" for one in (first, second)]
         verdict = verdict_on(test.verdict, names[0])
@@ -176,12 +179,6 @@ def sizes(
         value=value,
     )
     return Section("Data sizes", f"{names[0]} - {names[1]}: {sentence}.", figure, table)
-
-
-def _num_samples(run: Run) -> int:
-    """Count the samples that a run was trained on."""
-    settings = yaml.safe_load((run.folder / RESOLVED).read_text())["data"]
-    return num_trained_on(read_manifest_file(run.folder / DATA_MANIFEST), keep_every=settings["keep_every"])
 
 
 def _pair_of(
@@ -219,15 +216,14 @@ def _draw_difference(
     *,
     names: tuple[str, str],
     value: str,
-    floors: dict[str, float],
-) -> Any:
-    """Draw both arms beside floors, the paired difference with its interval, and the worth in tokens."""
+    baselines: dict[str, float],
+) -> Figure:
+    """Draw both arms beside baselines, the paired difference with its interval, and the worth in tokens."""
     figure, (both_axis, left, right) = panels(3)
     first = both[0]
     for one, name, (colour, dash) in zip(both, names, styles(), strict=False):
-        both_axis.plot(one.tokens, one.values.mean(0), color=colour, linestyle=dash, label=name)
-        both_axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
-    draw_floors(both_axis, floors)
+        draw_mean_and_range(both_axis, one, colour=colour, dash=dash, label=name)
+    draw_baselines(both_axis, baselines)
     both_axis.set(xlabel="tokens trained on", ylabel=f"held-out {LABELS.get(value, value)}")
     left.axhline(0, color="0.5", linewidth=0.8)
     left.plot(first.tokens, found.mean, color=COLOURS[0], marker="o", markersize=3, label="mean over seeds")
@@ -255,7 +251,7 @@ def _draw_difference(
     return figure
 
 
-def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Any:
+def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Figure:
     """Draw each test's mean difference with its interval, a line a comparison, the first on top."""
     figure, (axis,) = panels(1)
     figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
@@ -269,7 +265,7 @@ def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Any:
     return figure
 
 
-def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str], value: str) -> Any:
+def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str], value: str) -> Figure:
     """Draw the paired difference at the end against the number of training samples, with its interval."""
     figure, (axis,) = panels(1)
     axis.axhline(0, color="0.5", linewidth=0.8)
@@ -283,3 +279,10 @@ def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str
     axis.set(xlabel="training samples", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
     finish(axis)
     return figure
+
+
+SECTIONS = (
+    SectionKind("comparison", reads="metrics.jsonl of runs", make=comparison),
+    SectionKind("overview", reads="metrics.jsonl of runs", make=overview),
+    SectionKind("sizes", reads="metrics.jsonl and data_manifest.json of runs", make=sizes),
+)

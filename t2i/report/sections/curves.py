@@ -1,22 +1,17 @@
 """Training curves, and how every run ended."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from t2i.report.figures import LABELS, draw_floors, finish, panels, styles
-from t2i.report.sections.section import (
-    Section,
-    last,
-    without_empty_columns,
-)
+from t2i.report.figures import LABELS, draw_baselines, finish, panels, styles
+from t2i.report.sections.section import Section, SectionKind, last, without_empty_columns
+from t2i.runs.checkpoint_store import read_manifest, step_folder
 from t2i.study.jobs import run_dir
-from t2i.study.results import Curve, curve, floors_of, read_json, runs_of
+from t2i.study.results import TRAIN_ROWS, Curve, Run, curve, image_baselines, read_run, runs_of
 from t2i.study.spec import Study
-from t2i.study.statistics import (
-    ema,
-)
+from t2i.study.statistics import ema
 
 SMOOTHING = 0.95
 """Decay of the averages that are drawn (paper, Figure 6)."""
@@ -28,10 +23,10 @@ def curves(
     """Draw training curves against tokens, raw and smoothed, a panel a value; the table has the last held-out ones."""
     panels: dict[str, dict[str, Curve]] = {value: {} for value in values}
     table = [["arm", "seeds", *(f"held-out {value}" for value in values)]]
-    floors: dict[str, float] = {}
+    baselines: dict[str, float] = {}
     for arm in arms:
         runs = runs_of(study, arm=arm, out=out)
-        floors = floors or floors_of(runs)
+        baselines = baselines or image_baselines(runs)
         cells = []
         for value in values:
             found = curve(runs, value=value)
@@ -40,7 +35,7 @@ def curves(
             cells.append(last(curve(runs, value=value, split="heldout")))
         table.append([arm, str(len(runs)), *cells])
     table = without_empty_columns(table)
-    figure = _draw_curves(panels, decay=SMOOTHING, perplexity=perplexity, floors=floors)
+    figure = _draw_curves(panels, decay=SMOOTHING, perplexity=perplexity, baselines=baselines)
     sentence = "; ".join(
         f"{value} ends at "
         + ", ".join(f"{_smoothed_end(one):.3f} ({arm})" for arm, one in panels[value].items())
@@ -51,41 +46,31 @@ def curves(
 
 
 def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Tabulate every run: how it ended, what learned, what it cost."""
+    """Tabulate every run: how it ended, what was trainable, what it cost."""
     table = [
         ["run", "ended", "learned numbers", "optimizer state", "held-out image loss", "tokens", "minutes"]
     ]
-    failed = 0
-    for arm in arms:
-        for seed in study.seeds_of(arm):
-            folder = run_dir(out, arm, seed)
-            status = read_json(folder / "status.json")
-            runs = [run for run in runs_of(study, arm=arm, out=out) if run.seed == seed]
-            if not runs:
-                failed += 1
-                table.append(
-                    [
-                        folder.name,
-                        f"{status.get('state', 'not begun')}: {status.get('reason', '')}",
-                        *[""] * 5,
-                    ]
-                )
-                continue
-            end = [row for row in runs[0].rows if "split" not in row][-1]
-            facts = read_json(folder / "checkpoints" / f"step_{end['step']:06d}" / "manifest.json")
-            table.append(
-                [
-                    folder.name,
-                    "done",
-                    f"{facts['parameters']['learned']:,} of {facts['parameters']['all']:,}",
-                    f"{facts['optimizer_state_bytes'] / 1e6:,.1f} MB",
-                    last(curve(runs, value="image_loss", split="heldout")),
-                    f"{end['tokens']:,}",
-                    f"{end['seconds'] / 60:.1f}",
-                ]
-            )
-    total = sum(len(study.seeds_of(arm)) for arm in arms)
-    return Section("Runs", f"{total - failed} of {total} runs ended well.", table=table)
+    runs = [read_run(run_dir(out, arm, seed), seed=seed) for arm in arms for seed in study.seeds_of(arm)]
+    table += [_end(run) for run in runs]
+    ended = sum(run.is_done for run in runs)
+    return Section("Runs", f"{ended} of {len(runs)} runs ended well.", table=table)
+
+
+def _end(run: Run) -> list[str]:
+    """Write one run as a row of the table."""
+    if not run.is_done:
+        return [run.folder.name, f"{run.state or 'not begun'}: {run.reason}", *[""] * 5]
+    end = [row for row in run.rows if row.split == TRAIN_ROWS][-1]
+    facts = read_manifest(step_folder(run.folder, end.step))
+    return [
+        run.folder.name,
+        "done",
+        f"{facts['parameters']['learned']:,} of {facts['parameters']['all']:,}",
+        f"{facts['optimizer_state_bytes'] / 1e6:,.1f} MB",
+        last(curve([run], value="image_loss", split="heldout")),
+        f"{int(end.values['tokens']):,}",
+        f"{end.values['seconds'] / 60:.1f}",
+    ]
 
 
 def _smoothed_end(one: Curve) -> float:
@@ -93,8 +78,8 @@ def _smoothed_end(one: Curve) -> float:
 
 
 def _draw_curves(
-    values: dict[str, dict[str, Curve]], *, decay: float, perplexity: bool, floors: dict[str, float]
-) -> Any:
+    values: dict[str, dict[str, Curve]], *, decay: float, perplexity: bool, baselines: dict[str, float]
+) -> Figure:
     """Draw each value's panel: every seed raw and pale, the mean of smoothed seeds on top."""
     figure, axes = panels(len(values))
     for axis, (value, arms) in zip(axes, values.items(), strict=True):
@@ -107,7 +92,7 @@ def _draw_curves(
             label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
             axis.plot(one.tokens, shown[1], color=colour, linestyle=dash, label=label)
         if value == "image_loss":
-            draw_floors(axis, floors, perplexity=perplexity)
+            draw_baselines(axis, baselines, perplexity=perplexity)
         label = LABELS.get(value, value)
         if perplexity:
             label = label.split(",")[0].replace("loss", "perplexity")
@@ -116,3 +101,9 @@ def _draw_curves(
             axis.set_yscale("log")
         finish(axis)
     return figure
+
+
+SECTIONS = (
+    SectionKind("curves", reads="metrics.jsonl of runs", make=curves),
+    SectionKind("ends", reads="status.json, metrics.jsonl and checkpoint manifests of runs", make=ends),
+)

@@ -1,42 +1,40 @@
-"""Rows of the vocabulary: alignment, nearest text tokens, the semantics probe."""
+"""Embeddings of codes and words: alignment, nearest text tokens, the semantics probe."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from t2i.report.figures import finish, panels, styles
-from t2i.report.sections.section import Section, read_files
+from t2i.report.sections.section import Section, SectionKind, files_in, in_folder
 from t2i.runs.metrics_log import read_metrics
-from t2i.study.results import read_json
+from t2i.study.measured import NearestTokens, read_alignment, read_each, read_nearest
 from t2i.study.spec import Study
-from t2i.train.align import SUMMARY
 
 
 def alignment(study: Study, out: Path, *, folder: str) -> Section:
     """Draw the contrastive alignment's loss and temperature; the table has retrieval beside chance (Figure 7)."""
-    path = Path(folder.replace("{out}", str(out)))
-    summary = read_json(path / SUMMARY)
-    sides = [name for name in summary if name != "settings"]
+    path = in_folder(folder, out)
+    sides = read_alignment(path)
     if not sides:
         return Section("Alignment", f"{path} holds no finished alignment.")
     table = [
         ["rows", "picture finds caption", "caption finds picture", "chance", "held-out pairs", "temperature"]
     ]
-    for name in sides:
-        one = summary[name]
-        shares = [f"{one[key]:.2%}" for key in ("image_to_text", "text_to_image", "chance")]
-        table.append([name, *shares, str(one["num_pairs"]), f"{one['temperature']:.4f}"])
-    best = max(summary[name]["image_to_text"] / summary[name]["chance"] for name in sides)
+    for name, one in sides.items():
+        shares = [f"{share:.2%}" for share in (one.image_to_text, one.text_to_image, one.chance)]
+        table.append([name, *shares, str(one.num_pairs), f"{one.temperature:.4f}"])
+    best = max(one.image_to_text / one.chance for one in sides.values())
     sentence = (
         f"A picture finds its caption among held-out ones at most {best:.1f} times as often as by chance."
     )
-    return Section("Alignment", sentence, _draw_alignment(path, sides), table)
+    return Section("Alignment", sentence, _draw_alignment(path, list(sides)), table)
 
 
 def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "input") -> Section:
     """Draw cosines of image rows to their nearest text rows beside text and random rows, for nearest.json files."""
-    found = {name: one[rows] for name, one in read_files(files, out=out).items() if rows in one}
+    models = read_each(files_in(files, out), read_nearest)
+    found = {name: sides[rows] for name, sides in models.items() if rows in sides}
     if not found:
         return Section("Nearest text tokens", "No file of nearest tokens was made.")
     table = [
@@ -50,10 +48,10 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
         ]
     ]
     for name, one in found.items():
-        medians = [f"{one[kind]['0.50']:.3f}" for kind in ("image", "random", "text")]
-        tokens = " ".join(repr(tokens[0]) for tokens in one["nearest_tokens"][:4])
-        table.append([name, *medians, f"{one['compared']['random_nearer']:.1%}", tokens])
-    shares = ", ".join(f"{one['compared']['random_nearer']:.0%} ({name})" for name, one in found.items())
+        medians = [f"{median:.3f}" for median in one.medians.values()]
+        tokens = " ".join(repr(tokens[0]) for tokens in one.tokens[:4])
+        table.append([name, *medians, f"{one.random_nearer:.1%}", tokens])
+    shares = ", ".join(f"{one.random_nearer:.0%} ({name})" for name, one in found.items())
     sentence = f"A random row is nearer to text than an image row in {shares}; 50% would be no difference from noise."
     return Section("Nearest text tokens", sentence, _draw_cosines(found), table)
 
@@ -65,21 +63,20 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
         folder: of the alignment.
         files: nearest.json files; those made with --before have linear CKA.
     """
-    summary = read_json(Path(folder.replace("{out}", str(out))) / SUMMARY)
+    aligned = read_alignment(in_folder(folder, out))
     table = [["what", "rows", "value", "what nothing would give"]]
-    for name, one in summary.items():
-        if name != "settings":
-            chance = f"{one['chance']:.2%}"
-            for key in ("image_to_text", "text_to_image"):
-                table.append([f"alignment, {key.replace('_', ' ')}", name, f"{one[key]:.2%}", chance])
-    for model, sides in read_files(files, out=out).items():
-        for side in ("input", "output"):
-            nearer = 1 - sides[side]["compared"]["random_nearer"]
-            table.append([f"{model}: nearer to text than a random row", side, f"{nearer:.1%}", "50.0%"])
-            if "cka" in sides[side]:
-                cells = [f"{sides[side]['cka']:.3f}", "near 0; 1 is no change but a turn"]
+    for name, one in aligned.items():
+        directions = {"image to text": one.image_to_text, "text to image": one.text_to_image}
+        for direction, share in directions.items():
+            table.append([f"alignment, {direction}", name, f"{share:.2%}", f"{one.chance:.2%}"])
+    for model, sides in read_each(files_in(files, out), read_nearest).items():
+        for side, near in sides.items():
+            nearer = f"{1 - near.random_nearer:.1%}"
+            table.append([f"{model}: nearer to text than a random row", side, nearer, "50.0%"])
+            if near.cka is not None:
+                cells = [f"{near.cka:.3f}", "near 0; 1 is no change but a turn"]
                 table.append([f"{model}: CKA of image rows before and after", side, *cells])
-    ratios = [one["image_to_text"] / one["chance"] for name, one in summary.items() if name != "settings"]
+    ratios = [one.image_to_text / one.chance for one in aligned.values()]
     sentence = (
         f"A bag of codes finds its caption {max(ratios):.1f} times as often as chance"
         if ratios
@@ -90,7 +87,7 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
     )
 
 
-def _draw_alignment(folder: Path, sides: list[str]) -> Any:
+def _draw_alignment(folder: Path, sides: list[str]) -> Figure:
     """Draw contrastive loss and temperature against steps (paper, Figure 7)."""
     figure, axes = panels(2)
     rows = [row for row in read_metrics(folder) if "split" not in row]
@@ -103,15 +100,15 @@ def _draw_alignment(folder: Path, sides: list[str]) -> Any:
     return figure
 
 
-def _draw_cosines(found: dict[str, dict[str, Any]]) -> Any:
+def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
     """Draw, a panel a model, how near image, random and text rows are to their nearest text row."""
     figure, axes = panels(len(found))
     for axis, (name, one) in zip(axes, found.items(), strict=True):
-        every = np.concatenate([one["cosines"][kind] for kind in ("image", "random", "text")])
+        every = np.concatenate(list(one.cosines.values()))
         bins = np.linspace(every.min(), every.max(), 50)
-        for kind, (colour, dash) in zip(("image", "random", "text"), styles(), strict=False):
+        for (kind, cosines), (colour, dash) in zip(one.cosines.items(), styles(), strict=False):
             axis.hist(
-                one["cosines"][kind],
+                cosines,
                 bins=bins,
                 density=True,
                 histtype="step",
@@ -122,3 +119,10 @@ def _draw_cosines(found: dict[str, dict[str, Any]]) -> Any:
         axis.set(xlabel="cosine to the nearest text row", ylabel="density", title=name)
         finish(axis)
     return figure
+
+
+SECTIONS = (
+    SectionKind("alignment", reads="align.json and metrics.jsonl of an alignment", make=alignment),
+    SectionKind("nearest", reads="nearest.json", make=nearest),
+    SectionKind("probe", reads="align.json of an alignment, nearest.json", make=probe),
+)

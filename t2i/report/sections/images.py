@@ -1,23 +1,23 @@
-"""What pictures cost and look like: published numbers, reconstructions, places, captions, perplexity against FID."""
+"""What images cost and look like: published numbers, reconstructions, places, captions, perplexity against FID."""
 
 import csv
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.dates
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-from t2i.data.shards.manifest import RECONSTRUCTIONS
-from t2i.measure.compare import SCORES
+from t2i.data.shards.manifest import MANIFEST, RECONSTRUCTIONS
+from t2i.files import read_json
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
-from t2i.report.figures import COLOURS, draw_floors, finish, panels, styles
-from t2i.report.sections.section import Section, last
-from t2i.runs.loading import DATA_MANIFEST
-from t2i.study.results import Curve, Run, curve, floors_of, read_json, runs_of
+from t2i.report.figures import COLOURS, draw_baselines, draw_mean_and_range, finish, panels, styles
+from t2i.report.sections.section import Section, SectionKind, in_folder, last
+from t2i.study.measured import read_perplexity, read_score
+from t2i.study.results import Curve, codes_per_image, curve, image_baselines, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import rank_agreement
 
@@ -40,10 +40,10 @@ def published(study: Study, out: Path) -> Section:
 
 def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
     """Show pictures beside what the image tokenizer makes of them (Figure 2), as preparing the shards left them."""
-    folder = Path(shards.replace("{out}", str(out)))
+    folder = in_folder(shards, out)
     if not (folder / RECONSTRUCTIONS).is_file():
         return Section("Reconstructions", f"{folder} has no {RECONSTRUCTIONS}.")
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / MANIFEST)
     sentence = (
         f"Pictures of {manifest['source']}, and the same after {manifest['codes_per_image']} codes of"
         f" {manifest['codebook_size']}: what no model of these codes can do better than."
@@ -58,23 +58,23 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
     table = [["arm", "seeds", "text", "image", "special", "total", "bits a pixel"]]
     grids: dict[str, np.ndarray] = {}
     for arm in arms:
-        found = [one for run in runs_of(study, arm=arm, out=out) if (one := _first_split(run))]
+        found = [one for run in runs_of(study, arm=arm, out=out) if (one := read_perplexity(run.folder))]
         if not found:
             continue
         nats = [
-            [one[kind]["nats"] for one in found if one[kind]]
+            [one.nats[kind] for one in found if kind in one.nats]
             for kind in ("text", "image", "special", "total")
         ]
-        bits = [one["bits_per_pixel"] for one in found if "bits_per_pixel" in one]
+        bits = [one.bits_per_pixel for one in found if one.bits_per_pixel is not None]
         cells = [f"{np.mean(values):.4f}" if values else "-" for values in [*nats, bits]]
         table.append([arm, str(len(found)), *cells])
-        codes = np.mean([one["image_loss_by_code"] for one in found if "image_loss_by_code" in one], axis=0)
-        side = math.isqrt(codes.size)
-        if codes.ndim and side**2 == codes.size:
-            grids[arm] = codes.reshape(side, side)
+        codes = [one.image_loss_by_code for one in found if one.image_loss_by_code is not None]
+        side = math.isqrt(codes[0].size) if codes else 0
+        if codes and side**2 == codes[0].size:
+            grids[arm] = np.mean(codes, axis=0).reshape(side, side)
     if not grids:
         return Section("Loss by place", f"No run of {', '.join(arms)} has {PERPLEXITY} with a square grid.")
-    floors = floors_of(runs_of(study, arm=next(iter(grids)), out=out))
+    baselines = image_baselines(runs_of(study, arm=next(iter(grids)), out=out))
     sentence = "; ".join(
         f"{arm}: first row {grid[0].mean():.3f}, last row {grid[-1].mean():.3f} nats a code"
         for arm, grid in grids.items()
@@ -83,7 +83,7 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
     if len(names) > 1:
         share = float((grids[names[0]] < grids[names[1]]).mean())
         sentence += f". {names[0]} costs less than {names[1]} at {share:.0%} of the places"
-    return Section("Loss by place", f"{sentence}.", _draw_places(grids, floors=floors), table)
+    return Section("Loss by place", f"{sentence}.", _draw_places(grids, baselines=baselines), table)
 
 
 def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
@@ -97,7 +97,7 @@ def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
         own = curve(runs, value="image_loss", split="heldout")
         if own is None:
             continue
-        codes = read_json(runs[0].folder / DATA_MANIFEST)["codes_per_image"]
+        codes = codes_per_image(runs[0])
         cells = [last(own)]
         for other, panel in worth.items():
             found = curve(runs, value=f"image_loss_{other}_caption", split="heldout")
@@ -124,20 +124,13 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
     table = [["run", "held-out image loss", measure, "n", "features"]]
     for arm in arms:
         for run in runs_of(study, arm=arm, out=out):
-            files = sorted((run.folder / "eval").glob(f"step_*/{SCORES}"))
-            scores, loss = (
-                read_json(files[-1]) if files else {},
-                curve([run], value="image_loss", split="heldout"),
-            )
-            if measure not in scores or loss is None:
+            score = read_score(run.folder, measure=measure)
+            loss = curve([run], value="image_loss", split="heldout")
+            if score is None or loss is None:
                 continue
-            points.setdefault(arm, []).append((float(loss.values[0, -1]), scores[measure]))
-            cells = [
-                f"{loss.values[0, -1]:.4f}",
-                f"{scores[measure]:.4g}",
-                str(scores["n"]),
-                scores["features"],
-            ]
+            end = float(loss.values[0, -1])
+            points.setdefault(arm, []).append((end, score.value))
+            cells = [f"{end:.4f}", f"{score.value:.4g}", str(score.num_images), score.features]
             table.append([run.folder.name, *cells])
     runs = [point for found in points.values() for point in found]
     if len(runs) < 2:
@@ -146,14 +139,9 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
     sentence = f"Kendall's tau of the orders by loss and by {measure}: {_tau(runs)} over {len(runs)} runs"
     if len(means) > 1:
         sentence += f", {_tau(means)} over the means of {len(means)} arms"
-    floors = floors_of(runs_of(study, arm=next(iter(points)), out=out))
-    figure = _draw_agreement(points, measure=measure, floors=floors)
+    baselines = image_baselines(runs_of(study, arm=next(iter(points)), out=out))
+    figure = _draw_agreement(points, measure=measure, baselines=baselines)
     return Section("Perplexity or distance", f"{sentence}; 1 is the same order.", figure, table)
-
-
-def _first_split(run: Run) -> dict[str, Any]:
-    splits = read_json(run.folder / PERPLEXITY).get("splits", {})
-    return next(iter(splits.values()), {})
 
 
 def _tau(points: Sequence[tuple[float, ...]]) -> str:
@@ -163,7 +151,7 @@ def _tau(points: Sequence[tuple[float, ...]]) -> str:
     return f"{rank_agreement(losses, distances):+.2f}"
 
 
-def _draw_published(rows: list[dict[str, str]]) -> Any:
+def _draw_published(rows: list[dict[str, str]]) -> Figure:
     """Draw FIDs over time: colour by family, filled where a pre-trained language model is used."""
     figure, (axis,) = panels(1)
     figure.set_size_inches(7.4, 4.2)
@@ -193,7 +181,7 @@ def _draw_published(rows: list[dict[str, str]]) -> Any:
     return figure
 
 
-def _show_file(path: Path, *, title: str) -> Any:
+def _show_file(path: Path, *, title: str) -> Figure:
     """Show a picture file as it is."""
     image = plt.imread(path)
     figure, (axis,) = panels(1)
@@ -203,7 +191,7 @@ def _show_file(path: Path, *, title: str) -> Any:
     return figure
 
 
-def _draw_places(losses: dict[str, np.ndarray], *, floors: dict[str, float]) -> Any:
+def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) -> Figure:
     """Draw image loss by row and by column of the code grid, and where the first arm is better than the second.
 
     Args:
@@ -214,7 +202,7 @@ def _draw_places(losses: dict[str, np.ndarray], *, floors: dict[str, float]) -> 
     for axis, name, direction in zip(axes, ("row", "column"), (1, 0), strict=False):
         for (arm, grid), (colour, dash) in zip(losses.items(), styles(), strict=False):
             axis.plot(grid.mean(direction), color=colour, linestyle=dash, label=arm)
-        draw_floors(axis, floors)
+        draw_baselines(axis, baselines)
         axis.set(xlabel=f"{name} of the code grid", ylabel="image loss, nats a code")
         finish(axis)
     if len(arms) > 1:
@@ -226,33 +214,43 @@ def _draw_places(losses: dict[str, np.ndarray], *, floors: dict[str, float]) -> 
     return figure
 
 
-def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Any:
+def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Figure:
     """Draw what a caption is worth in nats an image, a panel for each kind of other caption."""
     figure, axes = panels(len(worth))
     for axis, (other, arms) in zip(axes, worth.items(), strict=True):
         axis.axhline(0, color="0.5", linewidth=0.8)
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
-            axis.plot(one.tokens, one.values.mean(0), color=colour, linestyle=dash, label=arm)
-            axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+            draw_mean_and_range(axis, one, colour=colour, dash=dash, label=arm)
         axis.set(xlabel="tokens trained on", ylabel=f"{other} - own caption, nats an image")
         finish(axis)
     return figure
 
 
 def _draw_agreement(
-    points: dict[str, list[tuple[float, float]]], *, measure: str, floors: dict[str, float]
-) -> Any:
+    points: dict[str, list[tuple[float, float]]], *, measure: str, baselines: dict[str, float]
+) -> Figure:
     """Draw each run's distance against its held-out image loss, a colour an arm."""
     figure, (axis,) = panels(1)
     markers = "os^Dv<>Phd*"
     for place, ((arm, found), (colour, _)) in enumerate(zip(points.items(), styles(), strict=False)):
         marker = markers[place % len(markers)]
         axis.plot(*zip(*found, strict=True), marker, color=colour, label=arm)
-    for name, floor in floors.items():
-        axis.axvline(floor, color="0.6", linewidth=0.7, linestyle=":")
+    for name, baseline in baselines.items():
+        axis.axvline(baseline, color="0.6", linewidth=0.7, linestyle=":")
         axis.text(
-            floor, 0.01, name, transform=axis.get_xaxis_transform(), fontsize=6, color="0.4", rotation=90
+            baseline, 0.01, name, transform=axis.get_xaxis_transform(), fontsize=6, color="0.4", rotation=90
         )
     axis.set(xlabel="held-out image loss, nats a code", ylabel=measure)
     finish(axis)
     return figure
+
+
+SECTIONS = (
+    SectionKind("published", reads="a table that ships with t2i", make=published),
+    SectionKind(
+        "reconstructions", reads="manifest.json and reconstructions.png of shards", make=reconstructions
+    ),
+    SectionKind("places", reads="perplexity.json of runs", make=places),
+    SectionKind("conditioning", reads="metrics.jsonl of runs", make=conditioning),
+    SectionKind("agreement", reads="metrics.jsonl and scores.json of runs", make=agreement),
+)

@@ -2,14 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
-from t2i.report.figures import COLOURS, LABELS, draw_floors, finish, panels, styles
-from t2i.report.sections.section import Section, last, read_files
-from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import read_metrics
-from t2i.runs.run_folder import STATUS
-from t2i.study.results import Curve, Run, curve, paired, read_json, runs_of, text_floors_of
+from matplotlib.figure import Figure
+
+from t2i.report.figures import COLOURS, LABELS, draw_baselines, draw_mean_and_range, finish, panels, styles
+from t2i.report.sections.section import Section, SectionKind, files_in, in_folder, last
+from t2i.study.measured import read_each, read_forgetting, read_gradients
+from t2i.study.results import Curve, curve, data_manifest, paired, read_run, runs_of, text_baselines
 from t2i.study.spec import Study
 
 
@@ -19,32 +18,31 @@ def pretraining(study: Study, out: Path, *, folder: str) -> Section:
     Args:
         folder: of its run, `{out}` being the study's.
     """
-    run_dir = Path(folder.replace("{out}", str(out)))
-    run = Run(run_dir, 0, read_metrics(run_dir), read_json(run_dir / STATUS))
+    run = read_run(in_folder(folder, out), seed=0)
     found = curve([run], value="text_loss", split="heldout")
     if found is None:
-        return Section("The language model", f"{run_dir} has no held-out text loss.")
-    manifest = read_json(run_dir / DATA_MANIFEST)
-    floors: dict[str, float] = manifest["floors_nats"]["heldout"]
+        return Section("The language model", f"{run.folder} has no held-out text loss.")
+    manifest = data_manifest(run)
+    baselines: dict[str, float] = manifest["floors_nats"]["heldout"]
     end = float(found.values[0, -1])
     sentence = (
         f"Pre-trained on {manifest['documents']['train']:,} documents of {manifest['source']} (SHA-256"
         f" {manifest['gathered_sha256'][:16]}), {found.tokens[-1]:,} tokens, to {end:.3f} nats a held-out token, a"
-        f" perplexity of {math.exp(end):.1f}; counting single tokens costs {math.exp(floors['unigram']):.0f}, pairs"
-        f" {math.exp(floors['bigram']):.0f}."
+        f" perplexity of {math.exp(end):.1f}; counting single tokens costs {math.exp(baselines['unigram']):.0f}, pairs"
+        f" {math.exp(baselines['bigram']):.0f}."
     )
-    return Section("The language model", sentence, _draw_pretraining(found, floors=floors))
+    return Section("The language model", sentence, _draw_pretraining(found, baselines=baselines))
 
 
 def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     """Tabulate completions of the same prompts by several checkpoints (Table 1), from forgetting.json files."""
-    found = read_files(files, out=out)
+    found = read_each(files_in(files, out), read_forgetting)
     table = [["prompt", "model", "completion", "perplexity of text among text rows"]]
     for name, one in found.items():
-        for which, model in one["models"].items():
+        for which, model in one.models.items():
             label = name if which == "model" else f"{name}: {which}"
-            for prompt, text in zip(one["prompts"], model["completions"], strict=True):
-                table.append([prompt, label, text, f"{model['costs']['text']['perplexity_text_rows']:.2f}"])
+            for prompt, text in zip(one.prompts, model.completions, strict=True):
+                table.append([prompt, label, text, f"{model.costs['text'].perplexity_text_rows:.2f}"])
     table[1:] = sorted(table[1:], key=lambda row: row[0])
     return Section(
         "Completions",
@@ -58,11 +56,11 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
     panels: dict[str, dict[str, Curve]] = {"text_loss_text_rows": {}, "leaked": {}}
     table = [["arm", "text before", "text after", "leaked after", "held-out image loss"]]
     paths: dict[str, tuple[Curve, Curve]] = {}
-    floors: dict[str, float] = {}
+    baselines: dict[str, float] = {}
     sentences = []
     for arm in arms:
         runs = runs_of(study, arm=arm, out=out)
-        floors = floors or text_floors_of(runs)
+        baselines = baselines or text_baselines(runs)
         for value, panel in panels.items():
             found = curve(runs, value=value, split="text")
             if found is not None:
@@ -80,7 +78,7 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
     sentence = (
         f"Held-out text, among text rows, goes in nats a token: {'; '.join(sentences) or 'not measured'}."
     )
-    return Section("Forgetting", sentence, _draw_forgetting(panels, paths, floors=floors), table)
+    return Section("Forgetting", sentence, _draw_forgetting(panels, paths, baselines=baselines), table)
 
 
 def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
@@ -89,19 +87,17 @@ def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
         ["model", "text", "text, among text rows", "captions", "captions, among text rows", "tokens of each"]
     ]
     sentences = []
-    for name, one in read_files(files, out=out).items():
-        for which, model in one["models"].items():
-            costs = model["costs"]
-            if set(costs) != {"text", "captions"}:
+    for name, one in read_each(files_in(files, out), read_forgetting).items():
+        for which, model in one.models.items():
+            if set(model.costs) != {"text", "captions"}:
                 continue
             label = name if which == "model" else f"{name}: {which}"
+            costs = [model.costs[kind] for kind in ("text", "captions")]
             cells = [
-                f"{costs[kind][key]:.2f}"
-                for kind in ("text", "captions")
-                for key in ("perplexity", "perplexity_text_rows")
+                f"{value:.2f}" for cost in costs for value in (cost.perplexity, cost.perplexity_text_rows)
             ]
-            table.append([label, *cells, " and ".join(str(costs[kind]["num_tokens"]) for kind in costs)])
-            ratio = costs["captions"]["perplexity_text_rows"] / costs["text"]["perplexity_text_rows"]
+            table.append([label, *cells, " and ".join(str(cost.num_tokens) for cost in model.costs.values())])
+            ratio = costs[1].perplexity_text_rows / costs[0].perplexity_text_rows
             sentences.append(f"{ratio:.2f} times that of text ({label})")
     sentence = f"The perplexity of captions, among text rows, is {'; '.join(sentences) or 'not measured'}."
     return Section("Captions against ordinary text", sentence, table=table)
@@ -111,25 +107,25 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     """Tabulate the share of text in tokens, loss and gradient norm, of gradients.json files (sec. 2.2)."""
     table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without rows"]]
     sentences = []
-    for name, one in read_files(files, out=out).items():
-        for kind in ("text", "image", "special"):
-            cells = [f"{one[kind][key]:.2%}" for key in ("token_share", "loss_share", "norm_share")]
-            norms = [f"{one[kind][key]:.4g}" for key in ("norm", "norm_layers")]
-            table.append([name, kind, *cells, *norms])
-        tokens = one["image"]["tokens"] / one["text"]["tokens"] if one["text"]["tokens"] else float("inf")
-        norm = one["image"]["norm"] / one["text"]["norm"] if one["text"]["norm"] else float("inf")
+    for name, one in read_each(files_in(files, out), read_gradients).items():
+        for kind, part in one.parts.items():
+            cells = [f"{share:.2%}" for share in (part.token_share, part.loss_share, part.norm_share)]
+            table.append([name, kind, *cells, f"{part.norm:.4g}", f"{part.norm_layers:.4g}"])
+        image, text = one.parts["image"], one.parts["text"]
+        tokens = image.tokens / text.tokens if text.tokens else math.inf
+        norm = image.norm / text.norm if text.norm else math.inf
         sentences.append(
             f"{name}: {tokens:.1f} image tokens a text token, gradient norms {norm:.2f} to 1,"
-            f" cosine of the two {one['cosine_text_image']:+.2f}"
+            f" cosine of the two {one.cosine_text_image:+.2f}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
 
 
-def _draw_pretraining(one: Curve, *, floors: dict[str, float]) -> Any:
+def _draw_pretraining(one: Curve, *, baselines: dict[str, float]) -> Figure:
     """Draw held-out text loss against tokens, beside what counting costs."""
     figure, (axis,) = panels(1)
     axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
-    draw_floors(axis, floors)
+    draw_baselines(axis, baselines)
     axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats a token")
     finish(axis)
     return figure
@@ -139,29 +135,28 @@ def _draw_forgetting(
     values: dict[str, dict[str, Curve]],
     paths: dict[str, tuple[Curve, Curve]],
     *,
-    floors: dict[str, float],
-) -> Any:
+    baselines: dict[str, float],
+) -> Figure:
     """Draw the cost of held-out text and the leak along training, and what was kept against what was learned.
 
     Args:
         values: value -> arm -> curve, with the range of seeds.
         paths: arm -> held-out image loss and text loss at the same steps.
-        floors: of held-out text, nats a token.
+        baselines: of held-out text, nats a token.
     """
     figure, axes = panels(len(values) + 1)
     for axis, (value, arms) in zip(axes[:-1], values.items(), strict=True):
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
-            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
             name = arm if axis is axes[0] else None  # one legend for all: many arms leave no room for three
-            axis.plot(one.tokens, one.values.mean(0), label=name, **style)
-            axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+            draw_mean_and_range(axis, one, colour=colour, dash=dash, label=name, marker="o")
         if value == "text_loss_text_rows":
-            draw_floors(axis, floors)
+            draw_baselines(axis, baselines)
         axis.set(xlabel="tokens trained on", ylabel=LABELS[value])
         finish(axis)
     for (image, text), (colour, dash) in zip(paths.values(), styles(), strict=False):
-        style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-        axes[-1].plot(image.values.mean(0), text.values.mean(0), **style)
+        axes[-1].plot(
+            image.values.mean(0), text.values.mean(0), color=colour, linestyle=dash, marker="o", markersize=3
+        )
     axes[-1].set(
         xlabel="held-out image loss, nats a code (learning: to the right)",
         ylabel=LABELS["text_loss_text_rows"],
@@ -169,3 +164,12 @@ def _draw_forgetting(
     axes[-1].invert_xaxis()
     finish(axes[-1])
     return figure
+
+
+SECTIONS = (
+    SectionKind("pretraining", reads="metrics.jsonl and data_manifest.json of one run", make=pretraining),
+    SectionKind("completions", reads="forgetting.json", make=completions),
+    SectionKind("forgetting", reads="metrics.jsonl of runs with train.eval_text", make=forgetting),
+    SectionKind("captions", reads="forgetting.json measured with --captions", make=captions),
+    SectionKind("shares", reads="gradients.json", make=shares),
+)

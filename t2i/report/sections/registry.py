@@ -1,46 +1,34 @@
-"""Sections of a study's report: each reads run folders and returns figures, a table and the sentence that follows."""
+"""All kinds of sections that a study's report may have."""
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from t2i.errors import UserError
 from t2i.report.sections import comparisons, curves, embeddings, images, language
-from t2i.report.sections.section import Section
-from t2i.study.spec import Study, nearest_name
+from t2i.report.sections.section import Section, SectionKind
+from t2i.study.spec import SectionSpec, Study, nearest_name
 
-KINDS: dict[str, Callable[..., Section]] = {
-    "published": images.published,
-    "reconstructions": images.reconstructions,
-    "curves": curves.curves,
-    "comparison": comparisons.comparison,
-    "overview": comparisons.overview,
-    "sizes": comparisons.sizes,
-    "places": images.places,
-    "conditioning": images.conditioning,
-    "agreement": images.agreement,
-    "alignment": embeddings.alignment,
-    "nearest": embeddings.nearest,
-    "probe": embeddings.probe,
-    "pretraining": language.pretraining,
-    "completions": language.completions,
-    "forgetting": language.forgetting,
-    "captions": language.captions,
-    "shares": language.shares,
-    "ends": curves.ends,
+SECTIONS: dict[str, SectionKind] = {
+    kind.name: kind
+    for kind in (
+        *curves.SECTIONS,
+        *comparisons.SECTIONS,
+        *images.SECTIONS,
+        *embeddings.SECTIONS,
+        *language.SECTIONS,
+    )
 }
 
 
-def make_section(arguments: dict[str, Any], *, study: Study, out: Path) -> Section:
+def make_section(spec: SectionSpec, *, study: Study, out: Path) -> Section:
     """Make one section from its entry in the study file.
 
     Raises:
         UserError: an unknown kind or argument.
     """
-    kind, given = _call(arguments, study)
-    section = KINDS[kind](study, out, **given)
-    section.title, section.paper = arguments.get("title") or section.title, arguments.get("paper", "")
+    _check(spec, study)
+    section = SECTIONS[spec.section].make(study, out, **spec.arguments)
+    section.title, section.paper = spec.title or section.title, spec.paper
     return section
 
 
@@ -50,23 +38,24 @@ def check_sections(study: Study) -> None:
     Raises:
         UserError: an unknown kind or argument.
     """
-    for arguments in study.report:
-        _call(arguments, study)
+    for spec in study.report:
+        _check(spec, study)
 
 
-def _call(arguments: dict[str, Any], study: Study) -> tuple[str, dict[str, Any]]:
-    """Take an entry apart into its kind and the arguments of that."""
-    given = {key: value for key, value in arguments.items() if key not in ("section", "title", "paper")}
-    kind = arguments.get("section", "")
-    if kind not in KINDS:
-        raise UserError(f"{study.file}: report has a section {kind!r}; {nearest_name(kind, list(KINDS))}.")
-    signature = inspect.signature(KINDS[kind])
-    unknown = next((key for key in given if key not in signature.parameters), None)
-    if unknown is not None:
-        title, right = arguments.get("title") or kind, nearest_name(unknown, [*signature.parameters][2:])
-        raise UserError(f"{study.file}: section {title}: no argument {unknown!r}; {right}.")
+def arguments_of(kind: SectionKind) -> list[str]:
+    """List the arguments that an entry of this kind may have."""
+    return [*inspect.signature(kind.make).parameters][2:]  # after the study and its folder
+
+
+def _check(spec: SectionSpec, study: Study) -> None:
+    if spec.section not in SECTIONS:
+        right = nearest_name(spec.section, list(SECTIONS))
+        raise UserError(f"{study.file}: report has a section {spec.section!r}; {right}.")
+    kind, where = SECTIONS[spec.section], f"{study.file}: section {spec.title or spec.section}"
+    known = arguments_of(kind)
+    if unknown := [name for name in spec.arguments if name not in known]:
+        raise UserError(f"{where}: no argument {unknown[0]!r}; {nearest_name(unknown[0], known)}.")
     try:
-        signature.bind(study, Path(), **given)
-    except TypeError as error:
-        raise UserError(f"{study.file}: section {arguments.get('title') or kind}: {error}.") from error
-    return kind, given
+        inspect.signature(kind.make).bind(study, Path(), **spec.arguments)
+    except TypeError as error:  # one that has no default is not given
+        raise UserError(f"{where}: {error}.") from error

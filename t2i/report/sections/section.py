@@ -1,11 +1,13 @@
 """A part of a study's report, and how it writes numbers, which may be unknown, as nan is."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from t2i.study.results import Curve, read_json
+from matplotlib.figure import Figure
+
+from t2i.study.results import Curve
 
 
 @dataclass
@@ -15,12 +17,29 @@ class Section:
     title: str
     found: str
     """One sentence, made from the numbers."""
-    figure: Any = None
-    """A matplotlib figure; None for a section that is a table."""
+    figure: Figure | None = None
+    """None for a section that is a table."""
     table: list[list[str]] = field(default_factory=list)
     """Its first row is the head."""
     paper: str = ""
     """What the paper found, as the study file says."""
+
+
+@dataclass(frozen=True)
+class SectionKind:
+    """What a study file can ask for under `report`."""
+
+    name: str
+    """As `section` says."""
+    reads: str
+    """Files that it is made from, for the documentation."""
+    make: Callable[..., Section]
+    """Of the study, its folder, and the entry's arguments by keyword."""
+
+
+def in_folder(path: str, out: Path) -> Path:
+    """Put the study's folder into a path of the study file."""
+    return Path(path.replace("{out}", str(out)))
 
 
 def last(one: Curve | None) -> str:
@@ -31,10 +50,9 @@ def last(one: Curve | None) -> str:
     return f"{last.mean():.4f}" + (f" ({last.min():.4f} to {last.max():.4f})" if len(last) > 1 else "")
 
 
-def read_files(files: dict[str, str], *, out: Path) -> dict[str, dict[str, Any]]:
-    """Read named JSON files, `{out}` in their paths being the study's folder; those that are not there are left out."""
-    found = {name: read_json(Path(file.replace("{out}", str(out)))) for name, file in files.items()}
-    return {name: one for name, one in found.items() if one}
+def files_in(files: dict[str, str], out: Path) -> dict[str, Path]:
+    """Put the study's folder into named paths of the study file."""
+    return {name: in_folder(file, out) for name, file in files.items()}
 
 
 def without_empty_columns(table: list[list[str]]) -> list[list[str]]:

@@ -1,0 +1,207 @@
+"""What the alignment and the commands under eval/ measured of runs: their JSON, read once, as values with names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from t2i.errors import DataError
+from t2i.files import read_optional_json
+from t2i.measure.compare import SCORES
+from t2i.measure.perplexity import RESULTS as PERPLEXITY
+from t2i.train.align import SUMMARY
+
+T = TypeVar("T")
+Values = dict[str, Any]
+"""An object of JSON."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well one space of embeddings was aligned: retrieval among held-out pairs."""
+
+    image_to_text: float
+    """Share of images whose own caption is nearest."""
+    text_to_image: float
+    chance: float
+    num_pairs: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class NearestTokens:
+    """How near image embeddings are to those of text, beside random ones, in one space."""
+
+    medians: dict[str, float]
+    """Of the cosines, by image, random and text."""
+    cosines: dict[str, np.ndarray]
+    """To the nearest text embedding, likewise."""
+    random_nearer: float
+    """The chance that a random embedding is nearer to text than an image's."""
+    tokens: list[list[str]]
+    """Per code, the nearest tokens, best first."""
+    cka: float | None
+    """Linear CKA of image embeddings before and after training; None where only one model was given."""
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Of one model on one text."""
+
+    num_tokens: int
+    perplexity: float
+    """Over the whole vocabulary."""
+    perplexity_text_rows: float
+    """Over the text vocabulary alone."""
+
+
+@dataclass(frozen=True)
+class LanguageResults:
+    """What one model does with text."""
+
+    costs: dict[str, TextPerplexity]
+    """By the name of the text: text, and captions where they were measured."""
+    completions: list[str]
+    """Of the prompts, in their order."""
+
+
+@dataclass(frozen=True)
+class ForgettingResults:
+    """forgetting.json: several models on the same texts and prompts."""
+
+    prompts: list[str]
+    models: dict[str, LanguageResults]
+    """`model`, and `reference` where there was one."""
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """One kind of token's part of a gradient."""
+
+    tokens: int
+    token_share: float
+    loss_share: float
+    norm: float
+    norm_share: float
+    norm_layers: float
+    """Without the embeddings and the LM head."""
+
+
+@dataclass(frozen=True)
+class GradientResults:
+    """gradients.json."""
+
+    parts: dict[str, GradientPart]
+    """By text, image and special."""
+    cosine_text_image: float
+
+
+@dataclass(frozen=True)
+class SplitPerplexity:
+    """One held-out split of perplexity.json."""
+
+    nats: dict[str, float]
+    """Per token, by text, image, special and total; kinds without a token are not there."""
+    bits_per_pixel: float | None
+    """None where the shards say no image size."""
+    image_loss_by_code: np.ndarray | None
+    """(K,) nats; None for sequences without images."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measure of scores.json."""
+
+    value: float
+    num_images: int
+    features: str
+    """What the measure was taken on, such as inception."""
+
+
+def read_alignment(folder: Path) -> dict[str, Retrieval]:
+    """Read an alignment's retrieval by space of embeddings; empty before it has ended."""
+    file = folder / SUMMARY
+    sides = {name: one for name, one in read_optional_json(file).items() if name != "settings"}
+    return {name: _picked(Retrieval, one, file=file) for name, one in sides.items()}
+
+
+def read_nearest(file: Path) -> dict[str, NearestTokens]:
+    """Read a nearest.json by space of embeddings, input and output."""
+    values = read_optional_json(file)
+    return {side: _nearest(values[side]) for side in ("input", "output") if side in values}
+
+
+def read_forgetting(file: Path) -> ForgettingResults | None:
+    """Read a forgetting.json; None without the file."""
+    values = read_optional_json(file)
+    if not values:
+        return None
+    models = {
+        name: LanguageResults(
+            {text: _picked(TextPerplexity, cost, file=file) for text, cost in one["costs"].items()},
+            completions=one["completions"],
+        )
+        for name, one in values["models"].items()
+    }
+    return ForgettingResults(values["prompts"], models)
+
+
+def read_gradients(file: Path) -> GradientResults | None:
+    """Read a gradients.json; None without the file."""
+    values = read_optional_json(file)
+    if not values:
+        return None
+    parts = {kind: _picked(GradientPart, values[kind], file=file) for kind in ("text", "image", "special")}
+    return GradientResults(parts, values["cosine_text_image"])
+
+
+def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
+    """Read the first split of a run's perplexity.json; None without the file."""
+    splits = read_optional_json(run_dir / PERPLEXITY).get("splits", {})
+    if not splits:
+        return None
+    one: Values = next(iter(splits.values()))
+    kinds = [kind for kind in ("text", "image", "special", "total") if one[kind]]
+    codes = one.get("image_loss_by_code")
+    return SplitPerplexity(
+        {kind: one[kind]["nats"] for kind in kinds},
+        bits_per_pixel=one.get("bits_per_pixel"),
+        image_loss_by_code=None if codes is None else np.array(codes),
+    )
+
+
+def read_score(run_dir: Path, *, measure: str) -> Score | None:
+    """Read one measure of the newest checkpoint that was scored; None if it was not measured."""
+    files = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
+    values = read_optional_json(files[-1]) if files else {}
+    if measure not in values:
+        return None
+    return Score(values[measure], num_images=values["n"], features=values["features"])
+
+
+def read_each(files: dict[str, Path], read: Callable[[Path], T | None]) -> dict[str, T]:
+    """Read named files; those that are not there are left out."""
+    found = {name: read(file) for name, file in files.items()}
+    return {name: one for name, one in found.items() if one}
+
+
+def _nearest(one: Values) -> NearestTokens:
+    kinds = ("image", "random", "text")
+    return NearestTokens(
+        medians={kind: one[kind]["0.50"] for kind in kinds},
+        cosines={kind: np.array(one["cosines"][kind]) for kind in kinds},
+        random_nearer=one["compared"]["random_nearer"],
+        tokens=one["nearest_tokens"],
+        cka=one.get("cka"),
+    )
+
+
+def _picked(kind: Callable[..., T], values: Values, *, file: Path) -> T:
+    """Take a dataclass's fields out of what a file says, which may say more."""
+    assert isinstance(kind, type)
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    if missing := [name for name in names if name not in values]:
+        raise DataError(f"{file} has no {missing[0]}; measure it again with this version of t2i.")
+    return kind(**{name: values[name] for name in names})
