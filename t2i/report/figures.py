@@ -1,4 +1,4 @@
-"""What figures share: panels, lines told apart by colour and dashes, names of values, floors; a figure as SVG text."""
+"""What figures share: panels, lines told apart by colour and dashes, names of values, baselines; a figure as SVG."""
 
 import io
 import math
@@ -23,12 +23,15 @@ Dash = str | tuple[int, tuple[int, ...]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 """Six beside eight colours: the first 24 lines all differ, and in print without colour the dashes still do."""
 LABELS = {
-    "loss": "loss, nats a token",
-    "text_loss": "text loss, nats a token",
-    "image_loss": "image loss, nats a code",
-    "text_loss_text_rows": "held-out text among text rows,\nnats a token",
-    "leaked": "probability that leaks from text",
+    "loss": "loss, nats per token",
+    "text_loss": "text loss, nats per token",
+    "image_loss": "image loss, nats per code",
+    "text_loss_text_rows": "held-out text, text vocabulary,\nnats per token",
+    "leaked": "probability of non-text tokens",
 }
+
+SPLITS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
+"""Held-out splits, and what a legend calls them."""
 
 
 def panels(count: int) -> tuple[Figure, np.ndarray]:
@@ -78,13 +81,19 @@ def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> s
     if train := _points(rows, key=key, split=TRAIN_ROWS):
         steps, values = zip(*train, strict=True)
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
-        axes.plot(steps, ema(values), color=COLOURS[0], label="training (average, 0.95)")
-    for colour, split in zip(COLOURS[1:], ("heldout", "combinations"), strict=False):
+        axes.plot(steps, ema(values), color=COLOURS[0], label="training (EMA, 0.95)")
+    for colour, (split, label) in zip(COLOURS[1:], SPLITS.items(), strict=False):
         if points := _points(rows, key=key, split=split):
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=split)
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=label)
     for style, (name, baseline) in zip(("-.", "--", ":", (0, (1, 4))), baselines.items(), strict=False):
-        axes.axhline(baseline, color="0.5", linewidth=0.8, linestyle=style, label=f"{name}: {baseline:.2f}")
-    axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats a token")
+        axes.axhline(
+            baseline,
+            color="0.5",
+            linewidth=0.8,
+            linestyle=style,
+            label=f"{name.replace('_', ' ')}: {baseline:.2f}",
+        )
+    axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats per token")
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     return to_svg(figure)

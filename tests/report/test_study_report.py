@@ -178,7 +178,7 @@ def test_the_comparison_says_what_the_rows_say(made):
     difference = np.mean(ends["fast"]) - np.mean(ends["slow"])
     assert f"fast - slow is {difference:+.4f} nats" in section.found
     assert "fast is better" in section.found  # its learning rate is fifty times larger, over six steps
-    assert "pictures are not learned yet" in section.found
+    assert "images are not learned yet" in section.found
     assert len(section.table) == 1 + 3
 
 
@@ -204,7 +204,7 @@ def test_what_a_caption_is_worth_is_the_difference_of_held_out_losses(made):
     for seed in (0, 1, 2):
         row = [one for one in read_metrics(run_dir(out, "fast", seed)) if one.get("split") == "heldout"][-1]
         worth.append((row["image_loss_empty_caption"] - row["image_loss"]) * 64)
-    assert f"fast: {np.mean(worth):.1f} nats an image" in section.found
+    assert f"fast: {np.mean(worth):.1f} nats per image" in section.found
     assert section.table[1][4].startswith(f"{np.mean(worth):.4f}")
 
 
@@ -236,7 +236,7 @@ def test_text_is_the_share_that_was_counted(made):
     _, out = made
     one = json.loads((run_dir(out, "fast", 0) / "gradients.json").read_text())
     ratio = one["image"]["tokens"] / one["text"]["tokens"]
-    assert f"fast: {ratio:.1f} image tokens a text token" in section_of(made, "shares").found
+    assert f"fast: {ratio:.1f} image tokens per text token" in section_of(made, "shares").found
 
 
 def test_every_published_number_has_a_source():
@@ -324,6 +324,6 @@ def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, ma
     )
     section = comparisons.comparison(study, out, arms=["fast", "slow"], value="image_loss")
     assert "fast was lowest at 20 tokens, 3.050, and rose to 4.150." in section.found
-    assert "At each run's own lowest, -0.5500" in section.found
-    assert "does not hold for other pictures" in section.found
+    assert "At each run's lowest, -0.5500" in section.found
+    assert "does not hold for held-out images" in section.found
     assert [row[0] for row in section.table[1:]] == ["10", "20"]  # no worth of a loss on its way up

@@ -54,7 +54,7 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
     head = [
         "at tokens",
         f"{value} of {first_name}",
-        f"tokens {second_name} needs beyond",
+        f"extra tokens {second_name} needs",
         "factor",
         "seeds that reach it",
     ]
@@ -65,7 +65,7 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
 
 def _worth_row(one: Worth, *, num_seeds: int) -> list[str]:
     if one.is_earlier:
-        extra = "reached before it is first measured"
+        extra = "reached before the first measurement"
     elif math.isnan(one.extra_tokens):
         extra = "not reached"
     else:
@@ -94,16 +94,16 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
         f"At {at} tokens, step {first.steps[-1]}, {names[0]} - {names[1]} is {test.mean:+.4f} nats"
         f" {interval(test.low, test.high, '{:+.4f}')}, paired t-test over {test.num_seeds} seeds:"
         f" p = {p_value(test.p_value)},"
-        f" {verdict_on(test.verdict, names[0])}. So many seeds would have seen a difference of"
-        f" {known(test.smallest_detectable)} nats four times in five."
+        f" {verdict_on(test.verdict, names[0])}. The smallest difference that so many seeds detect with 80% power"
+        f" is {known(test.smallest_detectable)} nats."
     )
     rises = _rise(first, names[0]) + _rise(second, names[1])
     if rises:
-        sentence += f"{rises} At each run's own lowest, {_lowest_difference(first, second)}."
+        sentence += f"{rises} At each run's lowest, {_lowest_difference(first, second)}."
     # A difference between two arms that have not learned the codes' frequencies is one of warming up.
     if unigram and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > unigram:
-        why = "what is learned does not hold for other pictures" if rises else "pictures are not learned yet"
-        sentence += f" Neither arm is below the cost of counting codes ({unigram:.3f}): {why}."
+        why = "what was learned does not hold for held-out images" if rises else "images are not learned yet"
+        sentence += f" Neither arm is below the unigram baseline ({unigram:.3f}): {why}."
     return sentence
 
 
@@ -121,7 +121,7 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
     if not tests:
         return Section("Comparisons", "No pair of arms is finished.")
     holm = corrected([test.p_value for test in tests.values()])
-    table = [["comparison", "arms", "difference", "p", "p, corrected", "seen four times in five"]]
+    table = [["comparison", "arms", "difference", "p", "p, corrected", "detectable, 80% power"]]
     for (name, test), p_corrected in zip(tests.items(), holm, strict=True):
         table.append(
             [
@@ -152,7 +152,7 @@ def sizes(
         pairs: first and second arm of each size.
         names: what the first arms are, and the second.
     """
-    heads = ["training samples", "arms", *names, "difference", "p", "verdict", "at each run's own lowest"]
+    heads = ["training samples", "arms", *names, "difference", "p", "verdict", "at each run's lowest"]
     table = [heads]
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
@@ -242,10 +242,10 @@ def _draw_difference(
             right.fill_between(at, low, high, color=COLOURS[1], alpha=0.2, label="95% interval")
     else:
         right.text(
-            0.5, 0.5, f"{names[1]} does not get there", transform=right.transAxes, ha="center", va="bottom"
+            0.5, 0.5, f"not reached by {names[1]}", transform=right.transAxes, ha="center", va="bottom"
         )
     right.set_xlim(left.get_xlim())
-    right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"tokens {names[1]} needs beyond")
+    right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"extra tokens that {names[1]} needs")
     for axis in (both_axis, left, right):
         finish(axis)
     return figure

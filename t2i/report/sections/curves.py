@@ -42,13 +42,23 @@ def curves(
         for value in values
         if panels[value]
     )
-    return Section("Training curves", f"Smoothed by {SMOOTHING}, in nats a token, {sentence}.", figure, table)
+    return Section(
+        "Training curves", f"Smoothed (EMA, {SMOOTHING}), in nats per token: {sentence}.", figure, table
+    )
 
 
 def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
     """Tabulate every run: how it ended, what was trainable, what it cost."""
     table = [
-        ["run", "ended", "learned numbers", "optimizer state", "held-out image loss", "tokens", "minutes"]
+        [
+            "run",
+            "ended",
+            "trainable parameters",
+            "optimizer state",
+            "held-out image loss",
+            "tokens",
+            "minutes",
+        ]
     ]
     runs = [read_run(run_dir(out, arm, seed), seed=seed) for arm in arms for seed in study.seeds_of(arm)]
     table += [_end(run) for run in runs]

@@ -19,20 +19,18 @@ def alignment(study: Study, out: Path, *, folder: str) -> Section:
     if not sides:
         return Section("Alignment", f"{path} holds no finished alignment.")
     table = [
-        ["rows", "picture finds caption", "caption finds picture", "chance", "held-out pairs", "temperature"]
+        ["embeddings", "image to caption", "caption to image", "chance", "held-out pairs", "temperature"]
     ]
     for name, one in sides.items():
         shares = [f"{share:.2%}" for share in (one.image_to_text, one.text_to_image, one.chance)]
         table.append([name, *shares, str(one.num_pairs), f"{one.temperature:.4f}"])
     best = max(one.image_to_text / one.chance for one in sides.values())
-    sentence = (
-        f"A picture finds its caption among held-out ones at most {best:.1f} times as often as by chance."
-    )
+    sentence = f"Among held-out pairs, an image retrieves its caption at most {best:.1f} times as often as by chance."
     return Section("Alignment", sentence, _draw_alignment(path, list(sides)), table)
 
 
 def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "input") -> Section:
-    """Draw cosines of image rows to their nearest text rows beside text and random rows, for nearest.json files."""
+    """Draw cosines of image embeddings to the nearest text one, beside those of text and random ones."""
     models = read_each(files_in(files, out), read_nearest)
     found = {name: sides[rows] for name, sides in models.items() if rows in sides}
     if not found:
@@ -43,8 +41,8 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
             "median image",
             "median random",
             "median text",
-            "random row nearer",
-            "code 0 to 3, nearest token",
+            "random nearer than image",
+            "codes 0 to 3, nearest token",
         ]
     ]
     for name, one in found.items():
@@ -52,19 +50,19 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
         tokens = " ".join(repr(tokens[0]) for tokens in one.tokens[:4])
         table.append([name, *medians, f"{one.random_nearer:.1%}", tokens])
     shares = ", ".join(f"{one.random_nearer:.0%} ({name})" for name, one in found.items())
-    sentence = f"A random row is nearer to text than an image row in {shares}; 50% would be no difference from noise."
+    sentence = f"A random embedding is nearer to text than an image's in {shares}; 50% is what noise gives."
     return Section("Nearest text tokens", sentence, _draw_cosines(found), table)
 
 
 def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Section:
-    """Tabulate what image codes share with words: retrieval by bags of rows, nearness to text, CKA with training.
+    """Tabulate what image codes share with words: retrieval by bags of embeddings, nearness to text, CKA with training.
 
     Args:
         folder: of the alignment.
         files: nearest.json files; those made with --before have linear CKA.
     """
     aligned = read_alignment(in_folder(folder, out))
-    table = [["what", "rows", "value", "what nothing would give"]]
+    table = [["what", "embeddings", "value", "control"]]
     for name, one in aligned.items():
         directions = {"image to text": one.image_to_text, "text to image": one.text_to_image}
         for direction, share in directions.items():
@@ -72,13 +70,13 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
     for model, sides in read_each(files_in(files, out), read_nearest).items():
         for side, near in sides.items():
             nearer = f"{1 - near.random_nearer:.1%}"
-            table.append([f"{model}: nearer to text than a random row", side, nearer, "50.0%"])
+            table.append([f"{model}: nearer to text than a random one", side, nearer, "50.0%"])
             if near.cka is not None:
-                cells = [f"{near.cka:.3f}", "near 0; 1 is no change but a turn"]
-                table.append([f"{model}: CKA of image rows before and after", side, *cells])
+                cells = [f"{near.cka:.3f}", "0: unrelated, 1: only rotated"]
+                table.append([f"{model}: CKA of image embeddings before and after", side, *cells])
     ratios = [one.image_to_text / one.chance for one in aligned.values()]
     sentence = (
-        f"A bag of codes finds its caption {max(ratios):.1f} times as often as chance"
+        f"A bag of codes retrieves its caption {max(ratios):.1f} times as often as chance"
         if ratios
         else "Not aligned"
     )
@@ -101,7 +99,7 @@ def _draw_alignment(folder: Path, sides: list[str]) -> Figure:
 
 
 def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
-    """Draw, a panel a model, how near image, random and text rows are to their nearest text row."""
+    """Draw, a panel per model, how near image, random and text embeddings are to the nearest text one."""
     figure, axes = panels(len(found))
     for axis, (name, one) in zip(axes, found.items(), strict=True):
         every = np.concatenate(list(one.cosines.values()))
@@ -116,7 +114,7 @@ def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
                 linestyle=dash,
                 label=kind,
             )
-        axis.set(xlabel="cosine to the nearest text row", ylabel="density", title=name)
+        axis.set(xlabel="cosine to the nearest text embedding", ylabel="density", title=name)
         finish(axis)
     return figure
 

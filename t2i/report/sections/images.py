@@ -39,14 +39,14 @@ def published(study: Study, out: Path) -> Section:
 
 
 def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
-    """Show pictures beside what the image tokenizer makes of them (Figure 2), as preparing the shards left them."""
+    """Show images beside what the image tokenizer makes of them (Figure 2), as preparing the shards left them."""
     folder = in_folder(shards, out)
     if not (folder / RECONSTRUCTIONS).is_file():
         return Section("Reconstructions", f"{folder} has no {RECONSTRUCTIONS}.")
     manifest = read_json(folder / MANIFEST)
     sentence = (
-        f"Pictures of {manifest['source']}, and the same after {manifest['codes_per_image']} codes of"
-        f" {manifest['codebook_size']}: what no model of these codes can do better than."
+        f"Images of {manifest['source']}, and the same after {manifest['codes_per_image']} codes of"
+        f" {manifest['codebook_size']}: the best that a model of these codes can draw."
     )
     title = "originals above, reconstructions below"
     figure = _show_file(folder / RECONSTRUCTIONS, title=title)
@@ -55,7 +55,7 @@ def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
 
 def places(study: Study, out: Path, *, arms: list[str]) -> Section:
     """Draw image loss by place on the code grid, of the first held-out split of perplexity.json."""
-    table = [["arm", "seeds", "text", "image", "special", "total", "bits a pixel"]]
+    table = [["arm", "seeds", "text", "image", "special", "total", "bits per pixel"]]
     grids: dict[str, np.ndarray] = {}
     for arm in arms:
         found = [one for run in runs_of(study, arm=arm, out=out) if (one := read_perplexity(run.folder))]
@@ -76,7 +76,7 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
         return Section("Loss by place", f"No run of {', '.join(arms)} has {PERPLEXITY} with a square grid.")
     baselines = image_baselines(runs_of(study, arm=next(iter(grids)), out=out))
     sentence = "; ".join(
-        f"{arm}: first row {grid[0].mean():.3f}, last row {grid[-1].mean():.3f} nats a code"
+        f"{arm}: first row {grid[0].mean():.3f}, last row {grid[-1].mean():.3f} nats per code"
         for arm, grid in grids.items()
     )
     names = list(grids)
@@ -87,31 +87,40 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
 
 
 def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Draw what the own caption is worth against an empty and a wrong one, in nats an image, along training."""
-    worth: dict[str, dict[str, Curve]] = {"empty": {}, "wrong": {}}
+    """Draw what the matched caption is worth against a null and a shuffled one, in nats per image, along training."""
+    keys = {"null": "image_loss_empty_caption", "shuffled": "image_loss_wrong_caption"}
+    worth: dict[str, dict[str, Curve]] = {other: {} for other in keys}
     table = [
-        ["arm", "own caption, nats a code", "empty", "wrong", "empty - own, nats an image", "wrong - own"]
+        [
+            "arm",
+            "matched caption, nats per code",
+            *keys,
+            "null - matched, nats per image",
+            "shuffled - matched",
+        ]
     ]
     for arm in arms:
         runs = runs_of(study, arm=arm, out=out)
-        own = curve(runs, value="image_loss", split="heldout")
-        if own is None:
+        matched = curve(runs, value="image_loss", split="heldout")
+        if matched is None:
             continue
         codes = codes_per_image(runs[0])
-        cells = [last(own)]
+        cells = [last(matched)]
         for other, panel in worth.items():
-            found = curve(runs, value=f"image_loss_{other}_caption", split="heldout")
+            found = curve(runs, value=keys[other], split="heldout")
             assert found is not None, "held-out rows carry all three"
-            panel[arm] = Curve(own.steps, own.tokens, (found.values - own.values) * codes, own.seeds)
+            panel[arm] = Curve(
+                matched.steps, matched.tokens, (found.values - matched.values) * codes, matched.seeds
+            )
             cells.append(last(found))
         table.append([arm, *cells, *(last(panel[arm]) for panel in worth.values())])
     if len(table) == 1:
-        return Section("What a caption is worth", f"{', '.join(arms)} has no finished run.")
+        return Section("Caption sensitivity", f"{', '.join(arms)} has no finished run.")
     sentence = "; ".join(
-        f"{arm}: {one.values[:, -1].mean():.1f} nats an image less under the own caption than under none"
-        for arm, one in worth["empty"].items()
+        f"{arm}: {one.values[:, -1].mean():.1f} nats per image less under the matched caption than under none"
+        for arm, one in worth["null"].items()
     )
-    return Section("What a caption is worth", f"{sentence}.", _draw_conditioning(worth), table)
+    return Section("Caption sensitivity", f"{sentence}.", _draw_conditioning(worth), table)
 
 
 def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Section:
@@ -182,7 +191,7 @@ def _draw_published(rows: list[dict[str, str]]) -> Figure:
 
 
 def _show_file(path: Path, *, title: str) -> Figure:
-    """Show a picture file as it is."""
+    """Show an image file as it is."""
     image = plt.imread(path)
     figure, (axis,) = panels(1)
     figure.set_size_inches(9, 9 * image.shape[0] / image.shape[1] + 0.4)
@@ -203,25 +212,25 @@ def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) 
         for (arm, grid), (colour, dash) in zip(losses.items(), styles(), strict=False):
             axis.plot(grid.mean(direction), color=colour, linestyle=dash, label=arm)
         draw_baselines(axis, baselines)
-        axis.set(xlabel=f"{name} of the code grid", ylabel="image loss, nats a code")
+        axis.set(xlabel=f"{name} of the code grid", ylabel="image loss, nats per code")
         finish(axis)
     if len(arms) > 1:
         change = losses[arms[0]] - losses[arms[1]]
         limit = max(float(np.abs(change).max()), 1e-9)
         shown = axes[2].imshow(change, cmap="PuOr", vmin=-limit, vmax=limit)
-        figure.colorbar(shown, ax=axes[2], label="nats a code")
+        figure.colorbar(shown, ax=axes[2], label="nats per code")
         axes[2].set(title=f"{arms[0]} - {arms[1]}", xlabel="column", ylabel="row")
     return figure
 
 
 def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Figure:
-    """Draw what a caption is worth in nats an image, a panel for each kind of other caption."""
+    """Draw what a caption is worth in nats per image, a panel per kind of other caption."""
     figure, axes = panels(len(worth))
     for axis, (other, arms) in zip(axes, worth.items(), strict=True):
         axis.axhline(0, color="0.5", linewidth=0.8)
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
             draw_mean_and_range(axis, one, colour=colour, dash=dash, label=arm)
-        axis.set(xlabel="tokens trained on", ylabel=f"{other} - own caption, nats an image")
+        axis.set(xlabel="tokens trained on", ylabel=f"{other} - matched caption, nats per image")
         finish(axis)
     return figure
 
@@ -240,7 +249,7 @@ def _draw_agreement(
         axis.text(
             baseline, 0.01, name, transform=axis.get_xaxis_transform(), fontsize=6, color="0.4", rotation=90
         )
-    axis.set(xlabel="held-out image loss, nats a code", ylabel=measure)
+    axis.set(xlabel="held-out image loss, nats per code", ylabel=measure)
     finish(axis)
     return figure
 

@@ -1,4 +1,4 @@
-"""What is left of the language model: completions, forgetting, captions against text, text's share of learning."""
+"""What is left of the language model: completions, forgetting, captions against text, text's share of training."""
 
 import math
 from pathlib import Path
@@ -27,9 +27,9 @@ def pretraining(study: Study, out: Path, *, folder: str) -> Section:
     end = float(found.values[0, -1])
     sentence = (
         f"Pre-trained on {manifest['documents']['train']:,} documents of {manifest['source']} (SHA-256"
-        f" {manifest['gathered_sha256'][:16]}), {found.tokens[-1]:,} tokens, to {end:.3f} nats a held-out token, a"
-        f" perplexity of {math.exp(end):.1f}; counting single tokens costs {math.exp(baselines['unigram']):.0f}, pairs"
-        f" {math.exp(baselines['bigram']):.0f}."
+        f" {manifest['gathered_sha256'][:16]}), {found.tokens[-1]:,} tokens, to {end:.3f} nats per held-out token, a"
+        f" perplexity of {math.exp(end):.1f}; count-based baselines have {math.exp(baselines['unigram']):.0f}"
+        f" (unigram) and {math.exp(baselines['bigram']):.0f} (bigram)."
     )
     return Section("The language model", sentence, _draw_pretraining(found, baselines=baselines))
 
@@ -37,7 +37,7 @@ def pretraining(study: Study, out: Path, *, folder: str) -> Section:
 def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     """Tabulate completions of the same prompts by several checkpoints (Table 1), from forgetting.json files."""
     found = read_each(files_in(files, out), read_forgetting)
-    table = [["prompt", "model", "completion", "perplexity of text among text rows"]]
+    table = [["prompt", "model", "completion", "text perplexity, text vocabulary"]]
     for name, one in found.items():
         for which, model in one.models.items():
             label = name if which == "model" else f"{name}: {which}"
@@ -52,7 +52,7 @@ def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
 
 
 def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Draw what text costs along training, among text rows and over all, against what pictures cost."""
+    """Draw what text costs along training, over the text vocabulary and over all, against what images cost."""
     panels: dict[str, dict[str, Curve]] = {"text_loss_text_rows": {}, "leaked": {}}
     table = [["arm", "text before", "text after", "leaked after", "held-out image loss"]]
     paths: dict[str, tuple[Curve, Curve]] = {}
@@ -75,16 +75,15 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
             image = last(image_curve)
             table.append([arm, f"{before:.3f}", f"{after:.3f}", f"{leaked.values[:, -1].mean():.2%}", image])
             sentences.append(f"{arm} from {before:.2f} to {after:.2f}")
-    sentence = (
-        f"Held-out text, among text rows, goes in nats a token: {'; '.join(sentences) or 'not measured'}."
-    )
+    measured = "; ".join(sentences) or "not measured"
+    sentence = f"Held-out text loss over the text vocabulary, in nats per token: {measured}."
     return Section("Forgetting", sentence, _draw_forgetting(panels, paths, baselines=baselines), table)
 
 
 def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     """Tabulate what captions cost beside ordinary text, of forgetting.json files measured on both."""
     table = [
-        ["model", "text", "text, among text rows", "captions", "captions, among text rows", "tokens of each"]
+        ["model", "text", "text, text vocabulary", "captions", "captions, text vocabulary", "tokens of each"]
     ]
     sentences = []
     for name, one in read_each(files_in(files, out), read_forgetting).items():
@@ -99,13 +98,15 @@ def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
             table.append([label, *cells, " and ".join(str(cost.num_tokens) for cost in model.costs.values())])
             ratio = costs[1].perplexity_text_rows / costs[0].perplexity_text_rows
             sentences.append(f"{ratio:.2f} times that of text ({label})")
-    sentence = f"The perplexity of captions, among text rows, is {'; '.join(sentences) or 'not measured'}."
+    sentence = (
+        f"The perplexity of captions, over the text vocabulary, is {'; '.join(sentences) or 'not measured'}."
+    )
     return Section("Captions against ordinary text", sentence, table=table)
 
 
 def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     """Tabulate the share of text in tokens, loss and gradient norm, of gradients.json files (sec. 2.2)."""
-    table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without rows"]]
+    table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without embeddings"]]
     sentences = []
     for name, one in read_each(files_in(files, out), read_gradients).items():
         for kind, part in one.parts.items():
@@ -115,7 +116,7 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
         tokens = image.tokens / text.tokens if text.tokens else math.inf
         norm = image.norm / text.norm if text.norm else math.inf
         sentences.append(
-            f"{name}: {tokens:.1f} image tokens a text token, gradient norms {norm:.2f} to 1,"
+            f"{name}: {tokens:.1f} image tokens per text token, gradient norms {norm:.2f} to 1,"
             f" cosine of the two {one.cosine_text_image:+.2f}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
@@ -126,7 +127,7 @@ def _draw_pretraining(one: Curve, *, baselines: dict[str, float]) -> Figure:
     figure, (axis,) = panels(1)
     axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
     draw_baselines(axis, baselines)
-    axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats a token")
+    axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats per token")
     finish(axis)
     return figure
 
@@ -158,7 +159,7 @@ def _draw_forgetting(
             image.values.mean(0), text.values.mean(0), color=colour, linestyle=dash, marker="o", markersize=3
         )
     axes[-1].set(
-        xlabel="held-out image loss, nats a code (learning: to the right)",
+        xlabel="held-out image loss, nats per code (better to the right)",
         ylabel=LABELS["text_loss_text_rows"],
     )
     axes[-1].invert_xaxis()
