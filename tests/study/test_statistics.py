@@ -76,10 +76,11 @@ def test_seeds_that_agree_exactly_decide_exactly():
     assert paired_test([1.0, 2.0], [2.0, 3.0]).p_value == 0.0
 
 
-def test_the_smallest_detectable_difference_is_found_four_times_in_five():
+@pytest.mark.parametrize("num_seeds", [2, 3, 4, 10])
+def test_the_smallest_detectable_difference_is_found_four_times_in_five(num_seeds):
     rng = np.random.default_rng(3)
-    size = smallest_detectable(2.0, num_seeds=4)
-    draws = rng.normal(size, 2.0, size=(4_000, 4))
+    size = smallest_detectable(2.0, num_seeds=num_seeds)
+    draws = rng.normal(size, 2.0, size=(4_000, num_seeds))
     found = float((stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean())
     # Four standard errors of a share of 0.8 over 4,000 draws are 0.025.
     assert found == pytest.approx(0.8, abs=0.025)
