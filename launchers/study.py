@@ -89,12 +89,12 @@ def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
 
 
 def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -> None:
-    from t2i.study.cost import describe, prices
+    from t2i.study.cost import cost_lines, run_costs
 
     machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
-    priced = prices(study, out=out)
-    print("\n".join(describe(priced, machines=machines, mfu=command.mfu)))
-    print(f"and {num_jobs - len(priced)} steps and measures beside them.")
+    costs = run_costs(study, out=out)
+    print("\n".join(cost_lines(costs, machines=machines, mfu=command.mfu)))
+    print(f"and {num_jobs - len(costs)} steps and measures beside them.")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ LABELS = {
     "text_loss": "text loss, nats per token",
     "image_loss": "image loss, nats per code",
     "text_loss_text_rows": "held-out text, text vocabulary,\nnats per token",
-    "leaked": "probability of non-text tokens",
+    "leaked": "probability outside\nthe text vocabulary",
 }
 
 SPLITS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
@@ -64,12 +64,15 @@ def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool 
         axis.text(share, level, name.replace("_", " "), transform=place, fontsize=6, color="0.4", va="bottom")
 
 
-def finish(axis: Axes) -> None:
-    """Add a grid, tokens as 500k and 2M, and, where lines have names, a legend."""
+def finish(axis: Axes, *, tokens: str = "") -> None:
+    """Add a grid and, where lines have names, a legend.
+
+    Args:
+        tokens: which axes count tokens, such as "xy": these are written as 500k and 2M.
+    """
     axis.grid(alpha=0.2)
-    for one in (axis.xaxis, axis.yaxis):
-        if "tokens" in one.get_label_text():
-            one.set_major_formatter(EngFormatter(sep=""))
+    for name in tokens:
+        {"x": axis.xaxis, "y": axis.yaxis}[name].set_major_formatter(EngFormatter(sep=""))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, frameon=False)
 

@@ -17,7 +17,7 @@ from t2i.train.ds_config import read_ds_config
 
 
 @dataclass(frozen=True)
-class Price:
+class RunCost:
     """One training run."""
 
     name: str
@@ -30,19 +30,19 @@ class Price:
     """None if it is not done."""
 
 
-def prices(study: Study, *, out: Path) -> list[Price]:
-    """Price every training run, those among the steps too; what is done has its time."""
-    half = weight_bytes(read_ds_config(Path(study.ds_config)))
+def run_costs(study: Study, *, out: Path) -> list[RunCost]:
+    """Count every training run, those among the steps too; what is done has its time."""
+    element = weight_bytes(read_ds_config(Path(study.ds_config)))
     plan = PlanConfig(**{**_embedded(), **study.assumed})
     runs = {step.name: step_config(step, out=out) for step in study.steps if step.command == TRAIN}
     runs |= {
         run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
     }
-    return [_price(name, config, plan=plan, element_bytes=half, out=out) for name, config in runs.items()]
+    return [_cost(name, config, plan=plan, element_bytes=element, out=out) for name, config in runs.items()]
 
 
-def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float) -> list[str]:
-    """Write a study's price out, a line a run, and the time of what is not done on each machine.
+def cost_lines(costs: list[RunCost], *, machines: list[tuple[str, int]], mfu: float) -> list[str]:
+    """Write a study's cost out, a line per run, and the time of what is not done on each machine.
 
     Args:
         machines: name and number of devices, as seconds_on takes them.
@@ -50,15 +50,15 @@ def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float
     lines = [
         f"{one.name:32s} {one.tokens:>16,} tokens  {one.flops:.2e} FLOPs  {one.disk_bytes / 1e9:>9.3g} GB"
         + ("" if one.took_seconds is None else f"  took {one.took_seconds / 60:.1f} minutes")
-        for one in priced
+        for one in costs
     ]
     tokens, flops, disk = (
-        sum(getattr(one, key) for one in priced) for key in ("tokens", "flops", "disk_bytes")
+        sum(getattr(one, key) for one in costs) for key in ("tokens", "flops", "disk_bytes")
     )
     lines.append(
-        f"{len(priced)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB of checkpoints"
+        f"{len(costs)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB of checkpoints"
     )
-    left = [one for one in priced if one.took_seconds is None]
+    left = [one for one in costs if one.took_seconds is None]
     for name, count in machines:
         minutes = seconds_on(left, gpu=name, num_gpus=count, mfu=mfu) / 60
         where = "this machine's CPU, fp32" if name == "cpu" else f"{count} x {name}, bf16"
@@ -67,31 +67,26 @@ def describe(priced: list[Price], *, machines: list[tuple[str, int]], mfu: float
     return lines
 
 
-def seconds_on(priced: list[Price], *, gpu: str, num_gpus: int, mfu: float) -> float:
+def seconds_on(costs: list[RunCost], *, gpu: str, num_gpus: int, mfu: float) -> float:
     """Estimate the time of all runs, one after another on num_gpus GPUs in bf16, or on `cpu`, this machine's, in fp32.
 
     Raises:
         UserError: an unknown device.
     """
     device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
-    return sum(one.flops for one in priced) / (device.peak_flops * num_gpus * mfu)
+    return sum(one.flops for one in costs) / (device.peak_flops * num_gpus * mfu)
 
 
-def _price(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> Price:
-    settings, seq_len = config.model, config.data.seq_len
-    model = model_config(
-        settings,
-        data=known_data(config.data.shards, plan=plan),
-        seq_len=seq_len,
-        image_rows_only=config.train.image_rows_only,
-    )
+def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> RunCost:
+    model = model_config(config, data=known_data(config, plan=plan))
+    settings = config.model
     counts = count_parameters(
         model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
     )
     seq_len = config.data.seq_len
     tokens = config.train.max_steps * global_batch(config, world_size=1) * seq_len
     record = read_record(out, name)
-    return Price(
+    return RunCost(
         name=name,
         tokens=tokens,
         flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len, text_mix=config.data.text_mix),

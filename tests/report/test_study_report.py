@@ -24,11 +24,11 @@ from t2i.measure.gradients import gradient_shares, heldout_sequences
 from t2i.measure.perplexity import data_of
 from t2i.report.sections import comparisons
 from t2i.report.sections.images import PUBLISHED
-from t2i.report.sections.registry import check_sections, make_section
+from t2i.report.sections.registry import SECTIONS, arguments_of, check_sections, make_section
 from t2i.report.study import write_study_report
 from t2i.runs.loading import open_language_model
 from t2i.runs.metrics_log import read_metrics
-from t2i.study.cost import describe, prices, seconds_on
+from t2i.study.cost import cost_lines, run_costs, seconds_on
 from t2i.study.jobs import jobs_of, read_study, run_config, run_dir
 from t2i.study.results import Curve, curve, paired, runs_of
 from t2i.study.spec import SectionSpec
@@ -273,20 +273,20 @@ def test_prices_are_operations_over_speed_and_what_was_measured(made):
     model = open_language_model(str(run_dir(out, "fast", 0))).model
     counted = sum(value.numel() for value in model.parameters() if value.dim() == 2)
     counted -= model.get_input_embeddings().weight.numel()
-    priced = prices(study, out=out)
-    assert [one.name for one in priced][:3] == ["fast-seed0", "slow-seed0", "fast-seed1"]
-    assert priced[0].tokens == 6 * 720
+    costs = run_costs(study, out=out)
+    assert [one.name for one in costs][:3] == ["fast-seed0", "slow-seed0", "fast-seed1"]
+    assert costs[0].tokens == 6 * 720
     attention = 12 * 2 * 32 * 90  # layers, width, sequence
-    assert priced[0].flops == 6 * 720 * (6 * counted + attention)
-    assert priced[0].took_seconds is None
-    seconds = seconds_on(priced[:1], gpu="a100-80gb", num_gpus=2, mfu=0.5)
-    assert seconds == pytest.approx(priced[0].flops / 312e12)
+    assert costs[0].flops == 6 * 720 * (6 * counted + attention)
+    assert costs[0].took_seconds is None
+    seconds = seconds_on(costs[:1], gpu="a100-80gb", num_gpus=2, mfu=0.5)
+    assert seconds == pytest.approx(costs[0].flops / 312e12)
     record = {"state": "done", "code": 0, "seconds": 33.0, "command": []}
     (out / "jobs" / "fast-seed0.json").write_text(json.dumps(record))
-    again = prices(study, out=out)
+    again = run_costs(study, out=out)
     (out / "jobs" / "fast-seed0.json").unlink()
     assert again[0].took_seconds == 33.0
-    lines = describe(again, machines=[("h100-80gb", 8)], mfu=0.5)
+    lines = cost_lines(again, machines=[("h100-80gb", 8)], mfu=0.5)
     assert "took 0.6 minutes" in lines[0]
     assert "8 x h100-80gb, bf16" in lines[-1]
 
@@ -309,6 +309,16 @@ def test_every_study_file_is_whole(file):
     assert jobs_of(study, out=Path("out"))
     assert study.report
     check_sections(study)
+
+
+def test_every_kind_of_section_is_documented():
+    """A row per kind: its name, its arguments, the files that it is made from."""
+    rows = [
+        f"| `{kind.name}` | {', '.join(f'`{name}`' for name in arguments_of(kind))} | {kind.reads} |"
+        for kind in SECTIONS.values()
+    ]
+    page = (ROOT / "docs" / "study.md").read_text()
+    assert [row for row in rows if row not in page] == []
 
 
 def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, made):

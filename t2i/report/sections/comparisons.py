@@ -246,8 +246,8 @@ def _draw_difference(
         )
     right.set_xlim(left.get_xlim())
     right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"extra tokens that {names[1]} needs")
-    for axis in (both_axis, left, right):
-        finish(axis)
+    for axis, tokens in ((both_axis, "x"), (left, "x"), (right, "xy")):
+        finish(axis, tokens=tokens)
     return figure
 
 

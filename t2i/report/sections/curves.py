@@ -109,7 +109,7 @@ def _draw_curves(
         axis.set(xlabel="tokens trained on", ylabel=label)
         if perplexity:
             axis.set_yscale("log")
-        finish(axis)
+        finish(axis, tokens="x")
     return figure
 
 

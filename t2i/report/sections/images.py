@@ -230,8 +230,8 @@ def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Figure:
         axis.axhline(0, color="0.5", linewidth=0.8)
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
             draw_mean_and_range(axis, one, colour=colour, dash=dash, label=arm)
-        axis.set(xlabel="tokens trained on", ylabel=f"{other} - matched caption, nats per image")
-        finish(axis)
+        axis.set(xlabel="tokens trained on", ylabel=f"{other} - matched caption,\nnats per image")
+        finish(axis, tokens="x")
     return figure
 
 
@@ -247,7 +247,13 @@ def _draw_agreement(
     for name, baseline in baselines.items():
         axis.axvline(baseline, color="0.6", linewidth=0.7, linestyle=":")
         axis.text(
-            baseline, 0.01, name, transform=axis.get_xaxis_transform(), fontsize=6, color="0.4", rotation=90
+            baseline,
+            0.01,
+            name.replace("_", " "),
+            transform=axis.get_xaxis_transform(),
+            fontsize=6,
+            color="0.4",
+            rotation=90,
         )
     axis.set(xlabel="held-out image loss, nats per code", ylabel=measure)
     finish(axis)

@@ -128,7 +128,7 @@ def _draw_pretraining(one: Curve, *, baselines: dict[str, float]) -> Figure:
     axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
     draw_baselines(axis, baselines)
     axis.set(xlabel="tokens trained on", ylabel="held-out text loss, nats per token")
-    finish(axis)
+    finish(axis, tokens="x")
     return figure
 
 
@@ -153,13 +153,13 @@ def _draw_forgetting(
         if value == "text_loss_text_rows":
             draw_baselines(axis, baselines)
         axis.set(xlabel="tokens trained on", ylabel=LABELS[value])
-        finish(axis)
+        finish(axis, tokens="x")
     for (image, text), (colour, dash) in zip(paths.values(), styles(), strict=False):
         axes[-1].plot(
             image.values.mean(0), text.values.mean(0), color=colour, linestyle=dash, marker="o", markersize=3
         )
     axes[-1].set(
-        xlabel="held-out image loss, nats per code (better to the right)",
+        xlabel="held-out image loss, nats per code\n(better to the right)",
         ylabel=LABELS["text_loss_text_rows"],
     )
     axes[-1].invert_xaxis()
