@@ -58,6 +58,7 @@ def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool 
     """Draw count-based baselines as named lines across."""
     # Left and middle in turn: two baselines are often so near that their names would overlap.
     for share, (name, baseline) in zip(cycle((0.01, 0.5)), baselines.items(), strict=False):
+        # A perplexity is the exponential of nats, so its baselines are too.
         level = math.exp(baseline) if perplexity else baseline
         axis.axhline(level, color="0.6", linewidth=0.7, linestyle=":")
         place = axis.get_yaxis_transform()  # across by share of the axis, up by value
@@ -83,6 +84,7 @@ def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> s
     key = f"{kind}_loss"
     if train := _points(rows, key=key, split=TRAIN_ROWS):
         steps, values = zip(*train, strict=True)
+        # The raw line stays visible: an average alone hides spikes, which are what one looks for.
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
         axes.plot(steps, ema(values), color=COLOURS[0], label="training (EMA, 0.95)")
     for colour, (split, label) in zip(COLOURS[1:], SPLITS.items(), strict=False):
@@ -98,7 +100,8 @@ def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> s
         )
     axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats per token")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+    if axes.get_legend_handles_labels()[0]:  # none for a run without a recorded step
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     return to_svg(figure)
 
 
@@ -111,6 +114,6 @@ def to_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.tight_layout()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
+    plt.close(figure)  # pyplot keeps every open figure, and a report has dozens
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return text[text.index("<svg") :]  # without the XML header, which may not stand inside HTML

@@ -89,6 +89,7 @@ def _page(run_dir: Path) -> Page:
     manifest = read_optional_json(run_dir / DATA_MANIFEST)
     measured = _measured(run_dir)
     baselines = manifest.get("floors_nats", {}).get("heldout", {})
+    # A run stopped before its first recorded step has a page too: its settings and its reason are what is looked for.
     last = next((row for row in reversed(rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
     return Page(
         name=run_dir.name,
@@ -99,6 +100,7 @@ def _page(run_dir: Path) -> Page:
         scores=read_optional_json(measured / SCORES) if measured else {},
         baselines=baselines,
         last=last,
+        # Of the last step alone: rows of earlier ones are in the curves.
         heldout=[row for row in rows if "image_loss_wrong_caption" in row.values and row.step == last.step],
         curves={
             kind: loss_curves(rows, kind=kind, baselines=baselines if kind == "image" else {})
@@ -113,6 +115,7 @@ def _page(run_dir: Path) -> Page:
 
 def _measured(run_dir: Path) -> Path | None:
     """Find the measures of the newest checkpoint that was measured on the run's own held-out images."""
+    # Steps have six digits, so the order of names is that of steps.
     found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
     return found[-1].parent if found else None
 
@@ -128,6 +131,7 @@ def _images(folder: Path, manifest: dict[str, Any]) -> list[DrawnImage]:
         DrawnImage(
             caption=pair.caption,
             split=pair.split,
+            # Cropped and resized as training saw it; beside the whole photograph the drawn one would look worse.
             real=_data_url(centre_crop_resize(pair.open(), size=manifest["image_size"])),
             drawn=_data_url(Image.open(path)),
         )

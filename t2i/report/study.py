@@ -71,6 +71,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
             )
             for number, spec in enumerate(study.report, start=1)
         ],
+        # Jobs not yet begun are no failures: a report may be written while workers run.
         failed={name: one for name, one in records.items() if one.state not in ("done", "open")},
         minutes=sum(record.seconds or 0 for record in records.values()) / 60,
         environment=environment(),
@@ -78,12 +79,13 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         command=command,
         date=time.strftime("%F"),
     )
-    (to / "report.md").write_text(_rendered(page, MARKDOWN, is_html=False))
-    (to / "report.html").write_text(_rendered(page, HTML, is_html=True))
+    (to / "report.md").write_text(rendered(page, MARKDOWN, is_html=False))
+    (to / "report.html").write_text(rendered(page, HTML, is_html=True))
     return to / "report.html"
 
 
-def _rendered(page: Page, template: Path, *, is_html: bool) -> str:
+def rendered(page: Page, template: Path, *, is_html: bool) -> str:
+    """Fill a template."""
     # Captions, completions and arms' names are anybody's text: HTML escapes them all, and Markdown has no scripts.
     made = jinja2.Template(template.read_text(), autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
     return made.render(vars(page), flags=page.flags) + "\n"
@@ -91,6 +93,7 @@ def _rendered(page: Page, template: Path, *, is_html: bool) -> str:
 
 def _commits(study: Study, out: Path) -> list[str]:
     """List the commits that runs were trained at."""
+    # Of the runs and not of this checkout: a page may be written by a later commit.
     found = {read_optional_json(run_dir(out, *run) / ENVIRONMENT).get("commit", "") for run in study.runs()}
     return sorted(found - {""})
 
@@ -99,7 +102,7 @@ def _part(section: Section, *, name: str, folder: Path) -> Part:
     """Save a section's figure as PNG and SVG."""
     if section.figure is None:
         return Part(section)
-    section.figure.tight_layout()
+    section.figure.tight_layout()  # to_svg does it too, but the PNG is written first
     section.figure.savefig(folder / f"{name}.png", dpi=150)
     svg = to_svg(section.figure)
     (folder / f"{name}.svg").write_text(svg)

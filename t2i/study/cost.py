@@ -33,6 +33,7 @@ class RunCost:
 def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     """Count every training run, those among the steps too; what is done has its time."""
     element = weight_bytes(read_ds_config(Path(study.ds_config)))
+    # Shards of a study are made by its own steps, so they are seldom there when the plan is asked for.
     plan = PlanConfig(**{**_embedded(), **study.assumed})
     runs = {step.name: step_config(step, out=out) for step in study.steps if step.command == TRAIN}
     runs |= {
@@ -74,6 +75,7 @@ def seconds_on(costs: list[RunCost], *, gpu: str, num_gpus: int, mfu: float) -> 
         UserError: an unknown device.
     """
     device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
+    # One after another on all devices: side by side on fewer each would take as long in all.
     return sum(one.flops for one in costs) / (device.peak_flops * num_gpus * mfu)
 
 

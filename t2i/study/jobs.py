@@ -62,8 +62,10 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
     jobs: list[Job] = []
     for step in study.steps:
         command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
+        # Without `needs` a step waits for all before it: right for a list read from top to bottom, if not the quickest.
         before = tuple(job.name for job in jobs)
         jobs.append(Job(step.name, command, needs=before if step.needs is None else tuple(step.needs)))
+    # Runs wait for every step, since any of their settings may name what a step makes.
     needs = tuple(job.name for job in jobs)
     jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
     for measure in study.measures:

@@ -162,6 +162,7 @@ def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
     splits = read_optional_json(run_dir / PERPLEXITY).get("splits", {})
     if not splits:
         return None
+    # The first is `heldout`; others are of harder combinations, and not of every data set.
     one: Values = next(iter(splits.values()))
     kinds = [kind for kind in ("text", "image", "special", "total") if one[kind]]
     codes = one.get("image_loss_by_code")
@@ -174,6 +175,7 @@ def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
 
 def read_score(run_dir: Path, *, measure: str) -> Score | None:
     """Read one measure of the newest checkpoint that was scored; None if it was not measured."""
+    # Steps have six digits, so the last name is the newest checkpoint.
     files = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
     values = read_optional_json(files[-1]) if files else {}
     if measure not in values:

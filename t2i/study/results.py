@@ -98,6 +98,7 @@ def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | No
         {row.step: row.values[value] for row in run.rows if row.split == split and value in row.values}
         for run in runs
     ]
+    # A seed that recorded other steps, such as one resumed with another eval_every, counts where it has both.
     steps = sorted(set.intersection(*map(set, found))) if found else []
     if not steps:
         return None
@@ -108,6 +109,7 @@ def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | No
 
 def tokens_at(rows: list[Row]) -> dict[int, int]:
     """Map each training step to the tokens done by then; step 0 has none."""
+    # Held-out rows carry no count of their own, and text is measured before the first step.
     return {0: 0} | {row.step: int(row.values["tokens"]) for row in rows if row.split == TRAIN_ROWS}
 
 
@@ -115,6 +117,7 @@ def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | N
     """Keep the seeds and steps that both have; None if there are none."""
     if first is None or second is None:
         return None
+    # A seed that only one arm has finished yet has nothing to be subtracted from.
     seeds = [seed for seed in first.seeds if seed in second.seeds]
     steps = [step for step in first.steps if step in second.steps]
     if not seeds or not steps:

@@ -42,12 +42,15 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for job in jobs:
         _same_command(job, out)
-    while True:
+    while (
+        True
+    ):  # until every job has a record from this call: other workers, on other machines, write some of them
         records = {job.name: read_record(out, job.name) for job in jobs}
         settled = {name for name, record in records.items() if _is_settled(record, started)}
         waiting = [job for job in jobs if job.name not in settled]
         if not waiting:
             return records
+        # Nothing could be begun: others hold what is left, or it waits for what they hold.
         if not any(_try(job, records, settled, study=study, out=out) for job in waiting):
             time.sleep(WAIT_SECONDS)
 
@@ -109,7 +112,7 @@ def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # also for Ctrl-C: on SIGTERM a run saves before it ends
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -124,6 +127,7 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
     """Hold a job's lock; None if somebody else does."""
     with path.open("a") as lock:
         try:
+            # flock and not a file that exists: the kernel lets go of it when its holders die.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None

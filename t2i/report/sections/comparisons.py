@@ -113,7 +113,9 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
     Args:
         pairs: what each comparison is called -> its first and second arm.
     """
-    tests: dict[str, PairedTest] = {}
+    tests: dict[
+        str, PairedTest
+    ] = {}  # pairs without finished runs are left out, and not counted by the correction
     for name, arms in pairs.items():
         _, pair = _pair_of(study, out, arms, value=value)
         if pair is not None:
@@ -197,6 +199,7 @@ def _test_at_end(first: Curve, second: Curve) -> PairedTest:
 def _rise(one: Curve, name: str) -> str:
     """Say where a held-out loss was lowest, if it ends above that in every seed; nothing if it does not."""
     lowest = int(one.values.mean(0).argmin())
+    # In every seed: the mean of noisy curves nearly always ends a little above its lowest point.
     if not (one.values[:, -1] > one.values[:, lowest]).all():
         return ""
     least, end = one.values[:, lowest].mean(), one.values[:, -1].mean()
@@ -232,6 +235,7 @@ def _draw_difference(
             first.tokens, found.low, found.high, color=COLOURS[0], alpha=0.2, label="95% interval"
         )
     left.set(xlabel="tokens trained on", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
+    # What is not reached in the budget has no number to draw; the table says so.
     reached = [one for one in worth if not math.isnan(one.extra_tokens)]
     right.axhline(0, color="0.5", linewidth=0.8)
     if reached:
@@ -244,7 +248,7 @@ def _draw_difference(
         right.text(
             0.5, 0.5, f"not reached by {names[1]}", transform=right.transAxes, ha="center", va="bottom"
         )
-    right.set_xlim(left.get_xlim())
+    right.set_xlim(left.get_xlim())  # so that one place across is one moment of training in both
     right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"extra tokens that {names[1]} needs")
     for axis, tokens in ((both_axis, "x"), (left, "x"), (right, "xy")):
         finish(axis, tokens=tokens)
@@ -254,11 +258,13 @@ def _draw_difference(
 def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Figure:
     """Draw each test's mean difference with its interval, a line a comparison, the first on top."""
     figure, (axis,) = panels(1)
+    # As tall as it has lines: four comparisons and twenty are both read with the same letters.
     figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
     axis.axvline(0, color="0.5", linewidth=0.8)
     for place, test in enumerate(tests.values()):
         reach = 0.0 if math.isnan(test.low) else test.mean - test.low
         axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
+    # Downwards, so that the figure has the order of the table.
     axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
     axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean, 95% interval of each alone")
     finish(axis)
@@ -274,7 +280,7 @@ def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str
     axis.errorbar(
         samples, means, yerr=reach, color=COLOURS[0], marker="o", capsize=3, label="mean, 95% interval"
     )
-    axis.set_xscale("log", base=2)
+    axis.set_xscale("log", base=2)  # sizes are fractions of one data set, each a power of two or so apart
     axis.set_xticks(samples, [f"{count:,}" for count in samples])
     axis.set(xlabel="training samples", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
     finish(axis)

@@ -26,6 +26,7 @@ def curves(
     baselines: dict[str, float] = {}
     for arm in arms:
         runs = runs_of(study, arm=arm, out=out)
+        # All arms were evaluated on the same shards, so any finished run knows the baselines.
         baselines = baselines or image_baselines(runs)
         cells = []
         for value in values:
@@ -34,6 +35,7 @@ def curves(
                 panels[value][arm] = found
             cells.append(last(curve(runs, value=value, split="heldout")))
         table.append([arm, str(len(runs)), *cells])
+    # A value measured in training alone, such as the total loss, has no held-out column.
     table = without_empty_columns(table)
     figure = _draw_curves(panels, decay=SMOOTHING, perplexity=perplexity, baselines=baselines)
     sentence = "; ".join(
@@ -60,6 +62,7 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
             "minutes",
         ]
     ]
+    # Every run and not only those that ended well: this is the table that says which are missing above.
     runs = [read_run(run_dir(out, arm, seed), seed=seed) for arm in arms for seed in study.seeds_of(arm)]
     table += [_end(run) for run in runs]
     ended = sum(run.is_done for run in runs)
@@ -101,14 +104,16 @@ def _draw_curves(
             count = len(one.seeds)
             label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
             axis.plot(one.tokens, shown[1], color=colour, linestyle=dash, label=label)
-        if value == "image_loss":
+        if value == "image_loss":  # the baselines are of codes; text tokens have others
             draw_baselines(axis, baselines, perplexity=perplexity)
         label = LABELS.get(value, value)
         if perplexity:
             label = label.split(",")[0].replace("loss", "perplexity")
         axis.set(xlabel="tokens trained on", ylabel=label)
         if perplexity:
-            axis.set_yscale("log")
+            axis.set_yscale(
+                "log"
+            )  # perplexities fall by factors; on a linear axis only the start would be seen
         finish(axis, tokens="x")
     return figure
 

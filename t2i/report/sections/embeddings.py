@@ -47,6 +47,7 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
     ]
     for name, one in found.items():
         medians = [f"{median:.3f}" for median in one.medians.values()]
+        # Quoted, as a token may be a blank or a line break.
         tokens = " ".join(repr(tokens[0]) for tokens in one.tokens[:4])
         table.append([name, *medians, f"{one.random_nearer:.1%}", tokens])
     shares = ", ".join(f"{one.random_nearer:.0%} ({name})" for name, one in found.items())
@@ -69,6 +70,7 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
             table.append([f"alignment, {direction}", name, f"{share:.2%}", f"{one.chance:.2%}"])
     for model, sides in read_each(files_in(files, out), read_nearest).items():
         for side, near in sides.items():
+            # Turned round so that in every row of this table more than the control is better.
             nearer = f"{1 - near.random_nearer:.1%}"
             table.append([f"{model}: nearer to text than a random one", side, nearer, "50.0%"])
             if near.cka is not None:
@@ -103,6 +105,7 @@ def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
     figure, axes = panels(len(found))
     for axis, (name, one) in zip(axes, found.items(), strict=True):
         every = np.concatenate(list(one.cosines.values()))
+        # Common bins: histograms over bins of their own cannot be laid over one another.
         bins = np.linspace(every.min(), every.max(), 50)
         for (kind, cosines), (colour, dash) in zip(one.cosines.items(), styles(), strict=False):
             axis.hist(

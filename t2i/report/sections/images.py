@@ -69,6 +69,7 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
         cells = [f"{np.mean(values):.4f}" if values else "-" for values in [*nats, bits]]
         table.append([arm, str(len(found)), *cells])
         codes = [one.image_loss_by_code for one in found if one.image_loss_by_code is not None]
+        # Codes of a grid that is not square, or of a tokenizer without one, have no rows and columns to draw.
         side = math.isqrt(codes[0].size) if codes else 0
         if codes and side**2 == codes[0].size:
             grids[arm] = np.mean(codes, axis=0).reshape(side, side)
@@ -109,6 +110,7 @@ def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
         for other, panel in worth.items():
             found = curve(runs, value=keys[other], split="heldout")
             assert found is not None, "held-out rows carry all three"
+            # Per image and not per code: what a caption says is of the image as a whole.
             panel[arm] = Curve(
                 matched.steps, matched.tokens, (found.values - matched.values) * codes, matched.seeds
             )
@@ -142,8 +144,9 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
             cells = [f"{end:.4f}", f"{score.value:.4g}", str(score.num_images), score.features]
             table.append([run.folder.name, *cells])
     runs = [point for found in points.values() for point in found]
-    if len(runs) < 2:
+    if len(runs) < 2:  # one point has no order
         return Section("Perplexity or distance", f"Fewer than two runs have {measure}.", table=table)
+    # Over runs, seeds of one arm compete with each other; over arms, their noise is averaged out. Both are told.
     means = [tuple(np.mean(found, axis=0)) for found in points.values()]
     sentence = f"Kendall's tau of the orders by loss and by {measure}: {_tau(runs)} over {len(runs)} runs"
     if len(means) > 1:
@@ -155,6 +158,7 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
 
 def _tau(points: Sequence[tuple[float, ...]]) -> str:
     losses, distances = zip(*points, strict=True)
+    # Tau of equal values is nan, which a sentence should not say.
     if all(one == two for one, two in pairwise(losses)):
         return "unknown"
     return f"{rank_agreement(losses, distances):+.2f}"
@@ -216,6 +220,7 @@ def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) 
         finish(axis)
     if len(arms) > 1:
         change = losses[arms[0]] - losses[arms[1]]
+        # The same limit on both sides, so that no colour is no difference; above zero, or two equal arms have no scale.
         limit = max(float(np.abs(change).max()), 1e-9)
         shown = axes[2].imshow(change, cmap="PuOr", vmin=-limit, vmax=limit)
         figure.colorbar(shown, ax=axes[2], label="nats per code")

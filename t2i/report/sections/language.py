@@ -43,6 +43,7 @@ def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
             label = name if which == "model" else f"{name}: {which}"
             for prompt, text in zip(one.prompts, model.completions, strict=True):
                 table.append([prompt, label, text, f"{model.costs['text'].perplexity_text_rows:.2f}"])
+    # By prompt, so that completions of one prompt stand below each other; the models keep their order.
     table[1:] = sorted(table[1:], key=lambda row: row[0])
     return Section(
         "Completions",
@@ -88,6 +89,7 @@ def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     sentences = []
     for name, one in read_each(files_in(files, out), read_forgetting).items():
         for which, model in one.models.items():
+            # Only files that measured both texts can compare them.
             if set(model.costs) != {"text", "captions"}:
                 continue
             label = name if which == "model" else f"{name}: {which}"
@@ -113,6 +115,7 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
             cells = [f"{share:.2%}" for share in (part.token_share, part.loss_share, part.norm_share)]
             table.append([name, kind, *cells, f"{part.norm:.4g}", f"{part.norm_layers:.4g}"])
         image, text = one.parts["image"], one.parts["text"]
+        # Sequences of images alone hold no text token.
         tokens = image.tokens / text.tokens if text.tokens else math.inf
         norm = image.norm / text.norm if text.norm else math.inf
         sentences.append(
@@ -162,7 +165,7 @@ def _draw_forgetting(
         xlabel="held-out image loss, nats per code\n(better to the right)",
         ylabel=LABELS["text_loss_text_rows"],
     )
-    axes[-1].invert_xaxis()
+    axes[-1].invert_xaxis()  # both arrows of time then point to the right, as in the other panels
     finish(axes[-1])
     return figure
 

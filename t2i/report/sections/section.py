@@ -57,6 +57,7 @@ def files_in(files: dict[str, str], out: Path) -> dict[str, Path]:
 
 def without_empty_columns(table: list[list[str]]) -> list[list[str]]:
     """Drop columns that no row below the head fills."""
+    # "-" is what `last` writes for a value that no run has, such as the held-out total.
     kept = [place for place in range(len(table[0])) if any(row[place] != "-" for row in table[1:])]
     return [[row[place] for place in kept] for row in table]
 

@@ -1,0 +1,70 @@
+"""Pages hold other people's words: captions, completions and names stay text in them."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from t2i.report.run import write_report
+from t2i.report.sections.section import Section
+from t2i.report.study import HTML, MARKDOWN, Page, Part, rendered
+from t2i.study.jobs import Record
+from t2i.study.spec import Study
+
+WORDS = "<script>alert('me')</script> & more"
+ESCAPED = "&lt;script&gt;alert(&#39;me&#39;)&lt;/script&gt; &amp; more"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run's files, as far as a page needs them, with markup wherever a stranger's words stand."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "captions.txt").write_text(f"{WORDS}\n")
+    (tmp_path / "resolved.yaml").write_text("train: {max_steps: 4}\ndata: {shards: here}\n")
+    environment = {"command": f"train {WORDS}", "packages": {"torch": "2"}, "platform": "x", "python": "3"}
+    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    (tmp_path / "status.json").write_text(json.dumps({"state": "done"}))
+    rows = [{"step": 2, "tokens": 90, "seconds": 6.0, "image_loss": 5.0}]
+    rows += [{"step": 4, "tokens": 180, "seconds": 12.0, "image_loss": 4.0, "memory_bytes": 2.5e9}]
+    losses = {"image_loss": 4.5, "image_loss_wrong_caption": 4.75, "image_loss_empty_caption": 5.25}
+    rows += [{"step": step, "split": "heldout", "num_pictures": 8, **losses} for step in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_runs_page_tells_its_last_step_and_escapes_words(run_dir):
+    Image.new("RGB", (2, 2)).save(run_dir / "samples" / "step_000004.png")
+    page = write_report(run_dir).read_text()
+    assert "step 4 of 4,\n180 tokens in 0.2 minutes of training,\n15 tokens per second,\n2.5 GB" in page
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)  # of the last step alone
+    assert cells == ["heldout", "4.500", "4.750", "5.250", "8"]
+    assert "<script>" not in page
+    assert page.count(ESCAPED) == 2  # the caption and the command
+
+
+def test_a_run_without_a_recorded_step_has_a_page(run_dir):
+    (run_dir / "metrics.jsonl").unlink()
+    assert "step 0 of 4,\n0 tokens in 0.0 minutes" in write_report(run_dir).read_text()
+
+
+def test_a_studys_page_escapes_words_and_names_what_failed(tmp_path):
+    study = Study(tmp_path / "x.yaml", title=WORDS, question="Q", arms={"a": {"train": {"lr": 1.0}}})
+    section = Section(WORDS, WORDS, table=[["arm"], [WORDS]], paper=WORDS)
+    page = Page(
+        study=study,
+        parts=[Part(section, svg="<svg></svg>")],
+        failed={"a-seed0": Record("failed", code=4), "b": Record("skipped", reason="needs a-seed0")},
+        minutes=1.0,
+        environment={"cpus": 2, "python": "3", "packages": {}, "platform": "x"},
+        commits=[],
+        command="make it",
+        date="today",
+    )
+    html = rendered(page, HTML, is_html=True)
+    assert "<script>" not in html
+    assert html.count(ESCAPED) == 6  # two titles, the heading, the sentence, the paper's, a cell
+    assert "<figure><svg></svg></figure>" in html
+    assert "a-seed0 (failed, status 4), b (skipped, needs a-seed0)" in html
+    assert "--train.lr 1.0" in html
+    assert f"# {WORDS}\n" in rendered(page, MARKDOWN, is_html=False)
