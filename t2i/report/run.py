@@ -11,16 +11,15 @@ import jinja2
 import yaml
 from PIL import Image
 
-from t2i.data.shards.manifest import Manifest, read_manifest_file
+from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
 from t2i.files import read_optional_json
 from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
 from t2i.report.figures import loss_curves
-from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
-from t2i.study.results import TRAIN_ROWS, Row, read_rows
+from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run
 from t2i.tokens.image import centre_crop_resize
 
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
@@ -46,8 +45,8 @@ class Page:
     status: dict[str, Any]
     environment: dict[str, Any]
     settings: dict[str, Any]
-    manifest: dict[str, Any]
-    """Of the training shards; empty if the run has none yet."""
+    manifest: Manifest | None
+    """Of the training shards; None if the run has none yet."""
     scores: dict[str, Any]
     """Empty if no checkpoint was scored."""
     baselines: dict[str, float]
@@ -85,12 +84,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(run_dir: Path) -> Page:
-    rows = read_rows(run_dir)
-    manifest = read_optional_json(run_dir / DATA_MANIFEST)
+    run = read_run(run_dir, seed=0)
+    manifest = data_manifest(run)
     measured = _measured(run_dir)
-    baselines = manifest.get("floors_nats", {}).get("heldout", {})
+    baselines = image_baselines([run])
     # A run stopped before its first recorded step has a page too: its settings and its reason are what is looked for.
-    last = next((row for row in reversed(rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
+    last = next((row for row in reversed(run.rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
     return Page(
         name=run_dir.name,
         status=read_optional_json(run_dir / STATUS),
@@ -101,12 +100,14 @@ def _page(run_dir: Path) -> Page:
         baselines=baselines,
         last=last,
         # Of the last step alone: rows of earlier ones are in the curves.
-        heldout=[row for row in rows if "image_loss_wrong_caption" in row.values and row.step == last.step],
+        heldout=[
+            row for row in run.rows if "image_loss_wrong_caption" in row.values and row.step == last.step
+        ],
         curves={
-            kind: loss_curves(rows, kind=kind, baselines=baselines if kind == "image" else {})
+            kind: loss_curves(run.rows, kind=kind, baselines=baselines if kind == "image" else {})
             for kind in ("image", "text")
         },
-        images=_images(measured / "model", manifest) if measured else [],
+        images=_images(measured / "model", manifest) if measured and manifest else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         commands=_commands(run_dir),
@@ -120,10 +121,10 @@ def _measured(run_dir: Path) -> Path | None:
     return found[-1].parent if found else None
 
 
-def _images(folder: Path, manifest: dict[str, Any]) -> list[DrawnImage]:
+def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
     """Pair drawn images with the real ones of their captions, spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
-    pairs = heldout_halves(manifest, num_samples=len(drawn)).drawn
+    pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
     # Every n-th and never the best: a page of chosen images says nothing of the others.
     step = max(1, len(drawn) // NUM_IMAGES)
     shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
@@ -132,7 +133,7 @@ def _images(folder: Path, manifest: dict[str, Any]) -> list[DrawnImage]:
             caption=pair.caption,
             split=pair.split,
             # Cropped and resized as training saw it; beside the whole photograph the drawn one would look worse.
-            real=_data_url(centre_crop_resize(pair.open(), size=manifest["image_size"])),
+            real=_data_url(centre_crop_resize(pair.open(), size=manifest.image_size)),
             drawn=_data_url(Image.open(path)),
         )
         for pair, path in shown

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from t2i.data.loader import num_trained_on
-from t2i.data.shards.manifest import MANIFEST, is_text
+from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
 from t2i.files import read_optional_json
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
@@ -127,36 +127,39 @@ def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | N
 
 def image_baselines(runs: list[Run]) -> dict[str, float]:
     """Read the count-based baselines of held-out codes, in nats per code; none for runs on text."""
-    manifest = data_manifest(runs[0]) if runs else {}
-    return _baselines(manifest) if "codebook_size" in manifest else {}
+    manifest = data_manifest(runs[0]) if runs else None
+    return _baselines(manifest) if manifest and not manifest.is_text else {}
 
 
 def text_baselines(runs: list[Run]) -> dict[str, float]:
     """Read the count-based baselines of held-out text, in nats per token; none where it is of no text shards."""
     if not runs:
         return {}
-    manifest = read_optional_json(Path(_settings(runs[0])["train"]["eval_text"]) / MANIFEST)
-    return _baselines(manifest) if is_text(manifest) else {}
+    file = Path(_settings(runs[0])["train"]["eval_text"]) / MANIFEST
+    manifest = read_manifest_file(file) if file.is_file() else None
+    return _baselines(manifest) if manifest and manifest.is_text else {}
 
 
 def num_samples(run: Run) -> int:
     """Count the samples that a run was trained on."""
-    return num_trained_on(data_manifest(run), keep_every=_settings(run)["data"]["keep_every"])
+    return num_trained_on(
+        read_manifest_file(run.folder / DATA_MANIFEST), keep_every=_settings(run)["data"]["keep_every"]
+    )
 
 
 def codes_per_image(run: Run) -> int:
     """Read how many codes an image of the run's shards has."""
-    return int(data_manifest(run)["codes_per_image"])
+    return read_manifest_file(run.folder / DATA_MANIFEST).codes_per_image
 
 
-def data_manifest(run: Run) -> dict[str, Any]:
-    """Read the manifest of the shards that a run was trained on; empty if it has not begun."""
-    return read_optional_json(run.folder / DATA_MANIFEST)
+def data_manifest(run: Run) -> Manifest | None:
+    """Read the manifest of the shards that a run was trained on; None if it has not begun."""
+    file = run.folder / DATA_MANIFEST
+    return read_manifest_file(file) if file.is_file() else None
 
 
-def _baselines(manifest: dict[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = manifest.get("floors_nats", {}).get("heldout", {})
-    return found
+def _baselines(manifest: Manifest) -> dict[str, float]:
+    return manifest.floors_nats.get("heldout", {})
 
 
 def _settings(run: Run) -> dict[str, dict[str, Any]]:

@@ -11,8 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from t2i.data.shards.manifest import MANIFEST, RECONSTRUCTIONS
-from t2i.files import read_json
+from t2i.data.shards.manifest import MANIFEST, RECONSTRUCTIONS, read_manifest_file
 from t2i.measure.perplexity import RESULTS as PERPLEXITY
 from t2i.report.figures import COLOURS, draw_baselines, draw_mean_and_range, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, in_folder, last
@@ -43,10 +42,10 @@ def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
     folder = in_folder(shards, out)
     if not (folder / RECONSTRUCTIONS).is_file():
         return Section("Reconstructions", f"{folder} has no {RECONSTRUCTIONS}.")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest_file(folder / MANIFEST)
     sentence = (
-        f"Images of {manifest['source']}, and the same after {manifest['codes_per_image']} codes of"
-        f" {manifest['codebook_size']}: the best that a model of these codes can draw."
+        f"Images of {manifest.source}, and the same after {manifest.codes_per_image} codes of"
+        f" {manifest.codebook_size}: the best that a model of these codes can draw."
     )
     title = "originals above, reconstructions below"
     figure = _show_file(folder / RECONSTRUCTIONS, title=title)

@@ -20,14 +20,15 @@ def pretraining(study: Study, out: Path, *, folder: str) -> Section:
     """
     run = read_run(in_folder(folder, out), seed=0)
     found = curve([run], value="text_loss", split="heldout")
-    if found is None:
-        return Section("The language model", f"{run.folder} has no held-out text loss.")
     manifest = data_manifest(run)
-    baselines: dict[str, float] = manifest["floors_nats"]["heldout"]
+    if found is None or manifest is None or manifest.documents is None:
+        return Section("The language model", f"{run.folder} has no held-out loss on documents.")
+    baselines = manifest.floors_nats["heldout"]
     end = float(found.values[0, -1])
+    digest = (manifest.gathered_sha256 or "")[:16]
     sentence = (
-        f"Pre-trained on {manifest['documents']['train']:,} documents of {manifest['source']} (SHA-256"
-        f" {manifest['gathered_sha256'][:16]}), {found.tokens[-1]:,} tokens, to {end:.3f} nats per held-out token, a"
+        f"Pre-trained on {manifest.documents['train']:,} documents of {manifest.source} (SHA-256"
+        f" {digest}), {found.tokens[-1]:,} tokens, to {end:.3f} nats per held-out token, a"
         f" perplexity of {math.exp(end):.1f}; count-based baselines have {math.exp(baselines['unigram']):.0f}"
         f" (unigram) and {math.exp(baselines['bigram']):.0f} (bigram)."
     )
