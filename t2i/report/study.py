@@ -86,7 +86,8 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
 
 def rendered(page: Page, template: Path, *, is_html: bool) -> str:
     """Fill a template."""
-    # Captions, completions and arms' names are anybody's text: HTML escapes them all, and Markdown has no scripts.
+    # Captions, completions and arms' names are anybody's text, so HTML escapes them all. Markdown stays as it is: what
+    # shows it decides which HTML it lets through.
     made = jinja2.Template(template.read_text(), autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
     return made.render(vars(page), flags=page.flags) + "\n"
 

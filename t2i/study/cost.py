@@ -98,7 +98,7 @@ def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int,
 
 
 def _embedded() -> dict[str, Any]:
-    """Describe the embedded pictures and tokenizers, which a study's own shards are made of."""
+    """Describe the embedded images and tokenizers, which a study's own shards are made of."""
     tokenizer = read_json(ASSETS / "image_tokenizer" / "config.json")
     return {
         "text_rows": TextTokenizer.load(ASSETS / "text_tokenizer").num_tokens,

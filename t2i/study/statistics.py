@@ -206,7 +206,7 @@ def rank_agreement(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _paired(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     if first.shape != second.shape:
-        raise ValueError(f"paired arms have shapes {first.shape} and {second.shape}; wanted are equal ones.")
+        raise ValueError(f"paired arms have shapes {first.shape} and {second.shape}; expected equal ones.")
     return first - second
 
 

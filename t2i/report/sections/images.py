@@ -207,7 +207,7 @@ def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) 
     """Draw image loss by row and by column of the code grid, and where the first arm is better than the second.
 
     Args:
-        losses: arm -> (side, side) nats a code, mean over seeds.
+        losses: arm -> (side, side) nats per code, mean over seeds.
     """
     arms = list(losses)
     figure, axes = panels(3 if len(arms) > 1 else 2)

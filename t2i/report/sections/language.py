@@ -147,7 +147,7 @@ def _draw_forgetting(
     Args:
         values: value -> arm -> curve, with the range of seeds.
         paths: arm -> held-out image loss and text loss at the same steps.
-        baselines: of held-out text, nats a token.
+        baselines: of held-out text, in nats per token.
     """
     figure, axes = panels(len(values) + 1)
     for axis, (value, arms) in zip(axes[:-1], values.items(), strict=True):
