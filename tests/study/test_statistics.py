@@ -67,7 +67,7 @@ def test_the_paired_test_equals_scipys():
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.verdict == "lower"
     assert paired_test(second, first).verdict == "higher"
-    with pytest.raises(ValueError, match="wanted are equal ones"):
+    with pytest.raises(ValueError, match="expected equal ones"):
         paired_test(first, second[:4])
 
 
