@@ -207,8 +207,14 @@ def test_a_study_reports_again_and_trains_nothing(old, call):
     assert {kind: contents(study / kind) for kind in before} == before
     assert list((study / "logs").iterdir()) == []
     again = (study / "report.md").read_text()
-    # Words may change and digits of a figure may not: every measured number is still there.
+    # The smallest detectable differences of few seeds were too large then; test_statistics.py says what is right.
+    corrected = re.findall(r"would have seen a difference of ([\d.]+) nats", report)
+    corrected += re.findall(
+        r"^\|.*\(95%: .* \| ([\d.]+) \| $", report, re.MULTILINE
+    )  # a row of several tests
+    assert len(corrected) == 3
+    # Words may change and digits of a figure may not: every other measured number is still there.
     numbers = re.findall(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])", report)
     assert len(numbers) > 100
-    assert [number for number in numbers if number not in again] == []
+    assert [number for number in numbers if number not in again and number not in corrected] == []
     assert len(list((study / "figures").glob("*.png"))) >= 12
