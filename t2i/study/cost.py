@@ -80,13 +80,18 @@ def seconds_on(costs: list[RunCost], *, gpu: str, num_gpus: int, mfu: float) -> 
 
 
 def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> RunCost:
-    model = model_config(config, data=known_data(config, plan=plan))
-    settings = config.model
+    settings, seq_len = config.model, config.data.seq_len
+    model = model_config(
+        settings,
+        data=known_data(config.data.shards, plan=plan),
+        seq_len=seq_len,
+        image_rows_only=config.train.image_rows_only,
+    )
     counts = count_parameters(
         model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
     )
-    seq_len = config.data.seq_len
-    tokens = config.train.max_steps * global_batch(config, world_size=1) * seq_len
+    sequences = global_batch(config.train.global_batch_tokens, seq_len=seq_len, world_size=1)
+    tokens = config.train.max_steps * sequences * seq_len
     record = read_record(out, name)
     return RunCost(
         name=name,
