@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from t2i.measure.score import Rulers, Task
-    from t2i.runs.loading import Checkpoint
+    from t2i.runs.loading import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.score import Drawing, draw_rows, score
-    from t2i.runs.loading import open_checkpoint
+    from t2i.runs.loading import open_model
 
     started = time.perf_counter()
     if command.captions and (command.coco is None or command.list_seed):
         raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     processes = join()
     rulers = rulers_of(command, processes)
-    checkpoint = open_checkpoint(command.ckpt, device=processes.device)
+    checkpoint = open_model(command.ckpt, device=processes.device, needs_images=True)
     task = task_of(command, checkpoint)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls = () if command.coco else ("shuffled", "untrained")
@@ -108,7 +108,7 @@ def score_model(command: ScoreCommand) -> None:
     leave(processes)
 
 
-def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
+def task_of(command: ScoreCommand, checkpoint: "OpenedModel") -> "Task":
     from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_coco
     from t2i.measure.heldout_images import halves_task, read_data_manifest
 
@@ -135,7 +135,7 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
     return Rulers(extractor, clip=load_clip(command.clip, device=device) if command.clip else None)
 
 
-def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
+def captions_heard(checkpoint: "OpenedModel") -> dict[str, dict[str, float]]:
     from t2i.measure.heldout_images import caption_meters, read_data_manifest
 
     return caption_meters(checkpoint, read_data_manifest(checkpoint))

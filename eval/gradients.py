@@ -34,10 +34,10 @@ def main() -> None:
 
     from t2i.measure.gradients import KINDS, gradient_shares, heldout_sequences, write_results
     from t2i.measure.perplexity import data_of
-    from t2i.runs.loading import open_language_model
+    from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_language_model(command.ckpt, device=device)
+    model = open_model(command.ckpt, device=device, needs_images=False)
     config = data_of(model, shards=command.shards, mode=None)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)

@@ -33,10 +33,12 @@ class NearestCommand:
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
     from t2i.measure.embeddings import compare_rows, write_results
-    from t2i.runs.loading import open_language_model
+    from t2i.runs.loading import open_model
 
-    model = open_language_model(command.ckpt)
-    results = compare_rows(model, before=open_language_model(command.before) if command.before else None)
+    model = open_model(command.ckpt, needs_images=False)
+    results = compare_rows(
+        model, before=open_model(command.before, needs_images=False) if command.before else None
+    )
     path = write_results(results, model=model, out=command.out)
     for side, found in results.items():
         median = {kind: found[kind]["0.50"] for kind in ("image", "text", "random")}

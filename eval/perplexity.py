@@ -43,10 +43,10 @@ def main() -> None:
     import torch
 
     from t2i.measure.perplexity import data_of, perplexity, write_results
-    from t2i.runs.loading import open_language_model
+    from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_language_model(command.ckpt, device=device)
+    model = open_model(command.ckpt, device=device, needs_images=False)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = perplexity(model, config=config, batch_size=command.batch_size)
     path = write_results(results, model=model, config=config, out=command.out)

@@ -19,14 +19,14 @@ from t2i.measure.heldout_images import halves_task, read_data_manifest
 from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.report.run import write_report
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 
 CAPTIONS = {f"{index:02d}": f"picture {index}" for index in range(3)}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(finished):
-    return open_checkpoint(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=True)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
 
 
 def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, exported):
-    again = open_checkpoint(str(exported))
+    again = open_model(str(exported), needs_images=True)
     assert again.layout == checkpoint.layout
     assert (exported / "data_manifest.json").is_file()
     with pytest.raises(UserError, match="exists already"):

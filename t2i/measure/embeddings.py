@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2i.errors import UserError
 from t2i.files import write_whole
-from t2i.runs.loading import LanguageModel, home
+from t2i.runs.loading import OpenedModel
 
 CHUNK_ROWS = 1_024
 RESULTS = "nearest.json"
@@ -69,7 +69,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
     return float(cross / ((first.T @ first).norm() * (second.T @ second).norm()))
 
 
-def rows_of(model: LanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
+def rows_of(model: OpenedModel) -> dict[str, tuple[Tensor, Tensor]]:
     """Return, for embedding and head, image rows (codebook, D) and the text rows that a text can use (T, D)."""
     layout = model.layout
     first, last = layout.first_image_id, layout.first_image_id + layout.codebook_size
@@ -83,7 +83,7 @@ def rows_of(model: LanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def compare_rows(model: LanguageModel, *, before: LanguageModel | None) -> dict[str, Any]:
+def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str, Any]:
     """Compare both spaces of rows; `before` (None: nothing to compare with) adds linear CKA of image rows.
 
     Raises:
@@ -106,9 +106,9 @@ def compare_rows(model: LanguageModel, *, before: LanguageModel | None) -> dict[
     return results
 
 
-def write_results(results: dict[str, Any], *, model: LanguageModel, out: Path | None) -> Path:
+def write_results(results: dict[str, Any], *, model: OpenedModel, out: Path | None) -> Path:
     """Write nearest.json, by default (None) into the model's run or folder; return its path."""
-    path = out or home(model) / RESULTS
+    path = out or model.home / RESULTS
     write_whole(path, json.dumps({"checkpoint": str(model.folder), **results}, ensure_ascii=False))
     return path
 

@@ -18,7 +18,7 @@ from t2i.errors import DataError
 from t2i.files import write_whole
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
-from t2i.runs.loading import find, open_language_model
+from t2i.runs.loading import find, open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -145,7 +145,7 @@ def forgetting(
     models = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, ckpt in ckpts.items():
-        opened = open_language_model(ckpt, device=device)
+        opened = open_model(ckpt, device=device, needs_images=False)
         tokenizer, layout = opened.text_tokenizer, opened.layout
         costs = {}
         for kind, text in texts.items():

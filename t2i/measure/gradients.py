@@ -13,14 +13,14 @@ from t2i.errors import DataError
 from t2i.files import write_json
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import IGNORED, kinds_of, summed_loss
-from t2i.runs.loading import LanguageModel, home
+from t2i.runs.loading import OpenedModel
 from t2i.tokens.sequence import next_token_labels
 
 RESULTS = "gradients.json"
 KINDS = ("text", "image", "special")
 
 
-def heldout_sequences(model: LanguageModel, *, config: DataConfig, num_sequences: int) -> Tensor:
+def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: int) -> Tensor:
     """Read held-out pairs as sequences (N, S), as training would see them without dropped captions.
 
     Raises:
@@ -34,7 +34,7 @@ def heldout_sequences(model: LanguageModel, *, config: DataConfig, num_sequences
     return stack_sequences(samples, layout=model.layout, config=config, captions=captions)
 
 
-def gradient_shares(model: LanguageModel, input_ids: Tensor, *, batch_size: int = 32) -> dict[str, Any]:
+def gradient_shares(model: OpenedModel, input_ids: Tensor, *, batch_size: int = 32) -> dict[str, Any]:
     """Split the gradient of the mean loss over all tokens of (N, S) into its parts by kind of token.
 
     Returns:
@@ -65,15 +65,15 @@ def gradient_shares(model: LanguageModel, input_ids: Tensor, *, batch_size: int 
     return result
 
 
-def write_results(results: dict[str, Any], *, model: LanguageModel, out: Path | None) -> Path:
+def write_results(results: dict[str, Any], *, model: OpenedModel, out: Path | None) -> Path:
     """Write gradients.json, by default (None) into the model's run or folder; return its path."""
-    path = out or home(model) / RESULTS
+    path = out or model.home / RESULTS
     write_json(path, {"checkpoint": str(model.folder), **results})
     return path
 
 
 def _part(
-    model: LanguageModel, input_ids: Tensor, labels: Tensor, *, kind: str, batch_size: int
+    model: OpenedModel, input_ids: Tensor, labels: Tensor, *, kind: str, batch_size: int
 ) -> tuple[dict[str, Tensor], float, int]:
     """Compute the gradient of one kind's summed loss, that sum in nats, and its tokens."""
     learner, layout = model.model, model.layout
@@ -97,7 +97,7 @@ def _part(
     return gradient, nats, count
 
 
-def _row_ids(model: LanguageModel) -> set[str]:
+def _row_ids(model: OpenedModel) -> set[str]:
     """Name the parameters of embedding and head."""
     ends = (model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight)
     return {name for name, value in model.model.named_parameters() if any(value is end for end in ends)}

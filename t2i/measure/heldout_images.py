@@ -19,7 +19,8 @@ from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
 from t2i.measure.images import Pictures, encode, readable
 from t2i.measure.score import Task
-from t2i.runs.loading import DATA_MANIFEST, Checkpoint
+from t2i.model.backbone import trained_seq_len
+from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.tokens.image import centre_crop_resize
 
 CROP_RULE = "centre square of the shorter side, PIL bicubic"
@@ -81,27 +82,26 @@ def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     )
 
 
-def read_data_manifest(checkpoint: Checkpoint) -> Manifest:
+def read_data_manifest(checkpoint: OpenedModel) -> Manifest:
     """Read what a run or an exported folder tells of its data.
 
     Raises:
         DataError: it tells nothing.
     """
-    path = (checkpoint.run_dir or checkpoint.folder) / DATA_MANIFEST
+    path = checkpoint.home / DATA_MANIFEST
     if not path.is_file():
         raise DataError(f"{path} is missing, so the held-out pictures of this model are not known.")
     return read_manifest_file(path)
 
 
-def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
+def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Any]:
     """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code.
 
     At most METER_PICTURES of each, evenly spread.
     """
     source = reopen_source(manifest)
-    settings = checkpoint.model.config
-    length = settings.sequence_length or settings.max_position_embeddings
-    config = DataConfig(mode=settings.sequence_mode, seq_len=length)
+    mode = checkpoint.model.config.sequence_mode
+    config = DataConfig(mode=mode, seq_len=trained_seq_len(checkpoint.model))
     meters = {}
     for split in HELDOUT_SPLITS:
         listed = [pair for pair in source.pairs if pair.split == split]
@@ -109,7 +109,7 @@ def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]
         pairs = list(readable(spread))
         if len(pairs) < 2:
             continue
-        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.image_tokenizer)
+        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())
         samples = [
             Sample(
                 key=pair.key,

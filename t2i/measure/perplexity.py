@@ -18,7 +18,7 @@ from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
-from t2i.runs.loading import LanguageModel, home
+from t2i.runs.loading import OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
 
@@ -26,7 +26,7 @@ RESULTS = "perplexity.json"
 KINDS = ("text", "image", "special")
 
 
-def data_of(model: LanguageModel, *, shards: Path | None, mode: str | None) -> DataConfig:
+def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> DataConfig:
     """Say what to measure on: what is given, else (None) what the model's run was trained on.
 
     Raises:
@@ -60,10 +60,10 @@ class RunData:
 
 
 def write_results(
-    results: dict[str, Any], *, model: LanguageModel, config: DataConfig, out: Path | None
+    results: dict[str, Any], *, model: OpenedModel, config: DataConfig, out: Path | None
 ) -> Path:
     """Write perplexity.json, by default (None) into the model's run or folder; return its path."""
-    path = out or home(model) / RESULTS
+    path = out or model.home / RESULTS
     about = {
         "checkpoint": str(model.folder),
         "shards": str(config.shards),
@@ -74,7 +74,7 @@ def write_results(
     return path
 
 
-def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32) -> dict[str, Any]:
+def perplexity(model: OpenedModel, *, config: DataConfig, batch_size: int = 32) -> dict[str, Any]:
     """Measure every held-out split of the shards that config names.
 
     Returns:
@@ -110,7 +110,7 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
 
 @torch.inference_mode()
 def measure(
-    model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
+    model: OpenedModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
 ) -> dict[str, Any]:
     """Measure sequences (N, S) with whole pictures, or without any; image_size None for ids without pixels."""
     sums = torch.zeros(2, len(KINDS), dtype=torch.float64)

@@ -27,7 +27,7 @@ from t2i.measure.feature_cache import BATCH_SIZE, Measured, Reference, measure, 
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
 from t2i.measure.images import Pictures, Reconstructions
 from t2i.model.backbone import made_of
-from t2i.runs.loading import Checkpoint
+from t2i.runs.loading import OpenedModel
 
 CAPTIONS = "captions.jsonl"
 KERNEL_SEED = 0
@@ -84,7 +84,7 @@ class Rulers:
 
 
 def draw_rows(
-    checkpoint: Checkpoint, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
+    checkpoint: OpenedModel, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
 ) -> dict[str, list[Path]]:
     """Draw this rank's share of every row; return all paths, in the order of the captions.
 
@@ -116,7 +116,7 @@ def draw_rows(
     }
 
 
-def untrained(checkpoint: Checkpoint) -> Checkpoint:
+def untrained(checkpoint: OpenedModel) -> OpenedModel:
     """Swap the model for one of the same architecture with random weights (seed 0)."""
     torch.manual_seed(0)
     model = made_of(checkpoint.model.config).eval()
@@ -124,7 +124,7 @@ def untrained(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def score(
-    checkpoint: Checkpoint,
+    checkpoint: OpenedModel,
     task: Task,
     *,
     drawing: Drawing,
@@ -195,12 +195,12 @@ def _protocol(task: Task, extractor: FeatureExtractor) -> dict[str, Any]:
     }
 
 
-def _subject(checkpoint: Checkpoint, drawing: Drawing) -> dict[str, Any]:
+def _subject(checkpoint: OpenedModel, drawing: Drawing) -> dict[str, Any]:
     """Name what was measured."""
     return {
         "checkpoint": str(checkpoint.folder),
         "weights_sha256": checkpoint.weights,
-        "image_tokenizer_sha256": checkpoint.image_tokenizer.fingerprint(),
+        "image_tokenizer_sha256": checkpoint.needed_image_tokenizer().fingerprint(),
         "sampler": asdict(drawing.config),
         "seeds": "picture i of captions.jsonl is drawn with sampler.seed + i",
         "batch_size": drawing.batch_size,
@@ -210,13 +210,13 @@ def _subject(checkpoint: Checkpoint, drawing: Drawing) -> dict[str, Any]:
 
 
 def _distances(
-    checkpoint: Checkpoint, task: Task, *, drawn: dict[str, list[Path]], extractor: FeatureExtractor
+    checkpoint: OpenedModel, task: Task, *, drawn: dict[str, list[Path]], extractor: FeatureExtractor
 ) -> dict[str, dict[str, Any]]:
     """Measure the distances of every row: what it is, its number of pictures, and those of its reference."""
     reference = measure_reference(task.reference, extractor, progress=True)
     made: dict[str, Any] = {
         **drawn,
-        "reconstructions": Reconstructions(task.own, checkpoint.image_tokenizer),
+        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
     features = {
         row: measure(extract(pictures, extractor, batch_size=BATCH_SIZE, progress=True))
@@ -251,7 +251,7 @@ def _row(row: str, made: Measured, reference: Measured, extractor: FeatureExtrac
 
 def _add_clip_scores(
     rows: dict[str, dict[str, Any]],
-    checkpoint: Checkpoint,
+    checkpoint: OpenedModel,
     task: Task,
     *,
     drawn: dict[str, list[Path]],
@@ -262,7 +262,7 @@ def _add_clip_scores(
     made: dict[str, Any] = {
         **drawn,
         "real": islice(task.own, rows["real"]["n"]),
-        "reconstructions": Reconstructions(task.own, checkpoint.image_tokenizer),
+        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
     for row, pictures in made.items():
         embedded = embed_pictures(pictures, clip)

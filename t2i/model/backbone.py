@@ -84,6 +84,11 @@ def head_of(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_output_embeddings().weight)
 
 
+def trained_seq_len(model: PreTrainedModel) -> int:
+    """Return the tokens per sequence that training had; of a config without that record, the model's positions."""
+    return int(model.config.sequence_length or model.config.max_position_embeddings)
+
+
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:
     """Return the rows of the head that a model learned to tell an image code from: image rows, or None for all."""
     return layout.image_rows if getattr(model.config, "image_rows_only", False) else None

@@ -33,7 +33,7 @@ from t2i.measure import feature_cache as reference
 from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip
 from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_coco
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.tokens.image import ImageTokenizer, to_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -374,7 +374,7 @@ def test_an_export_carries_its_scores_where_the_hub_reads_them(
     home = shutil.copytree(model_folder, tmp_path / "home")
     assert call(home, "--coco", coco_folder, "--inception", narrow_inception_file, "--num-samples", 4) == 0
     scores = json.loads((home / "coco" / "scores.json").read_text())
-    export(open_checkpoint(str(home)), out=tmp_path / "exported", command="a test")
+    export(open_model(str(home), needs_images=True), out=tmp_path / "exported", command="a test")
     card = ModelCard.load(tmp_path / "exported" / "README.md")
     assert json.loads((tmp_path / "exported" / "coco_scores.json").read_text()) == scores
     results = {result.metric_type: result for result in card.data.eval_results}

@@ -15,12 +15,12 @@ from t2i.measure.forgetting import (
     text_sequences,
     write_results,
 )
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 
 
 @pytest.fixture(scope="module")
 def model(finished):
-    return open_language_model(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=False)
 
 
 def test_costs_equal_a_twin_with_whole_distributions(model):

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from t2i.measure.gradients import gradient_shares
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
 def test_shares_equal_those_of_a_loss_written_out(model_folder):
-    model = open_language_model(str(model_folder))
+    model = open_model(str(model_folder), needs_images=False)
     layout, network = model.layout, model.model
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from t2i.errors import UserError
 from t2i.measure.embeddings import compare_rows, linear_cka, nearest, nearness, random_nearer, write_results
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 
 
 def test_nearest_equals_every_pair_compared():
@@ -55,8 +55,8 @@ def test_cka_sees_through_rotation_and_scale_and_tells_strangers_apart():
 
 
 def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
-    now = open_language_model(str(finished.run_dir))
-    before = open_language_model(str(finished.run_dir / "checkpoints" / "step_000003"))
+    now = open_model(str(finished.run_dir), needs_images=False)
+    before = open_model(str(finished.run_dir / "checkpoints" / "step_000003"), needs_images=False)
     results = compare_rows(now, before=before)
     assert set(results) == {"input", "output"}
     assert len(results["input"]["nearest_tokens"]) == now.layout.codebook_size
@@ -66,7 +66,7 @@ def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
 
 
 def test_a_language_model_alone_is_refused(finished):
-    model = open_language_model(str(finished.run_dir))
+    model = open_model(str(finished.run_dir), needs_images=False)
     alone = replace(model, layout=replace(model.layout, codebook_size=0))
     with pytest.raises(UserError, match="a language model without image codes"):
         compare_rows(alone, before=None)

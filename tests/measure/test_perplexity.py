@@ -9,13 +9,13 @@ from t2i.config import DataConfig
 from t2i.data.shards.reader import read_split
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import by_place, data_of, perplexity, write_results
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
 @pytest.fixture(scope="module")
 def model(finished):
-    return open_language_model(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=False)
 
 
 @pytest.fixture(scope="module")

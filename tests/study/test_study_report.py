@@ -26,7 +26,7 @@ from t2i.report.sections import comparisons as training
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import check_sections, make_section
 from t2i.report.study import write_study_report
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.study.cost import describe, prices, seconds_on
 from t2i.study.jobs import jobs_of, read_study, run_config, run_dir
@@ -101,11 +101,11 @@ def made(finished, tmp_path_factory):
     (out / "jobs").mkdir()
     record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
-    model = open_language_model(str(run_dir(out, "fast", 0)))
+    model = open_model(str(run_dir(out, "fast", 0)), needs_images=False)
     write_results(compare_rows(model, before=None), model=model, out=None)
     for seed in study.seeds:
         for place, arm in enumerate(("fast", "slow")):
-            one = open_language_model(str(run_dir(out, arm, seed)))
+            one = open_model(str(run_dir(out, arm, seed)), needs_images=False)
             config = data_of(one, shards=None, mode=None)
             perplexity_module.write_results(
                 perplexity_module.perplexity(one, config=config), model=one, config=config, out=None
@@ -269,7 +269,7 @@ def test_unknown_sections_and_arguments_are_refused(made):
 
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
     study, out = made
-    model = open_language_model(str(run_dir(out, "fast", 0))).model
+    model = open_model(str(run_dir(out, "fast", 0)), needs_images=False).model
     counted = sum(value.numel() for value in model.parameters() if value.dim() == 2)
     counted -= model.get_input_embeddings().weight.numel()
     priced = prices(study, out=out)

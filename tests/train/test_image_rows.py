@@ -9,7 +9,7 @@ import yaml
 
 from t2i.errors import UserError
 from t2i.measure.perplexity import data_of, perplexity
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 
@@ -31,7 +31,7 @@ def test_a_run_says_so_everywhere_and_its_losses_are_over_the_rows_it_learned(fi
     left_out = 64 / 90 * (shape["vocab_size"] - shape["vocab_layout"]["codebook_size"]) * 32
     assert a_token[0] - a_token[1] == pytest.approx(6 * left_out)
 
-    model = open_language_model(str(config.run_dir))
+    model = open_model(str(config.run_dir), needs_images=False)
     measured = perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]
     # fp32 sums in batches of other shapes.
     assert measured["image"]["nats"] == pytest.approx(heldout["image_loss"], abs=1e-4)

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from t2i.errors import DataError
-from t2i.model.backbone import head_of, hidden_states, load_model
-from t2i.model.loss import IGNORED, token_losses
-from t2i.runs.loading import find
+from t2i.model.backbone import head_of, hidden_states
+from t2i.model.loss import token_losses
+from t2i.runs.loading import open_model
+from t2i.tokens.sequence import IGNORED
 from t2i.tokens.text import TextTokenizer
 
 INPUTS = """
@@ -39,11 +40,9 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, Any]:
-        folder, _ = find(model_id)
-        tokenizer = TextTokenizer.load(folder)
-        model = load_model(folder).eval()
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        sums = [_nats(text, model, tokenizer) for text in predictions]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        opened = open_model(model_id, needs_images=False, device=device)
+        sums = [_nats(text, opened.model, opened.text_tokenizer) for text in predictions]
         perplexities = [math.exp(nats / count) for nats, count in sums]
         num_tokens = sum(count for _, count in sums)
         return {
