@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -28,7 +28,8 @@ from t2i.errors import UserError, run_command
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from t2i.measure.score import Rulers, Task
+    from t2i.measure.heldout import CaptionMeter
+    from t2i.measure.score import Rulers, Scores, Task
     from t2i.runs.loading import OpenedModel
 
 
@@ -77,7 +78,7 @@ class CompareCommand:
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave
     from t2i.measure.feature_cache import measure_reference
-    from t2i.measure.score import Drawing, draw_rows, score
+    from t2i.measure.score import Drawing, DrawingFacts, draw_rows, score
     from t2i.runs.loading import open_model
 
     started = time.perf_counter()
@@ -99,8 +100,11 @@ def score_model(command: ScoreCommand) -> None:
     if processes.is_main_process and task.reference.cache:  # a broken picture is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
-    facts = {"processes": world_size, "seconds_to_draw": time.perf_counter() - started}
-    facts |= {} if command.coco else {"captions_heard": captions_heard(checkpoint)}
+    facts = DrawingFacts(
+        processes=world_size,
+        seconds_to_draw=time.perf_counter() - started,
+        captions_heard=None if command.coco else captions_heard(checkpoint),
+    )
     processes.wait_for_everyone()
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
@@ -109,12 +113,12 @@ def score_model(command: ScoreCommand) -> None:
 
 
 def task_of(command: ScoreCommand, checkpoint: "OpenedModel") -> "Task":
-    from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_coco
+    from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_val2014
     from t2i.measure.heldout_images import halves_task, read_data_manifest
 
     if command.coco is None:
         return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
-    coco = read_coco(command.coco)
+    coco = read_val2014(command.coco)
     if command.captions:
         choice = listed_captions(coco, command.captions, num_samples=command.num_samples)
     else:
@@ -135,35 +139,34 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
     return Rulers(extractor, clip=load_clip(command.clip, device=device) if command.clip else None)
 
 
-def captions_heard(checkpoint: "OpenedModel") -> dict[str, dict[str, float]]:
+def captions_heard(checkpoint: "OpenedModel") -> "dict[str, CaptionMeter]":
     from t2i.measure.heldout_images import caption_meters, read_data_manifest
 
     return caption_meters(checkpoint, read_data_manifest(checkpoint))
 
 
-def print_scores(scores: dict[str, Any], *, out: Path) -> None:
+def print_scores(scores: "Scores", *, out: Path) -> None:
     from t2i.measure.compare import table
 
-    print("\n".join(table(scores)))
-    for split, meter in scores.get("captions_heard", {}).items():
+    print("\n".join(table(scores.rows.values(), measures=scores.measures)))
+    for split, meter in (scores.facts.captions_heard or {}).items():
         print(
-            f"{split}: image loss {meter['own']:.3f} nats a code, wrong caption {meter['wrong']:.3f},"
-            f" empty {meter['empty']:.3f} ({meter['num_pictures']} pictures)"
+            f"{split}: image loss {meter.own:.3f} nats a code, wrong caption {meter.wrong:.3f},"
+            f" empty {meter.empty:.3f} ({meter.num_pictures} pictures)"
         )
-    print(
-        f"{scores['n']:,} captions against {scores['reference']}, {scores['features']}, {scores['resize']}."
-    )
-    print(f"{scores['note']}\nAll of it: {out / scores['file']}".lstrip())
+    one = scores.protocol
+    print(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")
+    print(f"{scores.note}\nAll of it: {out / scores.file}".lstrip())
 
 
 def compare(command: CompareCommand) -> None:
-    from t2i.measure.compare import SUBJECT, check_protocols, differences, read_scores, table
+    from t2i.measure.compare import check_protocols, differing_subjects, read_scores, table
 
     a, b = read_scores(command.a), read_scores(command.b)
     check_protocols(a, b)
     for file, scores in ((command.a, a), (command.b, b)):
-        print("\n".join([str(file), *table(scores)]))
-    print("\n".join(["Measured alike; they differ in (first | second):", *differences(a, b, keys=SUBJECT)]))
+        print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
+    print("\n".join(["Measured alike; they differ in (first | second):", *differing_subjects(a, b)]))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from t2i.generate import sample as draw
 from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import halves_task, read_data_manifest
-from t2i.measure.score import Drawing, Rulers, draw_rows, score
+from t2i.measure.score import Drawing, DrawingFacts, Rulers, draw_rows, score
 from t2i.report.run import write_report
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
@@ -41,7 +41,9 @@ def score_heldout(checkpoint, out):
     drawing = Drawing(out=out, config=SampleConfig(), controls=("shuffled", "untrained"), batch_size=32)
     drawn = draw_rows(checkpoint, task, drawing=drawing)
     rulers = Rulers(load_features("efficientnet_lite0"), clip=None)
-    return score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts={})
+    facts = DrawingFacts(processes=1, seconds_to_draw=0.0)
+    scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
+    return scores.to_json()
 
 
 def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):

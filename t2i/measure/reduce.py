@@ -29,6 +29,7 @@ def sum_over_ranks(
     Raises:
         Interrupted: on every rank, if should_stop asked any of them before a batch, or one that has none.
     """
+    # The last number tells who was asked to stop: in the same reduction, so that ranks leave together or not at all.
     sums = torch.zeros(size + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
@@ -40,7 +41,7 @@ def sum_over_ranks(
         sums[:-1] += measure(batch)
     model.train(was_training)
     if dist.is_initialized():
-        sums = sums.to(model.device)
+        sums = sums.to(model.device)  # NCCL reduces nothing on the CPU
         dist.all_reduce(sums)
     if sums[-1] > 0:
         raise Interrupted

@@ -29,7 +29,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.errors import UserError
 from t2i.generate.sample import draw_codes, drawer_of
 from t2i.measure.embeddings import compare_rows
-from t2i.measure.forgetting import completions
+from t2i.measure.forgetting import complete
 from t2i.measure.heldout import heldout_rows
 from t2i.model.backbone import hidden_states, load_model
 from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
@@ -151,7 +151,7 @@ def test_measures_open_it(trained, tokenizer):
     seen = [row for row in read_metrics(config.run_dir) if row.get("split") == "heldout"][-1]
     assert row["image_loss"] == pytest.approx(seen["image_loss"], abs=1e-5)
     assert set(compare_rows(opened, before=None)) == {"input", "output"}
-    text = completions(opened.model, ["The"], tokenizer=tokenizer, layout=opened.layout, max_new_tokens=3)
+    text = complete(opened.model, ["The"], tokenizer=tokenizer, layout=opened.layout, max_new_tokens=3)
     assert len(text) == 1
 
 

@@ -20,7 +20,7 @@ CITATION = """\
 }
 """
 
-INPUTS = """
+_INPUTS = """
 Args:
     predictions: picture files, or rows of features.
     reference: the pictures or rows that they are compared with; their number may differ.
@@ -43,7 +43,7 @@ class FrechetDistance(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation=CITATION,
-            inputs_description=INPUTS,
+            inputs_description=_INPUTS,
             features=[rows, files],
             reference_urls=["https://arxiv.org/abs/1706.08500"],
         )

@@ -15,7 +15,7 @@ from t2i.runs.loading import open_model
 from t2i.tokens.sequence import IGNORED
 from t2i.tokens.text import TextTokenizer
 
-INPUTS = """
+_INPUTS = """
 Args:
     predictions: texts.
     model_id: a run folder, a checkpoint, an exported folder, a hub name, or a converted language model's folder.
@@ -35,7 +35,7 @@ class Perplexity(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation="",
-            inputs_description=INPUTS,
+            inputs_description=_INPUTS,
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
