@@ -25,11 +25,14 @@ from t2i.cli import parse
 from t2i.config import SampleConfig
 from t2i.errors import UserError, run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from t2i.measure.heldout import CaptionMeter
-    from t2i.measure.score import Rulers, Scores, Task
+    from t2i.measure.protocol import Scores
+    from t2i.measure.score import Rulers, Task
     from t2i.runs.loading import OpenedModel
 
 
@@ -78,7 +81,8 @@ class CompareCommand:
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave
     from t2i.measure.feature_cache import measure_reference
-    from t2i.measure.score import Drawing, DrawingFacts, draw_rows, score
+    from t2i.measure.protocol import DrawingFacts
+    from t2i.measure.score import Drawing, draw_rows, score
     from t2i.runs.loading import open_model
 
     started = time.perf_counter()

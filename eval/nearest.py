@@ -15,6 +15,8 @@ import tyro
 from t2i.cli import parse
 from t2i.errors import run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 
 @dataclass(frozen=True)
 class NearestCommand:

@@ -16,7 +16,8 @@ from t2i.generate import sample as draw
 from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import halves_task, read_data_manifest
-from t2i.measure.score import Drawing, DrawingFacts, Rulers, draw_rows, score
+from t2i.measure.protocol import DrawingFacts
+from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.report.run import write_report
 from t2i.runs.export import export
 from t2i.runs.loading import open_model

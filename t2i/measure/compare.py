@@ -6,62 +6,7 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.files import check_keys, read_json
-
-SCORES = "scores.json"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a measure was taken on: entries of scores.json that must be equal where two scores are compared."""
-
-    data: str
-    n: int
-    features: str
-    features_sha256: str
-    resize: str
-    reference: str
-    reference_sha256: str
-    crop: str
-    image_size: int
-    captions: str
-    """How the list was chosen."""
-    captions_sha256: str
-    kernel_seed: int
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What was measured: entries that may differ, and are worth saying. Samplers are tuned for each model."""
-
-    checkpoint: str
-    weights_sha256: str
-    image_tokenizer_sha256: str
-    sampler: dict[str, object]
-    batch_size: int
-    dtype: str
-    device: str
-    versions: dict[str, str]
-
-
-CLIP = "clip_sha256"
-"""The CLIP that a score was taken with, compared only where both have one."""
-
-
-@dataclass(frozen=True)
-class RowScore:
-    """One set of images, measured."""
-
-    what: str
-    n: int
-    """Images in it."""
-    measures: dict[str, float]
-    """By the keys of scores.json, which name the features: fid only on Inception's."""
-    n_reference: int | None = None
-    """None if a file does not say."""
-
-    def to_json(self) -> dict[str, object]:
-        """Give it the form of a row in scores.json."""
-        return {"what": self.what, "n": self.n, "n_reference": self.n_reference, **self.measures}
+from t2i.measure.protocol import CLIP, SCORES, Protocol, RowScore, Subject
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from t2i.measure.images import batches, read_image
 
 logger = logging.getLogger(__name__)
 
-FEATURES = ("inception", "efficientnet_lite0")
+FEATURE_NAMES = ("inception", "efficientnet_lite0")
 RESIZES = ("clean", "legacy_tensorflow")
 
 INCEPTION_URL = (
@@ -85,7 +85,7 @@ def load_features(
     """Open a feature extractor.
 
     Args:
-        name: one of FEATURES.
+        name: one of FEATURE_NAMES.
         weights: Inception's file; None takes it from t2i's cache folder, downloading it once.
         resize: one of RESIZES; legacy_tensorflow is Inception's alone.
 
@@ -93,8 +93,8 @@ def load_features(
         UserError: an unknown name, or an option that these features do not have.
         DataError: Inception's file is missing, or its SHA-256 is not the pinned one.
     """
-    if name not in FEATURES or resize not in RESIZES:
-        wanted = f"wanted one of {', '.join(FEATURES)} and one of {', '.join(RESIZES)}"
+    if name not in FEATURE_NAMES or resize not in RESIZES:
+        wanted = f"wanted one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
         raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
     if name == "inception":
         return _inception(weights or cached_inception(), resize, torch.device(device))

@@ -1,11 +1,12 @@
 """Sums of a model's losses over batches that ranks share out."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 T = TypeVar("T")
 ShouldStop = Callable[[], bool]
@@ -22,7 +23,12 @@ def never() -> bool:
 
 @torch.inference_mode()
 def sum_over_ranks(
-    batches: Iterable[T], measure: Callable[[T], Tensor], *, model: Any, size: int, should_stop: ShouldStop
+    batches: Iterable[T],
+    measure: Callable[[T], Tensor],
+    *,
+    model: PreTrainedModel,
+    size: int,
+    should_stop: ShouldStop,
 ) -> Tensor:
     """Sum measure(batch), (size,) in float64, over this rank's batches and then over ranks: one reduction.
 

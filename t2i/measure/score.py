@@ -20,12 +20,20 @@ from t2i.files import read_json, write_json, write_whole
 from t2i.generate.sample import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
-from t2i.measure.compare import CLIP, SCORES, Protocol, RowScore, Subject
 from t2i.measure.distances import frechet_distance, kernel_distance, sample_size_note
 from t2i.measure.feature_cache import FEATURE_BATCH, Measured, Reference, measure_reference, with_statistics
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
-from t2i.measure.heldout import CaptionMeter
 from t2i.measure.images import Pictures, Reconstructions
+from t2i.measure.protocol import (
+    ROWS,
+    SCORES,
+    ClipScores,
+    DrawingFacts,
+    Protocol,
+    RowScore,
+    Scores,
+    Subject,
+)
 from t2i.model.backbone import made_of
 from t2i.runs.loading import OpenedModel
 
@@ -38,15 +46,6 @@ Control = Literal["shuffled", "untrained"]
 
 Images = Iterable[np.ndarray | Path]
 """Files, or uint8 images (H, W, 3)."""
-
-ROWS = {
-    "real": "real pictures that the reference has not",
-    "reconstructions": "the captions' own pictures through the image tokenizer",
-    "model": "drawn from the captions",
-    "matched": "drawn, against the captions' own pictures alone",
-    "shuffled": "drawn from the same captions in another order",
-    "untrained": "drawn by the same architecture with random weights",
-}
 
 
 @dataclass(frozen=True)
@@ -127,86 +126,6 @@ def untrained(checkpoint: OpenedModel) -> OpenedModel:
     torch.manual_seed(0)  # on every rank: they draw shares of one folder
     model = made_of(checkpoint.model.config).eval()
     return replace(checkpoint, model=model.to(device=checkpoint.model.device), weights="random, seed 0")
-
-
-@dataclass(frozen=True)
-class DrawingFacts:
-    """What the caller knows of the drawing, for scores.json."""
-
-    processes: int
-    seconds_to_draw: float
-    captions_heard: dict[str, CaptionMeter] | None = None
-    """What captions are worth to the model, by held-out split; None where it was not measured, as with COCO."""
-
-    def to_json(self) -> dict[str, object]:
-        """Give them the form of entries of scores.json."""
-        facts: dict[str, object] = {
-            "processes": self.processes,
-            "seconds_to_draw": self.seconds_to_draw,
-        }
-        if self.captions_heard is None:
-            return facts
-        meters = {split: asdict(meter) for split, meter in self.captions_heard.items()}
-        return facts | {"captions_heard": meters}
-
-
-@dataclass(frozen=True)
-class ClipScores:
-    """CLIP scores of every row with images of its own."""
-
-    name: str
-    weights_sha256: str
-    rows: dict[str, float]
-    other_captions: float
-    """Of the model's images under each other's captions: what a score is that has nothing to do with captions."""
-
-    def to_json(self) -> dict[str, object]:
-        """Give them the form of entries of scores.json."""
-        return {
-            "clip_score": self.rows["model"],
-            "clip_score_other_captions": self.other_captions,
-            "clip": self.name,
-            CLIP: self.weights_sha256,
-            "clip_rule": CLIP_RULE,
-        }
-
-
-@dataclass(frozen=True)
-class Scores:
-    """All rows of one model, and all that a comparison has to know."""
-
-    rows: dict[str, RowScore]
-    protocol: Protocol
-    subject: Subject
-    clip: ClipScores | None
-    """None for no CLIP score."""
-    note: str
-    """On the sample size; empty if it is large enough."""
-    facts: DrawingFacts
-    seconds_to_measure: float
-    file: str
-    """Name of the file that holds them."""
-
-    @property
-    def measures(self) -> list[str]:
-        """Name the measures of the model's row."""
-        return list(self.rows["model"].measures)
-
-    def to_json(self) -> dict[str, object]:
-        """Give them the form of scores.json."""
-        return {
-            **self.rows["model"].measures,
-            **(self.clip.to_json() if self.clip else {}),
-            "measures": self.measures,
-            "rows": {row: self.rows[row].to_json() for row in ROWS if row in self.rows},
-            "note": self.note,
-            **asdict(self.protocol),
-            **asdict(self.subject),
-            "seeds": "picture i of captions.jsonl is drawn with sampler.seed + i",
-            **self.facts.to_json(),
-            "seconds_to_measure": self.seconds_to_measure,
-            "file": self.file,
-        }
 
 
 def score(
@@ -355,7 +274,7 @@ def _clip_scores(
         scores[row] = clip_score(embedded, captions[: len(embedded)])
         if row == "model":
             others = clip_score(embedded, captions.roll(1, dims=0))
-    return ClipScores(clip.name, clip.weights_sha256, rows=scores, other_captions=others)
+    return ClipScores(clip.name, clip.weights_sha256, rule=CLIP_RULE, rows=scores, other_captions=others)
 
 
 def _with_clip(row: RowScore, clip_score: float | None) -> RowScore:

@@ -14,8 +14,8 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest, read_manifest_file
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
-from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
+from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics

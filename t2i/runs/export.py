@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that draws pictures where t2i is not installed."""
+"""A checkpoint as a folder that draws images where t2i is not installed."""
 
 import os
 import re
@@ -48,6 +48,7 @@ def export(checkpoint: OpenedModel, *, out: Path, command: str) -> None:
 
 
 def _write(checkpoint: OpenedModel, part: Path, *, name: str, command: str) -> None:
+    # Other classes are transformers' own: remote code would replace a class that everybody knows, a file does not.
     if not hasattr(checkpoint.model, "draw"):
         shutil.copyfile(sampling_open_lm.__file__, part / SAMPLER)
     checkpoint.model.save_pretrained(part)
@@ -56,7 +57,9 @@ def _write(checkpoint: OpenedModel, part: Path, *, name: str, command: str) -> N
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in MEASURED.items()}
     for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *MEASURED):
         found = [path for path in (checkpoint.home / file, places.get(file)) if path and path.is_file()]
-        if found:
+        if (
+            found
+        ):  # a folder of measures of this very checkpoint comes before what an earlier export carried along
             shutil.copyfile(found[-1], part / file)
     (part / "README.md").write_text(model_card(checkpoint, folder=part, name=name, command=command))
 
@@ -104,6 +107,8 @@ def front_matter(measured: list[dict[str, Any]], *, name: str, kind: str) -> str
         library_name="transformers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", kind, "autoregressive"],
+        # The hub wants a name with results alone. No base_model and no datasets: `models/x` would look like a name
+        # there, and a wrong claim is worse than none. The card's text says both.
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -133,6 +138,7 @@ def push(folder: Path, *, repo: str) -> str:
 def _check_logits(model: PreTrainedModel, folder: Path) -> None:
     ids = torch.arange(24, device=model.device)[None] % model.config.vocab_size
     again = load_model(folder, dtype=model.dtype).eval().to(model.device)
+    # Rounding may differ a little where weights lie otherwise in memory; a swapped or lost tensor differs by far more.
     difference = (model(ids).logits - again(ids).logits).abs().max().item()
     if difference > 1e-4:
         raise CheckpointError(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from t2i.data.shards.manifest import RECONSTRUCTIONS
-from t2i.measure.compare import SCORES
 from t2i.measure.perplexity import PERPLEXITY
+from t2i.measure.protocol import SCORES
 from t2i.report.sections.section import Section, last
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.study.drawing import pictures as drawing

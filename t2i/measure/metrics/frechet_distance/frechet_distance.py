@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import evaluate
@@ -50,17 +49,17 @@ class FrechetDistance(evaluate.Metric):
 
     def _compute(
         self,
-        predictions: Sequence[Any],
-        reference: Sequence[Any],
+        predictions: Sequence[str] | Sequence[Sequence[float]],
+        reference: Sequence[str] | Sequence[Sequence[float]],
         features: str = "efficientnet_lite0",
         inception: str | None = None,
         resize: str = "clean",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         if isinstance(predictions[0], str):
             extractor = load_features(features, weights=Path(inception) if inception else None, resize=resize)
             key = metric_key(features)
             made, real = (
-                extract([Path(file) for file in files], extractor, batch_size=32)
+                extract([Path(str(file)) for file in files], extractor, batch_size=32)
                 for files in (predictions, reference)
             )
         else:

@@ -1,7 +1,6 @@
 """Perplexity of texts under a t2i model or the language model that it began as, for `evaluate.load`."""
 
 import math
-from typing import Any
 
 import datasets
 import evaluate
@@ -39,7 +38,7 @@ class Perplexity(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, object]:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = open_model(model_id, needs_images=False, device=device)
         sums = [_nats(text, opened.model, opened.text_tokenizer) for text in predictions]
