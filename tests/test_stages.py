@@ -100,6 +100,8 @@ def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
     assert "fid" not in scores
     assert set(scores["rows"]) == {"real", "reconstructions", "model", "shuffled", "untrained"}
     assert all(row["fd_efficientnet_lite0"] > 0 for row in scores["rows"].values())
+    row = scores["rows"]["real"]
+    assert set(row) == {"what", "n", "n_reference", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}
     assert {"n", "features", "resize", "reference", "captions_sha256", "sampler", "checkpoint"} <= set(scores)
 
 

@@ -78,6 +78,7 @@ def find(name: str) -> tuple[Path, Path | None]:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
     if (path / "config.json").is_file():
+        # A run keeps its image tokenizer and its measures once, two folders up from each of its checkpoints.
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
     refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
@@ -101,7 +102,7 @@ def open_model(name: str, *, needs_images: bool, device: torch.device | str = "c
         DataError: the image tokenizer beside it is not the one that it was trained with.
     """
     folder, run_dir = find(name)
-    text_tokenizer = TextTokenizer.load(folder)
+    text_tokenizer = TextTokenizer.load(folder)  # first: it is refused before gigabytes of weights are read
     model = load_model(folder).eval().to(device)
     known = getattr(model.config, "vocab_layout", None)
     if known is not None:
@@ -129,6 +130,7 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         UserError: it holds none.
     """
+    # Shards of one model are named beside their hashes, so that swapped files do not pass for the same weights.
     hashes = {file.name: sha256_of(file) for file in weight_files(folder)}
     if len(hashes) == 1:
         return next(iter(hashes.values()))

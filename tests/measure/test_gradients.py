@@ -1,12 +1,14 @@
+import json
+
 import pytest
 import torch
 
-from t2i.measure.gradients import gradient_shares
+from t2i.measure.gradients import gradient_shares, write_gradients
 from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
-def test_shares_equal_those_of_a_loss_written_out(model_folder):
+def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
     model = open_model(str(model_folder), needs_images=False)
     layout, network = model.layout, model.model
     generator = torch.Generator().manual_seed(0)
@@ -44,3 +46,8 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder):
     cosine = parts["text"] @ parts["image"] / parts["text"].norm() / parts["image"].norm()
     assert found.cosine_text_image == pytest.approx(float(cosine), abs=1e-4)
     assert sum(getattr(found, kind).loss_share for kind in masks) == pytest.approx(1)
+
+    written = json.loads(write_gradients(found, model=model, out=tmp_path / "gradients.json").read_text())
+    assert set(written) == {"checkpoint", "text", "image", "special", "cosine_text_image"}
+    shares = {"token_share", "loss_share", "norm_share"}
+    assert set(written["image"]) == {"tokens", "norm", "norm_layers"} | shares

@@ -90,6 +90,11 @@ def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
     config = data_of(model, shards=None, mode=None)
     path = write_perplexity(results, model=model, config=config, out=tmp_path / "perplexity.json")
     written = json.loads(path.read_text())
+    assert set(written["splits"]["heldout"]) == {
+        *("num_pictures", "text", "image", "special", "total", "bits_per_pixel"),
+        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column"),
+    }
+    assert set(written["splits"]["heldout"]["image"]) == {"tokens", "nats", "perplexity"}
     assert written["shards"] == str(finished.data.shards)
     assert written["splits"] == {split: costs.to_json() for split, costs in results.items()}
 
