@@ -80,7 +80,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     from t2i.model.backbone import load_model
     from t2i.runs.checkpoint_store import last_step, step_folder
     from t2i.runs.export import export
-    from t2i.runs.loading import Checkpoint
+    from t2i.runs.loading import OpenedModel
     from t2i.tokens.image import ImageTokenizer
     from t2i.tokens.text import TextTokenizer
     from t2i.train.checkpoint import Saver
@@ -109,7 +109,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     what = "waiting: a checkpoint of 41 million parameters / cp and hash"
     saves = against_copy(what, save, scratch=folder, rounds=rounds)
     saved = save()
-    checkpoint = Checkpoint(
+    checkpoint = OpenedModel(
         saved,
         run_dir=None,
         model=load_model(saved).eval(),

@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -25,11 +25,15 @@ from t2i.cli import parse
 from t2i.config import SampleConfig
 from t2i.errors import UserError, run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from t2i.measure.heldout import CaptionMeter
+    from t2i.measure.protocol import Scores
     from t2i.measure.score import Rulers, Task
-    from t2i.runs.loading import Checkpoint
+    from t2i.runs.loading import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,16 @@ class CompareCommand:
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave
     from t2i.measure.feature_cache import measure_reference
+    from t2i.measure.protocol import DrawingFacts
     from t2i.measure.score import Drawing, draw_rows, score
-    from t2i.runs.loading import open_checkpoint
+    from t2i.runs.loading import open_model
 
     started = time.perf_counter()
     if command.captions and (command.coco is None or command.list_seed):
         raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     processes = join()
     rulers = rulers_of(command, processes)
-    checkpoint = open_checkpoint(command.ckpt, device=processes.device)
+    checkpoint = open_model(command.ckpt, device=processes.device, needs_images=True)
     task = task_of(command, checkpoint)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls = () if command.coco else ("shuffled", "untrained")
@@ -99,8 +104,11 @@ def score_model(command: ScoreCommand) -> None:
     if processes.is_main_process and task.reference.cache:  # a broken picture is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
-    facts = {"processes": world_size, "seconds_to_draw": time.perf_counter() - started}
-    facts |= {} if command.coco else {"captions_heard": captions_heard(checkpoint)}
+    facts = DrawingFacts(
+        processes=world_size,
+        seconds_to_draw=time.perf_counter() - started,
+        captions_heard=None if command.coco else captions_heard(checkpoint),
+    )
     processes.wait_for_everyone()
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
@@ -108,13 +116,13 @@ def score_model(command: ScoreCommand) -> None:
     leave(processes)
 
 
-def task_of(command: ScoreCommand, checkpoint: "Checkpoint") -> "Task":
-    from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_coco
+def task_of(command: ScoreCommand, checkpoint: "OpenedModel") -> "Task":
+    from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_val2014
     from t2i.measure.heldout_images import halves_task, read_data_manifest
 
     if command.coco is None:
         return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
-    coco = read_coco(command.coco)
+    coco = read_val2014(command.coco)
     if command.captions:
         choice = listed_captions(coco, command.captions, num_samples=command.num_samples)
     else:
@@ -135,35 +143,34 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
     return Rulers(extractor, clip=load_clip(command.clip, device=device) if command.clip else None)
 
 
-def captions_heard(checkpoint: "Checkpoint") -> dict[str, dict[str, float]]:
+def captions_heard(checkpoint: "OpenedModel") -> "dict[str, CaptionMeter]":
     from t2i.measure.heldout_images import caption_meters, read_data_manifest
 
     return caption_meters(checkpoint, read_data_manifest(checkpoint))
 
 
-def print_scores(scores: dict[str, Any], *, out: Path) -> None:
+def print_scores(scores: "Scores", *, out: Path) -> None:
     from t2i.measure.compare import table
 
-    print("\n".join(table(scores)))
-    for split, meter in scores.get("captions_heard", {}).items():
+    print("\n".join(table(scores.rows.values(), measures=scores.measures)))
+    for split, meter in (scores.facts.captions_heard or {}).items():
         print(
-            f"{split}: image loss {meter['own']:.3f} nats a code, wrong caption {meter['wrong']:.3f},"
-            f" empty {meter['empty']:.3f} ({meter['num_pictures']} pictures)"
+            f"{split}: image loss {meter.own:.3f} nats a code, wrong caption {meter.wrong:.3f},"
+            f" empty {meter.empty:.3f} ({meter.num_pictures} pictures)"
         )
-    print(
-        f"{scores['n']:,} captions against {scores['reference']}, {scores['features']}, {scores['resize']}."
-    )
-    print(f"{scores['note']}\nAll of it: {out / scores['file']}".lstrip())
+    one = scores.protocol
+    print(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")
+    print(f"{scores.note}\nAll of it: {out / scores.file}".lstrip())
 
 
 def compare(command: CompareCommand) -> None:
-    from t2i.measure.compare import SUBJECT, check_protocols, differences, read_scores, table
+    from t2i.measure.compare import check_protocols, differing_subjects, read_scores, table
 
     a, b = read_scores(command.a), read_scores(command.b)
     check_protocols(a, b)
     for file, scores in ((command.a, a), (command.b, b)):
-        print("\n".join([str(file), *table(scores)]))
-    print("\n".join(["Measured alike; they differ in (first | second):", *differences(a, b, keys=SUBJECT)]))
+        print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
+    print("\n".join(["Measured alike; they differ in (first | second):", *differing_subjects(a, b)]))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ import tyro
 from t2i.cli import parse
 from t2i.errors import run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 
 @dataclass(frozen=True)
 class ForgettingCommand:
@@ -42,9 +44,9 @@ class ForgettingCommand:
 
 def main() -> None:
     command = parse(ForgettingCommand, description=__doc__ or "")
-    from t2i.measure.forgetting import PROMPTS, forgetting, write_results
+    from t2i.measure.forgetting import PROMPTS, measure_forgetting, write_forgetting
 
-    results = forgetting(
+    results = measure_forgetting(
         {"model": command.ckpt, **({"reference": command.reference} if command.reference else {})},
         texts={"text": command.text, **({"captions": str(command.captions)} if command.captions else {})},
         prompts=command.prompts or PROMPTS,
@@ -52,17 +54,17 @@ def main() -> None:
         num_sequences=command.num_sequences,
         max_new_tokens=command.max_new_tokens,
     )
-    path = write_results(results, ckpt=command.ckpt, out=command.out)
-    for name, found in results["models"].items():
-        for kind, cost in found["costs"].items():
+    path = write_forgetting(results, ckpt=command.ckpt, out=command.out)
+    for name, found in results.models.items():
+        for kind, cost in found.costs.items():
             print(
-                f"{name:10s} {kind:9s} perplexity {cost['perplexity']:10.2f}, among text rows"
-                f" {cost['perplexity_text_rows']:10.2f}, leaked {cost['leaked']:.2%} ({cost['num_tokens']} tokens)"
+                f"{name:10s} {kind:9s} perplexity {cost.perplexity:10.2f}, among text rows"
+                f" {cost.perplexity_text_rows:10.2f}, leaked {cost.leaked:.2%} ({cost.num_tokens} tokens)"
             )
-    for index, prompt in enumerate(results["prompts"]):
+    for index, prompt in enumerate(results.prompts):
         print(f"\n{prompt}")
-        for name, found in results["models"].items():
-            print(f"  {name}: {found['completions'][index]!r}")
+        for name, found in results.models.items():
+            print(f"  {name}: {found.completions[index]!r}")
     print(f"\nAll of it: {path}")
 
 

@@ -13,6 +13,8 @@ import tyro
 from t2i.cli import parse
 from t2i.errors import run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 
 @dataclass(frozen=True)
 class GradientsCommand:
@@ -32,23 +34,22 @@ def main() -> None:
     command = parse(GradientsCommand, description=__doc__ or "")
     import torch
 
-    from t2i.measure.gradients import KINDS, gradient_shares, heldout_sequences, write_results
+    from t2i.measure.gradients import gradient_shares, heldout_sequences, write_gradients
     from t2i.measure.perplexity import data_of
-    from t2i.runs.loading import open_language_model
+    from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_language_model(command.ckpt, device=device)
+    model = open_model(command.ckpt, device=device, needs_images=False)
     config = data_of(model, shards=command.shards, mode=None)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)
-    path = write_results(results, model=model, out=command.out)
-    for kind in KINDS:
-        one = results[kind]
+    path = write_gradients(results, model=model, out=command.out)
+    for kind, one in (("text", results.text), ("image", results.image), ("special", results.special)):
         print(
-            f"{kind:8s} {one['token_share']:7.2%} of tokens, {one['loss_share']:7.2%} of the loss,"
-            f" {one['norm_share']:7.2%} of the gradients' norms ({one['norm']:.4g}; layers {one['norm_layers']:.4g})"
+            f"{kind:8s} {one.token_share:7.2%} of tokens, {one.loss_share:7.2%} of the loss,"
+            f" {one.norm_share:7.2%} of the gradients' norms ({one.norm:.4g}; layers {one.norm_layers:.4g})"
         )
-    print(f"cosine of text's gradient and image's: {results['cosine_text_image']:+.3f}\nAll of it: {path}")
+    print(f"cosine of text's gradient and image's: {results.cosine_text_image:+.3f}\nAll of it: {path}")
 
 
 if __name__ == "__main__":

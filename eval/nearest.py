@@ -15,6 +15,8 @@ import tyro
 from t2i.cli import parse
 from t2i.errors import run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 
 @dataclass(frozen=True)
 class NearestCommand:
@@ -32,22 +34,24 @@ class NearestCommand:
 
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
-    from t2i.measure.embeddings import compare_rows, write_results
-    from t2i.runs.loading import open_language_model
+    from t2i.measure.embeddings import ROW_KINDS, compare_rows, write_nearest
+    from t2i.runs.loading import open_model
 
-    model = open_language_model(command.ckpt)
-    results = compare_rows(model, before=open_language_model(command.before) if command.before else None)
-    path = write_results(results, model=model, out=command.out)
+    model = open_model(command.ckpt, needs_images=False)
+    results = compare_rows(
+        model, before=open_model(command.before, needs_images=False) if command.before else None
+    )
+    path = write_nearest(results, model=model, out=command.out)
     for side, found in results.items():
-        median = {kind: found[kind]["0.50"] for kind in ("image", "text", "random")}
+        median = {kind: found.quantiles(kind)["0.50"] for kind in ROW_KINDS}
         print(
             f"{side} rows: median cosine to the nearest text row: image {median['image']:.3f}, random"
             f" {median['random']:.3f}, text {median['text']:.3f}; a random row is nearer in"
-            f" {found['compared']['random_nearer']:.1%} of draws (50%: no difference)"
+            f" {found.random_nearer:.1%} of draws (50%: no difference)"
         )
-        if "cka" in found:
-            print(f"  linear CKA of image rows before and after: {found['cka']:.3f}")
-        for code, tokens in list(enumerate(found["nearest_tokens"]))[: command.num_shown]:
+        if found.cka is not None:
+            print(f"  linear CKA of image rows before and after: {found.cka:.3f}")
+        for code, tokens in list(enumerate(found.nearest_tokens))[: command.num_shown]:
             print(f"  code {code}: {'  '.join(map(repr, tokens))}")
     print(f"All of it: {path}")
 

@@ -14,6 +14,8 @@ import tyro
 from t2i.cli import parse
 from t2i.errors import run_command
 
+# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
+
 
 @dataclass(frozen=True)
 class HeldoutData:
@@ -42,23 +44,21 @@ def main() -> None:
     command = parse(PerplexityCommand, description=__doc__ or "")
     import torch
 
-    from t2i.measure.perplexity import data_of, perplexity, write_results
-    from t2i.runs.loading import open_language_model
+    from t2i.measure.perplexity import data_of, measure_perplexity, write_perplexity
+    from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_language_model(command.ckpt, device=device)
+    model = open_model(command.ckpt, device=device, needs_images=False)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
-    results = perplexity(model, config=config, batch_size=command.batch_size)
-    path = write_results(results, model=model, config=config, out=command.out)
+    results = measure_perplexity(model, config=config, batch_size=command.batch_size)
+    path = write_perplexity(results, model=model, config=config, out=command.out)
     for split, found in results.items():
-        print(f"{split} ({found['num_pictures']} pictures)")
+        print(f"{split} ({found.num_pictures} pictures)")
         for kind in ("text", "image", "special", "total"):
-            if found[kind]:
-                print(
-                    f"  {kind:8s} {found[kind]['nats']:.4f} nats, perplexity {found[kind]['perplexity']:.2f}"
-                )
-        if "bits_per_pixel" in found:
-            print(f"  {found['bits_per_pixel']:.4f} bits a pixel")
+            if cost := getattr(found, kind):
+                print(f"  {kind:8s} {cost.nats:.4f} nats, perplexity {cost.perplexity:.2f}")
+        if found.places and found.places.bits_per_pixel is not None:
+            print(f"  {found.places.bits_per_pixel:.4f} bits per pixel")
     print(f"All of it: {path}")
 
 

@@ -31,11 +31,15 @@ class ExportCommand:
 def main() -> None:
     command = parse(ExportCommand, description=__doc__ or "")
     from t2i.runs.export import check_repo, export, push
-    from t2i.runs.loading import open_checkpoint
+    from t2i.runs.loading import open_model
 
     if command.push_to_hub:
         check_repo(command.push_to_hub)
-    export(open_checkpoint(command.ckpt), out=command.out, command=shlex.join(["python", *sys.argv]))
+    export(
+        open_model(command.ckpt, needs_images=True),
+        out=command.out,
+        command=shlex.join(["python", *sys.argv]),
+    )
     print(f"{command.out} draws pictures without t2i; its README.md says how.")
     if command.push_to_hub:
         print(push(command.out, repo=command.push_to_hub))

@@ -59,7 +59,7 @@ def main() -> None:
     from t2i.distributed.launch import join, leave
     from t2i.generate.benchmarks import Benchmark, read_benchmark
     from t2i.generate.sample import draw_folder
-    from t2i.runs.loading import open_checkpoint
+    from t2i.runs.loading import open_model
 
     if command.layout == "plain":
         names = {f"{index:05d}": caption for index, caption in enumerate(captions_of(command.prompts))}
@@ -68,7 +68,7 @@ def main() -> None:
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
     processes = join()
     draw_folder(
-        open_checkpoint(command.ckpt, device=processes.device),
+        open_model(command.ckpt, device=processes.device, needs_images=True),
         work.captions,
         out=work.drawn,
         config=command.sample,

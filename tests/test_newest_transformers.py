@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 
 pytestmark = pytest.mark.newest_transformers
 
@@ -34,7 +34,7 @@ torch.save({"logits": logits, "generated": generated, "version": version}, sys.a
 
 
 def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
-    export(open_checkpoint(str(finished.run_dir)), out=tmp_path / "exported", command="a test")
+    export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "exported", command="a test")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5"]
@@ -52,7 +52,7 @@ def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    model = open_checkpoint(str(tmp_path / "exported")).model
+    model = open_model(str(tmp_path / "exported"), needs_images=True).model
     ids = torch.arange(1, 25)[None]
     found = torch.load(Path(tmp_path / "found.pt"), weights_only=True)
     assert int(found["version"].split(".")[0]) >= 5

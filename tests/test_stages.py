@@ -16,17 +16,18 @@ from t2i.generate import sample as draw
 from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import halves_task, read_data_manifest
+from t2i.measure.protocol import DrawingFacts
 from t2i.measure.score import Drawing, Rulers, draw_rows, score
 from t2i.report.run import write_report
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 
 CAPTIONS = {f"{index:02d}": f"picture {index}" for index in range(3)}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(finished):
-    return open_checkpoint(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,9 @@ def score_heldout(checkpoint, out):
     drawing = Drawing(out=out, config=SampleConfig(), controls=("shuffled", "untrained"), batch_size=32)
     drawn = draw_rows(checkpoint, task, drawing=drawing)
     rulers = Rulers(load_features("efficientnet_lite0"), clip=None)
-    return score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts={})
+    facts = DrawingFacts(processes=1, seconds_to_draw=0.0)
+    scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
+    return scores.to_json()
 
 
 def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):
@@ -97,11 +100,13 @@ def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
     assert "fid" not in scores
     assert set(scores["rows"]) == {"real", "reconstructions", "model", "shuffled", "untrained"}
     assert all(row["fd_efficientnet_lite0"] > 0 for row in scores["rows"].values())
+    row = scores["rows"]["real"]
+    assert set(row) == {"what", "n", "n_reference", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}
     assert {"n", "features", "resize", "reference", "captions_sha256", "sampler", "checkpoint"} <= set(scores)
 
 
 def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, exported):
-    again = open_checkpoint(str(exported))
+    again = open_model(str(exported), needs_images=True)
     assert again.layout == checkpoint.layout
     assert (exported / "data_manifest.json").is_file()
     with pytest.raises(UserError, match="exists already"):

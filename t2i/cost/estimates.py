@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from t2i.model.backbone import made_of
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
-from t2i.model.trainable import add_lora, set_learned
+from t2i.model.trainable import add_lora, set_trainable
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size where the JSON has none."""
@@ -70,7 +70,7 @@ def count_parameters(
             split_rows(model, num_old=num_kept)
             add_lora(model, rank=lora_rank)
         else:
-            set_learned(model, recipe=recipe)
+            set_trainable(model, recipe=recipe)
     return counts_of(model)
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 from PIL import Image
 
 from t2i.errors import DataError
+from t2i.files import write_whole
 from t2i.generate.sample import grid
 
 PER_PROMPT = 4
@@ -41,7 +42,7 @@ class Benchmark:
         """Write the files that stand beside the pictures; one process does."""
         for path, text in self.metadata.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_whole(path, text)
 
     def write_sheets(self) -> None:
         """Lay drawn pictures together, once all of them are there; one process does."""
@@ -75,7 +76,9 @@ def _geneval(file: Path, out: Path) -> Benchmark:
     metadata = {}
     for number, row in enumerate(rows):
         captions |= dict.fromkeys(_names(f"{number:05d}/samples/", digits=4), _prompt(row, file, number + 1))
-        metadata[out / f"{number:05d}" / "metadata.jsonl"] = row
+        metadata[out / f"{number:05d}" / "metadata.jsonl"] = (
+            row  # as it stands: the scorer reads keys that we do not
+        )
     return Benchmark(captions=captions, drawn=out, metadata=metadata, sheets={})
 
 
@@ -85,6 +88,7 @@ def _dpg(folder: Path, out: Path) -> Benchmark:
         raise DataError(
             f"--prompts {folder} holds no .txt file; DPG-Bench's is the folder dpg_bench/prompts."
         )
+    # Beside `out`, not in it: the scorer takes every file of its folder for a sheet.
     drawn = out.with_name(f"{out.name}-single")
     captions: dict[str, str] = {}
     sheets = {}

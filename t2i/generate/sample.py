@@ -1,10 +1,10 @@
-"""Captions to PNG files: fixed batches, a seed a caption, nothing drawn twice."""
+"""Captions to PNG files: fixed batches, a seed per caption, nothing drawn twice."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,63 +12,90 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.files import read_json, write_json
+from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.sampling_open_lm import sample_codes
-from t2i.runs.loading import Checkpoint
-from t2i.tokens.image import pictures_of
+from t2i.runs.loading import OpenedModel
+from t2i.tokens.image import ImageTokenizer, pictures_of
 from t2i.tokens.sequence import caption_room, prompt
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
 
 SETTINGS = "settings.json"
 BATCH_SIZE = 32
+"""Captions drawn together unless the caller says otherwise."""
 
 
-def draw_codes(
-    checkpoint: Checkpoint, captions: Sequence[str], *, config: SampleConfig, first_seed: int | None = None
-) -> Tensor:
-    """Sample the codes (B, K) of captions; caption i is drawn with first_seed + i.
+@dataclass(frozen=True)
+class Drawer:
+    """All that turns captions into images; it needs no checkpoint, so a run can draw with the model in training."""
+
+    model: PreTrainedModel
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    layout: VocabLayout
+    settings: SampleConfig = field(default_factory=SampleConfig)
+
+
+def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
+    """Take what draws out of a model that was opened for images.
 
     Raises:
-        UserError: the model draws no pictures, or not by a compiled step.
+        UserError: the model draws no images, or not by a compiled step.
     """
-    layout, model = checkpoint.layout, checkpoint.model
-    num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
-    if mode == "text-only":
-        raise UserError(f"{checkpoint.folder} was trained on text alone; it draws no pictures.")
-    if config.compile and not hasattr(model, "begin_decoding"):
-        kind = type(model).__name__
+    if opened.model.config.sequence_mode == "text-only":
+        raise UserError(f"{opened.folder} was trained on text alone; it draws no images.")
+    if settings.compile and not hasattr(opened.model, "begin_decoding"):
+        kind = type(opened.model).__name__
         raise UserError(
-            f"--compile: {checkpoint.folder} is a {kind}; only open_lm's models have a step to compile."
+            f"--compile: {opened.folder} is a {kind}; only open_lm's models have a step to compile."
         )
-    length = model.config.sequence_length or model.config.max_position_embeddings
-    room = caption_room(mode=mode, seq_len=length, num_codes=num_codes)
-    texts = [checkpoint.text_tokenizer.encode(caption)[:room] for caption in captions]
-    start = config.seed if first_seed is None else first_seed
-    return sample_codes(
-        model,
-        [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
-        empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
-        image_ids=layout.image_rows,
-        num_codes=num_codes,
-        seeds=[start + index for index in range(len(captions))],
-        guidance_scale=config.guidance_scale,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        is_compiled=config.compile,
+    return Drawer(
+        opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings
     )
 
 
-def decoded(checkpoint: Checkpoint, codes: Tensor) -> list[Image.Image]:
-    """Decode codes (B, K) to pictures."""
-    pictures = pictures_of(checkpoint.image_tokenizer.decode(codes)).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pictures]
+def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | None = None) -> Tensor:
+    """Sample the codes (B, K) of captions.
+
+    Args:
+        first_seed: caption i is drawn with first_seed + i; None for the settings' own seed.
+    """
+    layout, model, settings = drawer.layout, drawer.model, drawer.settings
+    num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
+    # Captions are cut to what a sequence had room for in training: later positions were never trained.
+    room = caption_room(mode=mode, seq_len=trained_seq_len(model), num_codes=num_codes)
+    texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
+    start = settings.seed if first_seed is None else first_seed
+    return sample_codes(
+        model,
+        [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
+        # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
+        empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
+        image_ids=layout.image_rows,
+        num_codes=num_codes,
+        # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
+        seeds=[start + index for index in range(len(captions))],
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        is_compiled=settings.compile,
+    )
+
+
+def decode_images(image_tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
+    """Decode codes (B, K) to images."""
+    pixels = pictures_of(image_tokenizer.decode(codes)).cpu().numpy()  # (B, H, W, 3)
+    return [Image.fromarray(image) for image in pixels]
 
 
 def draw_folder(
-    checkpoint: Checkpoint,
+    opened: OpenedModel,
     captions: dict[str, str],
     *,
     out: Path,
@@ -78,63 +105,83 @@ def draw_folder(
     world_size: int = 1,
     description: str = "draw",
 ) -> list[Path]:
-    """Draw every caption to out/NAME.png and return all paths in order; pictures that exist are kept.
+    """Draw every caption to out/NAME.png and return all paths in order; images that exist are kept.
 
-    Batches are fixed by index and ranks take whole batches, so pictures do not depend on the number of ranks.
+    Batches are fixed by index and ranks take whole batches, so images do not depend on the number of ranks.
 
     Args:
         captions: file names without ending (which may name folders inside `out`), and their captions.
 
     Raises:
-        UserError: `out` holds pictures of other weights, captions or settings.
+        UserError: the model cannot draw so, or `out` holds images of other weights, captions or settings.
     """
     if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}; wanted is at least 1.")
+        raise UserError(f"--batch-size is {batch_size}; expected a number >= 1.")
+    drawer = drawer_of(opened, settings=config)
     settings = {
-        "weights": checkpoint.weights,
+        "weights": opened.weights,
+        # `compile` is left out where it is off: folders from before there was such a setting can be continued.
         **{key: value for key, value in asdict(config).items() if key != "compile" or value},
+        # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
         "batch_size": batch_size,
         "captions_sha256": captions_sha256(captions),
     }
     names = list(captions)
     paths = [out / f"{name}.png" for name in names]
-    out.mkdir(parents=True, exist_ok=True)
-    there = next((path for path in paths if path.exists()), None)
-    if there is not None and not (out / SETTINGS).exists():  # which is written before any picture
-        raise UserError(f"{there} was not drawn here: {out} has no {SETTINGS}. Choose another --out.")
-    _same_settings(out / SETTINGS, settings)
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
-    starts = [
+    _claim_folder(out, paths, settings=settings)
+    facts = {"checkpoint": str(opened.folder.resolve()), **settings}
+
+    def write(images: list[Image.Image], start: int) -> None:
+        for path, name, image in zip(paths[start:], names[start:], images, strict=False):
+            _write(path, image, {"caption": captions[name], **facts})
+
+    texts = list(captions.values())
+    # A batch with one missing image is drawn whole: its other images decide the shape of the products.
+    missing = [
         start
         for start in range(0, len(names), batch_size)[rank::world_size]
         if not all(path.exists() for path in paths[start : start + batch_size])
     ]
-    facts = {"checkpoint": str(checkpoint.folder.resolve()), **settings}
-
-    def write(pictures: list[Image.Image], start: int) -> None:
-        for path, name, picture in zip(paths[start:], names[start:], pictures, strict=False):
-            _write(path, picture, {"caption": captions[name], **facts})
-
     with ThreadPoolExecutor(1) as beside:  # compresses and writes one batch while the next is drawn
         writing: Future[None] | None = None
-        for start in tqdm(starts, unit="batch", desc=description, disable=rank != 0):
-            texts = [captions[name] for name in names[start : start + batch_size]]
-            filled = batch_size - len(texts) if config.compile and len(names) > batch_size else 0  # one shape
-            codes = draw_codes(
-                checkpoint, texts + [""] * filled, config=config, first_seed=config.seed + start
-            )
-            pictures = decoded(checkpoint, codes[: len(texts)])
+        for start in tqdm(missing, unit="batch", desc=description, disable=rank != 0):
+            images = _draw_batch(drawer, texts, start=start, batch_size=batch_size)
             if writing:
-                writing.result()
-            writing = beside.submit(write, pictures, start)
+                writing.result()  # a full disk ends the drawing one batch later, not after the last
+            writing = beside.submit(write, images, start)
         if writing:
             writing.result()
     return paths
 
 
+def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int) -> list[Image.Image]:
+    """Draw the batch of all `texts` that begins at `start`."""
+    batch = texts[start : start + batch_size]
+    # A compiled step has one shape: the last batch is filled up rather than compiled for again.
+    is_filled = drawer.settings.compile and len(texts) > batch_size
+    filled = [""] * (batch_size - len(batch)) if is_filled else []
+    codes = draw_codes(drawer, batch + filled, first_seed=drawer.settings.seed + start)
+    return decode_images(drawer.image_tokenizer, codes[: len(batch)])
+
+
+def _claim_folder(out: Path, paths: list[Path], *, settings: dict[str, object]) -> None:
+    """Make the folders, and see that images in them are of these settings.
+
+    Raises:
+        UserError: they are not, or it is not known what they are of.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    there = next((path for path in paths if path.exists()), None)
+    # Settings are written before any image, so an image without them is somebody else's and would be scored as ours.
+    if there is not None and not (out / SETTINGS).exists():
+        raise UserError(f"{there} was not drawn here: {out} has no {SETTINGS}. Choose another --out.")
+    _same_settings(out / SETTINGS, settings)
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def caption_lines(captions: dict[str, str]) -> str:
-    """Write a list of captions down, a JSON object a line; its hash names the list."""
+    """Write a list of captions down, a JSON object per line; its hash names the list."""
     return "".join(json.dumps({"name": name, "caption": text}) + "\n" for name, text in captions.items())
 
 
@@ -143,22 +190,22 @@ def captions_sha256(captions: dict[str, str]) -> str:
     return hashlib.sha256(caption_lines(captions).encode()).hexdigest()
 
 
-def draw_grid(checkpoint: Checkpoint, captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Draw captions with the default settings onto one sheet; the model is left in the mode it was in."""
-    was_training = checkpoint.model.training
-    checkpoint.model.eval()
-    pictures = decoded(checkpoint, draw_codes(checkpoint, captions, config=SampleConfig()))
-    checkpoint.model.train(was_training)
-    return grid(pictures, columns=columns)
+def draw_grid(drawer: Drawer, captions: Sequence[str], *, columns: int = 8) -> Image.Image:
+    """Draw captions onto one sheet; the model is left in the mode it was in."""
+    was_training = drawer.model.training
+    drawer.model.eval()
+    images = decode_images(drawer.image_tokenizer, draw_codes(drawer, captions))
+    drawer.model.train(was_training)
+    return grid(images, columns=columns)
 
 
-def grid(pictures: Sequence[Image.Image], *, columns: int) -> Image.Image:
-    """Lay pictures of one size out in rows, on white."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+def grid(images: Sequence[Image.Image], *, columns: int) -> Image.Image:
+    """Lay images of one size out in rows, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for place, (x, y) in zip(range(len(pictures)), _places(columns), strict=False):
-        sheet.paste(pictures[place], (x * width, y * height))
+    for image, (x, y) in zip(images, _places(columns), strict=False):
+        sheet.paste(image, (x * width, y * height))
     return sheet
 
 
@@ -179,16 +226,17 @@ def _same_settings(file: Path, settings: dict[str, object]) -> None:
         ]
         if changed:
             raise UserError(
-                f"{file.parent} holds pictures of other settings ({'; '.join(changed)}). Choose another --out."
+                f"{file.parent} holds images of other settings ({'; '.join(changed)}). Choose another --out."
             )
         return
-    write_json(file, settings)  # each rank writes the same
+    write_json(file, settings)  # each rank writes the same, and whichever is last is kept
 
 
-def _write(path: Path, picture: Image.Image, facts: dict[str, object]) -> None:
+def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
     metadata = PngInfo()
     for key, value in facts.items():
         metadata.add_text(key, str(value))
+    # Aside and renamed: that an image exists must mean that it is whole, for it is never drawn again.
     temporary = path.with_suffix(".tmp")
-    picture.save(temporary, format="PNG", pnginfo=metadata)
+    image.save(temporary, format="PNG", pnginfo=metadata)
     temporary.replace(path)

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from t2i.errors import UserError
-from t2i.measure.images import batches, read_file
+from t2i.measure.images import batches, read_image
 from t2i.runs.loading import weights_sha256
 
 RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"
-BATCH_SIZE = 32
+CLIP_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
 
 
 @torch.inference_mode()
-def embed_pictures(pictures: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
-    """Embed files or uint8 pictures (H, W, 3): (N, D) float32 of length 1, on the CPU."""
+def embed_images(images: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
+    """Embed files or uint8 images (H, W, 3): (N, D) float32 of length 1, on the CPU."""
     embedded = []
-    for batch in batches(pictures, size=BATCH_SIZE):
-        images = [read_file(picture) if isinstance(picture, Path) else picture for picture in batch]
-        pixels = clip.processor(images=images, return_tensors="pt")["pixel_values"]
+    for batch in batches(images, size=CLIP_BATCH):
+        opened = [read_image(image) if isinstance(image, Path) else image for image in batch]
+        # Resize, crop and scaling are the CLIP's own, from its preprocessor_config.json.
+        pixels = clip.processor(images=opened, return_tensors="pt")["pixel_values"]
         embedded.append(clip.model.get_image_features(pixel_values=pixels.to(clip.model.device)))
     return _unit(torch.cat(embedded))
 
@@ -63,7 +64,7 @@ def embed_pictures(pictures: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
 def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
     """Embed captions: (N, D) float32 of length 1, on the CPU."""
     embedded = []
-    for batch in batches(captions, size=BATCH_SIZE):
+    for batch in batches(captions, size=CLIP_BATCH):
         tokens = clip.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(
             clip.model.device
         )

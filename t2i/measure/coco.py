@@ -16,21 +16,21 @@ from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform, sha256_of
 from t2i.measure.feature_cache import Reference
 from t2i.measure.features import cache_folder
-from t2i.measure.images import Pictures, read_file
+from t2i.measure.images import Pictures, read_image
 from t2i.measure.score import Task
 
-CAPTIONS = Path("annotations", "captions_val2014.json")
+CAPTIONS_FILE = Path("annotations", "captions_val2014.json")
 PICTURES = "val2014"
 NUM_SAMPLES = 30_000
 """What papers draw."""
 
-CROP_RULE = "centre square of the shorter side, PIL Lanczos"
-CAPTIONS_RULE = (
+LANCZOS_CROP = "centre square of the shorter side, PIL Lanczos"
+DRAWN_RULE = (
     "pictures of captions_val2014.json in the order of sha256(coco, {seed}, picture id), each with its first caption"
     " by id; then each with its second, and so on; the first {num_samples}"
 )
 
-LIST_RULE = (
+LISTED_RULE = (
     "the first {num_samples} captions of a list with SHA-256 {sha256}, each picture's first before all others; where"
     " it names no pictures, a caption is of the first picture by id that has it"
 )
@@ -65,29 +65,31 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
         reference=Reference(
             name=f"all {len(coco.pictures):,} pictures of MS COCO val2014",
             pictures=_pictures(list(coco.pictures.values()), size=image_size),
-            made_of={"pictures": sizes, "crop": CROP_RULE, "image_size": image_size},
+            which={"pictures": sizes},
+            crop=LANCZOS_CROP,
+            image_size=image_size,
             cache=cache_folder() / "reference",
         ),
         own_places=[places[picture_id] for picture_id in own_ids],
     )
 
 
-def read_coco(folder: Path) -> CaptionFile:
+def read_val2014(folder: Path) -> CaptionFile:
     """Read the captions of a COCO folder's val2014.
 
     Raises:
         DataError: they are missing, or not of COCO's schema.
     """
-    if not (folder / CAPTIONS).is_file():
+    if not (folder / CAPTIONS_FILE).is_file():
         raise DataError(
-            f"{folder / CAPTIONS} is missing; --coco wants a folder with {CAPTIONS} and {PICTURES}/*.jpg"
+            f"{folder / CAPTIONS_FILE} is missing; --coco wants a folder with {CAPTIONS_FILE} and {PICTURES}/*.jpg"
             " (cocodataset.org)."
         )
     return read_captions(folder, PICTURES)
 
 
 def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
-    """Choose captions by CAPTIONS_RULE: distinct pictures first.
+    """Choose captions by DRAWN_RULE: distinct pictures first.
 
     Raises:
         UserError: there are fewer.
@@ -95,14 +97,15 @@ def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
     captions = coco.captions
     total = sum(map(len, captions.values()))
     _check_count(num_samples, total=total)
+    # By hashes of ids, not by a library's generator, whose stream may change with its version.
     order = sorted(captions, key=lambda picture_id: hash_uniform("coco", seed, picture_id))
     most = max(map(len, captions.values()))
     rounds = [captions[each][turn] for turn in range(most) for each in order if turn < len(captions[each])]
-    return Choice(rounds[:num_samples], CAPTIONS_RULE.format(seed=seed, num_samples=f"{num_samples:,}"))
+    return Choice(rounds[:num_samples], DRAWN_RULE.format(seed=seed, num_samples=f"{num_samples:,}"))
 
 
 def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -> Choice:
-    """Take the captions of a published list, by LIST_RULE.
+    """Take the captions of a published list, by LISTED_RULE.
 
     Args:
         num_samples: only the first so many of the list; None for all.
@@ -114,7 +117,7 @@ def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -
     listed = read_caption_list(file)
     count = len(listed) if num_samples is None else num_samples
     _check_count(count, total=len(listed))
-    ids = sorted(coco.captions, reverse=True)
+    ids = sorted(coco.captions, reverse=True)  # the first picture by id overwrites those after it
     by_text = {caption.text: picture_id for picture_id in ids for caption in coco.captions[picture_id]}
     captions = []
     for number, row in enumerate(listed[:count]):
@@ -124,8 +127,9 @@ def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -
             raise DataError(f"{file}, row {number + 1}: val2014 has no {wanted}.")
         captions.append(Caption(number, picture_id, row.text))
     firsts = {caption.picture_id: caption.caption_id for caption in reversed(captions)}
+    # Own pictures are compared once each, beside their first captions; the sort is stable otherwise.
     captions.sort(key=lambda caption: firsts[caption.picture_id] != caption.caption_id)
-    return Choice(captions, LIST_RULE.format(sha256=sha256_of(file), num_samples=f"{count:,}"))
+    return Choice(captions, LISTED_RULE.format(sha256=sha256_of(file), num_samples=f"{count:,}"))
 
 
 def _check_count(num_samples: int, *, total: int) -> None:
@@ -141,7 +145,7 @@ def name_of(caption: Caption) -> str:
 
 
 def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
-    """Cut the centre square of the shorter side out and resize it to size x size (CROP_RULE).
+    """Cut the centre square of the shorter side out and resize it to size x size (LANCZOS_CROP).
 
     The cut comes first, so that the filter sees nothing outside the square.
 
@@ -155,7 +159,7 @@ def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
 
 def _pictures(files: list[Path], *, size: int) -> Pictures:
     return Pictures(
-        [partial(read_file, file) for file in files], crop=partial(centre_crop_lanczos, size=size)
+        [partial(read_image, file) for file in files], crop=partial(centre_crop_lanczos, size=size)
     )
 
 
@@ -164,6 +168,6 @@ def _sizes(files: list[Path]) -> list[list[str | int]]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing):,} of the {len(files):,} pictures of {CAPTIONS} are missing, first {missing[0]}."
+            f"{len(missing):,} of the {len(files):,} pictures of {CAPTIONS_FILE} are missing, first {missing[0]}."
         )
     return [[file.name, file.stat().st_size] for file in files]

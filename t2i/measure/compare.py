@@ -1,44 +1,25 @@
 """Two scores side by side, if they were measured alike."""
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from t2i.errors import UserError
 from t2i.files import check_keys, read_json
-
-SCORES = "scores.json"
-
-PROTOCOL = (
-    "data",
-    "n",
-    "features",
-    "features_sha256",
-    "resize",
-    "reference",
-    "reference_sha256",
-    "crop",
-    "image_size",
-    "captions",
-    "captions_sha256",
-    "kernel_seed",
-    "clip_sha256",
-)
-"""Entries of scores.json that must be equal, CLIP's where both have it."""
-
-SUBJECT = (
-    "checkpoint",
-    "weights_sha256",
-    "image_tokenizer_sha256",
-    "sampler",
-    "batch_size",
-    "dtype",
-    "device",
-    "versions",
-)
-"""Entries that may differ, and are worth saying."""
+from t2i.measure.protocol import CLIP, SCORES, Protocol, RowScore, Subject
 
 
-def read_scores(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ReadScores:
+    """A scores.json, as far as scores are compared."""
+
+    measures: list[str]
+    rows: dict[str, RowScore]
+    entries: dict[str, object]
+    """All of it."""
+
+
+def read_scores(file: Path) -> ReadScores:
     """Read a scores.json, or that of a folder.
 
     Raises:
@@ -46,40 +27,56 @@ def read_scores(file: Path) -> dict[str, Any]:
     """
     file = file / SCORES if file.is_dir() else file
     scores = read_json(file, error=UserError)
-    check_keys(scores, {"rows": dict, "measures": list}, where=f"{file} is no scores.json", error=UserError)
-    return scores
+    where = f"{file} is no scores.json"
+    check_keys(scores, {"rows": dict, "measures": list}, where=where, error=UserError)
+    measures = [str(measure) for measure in scores["measures"]]
+    for row in scores["rows"]:
+        check_keys(scores["rows"], {row: {"what": str, "n": int}}, where=where, error=UserError)
+    rows = {
+        name: RowScore(row["what"], n=row["n"], measures={key: row[key] for key in measures if key in row})
+        for name, row in scores["rows"].items()
+    }
+    return ReadScores(measures, rows=rows, entries=scores)
 
 
-def check_protocols(a: dict[str, Any], b: dict[str, Any]) -> None:
+def check_protocols(a: ReadScores, b: ReadScores) -> None:
     """Stop where two scores were not measured alike.
 
     Raises:
-        UserError: the entries that differ, one a line.
+        UserError: the entries that differ, one per line.
     """
-    keys = tuple(key for key in PROTOCOL if key != "clip_sha256" or (key in a and key in b))
-    lines = differences(a, b, keys=keys)
+    keys = tuple(each.name for each in fields(Protocol))
+    if CLIP in a.entries and CLIP in b.entries:
+        keys += (CLIP,)
+    lines = differing_entries(a.entries, b.entries, keys=keys)
     if lines:
         raise UserError("These scores were measured by different protocols:\n" + "\n".join(lines))
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], *, keys: tuple[str, ...]) -> list[str]:
+def differing_subjects(a: ReadScores, b: ReadScores) -> list[str]:
+    """List what differs in what was measured."""
+    return differing_entries(a.entries, b.entries, keys=tuple(each.name for each in fields(Subject)))
+
+
+def differing_entries(
+    a: Mapping[str, object], b: Mapping[str, object], *, keys: tuple[str, ...]
+) -> list[str]:
     """List entries that differ: `key: A | B`, nested ones as key.inner."""
     lines = []
     for key in keys:
         left, right = a.get(key, "not stated"), b.get(key, "not stated")
         if isinstance(left, dict) and isinstance(right, dict):
-            inner = differences(left, right, keys=tuple({**left, **right}))
+            inner = differing_entries(left, right, keys=tuple({**left, **right}))
             lines += [f"{key}.{line}" for line in inner]
         elif left != right:
             lines.append(f"{key}: {left} | {right}")
     return lines
 
 
-def table(scores: dict[str, Any]) -> list[str]:
-    """Lay the rows out as lines: what, number of pictures, measures."""
-    measures = scores["measures"]
+def table(rows: Iterable[RowScore], *, measures: Sequence[str]) -> list[str]:
+    """Lay rows out as lines: what, number of images, measures."""
     lines = [" ".join([f"{'pictures':56s}", f"{'n':>6s}", *(f"{key:>21s}" for key in measures)])]
-    for row in scores["rows"].values():
-        numbers = [f"{row[key]:21.4f}" if key in row else " " * 21 for key in measures]
-        lines.append(" ".join([f"{row['what']:56s}", f"{row['n']:6d}", *numbers]).rstrip())
+    for row in rows:
+        numbers = [f"{row.measures[key]:21.4f}" if key in row.measures else " " * 21 for key in measures]
+        lines.append(" ".join([f"{row.what:56s}", f"{row.n:6d}", *numbers]).rstrip())
     return lines

@@ -33,6 +33,7 @@ def statistics(features: np.ndarray) -> FrechetStatistics:
         DataError: fewer than two rows, or a number that is not finite.
     """
     _check(features)
+    # float64: the distance is a small difference of large traces.
     features = features.astype(np.float64)
     return FrechetStatistics(
         mean=features.mean(axis=0), cov=np.atleast_2d(np.cov(features, rowvar=False)), n=len(features)
@@ -56,8 +57,9 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
         )
     if b.n < a.n:
         a, b = b, a  # the smaller set has the lower rank: less work and no zero eigenvalues to take roots of
+    # Rounding gives zero eigenvalues a sign; the square root of a negative one would be NaN.
     overlap = np.sqrt(np.linalg.eigvalsh(_projected(a.cov, b.cov)).clip(min=0)).sum()
-    difference = a.mean - b.mean
+    difference = a.mean - b.mean  # (D,)
     distance = difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
     return max(float(distance), 0.0)  # rounding may leave -1e-9 for equal sets
 
@@ -98,6 +100,7 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int
 
 def sample_size_note(key: str, *, n: int, dims: int) -> str:
     """Say what a Frechet distance of n pictures is worth; empty from max(MIN_PICTURES, dims) pictures on."""
+    # With fewer images than features the covariance has no full rank, whatever the authors recommend.
     enough = max(MIN_PICTURES, dims)
     if n >= enough:
         return ""

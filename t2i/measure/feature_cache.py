@@ -8,7 +8,6 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,8 @@ from t2i.measure.images import Pictures
 
 logger = logging.getLogger(__name__)
 
-MADE_OF, FEATURES, STATISTICS = "made_of.json", "features.npy", "statistics.npz"
-BATCH_SIZE = 32
+MADE_OF, FEATURES_FILE, STATISTICS = "made_of.json", "features.npy", "statistics.npz"
+FEATURE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,22 @@ class Reference:
     name: str
     """In words."""
     pictures: Pictures
-    made_of: dict[str, Any]
-    """JSON-plain: which pictures, crop rule, size."""
+    which: dict[str, object]
+    """JSON-plain: which images these are."""
+    crop: str
+    """Rule that cuts squares out of them, in words."""
+    image_size: int
+    """Pixels per side after it."""
     cache: Path | None = None
-    """Folder that keeps features; None where made_of does not tell the files' content, so nothing is kept."""
+    """Folder that keeps features; None where `which` does not tell the files' content, so nothing is kept."""
+
+    def made_of(self) -> dict[str, object]:
+        """Name all that decides its pixels; the hash of this names the reference in results."""
+        return {**self.which, "crop": self.crop, "image_size": self.image_size}
 
     def sha256(self) -> str:
         """Hash what it is made of."""
-        return _hash(self.made_of)
+        return _hash(self.made_of())
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Measured:
     statistics: FrechetStatistics
 
 
-def measure(features: np.ndarray) -> Measured:
+def with_statistics(features: np.ndarray) -> Measured:
     """Fit the Gaussian of features (N, D)."""
     return Measured(features=features, statistics=statistics(features))
 
@@ -56,9 +63,11 @@ def measure(features: np.ndarray) -> Measured:
 def measure_reference(reference: Reference, extractor: FeatureExtractor, *, progress: bool) -> Measured:
     """Compute a reference's features, or read them where the same ones were computed before."""
     if reference.cache is None:
-        return measure(extract(reference.pictures, extractor, batch_size=BATCH_SIZE, progress=progress))
+        return with_statistics(
+            extract(reference.pictures, extractor, batch_size=FEATURE_BATCH, progress=progress)
+        )
     made_of = {
-        **reference.made_of,
+        **reference.made_of(),
         "features": extractor.name,
         "features_sha256": extractor.weights_sha256,
         "resize": extractor.resize,
@@ -67,22 +76,23 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
     folder = reference.cache / _hash(made_of)[:32]
     if not folder.is_dir():
         logger.info("computing features of %s once, into %s", reference.name, folder)
-        features = extract(reference.pictures, extractor, batch_size=BATCH_SIZE, progress=progress)
-        _publish(measure(features), made_of, folder)
+        features = extract(reference.pictures, extractor, batch_size=FEATURE_BATCH, progress=progress)
+        _publish(with_statistics(features), made_of, folder)
     return _load(folder)
 
 
-def _publish(measured: Measured, made_of: dict[str, Any], folder: Path) -> None:
+def _publish(measured: Measured, made_of: dict[str, object], folder: Path) -> None:
     """Write a folder aside and rename it; another process may have been quicker with the same."""
+    # Named by machine and process: nodes of one job may share the folder.
     part = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
     part.mkdir(parents=True)
-    np.save(part / FEATURES, measured.features)
+    np.save(part / FEATURES_FILE, measured.features)
     gaussian = measured.statistics
     np.savez(part / STATISTICS, mean=gaussian.mean, cov=gaussian.cov, n=gaussian.n)
     (part / MADE_OF).write_text(json.dumps(made_of))
     try:
         part.rename(folder)
-    except OSError:
+    except OSError:  # a folder that is not empty cannot be renamed over: somebody was quicker
         if not folder.is_dir():
             raise
         shutil.rmtree(part)
@@ -91,8 +101,8 @@ def _publish(measured: Measured, made_of: dict[str, Any], folder: Path) -> None:
 def _load(folder: Path) -> Measured:
     with np.load(folder / STATISTICS) as arrays:
         gaussian = FrechetStatistics(mean=arrays["mean"], cov=arrays["cov"], n=int(arrays["n"]))
-    return Measured(features=np.load(folder / FEATURES), statistics=gaussian)
+    return Measured(features=np.load(folder / FEATURES_FILE), statistics=gaussian)
 
 
-def _hash(facts: dict[str, Any]) -> str:
+def _hash(facts: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

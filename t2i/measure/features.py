@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.errors import DataError, UserError
-from t2i.measure.images import batches, read_file
+from t2i.measure.images import batches, read_image
 
 logger = logging.getLogger(__name__)
 
-FEATURES = ("inception", "efficientnet_lite0")
+FEATURE_NAMES = ("inception", "efficientnet_lite0")
 RESIZES = ("clean", "legacy_tensorflow")
 
 INCEPTION_URL = (
@@ -85,7 +85,7 @@ def load_features(
     """Open a feature extractor.
 
     Args:
-        name: one of FEATURES.
+        name: one of FEATURE_NAMES.
         weights: Inception's file; None takes it from t2i's cache folder, downloading it once.
         resize: one of RESIZES; legacy_tensorflow is Inception's alone.
 
@@ -93,8 +93,8 @@ def load_features(
         UserError: an unknown name, or an option that these features do not have.
         DataError: Inception's file is missing, or its SHA-256 is not the pinned one.
     """
-    if name not in FEATURES or resize not in RESIZES:
-        wanted = f"wanted one of {', '.join(FEATURES)} and one of {', '.join(RESIZES)}"
+    if name not in FEATURE_NAMES or resize not in RESIZES:
+        wanted = f"wanted one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
         raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
     if name == "inception":
         return _inception(weights or cached_inception(), resize, torch.device(device))
@@ -134,6 +134,7 @@ def extract(
         ThreadPoolExecutor() as pool,
     ):  # PIL resizes without the interpreter lock
         for batch in batches(pictures, size=batch_size):
+            # One image after another: sizes differ until they are resized.
             resized = list(pool.map(extractor.resizer, pool.map(_read, batch)))
             features.append(extractor.network(_pixels(resized).to(extractor.device)).float().cpu().numpy())
             bar.update(len(batch))
@@ -182,12 +183,12 @@ def _publish(data: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
         part.write(data)
-    Path(part.name).replace(path)
+    Path(part.name).replace(path)  # whoever is last; all of them checked the same hash
 
 
 def _check(data: bytes, origin: Path | str) -> None:
     found = hashlib.sha256(data).hexdigest()
-    if found != INCEPTION_SHA256:
+    if found != INCEPTION_SHA256:  # TorchScript runs code, and other weights would give another "fid"
         raise DataError(
             f"{origin} is not the Inception-2015-12-05 file, so it was not loaded: found SHA-256 {found},"
             f" wanted {INCEPTION_SHA256}."
@@ -206,9 +207,11 @@ def _inception(weights: Path, resize: str, device: torch.device) -> FeatureExtra
         module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
 
     def clean(pixels: Tensor) -> Tensor:
+        # Past the network's own resize, which is what `clean` replaces; its scaling has to be done here.
         return module.layers((pixels - 128) / 128).view(len(pixels), INCEPTION_DIMS)
 
     def legacy_tensorflow(pixels: Tensor) -> Tensor:
+        # The whole module: resizing as TensorFlow 1 did, aliasing included, is its first layer.
         return module(pixels, return_features=True).view(len(pixels), INCEPTION_DIMS)
 
     return FeatureExtractor(
@@ -235,6 +238,7 @@ def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
     model.eval().requires_grad_(False).to(device)
 
     def network(pixels: Tensor) -> Tensor:
+        # Pooled before the classifier: 1,000 ImageNet classes would say little of drawings.
         maps = model.extract_features((pixels - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)  # (B, 1280, 7, 7)
         return maps.mean(dim=(2, 3))
 
@@ -252,7 +256,7 @@ def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
 def _read(picture: np.ndarray | Path) -> np.ndarray:
     """Give one picture as uint8 (H, W, 3)."""
     if isinstance(picture, Path):
-        return np.asarray(read_file(picture))
+        return np.asarray(read_image(picture))
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise DataError(f"A picture is {picture.dtype} {picture.shape}; wanted uint8 (H, W, 3).")
     return picture

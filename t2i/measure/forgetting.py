@@ -1,24 +1,24 @@
 """What is left of the language model: cost of held-out text, probability that leaks to image codes, completions."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError
-from t2i.files import write_whole
+from t2i.files import write_json
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
-from t2i.runs.loading import find, open_language_model
+from t2i.runs.loading import find, open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -29,8 +29,8 @@ PROMPTS = (
 )
 """The paper's two (Table 1)."""
 
-RESULTS = "forgetting.json"
-CHUNK_ROWS = 256
+FORGETTING = "forgetting.json"
+CHUNK_POSITIONS = 256
 """Positions whose logits exist at one time."""
 
 
@@ -45,6 +45,23 @@ class TextCost:
     """With text rows alone to choose from: what the model still knows of text."""
     leaked: float
     """Mean probability that goes to anything but text."""
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token, over the whole vocabulary."""
+        return math.exp(self.loss)
+
+    @property
+    def perplexity_text_rows(self) -> float:
+        """Of a token, among text alone."""
+        return math.exp(self.loss_text_rows)
+
+    def to_json(self) -> dict[str, float]:
+        """Give it the form of a cost in forgetting.json."""
+        return asdict(self) | {
+            "perplexity": self.perplexity,
+            "perplexity_text_rows": self.perplexity_text_rows,
+        }
 
 
 def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_sequences: int) -> Tensor:
@@ -63,9 +80,11 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
     elif (manifest := read_manifest(folder)).is_text:
         check_text_tokenizer(folder, manifest=manifest, tokenizer=tokenizer)
         samples = list(read_split(folder, "heldout"))
+        # Spread evenly: neighbours are of one document.
         samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]
         return torch.stack([torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples])
     else:
+        # Captions as text, not their ids: those may be of another tokenizer.
         documents = (sample["caption"] for sample in read_split(folder, "heldout"))
     ids: list[int] = []
     for document in documents:
@@ -79,7 +98,7 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
 
 
 def text_cost(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
     *,
     layout: VocabLayout,
@@ -105,8 +124,8 @@ def text_cost(
     )
 
 
-def completions(
-    model: Any,
+def complete(
+    model: PreTrainedModel,
     prompts: Iterable[str],
     *,
     tokenizer: TextTokenizer,
@@ -114,11 +133,12 @@ def completions(
     max_new_tokens: int = 40,
 ) -> list[str]:
     """Complete prompts greedily among text tokens, up to the end token (paper, Table 1)."""
+    # Image rows and rows that no token uses: what is asked is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
     found = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt)[None].to(model.device)
-        made = model.generate(
+        made: Tensor = cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -132,7 +152,36 @@ def completions(
     return found
 
 
-def forgetting(
+@dataclass(frozen=True)
+class KeptLanguage:
+    """What one model has left of its language."""
+
+    ckpt: str
+    """The folder that its weights came from."""
+    costs: dict[str, TextCost]
+    """Name of a text -> what it costs."""
+    completions: list[str]
+    """One per prompt."""
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Models, by name, measured on the same texts and prompts."""
+
+    texts: dict[str, str]
+    prompts: list[str]
+    models: dict[str, KeptLanguage]
+
+    def to_json(self) -> dict[str, object]:
+        """Give it the form of forgetting.json."""
+        models = {
+            name: {**vars(kept), "costs": {kind: cost.to_json() for kind, cost in kept.costs.items()}}
+            for name, kept in self.models.items()
+        }
+        return {"texts": self.texts, "prompts": self.prompts, "models": models}
+
+
+def measure_forgetting(
     ckpts: dict[str, str],
     *,
     texts: dict[str, str],
@@ -140,43 +189,41 @@ def forgetting(
     seq_len: int,
     num_sequences: int,
     max_new_tokens: int,
-) -> dict[str, Any]:
+) -> Forgetting:
     """Measure CKPTs, by name, on the same texts and prompts, each with its own tokenizer."""
-    models = {}
+    prompts = list(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, ckpt in ckpts.items():
-        opened = open_language_model(ckpt, device=device)
+    models = {}
+    for name, ckpt in ckpts.items():  # one model in memory at a time
+        opened = open_model(ckpt, device=device, needs_images=False)
         tokenizer, layout = opened.text_tokenizer, opened.layout
         costs = {}
         for kind, text in texts.items():
             ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
-            cost = text_cost(opened.model, ids, layout=layout)
-            costs[kind] = asdict(cost) | {
-                "perplexity": math.exp(cost.loss),
-                "perplexity_text_rows": math.exp(cost.loss_text_rows),
-            }
-        completed = completions(
+            costs[kind] = text_cost(opened.model, ids, layout=layout)
+        completed = complete(
             opened.model, prompts, tokenizer=tokenizer, layout=layout, max_new_tokens=max_new_tokens
         )
-        models[name] = {"ckpt": str(opened.folder), "costs": costs, "completions": completed}
-    return {"texts": texts, "prompts": list(prompts), "models": models}
+        models[name] = KeptLanguage(str(opened.folder), costs=costs, completions=completed)
+    return Forgetting(texts, prompts=prompts, models=models)
 
 
-def write_results(results: dict[str, Any], *, ckpt: str, out: Path | None) -> Path:
+def write_forgetting(results: Forgetting, *, ckpt: str, out: Path | None) -> Path:
     """Write forgetting.json, by default (None) into the CKPT's run or folder; return its path."""
     folder, run_dir = find(ckpt)
-    path = out or (run_dir or folder) / RESULTS
-    write_whole(path, json.dumps(results, indent=1, ensure_ascii=False))
+    path = out or (run_dir or folder) / FORGETTING
+    write_json(path, results.to_json())
     return path
 
 
-def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
+def _sums(model: PreTrainedModel, input_ids: Tensor, layout: VocabLayout) -> Tensor:
     """Sum over one batch (B, S): loss, loss among text, leaked probability, tokens."""
     hidden = hidden_states(model, input_ids)[:, :-1].flatten(0, 1)  # (N, D)
     labels = input_ids[:, 1:].flatten()
     head = head_of(model)
+    # Chunked: (N, V) logits of a whole batch would be gigabytes. Not token_losses, which has one softmax, not two.
     sums = torch.zeros(4, dtype=torch.float64)
-    for rows, targets in zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+    for rows, targets in zip(hidden.split(CHUNK_POSITIONS), labels.split(CHUNK_POSITIONS), strict=True):
         logits = (rows @ head.T.to(rows.dtype)).float()  # (N, V)
         target = logits.gather(1, targets[:, None])[:, 0]
         everything, text = logits.logsumexp(-1), logits[:, : layout.num_text_tokens].logsumexp(-1)

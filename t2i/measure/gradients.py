@@ -1,8 +1,9 @@
 """Whose gradient is it? The share of text, image and special tokens in tokens, loss and gradient norm."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +13,15 @@ from t2i.data.shards.reader import read_split
 from t2i.errors import DataError
 from t2i.files import write_json
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
-from t2i.model.loss import IGNORED, kinds_of, summed_loss
-from t2i.runs.loading import LanguageModel, home
-from t2i.tokens.sequence import next_token_labels
+from t2i.model.loss import kinds_of, summed_loss
+from t2i.runs.loading import OpenedModel
+from t2i.tokens.sequence import IGNORED, next_token_labels
+from t2i.tokens.vocab import KINDS
 
-RESULTS = "gradients.json"
-KINDS = ("text", "image", "special")
+GRADIENTS = "gradients.json"
 
 
-def heldout_sequences(model: LanguageModel, *, config: DataConfig, num_sequences: int) -> Tensor:
+def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: int) -> Tensor:
     """Read held-out pairs as sequences (N, S), as training would see them without dropped captions.
 
     Raises:
@@ -34,74 +35,104 @@ def heldout_sequences(model: LanguageModel, *, config: DataConfig, num_sequences
     return stack_sequences(samples, layout=model.layout, config=config, captions=captions)
 
 
-def gradient_shares(model: LanguageModel, input_ids: Tensor, *, batch_size: int = 32) -> dict[str, Any]:
-    """Split the gradient of the mean loss over all tokens of (N, S) into its parts by kind of token.
+@dataclass(frozen=True)
+class KindShare:
+    """What one kind of token has of tokens, loss and gradient."""
 
-    Returns:
-        per kind: tokens, its share of them, of the loss and of the sum of the parts' norms; norm, over all
-        parameters, and norm_layers, without embedding and head; and the cosine of text's part and image's.
-    """
-    labels = next_token_labels(input_ids, layout=model.layout)
+    tokens: int
+    token_share: float
+    loss_share: float
+    norm: float
+    """Of its part of the mean loss's gradient, over all parameters."""
+    norm_share: float
+    """Of the sum of the parts' norms."""
+    norm_layers: float
+    """Without embeddings and LM head."""
+
+
+@dataclass(frozen=True)
+class GradientShares:
+    """The gradient of the mean loss, in its parts by kind of token."""
+
+    text: KindShare
+    image: KindShare
+    special: KindShare
+    cosine_text_image: float
+    """Of text's part and image's: below 0 they pull against each other."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    gradient: dict[str, Tensor]
+    """Of one kind's summed loss, by parameter."""
+    nats: float
+    tokens: int
+
+
+def gradient_shares(model: OpenedModel, input_ids: Tensor, *, batch_size: int = 32) -> GradientShares:
+    """Split the gradient of the mean loss over all tokens of (N, S) into its parts by kind of token (sec. 2.2)."""
+    labels = next_token_labels(input_ids, layout=model.layout)  # (N, S)
     total = int((labels >= 0).sum())
     parts = {kind: _part(model, input_ids, labels, kind=kind, batch_size=batch_size) for kind in KINDS}
     model.model.zero_grad(set_to_none=True)
-    rows = _row_ids(model)
-    norms = {kind: _norm(gradient.values()) / total for kind, (gradient, _, _) in parts.items()}
-    all_nats = sum(nats for _, nats, _ in parts.values())
-    result: dict[str, Any] = {
-        kind: {
-            "tokens": count,
-            "token_share": count / total,
-            "loss_share": nats / all_nats,
-            "norm": norms[kind],
-            "norm_share": norms[kind] / sum(norms.values()),
-            "norm_layers": _norm(value for name, value in gradient.items() if name not in rows) / total,
-        }
-        for kind, (gradient, nats, count) in parts.items()
+    # One divisor for all kinds: the parts then add up to the gradient that training follows.
+    norms = {kind: _norm(part.gradient.values()) / total for kind, part in parts.items()}
+    all_nats = sum(part.nats for part in parts.values())
+    vocabulary = _embedding_names(model)
+    shares = {
+        kind: KindShare(
+            tokens=part.tokens,
+            token_share=part.tokens / total,
+            loss_share=part.nats / all_nats,
+            norm=norms[kind],
+            norm_share=norms[kind] / sum(norms.values()),
+            norm_layers=_norm(value for name, value in part.gradient.items() if name not in vocabulary)
+            / total,
+        )
+        for kind, part in parts.items()
     }
-    text, image = parts["text"][0], parts["image"][0]
+    text, image = parts["text"].gradient, parts["image"].gradient
     dot = math.fsum(float((text[name].double() * image[name].double()).sum()) for name in text)
-    result["cosine_text_image"] = dot / (total**2 * norms["text"] * norms["image"])
-    return result
+    return GradientShares(**shares, cosine_text_image=dot / (total**2 * norms["text"] * norms["image"]))
 
 
-def write_results(results: dict[str, Any], *, model: LanguageModel, out: Path | None) -> Path:
+def write_gradients(shares: GradientShares, *, model: OpenedModel, out: Path | None) -> Path:
     """Write gradients.json, by default (None) into the model's run or folder; return its path."""
-    path = out or home(model) / RESULTS
-    write_json(path, {"checkpoint": str(model.folder), **results})
+    path = out or model.home / GRADIENTS
+    write_json(path, {"checkpoint": str(model.folder), **asdict(shares)})
     return path
 
 
-def _part(
-    model: LanguageModel, input_ids: Tensor, labels: Tensor, *, kind: str, batch_size: int
-) -> tuple[dict[str, Tensor], float, int]:
-    """Compute the gradient of one kind's summed loss, that sum in nats, and its tokens."""
-    learner, layout = model.model, model.layout
-    learner.zero_grad(set_to_none=True)
+def _part(model: OpenedModel, input_ids: Tensor, labels: Tensor, *, kind: str, batch_size: int) -> _Part:
+    """Compute the gradient of one kind's summed loss."""
+    network, layout = model.model, model.layout
+    network.zero_grad(set_to_none=True)
     nats, count = 0.0, 0
-    for ids, wanted in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
-        hidden = hidden_states(learner, ids.to(learner.device))
-        wanted = wanted.to(learner.device)
-        kinds = kinds_of(wanted, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)
+    for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
+        targets = targets.to(network.device)
+        hidden = hidden_states(network, ids.to(network.device))  # (B, S, D)
+        kinds = kinds_of(targets, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)
+        # Other kinds' labels are taken away, not their tokens: what is predicted from is the whole sequence.
         total, _, _ = summed_loss(
             hidden,
-            wanted.masked_fill(~kinds[kind], IGNORED),
-            head=head_of(learner),
-            image_rows=softmax_rows(learner, layout=layout),
+            targets.masked_fill(~kinds[kind], IGNORED),
+            head=head_of(network),
+            image_rows=softmax_rows(network, layout=layout),
         )
         total.backward()  # type: ignore[no-untyped-call]
         nats, count = nats + float(total.detach()), count + int(kinds[kind].sum())
     gradient = {
-        name: value.grad.clone() for name, value in learner.named_parameters() if value.grad is not None
+        name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None
     }
-    return gradient, nats, count
+    return _Part(gradient, nats=nats, tokens=count)
 
 
-def _row_ids(model: LanguageModel) -> set[str]:
-    """Name the parameters of embedding and head."""
+def _embedding_names(model: OpenedModel) -> set[str]:
+    """Name the parameters of embeddings and LM head."""
+    # By identity, not by name: names differ between classes, and a tied head has none of its own.
     ends = (model.model.get_input_embeddings().weight, model.model.get_output_embeddings().weight)
     return {name for name, value in model.model.named_parameters() if any(value is end for end in ends)}
 
 
-def _norm(values: Any) -> float:
+def _norm(values: Iterable[Tensor]) -> float:
     return math.sqrt(math.fsum(float(value.double().square().sum()) for value in values))

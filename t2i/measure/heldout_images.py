@@ -4,10 +4,9 @@ The held-out pairs are read again from their source and cut in two halves: one i
 captions of the other are drawn.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
@@ -16,15 +15,17 @@ from t2i.data.sources import Pair, Source, reopen_source
 from t2i.errors import DataError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
-from t2i.measure.heldout import HELDOUT_SPLITS, caption_meter
+from t2i.measure.heldout import HELDOUT_SPLITS, CaptionMeter, caption_meter
 from t2i.measure.images import Pictures, encode, readable
 from t2i.measure.score import Task
-from t2i.runs.loading import DATA_MANIFEST, Checkpoint
+from t2i.model.backbone import trained_seq_len
+from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.tokens.image import centre_crop_resize
 
-CROP_RULE = "centre square of the shorter side, PIL bicubic"
+BICUBIC_CROP = "centre square of the shorter side, PIL bicubic"
 METER_PICTURES = 2_048
-CAPTIONS_RULE = "held-out captions of {source}, by hash of the key"
+"""Images that a caption's worth is measured on: its mean is known long before a large split is read."""
+HALF_RULE = "held-out captions of {source}, by hash of the key"
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
     """
     pairs: dict[str, Pair] = {}
     for pair in source.pairs:
-        if (
-            pair.split in HELDOUT_SPLITS
-        ):  # a picture of many captions comes once, or both halves would have it
+        if pair.split in HELDOUT_SPLITS:
+            # An image of many captions comes once: if both halves had it, *real* would be near zero for that alone.
             pairs.setdefault(pair.group or pair.key, pair)
+    # By hash, so that the halves stay what they are when the source lists its images in another order.
     ordered = sorted(pairs.values(), key=lambda pair: hash_uniform("halves", pair.key))
     found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
     half = len(found) // 2
@@ -65,43 +66,39 @@ def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     reference = Reference(
         name=f"{len(halves.reference)} held-out pictures of {source}",
         pictures=pictures(halves.reference, size=size),
-        made_of={
-            "keys": [pair.key for pair in halves.reference],
-            "source": source,
-            "crop": CROP_RULE,
-            "image_size": size,
-        },
+        which={"keys": [pair.key for pair in halves.reference], "source": source},
+        crop=BICUBIC_CROP,
+        image_size=size,
     )
     return Task(
         data=f"{source}, held-out pictures",
         captions={f"{index:05d}": pair.caption for index, pair in enumerate(halves.drawn)},
-        captions_rule=CAPTIONS_RULE.format(source=source),
+        captions_rule=HALF_RULE.format(source=source),
         own=pictures(halves.drawn, size=size),
         reference=reference,
     )
 
 
-def read_data_manifest(checkpoint: Checkpoint) -> Manifest:
+def read_data_manifest(checkpoint: OpenedModel) -> Manifest:
     """Read what a run or an exported folder tells of its data.
 
     Raises:
         DataError: it tells nothing.
     """
-    path = (checkpoint.run_dir or checkpoint.folder) / DATA_MANIFEST
+    path = checkpoint.home / DATA_MANIFEST
     if not path.is_file():
         raise DataError(f"{path} is missing, so the held-out pictures of this model are not known.")
     return read_manifest_file(path)
 
 
-def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]:
+def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, CaptionMeter]:
     """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code.
 
     At most METER_PICTURES of each, evenly spread.
     """
     source = reopen_source(manifest)
-    settings = checkpoint.model.config
-    length = settings.sequence_length or settings.max_position_embeddings
-    config = DataConfig(mode=settings.sequence_mode, seq_len=length)
+    mode = checkpoint.model.config.sequence_mode
+    config = DataConfig(mode=mode, seq_len=trained_seq_len(checkpoint.model))
     meters = {}
     for split in HELDOUT_SPLITS:
         listed = [pair for pair in source.pairs if pair.split == split]
@@ -109,7 +106,7 @@ def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]
         pairs = list(readable(spread))
         if len(pairs) < 2:
             continue
-        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.image_tokenizer)
+        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())
         samples = [
             Sample(
                 key=pair.key,
@@ -118,8 +115,8 @@ def caption_meters(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, Any]
             )
             for pair, row in zip(pairs, codes, strict=True)
         ]
-        meters[split] = asdict(
-            caption_meter(checkpoint.model, samples, config=config, layout=checkpoint.layout, batch_size=32)
+        meters[split] = caption_meter(
+            checkpoint.model, samples, config=config, layout=checkpoint.layout, batch_size=32
         )
     return meters
 

@@ -32,7 +32,7 @@ class Pictures:
         return len(self.openers)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
             for batch in batches(self.openers, size=READ_AHEAD):
                 yield from pool.map(self._read, batch)
 
@@ -59,6 +59,7 @@ class Reconstructions:
 
 def readable(pairs: Iterable[Pair]) -> Iterator[Pair]:
     """Pass over pairs whose picture is broken, or refused by the source's filters, as preparation does."""
+    # Opened here and again when drawn upon: which images are broken must be known before captions are counted.
     with ThreadPoolExecutor() as pool:
         for batch in batches(pairs, size=READ_AHEAD):
             yield from (pair for pair, opens in zip(batch, pool.map(_opens, batch), strict=True) if opens)
@@ -82,7 +83,7 @@ def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 3
     )
 
 
-def read_file(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Read a picture file as RGB.
 
     Raises:

@@ -1,9 +1,9 @@
 """Held-out perplexity by kind of token, and the image loss by place on the code grid."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import yaml
@@ -18,15 +18,15 @@ from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import split_sums, token_losses
-from t2i.runs.loading import LanguageModel, home
+from t2i.runs.loading import OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
+from t2i.tokens.vocab import KINDS
 
-RESULTS = "perplexity.json"
-KINDS = ("text", "image", "special")
+PERPLEXITY = "perplexity.json"
 
 
-def data_of(model: LanguageModel, *, shards: Path | None, mode: str | None) -> DataConfig:
+def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> DataConfig:
     """Say what to measure on: what is given, else (None) what the model's run was trained on.
 
     Raises:
@@ -59,27 +59,71 @@ class RunData:
     """0 for a model without a run: as much as it was made for."""
 
 
-def write_results(
-    results: dict[str, Any], *, model: LanguageModel, config: DataConfig, out: Path | None
+@dataclass(frozen=True)
+class TokenCost:
+    """What one kind of token costs."""
+
+    tokens: float
+    nats: float
+    """Per token."""
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class PlaceLosses:
+    """Image loss by place on the code grid, in nats per code."""
+
+    image_loss_by_code: list[float]
+    """(K,), row by row."""
+    bits_per_pixel: float | None
+    """None for shards of precomputed codes, whose pixels are not known."""
+    image_loss_by_row: list[float] | None
+    """None where the codes are no square."""
+    image_loss_by_column: list[float] | None
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        """Give what there is, under the keys of perplexity.json."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class SplitCosts:
+    """What one held-out split costs."""
+
+    num_pictures: int
+    text: TokenCost | None
+    """None where no such token was counted, here and below."""
+    image: TokenCost | None
+    special: TokenCost | None
+    total: TokenCost | None
+    places: PlaceLosses | None
+    """None for sequences without images."""
+
+    def to_json(self) -> dict[str, object]:
+        """Give it the form of a split in perplexity.json."""
+        costs = {key: value for key, value in asdict(self).items() if key != "places"}
+        return costs | (self.places.to_json() if self.places else {})
+
+
+def write_perplexity(
+    splits: dict[str, SplitCosts], *, model: OpenedModel, config: DataConfig, out: Path | None
 ) -> Path:
     """Write perplexity.json, by default (None) into the model's run or folder; return its path."""
-    path = out or home(model) / RESULTS
+    path = out or model.home / PERPLEXITY
     about = {
         "checkpoint": str(model.folder),
         "shards": str(config.shards),
         "mode": config.mode,
         "image_rows_only": softmax_rows(model.model, layout=model.layout) is not None,
     }
-    write_json(path, {**about, "splits": results})
+    write_json(path, {**about, "splits": {split: costs.to_json() for split, costs in splits.items()}})
     return path
 
 
-def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32) -> dict[str, Any]:
+def measure_perplexity(
+    model: OpenedModel, *, config: DataConfig, batch_size: int = 32
+) -> dict[str, SplitCosts]:
     """Measure every held-out split of the shards that config names.
-
-    Returns:
-        per split: nats a token and perplexity of text, image, special and all tokens (None where there are none), bits
-        a pixel, and the image loss of each row and column of the code grid.
 
     Raises:
         DataError: the shards' codes are not the model's, or there is no held-out split.
@@ -90,8 +134,8 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
     if manifest.is_text:
         raise DataError(f"{config.shards} holds text alone, which eval/forgetting.py measures.")
     if manifest.codebook_size != model.layout.codebook_size:
-        found, wanted = manifest.codebook_size, model.layout.codebook_size
-        raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} knows {wanted}.")
+        found, known = manifest.codebook_size, model.layout.codebook_size
+        raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} knows {known}.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
     for split in HELDOUT_SPLITS:
@@ -100,7 +144,7 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
             continue
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
-        results[split] = {"num_pictures": len(samples)} | measure(
+        results[split] = split_costs(
             model, ids, batch_size=batch_size, image_size=manifest.image_size or None
         )
     if not results:
@@ -109,51 +153,51 @@ def perplexity(model: LanguageModel, *, config: DataConfig, batch_size: int = 32
 
 
 @torch.inference_mode()
-def measure(
-    model: LanguageModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
-) -> dict[str, Any]:
-    """Measure sequences (N, S) with whole pictures, or without any; image_size None for ids without pixels."""
-    sums = torch.zeros(2, len(KINDS), dtype=torch.float64)
+def split_costs(
+    model: OpenedModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
+) -> SplitCosts:
+    """Measure sequences (N, S) with whole images, or without any; image_size None for ids without pixels."""
+    layout, network = model.layout, model.model
+    # float64: a split has millions of tokens, and fp32 sums of them lose what two models differ by.
+    sums = torch.zeros(2, len(KINDS), dtype=torch.float64)  # nats, tokens
     by_code: list[Tensor] = []
-    image_rows = softmax_rows(model.model, layout=model.layout)
     for batch in input_ids.split(batch_size):
-        labels = next_token_labels(batch, layout=model.layout).to(model.model.device)
-        hidden = hidden_states(model.model, batch.to(model.model.device))
-        losses, _ = token_losses(hidden, labels, head=head_of(model.model), image_rows=image_rows)
-        split = split_sums(
-            losses,
-            labels,
-            num_text_rows=model.layout.num_text_rows,
-            first_image_id=model.layout.first_image_id,
+        labels = next_token_labels(batch, layout=layout).to(network.device)  # (B, S)
+        hidden = hidden_states(network, batch.to(network.device))  # (B, S, D)
+        losses, _ = token_losses(
+            hidden, labels, head=head_of(network), image_rows=softmax_rows(network, layout=layout)
         )
-        sums += torch.stack([torch.stack(split[kind]).double() for kind in KINDS], dim=1).cpu()
-        is_image = labels >= model.layout.first_image_id
-        by_code.append(losses[is_image].double().cpu().view(len(batch), -1))  # (B, K)
-    result: dict[str, Any] = {}
-    for kind, total, count in zip(KINDS, *sums.tolist(), strict=True):
-        result[kind] = _cost(total, count)
-    result["total"] = _cost(float(sums[0].sum()), float(sums[1].sum()))
-    codes = torch.cat(by_code)
-    if codes.shape[1]:
-        result |= by_place(codes.mean(0), image_size=image_size)
-    return result
+        parts = split_sums(
+            losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
+        )
+        sums += torch.stack([torch.stack(parts[kind]).double() for kind in KINDS], dim=1).cpu()
+        # Every sequence has all K codes, so that the chosen losses line up by place.
+        by_code.append(losses[labels >= layout.first_image_id].double().cpu().view(len(batch), -1))  # (B, K)
+    codes = torch.cat(by_code)  # (N, K)
+    costs = {kind: _cost(nats, count) for kind, nats, count in zip(KINDS, *sums.tolist(), strict=True)}
+    return SplitCosts(
+        num_pictures=len(input_ids),
+        **costs,
+        total=_cost(float(sums[0].sum()), float(sums[1].sum())),
+        places=by_place(codes.mean(0), image_size=image_size) if codes.shape[1] else None,
+    )
 
 
-def by_place(code_losses: Tensor, *, image_size: int | None) -> dict[str, Any]:
-    """Average losses of codes (K,), row by row over a square grid, by row and by column; add bits a pixel."""
+def by_place(code_losses: Tensor, *, image_size: int | None) -> PlaceLosses:
+    """Lay mean losses of codes (K,) out by place; image_size, in pixels per side, is None where it is not known."""
     side = math.isqrt(len(code_losses))
-    places: dict[str, Any] = {"image_loss_by_code": code_losses.tolist()}
-    if image_size is not None:
-        places["bits_per_pixel"] = float(code_losses.sum()) / math.log(2) / image_size**2
-    if side * side == len(code_losses):
-        grid = code_losses.view(side, side)
-        places |= {"image_loss_by_row": grid.mean(1).tolist(), "image_loss_by_column": grid.mean(0).tolist()}
-    return places
+    grid = code_losses.view(side, side) if side * side == len(code_losses) else None
+    bits = float(code_losses.sum()) / math.log(2)
+    return PlaceLosses(
+        image_loss_by_code=code_losses.tolist(),
+        bits_per_pixel=bits / image_size**2 if image_size is not None else None,
+        image_loss_by_row=grid.mean(1).tolist() if grid is not None else None,
+        image_loss_by_column=grid.mean(0).tolist() if grid is not None else None,
+    )
 
 
-def _cost(total: float, count: float) -> dict[str, float] | None:
-    """Nats a token and perplexity; None where no token was counted."""
+def _cost(nats: float, count: float) -> TokenCost | None:
+    """Divide a sum in nats by its tokens; None where no token was counted."""
     if not count:
         return None
-    nats = total / count
-    return {"tokens": count, "nats": nats, "perplexity": math.exp(nats)}
+    return TokenCost(tokens=count, nats=nats / count, perplexity=math.exp(nats / count))

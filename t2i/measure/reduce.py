@@ -1,11 +1,12 @@
 """Sums of a model's losses over batches that ranks share out."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 T = TypeVar("T")
 ShouldStop = Callable[[], bool]
@@ -22,13 +23,19 @@ def never() -> bool:
 
 @torch.inference_mode()
 def sum_over_ranks(
-    batches: Iterable[T], measure: Callable[[T], Tensor], *, model: Any, size: int, should_stop: ShouldStop
+    batches: Iterable[T],
+    measure: Callable[[T], Tensor],
+    *,
+    model: PreTrainedModel,
+    size: int,
+    should_stop: ShouldStop,
 ) -> Tensor:
     """Sum measure(batch), (size,) in float64, over this rank's batches and then over ranks: one reduction.
 
     Raises:
         Interrupted: on every rank, if should_stop asked any of them before a batch, or one that has none.
     """
+    # The last number tells who was asked to stop: in the same reduction, so that ranks leave together or not at all.
     sums = torch.zeros(size + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
@@ -40,7 +47,7 @@ def sum_over_ranks(
         sums[:-1] += measure(batch)
     model.train(was_training)
     if dist.is_initialized():
-        sums = sums.to(model.device)
+        sums = sums.to(model.device)  # NCCL reduces nothing on the CPU
         dist.all_reduce(sums)
     if sums[-1] > 0:
         raise Interrupted

@@ -3,46 +3,49 @@
 Every process draws its share (draw_rows); one of them measures (score).
 """
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.files import write_json, write_whole
+from t2i.files import read_json, write_json, write_whole
 from t2i.generate.sample import caption_lines, captions_sha256, draw_folder
 from t2i.measure.clip import RULE as CLIP_RULE
-from t2i.measure.clip import Clip, clip_score, embed_captions, embed_pictures
-from t2i.measure.compare import SCORES
+from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
 from t2i.measure.distances import frechet_distance, kernel_distance, sample_size_note
-from t2i.measure.feature_cache import BATCH_SIZE, Measured, Reference, measure, measure_reference
+from t2i.measure.feature_cache import FEATURE_BATCH, Measured, Reference, measure_reference, with_statistics
 from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
 from t2i.measure.images import Pictures, Reconstructions
+from t2i.measure.protocol import (
+    ROWS,
+    SCORES,
+    ClipScores,
+    DrawingFacts,
+    Protocol,
+    RowScore,
+    Scores,
+    Subject,
+)
 from t2i.model.backbone import made_of
-from t2i.runs.loading import Checkpoint
+from t2i.runs.loading import OpenedModel
 
-CAPTIONS = "captions.jsonl"
+CAPTIONS_DRAWN = "captions.jsonl"
 KERNEL_SEED = 0
-PACKAGES = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
+"""Of the subsets that a kernel distance is a mean over; part of the protocol."""
+SCORED_WITH = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
 
 Control = Literal["shuffled", "untrained"]
 
-ROWS = {
-    "real": "real pictures that the reference has not",
-    "reconstructions": "the captions' own pictures through the image tokenizer",
-    "model": "drawn from the captions",
-    "matched": "drawn, against the captions' own pictures alone",
-    "shuffled": "drawn from the same captions in another order",
-    "untrained": "drawn by the same architecture with random weights",
-}
+Images = Iterable[np.ndarray | Path]
+"""Files, or uint8 images (H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,19 @@ class Rulers:
 
 
 def draw_rows(
-    checkpoint: Checkpoint, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
+    checkpoint: OpenedModel, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
 ) -> dict[str, list[Path]]:
     """Draw this rank's share of every row; return all paths, in the order of the captions.
 
     Raises:
         UserError: drawing.out holds pictures, or a list, of others.
     """
-    listed = drawing.out / CAPTIONS
+    # Checked before anything is drawn; the images' own settings.json would only say that the hash is another.
+    listed = drawing.out / CAPTIONS_DRAWN
     if listed.is_file() and listed.read_text() != caption_lines(task.captions):
         raise UserError(f"{listed} is there and is another list than what is drawn. Choose another --out.")
     names = list(task.captions)
+    # Moved by one: the same captions, and no image drawn from its own.
     moved = [task.captions[name] for name in names[1:] + names[:1]]
     rows = {"model": (checkpoint, task.captions)}
     if "shuffled" in drawing.controls:
@@ -116,157 +121,164 @@ def draw_rows(
     }
 
 
-def untrained(checkpoint: Checkpoint) -> Checkpoint:
+def untrained(checkpoint: OpenedModel) -> OpenedModel:
     """Swap the model for one of the same architecture with random weights (seed 0)."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # on every rank: they draw shares of one folder
     model = made_of(checkpoint.model.config).eval()
     return replace(checkpoint, model=model.to(device=checkpoint.model.device), weights="random, seed 0")
 
 
 def score(
-    checkpoint: Checkpoint,
+    checkpoint: OpenedModel,
     task: Task,
     *,
     drawing: Drawing,
     drawn: dict[str, list[Path]],
     rulers: Rulers,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
+    facts: DrawingFacts,
+) -> Scores:
     """Measure every row, write scores.json and captions.jsonl into drawing.out, and return the scores.
 
     Args:
-        drawn: what draw_rows returned, with every rank's pictures there.
-        facts: more entries of scores.json.
+        drawn: what draw_rows returned, with every rank's images there.
     """
     started = time.perf_counter()
     extractor, clip = rulers.extractor, rulers.clip
     rows = _distances(checkpoint, task, drawn=drawn, extractor=extractor)
-    measures = [metric_key(extractor.name), kernel_key(extractor.name)]
-    scores: dict[str, Any] = {key: rows["model"][key] for key in measures}
+    clip_scores = None
     if clip is not None:
-        others = _add_clip_scores(rows, checkpoint, task, drawn=drawn, clip=clip)
-        measures.append("clip_score")
-        scores |= {"clip_score": rows["model"]["clip_score"], "clip_score_other_captions": others}
-        scores |= {"clip": clip.name, "clip_sha256": clip.weights_sha256, "clip_rule": CLIP_RULE}
-    scores |= {
-        "measures": measures,
-        "rows": {row: rows[row] for row in ROWS if row in rows},
-        "note": sample_size_note(measures[0], n=len(task.captions), dims=extractor.dims),
-        **_protocol(task, extractor),
-        **_subject(checkpoint, drawing),
-        "versions": {name: version(name) for name in PACKAGES},
-        **facts,
-        "seconds_to_measure": time.perf_counter() - started,
-    }
+        clip_scores = _clip_scores(rows, checkpoint, task, drawn=drawn, clip=clip)
+        rows = {row: _with_clip(each, clip_scores.rows.get(row)) for row, each in rows.items()}
+    protocol = _protocol(task, extractor)
+    file = _scores_file(drawing.out, protocol)
+    scores = Scores(
+        rows=rows,
+        protocol=protocol,
+        subject=_subject(checkpoint, drawing),
+        clip=clip_scores,
+        note=sample_size_note(metric_key(extractor.name), n=len(task.captions), dims=extractor.dims),
+        facts=facts,
+        seconds_to_measure=time.perf_counter() - started,
+        file=file.name,
+    )
     drawing.out.mkdir(parents=True, exist_ok=True)
-    write_whole(drawing.out / CAPTIONS, caption_lines(task.captions))
-    file = _scores_file(drawing.out, scores)
-    scores["file"] = file.name
-    write_json(file, scores)
+    write_whole(drawing.out / CAPTIONS_DRAWN, caption_lines(task.captions))
+    write_json(file, scores.to_json())
     return scores
 
 
-def _scores_file(out: Path, scores: dict[str, Any]) -> Path:
+def _scores_file(out: Path, protocol: Protocol) -> Path:
     """Name the file: scores.json, unless it holds what other features or another resize measured."""
-    keys = ("features", "resize")
     file = out / SCORES
     if not file.is_file():
         return file
-    found = json.loads(file.read_text())
-    same = all(found.get(key) == scores[key] for key in keys)
-    return file if same else out / f"scores_{scores['features']}_{scores['resize']}.json"
+    found = read_json(file)
+    same = (found.get("features"), found.get("resize")) == (protocol.features, protocol.resize)
+    return file if same else out / f"scores_{protocol.features}_{protocol.resize}.json"
 
 
-def _protocol(task: Task, extractor: FeatureExtractor) -> dict[str, Any]:
-    """Name what a measure was taken on; two scores are compared only if all of it is equal."""
-    return {
-        "data": task.data,
-        "n": len(task.captions),
-        "features": extractor.name,
-        "features_sha256": extractor.weights_sha256,
-        "resize": extractor.resize,
-        "reference": task.reference.name,
-        "reference_sha256": task.reference.sha256(),
-        "crop": task.reference.made_of["crop"],
-        "image_size": task.reference.made_of["image_size"],
-        "captions": task.captions_rule,
-        "captions_sha256": captions_sha256(task.captions),
-        "kernel_seed": KERNEL_SEED,
-    }
+def _protocol(task: Task, extractor: FeatureExtractor) -> Protocol:
+    return Protocol(
+        data=task.data,
+        n=len(task.captions),
+        features=extractor.name,
+        features_sha256=extractor.weights_sha256,
+        resize=extractor.resize,
+        reference=task.reference.name,
+        reference_sha256=task.reference.sha256(),
+        crop=task.reference.crop,
+        image_size=task.reference.image_size,
+        captions=task.captions_rule,
+        captions_sha256=captions_sha256(task.captions),
+        kernel_seed=KERNEL_SEED,
+    )
 
 
-def _subject(checkpoint: Checkpoint, drawing: Drawing) -> dict[str, Any]:
-    """Name what was measured."""
-    return {
-        "checkpoint": str(checkpoint.folder),
-        "weights_sha256": checkpoint.weights,
-        "image_tokenizer_sha256": checkpoint.image_tokenizer.fingerprint(),
-        "sampler": asdict(drawing.config),
-        "seeds": "picture i of captions.jsonl is drawn with sampler.seed + i",
-        "batch_size": drawing.batch_size,
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "device": str(checkpoint.model.device.type),
-    }
+def _subject(checkpoint: OpenedModel, drawing: Drawing) -> Subject:
+    return Subject(
+        checkpoint=str(checkpoint.folder),
+        weights_sha256=checkpoint.weights,
+        image_tokenizer_sha256=checkpoint.needed_image_tokenizer().fingerprint(),
+        sampler=asdict(drawing.config),
+        batch_size=drawing.batch_size,
+        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        device=str(checkpoint.model.device.type),
+        versions={name: version(name) for name in SCORED_WITH},
+    )
 
 
 def _distances(
-    checkpoint: Checkpoint, task: Task, *, drawn: dict[str, list[Path]], extractor: FeatureExtractor
-) -> dict[str, dict[str, Any]]:
-    """Measure the distances of every row: what it is, its number of pictures, and those of its reference."""
+    checkpoint: OpenedModel, task: Task, *, drawn: dict[str, list[Path]], extractor: FeatureExtractor
+) -> dict[str, RowScore]:
+    """Measure the distances of every row to its reference."""
     reference = measure_reference(task.reference, extractor, progress=True)
-    made: dict[str, Any] = {
+    made: dict[str, Images] = {
         **drawn,
-        "reconstructions": Reconstructions(task.own, checkpoint.image_tokenizer),
+        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
     features = {
-        row: measure(extract(pictures, extractor, batch_size=BATCH_SIZE, progress=True))
-        for row, pictures in made.items()
+        row: with_statistics(extract(images, extractor, batch_size=FEATURE_BATCH, progress=True))
+        for row, images in made.items()
     }
     rows = {row: _row(row, each, reference, extractor) for row, each in features.items()}
     if task.own_places is None:
-        real = measure(extract(task.own, extractor, batch_size=BATCH_SIZE))
+        real = with_statistics(extract(task.own, extractor, batch_size=FEATURE_BATCH))
         rows["real"] = _row("real", real, reference, extractor)
     else:
-        own = measure(reference.features[task.own_places])
+        # The reference holds the captions' own images, and papers differ on whether it should: so both are told.
+        own = with_statistics(reference.features[task.own_places])
         rows["matched"] = _row("matched", features["model"], own, extractor)
         rows["real"] = _row("real", *_apart(reference.features, task.own_places), extractor)
     return rows
 
 
 def _apart(features: np.ndarray, places: Sequence[int]) -> tuple[Measured, Measured]:
-    """Take the pictures at `places`, at most half of all, out of the reference that they are compared with."""
+    """Take the images at `places`, at most half of all, out of the reference that they are compared with.
+
+    Compared with themselves, real images would be at a distance near zero for that reason alone.
+    """
     taken = list(places[: len(features) // 2])
-    return measure(features[taken]), measure(np.delete(features, taken, axis=0))
+    return with_statistics(features[taken]), with_statistics(np.delete(features, taken, axis=0))
 
 
-def _row(row: str, made: Measured, reference: Measured, extractor: FeatureExtractor) -> dict[str, Any]:
-    return {
-        "what": ROWS[row],
-        "n": len(made.features),
-        "n_reference": len(reference.features),
-        metric_key(extractor.name): frechet_distance(made.statistics, reference.statistics),
-        kernel_key(extractor.name): kernel_distance(made.features, reference.features, seed=KERNEL_SEED),
-    }
+def _row(row: str, made: Measured, reference: Measured, extractor: FeatureExtractor) -> RowScore:
+    return RowScore(
+        what=ROWS[row],
+        n=len(made.features),
+        n_reference=len(reference.features),
+        measures={
+            metric_key(extractor.name): frechet_distance(made.statistics, reference.statistics),
+            kernel_key(extractor.name): kernel_distance(made.features, reference.features, seed=KERNEL_SEED),
+        },
+    )
 
 
-def _add_clip_scores(
-    rows: dict[str, dict[str, Any]],
-    checkpoint: Checkpoint,
+def _clip_scores(
+    rows: dict[str, RowScore],
+    checkpoint: OpenedModel,
     task: Task,
     *,
     drawn: dict[str, list[Path]],
     clip: Clip,
-) -> float:
-    """Add the CLIP score to every row with pictures of its own; return that of the model under other captions."""
-    captions = embed_captions(list(task.captions.values()), clip)
-    made: dict[str, Any] = {
+) -> ClipScores:
+    captions = embed_captions(list(task.captions.values()), clip)  # (N, D)
+    made: dict[str, Images] = {
         **drawn,
-        "real": islice(task.own, rows["real"]["n"]),
-        "reconstructions": Reconstructions(task.own, checkpoint.image_tokenizer),
+        # As many as its distance is of. Own images come in the order of their captions, so the two line up.
+        "real": islice(task.own, rows["real"].n),
+        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
-    for row, pictures in made.items():
-        embedded = embed_pictures(pictures, clip)
-        rows[row]["clip_score"] = clip_score(embedded, captions[: len(embedded)])
+    scores = {}
+    for row, images in made.items():
+        embedded = embed_images(images, clip)  # (M, D), M <= N
+        scores[row] = clip_score(embedded, captions[: len(embedded)])
         if row == "model":
             others = clip_score(embedded, captions.roll(1, dims=0))
-    return others
+    return ClipScores(clip.name, clip.weights_sha256, rule=CLIP_RULE, rows=scores, other_captions=others)
+
+
+def _with_clip(row: RowScore, clip_score: float | None) -> RowScore:
+    """Add a CLIP score to a row that has one; the matched row has no images of its own."""
+    if clip_score is None:
+        return row
+    return replace(row, measures={**row.measures, "clip_score": clip_score})

@@ -1,4 +1,7 @@
-"""Any Hugging Face causal language model as a backbone, loaded in its own class and checked."""
+"""Any Hugging Face causal language model as a backbone, loaded in its own class and checked.
+
+Backbones are accepted by a forward pass, not by a list of names, which would be wrong with transformers' next release.
+"""
 
 import json
 from pathlib import Path
@@ -59,6 +62,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         except (ValueError, OSError) as error:
             raise UserError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from error
         model, report = loaded
+    # transformers only warns of missing weights, and would go on with random ones.
     strange = {key: names for key, names in report.items() if names}
     if strange:
         raise UserError(f"the weights of {folder} do not fit its config.json: {strange}.")
@@ -68,24 +72,32 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
 
 
 def made_of(config: PretrainedConfig) -> PreTrainedModel:
-    """Make a model of random weights."""
+    """Make a randomly initialised model."""
     if isinstance(config, OpenLMConfig):
         return OpenLMForCausalLM(config)
     return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Compute the last hidden states (B, S, D), which the head is multiplied with, of ids (B, S)."""
+    """Compute the last hidden states (B, S, D), which the LM head is multiplied with, of ids (B, S).
+
+    Logits are not made here: (B, S, V) of them would be most of the memory (model/loss.py makes them in chunks).
+    """
     return cast(Tensor, model.base_model(input_ids, use_cache=False).last_hidden_state)
 
 
 def head_of(model: PreTrainedModel) -> Tensor:
-    """Return the head (V, D); of a tied model, the embedding."""
+    """Return the weight of the LM head (V, D); of a tied model, the input embeddings."""
     return cast(Tensor, model.get_output_embeddings().weight)
 
 
+def trained_seq_len(model: PreTrainedModel) -> int:
+    """Return the tokens per sequence that training had; of a config without that record, the model's positions."""
+    return int(model.config.sequence_length or model.config.max_position_embeddings)
+
+
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:
-    """Return the rows of the head that a model learned to tell an image code from: image rows, or None for all."""
+    """Return what image codes were trained to be told apart from: the ids of the image vocabulary, or None for all."""
     return layout.image_rows if getattr(model.config, "image_rows_only", False) else None
 
 
@@ -100,11 +112,12 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
         raise UserError(f"{name} ({type(model).__name__}) has no head that gives logits.")
     was_training = model.training
     model.eval()
-    ids = torch.arange(8)[None] % model.config.vocab_size
+    ids = torch.arange(8)[None] % model.config.vocab_size  # (1, 8): which ids does not matter
     logits = model(ids, use_cache=False).logits.float()
     product = (hidden_states(model, ids) @ head_of(model).T).float()
     model.train(was_training)
     difference = (logits - product).abs().max().item()
+    # "Not at most", so that NaN is refused too.
     if not difference <= HEAD_TOLERANCE * max(1.0, logits.abs().max().item()):
         raise UserError(
             f"{name} ({type(model).__name__}) does more to its logits than a product with its head: they differ by"
@@ -120,6 +133,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
+    # Safetensors first: a folder with both has the same weights twice, and .bin files are pickles.
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         if files := sorted(path.glob(pattern)):
             return files
@@ -127,7 +141,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: int) -> PretrainedConfig:
-    """Describe a random language model, its text rows rounded up to a multiple of 8; other families as wide as open_lm.
+    """Describe a randomly initialised language model, its text vocabulary rounded up to a multiple of 8.
 
     Raises:
         UserError: sizes that do not divide, or an unknown norm.
@@ -145,5 +159,6 @@ def random_model_config(config: ModelConfig, *, num_text_tokens: int, seq_len: i
         raise UserError(f"model.*: {error}.") from error
     if config.family == "open_lm":
         return ours
+    # As wide as open_lm, and with no tied head, so that families differ by architecture and not by size.
     sizes |= {"intermediate_size": ours.intermediate_size, "num_key_value_heads": config.num_heads}
     return AutoConfig.for_model(config.family, **sizes, tie_word_embeddings=False)

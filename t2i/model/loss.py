@@ -1,4 +1,7 @@
-"""Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32."""
+"""Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32.
+
+N counted positions, T rows of the head in a tile, D width, V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
+from t2i.tokens.sequence import IGNORED
+
 LOG2_E = math.log2(math.e)
 CHUNK_ROWS = 1_024
 """Positions whose logits exist at one time."""
@@ -37,7 +41,7 @@ def token_losses(
     Returns:
         losses in nats and squared log-partitions, (B, S) fp32 each, exactly 0 where not counted.
     """
-    flat, targets = hidden.flatten(0, 1), labels.flatten()
+    flat, targets = hidden.flatten(0, 1), labels.flatten()  # (B S, D), (B S,)
     found = torch.zeros(2, len(targets), device=hidden.device)
     for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
         for chunk in _chunks(places):
@@ -50,7 +54,7 @@ def token_losses(
 def summed_loss(
     hidden: Tensor, labels: Tensor, *, head: Tensor, z_loss: float = 0.0, image_rows: range | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to learn from.
+    """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to train on.
 
     The gradient is made in the forward pass, while a chunk's logits exist: three head products in all, where making
     logits again in the backward pass takes four.
@@ -75,14 +79,15 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float, image_rows: range | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        flat, targets = hidden.flatten(0, 1), labels.flatten()  # (B S, D), (B S,)
         found = torch.zeros(2, len(targets), device=hidden.device)
         hidden_gradient = torch.zeros_like(flat)
-        head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        # fp32 even for a bf16 head: every chunk adds to it, and bf16 would drop the later ones.
+        head_gradient = torch.zeros_like(head, dtype=torch.float32)  # (V, D)
         for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
             own = slice(rows.start, rows.stop)
             for chunk in _chunks(places):
-                found[:, chunk], hidden_gradient[chunk] = _learn_chunk(
+                found[:, chunk], hidden_gradient[chunk] = _chunk_gradient(
                     flat[chunk],
                     targets[chunk] - rows.start,
                     head[own],
@@ -103,7 +108,7 @@ class _SummedLoss(torch.autograd.Function):
         return hidden_gradient.mul_(scale), None, head_gradient.mul_(scale), None, None
 
 
-def _learn_chunk(
+def _chunk_gradient(
     rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
@@ -117,13 +122,14 @@ def _learn_chunk(
     weighted = rows.float() * weights
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
         _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
+    # What remains of the softmax's gradient: minus one at the target, of which there is one per position.
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
     own = found.mixed.mul_(weights) - head[targets].float()
     return torch.stack([found.losses, found.partitions.square()]), own.to(rows.dtype)
 
 
 def _parts(targets: Tensor, *, num_rows: int, image_rows: range | None) -> list[tuple[Tensor, range]]:
-    """Find the places of counted targets (N,), and the rows of the head that each is told apart from."""
+    """Find the places of counted targets (B S,), and the part of the vocabulary that each is told apart from."""
     counted = targets != IGNORED
     if image_rows is None:
         return [(counted.nonzero()[:, 0], range(num_rows))]
@@ -162,15 +168,16 @@ def _softmax(
     sums, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
     mixed = torch.zeros(rows.shape, device=rows.device)
     places = targets[:, None]
-    with torch.autocast(rows.device.type, enabled=False):
+    with torch.autocast(rows.device.type, enabled=False):  # which would round fp32 products to bf16
         for part in head.split(_tile_rows(head)):
             logits = F.linear(rows, part.to(rows.dtype)).float()  # (N, T)
+            # A target is in one tile only; in the others its place is outside, and what was found is kept.
             is_inside = (places >= 0) & (places < len(part))
             found = logits.gather(1, places.clamp(0, len(part) - 1))
             wanted = torch.where(is_inside, found, wanted)
             places = places - len(part)
             before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
-            shrink = (before - largest).exp()
+            shrink = (before - largest).exp()  # brings what was summed so far to the new maximum; 0 at first
             # exp(logit - largest), in place: logits are most of a step's memory; powers of two take half the time.
             powers = torch.add(largest * -LOG2_E, logits, alpha=LOG2_E, out=logits).exp2_()
             sums = sums * shrink + powers.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Grow a language model's vocabulary by new rows; the rows that it has stay as they are, bit for bit."""
+"""Grow a language model's vocabulary by image embeddings; those that it has stay as they are, bit for bit."""
 
 from pathlib import Path
 
@@ -24,6 +24,7 @@ def new_rows(old: Tensor, *, count: int, kind: str, generator: torch.Generator) 
     if kind == "random":
         std = width**-0.5
         rows = torch.empty(count, width)
+        # Drawn in fp32 and cast, so that a seed gives the same values in every precision.
         return nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator).to(old.dtype)
     if kind == "mean":
         jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
@@ -55,6 +56,7 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         if not Path(rows).is_file():
             raise UserError(f"model.rows is {rows}, which is no file.")
         given = load_file(rows)
+    # transformers makes the modules larger and keeps ties; its own values for new rows are overwritten below.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     sides = [(INPUT_ROWS, old_input, model.get_input_embeddings())]
     if not is_tied:
@@ -65,8 +67,8 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         else:
             added = new_rows(old, count=count, kind=rows, generator=generator)
         with torch.no_grad():
-            module.weight[: len(old)] = old
-            module.weight[len(old) :] = added
+            module.weight[: len(old)] = old  # (V0, D)
+            module.weight[len(old) :] = added  # (V - V0, D)
 
 
 def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
@@ -93,25 +95,26 @@ class _JoinedRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows (V, D)."""
-        return torch.cat([self.old, self.new])
+        return torch.cat([self.old, self.new])  # (V0 + V1, D)
 
 
 class JoinedEmbedding(_JoinedRows):
-    """An embedding whose new rows are a parameter of their own."""
+    """An input embedding whose new rows are a parameter of their own."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return nn.functional.embedding(input_ids, self.weight)
 
 
 class JoinedHead(_JoinedRows):
-    """A bias-free head whose new rows are a parameter of their own."""
+    """A bias-free LM head whose new rows are a parameter of their own."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.weight)
 
 
 def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
-    """Make the rows from num_old on parameters of their own, in place, so that they can learn in their own way.
+    """Make the rows from num_old on parameters of their own, in place: a learning rate, L2-SP or freezing can tell them
+    from the old ones.
 
     A tied head shares both parameters with the embedding.
     """

@@ -1,4 +1,13 @@
-"""Which parameters learn: the paper's ladder from the rows alone to everything (Figure 6)."""
+"""Which parameters are trainable: the paper's ladder from the embeddings alone to everything (Figure 6).
+
+    embeddings                        input embeddings and LM head
+    norms          = embeddings     + all norms and learned positions
+    first-half     = norms          + the first half of the layers
+    feed-forward   = norms          + every layer's feed-forward part
+    all                               everything
+
+Beside the ladder stand low-rank adapters: every matrix of the layers is frozen, and what is added to it is trainable.
+"""
 
 from typing import Any
 
@@ -16,28 +25,26 @@ SCALE = 2.0
 """What the adapters' product is multiplied by (peft's lora_alpha over rank)."""
 
 
-def set_learned(model: PreTrainedModel, *, recipe: str) -> None:
+def set_trainable(model: PreTrainedModel, *, recipe: str) -> None:
     """Freeze, in place, every parameter that the recipe does not name.
-
-    embeddings: the rows of embedding and head. norms: these, all norms, the last one too, and learned positions.
-    first-half and feed-forward: what norms has, and the first half of the layers or all feed-forward parts.
 
     Raises:
         UserError: an unknown recipe, one that adds nothing to this model, or one that freezes everything.
 
     Source: paper, Figure 6.
     """
-    learned = {id(value) for module in _learned_modules(model, recipe) for value in module.parameters()}
+    # By identity: a tied head is the embedding's own tensor, and must not freeze it again under another name.
+    trainable = {id(value) for module in _trainable_modules(model, recipe) for value in module.parameters()}
     for value in model.parameters():
-        value.requires_grad_(id(value) in learned)
+        value.requires_grad_(id(value) in trainable)
     if not any(value.requires_grad for value in model.parameters()):
         raise UserError(f"model.learn is {recipe}, which freezes every parameter of {type(model).__name__}.")
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count the numbers that learn, and all."""
+    """Count the trainable parameters, and all."""
     sizes = [(value.numel(), value.requires_grad) for value in model.parameters()]
-    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    return sum(size for size, is_trainable in sizes if is_trainable), sum(size for size, _ in sizes)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -46,30 +53,35 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: there is none.
     """
+    # modules() goes from the outside in, so that lists within a layer (experts) come later.
     found = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
     if found is None:
         raise UserError(f"{type(model).__name__} has no list of layers.")
     return found
 
 
-def _learned_modules(model: PreTrainedModel, recipe: str) -> list[nn.Module]:
-    rows = [model.get_input_embeddings(), model.get_output_embeddings()]
+def _trainable_modules(model: PreTrainedModel, recipe: str) -> list[nn.Module]:
+    """Climb the ladder up to the recipe's level; each level has the modules of those below it."""
     if recipe == "all":
         return [model]
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if recipe == "embeddings":
-        return rows
-    lower = rows + _norms_and_positions(model)
+        return embeddings
+    norms = embeddings + _norms_and_positions(model)
     if recipe == "norms":
-        return lower
+        return norms
     if recipe == "first-half":
-        return lower + _first_half(layers_of(model))
+        return norms + _first_half(layers_of(model))
     if recipe == "feed-forward":
-        return lower + [_feed_forward(layer) for layer in layers_of(model)]
+        return norms + [_feed_forward(layer) for layer in layers_of(model)]
     raise UserError(f"model.learn is {recipe!r}; wanted is one of {', '.join(RECIPES)}.")
 
 
 def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
-    """Find norms, the modules that own vectors only, and embeddings of anything but ids."""
+    """Find norms, the modules that own vectors only, and embeddings of anything but ids.
+
+    Norms are found by shape, not by name or class: every model family has an RMSNorm of its own.
+    """
     found: list[nn.Module] = []
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -99,7 +111,7 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
 def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     """Put an adapter beside every matrix of the layers, in place, and freeze all but adapters and new rows.
 
-    The adapters' second matrices are zero, so the model computes what it did.
+    The adapters' second matrices are zero, so the model computes what it did before.
 
     Raises:
         UserError: there is no matrix to adapt.
@@ -119,11 +131,15 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, value in model.named_parameters():
+        # New image embeddings have nothing to be an adapter of: they are trained in full (resize.split_rows).
         value.requires_grad_(".lora_" in name or name.endswith(".new"))
 
 
 def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Replace, in a state dict of `model`, adapters and the matrices beside them by the matrices that they make up."""
+    """Replace, in a state dict of `model`, adapters and the matrices beside them by the matrices that they make up.
+
+    A checkpoint then is a plain model of its class, which sampling and export open without peft.
+    """
     adapted: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")
     ]

@@ -15,8 +15,8 @@ from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
 from t2i.files import read_optional_json
-from t2i.measure.compare import SCORES
 from t2i.measure.heldout_images import heldout_halves
+from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
 from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run

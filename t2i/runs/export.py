@@ -1,6 +1,5 @@
-"""A checkpoint as a folder that draws pictures where t2i is not installed."""
+"""A checkpoint as a folder that draws images where t2i is not installed."""
 
-import json
 import os
 import re
 import shutil
@@ -15,15 +14,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
-from t2i.files import new_folder
+from t2i.files import new_folder, read_json
 from t2i.model.backbone import load_model
 from t2i.model.open_lm import sampling_open_lm
-from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER, Checkpoint
+from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP
 
-SCORES = {"scores.json": "eval", "coco_scores.json": "coco"}
+MEASURED = {"scores.json": "eval", "coco_scores.json": "coco"}
 """Name of a score in an exported folder -> folder of measures that holds it as scores.json."""
 
 SAMPLER = "draw.py"
@@ -32,7 +32,7 @@ SAMPLER = "draw.py"
 CARD = Path(__file__).with_name("card.md")
 
 
-def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
+def export(checkpoint: OpenedModel, *, out: Path, command: str) -> None:
     """Write the exported folder and prove that it gives the same logits.
 
     Args:
@@ -47,24 +47,26 @@ def export(checkpoint: Checkpoint, *, out: Path, command: str) -> None:
         _check_logits(checkpoint.model, part)
 
 
-def _write(checkpoint: Checkpoint, part: Path, *, name: str, command: str) -> None:
-    home = checkpoint.run_dir or checkpoint.folder
+def _write(checkpoint: OpenedModel, part: Path, *, name: str, command: str) -> None:
+    # Other classes are transformers' own: remote code would replace a class that everybody knows, a file does not.
     if not hasattr(checkpoint.model, "draw"):
         shutil.copyfile(sampling_open_lm.__file__, part / SAMPLER)
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
-    checkpoint.image_tokenizer.model.save_pretrained(part / IMAGE_TOKENIZER)
-    places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in SCORES.items()}
-    for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *SCORES):
-        found = [path for path in (home / file, places.get(file)) if path and path.is_file()]
-        if found:
+    checkpoint.needed_image_tokenizer().model.save_pretrained(part / IMAGE_TOKENIZER)
+    places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in MEASURED.items()}
+    for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *MEASURED):
+        found = [path for path in (checkpoint.home / file, places.get(file)) if path and path.is_file()]
+        if (
+            found
+        ):  # a folder of measures of this very checkpoint comes before what an earlier export carried along
             shutil.copyfile(found[-1], part / file)
     (part / "README.md").write_text(model_card(checkpoint, folder=part, name=name, command=command))
 
 
-def model_card(checkpoint: Checkpoint, *, folder: Path, name: str, command: str) -> str:
+def model_card(checkpoint: OpenedModel, *, folder: Path, name: str, command: str) -> str:
     """Fill the model card with the folder's own measured numbers."""
-    measured = [scores for scores in (_read(folder / file) for file in SCORES) if scores]
+    measured = [scores for scores in (_read(folder / file) for file in MEASURED) if scores]
     manifest = _read(folder / DATA_MANIFEST)
     start = (
         yaml.safe_load((folder / RESOLVED).read_text())["model"]["init"]
@@ -105,6 +107,8 @@ def front_matter(measured: list[dict[str, Any]], *, name: str, kind: str) -> str
         library_name="transformers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", kind, "autoregressive"],
+        # The hub wants a name with results alone. No base_model and no datasets: `models/x` would look like a name
+        # there, and a wrong claim is worse than none. The card's text says both.
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -134,6 +138,7 @@ def push(folder: Path, *, repo: str) -> str:
 def _check_logits(model: PreTrainedModel, folder: Path) -> None:
     ids = torch.arange(24, device=model.device)[None] % model.config.vocab_size
     again = load_model(folder, dtype=model.dtype).eval().to(model.device)
+    # Rounding may differ a little where weights lie otherwise in memory; a swapped or lost tensor differs by far more.
     difference = (model(ids).logits - again(ids).logits).abs().max().item()
     if difference > 1e-4:
         raise CheckpointError(
@@ -142,4 +147,4 @@ def _check_logits(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

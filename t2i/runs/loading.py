@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel
 
+from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import UserError
 from t2i.files import sha256_of
 from t2i.model.backbone import load_model, weight_files
@@ -23,33 +24,45 @@ from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
-IMAGE_TOKENIZER = "image_tokenizer"
 DATA_MANIFEST = "data_manifest.json"
 """What the model was trained on: the manifest of its shards, kept beside it."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model with all that turns captions into pictures."""
+class OpenedModel:
+    """A CKPT in memory: a model, its text tokenizer and, if it was opened for images, its image tokenizer."""
 
     folder: Path
     """The Hugging Face folder that the weights came from."""
     run_dir: Path | None
-    """Its run, for a run folder or one of its checkpoints; None for an exported folder."""
+    """Its run, for a run folder or one of its checkpoints; None for any other folder."""
     model: PreTrainedModel
     text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
     layout: VocabLayout
-    weights: str = "in memory"
-    """SHA-256 of the weights on disk, or what else the weights are."""
+    """Of a language model alone: all of its rows are text, codebook_size is 0."""
+    image_tokenizer: ImageTokenizer | None = None
+    """None if it was opened without images."""
+    weights: str = "not hashed"
+    """SHA-256 of the weights on disk if it was opened for images, or what else the weights are."""
+
+    @property
+    def home(self) -> Path:
+        """The folder that its measures belong to: its run, else its own."""
+        return self.run_dir or self.folder
 
     def measures_folder(self, name: str) -> Path:
         """Name the folder of this checkpoint's measures: NAME/step_NNNNNN in its run, NAME in an exported folder."""
         return self.folder / name if self.run_dir is None else self.run_dir / name / self.folder.name
 
+    def needed_image_tokenizer(self) -> ImageTokenizer:
+        """Return the image tokenizer of a model that was opened for images."""
+        assert self.image_tokenizer is not None, "this model was opened with needs_images=False"
+        return self.image_tokenizer
+
     def image_size(self) -> int:
-        """Count the pixels a side of the pictures it draws."""
-        return int(math.isqrt(self.model.config.codes_per_image) * self.image_tokenizer.downscale)
+        """Count the pixels per side of the images that it draws."""
+        codes_per_side = math.isqrt(self.model.config.codes_per_image)
+        return int(codes_per_side * self.needed_image_tokenizer().downscale)
 
 
 def find(name: str) -> tuple[Path, Path | None]:
@@ -65,6 +78,7 @@ def find(name: str) -> tuple[Path, Path | None]:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
     if (path / "config.json").is_file():
+        # A run keeps its image tokenizer and its measures once, two folders up from each of its checkpoints.
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
     refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
@@ -76,67 +90,38 @@ def find(name: str) -> tuple[Path, Path | None]:
         raise UserError(f"{refusal}: {str(error).splitlines()[0]}") from error
 
 
-def home(model: "LanguageModel") -> Path:
-    """Return the folder that a model's measures belong to: its run, else its own."""
-    return model.run_dir or model.folder
+def open_model(name: str, *, needs_images: bool, device: torch.device | str = "cpu") -> OpenedModel:
+    """Load a CKPT for sampling and measuring, without DeepSpeed and without pickles.
 
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A model and its text tokenizer, with image codes or without."""
-
-    folder: Path
-    run_dir: Path | None
-    """Its run, for a run folder or one of its checkpoints; None for any other folder."""
-    model: PreTrainedModel
-    text_tokenizer: TextTokenizer
-    layout: VocabLayout
-    """Of a language model alone: all of its rows are text, codebook_size is 0."""
-
-
-def open_language_model(name: str, *, device: torch.device | str = "cpu") -> LanguageModel:
-    """Load a CKPT for measuring text; it may be a language model that has not met pictures.
+    Args:
+        needs_images: the caller draws or encodes images. Otherwise any language model will do, and neither an image
+            tokenizer is loaded nor the weights are hashed.
 
     Raises:
-        UserError: it is no CKPT, or has no tokenizer.
+        UserError: it is no CKPT, has no tokenizer, or has no image codes though images are needed.
+        DataError: the image tokenizer beside it is not the one that it was trained with.
     """
     folder, run_dir = find(name)
-    text_tokenizer = TextTokenizer.load(folder)
+    text_tokenizer = TextTokenizer.load(folder)  # first: it is refused before gigabytes of weights are read
     model = load_model(folder).eval().to(device)
     known = getattr(model.config, "vocab_layout", None)
     if known is not None:
         layout = VocabLayout(**known)
-    else:
-        layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
-    return LanguageModel(folder, run_dir, model, text_tokenizer, layout)
-
-
-def open_checkpoint(name: str, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """Load a CKPT for sampling and measuring, without DeepSpeed and without pickles.
-
-    Raises:
-        UserError: it is no CKPT, or a model without image codes.
-        DataError: the image tokenizer beside it is not the one that it learned with.
-    """
-    folder, run_dir = find(name)
-    model = load_model(folder).eval().to(device)
-    if getattr(model.config, "vocab_layout", None) is None:
+    elif needs_images:
         raise UserError(
             f"{folder} is a language model without image codes: its config.json has no vocab_layout."
         )
-    home = run_dir or folder
-    image_tokenizer = ImageTokenizer.load(home / IMAGE_TOKENIZER, device=device)
-    if (home / ROUND_TRIP).is_file():
-        check_round_trip(image_tokenizer, home / ROUND_TRIP)
-    return Checkpoint(
-        folder=folder,
-        run_dir=run_dir,
-        model=model,
-        text_tokenizer=TextTokenizer.load(folder),
-        image_tokenizer=image_tokenizer,
-        layout=VocabLayout(**model.config.vocab_layout),
-        weights=weights_sha256(folder),
-    )
+    else:
+        layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
+    opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
+    if not needs_images:
+        return opened
+    image_tokenizer = ImageTokenizer.load(opened.home / IMAGE_TOKENIZER, device=device)
+    if (opened.home / ROUND_TRIP).is_file():
+        # Codes mean something under one image tokenizer alone; another one of the same shape would draw noise.
+        check_round_trip(image_tokenizer, opened.home / ROUND_TRIP)
+    # Hashed now, not when a result names it: a run that goes on training may remove this checkpoint meanwhile.
+    return replace(opened, image_tokenizer=image_tokenizer, weights=weights_sha256(folder))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -145,6 +130,7 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         UserError: it holds none.
     """
+    # Shards of one model are named beside their hashes, so that swapped files do not pass for the same weights.
     hashes = {file.name: sha256_of(file) for file in weight_files(folder)}
     if len(hashes) == 1:
         return next(iter(hashes.values()))

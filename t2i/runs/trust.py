@@ -1,4 +1,7 @@
-"""Resuming without running what a checkpoint says: DeepSpeed's state is pickled, and its own load would obey it."""
+"""Resuming without running what a checkpoint says: DeepSpeed's state is pickled, and its own load would obey it.
+
+Only training imports this file: sampling and export read safetensors, and need neither pickles nor DeepSpeed.
+"""
 
 import copyreg
 import os
@@ -7,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ def check_owner(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder.parent) as file:
         own = os.fstat(file.fileno()).st_uid
     for path in (folder, *sorted(folder.rglob("*"))):
-        found = path.lstat()
+        found = path.lstat()  # of a link itself, whose owner chose where it leads
         if found.st_uid != own or (found.st_mode & 0o002 and not path.is_symlink()):
             why = (
                 f"belongs to user {found.st_uid}, not {own}"
@@ -78,6 +80,7 @@ def only_plain_values(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: a file holds anything else; it was not run.
     """
+    # DeepSpeed calls torch.load with weights_only=False and takes no argument for it; the switch overrides that.
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"
     try:
@@ -94,7 +97,9 @@ def only_plain_values(folder: Path) -> Iterator[None]:
         os.environ.pop(FORCE) if before is None else os.environ.update({FORCE: before})
 
 
-def _known() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _known() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
+    """List the classes that DeepSpeed's state and a run's random states are made of; torch reads no others."""
+    # numpy's names for rebuilding an array moved between its versions; asking an array gives this version's own.
     array = np.random.get_state()[1]  # type: ignore[index]
     rebuild = array.__reduce__()[0]  # type: ignore[union-attr]
     return [

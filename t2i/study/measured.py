@@ -9,8 +9,8 @@ import numpy as np
 
 from t2i.errors import DataError
 from t2i.files import read_optional_json
-from t2i.measure.compare import SCORES
-from t2i.measure.perplexity import RESULTS as PERPLEXITY
+from t2i.measure.perplexity import PERPLEXITY
+from t2i.measure.protocol import SCORES
 from t2i.train.align import SUMMARY
 
 T = TypeVar("T")

@@ -11,10 +11,10 @@ from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.model.backbone import load_model, made_of, random_model_config
-from t2i.model.control_init import scramble
+from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
-from t2i.model.trainable import add_lora, set_learned
+from t2i.model.trainable import add_lora, set_trainable
 from t2i.runs.loading import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -89,7 +89,7 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
     # One tensor has one learning rate and one requires_grad: what differs for new rows needs them apart.
     if has_new and (train.new_rows_lr is not None or train.l2_to_init or rank):
         split_rows(model, num_old=num_kept)
-    set_learned(model, recipe=config.learn)
+    set_trainable(model, recipe=config.learn)
     if rank:
         add_lora(model, rank=rank)
 
@@ -115,7 +115,7 @@ def starting_model(
         size = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
         start = _kept_rows(made_of(size), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
     if config.scramble != "none":
-        scramble(start.model, kind=config.scramble, seed=seed)
+        control_init(start.model, kind=config.scramble, seed=seed)
     return start
 
 

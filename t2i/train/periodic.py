@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +10,10 @@ from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, TrainConfig
 from t2i.data.shards.reader import read_split
-from t2i.generate.sample import draw_grid
+from t2i.generate.sample import Drawer, draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
 from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
-from t2i.runs.loading import Checkpoint
 from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -70,7 +68,7 @@ def periodic_work(
         )
         found.append(Periodic(every=config.eval_every, work=_kept_text(model, layout, ids), at_start=True))
     if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
-        drawer = Checkpoint(Path(), None, model, tokenizer, inputs.image_tokenizer, layout)
+        drawer = Drawer(model, tokenizer, inputs.image_tokenizer, layout)
         work = _samples(drawer, data=data, writer=writer)
         found.append(Periodic(every=config.sample_every, work=work))
     return found
@@ -121,7 +119,7 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work
     return measure
 
 
-def _samples(drawer: Checkpoint, *, data: DataConfig, writer: MetricsWriter | None) -> Work:
+def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> Work:
     """Draw held-out captions, always the same, on the first rank: a PNG and TensorBoard's copy of it."""
     heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)
     captions = [sample["caption"] for sample in heldout]

@@ -13,7 +13,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.main import train
@@ -76,7 +76,7 @@ def test_ids_of_every_layout_are_trained_on(folder, ids, tmp_path):
     assert next(row for row in rows if row.get("split") == "heldout")["image_loss"] > 0
     assert not (config.run_dir / "samples").exists()
     with pytest.raises(UserError, match="image_tokenizer is no image tokenizer"):
-        open_checkpoint(str(config.run_dir))
+        open_model(str(config.run_dir), needs_images=True)
 
 
 def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):

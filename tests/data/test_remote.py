@@ -21,7 +21,7 @@ from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import data_of
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -99,7 +99,7 @@ def test_a_run_from_elsewhere_equals_a_run_from_here(remote, finished, shards, t
     for name in ("roundtrip.safetensors", "image_tokenizer/config.json", "text_tokenizer/tokenizer.json"):
         assert (data.shards / name).read_bytes() == (shards / name).read_bytes()
     assert (config.run_dir / "image_tokenizer" / "config.json").is_file()
-    measured_on = data_of(open_language_model(str(config.run_dir)), shards=None, mode=None)
+    measured_on = data_of(open_model(str(config.run_dir), needs_images=False), shards=None, mode=None)
     assert (measured_on.shards, measured_on.remote) == (data.shards, remote)
 
 

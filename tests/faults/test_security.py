@@ -28,7 +28,7 @@ from t2i.data.shards.reader import read_split
 from t2i.data.sources import open_source, read_picture
 from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
-from t2i.runs.loading import find, open_checkpoint
+from t2i.runs.loading import find, open_model
 from t2i.runs.trust import check_owner
 from t2i.train.main import train
 
@@ -90,7 +90,7 @@ def test_model_folders_that_run_code_are_refused(whole, evil, model_folder, tmp_
     (folder / whole).unlink()
     torch.save({"weight": Evil(tmp_path / "ran")}, folder / evil)
     with pytest.raises((OSError, pickle.UnpicklingError)) as caught:
-        open_checkpoint(str(folder))
+        open_model(str(folder), needs_images=True)
     assert not (tmp_path / "ran").exists()
     observed(f"{type(caught.value).__name__}, not run")
 
@@ -348,7 +348,7 @@ def test_remote_code_is_never_run(model_folder, tmp_path, observed):
     tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
-    open_checkpoint(str(folder))
+    open_model(str(folder), needs_images=True)
     assert not (tmp_path / "ran").exists()
     observed("opened without it")
 

@@ -30,10 +30,10 @@ from t2i.config import ASSETS
 from t2i.data.sources.coco import Caption, CaptionFile
 from t2i.errors import DataError, UserError
 from t2i.measure import feature_cache as reference
-from t2i.measure.clip import clip_score, embed_captions, embed_pictures, load_clip
-from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_coco
+from t2i.measure.clip import clip_score, embed_captions, embed_images, load_clip
+from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_val2014
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.tokens.image import ImageTokenizer, to_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
@@ -70,7 +70,7 @@ def clip_folder(tmp_path_factory):
 
 
 def square(path: Path, size: int) -> Image.Image:
-    """CROP_RULE, said slowly."""
+    """LANCZOS_CROP, said slowly."""
     image = Image.open(path).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -93,7 +93,7 @@ def slow_frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files_order(coco_folder, tmp_path):
-    coco = read_coco(coco_folder)
+    coco = read_val2014(coco_folder)
     captions = coco.captions
     chosen = drawn_captions(coco, num_samples=60, seed=0).captions
     ids = [caption.picture_id for caption in chosen]
@@ -124,7 +124,7 @@ def test_reference_pictures_are_cut_before_they_are_resized(coco_folder):
     files = sorted((coco_folder / "val2014").iterdir())
     modes = {Image.open(file).mode for file in files}
     assert modes == {"RGB", "L", "CMYK"}
-    coco = read_coco(coco_folder)
+    coco = read_val2014(coco_folder)
     task = coco_task(coco, drawn_captions(coco, num_samples=2, seed=0), image_size=32)
     for picture, file in zip(task.reference.pictures, files, strict=True):
         np.testing.assert_array_equal(picture, np.asarray(square(file, 32)))
@@ -323,11 +323,11 @@ def test_compare_refuses_other_protocols_and_says_which_line(
 
 def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
     with pytest.raises(DataError, match="captions_val2014.json is missing; --coco wants a folder with"):
-        read_coco(tmp_path)
+        read_val2014(tmp_path)
     coco = shutil.copytree(coco_folder, tmp_path / "coco")
     gone = sorted((coco / "val2014").iterdir())[5]
     gone.unlink()
-    read = read_coco(coco)
+    read = read_val2014(coco)
     with pytest.raises(DataError, match=f"1 of the 24 pictures .* are missing, first .*{gone.name}"):
         coco_task(read, drawn_captions(read, num_samples=2, seed=0), image_size=32)
     file = coco / "annotations" / "captions_val2014.json"
@@ -342,10 +342,10 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
     ):
         file.write_text(json.dumps(broken))
         with pytest.raises(DataError, match=rf"captions_val2014\.json.* {found}"):
-            read_coco(coco)
+            read_val2014(coco)
     file.write_text("{")
     with pytest.raises(DataError, match="is no JSON"):
-        read_coco(coco)
+        read_val2014(coco)
 
 
 def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
@@ -353,7 +353,7 @@ def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (5, 40, 24, 3), dtype=np.uint8))
     captions = [f"caption {index} " * (1 + 20 * (index == 3)) for index in range(5)]
-    found = clip_score(embed_pictures(pictures, clip), embed_captions(captions, clip))
+    found = clip_score(embed_images(pictures, clip), embed_captions(captions, clip))
     cosines = []
     for picture, caption in zip(pictures, captions, strict=True):
         tokens = clip.tokenizer(caption, truncation=True, return_tensors="pt")
@@ -374,7 +374,7 @@ def test_an_export_carries_its_scores_where_the_hub_reads_them(
     home = shutil.copytree(model_folder, tmp_path / "home")
     assert call(home, "--coco", coco_folder, "--inception", narrow_inception_file, "--num-samples", 4) == 0
     scores = json.loads((home / "coco" / "scores.json").read_text())
-    export(open_checkpoint(str(home)), out=tmp_path / "exported", command="a test")
+    export(open_model(str(home), needs_images=True), out=tmp_path / "exported", command="a test")
     card = ModelCard.load(tmp_path / "exported" / "README.md")
     assert json.loads((tmp_path / "exported" / "coco_scores.json").read_text()) == scores
     results = {result.metric_type: result for result in card.data.eval_results}

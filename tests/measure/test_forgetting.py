@@ -9,18 +9,18 @@ from t2i.data.sources.documents import open_documents
 from t2i.errors import DataError
 from t2i.measure.forgetting import (
     PROMPTS,
-    completions,
-    forgetting,
+    complete,
+    measure_forgetting,
     text_cost,
     text_sequences,
-    write_results,
+    write_forgetting,
 )
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 
 
 @pytest.fixture(scope="module")
 def model(finished):
-    return open_language_model(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=False)
 
 
 def test_costs_equal_a_twin_with_whole_distributions(model):
@@ -44,7 +44,7 @@ def test_costs_equal_a_twin_with_whole_distributions(model):
 
 
 def test_completions_are_the_likeliest_text_step_by_step(model):
-    found = completions(
+    found = complete(
         model.model, ["picture"], tokenizer=model.text_tokenizer, layout=model.layout, max_new_tokens=5
     )
     ids = model.text_tokenizer.encode("picture")
@@ -87,7 +87,7 @@ def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_
 
 def test_a_model_is_measured_beside_its_reference(finished, tmp_path):
     first = str(finished.run_dir / "checkpoints" / "step_000003")
-    results = forgetting(
+    results = measure_forgetting(
         {"model": str(finished.run_dir), "reference": first},
         texts={"text": str(finished.data.shards)},
         prompts=PROMPTS,
@@ -95,12 +95,16 @@ def test_a_model_is_measured_beside_its_reference(finished, tmp_path):
         num_sequences=4,
         max_new_tokens=3,
     )
-    costs = [results["models"][name]["costs"]["text"] for name in ("model", "reference")]
-    assert costs[0]["perplexity"] < costs[1]["perplexity"]
-    assert costs[0]["perplexity"] > costs[0]["perplexity_text_rows"]
-    assert len(results["models"]["model"]["completions"]) == 2
-    path = write_results(results, ckpt=str(finished.run_dir), out=tmp_path / "forgetting.json")
-    assert json.loads(path.read_text()) == results
+    costs = [results.models[name].costs["text"] for name in ("model", "reference")]
+    assert costs[0].perplexity < costs[1].perplexity
+    assert costs[0].perplexity > costs[0].perplexity_text_rows
+    assert len(results.models["model"].completions) == 2
+    path = write_forgetting(results, ckpt=str(finished.run_dir), out=tmp_path / "forgetting.json")
+    written = json.loads(path.read_text())
+    assert written == results.to_json()
+    assert set(written["models"]["model"]["costs"]["text"]) == {
+        *("num_tokens", "loss", "loss_text_rows", "leaked", "perplexity", "perplexity_text_rows")
+    }
 
 
 def test_text_shards_of_another_tokenizer_are_refused(model, finished, tmp_path):

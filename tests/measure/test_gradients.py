@@ -1,13 +1,15 @@
+import json
+
 import pytest
 import torch
 
-from t2i.measure.gradients import gradient_shares
-from t2i.runs.loading import open_language_model
+from t2i.measure.gradients import gradient_shares, write_gradients
+from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
-def test_shares_equal_those_of_a_loss_written_out(model_folder):
-    model = open_language_model(str(model_folder))
+def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
+    model = open_model(str(model_folder), needs_images=False)
     layout, network = model.layout, model.model
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack(
@@ -36,11 +38,16 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder):
         network.zero_grad()
         ((nats * mask).sum() / total).backward(retain_graph=True)
         parts[kind] = torch.cat([value.grad.flatten().double() for value in network.parameters()])
-        assert found[kind]["tokens"] == int(mask.sum())
+        assert getattr(found, kind).tokens == int(mask.sum())
         # fp32 sums of a few hundred numbers in another order.
-        assert found[kind]["norm"] == pytest.approx(float(parts[kind].norm()), rel=1e-4)
-        assert found[kind]["norm_layers"] < found[kind]["norm"]
-    assert found["text"]["token_share"] == pytest.approx(15 / int(total))
+        assert getattr(found, kind).norm == pytest.approx(float(parts[kind].norm()), rel=1e-4)
+        assert getattr(found, kind).norm_layers < getattr(found, kind).norm
+    assert found.text.token_share == pytest.approx(15 / int(total))
     cosine = parts["text"] @ parts["image"] / parts["text"].norm() / parts["image"].norm()
-    assert found["cosine_text_image"] == pytest.approx(float(cosine), abs=1e-4)
-    assert sum(found[kind]["loss_share"] for kind in masks) == pytest.approx(1)
+    assert found.cosine_text_image == pytest.approx(float(cosine), abs=1e-4)
+    assert sum(getattr(found, kind).loss_share for kind in masks) == pytest.approx(1)
+
+    written = json.loads(write_gradients(found, model=model, out=tmp_path / "gradients.json").read_text())
+    assert set(written) == {"checkpoint", "text", "image", "special", "cosine_text_image"}
+    shares = {"token_share", "loss_share", "norm_share"}
+    assert set(written["image"]) == {"tokens", "norm", "norm_layers"} | shares

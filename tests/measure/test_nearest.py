@@ -6,14 +6,21 @@ import torch
 import torch.nn.functional as F
 
 from t2i.errors import UserError
-from t2i.measure.embeddings import compare_rows, linear_cka, nearest, nearness, random_nearer, write_results
-from t2i.runs.loading import open_language_model
+from t2i.measure.embeddings import (
+    compare_rows,
+    linear_cka,
+    nearest_of,
+    nearness,
+    random_nearer,
+    write_nearest,
+)
+from t2i.runs.loading import open_model
 
 
 def test_nearest_equals_every_pair_compared():
     generator = torch.Generator().manual_seed(0)
     rows, others = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
-    cosines, places = nearest(rows, others, count=3)
+    cosines, places = nearest_of(rows, others, count=3)
     for row, found, at in zip(rows, cosines, places, strict=True):
         all_cosines = [float(F.cosine_similarity(row, other, dim=0)) for other in others]
         order = sorted(range(11), key=lambda place: -all_cosines[place])[:3]
@@ -55,18 +62,21 @@ def test_cka_sees_through_rotation_and_scale_and_tells_strangers_apart():
 
 
 def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
-    now = open_language_model(str(finished.run_dir))
-    before = open_language_model(str(finished.run_dir / "checkpoints" / "step_000003"))
+    now = open_model(str(finished.run_dir), needs_images=False)
+    before = open_model(str(finished.run_dir / "checkpoints" / "step_000003"), needs_images=False)
     results = compare_rows(now, before=before)
     assert set(results) == {"input", "output"}
-    assert len(results["input"]["nearest_tokens"]) == now.layout.codebook_size
-    assert 0.5 < results["input"]["cka"] < 1
-    path = write_results(results, model=now, out=tmp_path / "nearest.json")
-    assert json.loads(path.read_text())["output"]["compared"] == results["output"]["compared"]
+    assert len(results["input"].nearest_tokens) == now.layout.codebook_size
+    assert 0.5 < results["input"].cka < 1
+    path = write_nearest(results, model=now, out=tmp_path / "nearest.json")
+    side = json.loads(path.read_text())["output"]
+    assert set(side) == {"image", "text", "random", "compared", "nearest_tokens", "cosines", "cka"}
+    assert set(side["image"]) == {"0.05", "0.25", "0.50", "0.75", "0.95"}
+    assert side["compared"] == {"random_nearer": results["output"].random_nearer}
 
 
 def test_a_language_model_alone_is_refused(finished):
-    model = open_language_model(str(finished.run_dir))
+    model = open_model(str(finished.run_dir), needs_images=False)
     alone = replace(model, layout=replace(model.layout, codebook_size=0))
     with pytest.raises(UserError, match="a language model without image codes"):
         compare_rows(alone, before=None)

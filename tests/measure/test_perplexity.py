@@ -8,25 +8,25 @@ import torch
 from t2i.config import DataConfig
 from t2i.data.shards.reader import read_split
 from t2i.errors import DataError, UserError
-from t2i.measure.perplexity import by_place, data_of, perplexity, write_results
-from t2i.runs.loading import open_language_model
+from t2i.measure.perplexity import by_place, data_of, measure_perplexity, write_perplexity
+from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
 @pytest.fixture(scope="module")
 def model(finished):
-    return open_language_model(str(finished.run_dir))
+    return open_model(str(finished.run_dir), needs_images=False)
 
 
 @pytest.fixture(scope="module")
 def results(model, finished):
-    return perplexity(model, config=data_of(model, shards=None, mode=None), batch_size=5)
+    return measure_perplexity(model, config=data_of(model, shards=None, mode=None), batch_size=5)
 
 
 def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(model, finished, results, tmp_path):
     settings = data_of(model, shards=None, mode=None)
     config = replace(settings, shards=tmp_path / "cache", remote=str(finished.data.shards))
-    assert perplexity(model, config=config, batch_size=5) == results
+    assert measure_perplexity(model, config=config, batch_size=5) == results
 
 
 def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
@@ -57,7 +57,7 @@ def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
         by_code.append(
             [one for one, label in zip(row, ids[1:], strict=True) if label >= layout.first_image_id]
         )
-    found = results["heldout"]
+    found = results["heldout"].to_json()
     for kind, losses in costs.items():
         assert found[kind]["tokens"] == len(losses)
         assert found[kind]["nats"] == pytest.approx(
@@ -74,24 +74,29 @@ def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
 
 def test_bits_a_pixel_count_the_whole_picture():
     # Four codes of log 2 nats, a bit each, over four pixels.
-    assert by_place(torch.full((4,), math.log(2)), image_size=2)["bits_per_pixel"] == pytest.approx(1)
-    assert "image_loss_by_row" not in by_place(torch.ones(5), image_size=2)
+    assert by_place(torch.full((4,), math.log(2)), image_size=2).bits_per_pixel == pytest.approx(1)
+    assert "image_loss_by_row" not in by_place(torch.ones(5), image_size=2).to_json()
 
 
 def test_image_only_sequences_have_no_text(model, finished):
-    found = perplexity(model, config=DataConfig(finished.data.shards, mode="image-only", seq_len=90))[
+    found = measure_perplexity(model, config=DataConfig(finished.data.shards, mode="image-only", seq_len=90))[
         "heldout"
     ]
-    assert found["text"] is None
-    assert found["image"]["tokens"] == 64 * found["num_pictures"]
+    assert found.text is None
+    assert found.image.tokens == 64 * found.num_pictures
 
 
 def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
     config = data_of(model, shards=None, mode=None)
-    path = write_results(results, model=model, config=config, out=tmp_path / "perplexity.json")
+    path = write_perplexity(results, model=model, config=config, out=tmp_path / "perplexity.json")
     written = json.loads(path.read_text())
+    assert set(written["splits"]["heldout"]) == {
+        *("num_pictures", "text", "image", "special", "total", "bits_per_pixel"),
+        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column"),
+    }
+    assert set(written["splits"]["heldout"]["image"]) == {"tokens", "nats", "perplexity"}
     assert written["shards"] == str(finished.data.shards)
-    assert written["splits"] == results
+    assert written["splits"] == {split: costs.to_json() for split, costs in results.items()}
 
 
 def test_what_cannot_be_measured_is_refused(model, finished):
@@ -99,4 +104,4 @@ def test_what_cannot_be_measured_is_refused(model, finished):
         data_of(replace(model, run_dir=None), shards=None, mode=None)
     other = replace(model, layout=replace(model.layout, codebook_size=5))
     with pytest.raises(DataError, match="has 1024 codes; the model of .* knows 5"):
-        perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))
+        measure_perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))

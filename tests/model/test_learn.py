@@ -3,11 +3,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from t2i.errors import UserError
-from t2i.model.control_init import scramble
+from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import split_rows
-from t2i.model.trainable import add_lora, num_parameters, set_learned
+from t2i.model.trainable import add_lora, num_parameters, set_trainable
 
 
 def tiny(**changes):
@@ -45,20 +45,20 @@ LADDER = {
 @pytest.mark.parametrize("recipe", LADDER)
 def test_a_recipe_learns_exactly_these_parameters(recipe):
     model = tiny()
-    set_learned(model, recipe=recipe)
+    set_trainable(model, recipe=recipe)
     assert learned(model) == LADDER[recipe]
 
 
 def test_all_thaws_what_another_recipe_froze():
     model = tiny()
-    set_learned(model, recipe="embeddings")
-    set_learned(model, recipe="all")
+    set_trainable(model, recipe="embeddings")
+    set_trainable(model, recipe="all")
     assert learned(model) == {name for name, _ in model.named_parameters()}
 
 
 def test_norms_of_queries_keys_and_embeddings_are_norms():
     model = tiny(qk_norm=True, post_embed_norm=True, norm_type="rms_norm", num_hidden_layers=1)
-    set_learned(model, recipe="norms")
+    set_trainable(model, recipe="norms")
     layer = "model.layers.0."
     inner = {f"{layer}attention.q_norm.weight", f"{layer}attention.k_norm.weight"}
     outer = {f"{layer}attention_norm.weight", f"{layer}ffn_norm.weight"}
@@ -68,7 +68,7 @@ def test_norms_of_queries_keys_and_embeddings_are_norms():
 def test_joined_rows_learn_with_the_rows():
     model = tiny()
     split_rows(model, num_old=60)
-    set_learned(model, recipe="embeddings")
+    set_trainable(model, recipe="embeddings")
     assert learned(model) == {
         f"{side}.{part}" for side in ("model.tok_embeddings", "output") for part in ("old", "new")
     }
@@ -78,21 +78,21 @@ def test_joined_rows_learn_with_the_rows():
 def test_other_model_classes_have_the_same_ladder():
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=True))
-    set_learned(model, recipe="norms")
+    set_trainable(model, recipe="norms")
     norms = {
         f"model.layers.{n}.{kind}_layernorm.weight" for n in (0, 1) for kind in ("input", "post_attention")
     }
     assert learned(model) == {"model.embed_tokens.weight", "model.norm.weight"} | norms
-    set_learned(model, recipe="feed-forward")
+    set_trainable(model, recipe="feed-forward")
     mlp = {f"model.layers.{n}.mlp.{part}_proj.weight" for n in (0, 1) for part in ("gate", "up", "down")}
     assert learned(model) == {"model.embed_tokens.weight", "model.norm.weight"} | norms | mlp
 
 
 def test_recipes_that_name_nothing_are_refused():
     with pytest.raises(UserError, match="model.learn is 'half'; wanted is one of all, embeddings"):
-        set_learned(tiny(), recipe="half")
+        set_trainable(tiny(), recipe="half")
     with pytest.raises(UserError, match="a model of 1 layer has no first half"):
-        set_learned(tiny(num_hidden_layers=1), recipe="first-half")
+        set_trainable(tiny(num_hidden_layers=1), recipe="first-half")
 
 
 def test_a_recipe_that_freezes_everything_is_refused():
@@ -100,7 +100,7 @@ def test_a_recipe_that_freezes_everything_is_refused():
     model.set_input_embeddings(torch.nn.Identity())
     model.set_output_embeddings(torch.nn.Identity())
     with pytest.raises(UserError, match="model.learn is embeddings, which freezes every parameter of OpenLM"):
-        set_learned(model, recipe="embeddings")
+        set_trainable(model, recipe="embeddings")
 
 
 def test_adapters_need_a_matrix_to_stand_beside():
@@ -117,7 +117,7 @@ def test_shuffling_keeps_each_tensors_numbers_and_redrawing_its_moments():
     before = tensors(tiny(hidden_size=64))
     for kind in ("within-tensors", "moments"):
         model = tiny(hidden_size=64)
-        scramble(model, kind=kind, seed=1)
+        control_init(model, kind=kind, seed=1)
         for name, value in tensors(model).items():
             if before[name].dim() == 1:
                 continue  # norms are all ones and zeros here
@@ -132,7 +132,7 @@ def test_moving_layers_puts_each_layer_into_another_place():
     model = tiny()
     before = [layer.attention.in_proj.weight.clone() for layer in model.model.layers]
     rows = model.output.weight.clone()
-    scramble(model, kind="layer-order", seed=2)
+    control_init(model, kind="layer-order", seed=2)
     after = [layer.attention.in_proj.weight for layer in model.model.layers]
     places = [[torch.equal(new, old) for old in before].index(True) for new in after]
     assert sorted(places) == [0, 1, 2]
@@ -143,7 +143,7 @@ def test_moving_layers_puts_each_layer_into_another_place():
 def test_a_seed_scrambles_the_same_way_twice():
     models = [tiny(), tiny(), tiny()]
     for model, seed in zip(models, (1, 1, 2), strict=True):
-        scramble(model, kind="moments", seed=seed)
+        control_init(model, kind="moments", seed=seed)
     one, again, other = (model.output.weight for model in models)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
@@ -151,6 +151,6 @@ def test_a_seed_scrambles_the_same_way_twice():
 
 def test_a_scrambling_that_is_none_is_refused():
     with pytest.raises(UserError, match="model.scramble is 'layers'"):
-        scramble(tiny(), kind="layers", seed=0)
+        control_init(tiny(), kind="layers", seed=0)
     with pytest.raises(UserError, match="a model of 1 layer has no order"):
-        scramble(tiny(num_hidden_layers=1), kind="layer-order", seed=0)
+        control_init(tiny(num_hidden_layers=1), kind="layer-order", seed=0)

@@ -16,17 +16,16 @@ from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.errors import NumericalError, UserError
-from t2i.measure import gradients
-from t2i.measure import perplexity as perplexity_module
-from t2i.measure.embeddings import compare_rows, write_results
-from t2i.measure.forgetting import forgetting
-from t2i.measure.gradients import gradient_shares, heldout_sequences
+from t2i.measure import perplexity
+from t2i.measure.embeddings import compare_rows, write_nearest
+from t2i.measure.forgetting import measure_forgetting
+from t2i.measure.gradients import gradient_shares, heldout_sequences, write_gradients
 from t2i.measure.perplexity import data_of
 from t2i.report.sections import comparisons
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import SECTIONS, arguments_of, check_sections, make_section
 from t2i.report.study import write_study_report
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.study.cost import cost_lines, run_costs, seconds_on
 from t2i.study.jobs import jobs_of, read_study, run_config, run_dir
@@ -102,21 +101,21 @@ def made(finished, tmp_path_factory):
     (out / "jobs").mkdir()
     record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
-    model = open_language_model(str(run_dir(out, "fast", 0)))
-    write_results(compare_rows(model, before=None), model=model, out=None)
+    model = open_model(str(run_dir(out, "fast", 0)), needs_images=False)
+    write_nearest(compare_rows(model, before=None), model=model, out=None)
     for seed in study.seeds:
         for place, arm in enumerate(("fast", "slow")):
-            one = open_language_model(str(run_dir(out, arm, seed)))
+            one = open_model(str(run_dir(out, arm, seed)), needs_images=False)
             config = data_of(one, shards=None, mode=None)
-            perplexity_module.write_results(
-                perplexity_module.perplexity(one, config=config), model=one, config=config, out=None
+            perplexity.write_perplexity(
+                perplexity.measure_perplexity(one, config=config), model=one, config=config, out=None
             )
             scores = {"fd_test": 10.0 + place, "n": 4, "features": "none"}
             (one.run_dir / "eval" / "step_000006").mkdir(parents=True)
             (one.run_dir / "eval" / "step_000006" / "scores.json").write_text(json.dumps(scores))
     ids = heldout_sequences(model, config=data_of(model, shards=None, mode=None), num_sequences=8)
-    gradients.write_results(gradient_shares(model, ids), model=model, out=None)
-    results = forgetting(
+    write_gradients(gradient_shares(model, ids), model=model, out=None)
+    results = measure_forgetting(
         {"model": str(run_dir(out, "fast", 0))},
         texts={"text": str(out / "text"), "captions": str(finished.data.shards)},
         prompts=["One | two\nthree"],
@@ -124,7 +123,7 @@ def made(finished, tmp_path_factory):
         num_sequences=4,
         max_new_tokens=4,
     )
-    (out / "forgetting.json").write_text(json.dumps(results))
+    (out / "forgetting.json").write_text(json.dumps(results.to_json()))
     start = starting_model(
         finished.model,
         seq_len=finished.data.seq_len,
@@ -270,7 +269,7 @@ def test_unknown_sections_and_arguments_are_refused(made):
 
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
     study, out = made
-    model = open_language_model(str(run_dir(out, "fast", 0))).model
+    model = open_model(str(run_dir(out, "fast", 0)), needs_images=False).model
     counted = sum(value.numel() for value in model.parameters() if value.dim() == 2)
     counted -= model.get_input_embeddings().weight.numel()
     costs = run_costs(study, out=out)

@@ -24,7 +24,7 @@ from t2i.convert.open_lm import load_open_lm
 from t2i.convert.vq import LLAMAGEN, MOVQGAN, vq_tensors
 from t2i.errors import CheckpointError, UserError
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -115,7 +115,7 @@ def test_a_converted_model_trains_and_codes_come_after_its_rows(converted, finis
     )
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
     assert [row["step"] for row in read_metrics(config.run_dir)] == [1, 2]
-    checkpoint = open_checkpoint(str(config.run_dir))
+    checkpoint = open_model(str(config.run_dir), needs_images=True)
     num_tokens = TextTokenizer.load(converted).num_tokens
     assert num_tokens < NUM_ROWS
     assert (checkpoint.layout.num_text_tokens, checkpoint.layout.num_text_rows) == (num_tokens, NUM_ROWS)

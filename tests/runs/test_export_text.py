@@ -11,7 +11,7 @@ import yaml
 from transformers import pipeline
 
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 
 QUESTIONS = [
     {"question": f"picture {index} is a", "choices": ["picture", "house", "dog"], "answer": index % 3}
@@ -42,7 +42,7 @@ LAUNCHERS = (
 @pytest.fixture(scope="module")
 def exported(finished, tmp_path_factory):
     out = tmp_path_factory.mktemp("exports") / "tiny"
-    export(open_checkpoint(str(finished.run_dir)), out=out, command="a test")
+    export(open_model(str(finished.run_dir), needs_images=True), out=out, command="a test")
     return out
 
 

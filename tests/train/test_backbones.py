@@ -27,14 +27,14 @@ from t2i.config import ASSETS, SampleConfig
 from t2i.cost.estimates import count_parameters
 from t2i.data.shards.manifest import read_manifest
 from t2i.errors import UserError
-from t2i.generate.sample import draw_codes
+from t2i.generate.sample import draw_codes, drawer_of
 from t2i.measure.embeddings import compare_rows
-from t2i.measure.forgetting import completions
+from t2i.measure.forgetting import complete
 from t2i.measure.heldout import heldout_rows
 from t2i.model.backbone import hidden_states, load_model
 from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint, open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
@@ -88,7 +88,7 @@ def test_a_run_learns_and_keeps_the_class(trained):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     description = json.loads((config.run_dir / "checkpoints/step_000004/config.json").read_text())
     assert description["model_type"] == family
-    opened = open_checkpoint(str(config.run_dir))
+    opened = open_model(str(config.run_dir), needs_images=True)
     assert type(opened.model) is FAMILIES[family][0]
     assert opened.layout.to_dict() == description["vocab_layout"]
     assert opened.layout.num_text_rows == load_model(start).config.vocab_size
@@ -117,7 +117,7 @@ def test_a_grown_model_gives_the_logits_it_gave_for_text(trained, tokenizer):
 
 def test_drawing_equals_whole_passes_without_a_cache(trained):
     _, _, config = trained
-    opened = open_checkpoint(str(config.run_dir))
+    opened = open_model(str(config.run_dir), needs_images=True)
     model, layout = opened.model, opened.layout
     prompts = [prompt_ids(text, num_text_rows=layout.num_text_rows) for text in ([5, 6, 7, 8], [9])]
     empty = prompt_ids([], num_text_rows=layout.num_text_rows)
@@ -137,21 +137,21 @@ def test_drawing_equals_whole_passes_without_a_cache(trained):
                 )
             ids.append(int((none + 2.0 * (own - none)).argmax()) + first)
         assert [number - first for number in ids] == codes
-    assert draw_codes(opened, ["picture 3"], config=SampleConfig()).shape == (1, 64)
+    assert draw_codes(drawer_of(opened, settings=SampleConfig()), ["picture 3"]).shape == (1, 64)
     with pytest.raises(UserError, match="only open_lm's models have a step to compile"):
-        draw_codes(opened, ["picture 3"], config=SampleConfig(compile=True))
+        drawer_of(opened, settings=SampleConfig(compile=True))
 
 
 def test_measures_open_it(trained, tokenizer):
     _, _, config = trained
-    opened = open_language_model(str(config.run_dir))
+    opened = open_model(str(config.run_dir), needs_images=False)
     row = heldout_rows(
         opened.model, config=config.data, layout=opened.layout, tokenizer=tokenizer, num_pictures=4
     )[0]
     seen = [row for row in read_metrics(config.run_dir) if row.get("split") == "heldout"][-1]
     assert row["image_loss"] == pytest.approx(seen["image_loss"], abs=1e-5)
     assert set(compare_rows(opened, before=None)) == {"input", "output"}
-    text = completions(opened.model, ["The"], tokenizer=tokenizer, layout=opened.layout, max_new_tokens=3)
+    text = complete(opened.model, ["The"], tokenizer=tokenizer, layout=opened.layout, max_new_tokens=3)
     assert len(text) == 1
 
 
@@ -160,7 +160,7 @@ def test_measures_open_it(trained, tokenizer):
 )  # one is enough: a process of its own takes long
 def test_an_exported_folder_draws_with_its_own_script_and_without_t2i(trained, tmp_path):
     _, _, config = trained
-    opened = open_checkpoint(str(config.run_dir))
+    opened = open_model(str(config.run_dir), needs_images=True)
     out = tmp_path / "exported"
     export(opened, out=out, command="export")
     card = (out / "README.md").read_text()
@@ -184,7 +184,7 @@ def test_new_rows_apart_and_adapters_work_with_tied_heads_too(family, finished, 
         train=replace(finished.train, max_steps=1, eval_every=0, new_rows_lr=1e-2),
     )
     train(config, ds_config_path=DS_CONFIG)
-    before, after = load_model(start), open_checkpoint(str(config.run_dir)).model
+    before, after = load_model(start), open_model(str(config.run_dir), needs_images=True).model
     kept, new = before.config.vocab_size, after.config.vocab_size
     assert new > kept
     for side in ("get_input_embeddings", "get_output_embeddings"):

@@ -20,7 +20,7 @@ from t2i.data.sources.documents import open_documents
 from t2i.distributed.signals import StopFlag
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -181,7 +181,7 @@ def test_adapters_learn_alone_and_are_merged_into_plain_weights(finished, start,
     # The merged model measures what the run measured with adapters beside the weights.
     from t2i.measure.heldout import heldout_rows
 
-    opened = open_checkpoint(str(config.run_dir))
+    opened = open_model(str(config.run_dir), needs_images=True)
     row = heldout_rows(opened.model, config=config.data, layout=layout, tokenizer=tokenizer, num_pictures=4)[
         0
     ]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from t2i.errors import UserError
-from t2i.measure.perplexity import data_of, perplexity
-from t2i.runs.loading import open_language_model
+from t2i.measure.perplexity import data_of, measure_perplexity
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 
@@ -31,15 +31,15 @@ def test_a_run_says_so_everywhere_and_its_losses_are_over_the_rows_it_learned(fi
     left_out = 64 / 90 * (shape["vocab_size"] - shape["vocab_layout"]["codebook_size"]) * 32
     assert a_token[0] - a_token[1] == pytest.approx(6 * left_out)
 
-    model = open_language_model(str(config.run_dir))
-    measured = perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]
+    model = open_model(str(config.run_dir), needs_images=False)
+    measured = measure_perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]
     # fp32 sums in batches of other shapes.
-    assert measured["image"]["nats"] == pytest.approx(heldout["image_loss"], abs=1e-4)
+    assert measured.image.nats == pytest.approx(heldout["image_loss"], abs=1e-4)
     model.model.config.image_rows_only = False
-    over_all = perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]
-    assert over_all["image"]["nats"] > measured["image"]["nats"] + 0.1
+    over_all = measure_perplexity(model, config=data_of(model, shards=None, mode=None))["heldout"]
+    assert over_all.image.nats > measured.image.nats + 0.1
     for kind in ("text", "special"):
-        assert over_all[kind]["nats"] == pytest.approx(measured[kind]["nats"], rel=1e-5)
+        assert getattr(over_all, kind).nats == pytest.approx(getattr(measured, kind).nats, rel=1e-5)
 
     with pytest.raises(UserError, match="train.image_rows_only is True there, False here"):
         train(replace(config, train=replace(settings, image_rows_only=False)), ds_config_path=DS_CONFIG)

@@ -14,7 +14,7 @@ from t2i.data.shards.manifest import Maker, read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
-from t2i.runs.loading import open_language_model
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
@@ -112,7 +112,7 @@ def test_text_only_training_makes_a_plain_language_model(text_run, tokenizer):
     assert steps[0]["image_tokens"] == steps[0]["special_tokens"] == steps[0]["padded"] - 22 == 0
     floors = read_manifest(text_run.data.shards).floors_nats["heldout"]
     assert heldout[-1]["text_loss"] < floors["unigram"]
-    language_model = open_language_model(str(text_run.run_dir))
+    language_model = open_model(str(text_run.run_dir), needs_images=False)
     assert language_model.model.config.vocab_layout is None
     assert language_model.layout.codebook_size == 0
     assert len(language_model.model.get_input_embeddings().weight) == tokenizer.num_tokens
@@ -131,7 +131,7 @@ def grown_run(text_run, finished, tmp_path_factory):
 
 
 def test_a_pre_trained_run_gives_its_text_rows_and_every_layer(text_run, grown_run, tokenizer):
-    start = open_language_model(str(text_run.run_dir)).model.state_dict()
+    start = open_model(str(text_run.run_dir), needs_images=False).model.state_dict()
     model, layout = built(grown_run, tokenizer)
     for name, value in merged_state_dict(model).items():
         kept = value[: layout.num_text_rows] if value.shape[0] == layout.vocab_size else value
@@ -154,7 +154,7 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
     grown_run, tokenizer, tmp_path
 ):
     config = replace(grown_run, model=replace(grown_run.model, init=str(grown_run.run_dir)))
-    trained = open_language_model(str(grown_run.run_dir))
+    trained = open_model(str(grown_run.run_dir), needs_images=False)
     head = trained.model.get_output_embeddings().weight
     model, layout = built(config, tokenizer)
     assert layout == trained.layout

@@ -21,7 +21,7 @@ from t2i.data.batching import accumulation
 from t2i.data.shards.manifest import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
@@ -206,13 +206,13 @@ def test_a_ds_config_that_claims_a_number_of_the_run_is_refused(finished, tmp_pa
 
 
 def test_any_ckpt_opens(finished):
-    run = open_checkpoint(str(finished.run_dir))
-    one = open_checkpoint(str(finished.run_dir / "checkpoints" / "step_000003"))
+    run = open_model(str(finished.run_dir), needs_images=True)
+    one = open_model(str(finished.run_dir / "checkpoints" / "step_000003"), needs_images=True)
     assert run.folder.name == "step_000006"
     assert one.run_dir == finished.run_dir.resolve()
     assert run.layout.vocab_size == run.model.get_input_embeddings().weight.shape[0]
     with pytest.raises(UserError, match="is no run folder"):
-        open_checkpoint("./nowhere")
+        open_model("./nowhere", needs_images=True)
 
 
 def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, tmp_path):
@@ -303,7 +303,7 @@ def test_new_rows_learn_at_their_own_rate(finished, tmp_path):
     train(config, ds_config_path=DS_CONFIG)
     start = {name: value.clone() for name, value in _untrained(config).items()}
     end = weights(config.run_dir, 2)
-    num_old = open_checkpoint(str(config.run_dir)).layout.num_text_rows
+    num_old = open_model(str(config.run_dir), needs_images=True).layout.num_text_rows
     for name in ("model.tok_embeddings.weight", "output.weight"):
         assert torch.equal(end[name][num_old:], start[name][num_old:])
         assert not torch.equal(end[name][:num_old], start[name][:num_old])

@@ -1,7 +1,9 @@
-"""open_lm's forward for one new token a row, over keys and values in memory that is taken once.
+"""open_lm's forward for one new token per row, over a KV cache whose memory is taken once.
 
-B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes a
-picture, T positions so far, L layers, H heads, D width.
+This file is uploaded with exported models, so it imports nothing but torch and the sampler beside it.
+
+B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
+image, T positions so far, L layers, H heads, D width.
 """
 
 import functools
@@ -21,7 +23,7 @@ MOST_WINDOWS, LEAST_WINDOW = 4, 128
 
 
 class StaticCache:
-    """Keys and values (R, H, T, head_dim) of every layer in memory that is taken once."""
+    """Keys and values (R, H, T, head_dim) of every layer; a cache that grows would be copied at each of K steps."""
 
     def __init__(self, memory: Sequence[Tensor]) -> None:
         self.memory = memory  # L of (2, R, H, P + K, head_dim)
@@ -50,13 +52,13 @@ class StaticCache:
 
 
 class Decoder:
-    """The forward for one new token a row, without what only whole sequences need.
+    """The forward for one new token per row, without what only whole sequences need.
 
     Weights are laid out for few rows, angles and mask are made once for all steps, attention is over the true length.
     """
 
     def __init__(self, model: Any, memory: Sequence[Tensor], *, length: int, padding: Tensor) -> None:
-        """Prepare to go on after the prompts, whose keys and values `memory` holds.
+        """Prepare to continue after the prompts, given their keys and values in `memory`.
 
         Args:
             memory: of each layer (2, R, H, P + K, head_dim).
@@ -69,16 +71,16 @@ class Decoder:
             [product(weight, num_rows=num_rows) for weight in weights] for weights in _weights(self.body)
         ]
         places = torch.arange(num_positions, device=padding.device)
-        # (R, 1, P + K, head_dim) each
+        # Rotary angles count from each row's first real id, as in training. (R, 1, P + K, head_dim) each
         self.angles = _signed(self.body.angles((places - padding[:, None]).clamp(min=0)), head_dim)
         self.mask = None
-        if padding.any():
+        if padding.any():  # without a mask SDPA may choose a quicker kernel
             hidden = torch.full((num_rows, num_positions), -torch.inf, device=padding.device)
             hidden = hidden.where(places < padding[:, None], 0)
             self.mask = hidden[:, None, None].to(memory[0].dtype)  # (R, 1, 1, P + K)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Append one id a row (R,); compute its normed hidden state (R, D)."""
+        """Append one id per row (R,); compute its normed hidden state (R, D)."""
         at, end = self.length, self.length + 1
 
         def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,9 @@ class FixedDecoder(nn.Module):
         cache = StaticCache.empty(model.config, num_rows=num_rows, num_positions=num_positions, like=like)
         zeros = functools.partial(torch.zeros, dtype=torch.long, device=like.device)
         for layer, memory in enumerate(cache.memory):
-            self.register_buffer(f"memory_{layer}", memory)  # a graph reads and writes buffers in place
+            # A graph reads and writes buffers in place. One per layer: of one buffer for all layers, the compiler
+            # copied the whole at each layer's write.
+            self.register_buffer(f"memory_{layer}", memory)
         self.register_buffer("at", zeros(1))
         self.register_buffer("padding", zeros(num_rows))
         self.steps: dict[Any, Callable[..., Tensor]] = {}
@@ -121,8 +125,9 @@ class FixedDecoder(nn.Module):
         return [self.get_buffer(f"memory_{layer}") for layer in range(len(self.body.layers))]
 
     def begin(self, *, length: int, padding: Tensor) -> None:
-        """Go on after the prompts, whose keys and values `memory` holds; Decoder has the arguments."""
+        """Continue after the prompts, given their keys and values in `memory`; Decoder has the arguments."""
         self.length = length
+        # In place: compiled steps and CUDA graphs know these tensors by their memory.
         self.at.fill_(length)
         self.padding.copy_(padding)
 
@@ -134,13 +139,15 @@ class FixedDecoder(nn.Module):
             yield min(num_positions, seen + -seen % size)
 
     def forward(self, ids: Tensor, window: int) -> Tensor:
-        """Append one id a row (R,); compute its normed hidden state (R, D)."""
+        """Append one id per row (R,); compute its normed hidden state (R, D)."""
         at, memory = self.at, self.memory
 
         def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+            # By a tensor, not by an int: a Python number would be compiled in, and each position be compiled anew.
             layer.index_copy_(3, at, new[:, :, :, None])
             return layer[0, :, :, :window], layer[1, :, :, :window]
 
+        # Neither the positions to come, which hold what an earlier batch left, nor the padding on the left.
         places = torch.arange(window, device=at.device)
         mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, window)
         head_dim = memory[0].shape[4]
@@ -162,26 +169,27 @@ def begin_decoding(
     num_codes: int,
     is_fixed: bool = False,
 ) -> tuple[Tensor, Decoder | FixedDecoder]:
-    """Read the prompts: the last hidden states (R, D), and what goes on from there.
+    """Read the prompts: the last hidden states (R, D), and what continues from there.
 
     Args:
         empty_prompt: read once for all rows; None without guidance.
-        is_fixed: go on in fixed shapes, by a decoder that the model keeps for the next batch.
+        is_fixed: continue in fixed shapes, by a decoder that the model keeps for the next batch.
     """
     lengths = [len(prompt) for prompt in prompts] + [len(empty_prompt or [])] * len(prompts)
     batch, longest = len(prompts), max(lengths)
     num_rows = 2 * batch if empty_prompt else batch
     if is_fixed:
         fixed = _kept_decoder(model, num_rows=num_rows, least_positions=longest + num_codes)
-        longest = fixed.memory[0].shape[3] - num_codes
+        longest = fixed.memory[0].shape[3] - num_codes  # prompts are padded up to the decoder's own positions
     like = model.get_output_embeddings().weight
     empty = functools.partial(StaticCache.empty, model.config, like=like)
     memory = fixed.memory if is_fixed else empty(num_rows=num_rows, num_positions=longest + num_codes).memory
     ids, mask = left_padded(prompts, length=longest, device=model.device)  # (B, P)
-    own = StaticCache([layer[:, :batch] for layer in memory])
+    own = StaticCache([layer[:, :batch] for layer in memory])  # views: it writes where decoding will read
     mask_or_none = None if mask.all() else mask
     hidden = model.model(ids, attention_mask=mask_or_none, past_key_values=own).last_hidden_state[:, -1]
     if empty_prompt:
+        # The null prompt is the same in every row: it is read once, and its keys and values are copied to all.
         single = empty(num_rows=1, num_positions=len(empty_prompt))
         ids = torch.tensor([list(empty_prompt)], device=model.device)
         last = model.model(ids, past_key_values=single).last_hidden_state[:, -1]
@@ -197,6 +205,7 @@ def begin_decoding(
 
 def _kept_decoder(model: Any, *, num_rows: int, least_positions: int) -> FixedDecoder:
     """Return the model's one decoder, made anew where it has other rows or too few positions."""
+    # In __dict__, past nn.Module's own attributes: the decoder's buffers are no part of the model's state.
     kept = model.__dict__.get("_fixed_decoder")
     like = model.get_output_embeddings().weight
     is_fit = (
@@ -247,7 +256,7 @@ def _forward(
     angles: list[Tensor] | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Compute the normed hidden states (R, D) of one new id a row (R,).
+    """Compute the normed hidden states (R, D) of one new id per row (R,).
 
     Args:
         products: in_proj, out_proj, w12 and w3 of each layer.
@@ -258,10 +267,10 @@ def _forward(
     heads_shape = (len(ids), 3, memory[0].shape[2], memory[0].shape[4])
     hidden = body.post_embed_norm(body.tok_embeddings(ids))  # (R, D)
     for block, (in_proj, out_proj, w12, w3), layer in zip(body.layers, products, memory, strict=True):
-        projected = in_proj(block.attention_norm(hidden))
+        projected = in_proj(block.attention_norm(hidden))  # (R, 3 D)
         heads = _heads(block.attention, projected, heads_shape, angles, has_norms=body.config.qk_norm)
         keys, values = remember(layer, heads[:, 1:].transpose(0, 1))
-        query = heads[:, 0, :, None]
+        query = heads[:, 0, :, None]  # (R, H, 1, head_dim)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)  # (R, H, 1, head_dim)
         hidden = hidden + out_proj(mixed.flatten(1))
         gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)
@@ -276,11 +285,12 @@ def _heads(
     heads = projected.view(shape)
     if has_norms:
         flat = projected.view(len(projected), 3, -1)
+        # open_lm's norms of queries and keys are over all heads together, before they are parted.
         flat[:, 0] = attention.q_norm(flat[:, 0])
         flat[:, 1] = attention.k_norm(flat[:, 1])
     if angles is not None:
         cos, signed_sin = angles
-        pair = heads[:, :2].float()
+        pair = heads[:, :2].float()  # (R, 2, H, head_dim): queries and keys, turned in fp32 as in training
         swapped = pair.roll(pair.shape[-1] // 2, dims=-1)
         heads[:, :2] = torch.addcmul(pair * cos, swapped, signed_sin)
     return heads

@@ -1,7 +1,9 @@
-"""Captions to image codes: one prefill, guidance, and only the image rows of the head.
+"""Captions to image codes: one prefill, guidance, and only the image vocabulary's part of the LM head.
 
-B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes a
-picture, T positions so far, D width.
+This file is uploaded with exported models, so it imports nothing but torch and transformers.
+
+B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
+image, T positions so far, D width.
 """
 
 import functools
@@ -15,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 MOST_STEPS = 256
-"""Compiled steps of one process."""
+"""Compiled steps of one process, over all shapes and settings."""
 MANY_ROWS = 8
-"""From so many on, a processor's products are quicker by oneDNN than by MKL."""
+"""From so many rows on, a compiled step's products are quicker by oneDNN than by MKL (64 codes, batches 1 and 8)."""
 SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
 
@@ -34,7 +36,7 @@ class Draws:
 
     @property
     def is_guided(self) -> bool:
-        """Tell whether each caption has a second row, of the empty one."""
+        """Tell whether each caption has a second row, of the null caption."""
         return self.guidance_scale != 1
 
 
@@ -45,6 +47,7 @@ def product(weight: Tensor, *, num_rows: int) -> Callable[[Tensor], Tensor]:
     """
     if not _has_blocks(weight):
         return functools.partial(F.linear, weight=weight)
+    # Not public, but what torch's own compiler calls; packed once here, and used by every step.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), num_rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda rows: multiply(rows, packed, None, "none", [], "")
@@ -72,17 +75,17 @@ def sample_codes(
     top_p: float = 1.0,
     is_compiled: bool = False,
 ) -> Tensor:
-    """Sample one picture a prompt: codes (B, K), int64.
+    """Sample one image per prompt: codes (B, K), int64.
 
     Guidance is combined on the hidden states: the head has no bias, so logits are linear in them and this equals
-    combining logits, at one head product for a pair.
+    combining logits, at one product with the head per pair.
 
     Args:
-        model: a causal LM with a bias-free head; with open_lm's, keys and values take their memory once.
+        model: a causal LM with a bias-free head; open_lm's takes the memory of its KV cache once.
         prompts: ids up to and with `<image>`, of any lengths.
-        empty_prompt: the prompt of the empty caption.
+        empty_prompt: the prompt of the null caption.
         image_ids: ids of the image codes, in order of the codes.
-        seeds: one a prompt; a picture depends on its own seed, not on its batch.
+        seeds: one per prompt; an image depends on its own seed, not on its batch.
         guidance_scale: 1 for none.
         temperature: 0 for the most likely code.
         top_k: keep this many codes; 0 for all.
@@ -94,10 +97,12 @@ def sample_codes(
         ValueError: a compiled step of a model that is not open_lm's.
     """
     how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
-    head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]
+    # After <image> come K codes and nothing else: text is no choice, and its part of the head is not multiplied with.
+    head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
     keys = picture_keys(
         torch.tensor(seeds, device=model.device), num_codes=num_codes
     ).T.contiguous()  # (K, B)
+    # Found by what it can do, so that an export's own class, loaded by remote code, is decoded the quick way too.
     begin = getattr(model, "begin_decoding", None)
     empty = empty_prompt if how.is_guided else None
     if begin is not None:
@@ -109,6 +114,7 @@ def sample_codes(
     else:
         hidden, decoder = _begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
     to_logits = product(head, num_rows=len(prompts))
+    # The first code comes from the prompts' hidden states, so K codes take K - 1 steps.
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
     codes = [next_codes(hidden, keys[0], to_logits=to_logits, how=how)]
     for of_code in keys[1:]:
@@ -117,9 +123,9 @@ def sample_codes(
 
 
 def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Tensor], how: Draws) -> Tensor:
-    """Draw a code a caption (B,) from hidden states (R, D), each by its own key (B,)."""
+    """Draw a code per caption (B,) from hidden states (R, D), each by its own key (B,)."""
     if how.is_guided:
-        conditional, unconditional = hidden.float().chunk(2)
+        conditional, unconditional = hidden.float().chunk(2)  # (B, D) each, in fp32: the difference is small
         mixed = unconditional + how.guidance_scale * (conditional - unconditional)
         hidden = mixed.to(hidden.dtype)
     logits = to_logits(hidden).float()  # (B, codebook)
@@ -133,6 +139,7 @@ def _step(
 
     def step(codes: Tensor, keys: Tensor, *window: int) -> Tensor:
         ids = codes + how.image_ids.start
+        # Both rows of a pair read the code that was drawn for it.
         hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids, *window)
         return next_codes(hidden, keys, to_logits=to_logits, how=how)
 
@@ -140,7 +147,7 @@ def _step(
 
 
 def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile a fixed decoder's step, once a window: CUDA graphs on a GPU, packed weights on a CPU."""
+    """Compile a fixed decoder's step, once per window: CUDA graphs on a GPU, packed weights on a CPU."""
     if how not in decoder.steps:
         is_cuda = head.device.type == "cuda"
         codebook, width = head.shape
@@ -152,6 +159,8 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
             fullgraph=True,
             dynamic=False,
             backend=_packed_by_onednn if is_by_onednn else "inductor",
+            # CUDA graphs: at these sizes a step is hundreds of launches and little work. max-autotune is not used: on a
+            # CPU it gave wrong codes at batch 8 (torch 2.14.1).
             mode="reduce-overhead" if is_cuda else None,
         )
         # Dynamo counts all steps as versions of one function, and would stop at eight.
@@ -181,20 +190,22 @@ def _begin_any(
     """Read the prompts as a model's begin_decoding does, with a class of transformers' own."""
     rows = [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
     ids, mask = left_padded(rows, length=max(map(len, rows)), device=model.device)  # (R, P)
+    # The mask of all positions to come is made once: every code may be seen by those after it.
     decoder = PlainDecoder(model, F.pad(mask.long(), (0, num_codes), value=1))
     return decoder(ids), decoder
 
 
 class PlainDecoder:
-    """Go on from the ids read so far by the model's own forward and transformers' cache."""
+    """Continue from the ids read so far by the model's own forward and transformers' KV cache."""
 
     def __init__(self, model: Any, mask: Tensor) -> None:
         self.model, self.mask = model, mask  # (R, T)
-        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        # Counted from each row's first real id, as in training, where prompts are not padded on the left.
+        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (R, T)
         self.cache = DynamicCache()
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Read ids (R, S), or (R,) for one more each, and return the last hidden states (R, D)."""
+        """Read ids (R, S), or (R,) for one more per row, and return the last hidden states (R, D)."""
         ids = ids.view(len(self.mask), -1)
         past = self.cache.get_seq_length()
         total = past + ids.shape[1]
@@ -209,20 +220,22 @@ class PlainDecoder:
 
 
 def choose(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Choose one code a row of logits (B, codebook), each row by its own key (B,): (B,)."""
+    """Choose one code per row of logits (B, codebook), each row by its own key (B,): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     codebook = logits.shape[-1]
     count = min(top_k, codebook) if top_k else codebook
     if count == codebook and top_p == 1:
+        # All codes may be drawn, so that nothing has to be sorted.
         order = torch.arange(codebook, device=logits.device).expand_as(logits)
         kept = logits
     elif top_p == 1:
-        kept, order = logits.topk(count, sorted=False)
+        kept, order = logits.topk(count, sorted=False)  # (B, count) each
     else:
-        kept, order = logits.topk(count)
+        kept, order = logits.topk(count)  # sorted: top_p cuts at a running sum
     probabilities = (kept / temperature).softmax(-1)
     if top_p < 1:
+        # Of what is more likely than each code: the first code always stays, and the one that crosses top_p too.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     # An exponential race: argmax of p / wait is a draw from p. Waits are by code: the order of ties does not matter.
@@ -231,7 +244,10 @@ def choose(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_
 
 
 def picture_keys(seeds: Tensor, *, num_codes: int) -> Tensor:
-    """Derive a key for each code of each picture from its seed (B,): (B, K), int64."""
+    """Derive a key for each code of each image from its seed (B,): (B, K), int64.
+
+    Keys are hashes, not a generator's states: they are the same on every device and in every batch.
+    """
     return _scramble(_scramble(seeds)[:, None] + torch.arange(num_codes, device=seeds.device))
 
 
@@ -264,7 +280,7 @@ def draw(
     top_k: int = 50,
     top_p: float = 1.0,
 ) -> list[Any]:
-    """Draw one PIL picture a caption; caption i uses seed + i.
+    """Draw one PIL image per caption; caption i uses seed + i.
 
     Args:
         model: a causal LM whose config.json has vocab_layout and codes_per_image.
@@ -279,10 +295,13 @@ def draw(
     config = model.config
     if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
+    # Captions are cut to what a sequence had room for in training: later positions were never trained.
     length = config.sequence_length or config.max_position_embeddings
     room = length - config.codes_per_image - len(SPECIAL_TOKENS)
     texts = [
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in captions
+        # A caption that spells a special token is text, not a marker.
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for text in captions
     ]
     rows = config.vocab_layout["num_text_rows"]
     first = rows + len(SPECIAL_TOKENS) + 1  # after <pad>
@@ -303,7 +322,7 @@ def draw(
 
 
 def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:
-    """Write `<doc> <text> caption </text> <image>` as ids; without the text for a model of pictures alone.
+    """Write `<doc> <text> caption </text> <image>` as ids; without the text for a model of images alone.
 
     Raises:
         ValueError: the model learned text alone.
@@ -318,16 +337,21 @@ def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "t
 
 @torch.inference_mode()
 def decode(image_tokenizer: Any, codes: Tensor) -> Tensor:
-    """Decode codes (B, K) of square pictures to uint8 pixels (B, 3, H, W)."""
+    """Decode codes (B, K) of square images to uint8 pixels (B, 3, H, W)."""
     side = round(codes.shape[1] ** 0.5)
     shape = (len(codes), side, side, image_tokenizer.config.vq_embed_dim)
+    # force_not_quantize: these are codes already, and VQModel would look for the nearest codebook entry of them.
     flat = codes.flatten().to(image_tokenizer.device)
     pixels = image_tokenizer.decode(flat, force_not_quantize=True, shape=shape).sample
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def left_padded(rows: Sequence[Sequence[int]], *, length: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Pad rows on the left to one length: ids and mask (B, length)."""
+    """Pad rows on the left to one length: ids and mask (B, length).
+
+    On the left, so that all prompts end at one position, from which codes go on together.
+    """
+    # Any id will do: nothing looks at a padded position.
     ids = [[row[0]] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

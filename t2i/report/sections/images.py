@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from t2i.data.shards.manifest import MANIFEST, RECONSTRUCTIONS, read_manifest_file
-from t2i.measure.perplexity import RESULTS as PERPLEXITY
+from t2i.measure.perplexity import PERPLEXITY
 from t2i.report.figures import COLOURS, draw_baselines, draw_mean_and_range, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, in_folder, last
 from t2i.study.measured import read_perplexity, read_score

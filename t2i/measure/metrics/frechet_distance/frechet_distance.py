@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import evaluate
@@ -20,7 +19,7 @@ CITATION = """\
 }
 """
 
-INPUTS = """
+_INPUTS = """
 Args:
     predictions: picture files, or rows of features.
     reference: the pictures or rows that they are compared with; their number may differ.
@@ -43,24 +42,24 @@ class FrechetDistance(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation=CITATION,
-            inputs_description=INPUTS,
+            inputs_description=_INPUTS,
             features=[rows, files],
             reference_urls=["https://arxiv.org/abs/1706.08500"],
         )
 
     def _compute(
         self,
-        predictions: Sequence[Any],
-        reference: Sequence[Any],
+        predictions: Sequence[str] | Sequence[Sequence[float]],
+        reference: Sequence[str] | Sequence[Sequence[float]],
         features: str = "efficientnet_lite0",
         inception: str | None = None,
         resize: str = "clean",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         if isinstance(predictions[0], str):
             extractor = load_features(features, weights=Path(inception) if inception else None, resize=resize)
             key = metric_key(features)
             made, real = (
-                extract([Path(file) for file in files], extractor, batch_size=32)
+                extract([Path(str(file)) for file in files], extractor, batch_size=32)
                 for files in (predictions, reference)
             )
         else:

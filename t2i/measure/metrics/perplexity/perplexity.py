@@ -1,7 +1,6 @@
 """Perplexity of texts under a t2i model or the language model that it began as, for `evaluate.load`."""
 
 import math
-from typing import Any
 
 import datasets
 import evaluate
@@ -9,12 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from t2i.errors import DataError
-from t2i.model.backbone import head_of, hidden_states, load_model
-from t2i.model.loss import IGNORED, token_losses
-from t2i.runs.loading import find
+from t2i.model.backbone import head_of, hidden_states
+from t2i.model.loss import token_losses
+from t2i.runs.loading import open_model
+from t2i.tokens.sequence import IGNORED
 from t2i.tokens.text import TextTokenizer
 
-INPUTS = """
+_INPUTS = """
 Args:
     predictions: texts.
     model_id: a run folder, a checkpoint, an exported folder, a hub name, or a converted language model's folder.
@@ -34,16 +34,14 @@ class Perplexity(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__ or "",
             citation="",
-            inputs_description=INPUTS,
+            inputs_description=_INPUTS,
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
-    def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, Any]:
-        folder, _ = find(model_id)
-        tokenizer = TextTokenizer.load(folder)
-        model = load_model(folder).eval()
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        sums = [_nats(text, model, tokenizer) for text in predictions]
+    def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, object]:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        opened = open_model(model_id, needs_images=False, device=device)
+        sums = [_nats(text, opened.model, opened.text_tokenizer) for text in predictions]
         perplexities = [math.exp(nats / count) for nats, count in sums]
         num_tokens = sum(count for _, count in sums)
         return {

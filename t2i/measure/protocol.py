@@ -1,0 +1,154 @@
+"""What scores.json says: the rows of one model, and all that tells whether two scores may be compared."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the measure itself loads torch and streaming, which comparing two files need not wait for
+    from t2i.measure.heldout import CaptionMeter
+
+SCORES = "scores.json"
+
+ROWS = {
+    "real": "real pictures that the reference has not",
+    "reconstructions": "the captions' own pictures through the image tokenizer",
+    "model": "drawn from the captions",
+    "matched": "drawn, against the captions' own pictures alone",
+    "shuffled": "drawn from the same captions in another order",
+    "untrained": "drawn by the same architecture with random weights",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a measure was taken on: entries of scores.json that must be equal where two scores are compared."""
+
+    data: str
+    n: int
+    features: str
+    features_sha256: str
+    resize: str
+    reference: str
+    reference_sha256: str
+    crop: str
+    image_size: int
+    captions: str
+    """How the list was chosen."""
+    captions_sha256: str
+    kernel_seed: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured: entries that may differ, and are worth saying. Samplers are tuned for each model."""
+
+    checkpoint: str
+    weights_sha256: str
+    image_tokenizer_sha256: str
+    sampler: dict[str, object]
+    batch_size: int
+    dtype: str
+    device: str
+    versions: dict[str, str]
+
+
+CLIP = "clip_sha256"
+"""The CLIP that a score was taken with, compared only where both have one."""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One set of images, measured."""
+
+    what: str
+    n: int
+    """Images in it."""
+    measures: dict[str, float]
+    """By the keys of scores.json, which name the features: fid only on Inception's."""
+    n_reference: int | None = None
+    """None if a file does not say."""
+
+    def to_json(self) -> dict[str, object]:
+        """Give it the form of a row in scores.json."""
+        return {"what": self.what, "n": self.n, "n_reference": self.n_reference, **self.measures}
+
+
+@dataclass(frozen=True)
+class DrawingFacts:
+    """What the caller knows of the drawing, for scores.json."""
+
+    processes: int
+    seconds_to_draw: float
+    captions_heard: "dict[str, CaptionMeter] | None" = None
+    """What captions are worth to the model, by held-out split; None where it was not measured, as with COCO."""
+
+    def to_json(self) -> dict[str, object]:
+        """Give them the form of entries of scores.json."""
+        facts: dict[str, object] = {
+            "processes": self.processes,
+            "seconds_to_draw": self.seconds_to_draw,
+        }
+        if self.captions_heard is None:
+            return facts
+        meters = {split: asdict(meter) for split, meter in self.captions_heard.items()}
+        return facts | {"captions_heard": meters}
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """CLIP scores of every row with images of its own."""
+
+    name: str
+    weights_sha256: str
+    rule: str
+    """How it is computed, in words."""
+    rows: dict[str, float]
+    other_captions: float
+    """Of the model's images under each other's captions: what a score is that has nothing to do with captions."""
+
+    def to_json(self) -> dict[str, object]:
+        """Give them the form of entries of scores.json."""
+        return {
+            "clip_score": self.rows["model"],
+            "clip_score_other_captions": self.other_captions,
+            "clip": self.name,
+            CLIP: self.weights_sha256,
+            "clip_rule": self.rule,
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All rows of one model, and all that a comparison has to know."""
+
+    rows: dict[str, RowScore]
+    protocol: Protocol
+    subject: Subject
+    clip: ClipScores | None
+    """None for no CLIP score."""
+    note: str
+    """On the sample size; empty if it is large enough."""
+    facts: DrawingFacts
+    seconds_to_measure: float
+    file: str
+    """Name of the file that holds them."""
+
+    @property
+    def measures(self) -> list[str]:
+        """Name the measures of the model's row."""
+        return list(self.rows["model"].measures)
+
+    def to_json(self) -> dict[str, object]:
+        """Give them the form of scores.json."""
+        return {
+            **self.rows["model"].measures,
+            **(self.clip.to_json() if self.clip else {}),
+            "measures": self.measures,
+            "rows": {row: self.rows[row].to_json() for row in ROWS if row in self.rows},
+            "note": self.note,
+            **asdict(self.protocol),
+            **asdict(self.subject),
+            "seeds": "picture i of captions.jsonl is drawn with sampler.seed + i",
+            **self.facts.to_json(),
+            "seconds_to_measure": self.seconds_to_measure,
+            "file": self.file,
+        }
