@@ -74,7 +74,7 @@ def main() -> None:
             "training step: t2i with image rows alone / t2i",
             seconds["t2i, image rows alone"],
             ours,
-            note="other mathematics: train.image_rows_only",
+            note="other mathematics: train.image_vocab_only",
         )
     )
     zero = json.loads(DS_CONFIG.read_text())["zero_optimization"]
@@ -172,7 +172,7 @@ def products_alone() -> Callable[[], None]:
 CANDIDATES: dict[str, Callable[[], Callable[[], None]]] = {
     "limit": products_alone,
     "t2i": through_deepspeed,
-    "t2i, image rows alone": lambda: through_deepspeed(image_rows_only=True),
+    "t2i, image rows alone": lambda: through_deepspeed(image_vocab_only=True),
     "Llama, plain loop": lambda: plain_loop(LlamaForCausalLM(LlamaConfig(**SIZES))),
     "GPT-NeoX, plain loop": lambda: plain_loop(GPTNeoXForCausalLM(GPTNeoXConfig(**UNGATED))),
 }

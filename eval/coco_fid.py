@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
 from t2i.config import SampleConfig
@@ -44,9 +45,9 @@ class ScoreCommand:
     """A run folder, a checkpoint, an exported folder or a hub name; or the word `compare`."""
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out pictures are used."""
-    num_samples: int | None = None
+    num_samples: Annotated[int | None, Ge(2)] = None
     """Captions drawn: by default 30,000 of COCO, or half of the held-out ones."""
-    list_seed: int = 0
+    list_seed: Annotated[int, Ge(0)] = 0
     """Which captions of COCO."""
     captions: Path | None = None
     """A published list of COCO's captions in place of --list-seed's: .csv, .tsv, .jsonl, .parquet with a column
@@ -63,7 +64,7 @@ class ScoreCommand:
     """CLIP folder in transformers' layout, for the CLIP score; by default none."""
     controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
     """Rows drawn beside the model's, each at its full cost: by default both, with --coco none."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """Pictures drawn at a time by each process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 

@@ -9,8 +9,10 @@ Perplexity is given over the whole vocabulary and among text rows alone; what li
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
 from t2i.errors import run_command
@@ -32,11 +34,11 @@ class ForgettingCommand:
     """Shards of pictures whose held-out captions are measured beside the text."""
     prompts: tuple[str, ...] = ()
     """Texts to complete; by default the paper's two."""
-    seq_len: int = 96
+    seq_len: Annotated[int, Ge(2)] = 96
     """Tokens a sequence of text that is packed here."""
-    num_sequences: int = 256
+    num_sequences: Annotated[int, Ge(1)] = 256
     """Sequences measured at most."""
-    max_new_tokens: int = 40
+    max_new_tokens: Annotated[int, Ge(1)] = 40
     """Tokens a completion."""
     out: Path | None = None
     """File of the results; by default forgetting.json in the run or model folder."""

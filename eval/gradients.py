@@ -7,8 +7,10 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
 from t2i.errors import run_command
@@ -24,7 +26,7 @@ class GradientsCommand:
     """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
     shards: Path | None = None
     """Folder made by launchers/prepare.py; by default the run's own."""
-    num_sequences: int = 64
+    num_sequences: Annotated[int, Ge(1)] = 64
     """Held-out pairs."""
     out: Path | None = None
     """File of the results; by default gradients.json in the run or exported folder."""

@@ -9,8 +9,10 @@ Random rows are the control: image rows that are no nearer to text than they are
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
 from t2i.errors import run_command
@@ -26,7 +28,7 @@ class NearestCommand:
     """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
     before: str | None = None
     """An earlier CKPT with the same codes: adds linear CKA of image rows before and after."""
-    num_shown: int = 8
+    num_shown: Annotated[int, Ge(0)] = 8
     """Codes whose nearest tokens are printed."""
     out: Path | None = None
     """File of the results; by default nearest.json in the run or exported folder."""

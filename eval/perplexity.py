@@ -7,11 +7,13 @@ Examples:
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
+from t2i.config import Mode
 from t2i.errors import run_command
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
@@ -23,7 +25,7 @@ class HeldoutData:
 
     shards: Path | None = None
     """Folder made by launchers/prepare.py; by default the run's own."""
-    mode: Literal["text-to-image", "image-only", "text-only"] | None = None
+    mode: Mode | None = None
     """What a sequence holds; by default as in the run, else text-to-image."""
 
 
@@ -34,7 +36,7 @@ class PerplexityCommand:
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     data: HeldoutData = field(default_factory=HeldoutData)
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """Sequences at a time."""
     out: Path | None = None
     """File of the results; by default perplexity.json in the run or exported folder."""

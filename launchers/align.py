@@ -4,7 +4,7 @@ Examples:
   python launchers/align.py --model runs/pretrained --out runs/aligned
   deepspeed launchers/align.py --model open_lm_1b --data.shards data/coco --data.seq-len 1152 --out runs/aligned
 
-The rows are then used with: launchers/train.py --model.init MODEL --model.rows OUT/rows.safetensors
+The rows are then used with: launchers/train.py --model.init MODEL --model.new-embeddings OUT/rows.safetensors
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ def main() -> None:
             f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of pictures find their"
             f" caption, {found['text_to_image']:.1%} of captions their picture; chance is {found['chance']:.1%}"
         )
-    print(f"Use them with --model.init {command.model} --model.rows {command.out / ROWS_FILE}")
+    print(f"Use them with --model.init {command.model} --model.new-embeddings {command.out / ROWS_FILE}")
 
 
 if __name__ == "__main__":

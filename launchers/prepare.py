@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Le, Lt
 
 from t2i.cli import parse
 from t2i.config import ASSETS, PrepareConfig, SourceConfig
@@ -38,7 +39,7 @@ class PrepareCommand:
     """Folder of the shards."""
     check: Path | None = None
     """Only hash and read this shard folder whole, report, and show eight of its samples decoded."""
-    preview: int = 0
+    preview: Annotated[int, Ge(0)] = 0
     """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
     sheet: Path = Path("sheet.png")
     """Picture file (.png) that --check and --preview draw; only an older sheet there is replaced."""
@@ -48,9 +49,9 @@ class PrepareCommand:
     """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
     """Folder with tokenizer.json, such as the model's to start from, or a hub name."""
-    heldout_share: float = 0.02
+    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
     """Share of a source's pictures or documents that training never sees; openmoji and COCO have their own rules."""
-    seq_len: int = 96
+    seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
     """Tokens a sequence of documents, which data.seq_len must equal."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     shards: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)

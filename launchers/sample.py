@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Ge
 
 from t2i.cli import parse
 from t2i.config import SampleConfig
@@ -34,7 +35,7 @@ class SampleCommand:
     """Folder of the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
     """plain: 00000.png and on; geneval: from its .jsonl file; dpg: from its folder of .txt files."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """Pictures drawn at a time by each process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 

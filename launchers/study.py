@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Gt, Le
 
 from t2i.cli import parse
+from t2i.config import Gpu
 from t2i.errors import run_command
 
 
@@ -31,11 +33,11 @@ class StudyCommand:
     """Folder of runs and report; by default runs/NAME of the study file, or of its base."""
     plan: bool = False
     """Only print what it will take."""
-    gpu: tuple[str, ...] = ()
+    gpu: tuple[Gpu, ...] = ()
     """GPUs that --plan tells the time on, beside this machine; names as in launchers/plan.py."""
-    num_gpus: int = 1
+    num_gpus: Annotated[int, Ge(1), Le(1_000_000)] = 1
     """GPUs of each kind, for --plan."""
-    mfu: float = 0.4
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.4
     """Share of a device's peak that training reaches, for --plan; a guess until measured."""
     report: bool = False
     """Only write the report of what is there."""
@@ -43,7 +45,7 @@ class StudyCommand:
     """Write no report: another worker does."""
     launcher: Literal["local", "slurm"] = "local"
     """Where workers run: processes here, or an array job of Slurm."""
-    workers: int = 1
+    workers: Annotated[int, Ge(1), Le(10_000)] = 1
     """How many."""
     sbatch: Annotated[str, tyro.conf.arg(metavar="OPTIONS")] = ""
     """Options for sbatch, in one word after an equals sign: --sbatch="--gres=gpu:8 --time=8:00:00"."""

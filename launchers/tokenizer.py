@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Ge, Le
 
 from t2i.cli import parse
 from t2i.config import ASSETS, SourceConfig, TokenizerConfig
-from t2i.errors import UserError, run_command
+from t2i.errors import run_command
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Evaluate:
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which of the source's pictures; all, where the tokenizer was not trained on them."""
-    num_pictures: int = 5_000
+    num_images: Annotated[int, Ge(2)] = 5_000
     """At most so many, chosen by the hash of their key."""
-    image_size: int = 64
+    image_size: Annotated[int, Ge(1), Le(16_384)] = 64
     """Pixels a side, a multiple of the pixels of a code; released tokenizers were trained at 256."""
 
 
@@ -66,8 +67,6 @@ def main() -> None:
         line = shlex.join(["python", *sys.argv])
         measures = make_tokenizer(source, out=command.out, config=command.tokenizer, command=line)
     else:
-        if command.num_pictures < 2:
-            raise UserError(f"--num-pictures is {command.num_pictures}; wanted is at least 2.")
         with new_folder(command.out) as part:
             measures = measure_folder(
                 command.tokenizer,
@@ -75,7 +74,7 @@ def main() -> None:
                 image_size=command.image_size,
                 grid=part / "reconstructions.png",
                 split=command.split,
-                num_pictures=command.num_pictures,
+                num_pictures=command.num_images,
             )
             settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
             settings["features"] = FEATURES

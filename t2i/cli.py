@@ -2,15 +2,24 @@
 
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from t2i.config.renamed import with_new_flags
 from t2i.errors import UserError
 from t2i.files import read_yaml
+from t2i.settings import check_values, has_range, hints_of, range_of, texts_of
 
 T = TypeVar("T")
+
+REGISTRY = ConstructorRegistry()
+"""How tyro reads our dataclasses: as its own rule does, with the range of a setting below its text."""
 
 
 def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
@@ -21,16 +30,81 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
 
     Args:
         has_run_file: False where --config is a flag of the command's own.
+
+    Raises:
+        UserError: a setting is out of its range; unknown flags are tyro's to refuse, which ends the process with 2.
     """
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     file = _config_file(arguments) if has_run_file else None
     flags = flags_of(Path(file)) if file else []
-    try:
-        command = tyro.cli(kind, args=[*flags, *arguments], description=description)
-    except ValueError as error:  # a dataclass refused a value
-        raise UserError(str(error)) from error
+    command = read_flags(kind, [*flags, *arguments], description=description)
+    check_values(command)
     quiet_libraries()
     return command
+
+
+def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") -> T:
+    """Read flags into a dataclass; old spellings are warned of.
+
+    Raises:
+        UserError: a setting is out of its range.
+        SystemExit: an unknown flag or a value of another type; tyro has said which.
+    """
+    try:
+        return tyro.cli(kind, args=with_new_flags(words), description=description, registry=REGISTRY)
+    except _Refused as refused:
+        raise refused.error from None
+
+
+class _Refused(Exception):
+    """A dataclass refused its values. tyro frames a ValueError of a group's constructor, and lets this one through."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@REGISTRY.struct_rule
+def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
+    is_ours = is_dataclass(info.type) and not getattr(info.type, "__parameters__", ())  # tyro's own has them
+    if not is_ours:
+        return None
+    hints = hints_of(info.type)
+    return StructConstructorSpec(
+        instantiate=partial(_made, info.type),
+        fields=tuple(
+            StructFieldSpec(
+                name=one.name,
+                type=hints[one.name],
+                default=_default(one, info.default),
+                helptext=partial(_help, info.type, one.name),
+            )
+            for one in fields(info.type)
+        ),
+    )
+
+
+def _made(kind: type[T], **values: Any) -> T:
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise _Refused(error) from error
+
+
+def _default(one: "Field[Any]", given: Any) -> Any:
+    """Find a field's default: that of the instance that stands for the whole group, else its own."""
+    if is_dataclass(given):
+        return getattr(given, one.name)
+    if one.default is not MISSING:
+        return one.default
+    return tyro.MISSING if one.default_factory is MISSING else one.default_factory()
+
+
+def _help(kind: type, name: str) -> str:
+    """Say a field's text and range; a group has the text of its class."""
+    hint = hints_of(kind)[name]
+    text = texts_of(kind).get(name) or (is_dataclass(hint) and hint.__doc__) or ""
+    return f"{text} ({range_of(hint)})" if has_range(hint) else text
 
 
 def _config_file(arguments: list[str]) -> str | None:

@@ -79,7 +79,7 @@ def config_of(shards, run_dir, **train_settings):
         "global_batch_tokens": 8 * 90,
         "save_every": 3,
         "eval_every": 6,
-        "eval_pictures": 4,
+        "eval_images": 4,
     }
     return RunConfig(
         run_dir=run_dir,

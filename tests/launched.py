@@ -32,7 +32,7 @@ SETTINGS = {
     "train.warmup_steps": 2,
     "train.save_every": 2,
     "train.eval_every": 0,
-    "train.eval_pictures": 4,
+    "train.eval_images": 4,
     "train.deterministic": True,
 }
 """Of a run that takes a moment; two micro-batches of two on each of two ranks (see ds_config)."""

@@ -79,11 +79,12 @@ def test_a_path_that_cannot_be_written_is_a_sentence_and_status_5(tmp_path, caps
 
 
 def test_impossible_numbers_are_refused_by_key():
-    with pytest.raises(ValueError, match="views is 0, wanted at least 1; workers is -1, wanted at least 0"):
+    sentence = "--views is 0; expected a whole number from 1 to 1,000. --workers is -1; expected a whole number from 0"
+    with pytest.raises(UserError, match=sentence):
         PrepareConfig(views=0, workers=-1)
-    with pytest.raises(ValueError, match="seq_len is 0"):
+    with pytest.raises(UserError, match="data.seq_len is 0"):
         DataConfig(seq_len=0)
-    with pytest.raises(ValueError, match="max_steps is -1, wanted at least 1"):
+    with pytest.raises(UserError, match="--max-steps is -1; expected a whole number >= 1"):
         TokenizerConfig(max_steps=-1)
 
 
@@ -116,7 +117,13 @@ def test_the_environments_own_programs_are_found_without_activating_it(monkeypat
 
 def test_a_value_that_no_sampler_can_have_is_a_sentence():
     done = run("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2")
-    assert (done.returncode, done.stderr.strip().startswith("top_p 2.0")) == (2, True)
+    assert (done.returncode, done.stderr.strip().startswith("--top-p is 2.0; expected")) == (2, True)
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused():
+    done = run("launchers/prepare.py", "--out", "b", "--heldout-share", "1")
+    sentence = "--heldout-share is 1.0; expected a number >= 0 and < 1."
+    assert (done.returncode, done.stderr.strip()) == (2, sentence)
 
 
 @pytest.mark.parametrize(
@@ -132,23 +139,23 @@ def test_a_value_that_no_sampler_can_have_is_a_sentence():
 )
 def test_a_sampler_has_numbers_that_can_be_drawn_with(numbers):
     ((key, value),) = numbers.items()
-    with pytest.raises(ValueError, match=f"^{key} {value}: "):
+    with pytest.raises(UserError, match=f"^--{key.replace('_', '-')} is {value}; expected a "):
         SampleConfig(**numbers)
 
 
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ({"min_side": -5}, "min_side is -5, wanted at least 0"),
-        ({"max_aspect": math.nan}, "max_aspect is nan, wanted at least 0"),
-        ({"max_aspect": 0.5}, "max_aspect is 0.5, wanted 0 for any, or at least 1"),
-        ({"max_caption": -3}, "max_caption is -3, wanted at least 0"),
-        ({"min_caption": 9, "max_caption": 5}, "max_caption is 5, below min_caption 9"),
-        ({"score_key": "s", "min_score": math.nan}, "min_score is nan"),
+        ({"min_side": -5}, "--min-side is -5; expected a whole number >= 0"),
+        ({"max_aspect": math.nan}, "--max-aspect is nan; expected a number >= 1 or 0"),
+        ({"max_aspect": 0.5}, "--max-aspect is 0.5; expected a number >= 1 or 0"),
+        ({"max_caption": -3}, "--max-caption is -3; expected a whole number >= 0"),
+        ({"min_caption": 9, "max_caption": 5}, "--max-caption is 5; expected at least --min-caption 9"),
+        ({"score_key": "s", "min_score": math.nan}, "--min-score is nan; expected a number or None"),
     ],
 )
 def test_a_filter_that_would_keep_nothing_or_do_nothing_is_refused(numbers, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         SourceConfig(**numbers)
 
 

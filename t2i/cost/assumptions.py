@@ -57,7 +57,7 @@ def known_data(folder: Path, *, plan: PlanConfig) -> Data:
             f" --views {EMBEDDED_VIEWS} --out {folder}"
         )
     return Data(
-        text_tokens=plan.text_rows,
+        text_tokens=plan.text_vocab_size,
         codebook_size=plan.codebook_size,
         codes_per_image=plan.codes_per_image,
         num_pairs=plan.num_pairs,
@@ -68,7 +68,7 @@ def known_data(folder: Path, *, plan: PlanConfig) -> Data:
 
 def pair_bytes(plan: PlanConfig) -> float:
     """Estimate a pair's bytes in a shard: codes and caption ids of two or four bytes each, and the caption."""
-    caption = plan.caption_tokens * (CHARACTERS_A_TOKEN + _id_bytes(plan.text_rows))
+    caption = plan.caption_tokens * (CHARACTERS_A_TOKEN + _id_bytes(plan.text_vocab_size))
     return plan.codes_per_image * _id_bytes(plan.codebook_size) + caption + KEY_BYTES + MDS_BYTES_A_PAIR
 
 

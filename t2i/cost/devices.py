@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from t2i.config import Gpu
 from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,16 +58,14 @@ GPUS = {
 }
 
 
-def find_device(name: str, *, num_processes: int, is_half: bool) -> Device:
+def find_device(name: Gpu, *, num_processes: int, is_half: bool) -> Device:
     """Look up a GPU, or measure this machine for `cpu`.
 
     Raises:
-        UserError: an unknown name, or a precision that a GPU's number is not known for.
+        UserError: a precision that a GPU's number is not known for.
     """
     if name == "cpu":
         return measure_cpu(num_processes=num_processes, is_half=is_half)
-    if name not in GPUS:
-        raise UserError(f"--gpu is {name!r}; known are {', '.join(GPUS)} and cpu.")
     if not is_half:
         raise UserError(f"the peak of {name} is known for bf16 only; give a --ds_config that enables it.")
     return GPUS[name]

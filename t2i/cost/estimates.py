@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from t2i.config import Trainable
 from t2i.model.backbone import made_of
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
@@ -56,12 +57,12 @@ def weight_bytes(ds_config: dict[str, Any]) -> int:
 
 
 def count_parameters(
-    config: PretrainedConfig, *, recipe: str = "all", lora_rank: int = 0, num_kept: int = 0
+    config: PretrainedConfig, *, recipe: Trainable = "all", lora_rank: int = 0, num_kept: int = 0
 ) -> Counts:
     """Count a model's numbers without making any of them.
 
     Args:
-        recipe: what learns, as in model.learn.
+        recipe: the trainable parameters, as in model.trainable.
         lora_rank: rank of adapters, of which num_kept tells the rows that stay as they are; 0 for none.
     """
     with torch.device("meta"):
@@ -143,7 +144,9 @@ def activation_bytes(
     return num_tokens * (model.num_hidden_layers * kept + whole + outside)
 
 
-def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int, text_mix: float = 0.0) -> float:
+def flops_a_token(
+    model: PretrainedConfig, *, counts: Counts, seq_len: int, replay_ratio: float = 0.0
+) -> float:
     """Count products and sums of a token's forward and backward pass.
 
     Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and
@@ -151,13 +154,13 @@ def flops_a_token(model: PretrainedConfig, *, counts: Counts, seq_len: int, text
     image_rows_only, an image token is multiplied by the image rows of the head alone.
 
     Args:
-        text_mix: share of sequences without a picture.
+        replay_ratio: share of sequences without a picture.
     """
     attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
         other_rows = model.vocab_size - model.vocab_layout["codebook_size"]
-        left_out = (1 - text_mix) * model.codes_per_image / seq_len * other_rows * model.hidden_size
+        left_out = (1 - replay_ratio) * model.codes_per_image / seq_len * other_rows * model.hidden_size
     learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size  # not with adapters
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention

@@ -122,7 +122,7 @@ class SequenceDataset(StreamingDataset):
         Raises:
             DataError: it is none that the manifest allows.
         """
-        sample = super().__getitem__(at - at % self.config.keep_every)
+        sample = super().__getitem__(at - at % self.config.subsample_every)
         check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
         epoch = self.next_epoch - 1
         if "codes" not in sample:  # text shards hold whole sequences

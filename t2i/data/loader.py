@@ -48,14 +48,9 @@ class _Stream:
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
-        if config.cache_limit and not config.remote:
-            raise UserError(
-                f"data.cache_limit is {config.cache_limit}, but data.remote is empty: there is nothing to bring a"
-                " shard from again that left the cache."
-            )
         manifest = read_manifest(config.shards)
         num_samples = manifest.counts.get("train", 0)
-        num_kept = num_trained_on(manifest, keep_every=config.keep_every)
+        num_kept = num_trained_on(manifest, subsample_every=config.subsample_every)
         if num_kept < a_step:
             raise UserError(
                 f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
@@ -113,7 +108,7 @@ class _Stream:
 class StepLoader:
     """An endless stream of this rank's share of optimizer steps, with a position that can be saved.
 
-    Each step holds the same number of sequences of config.shards and, for config.text_mix, of config.text_shards.
+    Each step holds the same number of sequences of config.shards and, for config.replay_ratio, of config.replay_shards.
     """
 
     def __init__(
@@ -177,42 +172,30 @@ class StepLoader:
 
 
 def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:
-    """Count the sequences of a step that data.text_mix makes text alone.
+    """Count the sequences of a step that data.replay_ratio makes text only.
 
     Raises:
-        UserError: no share, no text_shards to take it from, or a number that the ranks do not divide.
+        UserError: a number that the ranks do not divide.
     """
-    if not 0 <= config.text_mix < 1:
-        raise UserError(f"data.text_mix is {config.text_mix}; wanted is a share of at least 0 and below 1.")
-    if bool(config.text_mix) != (config.text_shards is not None):
+    count = round(config.replay_ratio * global_batch)
+    if config.replay_ratio and (count == 0 or count == global_batch or count % world_size):
         raise UserError(
-            f"data.text_mix is {config.text_mix} and data.text_shards {config.text_shards}; one needs the other."
-        )
-    count = round(config.text_mix * global_batch)
-    if config.text_mix and (count == 0 or count == global_batch or count % world_size):
-        raise UserError(
-            f"data.text_mix is {config.text_mix}: {count} of a step's {global_batch} sequences, which does not leave"
-            f" each of {world_size} ranks the same number of both kinds. Change it or train.global_batch_tokens."
+            f"data.replay_ratio is {config.replay_ratio}: {count} of a step's {global_batch} sequences, which does not"
+            f" leave each of {world_size} ranks the same number of both kinds. Change it or train.global_batch_tokens."
         )
     return count
 
 
-def num_trained_on(manifest: Manifest, *, keep_every: int) -> int:
-    """Count the training samples that data.keep_every leaves.
-
-    Raises:
-        UserError: it is no number of samples.
-    """
-    if keep_every < 1:
-        raise UserError(f"data.keep_every is {keep_every}; wanted is at least 1.")
-    return -(-manifest.counts.get("train", 0) // keep_every)
+def num_trained_on(manifest: Manifest, *, subsample_every: int) -> int:
+    """Count the training samples that data.subsample_every leaves."""
+    return -(-manifest.counts.get("train", 0) // subsample_every)
 
 
 def text_stream(config: DataConfig) -> DataConfig:
-    """Say how the text of data.text_mix is read: as text-only training reads its shards."""
-    assert config.text_shards is not None
-    whole = replace(config, remote="", cache_limit=None, keep_every=1)
-    return replace(whole, shards=config.text_shards, mode="text-only")
+    """Say how the text of data.replay_ratio is read: as text-only training reads its shards."""
+    assert config.replay_shards is not None
+    whole = replace(config, remote="", cache_limit=None, subsample_every=1)
+    return replace(whole, shards=config.replay_shards, mode="text-only")
 
 
 def live_with_rank(worker: int) -> None:

@@ -30,8 +30,6 @@ KMEANS_ITERATIONS = 20
 
 def build_model(config: TokenizerConfig) -> VQModel:
     """Make a random VQModel of MoVQGAN's family, attention at the coarsest resolution only."""
-    if any(channels % 32 for channels in config.channels):
-        raise UserError(f"--channels is {config.channels}; spatial norms need multiples of 32.")
     levels = len(config.channels)
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),

@@ -3,17 +3,18 @@
 If pre-training helps only because its weights have a good scale or distribution, a control helps as much.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
+import torch
+from torch import Generator, Tensor, nn
+
+from t2i.config import ControlInit
 from t2i.errors import UserError
 from t2i.model.trainable import layers_of
 
-CONTROLS = ("within-tensors", "moments", "layer-order")
-
 
 @torch.no_grad()
-def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
+def control_init(model: nn.Module, *, kind: ControlInit, seed: int) -> None:
     """Turn a model's weights into a control, in place.
 
     Args:
@@ -22,36 +23,46 @@ def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
             another place, which keeps all of its matrices.
 
     Raises:
-        UserError: an unknown kind, or a single layer to move.
+        UserError: there is a single layer to move.
     """
-    generator = torch.Generator().manual_seed(
-        seed
-    )  # on the CPU, so that a seed means the same on every device
-    if kind == "layer-order":
-        _move_layers(layers_of(model), generator)
-        return
-    if kind not in CONTROLS:
-        raise UserError(f"model.scramble is {kind!r}; wanted is none or one of {', '.join(CONTROLS)}.")
-    change = _shuffled if kind == "within-tensors" else _redrawn
+    # On the CPU, so that a seed means the same on every device.
+    CONTROLS[kind](model, Generator().manual_seed(seed))
+
+
+def _shuffle(model: nn.Module, generator: Generator) -> None:
     for value in model.parameters():
-        value.copy_(change(value, generator))
+        value.copy_(_shuffled(value, generator))
 
 
-def _shuffled(value: Tensor, generator: torch.Generator) -> Tensor:
+def _redraw(model: nn.Module, generator: Generator) -> None:
+    for value in model.parameters():
+        value.copy_(_redrawn(value, generator))
+
+
+def _shuffled(value: Tensor, generator: Generator) -> Tensor:
     return value.flatten()[torch.randperm(value.numel(), generator=generator)].view_as(value)
 
 
-def _redrawn(value: Tensor, generator: torch.Generator) -> Tensor:
+def _redrawn(value: Tensor, generator: Generator) -> Tensor:
     noise = torch.randn(value.shape, generator=generator)
     return value.float().mean() + noise * value.float().std(correction=0)
 
 
-def _move_layers(layers: nn.ModuleList, generator: torch.Generator) -> None:
+def _move_layers(model: nn.Module, generator: Generator) -> None:
     """Give every layer the weights of the one after it in a random circle, so that no layer keeps its place."""
+    layers = layers_of(model)
     if len(layers) < 2:
-        raise UserError(f"model.scramble is layer-order; a model of {len(layers)} layer has no order.")
+        raise UserError(f"model.control_init is layer-order; a model of {len(layers)} layer has no order.")
     circle = torch.randperm(len(layers), generator=generator).tolist()
     # Copied before any is loaded: load_state_dict writes into the tensors that these are views of.
     states = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
     for place, source in zip(circle, circle[1:] + circle[:1], strict=True):
         layers[place].load_state_dict(states[source])
+
+
+CONTROLS: dict[str, Callable[[nn.Module, Generator], None]] = {
+    "within-tensors": _shuffle,
+    "moments": _redraw,
+    "layer-order": _move_layers,
+}
+"""What each choice of model.control_init does; `none` never comes here."""

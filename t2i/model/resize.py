@@ -1,6 +1,7 @@
 """Grow a language model's vocabulary by image embeddings; those that it has stay as they are, bit for bit."""
 
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,9 @@ from t2i.model.trainable import merge_lora
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
 
 
-def new_rows(old: Tensor, *, count: int, kind: str, generator: torch.Generator) -> Tensor:
+def new_rows(
+    old: Tensor, *, count: int, kind: Literal["random", "mean"], generator: torch.Generator
+) -> Tensor:
     """Make rows (count, D) to put after the rows `old` (V, D).
 
     Args:
@@ -26,10 +29,8 @@ def new_rows(old: Tensor, *, count: int, kind: str, generator: torch.Generator) 
         rows = torch.empty(count, width)
         # Drawn in fp32 and cast, so that a seed gives the same values in every precision.
         return nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator).to(old.dtype)
-    if kind == "mean":
-        jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
-        return (old.float().mean(0) + jitter).to(old.dtype)
-    raise UserError(f"model.rows is {kind!r}; wanted is random, mean or a .safetensors file.")
+    jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
+    return (old.float().mean(0) + jitter).to(old.dtype)
 
 
 def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed: int) -> None:
@@ -54,7 +55,7 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
     given = {}
     if Path(rows).suffix == ".safetensors":
         if not Path(rows).is_file():
-            raise UserError(f"model.rows is {rows}, which is no file.")
+            raise UserError(f"model.new_embeddings is {rows}, which is no file.")
         given = load_file(rows)
     # transformers makes the modules larger and keeps ties; its own values for new rows are overwritten below.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
@@ -65,7 +66,9 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         if given:
             added = _given(given, name, rows, shape=(count, old.shape[1]))
         else:
-            added = new_rows(old, count=count, kind=rows, generator=generator)
+            # ModelConfig lets no other words through.
+            kind = cast(Literal["random", "mean"], rows)
+            added = new_rows(old, count=count, kind=kind, generator=generator)
         with torch.no_grad():
             module.weight[: len(old)] = old  # (V0, D)
             module.weight[len(old) :] = added  # (V - V0, D)
@@ -79,9 +82,11 @@ def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
 
 def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:
     if name not in tensors:
-        raise UserError(f"model.rows: {file} has no tensor {name}; it has {', '.join(tensors)}.")
+        raise UserError(f"model.new_embeddings: {file} has no tensor {name}; it has {', '.join(tensors)}.")
     if tuple(tensors[name].shape) != shape:
-        raise UserError(f"model.rows: {name} in {file} is {tuple(tensors[name].shape)}; wanted is {shape}.")
+        raise UserError(
+            f"model.new_embeddings: {name} in {file} is {tuple(tensors[name].shape)}; wanted is {shape}."
+        )
     return tensors[name]
 
 

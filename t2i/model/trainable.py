@@ -9,14 +9,15 @@
 Beside the ladder stand low-rank adapters: every matrix of the layers is frozen, and what is added to it is trainable.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from t2i.config import Trainable
 from t2i.errors import UserError
 
-RECIPES = ("all", "embeddings", "norms", "first-half", "feed-forward")
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
 """What model classes call the feed-forward part of a layer: open_lm's name and transformers' own."""
 
@@ -25,20 +26,22 @@ SCALE = 2.0
 """What the adapters' product is multiplied by (peft's lora_alpha over rank)."""
 
 
-def set_trainable(model: PreTrainedModel, *, recipe: str) -> None:
+def set_trainable(model: PreTrainedModel, *, recipe: Trainable) -> None:
     """Freeze, in place, every parameter that the recipe does not name.
 
     Raises:
-        UserError: an unknown recipe, one that adds nothing to this model, or one that freezes everything.
+        UserError: a recipe that adds nothing to this model, or one that freezes everything.
 
     Source: paper, Figure 6.
     """
     # By identity: a tied head is the embedding's own tensor, and must not freeze it again under another name.
-    trainable = {id(value) for module in _trainable_modules(model, recipe) for value in module.parameters()}
+    trainable = {id(value) for module in RECIPES[recipe](model) for value in module.parameters()}
     for value in model.parameters():
         value.requires_grad_(id(value) in trainable)
     if not any(value.requires_grad for value in model.parameters()):
-        raise UserError(f"model.learn is {recipe}, which freezes every parameter of {type(model).__name__}.")
+        raise UserError(
+            f"model.trainable is {recipe}, which freezes every parameter of {type(model).__name__}."
+        )
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
@@ -60,21 +63,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return found
 
 
-def _trainable_modules(model: PreTrainedModel, recipe: str) -> list[nn.Module]:
-    """Climb the ladder up to the recipe's level; each level has the modules of those below it."""
-    if recipe == "all":
-        return [model]
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if recipe == "embeddings":
-        return embeddings
-    norms = embeddings + _norms_and_positions(model)
-    if recipe == "norms":
-        return norms
-    if recipe == "first-half":
-        return norms + _first_half(layers_of(model))
-    if recipe == "feed-forward":
-        return norms + [_feed_forward(layer) for layer in layers_of(model)]
-    raise UserError(f"model.learn is {recipe!r}; wanted is one of {', '.join(RECIPES)}.")
+def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _with_norms(model: PreTrainedModel) -> list[nn.Module]:
+    return _embeddings(model) + _norms_and_positions(model)
 
 
 def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
@@ -94,8 +88,18 @@ def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
 
 def _first_half(layers: nn.ModuleList) -> list[nn.Module]:
     if len(layers) < 2:
-        raise UserError(f"model.learn is first-half; a model of {len(layers)} layer has no first half.")
+        raise UserError(f"model.trainable is first-half; a model of {len(layers)} layer has no first half.")
     return list(layers[: len(layers) // 2])
+
+
+RECIPES: dict[str, Callable[[PreTrainedModel], list[nn.Module]]] = {
+    "all": lambda model: [model],
+    "embeddings": _embeddings,
+    "norms": _with_norms,
+    "first-half": lambda model: _with_norms(model) + _first_half(layers_of(model)),
+    "feed-forward": lambda model: _with_norms(model) + [_feed_forward(layer) for layer in layers_of(model)],
+}
+"""The trainable modules of each choice of model.trainable; each level of the ladder has those of the level below."""
 
 
 def _feed_forward(layer: nn.Module) -> nn.Module:
@@ -103,7 +107,7 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
     name = next((name for name in FEED_FORWARD_NAMES if name in names), None)
     if name is None:
         raise UserError(
-            f"model.learn is feed-forward; a layer here has {', '.join(names)}, none of {FEED_FORWARD_NAMES}."
+            f"model.trainable is feed-forward; a layer here has {', '.join(names)}, none of {FEED_FORWARD_NAMES}."
         )
     return layer.get_submodule(name)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from PIL import Image
 
 from t2i.data.shards.manifest import Manifest
@@ -18,7 +17,7 @@ from t2i.files import read_optional_json
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
-from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS
+from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_settings
 from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run
 from t2i.tokens.image import centre_crop_resize
 
@@ -94,7 +93,7 @@ def _page(run_dir: Path) -> Page:
         name=run_dir.name,
         status=read_optional_json(run_dir / STATUS),
         environment=read_optional_json(run_dir / ENVIRONMENT),
-        settings=yaml.safe_load((run_dir / RESOLVED).read_text()),
+        settings=read_settings(run_dir),
         manifest=manifest,
         scores=read_optional_json(measured / SCORES) if measured else {},
         baselines=baselines,

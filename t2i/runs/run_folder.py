@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import platform
 import shlex
@@ -15,9 +16,13 @@ from typing import IO, Any, Protocol
 
 import yaml
 
+from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
 from t2i.runs.checkpoint_store import last_step
+from t2i.settings import changed_settings
+
+logger = logging.getLogger(__name__)
 
 RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, LOCK = (
     "resolved.yaml",
@@ -30,25 +35,6 @@ SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the captions of each of them, a line each."""
 
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
-FREE_TO_CHANGE = (
-    "train.max_steps",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.deterministic",
-    "train.spike",
-    "train.spike_score",
-    "train.hang_timeout_seconds",
-    "train.sample_every",
-    "train.eval_every",
-    "train.eval_pictures",
-    "train.eval_text",
-    "data.num_workers",
-    "data.cache_limit",
-    "model.gradient_checkpointing",
-)
-"""Keys that a run may be gone on with at other values; max_steps moves the end of the cosine."""
 
 
 class Settings(Protocol):
@@ -88,11 +74,22 @@ def open_run(config: Settings, *, ds_config: dict[str, Any], heading: str = "") 
     return lock
 
 
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Read a run's resolved.yaml, in today's spelling of its keys."""
+    found = yaml.safe_load((run_dir / RESOLVED).read_text())
+    settings = with_new_keys(found, is_said=False)
+    if settings != found:
+        # One sentence, not one a key: nobody typed them, and a resumed run writes the new ones.
+        logger.warning(
+            "%s has old names of settings, which are read up to release %s.", run_dir / RESOLVED, LAST_RELEASE
+        )
+    return settings
+
+
 def _refuse_other_science(config: Settings) -> None:
-    resolved = config.run_dir / RESOLVED
-    if not resolved.exists():
+    if not (config.run_dir / RESOLVED).exists():
         return
-    changed = differences(yaml.safe_load(resolved.read_text()), plain(config))
+    changed = changed_settings(read_settings(config.run_dir), plain(config), kind=type(config))
     if changed:
         listed = "; ".join(changed)
         raise UserError(
@@ -128,21 +125,6 @@ def _lock(run_dir: Path) -> IO[str]:
     lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
     lock.flush()
     return lock
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any], *, prefix: str = "") -> list[str]:
-    """List the science keys whose values differ, as sentences; run_dir and free keys are not compared."""
-    changed = []
-    for key in {**found, **wanted}:
-        name = f"{prefix}{key}"
-        if name in FREE_TO_CHANGE or name == "run_dir":
-            continue
-        old, new = found.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed += differences(old, new, prefix=f"{name}.")
-        elif old != new:
-            changed.append(f"{name} is {old} there, {new} here")
-    return changed
 
 
 def environment() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from t2i.config import ASSETS, PlanConfig, RunConfig
+from t2i.config import ASSETS, Gpu, PlanConfig, RunConfig
 from t2i.cost.assumptions import known_data, model_config, num_text_rows
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, count_parameters, flops_a_token, weight_bytes
@@ -42,7 +42,7 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     return [_cost(name, config, plan=plan, element_bytes=element, out=out) for name, config in runs.items()]
 
 
-def cost_lines(costs: list[RunCost], *, machines: list[tuple[str, int]], mfu: float) -> list[str]:
+def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: float) -> list[str]:
     """Write a study's cost out, a line per run, and the time of what is not done on each machine.
 
     Args:
@@ -68,12 +68,8 @@ def cost_lines(costs: list[RunCost], *, machines: list[tuple[str, int]], mfu: fl
     return lines
 
 
-def seconds_on(costs: list[RunCost], *, gpu: str, num_gpus: int, mfu: float) -> float:
-    """Estimate the time of all runs, one after another on num_gpus GPUs in bf16, or on `cpu`, this machine's, in fp32.
-
-    Raises:
-        UserError: an unknown device.
-    """
+def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> float:
+    """Estimate the time of all runs, one after another on num_gpus GPUs in bf16, or on `cpu`, here, in fp32."""
     device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
     # One after another on all devices: side by side on fewer each would take as long in all.
     return sum(one.flops for one in costs) / (device.peak_flops * num_gpus * mfu)
@@ -85,10 +81,10 @@ def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int,
         settings,
         data=known_data(config.data.shards, plan=plan),
         seq_len=seq_len,
-        image_rows_only=config.train.image_rows_only,
+        image_rows_only=config.train.image_vocab_only,
     )
     counts = count_parameters(
-        model, recipe=settings.learn, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
+        model, recipe=settings.trainable, lora_rank=settings.lora_rank, num_kept=num_text_rows(model)
     )
     sequences = global_batch(config.train.global_batch_tokens, seq_len=seq_len, world_size=1)
     tokens = config.train.max_steps * sequences * seq_len
@@ -96,7 +92,8 @@ def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int,
     return RunCost(
         name=name,
         tokens=tokens,
-        flops=tokens * flops_a_token(model, counts=counts, seq_len=seq_len, text_mix=config.data.text_mix),
+        flops=tokens
+        * flops_a_token(model, counts=counts, seq_len=seq_len, replay_ratio=config.data.replay_ratio),
         disk_bytes=config.train.keep_last * checkpoint_bytes(counts, element_bytes=element_bytes),
         took_seconds=record.seconds if record.state == "done" else None,
     )
@@ -106,7 +103,7 @@ def _embedded() -> dict[str, Any]:
     """Describe the embedded images and tokenizers, which a study's own shards are made of."""
     tokenizer = read_json(ASSETS / "image_tokenizer" / "config.json")
     return {
-        "text_rows": TextTokenizer.load(ASSETS / "text_tokenizer").num_tokens,
+        "text_vocab_size": TextTokenizer.load(ASSETS / "text_tokenizer").num_tokens,
         "codebook_size": tokenizer["num_vq_embeddings"],
         "codes_per_image": 64,
         "num_pairs": 3_500,

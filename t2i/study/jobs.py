@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from t2i.cli import flags_of_mapping
+from t2i.cli import flags_of_mapping, read_flags
 from t2i.config import RunConfig
 from t2i.errors import UserError
 from t2i.files import read_optional_json, write_json
@@ -146,7 +144,9 @@ def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
 
 def _parsed(flags: list[str], *, where: str) -> RunConfig:
     try:
-        return tyro.cli(RunConfig, args=flags)
+        return read_flags(RunConfig, flags)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except SystemExit as error:  # tyro has printed which flag, and exits as if this were the training command
         raise UserError(f"{where} has settings that {TRAIN} does not take.") from error
 
@@ -166,14 +166,14 @@ def _check_losses(study: Study) -> None:
     """Read every arm's settings, and refuse arms whose image losses are different quantities.
 
     Raises:
-        UserError: settings that a run does not have, or train.image_rows_only in some arms and not in others.
+        UserError: settings that a run does not have, or train.image_vocab_only in some arms and not in others.
     """
     configs = {name: run_config(study, arm=name, seed=0, out=Path("out")) for name in study.arms}
-    restricted = [name for name, config in configs.items() if config.train.image_rows_only]
+    restricted = [name for name, config in configs.items() if config.train.image_vocab_only]
     # A softmax over image codes alone leaves out what it costs that no word follows: its loss is lower for nothing.
     if restricted and len(restricted) < len(configs):
         raise UserError(
-            f"{study.file}: train.image_rows_only is set in {', '.join(restricted)} alone; its image losses do not"
+            f"{study.file}: train.image_vocab_only is set in {', '.join(restricted)} alone; its image losses do not"
             " compare with those over all rows. Set it for all arms, or make two studies."
         )
 

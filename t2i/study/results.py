@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
 from t2i.data.loader import num_trained_on
 from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
 from t2i.files import read_optional_json
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
-from t2i.runs.run_folder import RESOLVED, STATUS
+from t2i.runs.run_folder import STATUS, read_settings
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
 
@@ -135,15 +133,16 @@ def text_baselines(runs: list[Run]) -> dict[str, float]:
     """Read the count-based baselines of held-out text, in nats per token; none where it is of no text shards."""
     if not runs:
         return {}
-    file = Path(_settings(runs[0])["train"]["eval_text"]) / MANIFEST
+    file = Path(read_settings(runs[0].folder)["train"]["eval_text"]) / MANIFEST
     manifest = read_manifest_file(file) if file.is_file() else None
     return _baselines(manifest) if manifest and manifest.is_text else {}
 
 
 def num_samples(run: Run) -> int:
     """Count the samples that a run was trained on."""
+    settings = read_settings(run.folder)["data"]
     return num_trained_on(
-        read_manifest_file(run.folder / DATA_MANIFEST), keep_every=_settings(run)["data"]["keep_every"]
+        read_manifest_file(run.folder / DATA_MANIFEST), subsample_every=settings["subsample_every"]
     )
 
 
@@ -160,11 +159,6 @@ def data_manifest(run: Run) -> Manifest | None:
 
 def _baselines(manifest: Manifest) -> dict[str, float]:
     return manifest.floors_nats.get("heldout", {})
-
-
-def _settings(run: Run) -> dict[str, dict[str, Any]]:
-    settings: dict[str, dict[str, Any]] = yaml.safe_load((run.folder / RESOLVED).read_text())
-    return settings
 
 
 def _kept(one: Curve, seeds: list[int], steps: list[int]) -> Curve:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from t2i.config.renamed import with_new_flags
 from t2i.errors import Stopped, UserError
 from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study
@@ -137,8 +138,9 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
 
 def _same_command(job: Job, out: Path) -> None:
     record = read_record(out, job.name)
-    if record.state == "done" and list(record.command) != job.command:
-        changed = sorted(set(record.command) ^ set(job.command))
+    done = with_new_flags(record.command)
+    if record.state == "done" and done != job.command:
+        changed = sorted(set(done) ^ set(job.command))
         raise UserError(
             f"{out}: {job.name} was done with another command (differs in {' '.join(changed)}). Choose another --out."
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from t2i.config import RunConfig
+from t2i.config.renamed import with_new_keys
 from t2i.errors import UserError
 from t2i.files import read_yaml
 
@@ -126,7 +127,7 @@ def read_spec(file: Path) -> Study:
     Raises:
         UserError: no YAML, an unknown key, or a name that is nowhere defined.
     """
-    values = read_yaml(file, name=str(file))
+    values = _in_new_spelling(read_yaml(file, name=str(file)))
     base = _read_base(values.pop("base", None), file=file)
     if base is not None:
         values = _with_base(values, base, file)
@@ -168,6 +169,26 @@ def nearest_name(name: str, known: list[str]) -> str:
     """Say what somebody may have meant, or all that there is."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"perhaps {close[0]} was meant" if close else f"known are {', '.join(known)}"
+
+
+def _in_new_spelling(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename the settings of runs, plans, steps and measures; what has the wrong form is refused later."""
+
+    def renamed(given: Any) -> Any:
+        return with_new_keys(given) if isinstance(given, dict) else given
+
+    def with_flags(job: Any) -> Any:
+        return {**job, "flags": renamed(job["flags"])} if isinstance(job, dict) and "flags" in job else job
+
+    values = {
+        key: renamed(value) if key in ("settings", "assumed") else value for key, value in values.items()
+    }
+    if isinstance(values.get("arms"), dict):
+        values["arms"] = {arm: renamed(settings) for arm, settings in values["arms"].items()}
+    for key in ("steps", "measures"):
+        if isinstance(values.get(key), list):
+            values[key] = [with_flags(job) for job in values[key]]
+    return values
 
 
 def _read_base(name: Setting, *, file: Path) -> Study | None:

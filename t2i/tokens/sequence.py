@@ -6,15 +6,13 @@ text-only      <doc> <text> caption </text> </doc>
 """
 
 import functools
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from t2i.config import Mode
 from t2i.errors import UserError
 from t2i.tokens.vocab import VocabLayout
-
-Mode = Literal["text-to-image", "image-only", "text-only"]
 
 IGNORED = -100
 """The label of a position that the loss does not count."""

@@ -35,7 +35,7 @@ ROWS_FILE, STATE_FILE, SUMMARY = "rows.safetensors", "training_state.pt", "align
 
 
 def align(run: AlignRun) -> dict[str, Any]:
-    """Align, write rows.safetensors for model.rows, and return the held-out retrieval of each space.
+    """Align, write rows.safetensors for model.new_embeddings, and return the held-out retrieval of each space.
 
     Needs torch.distributed. Goes on from its last save.
 
@@ -43,7 +43,7 @@ def align(run: AlignRun) -> dict[str, Any]:
         UserError: more pairs a step than the data has, or a model that knows the codes already.
     """
     manifest, config = manifest_of(run.data), run.align
-    count = num_trained_on(manifest, keep_every=run.data.keep_every)
+    count = num_trained_on(manifest, subsample_every=run.data.subsample_every)
     if count < config.num_pairs:
         raise UserError(
             f"align.num_pairs is {config.num_pairs}; {run.data.shards} has {count} training pairs."

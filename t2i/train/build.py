@@ -52,14 +52,14 @@ def build_model(
     )
     model, layout = start.model, start.layout
     if start.num_kept < layout.vocab_size and not manifest.is_text:
-        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.rows, seed=train.seed)
+        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings, seed=train.seed)
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
-    if train.image_rows_only and manifest.is_text:
-        raise UserError("train.image_rows_only is set, but the shards hold no image codes.")
+    if train.image_vocab_only and manifest.is_text:
+        raise UserError("train.image_vocab_only is set, but the shards hold no image codes.")
     # Written into config.json, so that whoever draws or measures later knows how the model was trained.
-    model.config.image_rows_only = train.image_rows_only
+    model.config.image_rows_only = train.image_vocab_only
     model.config.sequence_mode, model.config.sequence_length = data.mode, data.seq_len
     _check_positions(model, seq_len=data.seq_len, name=config.init)
     if config.gradient_checkpointing:
@@ -72,24 +72,16 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
     """Split new rows from the first num_kept where they learn in their own way, and freeze what does not learn.
 
     Raises:
-        UserError: settings that contradict each other, or that leave nothing to learn.
+        UserError: settings that leave nothing to train.
     """
     rank = config.lora_rank
-    if rank < 0 or train.l2_to_init < 0:
-        raise UserError(
-            f"model.lora_rank is {rank} and train.l2_to_init {train.l2_to_init}; wanted is 0 or more."
-        )
-    if rank and config.learn != "all":
-        raise UserError(
-            f"model.lora_rank is {rank}: what learns is settled, but model.learn says {config.learn}."
-        )
     has_new = model.config.vocab_size > num_kept
-    if train.new_rows_lr is not None and not has_new:
-        raise UserError("train.new_rows_lr is set, but no row is new.")
+    if train.new_embeddings_lr is not None and not has_new:
+        raise UserError("train.new_embeddings_lr is set, but no embedding is new.")
     # One tensor has one learning rate and one requires_grad: what differs for new rows needs them apart.
-    if has_new and (train.new_rows_lr is not None or train.l2_to_init or rank):
+    if has_new and (train.new_embeddings_lr is not None or train.l2_sp or rank):
         split_rows(model, num_old=num_kept)
-    set_trainable(model, recipe=config.learn)
+    set_trainable(model, recipe=config.trainable)
     if rank:
         add_lora(model, rank=rank)
 
@@ -109,13 +101,11 @@ def starting_model(
     """Make or load the language model, scrambled if asked, with the rows that can be kept."""
     if config.init != "random":
         start = loaded_start(config.init, manifest=manifest, text_tokenizer=text_tokenizer)
-    elif config.scramble != "none":
-        raise UserError(f"model.scramble is {config.scramble}, but model.init is random.")
     else:
         size = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
         start = _kept_rows(made_of(size), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
-    if config.scramble != "none":
-        control_init(start.model, kind=config.scramble, seed=seed)
+    if config.control_init != "none":
+        control_init(start.model, kind=config.control_init, seed=seed)
     return start
 
 

@@ -126,7 +126,7 @@ class Saver:
             "loader": self.loader.state_dict(),
             "world_size": dist.get_world_size(),
             "global_batch": self.loader.global_batch,
-            "image_rows_only": settings.image_rows_only,
+            "image_rows_only": settings.image_vocab_only,
             "parameters": {"learned": num_learned, "all": num_all},
             "parameter_groups": group_sizes(self.engine),
             "optimizer_state_bytes": optimizer_state_bytes(self.engine),

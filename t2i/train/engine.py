@@ -78,8 +78,8 @@ def make_engine(
         model=learner, model_parameters=parameter_groups(learner, config=config), config=whole
     )
     measure_in_parts(engine.optimizer)
-    if config.l2_to_init:
-        pull_to_start(engine.optimizer.optimizer, share=config.l2_to_init)
+    if config.l2_sp:
+        pull_to_start(engine.optimizer.optimizer, share=config.l2_sp)
     return engine
 
 
@@ -128,7 +128,7 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str
     DeepSpeed flattens, updates and frees one group's gradients after the other, so the largest matrices are groups of
     their own. `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
-    scale = 1.0 if config.new_rows_lr is None else config.new_rows_lr / config.lr
+    scale = 1.0 if config.new_embeddings_lr is None else config.new_embeddings_lr / config.lr
     learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
     new_rows = [value for name, value in learned.items() if name.endswith(".new")]
     others = [value for name, value in learned.items() if not name.endswith(".new")]

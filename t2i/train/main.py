@@ -1,7 +1,6 @@
 """One training run, from its settings to its last checkpoint."""
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from typing import IO, Any, NoReturn
 
 import torch.distributed as dist
 
-from t2i.config import RunConfig, TrainConfig
+from t2i.config import RunConfig
 from t2i.cost.devices import warn_of_slow_bf16
 from t2i.data.batching import global_batch
 from t2i.data.loader import StepLoader
@@ -22,7 +21,7 @@ from t2i.distributed.launch import make_repeatable, prepare_environment, start_p
 from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine
-from t2i.errors import EXPECTED, NumericalError, Stopped, UserError, exit_code
+from t2i.errors import EXPECTED, NumericalError, Stopped, exit_code
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import make_folder, open_run, write_status
 from t2i.train.build import build_model
@@ -37,27 +36,6 @@ from t2i.train.step import Stepper
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST_ONE = ("max_steps", "global_batch_tokens", "log_every", "keep_last", "eval_pictures")
-BELOW_ONE = ("beta1", "beta2")
-AT_LEAST_ZERO = (
-    "save_every",
-    "keep_every",
-    "hang_timeout_seconds",
-    "eval_every",
-    "sample_every",
-    "warmup_steps",
-    "weight_decay",
-    "z_loss",
-    "lr",
-    "new_rows_lr",
-    "min_lr_ratio",
-    "grad_clip",
-    "l2_to_init",
-    "spike_score",
-    "beta1",
-    "beta2",
-)
-
 
 def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None) -> None:
     """Train in this process, one rank of a launched job or a job of its own.
@@ -70,7 +48,6 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
     Raises:
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
-    check_numbers(config.train)
     run_dir, data_config, model_config, train_config = config.run_dir, config.data, config.model, config.train
     ds_config = read_ds_config(ds_config_path)
     make_folder(run_dir)  # first of all: whoever waits in a queue for hours wants to know at once
@@ -153,22 +130,6 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
     finally:
         for lock in locks:
             lock.close()
-
-
-def check_numbers(config: TrainConfig) -> None:
-    """Refuse numbers that no run can have.
-
-    Raises:
-        UserError: the first such key.
-    """
-    for least, keys in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
-        for key in keys:
-            value = getattr(config, key)
-            if value is not None and not least <= value < math.inf:  # nan is neither
-                raise UserError(f"train.{key} is {value}; wanted is a number of at least {least}.")
-    for key in BELOW_ONE:
-        if getattr(config, key) >= 1:
-            raise UserError(f"train.{key} is {getattr(config, key)}; wanted is less than 1.")
 
 
 def _leave(peers: Peers, error: BaseException) -> NoReturn:

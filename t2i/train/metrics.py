@@ -80,7 +80,7 @@ class Speed:
         self, model: PreTrainedModel, *, data: DataConfig, device: torch.device, is_half: bool
     ) -> None:
         self.flops_a_token = flops_a_token(
-            model.config, counts=counts_of(model), seq_len=data.seq_len, text_mix=data.text_mix
+            model.config, counts=counts_of(model), seq_len=data.seq_len, replay_ratio=data.replay_ratio
         )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and is_half else ""
         self.peak_flops = peak_flops_of(name)

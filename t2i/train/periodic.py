@@ -53,7 +53,7 @@ def periodic_work(
         writer: the first rank's.
     """
     model, layout = learner.model, learner.layout
-    amount, tokenizer = config.eval_pictures, inputs.text_tokenizer
+    amount, tokenizer = config.eval_images, inputs.text_tokenizer
     found = [
         Periodic(
             every=config.eval_every,

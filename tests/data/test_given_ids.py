@@ -67,7 +67,7 @@ def test_ids_of_every_layout_are_trained_on(folder, ids, tmp_path):
         data=DataConfig(shards=tmp_path / "shards", seq_len=32),
         model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2),
         train=TrainConfig(
-            max_steps=2, global_batch_tokens=4 * 32, eval_every=2, sample_every=1, eval_pictures=4
+            max_steps=2, global_batch_tokens=4 * 32, eval_every=2, sample_every=1, eval_images=4
         ),
     )
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")

@@ -160,14 +160,18 @@ def first_batches(loader, count):
     return [batch["input_ids"].tolist() for batch in itertools.islice(iter(loader), count)]
 
 
-def test_the_order_does_not_depend_on_workers_and_resumes_in_mid_epoch(prepared, text_tokenizer):
-    batches = first_batches(loader_of(prepared, text_tokenizer), 8)
-    assert first_batches(loader_of(prepared, text_tokenizer, num_workers=2), 8) == batches
-    begun = loader_of(prepared, text_tokenizer)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_order_does_not_depend_on_workers_and_resumes_in_mid_epoch(prepared, text_tokenizer, nodes):
+    settings = {"num_canonical_nodes": nodes}
+    batches = first_batches(loader_of(prepared, text_tokenizer, **settings), 8)
+    assert first_batches(loader_of(prepared, text_tokenizer, num_workers=2, **settings), 8) == batches
+    begun = loader_of(prepared, text_tokenizer, **settings)
     assert first_batches(begun, 5) == batches[:5]
-    resumed = loader_of(prepared, text_tokenizer)
+    resumed = loader_of(prepared, text_tokenizer, **settings)
     resumed.load_state_dict(begun.state_dict())
     assert first_batches(resumed, 3) == batches[5:]
+    other = first_batches(loader_of(prepared, text_tokenizer, num_canonical_nodes=3 - nodes), 1)
+    assert other != batches[:1]  # the parts are shuffled each in itself, so the order is another
 
 
 def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer):
@@ -182,11 +186,11 @@ def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer
 
 def test_every_nth_sample_alone_is_read_again_and_again(prepared, text_tokenizer):
     keys = [sample["key"] for sample in shards.read_split(prepared, "train")]
-    loader = loader_of(prepared, text_tokenizer, keep_every=3)
+    loader = loader_of(prepared, text_tokenizer, subsample_every=3)
     seen = {key for _, batch in zip(range(len(keys)), loader, strict=False) for key in batch["key"]}
     assert seen == set(keys[::3])
-    with pytest.raises(UserError, match="data.keep_every is 0; wanted is at least 1"):
-        loader_of(prepared, text_tokenizer, keep_every=0)
+    with pytest.raises(UserError, match="data.subsample_every is 0; expected a whole number >= 1"):
+        loader_of(prepared, text_tokenizer, subsample_every=0)
 
 
 def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):

@@ -48,7 +48,7 @@ def run_config(shards, run_dir):
         run_dir=run_dir,
         data=DataConfig(shards=shards, seq_len=90),
         model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2),
-        train=TrainConfig(max_steps=2, global_batch_tokens=4 * 90, eval_every=2, eval_pictures=2),
+        train=TrainConfig(max_steps=2, global_batch_tokens=4 * 90, eval_every=2, eval_images=2),
     )
 
 
@@ -193,7 +193,7 @@ def test_filters_are_counted_in_the_manifest_by_reason(tmp_path, tokenizers):
     assert manifest.broken == 1
     assert sum(manifest.counts.values()) == 6
     assert reopen_source(manifest).config == reading
-    with pytest.raises(UserError, match="min_score is 0.5, but score_key names no column"):
+    with pytest.raises(UserError, match="--min-score is 0.5, but --score-key names no column"):
         open_source("openmoji", config=SourceConfig(min_score=0.5))
 
 
@@ -228,11 +228,6 @@ def test_annotations_of_another_schema_are_a_sentence(tmp_path):
         DataError, match=r"captions_train2014\.json: images: file_name is None; wanted is str"
     ):
         open_source(f"coco:{tmp_path}/coco")
-
-
-def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"heldout_share is 1\.0; wanted is a share from 0 to below 1"):
-        open_source(made.text_folder(tmp_path / "some"), heldout_share=1.0)
 
 
 def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path):

@@ -111,7 +111,7 @@ def test_two_ranks_go_on_as_one(shards, whole, half, tmp_path, observed, caplog)
     config = config_of(shards, half)
     config = replace(
         config,
-        model=replace(config.model, learn="norms"),
+        model=replace(config.model, trainable="norms"),
         train=replace(config.train, max_steps=8, save_every=2, eval_every=0, deterministic=True),
     )
     with caplog.at_level("INFO", logger="t2i"):
@@ -131,7 +131,7 @@ def test_one_rank_goes_on_as_two(shards, tmp_path, observed):
     config = config_of(shards, tmp_path / "one")
     config = replace(
         config,
-        model=replace(config.model, learn="norms"),
+        model=replace(config.model, trainable="norms"),
         train=replace(config.train, max_steps=8, save_every=4, keep_last=9, eval_every=0, deterministic=True),
     )
     train(config, ds_config_path=ds_config(tmp_path))
@@ -293,7 +293,7 @@ def test_a_second_interrupt_ends_at_once(shards, tmp_path, observed):
     expected="broken off, saved, status 75 in 30 s; done first when the run goes on",
 )
 def test_a_measure_is_broken_off_and_made_up_for(shards, tmp_path, observed):
-    settings = {"train__max_steps": 4, "train__eval_every": 2, "train__eval_pictures": 36}
+    settings = {"train__max_steps": 4, "train__eval_every": 2, "train__eval_images": 36}
     undisturbed = Job(shards, tmp_path / "whole", **settings).run()
     job = Job(shards, tmp_path / "run", fault="1:2:term:periodic", **settings).run()
     assert_stopped(job)

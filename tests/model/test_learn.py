@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from t2i.config import ModelConfig
 from t2i.errors import UserError
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
@@ -89,8 +90,8 @@ def test_other_model_classes_have_the_same_ladder():
 
 
 def test_recipes_that_name_nothing_are_refused():
-    with pytest.raises(UserError, match="model.learn is 'half'; wanted is one of all, embeddings"):
-        set_trainable(tiny(), recipe="half")
+    with pytest.raises(UserError, match="model.trainable is 'half'; expected one of all, embeddings"):
+        ModelConfig(trainable="half")
     with pytest.raises(UserError, match="a model of 1 layer has no first half"):
         set_trainable(tiny(num_hidden_layers=1), recipe="first-half")
 
@@ -99,7 +100,9 @@ def test_a_recipe_that_freezes_everything_is_refused():
     model = tiny()
     model.set_input_embeddings(torch.nn.Identity())
     model.set_output_embeddings(torch.nn.Identity())
-    with pytest.raises(UserError, match="model.learn is embeddings, which freezes every parameter of OpenLM"):
+    with pytest.raises(
+        UserError, match="model.trainable is embeddings, which freezes every parameter of OpenLM"
+    ):
         set_trainable(model, recipe="embeddings")
 
 
@@ -150,7 +153,9 @@ def test_a_seed_scrambles_the_same_way_twice():
 
 
 def test_a_scrambling_that_is_none_is_refused():
-    with pytest.raises(UserError, match="model.scramble is 'layers'"):
-        control_init(tiny(), kind="layers", seed=0)
+    with pytest.raises(
+        UserError, match="model.control_init is 'layers'; expected one of none, within-tensors"
+    ):
+        ModelConfig(init="runs/language-model", control_init="layers")
     with pytest.raises(UserError, match="a model of 1 layer has no order"):
         control_init(tiny(num_hidden_layers=1), kind="layer-order", seed=0)

@@ -45,7 +45,7 @@ seeds: [0, 1, 2]
 settings:
   data: {{shards: "{shards}", seq_len: 90}}
   model: {{hidden_size: 32, num_layers: 2, num_heads: 2}}
-  train: {{max_steps: 6, global_batch_tokens: 720, warmup_steps: 1, save_every: 6, eval_every: 2, eval_pictures: 8,
+  train: {{max_steps: 6, global_batch_tokens: 720, warmup_steps: 1, save_every: 6, eval_every: 2, eval_images: 8,
           eval_text: "{text}"}}
 arms:
   fast: {{train: {{lr: 5.0e-3}}}}

@@ -247,7 +247,7 @@ def test_a_converted_tokenizer_is_measured_at_another_size_on_any_folder(tmp_pat
         (tmp_path / "pictures" / f"{index}.txt").write_text("noise")
     words = [
         "evaluate", "--tokenizer", tmp_path / "tokenizer", "--source", tmp_path / "pictures", "--split", "all",
-        "--num-pictures", "8",
+        "--num-images", "8",
     ]  # fmt: skip
     launch(monkeypatch, *words, "--image-size", 96, "--out", tmp_path / "measured", name="tokenizer.py")
     found = json.loads((tmp_path / "measured" / "measures.json").read_text())

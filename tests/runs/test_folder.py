@@ -4,6 +4,7 @@ import pytest
 
 from t2i.config import RunConfig
 from t2i.errors import UserError
+from t2i.runs import metrics_log
 from t2i.runs import run_folder as folder
 
 
@@ -30,9 +31,9 @@ def test_a_folder_serves_one_process_at_a_time(tmp_path):
 
 def test_metrics_are_rewound_and_a_torn_line_is_passed_over(tmp_path):
     for step in range(1, 6):
-        folder.append_metrics(tmp_path, {"step": step})
+        metrics_log.append_metrics(tmp_path, {"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    folder.rewind_metrics(tmp_path, step=3)
-    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [1, 2, 3]
+    metrics_log.rewind_metrics(tmp_path, step=3)
+    assert [row["step"] for row in metrics_log.read_metrics(tmp_path)] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl.rewound").read_text().count("\n") == 2

@@ -38,13 +38,13 @@ def written(tmp_path, text=STUDY):
 
 
 def test_arms_whose_losses_are_different_quantities_are_refused(tmp_path):
-    mixed = STUDY.replace("random: {}", "random: {train: {image_rows_only: true}}")
+    mixed = STUDY.replace("random: {}", "random: {train: {image_vocab_only: true}}")
     with pytest.raises(UserError, match="set in random alone"):
         read_study(written(tmp_path, mixed))
-    both = STUDY.replace("max_steps: 3", "max_steps: 3, image_rows_only: true")
+    both = STUDY.replace("max_steps: 3", "max_steps: 3, image_vocab_only: true")
     assert run_config(
         read_study(written(tmp_path, both)), arm="random", seed=0, out=tmp_path
-    ).train.image_rows_only
+    ).train.image_vocab_only
 
 
 def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path):

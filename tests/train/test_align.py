@@ -156,7 +156,9 @@ def test_alignment_learns_and_says_how_it_went(run):
 def test_its_rows_file_grows_the_model(run, language_model, finished):
     config = replace(
         finished,
-        model=replace(finished.model, init=str(language_model), rows=str(run.run_dir / "rows.safetensors")),
+        model=replace(
+            finished.model, init=str(language_model), new_embeddings=str(run.run_dir / "rows.safetensors")
+        ),
     )
     tokenizer = TextTokenizer.load(language_model)
     model, layout = build_model(
@@ -169,8 +171,8 @@ def test_its_rows_file_grows_the_model(run, language_model, finished):
     given = load_file(run.run_dir / "rows.safetensors")
     assert torch.equal(model.get_input_embeddings().weight[layout.num_text_rows :], given[INPUT_ROWS])
     assert torch.equal(model.get_output_embeddings().weight[layout.num_text_rows :], given[OUTPUT_ROWS])
-    with pytest.raises(UserError, match="model.rows: input_rows in"):
-        grow_vocabulary(model, vocab_size=layout.vocab_size + 8, rows=config.model.rows, seed=0)
+    with pytest.raises(UserError, match="model.new_embeddings: input_rows in"):
+        grow_vocabulary(model, vocab_size=layout.vocab_size + 8, rows=config.model.new_embeddings, seed=0)
 
 
 def test_a_killed_alignment_goes_on_and_ends_the_same(run, tmp_path):

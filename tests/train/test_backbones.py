@@ -181,7 +181,7 @@ def test_new_rows_apart_and_adapters_work_with_tied_heads_too(family, finished, 
         finished,
         run_dir=tmp_path / "run",
         model=replace(finished.model, init=str(start), lora_rank=2),
-        train=replace(finished.train, max_steps=1, eval_every=0, new_rows_lr=1e-2),
+        train=replace(finished.train, max_steps=1, eval_every=0, new_embeddings_lr=1e-2),
     )
     train(config, ds_config_path=DS_CONFIG)
     before, after = load_model(start), open_model(str(config.run_dir), needs_images=True).model

@@ -69,7 +69,7 @@ def untrained(config, tokenizer):
 
 
 def mixed(config, text, run_dir, **train_settings):
-    data = replace(config.data, text_mix=0.25, text_shards=text)
+    data = replace(config.data, replay_ratio=0.25, replay_shards=text)
     return replace(
         config, run_dir=run_dir, data=data, train=replace(config.train, eval_every=0, **train_settings)
     )
@@ -80,7 +80,7 @@ def test_a_step_holds_the_share_of_text_and_the_order_does_not_depend_on_where_i
 ):
     rows = tokenizer.num_tokens
     layout = VocabLayout(rows, rows, read_manifest(finished.data.shards).codebook_size)
-    data = replace(finished.data, text_mix=0.25, text_shards=text)
+    data = replace(finished.data, replay_ratio=0.25, replay_shards=text)
     settings = {"layout": layout, "global_batch": 8, "world_size": 1, "seed": 0, "tokenizer": tokenizer}
     packed = {tuple(sample["caption_ids"].tolist()) for sample in read_split(text, "train")}
     loader = StepLoader(data, **settings)
@@ -119,16 +119,15 @@ def test_mixed_text_is_counted_as_text_and_a_stopped_run_goes_on_bit_for_bit(fin
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"text_mix": 0.25, "text_shards": None}, "data.text_shards None; one needs the other"),
-        ({"text_mix": 1.0}, "wanted is a share of at least 0 and below 1"),
-        ({"text_mix": 0.01}, "0 of a step's 8 sequences"),
+        ({"replay_ratio": 0.25, "replay_shards": None}, "data.replay_shards None; one needs the other"),
+        ({"replay_ratio": 1.0}, "data.replay_ratio is 1.0; expected a number >= 0 and < 1"),
+        ({"replay_ratio": 0.01}, "0 of a step's 8 sequences"),
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(finished, text, tmp_path, changes, sentence):
-    data = replace(finished.data, text_shards=text)
-    config = replace(finished, run_dir=tmp_path / "run", data=replace(data, **changes))
     with pytest.raises(UserError, match=sentence):
-        train(config, ds_config_path=DS_CONFIG)
+        data = replace(finished.data, **{"replay_shards": text, **changes})
+        train(replace(finished, run_dir=tmp_path / "run", data=data), ds_config_path=DS_CONFIG)
 
 
 def test_text_of_another_length_is_refused_before_a_model_is_made(finished, text, tmp_path):
@@ -204,10 +203,9 @@ def test_a_run_of_adapters_goes_on_bit_for_bit(finished, start, tmp_path):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_adapters_and_another_choice_of_what_learns_contradict(finished, start, tokenizer):
-    model = replace(finished.model, init=str(start), lora_rank=2, learn="norms")
-    with pytest.raises(UserError, match="what learns is settled, but model.learn says norms"):
-        untrained(replace(finished, model=model), tokenizer)
+def test_adapters_and_another_choice_of_trainable_parameters_contradict(finished):
+    with pytest.raises(UserError, match=r"model\.trainable is norms; expected all with model\.lora_rank 2"):
+        replace(finished.model, lora_rank=2, trainable="norms")
 
 
 def test_the_pull_equals_its_formula_beside_adam():
@@ -234,9 +232,7 @@ def test_the_pull_equals_its_formula_beside_adam():
 
 def test_a_pulled_run_stays_nearer_to_its_start_and_goes_on_bit_for_bit(finished, start, tokenizer, tmp_path):
     def run(name, share):
-        settings = replace(
-            finished.train, max_steps=4, lr=1e-2, weight_decay=0.0, eval_every=0, l2_to_init=share
-        )
+        settings = replace(finished.train, max_steps=4, lr=1e-2, weight_decay=0.0, eval_every=0, l2_sp=share)
         model = replace(finished.model, init=str(start))
         return replace(finished, run_dir=tmp_path / name, model=model, train=settings)
 
@@ -290,7 +286,7 @@ from t2i.tokens.vocab import VocabLayout
 shards, text, tokenizer, codes, out = sys.argv[1:]
 tokenizer = TextTokenizer.load(tokenizer)
 layout = VocabLayout(tokenizer.num_tokens, tokenizer.num_tokens, int(codes))
-data = DataConfig(shards=Path(shards), seq_len=90, text_mix=0.25, text_shards=Path(text))
+data = DataConfig(shards=Path(shards), seq_len=90, replay_ratio=0.25, replay_shards=Path(text))
 loader = StepLoader(
     data, layout=layout, global_batch=8, world_size=dist.get_world_size(), seed=0, tokenizer=tokenizer
 )

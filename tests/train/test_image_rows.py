@@ -17,10 +17,10 @@ DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2_fp32.json"
 
 
 def test_a_run_says_so_everywhere_and_its_losses_are_over_the_rows_it_learned(finished, tmp_path):
-    settings = replace(finished.train, max_steps=2, eval_pictures=10_000, image_rows_only=True)
+    settings = replace(finished.train, max_steps=2, eval_images=10_000, image_vocab_only=True)
     config = replace(finished, run_dir=tmp_path / "run", train=settings)
     train(config, ds_config_path=DS_CONFIG)
-    assert yaml.safe_load((config.run_dir / "resolved.yaml").read_text())["train"]["image_rows_only"]
+    assert yaml.safe_load((config.run_dir / "resolved.yaml").read_text())["train"]["image_vocab_only"]
     manifest = config.run_dir / "checkpoints" / "step_000002" / "manifest.json"
     assert json.loads(manifest.read_text())["image_rows_only"]
     heldout = next(row for row in read_metrics(config.run_dir) if row.get("split") == "heldout")
@@ -41,5 +41,5 @@ def test_a_run_says_so_everywhere_and_its_losses_are_over_the_rows_it_learned(fi
     for kind in ("text", "special"):
         assert getattr(over_all, kind).nats == pytest.approx(getattr(measured, kind).nats, rel=1e-5)
 
-    with pytest.raises(UserError, match="train.image_rows_only is True there, False here"):
-        train(replace(config, train=replace(settings, image_rows_only=False)), ds_config_path=DS_CONFIG)
+    with pytest.raises(UserError, match="train.image_vocab_only is True there, False here"):
+        train(replace(config, train=replace(settings, image_vocab_only=False)), ds_config_path=DS_CONFIG)

@@ -98,7 +98,7 @@ def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypa
 
 
 def test_channels_must_suit_spatial_norms():
-    with pytest.raises(UserError, match="multiples of 32"):
+    with pytest.raises(UserError, match="expected for each a whole number .* multiple of 32"):
         build_model(replace(TINY, channels=(32, 48)))
 
 

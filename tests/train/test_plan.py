@@ -143,7 +143,7 @@ def test_frozen_parts_need_no_gradients_and_no_averages():
 
 def test_a_softmax_over_image_rows_leaves_the_other_rows_products_out():
     config = paper()
-    alone = replace(config, train=replace(config.train, image_rows_only=True))
+    alone = replace(config, train=replace(config.train, image_vocab_only=True))
     plans = [plan_of(one, ds_config=ZERO2, plan=PlanConfig()) for one in (config, alone)]
     left_out = 1_024 / 1_152 * (66_824 - 16_384) * 2_048
     assert plans[0].flops_a_token - plans[1].flops_a_token == pytest.approx(6 * left_out)
@@ -334,7 +334,7 @@ def test_shards_have_the_planned_size(shards):
     # Each split's file begins with some hundred bytes.
     overhead = (data.shard_bytes - text - 2 * ids) / len(samples)
     assert overhead == pytest.approx(MDS_BYTES_A_PAIR, abs=10)
-    plan = PlanConfig(codes_per_image=64, codebook_size=1_024, text_rows=2_048, caption_tokens=10)
+    plan = PlanConfig(codes_per_image=64, codebook_size=1_024, text_vocab_size=2_048, caption_tokens=10)
     # A vocabulary of 2,048 has shorter tokens than the 4.5 characters of the estimate.
     assert len(samples) * pair_bytes(plan) == pytest.approx(data.shard_bytes, rel=0.25)
 
@@ -369,12 +369,12 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     [
         ({"zero_optimization": {"stage": 3}}, {}, "the JSON has stage 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, {}, "stage 2 with offload_optimizer"),
-        (ZERO2, {"gpu": "tpu"}, "known are a100-40gb"),
+        (ZERO2, {"gpu": "tpu"}, "--gpu is 'tpu'; expected one of a100-40gb"),
         (ZERO2_FP32, {}, "known for bf16 only"),
         (ZERO2, {"num_gpus": 0}, "--num-gpus is 0"),
-        (ZERO2, {"mfu": 40.0}, "--mfu 40.0"),
-        (ZERO2, {"price": math.nan}, "--price nan"),
-        (ZERO2, {"num_pairs": 0}, "--num-pairs is 0; wanted is at least 1"),
+        (ZERO2, {"mfu": 40.0}, "--mfu is 40.0; expected a number > 0 and <= 1"),
+        (ZERO2, {"price": math.nan}, "--price is nan"),
+        (ZERO2, {"num_pairs": 0}, "--num-pairs is 0; expected a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_planned_is_a_sentence(ds_config, asked, sentence):

@@ -51,7 +51,7 @@ def test_what_is_frozen_does_not_change_by_one_bit_and_costs_no_state(recipe, fi
     config = replace(
         finished,
         run_dir=tmp_path / "run",
-        model=replace(finished.model, learn=recipe),
+        model=replace(finished.model, trainable=recipe),
         train=replace(finished.train, max_steps=2, save_every=2, eval_every=0),
     )
     model, _ = built(config, tokenizer)
@@ -71,7 +71,7 @@ def test_what_is_frozen_does_not_change_by_one_bit_and_costs_no_state(recipe, fi
 def test_a_partly_frozen_run_goes_on_bit_for_bit(finished, tmp_path):
     settings = replace(finished.train, max_steps=3, eval_every=0)
     config = replace(
-        finished, run_dir=tmp_path / "whole", model=replace(finished.model, learn="norms"), train=settings
+        finished, run_dir=tmp_path / "whole", model=replace(finished.model, trainable="norms"), train=settings
     )
     train(config, ds_config_path=DS_CONFIG)
     halves = replace(config, run_dir=tmp_path / "halves")
@@ -172,7 +172,7 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
 
 
 def test_a_start_is_scrambled_before_it_grows(text_run, grown_run, tokenizer):
-    config = replace(grown_run, model=replace(grown_run.model, scramble="within-tensors"))
+    config = replace(grown_run, model=replace(grown_run.model, control_init="within-tensors"))
     plain, layout = built(grown_run, tokenizer)
     shuffled, _ = built(config, tokenizer)
     rows = [model.get_input_embeddings().weight for model in (plain, shuffled)]
@@ -183,7 +183,7 @@ def test_a_start_is_scrambled_before_it_grows(text_run, grown_run, tokenizer):
 
 
 def test_contradicting_starts_are_refused(finished, tokenizer):
-    with pytest.raises(UserError, match="model.scramble is moments, but model.init is random"):
-        built(replace(finished, model=replace(finished.model, scramble="moments")), tokenizer)
+    with pytest.raises(UserError, match="model.control_init is moments, but model.init is random"):
+        built(replace(finished, model=replace(finished.model, control_init="moments")), tokenizer)
     with pytest.raises(UserError, match="is no run folder, checkpoint"):
         built(replace(finished, model=replace(finished.model, init="./nowhere")), tokenizer)

@@ -68,10 +68,6 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
         DataError: nothing is there, or nothing usable.
         UserError: the settings contradict.
     """
-    if config.min_score is not None and not config.score_key:
-        raise UserError(f"min_score is {config.min_score}, but score_key names no column or json key.")
-    if not 0 <= heldout_share < 1:
-        raise UserError(f"heldout_share is {heldout_share}; wanted is a share from 0 to below 1.")
     if not name:
         raise UserError("--source is empty; wanted is what `--help` lists.")
     sieve = partial(sift, heldout_share=heldout_share, config=config)

@@ -1,0 +1,54 @@
+"""Every setting of every command, each with its text, range, choices and resume rule on its field.
+
+Names come from here: `from t2i.config import TrainConfig`. `python -m t2i.config > docs/settings.md` writes the page.
+"""
+
+from pathlib import Path
+
+from t2i.config.prepare_config import EMBEDDED_VIEWS, PrepareConfig, SourceConfig
+from t2i.config.run_config import (
+    EMBEDDED_SHARDS,
+    ControlInit,
+    DataConfig,
+    Family,
+    Mode,
+    ModelConfig,
+    NormType,
+    RunConfig,
+    Trainable,
+    TrainConfig,
+)
+from t2i.config.tool_config import (
+    AlignConfig,
+    AlignRun,
+    Gpu,
+    PlanConfig,
+    SampleConfig,
+    TokenizerConfig,
+)
+
+ASSETS = Path(__file__).parents[1] / "assets"
+"""What the package carries: an image tokenizer and a text tokenizer for the embedded images."""
+
+__all__ = [
+    "ASSETS",
+    "EMBEDDED_SHARDS",
+    "EMBEDDED_VIEWS",
+    "AlignConfig",
+    "AlignRun",
+    "ControlInit",
+    "DataConfig",
+    "Family",
+    "Gpu",
+    "Mode",
+    "ModelConfig",
+    "NormType",
+    "PlanConfig",
+    "PrepareConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "Trainable",
+]

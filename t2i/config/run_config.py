@@ -1,0 +1,188 @@
+"""Every setting of a training run; the defaults are the demo on the embedded images."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, Lt
+
+from t2i.errors import UserError
+from t2i.settings import MAY_CHANGE, Names, check_values
+
+EMBEDDED_SHARDS = Path("data/openmoji64")
+"""Where the shards of the embedded images are made on first use."""
+
+Mode = Literal["text-to-image", "image-only", "text-only"]
+Trainable = Literal["all", "embeddings", "norms", "first-half", "feed-forward"]
+ControlInit = Literal["none", "within-tensors", "moments", "layer-order"]
+Family = Literal["open_lm", "llama", "qwen2", "gpt_neox"]
+NormType = Literal[
+    "default_layer_norm",
+    "lp_layer_norm",
+    "gain_only_layer_norm",
+    "gain_only_lp_layer_norm",
+    "no_wb_layer_norm",
+    "rms_norm",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data."""
+
+    shards: Path = EMBEDDED_SHARDS
+    """Folder made by launchers/prepare.py; the default is made on first use. With `remote`: the local cache."""
+    remote: str = ""
+    """Where the shards are (s3://BUCKET/FOLDER, gs://, ...); they are downloaded to `shards` when needed. Empty: they
+    are in `shards`."""
+    cache_limit: Annotated[str | None, MAY_CHANGE] = None
+    """Largest size of the cache of `remote`, such as 100gb; None for no limit."""
+    mode: Mode = "text-to-image"
+    """What a sequence holds."""
+    subsample_every: Annotated[int, Ge(1)] = 1
+    """Keep only every n-th training sample (data-size ablation)."""
+    seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
+    """Tokens per sequence, including padding; longer captions are truncated (paper: 1,152)."""
+    caption_dropout: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of captions replaced by the null caption, for classifier-free guidance (the paper does not say)."""
+    replay_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Replay ratio: share of each step's sequences that are text only, against forgetting."""
+    replay_shards: Path | None = None
+    """Text shards for replay_ratio, of seq_len tokens per sequence, made with the model's text tokenizer."""
+    num_workers: Annotated[int, Ge(0), Le(1_000), MAY_CHANGE] = 0
+    """Loader processes per rank; the order of samples does not depend on it."""
+    num_canonical_nodes: Annotated[int, Ge(1), Le(10_000)] = 1
+    """Streaming's canonical nodes: parts of the data, each shuffled in itself, whatever the number of ranks. With
+    `remote` on many nodes, their number lets each node download its own part only."""
+
+    def __post_init__(self) -> None:
+        check_values(self, group="data")
+        if self.cache_limit and not self.remote:
+            # A shard that left the cache could not be downloaded again.
+            raise UserError(
+                f"data.cache_limit is {self.cache_limit}; expected None while data.remote is empty."
+            )
+        if bool(self.replay_ratio) != (self.replay_shards is not None):
+            raise UserError(
+                f"data.replay_ratio is {self.replay_ratio} and data.replay_shards {self.replay_shards}; one needs the"
+                " other."
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model, and which of its parameters are trained."""
+
+    init: str = "random"
+    """`random`, or a CKPT to start from: a run, one of its checkpoints, an exported or converted folder, a hub name."""
+    new_embeddings: Annotated[str, Names(("random", "mean"), suffix=".safetensors")] = "random"
+    """Initial embeddings and LM head of the image vocabulary: `random`, `mean` (of those of text), or a .safetensors
+    file such as launchers/align.py makes."""
+    control_init: ControlInit = "none"
+    """Control initialisation, which destroys what model.init knows: shuffle each tensor, redraw it with its moments, or
+    permute the layers."""
+    trainable: Trainable = "all"
+    """Trainable parameters (paper, Figure 6): embeddings and LM head; these and norms; these two and the first half of
+    the layers, or all MLPs."""
+    lora_rank: Annotated[int, Ge(0), Le(1_000_000)] = 0
+    """Rank of LoRA adapters on every matrix of the layers; only they and the new embeddings are trained. 0 for none."""
+    family: Family = "open_lm"
+    """Architecture of a randomly initialised model; norm_type and qk_norm are for open_lm only."""
+    hidden_size: Annotated[int, Ge(1), Le(1_000_000)] = 192
+    """Width of a randomly initialised model (open_lm-1b: 2,048)."""
+    num_layers: Annotated[int, Ge(1), Le(10_000)] = 6
+    """Layers of a randomly initialised model (open_lm-1b: 24)."""
+    num_heads: Annotated[int, Ge(1), Le(10_000)] = 6
+    """Attention heads of a randomly initialised model (open_lm-1b: 16)."""
+    norm_type: NormType = "default_layer_norm"
+    """Norm of a randomly initialised model, by open_lm's names."""
+    qk_norm: bool = False
+    """Normalise queries and keys of a randomly initialised model."""
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        check_values(self, group="model")
+        if self.control_init != "none" and self.init == "random":
+            raise UserError(f"model.control_init is {self.control_init}, but model.init is random.")
+        if self.lora_rank and self.trainable != "all":
+            # Adapters say themselves what is trained, so a second answer could only contradict.
+            raise UserError(
+                f"model.trainable is {self.trainable}; expected all with model.lora_rank {self.lora_rank}, which trains"
+                " adapters and new embeddings only."
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization: AdamW, cosine schedule after a linear warm-up."""
+
+    max_steps: Annotated[int, Ge(1), MAY_CHANGE] = 1_600
+    """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine."""
+    global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
+    """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
+    lr: Annotated[float, Ge(0)] = 1.5e-3
+    """Peak learning rate (paper: 3e-4)."""
+    new_embeddings_lr: Annotated[float | None, Ge(0)] = None
+    """Peak learning rate of the embeddings and LM head of the image vocabulary; None for train.lr."""
+    warmup_steps: Annotated[int, Ge(0)] = 50
+    """Steps of linear warm-up (paper: 2,000)."""
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
+    """Last learning rate as a share of the peak."""
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Adam's decay rate of the second moment."""
+    l2_sp: Annotated[float, Ge(0), Le(1_000_000)] = 0.0
+    """L2-SP: decoupled decay of pre-trained weights towards their start. A step moves them by lr times this share."""
+    weight_decay: Annotated[float, Ge(0), Le(1_000)] = 0.1
+    """Decoupled weight decay of matrices; norms have none."""
+    grad_clip: Annotated[float, Ge(0)] = 1.0
+    """Largest norm of the gradient."""
+    z_loss: Annotated[float, Ge(0), Le(1_000)] = 0.0
+    """Weight of the squared log-partition, per token."""
+    image_vocab_only: bool = False
+    """Predict image codes by a softmax over the image vocabulary only. The image losses of such a run, held-out ones
+    too, are lower by the cost of choosing an image code at all, so compare them with one another only."""
+    log_every: Annotated[int, Ge(1), MAY_CHANGE] = 1
+    """Steps between rows of metrics.jsonl."""
+    save_every: Annotated[int, Ge(0), MAY_CHANGE] = 200
+    """Steps between checkpoints. The last step is always saved; 0 saves it alone."""
+    keep_last: Annotated[int, Ge(1), MAY_CHANGE] = 2
+    """Number of newest checkpoints that are kept."""
+    keep_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
+    eval_every: Annotated[int, Ge(0), MAY_CHANGE] = 200
+    """Steps between held-out losses; 0 for never."""
+    eval_images: Annotated[int, Ge(1), MAY_CHANGE] = 256
+    """Held-out images, or sequences of text, that are measured of each split."""
+    eval_text: Annotated[str, MAY_CHANGE] = ""
+    """Text to measure forgetting on, before the first step and every eval_every: text shards, a .txt file, a folder of
+    them or the name of a dataset. Empty for none."""
+    sample_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
+    """Steps between grids of sampled images; 0 for never."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of weights, sample order and caption dropout."""
+    deterministic: Annotated[bool, MAY_CHANGE] = False
+    """Bitwise repeatable on the same machine, on a GPU too; slower there."""
+    spike: Annotated[Literal["log", "skip", "rewind"], MAY_CHANGE] = "log"
+    """At a loss spike: log it; skip the update; or rewind to the last checkpoint and skip the data after it."""
+    spike_score: Annotated[float, Ge(0), MAY_CHANGE] = 8.0
+    """Robust deviations above the median of the last losses that make a spike."""
+    hang_timeout_seconds: Annotated[int, Ge(0), Le(10_000_000), MAY_CHANGE] = 1_800
+    """Seconds without a finished step after which a job ends, with all stacks in hang_rank*.txt; ten times that during
+    a save or an evaluation. 0 for never."""
+
+    def __post_init__(self) -> None:
+        check_values(self, group="train")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    run_dir: Annotated[Path, MAY_CHANGE] = Path("runs/train")
+    """The run's folder. Run the same command to resume there."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

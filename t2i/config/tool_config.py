@@ -1,0 +1,138 @@
+"""Settings of what stands around a run: alignment, plans, sampling, and training an image tokenizer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+
+from t2i.config.run_config import DataConfig
+from t2i.settings import MAY_CHANGE, check_values
+
+Gpu = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "l40s", "rtx4090", "rtx3090", "cpu"]
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Contrastive alignment of image embeddings to text embeddings (paper, Figure 7)."""
+
+    num_pairs: Annotated[int, Ge(1), Le(1_000_000_000)] = 1_024
+    """Pairs among which an image has to find its caption, over all ranks (paper: N = 1,024)."""
+    max_steps: Annotated[int, Ge(1)] = 300
+    """Optimizer steps of Adam."""
+    lr: Annotated[float, Ge(0)] = 3e-3
+    """Learning rate, constant."""
+    temperature: Annotated[float, Gt(0), Le(1_000)] = 0.07
+    """Initial temperature, which is trained: similarities are divided by it."""
+    save_every: Annotated[int, Ge(1)] = 50
+    """Steps between held-out retrieval and saves to resume from."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the initial embeddings and the sample order."""
+
+    def __post_init__(self) -> None:
+        check_values(self, group="align")
+
+
+@dataclass(frozen=True)
+class AlignRun:
+    """One alignment."""
+
+    run_dir: Annotated[Path, MAY_CHANGE]
+    """Folder of its embeddings and metrics."""
+    data: DataConfig
+    """Captions are never dropped here, and sequences are text-to-image."""
+    model: str
+    """The language model, a CKPT."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a plan is made for. The numbers about data count only while the shards are not made yet."""
+
+    gpu: Gpu = "a100-80gb"
+    """Kind of GPU; `cpu` measures this machine."""
+    num_gpus: Annotated[int, Ge(1), Le(1_000_000)] = 1
+    """GPUs, or processes on the CPU."""
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.4
+    """Share of the device's peak that training reaches without gradient checkpointing; a guess until measured."""
+    price: Annotated[float, Ge(0), Le(1_000_000)] = 0.0
+    """US dollars per GPU-hour; 0 for no cost."""
+    text_vocab_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 50_432
+    """Embeddings of the text vocabulary (open_lm-1b's), unless model.init says."""
+    codebook_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 16_384
+    """Image codes (paper sec. 2.1)."""
+    codes_per_image: Annotated[int, Ge(1), Le(1_000_000_000)] = 1_024
+    """Codes per image (paper sec. 2.1)."""
+    num_pairs: Annotated[int, Ge(1)] = 134_000_000
+    """Captioned images to train on (paper sec. 2.1)."""
+    caption_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 30
+    """Mean tokens per caption (paper sec. 2.1)."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are sampled from captions."""
+
+    guidance_scale: Annotated[float, Ge(0)] = 2.0
+    """Classifier-free guidance; 1 for none."""
+    temperature: Annotated[float, Ge(0)] = 0.9
+    """Sampling temperature; 0 for the most likely code each time."""
+    top_k: Annotated[int, Ge(0)] = 50
+    """Sample from the k most likely codes; 0 for all."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Of those, keep the most likely codes that together reach this probability."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Image i is sampled with seed + i."""
+    compile: bool = False
+    """Compile the decoding step (open_lm's models only): a minute before the first image."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How an image tokenizer is built and trained."""
+
+    image_size: Annotated[int, Ge(1), Le(16_384)] = 64
+    """Pixels per side."""
+    channels: tuple[Annotated[int, Ge(32), Le(1_000_000), MultipleOf(32)], ...] = (32, 32, 64, 96)
+    """Channels per resolution, finest first; spatial norms need multiples of 32. A code covers 2^(levels - 1) pixels
+    per side."""
+    latent_channels: Annotated[int, Ge(1), Le(1_000_000)] = 4
+    """Width of a codebook vector (MoVQGAN: 4)."""
+    codebook_size: Annotated[int, Ge(2), Le(1_000_000_000)] = 1_024
+    """Number of codes."""
+    layers_per_block: Annotated[int, Ge(1), Le(1_000)] = 1
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
+    max_steps: Annotated[int, Ge(1)] = 9_000
+    """Optimizer steps."""
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 16
+    """Images per step."""
+    lr: Annotated[float, Ge(0)] = 1e-3
+    """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
+    continuous_share: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of the steps before the codebook comes in."""
+    edge_weight: Annotated[float, Ge(0)] = 1.0
+    """Weight of the L1 loss of image gradients, at full and half size, beside the L1 loss of pixels."""
+    colour_weight: Annotated[float, Ge(0)] = 4.0
+    """Weight of the squared error, of pixels and of 8x8 patch means: L1 alone paints rare colours brown."""
+    channel_swap_share: Annotated[float, Ge(0), Le(1)] = 0.3
+    """Share of training images with permuted colour channels, so that rare colours are trained."""
+    commitment_weight: Annotated[float, Ge(0)] = 0.25
+    """Weight of the squared distance of latents to their codes."""
+    codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
+    """Decay rate of the moving averages that codes follow."""
+    revive_every: Annotated[int, Ge(1)] = 50
+    """Steps between revivals of codes that are used less than 3% of the even share."""
+    save_every: Annotated[int, Ge(1)] = 500
+    """Steps between saves to resume from."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of weights, batches and revivals."""
+
+    def __post_init__(self) -> None:
+        check_values(self)

@@ -1,0 +1,236 @@
+"""What is known of a setting stands on its field: range, choices, whether it may change on resume, and its text.
+
+    warmup_steps: Annotated[int, Ge(0), MAY_CHANGE] = 50
+    \"\"\"Steps of linear warm-up.\"\"\"
+
+The check of a configuration, the differences that stop a resume, --help and docs/settings.md are all made from there.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+
+from t2i.errors import UserError
+
+MAX_WHOLE = 2**63
+"""Whole numbers stay below it: torch and numpy hold them in 64 bits."""
+
+SIGNS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A yes-or-no fact of a field."""
+
+    name: str
+
+
+MAY_CHANGE = Mark("may change on resume")
+OR_ZERO = Mark("0 is allowed beside the range")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a text may be: one of these words, or a file with this ending."""
+
+    words: tuple[str, ...]
+    suffix: str
+
+
+def hints_of(kind: Any) -> dict[str, Any]:
+    """Return the annotations of a dataclass with their metadata, by field."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {one.name: hints[one.name] for one in fields(kind)}
+
+
+def check_values(config: object, *, group: str = "") -> None:
+    """Check each setting of a dataclass against its own annotation.
+
+    Args:
+        group: what stands before the names in a run's keys, such as "train"; empty for flags without a group.
+
+    Raises:
+        UserError: one sentence per setting that is out of its range, each with the full key.
+    """
+    wrong = [
+        f"{key_of(name, group=group)} is {value!r}; expected {expected(hint)}{_limit(value)}."
+        for name, hint in hints_of(type(config)).items()
+        if not fits(value := getattr(config, name), hint)
+    ]
+    if wrong:
+        raise UserError(" ".join(wrong))
+
+
+def key_of(name: str, *, group: str) -> str:
+    """Name a setting as its user writes it: train.lr in a run's files, --top-p on other command lines."""
+    return f"{group}.{name}" if group else f"--{name.replace('_', '-')}"
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Tell whether a value is what an annotation allows; texts, paths and groups are not looked into."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if not fits(value, arguments[0]):
+            return False
+        items = value if isinstance(value, tuple | list) else (value,)
+        return all(_is_in_range(item, hint.__metadata__) for item in items)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(fits(item, arguments[0]) for item in value)
+    if hint is NoneType:
+        return value is None
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < MAX_WHOLE
+    if hint is float:
+        # The difference of a finite number to itself is 0; that of nan or an infinity is not.
+        return isinstance(value, Real) and not isinstance(value, bool) and value - value == 0
+    return True
+
+
+def _is_in_range(value: Any, metadata: tuple[Any, ...]) -> bool:
+    if value is None or (OR_ZERO in metadata and value == 0):
+        return True
+    for rule in metadata:
+        if isinstance(rule, Names) and not (value in rule.words or Path(value).suffix == rule.suffix):
+            return False
+        if isinstance(rule, MultipleOf) and value % rule.multiple_of:
+            return False
+        if isinstance(rule, Ge) and not value >= rule.ge:
+            return False
+        if isinstance(rule, Gt) and not value > rule.gt:
+            return False
+        if isinstance(rule, Le) and not value <= rule.le:
+            return False
+        if isinstance(rule, Lt) and not value < rule.lt:
+            return False
+    return True
+
+
+def expected(hint: Any) -> str:
+    """Say in words what an annotation allows: "a whole number >= 1"."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        base, none = _without_none(arguments[0])
+        return " ".join([expected(base), *_words(hint.__metadata__)]) + none
+    if origin in (Union, UnionType):
+        base, none = _without_none(hint)
+        return expected(base) + none
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return f"for each {expected(arguments[0])}"
+    return {int: "a whole number", float: "a number", bool: "yes or no", Path: "a path"}.get(hint, "a text")
+
+
+def has_range(hint: Any) -> bool:
+    """Tell whether an annotation allows less than its type: --help shows choices by itself."""
+    origin = get_origin(hint)
+    if origin is tuple:
+        return has_range(get_args(hint)[0])
+    return origin is Annotated and any(not isinstance(one, Mark) for one in hint.__metadata__)
+
+
+def range_of(hint: Any) -> str:
+    """Say the bounds alone: ">= 1 and <= 1,000"."""
+    while get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+    return " ".join(_words(hint.__metadata__))
+
+
+def _without_none(hint: Any) -> tuple[Any, str]:
+    if get_origin(hint) not in (Union, UnionType) or NoneType not in get_args(hint):
+        return hint, ""
+    rest = [one for one in get_args(hint) if one is not NoneType]
+    return rest[0], " or None"
+
+
+def _words(metadata: tuple[Any, ...]) -> Iterator[str]:
+    bounds = {
+        sign: f"{getattr(rule, attribute):,}"
+        for rule in metadata
+        for kind, attribute, sign in SIGNS
+        if isinstance(rule, kind)
+    }
+    if set(bounds) == {">=", "<="}:
+        yield f"from {bounds['>=']} to {bounds['<=']}"
+    elif bounds:
+        yield " and ".join(f"{sign} {bound}" for sign, bound in bounds.items())
+    for rule in metadata:
+        if isinstance(rule, MultipleOf):
+            yield f"and a multiple of {rule.multiple_of}"
+        if isinstance(rule, Names):
+            yield f"among {', '.join(rule.words)} or the path of a {rule.suffix} file"
+    if OR_ZERO in metadata:
+        yield "or 0"
+
+
+def _limit(value: object) -> str:
+    return " and < 2^63" if isinstance(value, Integral) and abs(int(value)) >= MAX_WHOLE else ""
+
+
+def may_change(hint: Any) -> bool:
+    """Tell whether a run may be resumed with another value of a setting."""
+    return get_origin(hint) is Annotated and MAY_CHANGE in hint.__metadata__
+
+
+def changed_settings(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], *, kind: type, prefix: str = ""
+) -> list[str]:
+    """List the settings of `kind` whose values differ and that may not change on resume, as sentences.
+
+    A setting that `found` does not know, because it was written before there was one, has its default there.
+    """
+    changed = []
+    hints, defaults = hints_of(kind), default_values(kind)
+    for key in {**found, **wanted}:
+        if may_change(hints.get(key)):
+            continue
+        old, new = found.get(key, defaults.get(key)), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and is_dataclass(hints.get(key)):
+            changed += changed_settings(old, new, kind=hints[key], prefix=f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} is {old} there, {new} here")
+    return changed
+
+
+def default_values(kind: type) -> dict[str, Any]:
+    """Return the defaults of a dataclass as YAML writes them; fields without one, and groups, are left out."""
+    return {
+        one.name: str(one.default) if isinstance(one.default, Path) else one.default
+        for one in fields(kind)  # type: ignore[arg-type]  # a dataclass
+        if one.default is not MISSING
+    }
+
+
+@cache
+def texts_of(kind: type) -> dict[str, str]:
+    """Read the text below each field of a dataclass and of the classes that it extends; lines are joined."""
+    texts: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        if is_dataclass(one):
+            texts |= _own_texts(one)
+    return texts
+
+
+def _own_texts(kind: type) -> dict[str, str]:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for line, below in zip(tree.body, tree.body[1:], strict=False):
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            texts[line.target.id] = " ".join(str(below.value.value).split())
+    return texts
