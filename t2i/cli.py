@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
     )
 
 
-def _made(kind: type[T], **values: Any) -> T:
+def _made(kind: type[T], **values: object) -> T:
     try:
         return kind(**values)
     except UserError as error:
@@ -125,12 +125,12 @@ def flags_of(file: Path) -> list[str]:
     return flags_of_mapping(read_yaml(file, name=f"--config {file}"))
 
 
-def flags_of_mapping(values: dict[str, Any]) -> list[str]:
+def flags_of_mapping(values: Mapping[str, object]) -> list[str]:
     """Write nested keys out as flags: {data: {seq_len: 96}} -> --data.seq_len 96; a list is several words."""
     return _flags(values, prefix="--")
 
 
-def _flags(values: dict[str, Any], *, prefix: str) -> list[str]:
+def _flags(values: Mapping[str, object], *, prefix: str) -> list[str]:
     flags: list[str] = []
     for key, value in values.items():
         if isinstance(value, dict):

@@ -27,6 +27,10 @@ MAX_WHOLE = 2**63
 SIGNS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 
 
+Hint = Any
+"""An annotation with its metadata; typing has no type for one yet (PEP 747)."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """A yes-or-no fact of a field."""
@@ -46,7 +50,7 @@ class Names:
     suffix: str
 
 
-def hints_of(kind: Any) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Hint]:
     """Return the annotations of a dataclass with their metadata, by field."""
     hints = get_type_hints(kind, include_extras=True)
     return {one.name: hints[one.name] for one in fields(kind)}
@@ -75,7 +79,7 @@ def key_of(name: str, *, group: str) -> str:
     return f"{group}.{name}" if group else f"--{name.replace('_', '-')}"
 
 
-def fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Hint) -> bool:
     """Tell whether a value is what an annotation allows; texts, paths and groups are not looked into."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -99,7 +103,7 @@ def fits(value: object, hint: Any) -> bool:
     return True
 
 
-def _is_in_range(value: Any, metadata: tuple[Any, ...]) -> bool:
+def _is_in_range(value: Any, metadata: tuple[object, ...]) -> bool:
     if value is None or (OR_ZERO in metadata and value == 0):
         return True
     for rule in metadata:
@@ -118,7 +122,7 @@ def _is_in_range(value: Any, metadata: tuple[Any, ...]) -> bool:
     return True
 
 
-def expected(hint: Any) -> str:
+def expected(hint: Hint) -> str:
     """Say in words what an annotation allows: "a whole number >= 1"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -134,7 +138,7 @@ def expected(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "yes or no", Path: "a path"}.get(hint, "a text")
 
 
-def has_range(hint: Any) -> bool:
+def has_range(hint: Hint) -> bool:
     """Tell whether an annotation allows less than its type: --help shows choices by itself."""
     origin = get_origin(hint)
     if origin is tuple:
@@ -142,21 +146,21 @@ def has_range(hint: Any) -> bool:
     return origin is Annotated and any(not isinstance(one, Mark) for one in hint.__metadata__)
 
 
-def range_of(hint: Any) -> str:
+def range_of(hint: Hint) -> str:
     """Say the bounds alone: ">= 1 and <= 1,000"."""
     while get_origin(hint) is tuple:
         hint = get_args(hint)[0]
     return " ".join(_words(hint.__metadata__))
 
 
-def _without_none(hint: Any) -> tuple[Any, str]:
+def _without_none(hint: Hint) -> tuple[Hint, str]:
     if get_origin(hint) not in (Union, UnionType) or NoneType not in get_args(hint):
         return hint, ""
     rest = [one for one in get_args(hint) if one is not NoneType]
     return rest[0], " or None"
 
 
-def _words(metadata: tuple[Any, ...]) -> Iterator[str]:
+def _words(metadata: tuple[object, ...]) -> Iterator[str]:
     bounds = {
         sign: f"{getattr(rule, attribute):,}"
         for rule in metadata
@@ -180,13 +184,13 @@ def _limit(value: object) -> str:
     return " and < 2^63" if isinstance(value, Integral) and abs(int(value)) >= MAX_WHOLE else ""
 
 
-def may_change(hint: Any) -> bool:
+def may_change(hint: Hint) -> bool:
     """Tell whether a run may be resumed with another value of a setting."""
     return get_origin(hint) is Annotated and MAY_CHANGE in hint.__metadata__
 
 
 def changed_settings(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], *, kind: type, prefix: str = ""
+    found: Mapping[str, object], wanted: Mapping[str, object], *, kind: type, prefix: str = ""
 ) -> list[str]:
     """List the settings of `kind` whose values differ and that may not change on resume, as sentences.
 
@@ -205,7 +209,7 @@ def changed_settings(
     return changed
 
 
-def default_values(kind: type) -> dict[str, Any]:
+def default_values(kind: type) -> dict[str, object]:
     """Return the defaults of a dataclass as YAML writes them; fields without one, and groups, are left out."""
     return {
         one.name: str(one.default) if isinstance(one.default, Path) else one.default

@@ -3,8 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +27,21 @@ RENAMED = {
 """Old key -> new key; without a group, flags of launchers/plan.py and launchers/tokenizer.py."""
 
 
-def with_new_keys(values: dict[str, Any], *, prefix: str = "", is_said: bool = True) -> dict[str, Any]:
+def with_new_keys(
+    values: Mapping[str, object], *, prefix: str = "", is_said: bool = True
+) -> dict[str, object]:
     """Return nested settings in the new spelling, in their order; both `_` and `-` are read.
 
     Args:
         is_said: warn of each old name; False for files that nobody wrote by hand.
     """
-    renamed: dict[str, Any] = {}
+    renamed: dict[str, object] = {}
     for key, value in values.items():
         new = _new_key(f"{prefix}{key}", is_said=is_said).removeprefix(prefix)
-        is_group = isinstance(value, dict)
-        renamed[new] = with_new_keys(value, prefix=f"{prefix}{key}.", is_said=is_said) if is_group else value
+        if isinstance(value, dict):
+            renamed[new] = with_new_keys(value, prefix=f"{prefix}{key}.", is_said=is_said)
+        else:
+            renamed[new] = value
     return renamed
 
 

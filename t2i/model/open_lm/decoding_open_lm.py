@@ -1,6 +1,6 @@
 """open_lm's forward for one new token per row, over a KV cache whose memory is taken once.
 
-This file is uploaded with exported models, so it imports nothing but torch and the sampler beside it.
+This file is uploaded with exported models, so it imports nothing but torch, transformers and the sampler beside it.
 
 B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
 image, T positions so far, L layers, H heads, D width.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .sampling_open_lm import left_padded, product
 
@@ -57,7 +58,9 @@ class Decoder:
     Weights are laid out for few rows, angles and mask are made once for all steps, attention is over the true length.
     """
 
-    def __init__(self, model: Any, memory: Sequence[Tensor], *, length: int, padding: Tensor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, memory: Sequence[Tensor], *, length: int, padding: Tensor
+    ) -> None:
         """Prepare to continue after the prompts, given their keys and values in `memory`.
 
         Args:
@@ -104,7 +107,7 @@ class FixedDecoder(nn.Module):
     at: Tensor
     padding: Tensor
 
-    def __init__(self, model: Any, *, num_rows: int, num_positions: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, num_rows: int, num_positions: int) -> None:
         super().__init__()
         self.body = model.model
         like = model.get_output_embeddings().weight
@@ -162,7 +165,7 @@ class FixedDecoder(nn.Module):
 
 
 def begin_decoding(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     empty_prompt: Sequence[int] | None,
@@ -203,25 +206,25 @@ def begin_decoding(
     return hidden, Decoder(model, memory, length=longest, padding=padding)
 
 
-def _kept_decoder(model: Any, *, num_rows: int, least_positions: int) -> FixedDecoder:
+def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int) -> FixedDecoder:
     """Return the model's one decoder, made anew where it has other rows or too few positions."""
     # In __dict__, past nn.Module's own attributes: the decoder's buffers are no part of the model's state.
-    kept = model.__dict__.get("_fixed_decoder")
+    kept: FixedDecoder | None = model.__dict__.get("_fixed_decoder")
     like = model.get_output_embeddings().weight
-    is_fit = (
+    if (
         kept is not None
         and kept.padding.device == like.device
         and kept.memory[0].dtype == like.dtype
         and len(kept.padding) == num_rows
         and kept.memory[0].shape[3] >= least_positions
-    )
-    if not is_fit:
-        del kept
-        model.__dict__["_fixed_decoder"] = None  # its memory goes before the next one's is taken
-        num_positions = least_positions + -least_positions % FIXED_STEP
-        kept = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
-        model.__dict__["_fixed_decoder"] = kept
-    return kept
+    ):
+        return kept
+    del kept
+    model.__dict__["_fixed_decoder"] = None  # its memory goes before the next one's is taken
+    num_positions = least_positions + -least_positions % FIXED_STEP
+    decoder = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
+    model.__dict__["_fixed_decoder"] = decoder
+    return decoder
 
 
 def _weights(body: Any) -> list[tuple[Tensor, ...]]:

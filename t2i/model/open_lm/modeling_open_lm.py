@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_open_lm import OpenLMConfig
@@ -57,7 +57,12 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, *, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None, cache: Any
+        self,
+        hidden: Tensor,
+        *,
+        mask: Tensor | None,
+        angles: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
     ) -> Tensor:
         query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
         query, key, value = (
@@ -99,7 +104,7 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None, cache: Any
+        self, hidden: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None, cache: Cache | None
     ) -> Tensor:
         hidden = hidden + self.attention(self.attention_norm(hidden), mask=mask, angles=angles, cache=cache)
         return hidden + self.feed_forward(self.ffn_norm(hidden))
@@ -160,7 +165,7 @@ class OpenLMModel(OpenLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -223,12 +228,12 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        cache: Any = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, V), or of the last logits_to_keep positions only.

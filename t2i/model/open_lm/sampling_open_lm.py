@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 MOST_STEPS = 256
 """Compiled steps of one process, over all shapes and settings."""
@@ -62,7 +62,7 @@ def _has_blocks(weight: Tensor) -> bool:
 
 @torch.inference_mode()
 def sample_codes(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     empty_prompt: Sequence[int],
@@ -185,7 +185,11 @@ def _packed_by_onednn(graph: Any, inputs: Any) -> Callable[..., Any]:
 
 
 def _begin_any(
-    model: Any, prompts: Sequence[Sequence[int]], *, empty_prompt: Sequence[int] | None, num_codes: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    empty_prompt: Sequence[int] | None,
+    num_codes: int,
 ) -> tuple[Tensor, "PlainDecoder"]:
     """Read the prompts as a model's begin_decoding does, with a class of transformers' own."""
     rows = [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
@@ -198,7 +202,7 @@ def _begin_any(
 class PlainDecoder:
     """Continue from the ids read so far by the model's own forward and transformers' KV cache."""
 
-    def __init__(self, model: Any, mask: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, mask: Tensor) -> None:
         self.model, self.mask = model, mask  # (R, T)
         # Counted from each row's first real id, as in training, where prompts are not padded on the left.
         self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (R, T)
@@ -269,7 +273,7 @@ def _scramble(numbers: Tensor) -> Tensor:
 
 
 def draw(
-    model: Any,
+    model: PreTrainedModel,
     captions: Sequence[str],
     *,
     tokenizer: Any,
@@ -346,7 +350,9 @@ def decode(image_tokenizer: Any, codes: Tensor) -> Tensor:
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def left_padded(rows: Sequence[Sequence[int]], *, length: int, device: Any) -> tuple[Tensor, Tensor]:
+def left_padded(
+    rows: Sequence[Sequence[int]], *, length: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Pad rows on the left to one length: ids and mask (B, length).
 
     On the left, so that all prompts end at one position, from which codes go on together.
