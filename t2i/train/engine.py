@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from t2i.config import TrainConfig
 from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
-from t2i.model.loss import split_sums, summed_loss
-from t2i.tokens.vocab import KINDS, VocabLayout
+from t2i.model.loss import LossSums, split_sums, summed_loss
+from t2i.tokens.vocab import VocabLayout
 
 OWN_GROUP = 0.1
 """A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
@@ -28,14 +28,14 @@ class Learner(nn.Module):
         self.layout = layout
         self.z_loss = z_loss
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum losses over one micro-batch (B, S).
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, LossSums]:
+        """Sum losses over one micro-batch: ids and labels, (B, S) each.
 
         Returns:
-            the sum to learn from, z-loss included; (7,) sums of text, image, special, their counts, and z, to record.
+            the sum to backpropagate, z-loss included; the sums to record, on the same device.
         """
         hidden = hidden_states(self.model, input_ids)
-        total, losses, partitions = summed_loss(
+        total, losses, squares = summed_loss(
             hidden,
             labels,
             head=head_of(self.model),
@@ -43,11 +43,13 @@ class Learner(nn.Module):
             image_rows=softmax_rows(self.model, layout=self.layout),
         )
         sums = split_sums(
-            losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
+            losses,
+            labels,
+            squares=squares,
+            num_text_rows=self.layout.num_text_rows,
+            first_image_id=self.layout.first_image_id,
         )
-        totals = [sums[kind][0] for kind in KINDS]
-        counts = [sums[kind][1].float() for kind in KINDS]
-        return total, torch.stack([*totals, *counts, partitions.sum()])
+        return total, sums
 
 
 def make_engine(

@@ -18,6 +18,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine as engines
 from t2i.train.checkpoint import Saver
+from t2i.train.deepspeed_state import group_sizes
 from t2i.train.ds_config import read_ds_config
 from t2i.train.progress import Progress
 
@@ -136,5 +137,5 @@ def test_state_in_other_groups_is_not_loaded(groups, one_process, tmp_path):
     checkpoints.begin(tmp_path)
     facts = {"world_size": 1, "parameter_groups": groups} if groups else {"world_size": 1}
     folder = checkpoints.commit(tmp_path, step=1, facts=facts, keep_last=1)
-    with pytest.raises(CheckpointError, match=f"groups of .*{engines.group_sizes(engine)[0]}.*--model.init"):
+    with pytest.raises(CheckpointError, match=f"groups of .*{group_sizes(engine)[0]}.*--model.init"):
         saver.load(folder)
