@@ -12,7 +12,7 @@ from t2i.config import TrainConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards.manifest import MANIFEST
 from t2i.distributed import faults
-from t2i.distributed.collectives import on_first_rank
+from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters
@@ -22,15 +22,8 @@ from t2i.runs.metrics_log import METRICS, read_metrics
 from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP
-from t2i.train.deepspeed_state import (
-    _reason,
-    _sealing,
-    group_sizes,
-    load_engine,
-    load_from_other_ranks,
-    optimizer_state_bytes,
-    random_states,
-)
+from t2i.train.deepspeed_internals import group_sizes, moments_of, save_engine, why_it_failed
+from t2i.train.deepspeed_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.guards import check_ranks_agree, optimizer_bits
 from t2i.train.inputs import Inputs
 from t2i.train.progress import Progress
@@ -74,7 +67,9 @@ class Saver:
         if checkpoints.step_folder(self.run_dir, progress.step).exists():
             return
         check_ranks_agree(self.engine.module)
-        reason = on_first_rank(lambda: _reason(lambda: self._begin(progress.step))) or self._write(progress)
+        reason = on_first_rank(lambda: why_it_failed(lambda: self._begin(progress.step))) or self._write(
+            progress
+        )
         if not reason:
             self.num_failed = 0
             return
@@ -105,20 +100,16 @@ class Saver:
         """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
         staging = self.run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
         written = [path for path in staging.iterdir() if path.is_file()] if dist.get_rank() == 0 else []
-        with _sealing(self.engine, step=progress.step, written=written) as (sealed, reasons):
-            self.engine.save_checkpoint(
-                str(staging), tag="engine", client_state=random_states(), save_latest=False
-            )
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (sealed, reasons, optimizer_bits(self.engine)))
-        failed = [f"rank {rank}: {reason}" for rank, (_, found, _) in enumerate(parts) for reason in found]
+        own = save_engine(self.engine, staging, step=progress.step, written=written, state=random_states())
+        parts = of_all_ranks([(own, optimizer_bits(self.engine))])
+        failed = [f"rank {rank}: {why}" for rank, (part, _) in enumerate(parts) for why in part.reasons]
         if failed:
             return failed[0]
-        known = {path: facts for files, _, _ in parts for path, facts in files.items()}
-        bits = [number for _, _, number in parts]
-        return on_first_rank(lambda: _reason(lambda: self._commit(progress, known, bits)))
+        known = {path: facts for part, _ in parts for path, facts in part.files.items()}
+        bits = [number for _, number in parts]
+        return on_first_rank(lambda: why_it_failed(lambda: self._commit(progress, sealed=known, bits=bits)))
 
-    def _commit(self, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
+    def _commit(self, progress: Progress, *, sealed: dict[str, Any], bits: list[int]) -> None:
         step, settings = progress.step, self.config
         num_learned, num_all = num_parameters(self.engine.module.model)
         facts = {
@@ -129,7 +120,7 @@ class Saver:
             "image_rows_only": settings.image_vocab_only,
             "parameters": {"learned": num_learned, "all": num_all},
             "parameter_groups": group_sizes(self.engine),
-            "optimizer_state_bytes": optimizer_state_bytes(self.engine),
+            "optimizer_state_bytes": sum(value.nbytes for value in moments_of(self.engine)),
             "optimizer_bits": bits,
         }
         checkpoints.commit(

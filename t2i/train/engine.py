@@ -12,11 +12,10 @@ from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
 from t2i.tokens.vocab import VocabLayout
+from t2i.train.deepspeed_internals import adam_of, measure_in_parts
 
 OWN_GROUP = 0.1
 """A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
-NORM_PART = 2**20
-"""Numbers of a gradient whose squares are summed at a time."""
 
 
 class Learner(nn.Module):
@@ -81,24 +80,8 @@ def make_engine(
     )
     measure_in_parts(engine.optimizer)
     if config.l2_sp:
-        pull_to_start(engine.optimizer.optimizer, share=config.l2_sp)
+        pull_to_start(adam_of(engine), share=config.l2_sp)
     return engine
-
-
-def measure_in_parts(optimizer: Any) -> None:
-    """Let DeepSpeed take the norm of gradients part by part: it copies in double precision what it measures."""
-    whole = optimizer.get_grad_norm_direct
-
-    def by_parts(gradients: list[Tensor], params: list[nn.Parameter], **rest: Any) -> Tensor:
-        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        pairs = [
-            (part, param)
-            for gradient, param in zip(real, params, strict=False)
-            for part in gradient.flatten().split(NORM_PART)
-        ]
-        return whole([part for part, _ in pairs], [param for _, param in pairs], **rest)
-
-    optimizer.get_grad_norm_direct = by_parts
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:

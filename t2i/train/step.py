@@ -19,7 +19,8 @@ from t2i.distributed.collectives import any_rank, of_all_ranks
 from t2i.distributed.signals import Requests
 from t2i.model.loss import LossSums
 from t2i.tokens.sequence import next_token_labels
-from t2i.train.guards import spike_score, step_without_update
+from t2i.train.deepspeed_internals import step_without_update
+from t2i.train.guards import spike_score
 from t2i.train.metrics import Speed, peak_memory_bytes, why_skipped
 from t2i.train.progress import Progress
 from t2i.train.schedule import learning_rate
