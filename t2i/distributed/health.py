@@ -38,12 +38,6 @@ def hang_file(run_dir: Path, rank: int) -> Path:
     return run_dir / f"hang_rank{rank}.txt"
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Tell an error of a collective, whose cause is another rank, from one of this rank's own."""
-    is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
-    return isinstance(error, RuntimeError) and is_collective
-
-
 @dataclass(frozen=True)
 class Peers:
     """Where each rank runs; made by all ranks together."""
@@ -164,7 +158,7 @@ class Watchdog:
 
         Args:
             seconds: a step may take so long, or SLOW_STEPS times the median of the last ones; 0 for no watch.
-            on_hang: called before the process ends.
+            on_hang: called before the process ends, on the rank that speaks for the job.
         """
         self.peers = peers
         self.seconds = seconds
@@ -214,6 +208,7 @@ class Watchdog:
             f"No end of a {self.what} after {self.waited:.0f} s.{who} All stacks are in {self.file.name}; the same"
             " command goes on from the last save."
         )
-        self.on_hang(error)
+        if self.peers.speaks():
+            self.on_hang(error)
         print(error, file=sys.stderr, flush=True)
         os._exit(LostRankError.exit_code)
