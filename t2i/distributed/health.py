@@ -66,6 +66,7 @@ class Peers:
     def lost(self) -> LostRankError:
         """Find out who is gone and say it; the error has the exit status of the rank that failed, where it left one."""
         ended = time.monotonic() + SEARCH_SECONDS
+        # In this order: a reason that a rank wrote says more than its absence.
         while time.monotonic() < ended:
             found = self.failed() or self._hung() or self._gone()
             if found is not None:
@@ -94,6 +95,7 @@ class Peers:
         try:
             head = error_file(self.run_dir, rank).read_text(errors="replace").partition("\n")[0]
             code, _, reason = head.removeprefix("exit ").partition(": ")
+            # A rank that lost a peer is no cause, or two survivors would blame each other.
             return None if int(code) == LostRankError.exit_code else (int(code), reason)
         except (OSError, ValueError):  # not there, or not whole yet
             return None
@@ -102,7 +104,7 @@ class Peers:
         """Tell a rank's state as the kernel names it: empty if it is gone, `T` stopped; `R` on another machine."""
         host, pid = self.places[rank]
         if host != socket.gethostname():
-            return "R"
+            return "R"  # nothing can be seen of it
         try:
             return (
                 Path(f"/proc/{pid}/stat")
@@ -210,5 +212,8 @@ class Watchdog:
         )
         if self.peers.speaks():
             self.on_hang(error)
-        print(error, file=sys.stderr, flush=True)
+        print(
+            error, file=sys.stderr, flush=True
+        )  # on every rank that hangs: which one is the cause is not known
+        # Not sys.exit: the main thread is in a call that never returns.
         os._exit(LostRankError.exit_code)

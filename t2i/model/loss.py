@@ -90,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
                 found[:, chunk], hidden_gradient[chunk] = _chunk_gradient(
                     flat[chunk],
                     targets[chunk] - rows.start,
-                    head[own],
+                    head=head[own],
                     z_loss=z_loss,
                     head_gradient=head_gradient[own],
                 )
@@ -109,7 +109,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunk_gradient(
-    rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
+    rows: Tensor, targets: Tensor, *, head: Tensor, z_loss: float, head_gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
 
@@ -121,7 +121,8 @@ def _chunk_gradient(
     weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums
     weighted = rows.float() * weights
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
-        _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
+        scaled = (weighted * (largest - found.largest).exp()).to(head.dtype)
+        _add_product(gradient, first=powers.T, second=scaled)
     # What remains of the softmax's gradient: minus one at the target, of which there is one per position.
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
     own = found.mixed.mul_(weights) - head[targets].float()
@@ -183,12 +184,12 @@ def _softmax(
             sums = sums * shrink + powers.sum(-1, keepdim=True)
             if tiles is not None:
                 tiles.append((powers.to(head.dtype), largest))
-                _add_product(mixed.mul_(shrink), tiles[-1][0], part)
+                _add_product(mixed.mul_(shrink), first=tiles[-1][0], second=part)
     partitions = largest + sums.log()
     return _Softmax((partitions - wanted)[:, 0], partitions[:, 0], largest, sums, mixed)
 
 
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+def _add_product(total: Tensor, *, first: Tensor, second: Tensor) -> None:
     """Add first @ second to a total in fp32."""
     if first.dtype == torch.float32:
         total.addmm_(first, second)

@@ -66,6 +66,7 @@ class Saver:
         """
         if checkpoints.step_folder(self.run_dir, progress.step).exists():
             return
+        # The first rank's weights are what is saved, so a rank that drifted away would vanish without a word.
         check_ranks_agree(self.engine.module)
         reason = on_first_rank(lambda: why_it_failed(lambda: self._begin(progress.step))) or self._write(
             progress
@@ -74,6 +75,7 @@ class Saver:
             self.num_failed = 0
             return
         self.num_failed += 1
+        # Before anything else: what is half written may be what fills the disk.
         on_first_rank(lambda: checkpoints.discard(self.run_dir))
         sentence = f"The checkpoint of step {progress.step} could not be written: {reason}"
         if must_succeed or self.num_failed == MAX_FAILED:
@@ -86,6 +88,7 @@ class Saver:
     def _begin(self, step: int) -> None:
         """Write the weights into a new folder, if the disk has room for a checkpoint as large as the last one."""
         staging, model = checkpoints.begin(self.run_dir), self.engine.module.model
+        # Asked beforehand: a large save would fail after minutes, on a disk that others are writing to.
         last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
         free = shutil.disk_usage(self.run_dir).free
         if last and free < (needed := checkpoints.bytes_of(last[0])):
@@ -93,6 +96,7 @@ class Saver:
                 f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
             )
         faults.reach("weights", step=step, path=staging)
+        # Merged: adapters and rows that were split off are nothing that transformers knows.
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
         self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
 
@@ -148,6 +152,7 @@ class Saver:
         progress = self.load(folder)
         manifest = checkpoints.read_manifest(folder)
         self.loader.load_state_dict(manifest["loader"])
+        # A stop may have come between the rows of a measure and the save that says so.
         if progress.owed:
             is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
             progress.owed = [] if is_measured else progress.owed
@@ -158,6 +163,7 @@ class Saver:
         """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
         run_dir, shards, image_tokenizer = self.run_dir, self.inputs.shards, self.inputs.image_tokenizer
         manifest = shards / MANIFEST
+        # Copies: the shards may be gone when someone samples from the run.
         if not (run_dir / DATA_MANIFEST).exists():
             if image_tokenizer is not None:
                 shutil.copytree(image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
@@ -170,7 +176,7 @@ class Saver:
             )
         folder = checkpoints.choose(run_dir)
         if folder is not None:
-            check_owner(folder)
+            check_owner(folder)  # DeepSpeed's state is pickled
             check_plain(folder / "engine")
         return folder
 
@@ -182,6 +188,7 @@ class Saver:
             CheckpointError: its groups of parameters are others, as an older t2i made them.
         """
         manifest = checkpoints.read_manifest(folder)
+        # Another global batch would be another experiment, with another place in the data.
         batch = manifest.get("global_batch", self.loader.global_batch)
         if batch != self.loader.global_batch:
             raise UserError(
@@ -189,6 +196,7 @@ class Saver:
                 f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
             )
         groups, found = group_sizes(self.engine), manifest.get("parameter_groups")
+        # DeepSpeed's conversion for other ranks would fill the first groups and say nothing of the rest.
         if found != groups:
             told = (
                 f"has parameters in groups of {found}" if found else "does not tell its groups of parameters"

@@ -44,7 +44,7 @@ def load_from_other_ranks(engine: deepspeed.DeepSpeedEngine, folder: Path, *, fo
     with reading_universal(engine):
         load_engine(engine, converted)
     load_frozen(engine.module.model, folder)
-    dist.barrier()
+    dist.barrier()  # every rank has read it
     on_first_rank(lambda: shutil.rmtree(converted))
 
 
@@ -56,8 +56,10 @@ def convert(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir()
+    # A process of its own: the converter forks workers, which would inherit this rank's threads and connections.
     command = [sys.executable, "-c", CONVERTER, "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
+    # The converter is one process; it would take itself for a rank of this job, and wait for the others.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -79,7 +81,7 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 
 def load_frozen(model: torch.nn.Module, folder: Path) -> None:
-    """Copy the parameters that do not learn, of which the universal format has nothing to load."""
+    """Copy the frozen parameters, of which the universal format has nothing to load."""
     saved = load_file(folder / "model.safetensors")
     for name, value in model.named_parameters():
         if not value.requires_grad:
@@ -97,6 +99,7 @@ def random_states() -> dict[str, Any]:
 def restore_random_states(client_state: dict[str, Any]) -> None:
     """Set what random_states collected on this rank; a rank that was not there keeps its own."""
     states = client_state["random"]
+    # Dropout of a new rank has no past to continue.
     if dist.get_rank() >= len(states):
         return
     state = states[dist.get_rank()]

@@ -15,7 +15,7 @@ from t2i.tokens.vocab import VocabLayout
 from t2i.train.deepspeed_internals import adam_of, measure_in_parts
 
 OWN_GROUP = 0.1
-"""A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
+"""A matrix of at least this share of the trainable parameters is a group of its own, which DeepSpeed does not copy."""
 
 
 class Learner(nn.Module):
@@ -71,6 +71,7 @@ def make_engine(
     whole = {
         **ds_config,
         "train_micro_batch_size_per_gpu": micro_batch,
+        # DeepSpeed divides each gradient by this and by the number of ranks; Trainer.accumulate multiplies by both.
         "gradient_accumulation_steps": steps,
         "gradient_clipping": config.grad_clip,
         "optimizer": optimizer,
@@ -85,11 +86,8 @@ def make_engine(
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
-    """Let every step first move what it changes towards where it is now, by lr * share; not new rows.
-
-    Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too. A step that is left out
-    for its gradient pulls nothing.
-    """
+    """Let every step first move pre-trained weights towards where they are now, by lr * share (L2-SP); not new rows."""
+    # Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too.
     start = {
         value: value.detach().clone()
         for group in optimizer.param_groups
@@ -104,21 +102,22 @@ def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
                 if value in start:
                     value.lerp_(start[value], group["lr"] * share)
 
+    # A hook of the step, not a call in the loop: a step that is skipped for its gradient pulls nothing.
     optimizer.register_step_pre_hook(pull)
 
 
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
     """Group parameters: matrices decay, norms and biases do not, new rows that were split off may have their own rate.
 
-    DeepSpeed flattens, updates and frees one group's gradients after the other, so the largest matrices are groups of
-    their own. `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
+    `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
     scale = 1.0 if config.new_embeddings_lr is None else config.new_embeddings_lr / config.lr
-    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    new_rows = [value for name, value in learned.items() if name.endswith(".new")]
-    others = [value for name, value in learned.items() if not name.endswith(".new")]
+    trainable = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    new_rows = [value for name, value in trainable.items() if name.endswith(".new")]
+    others = [value for name, value in trainable.items() if not name.endswith(".new")]
     matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
-    least = OWN_GROUP * sum(value.numel() for value in learned.values())
+    # DeepSpeed flattens, updates and frees one group after the other, and copies a group of several tensors.
+    least = OWN_GROUP * sum(value.numel() for value in trainable.values())
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
     decay = config.weight_decay

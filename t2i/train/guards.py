@@ -26,11 +26,11 @@ LEAST_SPREAD = 0.002
 def spike_score(loss: float, window: Sequence[float]) -> float | None:
     """Tell how many deviations a loss lies above the median of those before; None where these are too few.
 
-    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution and which
-    spikes among the losses do not widen.
+    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution.
     """
     if len(window) < FEWEST_STEPS:
         return None
+    # Medians, not mean and variance: a spike that entered the window would hide the next one.
     middle = median(window)
     spread = 1.4826 * median(abs(value - middle) for value in window)
     return (loss - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-9)
@@ -43,6 +43,7 @@ def check_updates(progress: Progress, *, run_dir: Path) -> None:
         NumericalError: with the last good checkpoint.
     """
     step = progress.step
+    # Alike on every rank without asking: what a step skips is decided from reduced numbers.
     if progress.skipped_in_a_row == MAX_SKIPPED:
         last = checkpoints.step_folder(run_dir, checkpoints.last_step(run_dir))
         raise NumericalError(
@@ -60,6 +61,7 @@ def check_ranks_agree(module: nn.Module) -> None:
     """
     if dist.get_world_size() == 1:
         return
+    # Bits, not values: sums of floats depend on their order, and NaN equals nothing. One number per tensor travels.
     sums = torch.stack([_bits(value) for value in module.parameters()])
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
