@@ -41,6 +41,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
             reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
             error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
             outcome[1] = CheckpointError.exit_code
+    # With its error: a check that fails on one rank alone would leave the others in a collective that never ends.
     dist.broadcast_object_list(outcome)
     if error is not None:
         raise error

@@ -38,12 +38,6 @@ def hang_file(run_dir: Path, rank: int) -> Path:
     return run_dir / f"hang_rank{rank}.txt"
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Tell an error of a collective, whose cause is another rank, from one of this rank's own."""
-    is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
-    return isinstance(error, RuntimeError) and is_collective
-
-
 @dataclass(frozen=True)
 class Peers:
     """Where each rank runs; made by all ranks together."""
@@ -72,6 +66,7 @@ class Peers:
     def lost(self) -> LostRankError:
         """Find out who is gone and say it; the error has the exit status of the rank that failed, where it left one."""
         ended = time.monotonic() + SEARCH_SECONDS
+        # In this order: a reason that a rank wrote says more than its absence.
         while time.monotonic() < ended:
             found = self.failed() or self._hung() or self._gone()
             if found is not None:
@@ -100,6 +95,7 @@ class Peers:
         try:
             head = error_file(self.run_dir, rank).read_text(errors="replace").partition("\n")[0]
             code, _, reason = head.removeprefix("exit ").partition(": ")
+            # A rank that lost a peer is no cause, or two survivors would blame each other.
             return None if int(code) == LostRankError.exit_code else (int(code), reason)
         except (OSError, ValueError):  # not there, or not whole yet
             return None
@@ -108,7 +104,7 @@ class Peers:
         """Tell a rank's state as the kernel names it: empty if it is gone, `T` stopped; `R` on another machine."""
         host, pid = self.places[rank]
         if host != socket.gethostname():
-            return "R"
+            return "R"  # nothing can be seen of it
         try:
             return (
                 Path(f"/proc/{pid}/stat")
@@ -164,7 +160,7 @@ class Watchdog:
 
         Args:
             seconds: a step may take so long, or SLOW_STEPS times the median of the last ones; 0 for no watch.
-            on_hang: called before the process ends.
+            on_hang: called before the process ends, on the rank that speaks for the job.
         """
         self.peers = peers
         self.seconds = seconds
@@ -214,6 +210,10 @@ class Watchdog:
             f"No end of a {self.what} after {self.waited:.0f} s.{who} All stacks are in {self.file.name}; the same"
             " command goes on from the last save."
         )
-        self.on_hang(error)
-        print(error, file=sys.stderr, flush=True)
+        if self.peers.speaks():
+            self.on_hang(error)
+        print(
+            error, file=sys.stderr, flush=True
+        )  # on every rank that hangs: which one is the cause is not known
+        # Not sys.exit: the main thread is in a call that never returns.
         os._exit(LostRankError.exit_code)

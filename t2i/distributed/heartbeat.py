@@ -39,7 +39,7 @@ def signs_of_life(folder: Path, *, rank: int) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.is_set():
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):  # the work is done and its folder removed
                 (folder / str(rank)).touch()
             stop.wait(BEAT_SECONDS)
 
@@ -65,6 +65,7 @@ class Watch:
             stamp = (self.folder / str(rank)).stat().st_mtime_ns
         except FileNotFoundError:
             stamp = 0
+        # A changed stamp, seen by this clock: how old a stamp is depends on two machines' clocks and a disk's.
         if rank not in self.seen or self.seen[rank][0] != stamp:
             self.seen[rank] = (stamp, time.monotonic())
         return time.monotonic() - self.seen[rank][1]

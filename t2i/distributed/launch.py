@@ -49,6 +49,7 @@ def _close_gloo() -> None:
 
     Source: https://github.com/pytorch/pytorch/issues/190489.
     """
+    # NCCL's group is left alone: closing it can wait for ranks that are lost.
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 

@@ -35,12 +35,14 @@ class StopFlag:
 
     def note(self, number: int, frame: object = None) -> None:
         """Take a signal."""
+        # Handlers only note: a collective that one rank leaves by an exception would hold all others.
         self.is_noted = True
         self.num_interrupts += number == signal.SIGINT
         if self.is_leaving:
             return
         if self.num_interrupts > 1:
             raise KeyboardInterrupt
+        # Nothing is to be saved yet, and compilers, which may run for minutes, poll no flag.
         if self.raises:
             raise Stopped(BEFORE_A_STEP)
 
@@ -55,6 +57,7 @@ def stop_flag() -> Iterator[StopFlag]:
     flag = StopFlag()
     before = {number: signal.signal(number, flag.note) for number in (signal.SIGTERM, signal.SIGINT)}
     ended = threading.Event()
+    # It sends SIGTERM, as a user would, so that there is one way to stop in every phase.
     watch = threading.Thread(target=_watch_parents, args=(ended,), daemon=True)
     watch.start()
     try:

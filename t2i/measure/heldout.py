@@ -13,7 +13,7 @@ from t2i.data.shards.reader import read_split
 from t2i.distributed.collectives import rank_and_size
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
-from t2i.model.loss import split_sums, token_losses
+from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -95,12 +95,12 @@ def heldout_text_rows(
     rank, world_size = rank_and_size()
     sums = sum_over_ranks(
         ids.split(batch_size)[rank::world_size],
-        lambda batch: _sums(model, batch, layout),
+        lambda batch: _sums(model, batch, layout=layout).pack().cpu(),
         model=model,
-        size=4,
+        size=NUM_SUMS,
         should_stop=should_stop,
     )
-    return [{"split": "heldout", "num_sequences": len(ids), "text_loss": (sums[2] / sums[3]).item()}]
+    return [{"split": "heldout", "num_sequences": len(ids), "text_loss": LossSums.unpack(sums).mean("text")}]
 
 
 def with_ids(sample: Sample, caption_ids: Tensor) -> Sample:
@@ -136,27 +136,33 @@ def caption_meter(
         kind, start = at
         batch = slice(start, start + batch_size)
         ids = stack_sequences(samples[batch], layout=layout, config=config, captions=captions[kind][batch])
-        sums = torch.zeros(len(CAPTIONS), 4, dtype=torch.float64)
-        sums[CAPTIONS.index(kind)] = _sums(model, ids, layout)
+        sums = torch.zeros(len(CAPTIONS), NUM_SUMS, dtype=torch.float64)
+        sums[CAPTIONS.index(kind)] = _sums(model, ids, layout=layout).pack().cpu()
         return sums.flatten()
 
     places = [(kind, start) for kind in CAPTIONS for start in starts]
-    size = 4 * len(CAPTIONS)
-    sums = sum_over_ranks(places, measure, model=model, size=size, should_stop=should_stop).view(-1, 4)
-    own_loss, wrong_loss, empty_loss = (sums[:, 0] / sums[:, 1]).tolist() if sums[0, 1] else 3 * (None,)
-    text = (sums[0, 2] / sums[0, 3]).item() if sums[0, 3] else None
+    size = NUM_SUMS * len(CAPTIONS)
+    sums = sum_over_ranks(places, measure, model=model, size=size, should_stop=should_stop)
+    of = {kind: LossSums.unpack(row) for kind, row in zip(CAPTIONS, sums.view(-1, NUM_SUMS), strict=True)}
     return CaptionMeter(
-        num_pictures=len(samples), own=own_loss, wrong=wrong_loss, empty=empty_loss, text=text
+        num_pictures=len(samples),
+        own=of["own"].mean("image"),
+        wrong=of["wrong"].mean("image"),
+        empty=of["empty"].mean("image"),
+        text=of["own"].mean("text"),
     )
 
 
-def _sums(model: Any, input_ids: Tensor, layout: VocabLayout) -> Tensor:
-    """Sum the losses of one batch (B, S): image nats, image tokens, text nats, text tokens."""
+def _sums(model: Any, input_ids: Tensor, *, layout: VocabLayout) -> LossSums:
+    """Sum the losses of one batch (B, S) on the model's device."""
     labels = next_token_labels(input_ids, layout=layout).to(model.device)
     hidden = hidden_states(model, input_ids.to(model.device))
     image_rows = softmax_rows(model, layout=layout)
-    losses, _ = token_losses(hidden, labels, head=head_of(model), image_rows=image_rows)
-    sums = split_sums(
-        losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
+    losses, squares = token_losses(hidden, labels, head=head_of(model), image_rows=image_rows)
+    return split_sums(
+        losses,
+        labels,
+        squares=squares,
+        num_text_rows=layout.num_text_rows,
+        first_image_id=layout.first_image_id,
     )
-    return torch.stack([*sums["image"], *sums["text"]]).double().cpu()

@@ -17,11 +17,10 @@ from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
-from t2i.model.loss import split_sums, token_losses
+from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.loading import OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
-from t2i.tokens.vocab import KINDS
 
 PERPLEXITY = "perplexity.json"
 
@@ -159,26 +158,31 @@ def split_costs(
     """Measure sequences (N, S) with whole images, or without any; image_size None for ids without pixels."""
     layout, network = model.layout, model.model
     # float64: a split has millions of tokens, and fp32 sums of them lose what two models differ by.
-    sums = torch.zeros(2, len(KINDS), dtype=torch.float64)  # nats, tokens
+    packed = torch.zeros(NUM_SUMS, dtype=torch.float64)
     by_code: list[Tensor] = []
     for batch in input_ids.split(batch_size):
         labels = next_token_labels(batch, layout=layout).to(network.device)  # (B, S)
         hidden = hidden_states(network, batch.to(network.device))  # (B, S, D)
-        losses, _ = token_losses(
+        losses, squares = token_losses(
             hidden, labels, head=head_of(network), image_rows=softmax_rows(network, layout=layout)
         )
         parts = split_sums(
-            losses, labels, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id
+            losses,
+            labels,
+            squares=squares,
+            num_text_rows=layout.num_text_rows,
+            first_image_id=layout.first_image_id,
         )
-        sums += torch.stack([torch.stack(parts[kind]).double() for kind in KINDS], dim=1).cpu()
+        packed += parts.pack().cpu()
         # Every sequence has all K codes, so that the chosen losses line up by place.
         by_code.append(losses[labels >= layout.first_image_id].double().cpu().view(len(batch), -1))  # (B, K)
     codes = torch.cat(by_code)  # (N, K)
-    costs = {kind: _cost(nats, count) for kind, nats, count in zip(KINDS, *sums.tolist(), strict=True)}
+    sums = LossSums.unpack(packed)
+    costs = {kind: _cost(float(nats), float(count)) for kind, (nats, count) in sums.by_kind().items()}
     return SplitCosts(
         num_pictures=len(input_ids),
         **costs,
-        total=_cost(float(sums[0].sum()), float(sums[1].sum())),
+        total=_cost(float(sums.text + sums.image + sums.special), float(sums.tokens())),
         places=by_place(codes.mean(0), image_size=image_size) if codes.shape[1] else None,
     )
 

@@ -4,7 +4,7 @@ N counted positions, T rows of the head in a tile, D width, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
                 found[:, chunk], hidden_gradient[chunk] = _chunk_gradient(
                     flat[chunk],
                     targets[chunk] - rows.start,
-                    head[own],
+                    head=head[own],
                     z_loss=z_loss,
                     head_gradient=head_gradient[own],
                 )
@@ -109,7 +109,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _chunk_gradient(
-    rows: Tensor, targets: Tensor, head: Tensor, *, z_loss: float, head_gradient: Tensor
+    rows: Tensor, targets: Tensor, *, head: Tensor, z_loss: float, head_gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
 
@@ -121,7 +121,8 @@ def _chunk_gradient(
     weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums
     weighted = rows.float() * weights
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
-        _add_product(gradient, powers.T, (weighted * (largest - found.largest).exp()).to(head.dtype))
+        scaled = (weighted * (largest - found.largest).exp()).to(head.dtype)
+        _add_product(gradient, first=powers.T, second=scaled)
     # What remains of the softmax's gradient: minus one at the target, of which there is one per position.
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
     own = found.mixed.mul_(weights) - head[targets].float()
@@ -183,12 +184,12 @@ def _softmax(
             sums = sums * shrink + powers.sum(-1, keepdim=True)
             if tiles is not None:
                 tiles.append((powers.to(head.dtype), largest))
-                _add_product(mixed.mul_(shrink), tiles[-1][0], part)
+                _add_product(mixed.mul_(shrink), first=tiles[-1][0], second=part)
     partitions = largest + sums.log()
     return _Softmax((partitions - wanted)[:, 0], partitions[:, 0], largest, sums, mixed)
 
 
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+def _add_product(total: Tensor, *, first: Tensor, second: Tensor) -> None:
     """Add first @ second to a total in fp32."""
     if first.dtype == torch.float32:
         total.addmm_(first, second)
@@ -207,18 +208,82 @@ def _tile_rows(head: Tensor) -> int:
     return CPU_TILE_ROWS if head.device.type == "cpu" else len(head)
 
 
-def split_sums(
-    losses: Tensor, labels: Tensor, *, num_text_rows: int, first_image_id: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sum losses (B, S) apart by the class of the label.
+@dataclass(frozen=True)
+class LossSums:
+    """Losses in nats, summed by the class of the label, and what to divide them by: each a tensor of shape ().
 
-    Returns:
-        for text, image and special: the sum in nats and the number of tokens counted.
+    Micro-batches, batches and ranks have unequal token counts, so sums and counts are added and divided once, at the
+    end: a mean of means would weigh the tokens of a short batch more.
+    """
+
+    text: Tensor
+    image: Tensor
+    special: Tensor
+    text_tokens: Tensor
+    image_tokens: Tensor
+    special_tokens: Tensor
+    z: Tensor
+    """Squared log-partitions of all these tokens, which train.z_loss has not weighted yet."""
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(
+            *(mine + theirs for mine, theirs in zip(self._values(), other._values(), strict=True))
+        )
+
+    def scaled(self, factor: float) -> "LossSums":
+        """Multiply the losses, not the counts."""
+        return replace(
+            self, text=self.text * factor, image=self.image * factor, special=self.special * factor
+        )
+
+    def pack(self) -> Tensor:
+        """Put all fields into one tensor (NUM_SUMS,) in fp64, which is exact for counts, to reduce or read at once."""
+        return torch.stack([value.double() for value in self._values()])
+
+    @classmethod
+    def unpack(cls, values: Tensor) -> "LossSums":
+        """Name the fields again in what pack made, after it was summed."""
+        return cls(*values.unbind())
+
+    def tokens(self) -> Tensor:
+        """Count the tokens of all classes."""
+        return self.text_tokens + self.image_tokens + self.special_tokens
+
+    def by_kind(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Pair nats and tokens of text, image and special."""
+        return {
+            "text": (self.text, self.text_tokens),
+            "image": (self.image, self.image_tokens),
+            "special": (self.special, self.special_tokens),
+        }
+
+    def mean(self, kind: str) -> float | None:
+        """Divide: nats per token of text, image or special; None where no token was counted."""
+        nats, count = self.by_kind()[kind]
+        return (nats / count).item() if count else None
+
+    def _values(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+NUM_SUMS = len(fields(LossSums))
+"""Numbers in what LossSums.pack makes."""
+
+
+def split_sums(
+    losses: Tensor, labels: Tensor, *, squares: Tensor, num_text_rows: int, first_image_id: int
+) -> LossSums:
+    """Sum losses (B, S) separately by the class of the label.
+
+    Args:
+        squares: (B, S) squared log-partitions, 0 where no token is counted.
 
     Source: paper sec. 2.2, Figure 4.
     """
     kinds = kinds_of(labels, num_text_rows=num_text_rows, first_image_id=first_image_id)
-    return {kind: (losses.where(mask, 0).sum(), mask.sum()) for kind, mask in kinds.items()}
+    sums = {kind: losses.where(mask, 0).sum() for kind, mask in kinds.items()}
+    counts = {f"{kind}_tokens": mask.sum() for kind, mask in kinds.items()}
+    return LossSums(**sums, **counts, z=squares.sum())
 
 
 def kinds_of(labels: Tensor, *, num_text_rows: int, first_image_id: int) -> dict[str, Tensor]:

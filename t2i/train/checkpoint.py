@@ -12,7 +12,7 @@ from t2i.config import TrainConfig
 from t2i.data.loader import StepLoader
 from t2i.data.shards.manifest import MANIFEST
 from t2i.distributed import faults
-from t2i.distributed.collectives import on_first_rank
+from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters
@@ -22,15 +22,8 @@ from t2i.runs.metrics_log import METRICS, read_metrics
 from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP
-from t2i.train.deepspeed_state import (
-    _reason,
-    _sealing,
-    group_sizes,
-    load_engine,
-    load_from_other_ranks,
-    optimizer_state_bytes,
-    random_states,
-)
+from t2i.train.deepspeed_internals import group_sizes, moments_of, save_engine, why_it_failed
+from t2i.train.deepspeed_state import load_engine, load_from_other_ranks, random_states
 from t2i.train.guards import check_ranks_agree, optimizer_bits
 from t2i.train.inputs import Inputs
 from t2i.train.progress import Progress
@@ -73,12 +66,16 @@ class Saver:
         """
         if checkpoints.step_folder(self.run_dir, progress.step).exists():
             return
+        # The first rank's weights are what is saved, so a rank that drifted away would vanish without a word.
         check_ranks_agree(self.engine.module)
-        reason = on_first_rank(lambda: _reason(lambda: self._begin(progress.step))) or self._write(progress)
+        reason = on_first_rank(lambda: why_it_failed(lambda: self._begin(progress.step))) or self._write(
+            progress
+        )
         if not reason:
             self.num_failed = 0
             return
         self.num_failed += 1
+        # Before anything else: what is half written may be what fills the disk.
         on_first_rank(lambda: checkpoints.discard(self.run_dir))
         sentence = f"The checkpoint of step {progress.step} could not be written: {reason}"
         if must_succeed or self.num_failed == MAX_FAILED:
@@ -91,6 +88,7 @@ class Saver:
     def _begin(self, step: int) -> None:
         """Write the weights into a new folder, if the disk has room for a checkpoint as large as the last one."""
         staging, model = checkpoints.begin(self.run_dir), self.engine.module.model
+        # Asked beforehand: a large save would fail after minutes, on a disk that others are writing to.
         last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
         free = shutil.disk_usage(self.run_dir).free
         if last and free < (needed := checkpoints.bytes_of(last[0])):
@@ -98,6 +96,7 @@ class Saver:
                 f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
             )
         faults.reach("weights", step=step, path=staging)
+        # Merged: adapters and rows that were split off are nothing that transformers knows.
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
         self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
 
@@ -105,20 +104,16 @@ class Saver:
         """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
         staging = self.run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
         written = [path for path in staging.iterdir() if path.is_file()] if dist.get_rank() == 0 else []
-        with _sealing(self.engine, step=progress.step, written=written) as (sealed, reasons):
-            self.engine.save_checkpoint(
-                str(staging), tag="engine", client_state=random_states(), save_latest=False
-            )
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (sealed, reasons, optimizer_bits(self.engine)))
-        failed = [f"rank {rank}: {reason}" for rank, (_, found, _) in enumerate(parts) for reason in found]
+        own = save_engine(self.engine, staging, step=progress.step, written=written, state=random_states())
+        parts = of_all_ranks([(own, optimizer_bits(self.engine))])
+        failed = [f"rank {rank}: {why}" for rank, (part, _) in enumerate(parts) for why in part.reasons]
         if failed:
             return failed[0]
-        known = {path: facts for files, _, _ in parts for path, facts in files.items()}
-        bits = [number for _, _, number in parts]
-        return on_first_rank(lambda: _reason(lambda: self._commit(progress, known, bits)))
+        known = {path: facts for part, _ in parts for path, facts in part.files.items()}
+        bits = [number for _, number in parts]
+        return on_first_rank(lambda: why_it_failed(lambda: self._commit(progress, sealed=known, bits=bits)))
 
-    def _commit(self, progress: Progress, sealed: dict[str, Any], bits: list[int]) -> None:
+    def _commit(self, progress: Progress, *, sealed: dict[str, Any], bits: list[int]) -> None:
         step, settings = progress.step, self.config
         num_learned, num_all = num_parameters(self.engine.module.model)
         facts = {
@@ -129,7 +124,7 @@ class Saver:
             "image_rows_only": settings.image_vocab_only,
             "parameters": {"learned": num_learned, "all": num_all},
             "parameter_groups": group_sizes(self.engine),
-            "optimizer_state_bytes": optimizer_state_bytes(self.engine),
+            "optimizer_state_bytes": sum(value.nbytes for value in moments_of(self.engine)),
             "optimizer_bits": bits,
         }
         checkpoints.commit(
@@ -157,6 +152,7 @@ class Saver:
         progress = self.load(folder)
         manifest = checkpoints.read_manifest(folder)
         self.loader.load_state_dict(manifest["loader"])
+        # A stop may have come between the rows of a measure and the save that says so.
         if progress.owed:
             is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
             progress.owed = [] if is_measured else progress.owed
@@ -167,6 +163,7 @@ class Saver:
         """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
         run_dir, shards, image_tokenizer = self.run_dir, self.inputs.shards, self.inputs.image_tokenizer
         manifest = shards / MANIFEST
+        # Copies: the shards may be gone when someone samples from the run.
         if not (run_dir / DATA_MANIFEST).exists():
             if image_tokenizer is not None:
                 shutil.copytree(image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
@@ -179,7 +176,7 @@ class Saver:
             )
         folder = checkpoints.choose(run_dir)
         if folder is not None:
-            check_owner(folder)
+            check_owner(folder)  # DeepSpeed's state is pickled
             check_plain(folder / "engine")
         return folder
 
@@ -191,6 +188,7 @@ class Saver:
             CheckpointError: its groups of parameters are others, as an older t2i made them.
         """
         manifest = checkpoints.read_manifest(folder)
+        # Another global batch would be another experiment, with another place in the data.
         batch = manifest.get("global_batch", self.loader.global_batch)
         if batch != self.loader.global_batch:
             raise UserError(
@@ -198,6 +196,7 @@ class Saver:
                 f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
             )
         groups, found = group_sizes(self.engine), manifest.get("parameter_groups")
+        # DeepSpeed's conversion for other ranks would fill the first groups and say nothing of the rest.
         if found != groups:
             told = (
                 f"has parameters in groups of {found}" if found else "does not tell its groups of parameters"

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 from t2i.config import TrainConfig
 from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
-from t2i.model.loss import split_sums, summed_loss
-from t2i.tokens.vocab import KINDS, VocabLayout
+from t2i.model.loss import LossSums, split_sums, summed_loss
+from t2i.tokens.vocab import VocabLayout
+from t2i.train.deepspeed_internals import adam_of, measure_in_parts
 
 OWN_GROUP = 0.1
-"""A matrix of at least this share of what learns is a group of its own, which DeepSpeed flattens without a copy."""
-NORM_PART = 2**20
-"""Numbers of a gradient whose squares are summed at a time."""
+"""A matrix of at least this share of the trainable parameters is a group of its own, which DeepSpeed does not copy."""
 
 
 class Learner(nn.Module):
@@ -28,14 +27,14 @@ class Learner(nn.Module):
         self.layout = layout
         self.z_loss = z_loss
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum losses over one micro-batch (B, S).
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, LossSums]:
+        """Sum losses over one micro-batch: ids and labels, (B, S) each.
 
         Returns:
-            the sum to learn from, z-loss included; (7,) sums of text, image, special, their counts, and z, to record.
+            the sum to backpropagate, z-loss included; the sums to record, on the same device.
         """
         hidden = hidden_states(self.model, input_ids)
-        total, losses, partitions = summed_loss(
+        total, losses, squares = summed_loss(
             hidden,
             labels,
             head=head_of(self.model),
@@ -43,11 +42,13 @@ class Learner(nn.Module):
             image_rows=softmax_rows(self.model, layout=self.layout),
         )
         sums = split_sums(
-            losses, labels, num_text_rows=self.layout.num_text_rows, first_image_id=self.layout.first_image_id
+            losses,
+            labels,
+            squares=squares,
+            num_text_rows=self.layout.num_text_rows,
+            first_image_id=self.layout.first_image_id,
         )
-        totals = [sums[kind][0] for kind in KINDS]
-        counts = [sums[kind][1].float() for kind in KINDS]
-        return total, torch.stack([*totals, *counts, partitions.sum()])
+        return total, sums
 
 
 def make_engine(
@@ -70,6 +71,7 @@ def make_engine(
     whole = {
         **ds_config,
         "train_micro_batch_size_per_gpu": micro_batch,
+        # DeepSpeed divides each gradient by this and by the number of ranks; Trainer.accumulate multiplies by both.
         "gradient_accumulation_steps": steps,
         "gradient_clipping": config.grad_clip,
         "optimizer": optimizer,
@@ -79,32 +81,13 @@ def make_engine(
     )
     measure_in_parts(engine.optimizer)
     if config.l2_sp:
-        pull_to_start(engine.optimizer.optimizer, share=config.l2_sp)
+        pull_to_start(adam_of(engine), share=config.l2_sp)
     return engine
 
 
-def measure_in_parts(optimizer: Any) -> None:
-    """Let DeepSpeed take the norm of gradients part by part: it copies in double precision what it measures."""
-    whole = optimizer.get_grad_norm_direct
-
-    def by_parts(gradients: list[Tensor], params: list[nn.Parameter], **rest: Any) -> Tensor:
-        real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        pairs = [
-            (part, param)
-            for gradient, param in zip(real, params, strict=False)
-            for part in gradient.flatten().split(NORM_PART)
-        ]
-        return whole([part for part, _ in pairs], [param for _, param in pairs], **rest)
-
-    optimizer.get_grad_norm_direct = by_parts
-
-
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
-    """Let every step first move what it changes towards where it is now, by lr * share; not new rows.
-
-    Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too. A step that is left out
-    for its gradient pulls nothing.
-    """
+    """Let every step first move pre-trained weights towards where they are now, by lr * share (L2-SP); not new rows."""
+    # Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too.
     start = {
         value: value.detach().clone()
         for group in optimizer.param_groups
@@ -119,21 +102,22 @@ def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
                 if value in start:
                     value.lerp_(start[value], group["lr"] * share)
 
+    # A hook of the step, not a call in the loop: a step that is skipped for its gradient pulls nothing.
     optimizer.register_step_pre_hook(pull)
 
 
 def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
     """Group parameters: matrices decay, norms and biases do not, new rows that were split off may have their own rate.
 
-    DeepSpeed flattens, updates and frees one group's gradients after the other, so the largest matrices are groups of
-    their own. `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
+    `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
     """
     scale = 1.0 if config.new_embeddings_lr is None else config.new_embeddings_lr / config.lr
-    learned = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    new_rows = [value for name, value in learned.items() if name.endswith(".new")]
-    others = [value for name, value in learned.items() if not name.endswith(".new")]
+    trainable = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    new_rows = [value for name, value in trainable.items() if name.endswith(".new")]
+    others = [value for name, value in trainable.items() if not name.endswith(".new")]
     matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
-    least = OWN_GROUP * sum(value.numel() for value in learned.values())
+    # DeepSpeed flattens, updates and frees one group after the other, and copies a group of several tensors.
+    least = OWN_GROUP * sum(value.numel() for value in trainable.values())
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
     decay = config.weight_decay

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from t2i.errors import NumericalError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import METRICS
+from t2i.train.deepspeed_internals import moments_of
 from t2i.train.progress import Progress
 
 MAX_SKIPPED = 3
@@ -25,27 +26,14 @@ LEAST_SPREAD = 0.002
 def spike_score(loss: float, window: Sequence[float]) -> float | None:
     """Tell how many deviations a loss lies above the median of those before; None where these are too few.
 
-    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution and which
-    spikes among the losses do not widen.
+    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution.
     """
     if len(window) < FEWEST_STEPS:
         return None
+    # Medians, not mean and variance: a spike that entered the window would hide the next one.
     middle = median(window)
     spread = 1.4826 * median(abs(value - middle) for value in window)
     return (loss - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-9)
-
-
-def step_without_update(engine: Any) -> None:
-    """Do the engine's step so that it drops the gradients, on the path by which it leaves out an overflow."""
-    optimizer = engine.optimizer
-    checks = optimizer.check_grad_overflow
-    optimizer.check_grad_overflow = True
-    optimizer.check_overflow = lambda **_: setattr(optimizer, "overflow", True)
-    try:
-        engine.step()
-    finally:
-        del optimizer.check_overflow
-        optimizer.check_grad_overflow = checks
 
 
 def check_updates(progress: Progress, *, run_dir: Path) -> None:
@@ -55,6 +43,7 @@ def check_updates(progress: Progress, *, run_dir: Path) -> None:
         NumericalError: with the last good checkpoint.
     """
     step = progress.step
+    # Alike on every rank without asking: what a step skips is decided from reduced numbers.
     if progress.skipped_in_a_row == MAX_SKIPPED:
         last = checkpoints.step_folder(run_dir, checkpoints.last_step(run_dir))
         raise NumericalError(
@@ -72,6 +61,7 @@ def check_ranks_agree(module: nn.Module) -> None:
     """
     if dist.get_world_size() == 1:
         return
+    # Bits, not values: sums of floats depend on their order, and NaN equals nothing. One number per tensor travels.
     sums = torch.stack([_bits(value) for value in module.parameters()])
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -85,10 +75,9 @@ def check_ranks_agree(module: nn.Module) -> None:
         )
 
 
-def optimizer_bits(engine: Any) -> int:
+def optimizer_bits(engine: deepspeed.DeepSpeedEngine) -> int:
     """Sum the bits of Adam's moments on this rank: equal sums tell equal states, for all that chance is worth."""
-    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
-    return sum(int(_bits(value).item()) for value in moments if isinstance(value, Tensor))
+    return sum(int(_bits(value).item()) for value in moments_of(engine))
 
 
 def _bits(value: Tensor) -> Tensor:

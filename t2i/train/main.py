@@ -1,12 +1,11 @@
 """One training run, from its settings to its last checkpoint."""
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -16,12 +15,13 @@ from t2i.data.batching import global_batch
 from t2i.data.loader import StepLoader
 from t2i.distributed import faults
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
-from t2i.distributed.health import Peers, Watchdog, is_lost_connection
+from t2i.distributed.ending import leave
+from t2i.distributed.health import Peers, Watchdog
 from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
 from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine
-from t2i.errors import EXPECTED, NumericalError, Stopped, exit_code
+from t2i.errors import Stopped, exit_code
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import make_folder, open_run, write_status
 from t2i.train.build import build_model
@@ -126,43 +126,14 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
             write_status(run_dir, state="done", step=last_step(run_dir), code=0)
     except (Exception, KeyboardInterrupt) as error:
         flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
-        _leave(peers, error)
+        leave(peers, error, report=lambda error: _report(peers, error))
     finally:
         for lock in locks:
             lock.close()
 
 
-def _leave(peers: Peers, error: BaseException) -> NoReturn:
-    """End this rank after an error, so that the job says it once: raise it here, or go without a word.
-
-    An error that every rank has is the first rank's to say. One that a rank has alone is its own; the others only meet
-    a lost connection, and the lowest of them says who is gone.
-    """
-    code, is_first = exit_code(error), peers.rank == 0
-    is_shared = isinstance(error, NumericalError | Stopped | KeyboardInterrupt)
-    failed = peers.failed() if isinstance(error, Stopped) else None  # whose launcher then asked all to end
-    if failed or is_lost_connection(error):
-        lost = failed or peers.lost()
-        if not peers.speaks():
-            sys.exit(lost.exit_code)
-        peers.note_failure(lost)
-        _report(peers, lost)
-        raise lost from error
-    if is_first or not is_shared:
-        peers.note_failure(error)
-    if is_first:
-        _report(peers, error)
-        if not isinstance(error, (*EXPECTED, KeyboardInterrupt)):
-            print(f"The traceback is also in {peers.run_dir / 'error.txt'}.", file=sys.stderr)
-    elif is_shared or (isinstance(error, EXPECTED) and peers.first_says_it_too(error)):
-        sys.exit(code)
-    raise error
-
-
 def _report(peers: Peers, error: BaseException) -> None:
-    """Write status.json, on the rank that speaks for the job; a disk that refuses must not hide the error."""
-    if not (peers.rank == 0 or peers.speaks()):
-        return
+    """Write status.json; a disk that refuses must not hide the error."""
     state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     with suppress(OSError):

@@ -49,7 +49,7 @@ class MetricsWriter:
             append_metrics(self.run_dir, *rows)
             self.waiting = []
         except OSError as error:
-            if not self.waiting:
+            if not self.waiting:  # one warning for a disk that stays full
                 place = self.run_dir / METRICS
                 logger.warning("%s: %s. Rows are kept in memory until there is room.", place, error.strerror)
             self.waiting = rows
@@ -69,6 +69,7 @@ class MetricsWriter:
         try:
             show(self.events)
         except OSError as error:
+            # Left for good: its writer runs in a thread and cannot take a row again.
             logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl is the record.", error)
             self.events = None
 
@@ -82,6 +83,7 @@ class Speed:
         self.flops_a_token = flops_a_token(
             model.config, counts=counts_of(model), seq_len=data.seq_len, replay_ratio=data.replay_ratio
         )
+        # No share of the peak where products are not in bf16, which the known peaks are of.
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and is_half else ""
         self.peak_flops = peak_flops_of(name)
         self.num_devices = dist.get_world_size()

@@ -1,12 +1,13 @@
 """One optimizer step: forward and backward over a whole global batch, one small read from the device, one update."""
 
 import logging
+import operator
 import time
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,12 +17,14 @@ from t2i.data.loader import Batch, StepLoader
 from t2i.distributed import faults
 from t2i.distributed.collectives import any_rank, of_all_ranks
 from t2i.distributed.signals import Requests
+from t2i.model.loss import LossSums
 from t2i.tokens.sequence import next_token_labels
-from t2i.train.guards import spike_score, step_without_update
+from t2i.train.deepspeed_internals import step_without_update
+from t2i.train.guards import spike_score
 from t2i.train.metrics import Speed, peak_memory_bytes, why_skipped
 from t2i.train.progress import Progress
 from t2i.train.schedule import learning_rate
-from t2i.train.step_sums import Read, loss_row, number, read_step
+from t2i.train.step_sums import Read, loss_row, number, read_step, tokens_of_all
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +57,19 @@ class Stepper:
         labels = next_token_labels(input_ids, layout=self.layout)
         parts = micro_batches(input_ids, labels, size=self.engine.train_micro_batch_size_per_gpu())
         # The gradient's scale needs all ranks' tokens before the first backward. It stays on the device: no read.
-        amounts = [float((labels >= 0).sum()), float(sum(ids.numel() for ids, _ in parts))]
-        counts = torch.tensor(amounts, dtype=torch.float64).to(self.engine.device)
-        dist.all_reduce(counts)
+        total = tokens_of_all(labels, device=self.engine.device)
         lr = learning_rate(progress.step, config=self.config)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        sums = self.accumulate(parts, counts[0], step=progress.step + 1)
+        sums = self.accumulate(parts, total, step=progress.step + 1)
         faults.reach("step", step=progress.step + 1)
-        read = self.agree(sums, counts)
+        read = self.agree(sums, positions=sum(ids.numel() for ids, _ in parts))
         losses = loss_row(read.sums)
         score = spike_score(losses["loss"], progress.losses) if losses["loss"] is not None else None
         is_spike = self.is_spike(score, step=progress.step + 1)
         was_skipped = self.update(read, is_spike=is_spike)
         num_sequences = len(input_ids) * dist.get_world_size()
-        progress.count(num_sequences, tokens=int(read.total), loss=losses["loss"], was_skipped=was_skipped)
+        progress.count(num_sequences, tokens=read.tokens, loss=losses["loss"], was_skipped=was_skipped)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         grad_norm = self.engine.get_global_grad_norm()
@@ -77,14 +78,14 @@ class Stepper:
             "epoch": self.loader.epoch,
             "samples": progress.samples,
             "tokens": progress.tokens,
-            "padded": int(read.computed - read.total),
+            "padded": read.positions - read.tokens,
             **losses,
             "lr": lr,
             "grad_norm": None if grad_norm is None else number(float(grad_norm)),
             "spike_score": score,
             "spike": is_spike,
             "skipped": was_skipped,
-            **self.speed.row(num_tokens=read.total, seconds=seconds),
+            **self.speed.row(num_tokens=read.tokens, seconds=seconds),
             "seconds": progress.seconds,
             "step_seconds": seconds,
             "data_seconds": data_seconds,
@@ -95,11 +96,11 @@ class Stepper:
             logger.warning("step %d changed no weight: %s", row["step"], why_skipped(row))
         return row, read
 
-    def agree(self, sums: Tensor, counts: Tensor) -> Read:
+    def agree(self, sums: LossSums, *, positions: int) -> Read:
         """Read what all ranks found in this step, and what was asked of any of them."""
         return read_step(
             sums,
-            counts,
+            positions=positions,
             should_stop=self.requests.should_stop(),
             should_save=self.requests.should_save(),
         )
@@ -120,8 +121,8 @@ class Stepper:
             self.engine.step()
         return bool(self.engine.skipped_steps > skipped_before)
 
-    def accumulate(self, parts: list[tuple[Tensor, Tensor]], total: Tensor, *, step: int) -> Tensor:
-        """Run forward and backward over the micro-batches; return the summed losses and counts (7,).
+    def accumulate(self, parts: list[tuple[Tensor, Tensor]], total: Tensor, *, step: int) -> LossSums:
+        """Run forward and backward over the micro-batches; return their summed losses and counts.
 
         Each rank's gradient is of sum * accumulation * world / total, which DeepSpeed's two means turn into the
         gradient of the mean over all tokens of all ranks, however unequal their counts.
@@ -129,13 +130,12 @@ class Stepper:
         engine = self.engine
         factor = faults.loss_factor(step=step)
         scale = (factor * engine.gradient_accumulation_steps() * dist.get_world_size() / total).float()
-        summed = torch.zeros(7, device=engine.device)
+        found: list[LossSums] = []
         for index, (ids, wanted) in enumerate(parts):
             engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             loss, sums = engine(ids.to(engine.device), wanted.to(engine.device))
             engine.backward(loss * scale)
             if index < len(parts) - 1:
                 engine.step()
-            summed += sums
-        summed[:3] *= factor
-        return summed
+            found.append(sums)
+        return reduce(operator.add, found).scaled(factor)

@@ -8,51 +8,75 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from t2i.tokens.vocab import KINDS
+from t2i.model.loss import NUM_SUMS, LossSums
 
 
 @dataclass(frozen=True)
 class Read:
     """The same on every rank."""
 
-    sums: Tensor
-    """(7,) summed losses and counts of text, image, special, and z."""
-    total: float
-    """Tokens with a label."""
-    computed: float
-    """Positions of all micro-batches, padding among them."""
+    sums: LossSums
+    """On the CPU, in fp64."""
+    positions: int
+    """Of all micro-batches, padding included."""
     is_finite: bool
     should_stop: bool
     should_save: bool
 
+    @property
+    def tokens(self) -> int:
+        """Count the tokens with a label."""
+        return int(self.sums.tokens())
 
-def read_step(sums: Tensor, counts: Tensor, *, should_stop: bool, should_save: bool) -> Read:
-    """Sum over ranks and read, once a step: losses, counts, tokens, and what any rank found or was asked.
+
+def tokens_of_all(labels: Tensor, *, device: torch.device) -> Tensor:
+    """Count the labels (B, S) of all ranks as an fp64 tensor () on the device, which nobody waits for."""
+    tokens = (labels >= 0).sum(dtype=torch.float64).to(device)
+    dist.all_reduce(tokens)
+    return tokens
+
+
+def read_step(sums: LossSums, *, positions: int, should_stop: bool, should_save: bool) -> Read:
+    """Sum over ranks and read, once per step: losses, counts, and what any rank found or was asked.
 
     It comes before the update, which it may forbid, so the device waits here for the time of one small reduction.
 
     Args:
-        sums: (7,) this rank's summed losses and counts.
-        counts: (2,) tokens and positions, of all ranks already.
+        sums: of this rank's micro-batches.
+        positions: of this rank's micro-batches, padding included.
         should_stop: this rank was asked to stop; one is enough.
         should_save: this rank was asked to save; one is enough.
     """
-    flags = torch.tensor([should_stop, should_save], dtype=torch.float64, device=sums.device)
-    is_broken = (~torch.isfinite(sums).all()).double()[None]
-    values = torch.cat([sums.double(), is_broken, flags])
+    packed = sums.pack()
+    # A rank's own test: sums of ranks could overflow, or be finite where one rank's were not.
+    is_broken = (~torch.isfinite(packed).all()).double()[None]
+    told = torch.tensor([positions, should_stop, should_save], dtype=torch.float64, device=packed.device)
+    values = torch.cat([packed, is_broken, told])  # (NUM_SUMS + 4,)
     dist.all_reduce(values)
-    host = torch.cat([values, counts]).cpu()
-    broken, stop, save, tokens, computed = host[7:].tolist()
-    return Read(host[:7], tokens, computed, not broken, should_stop=stop > 0, should_save=save > 0)
+    host = values.cpu()
+    broken, computed, stop, save = host[NUM_SUMS:].tolist()
+    return Read(
+        LossSums.unpack(host[:NUM_SUMS]),
+        positions=int(computed),
+        is_finite=not broken,
+        should_stop=stop > 0,
+        should_save=save > 0,
+    )
 
 
-def loss_row(sums: Tensor) -> dict[str, Any]:
-    """Divide summed losses and counts (7,) once: nats a token by class, None where nothing was counted."""
-    totals, counts = sums[:3], sums[3:6]
-    row: dict[str, Any] = {"loss": number((totals.sum() / counts.sum()).item())}
-    for kind, total, count in zip(KINDS, totals, counts, strict=True):
-        row[f"{kind}_loss"] = number((total / count).item()) if count else None
+def loss_row(sums: LossSums) -> dict[str, Any]:
+    """Divide once: nats per token, in all and by class, None where nothing was counted.
+
+    `loss` is cross-entropy alone. `z_loss` is the mean squared log-partition, recorded whatever train.z_loss weights it
+    with: at 0 too, it tells whether logits drift away.
+    """
+    tokens = sums.tokens()
+    row: dict[str, Any] = {"loss": number(((sums.text + sums.image + sums.special) / tokens).item())}
+    for kind, (_, count) in sums.by_kind().items():
+        mean = sums.mean(kind)
+        row[f"{kind}_loss"] = None if mean is None else number(mean)
         row[f"{kind}_tokens"] = int(count)
+    row["z_loss"] = number((sums.z / tokens).item())
     return row
 
 

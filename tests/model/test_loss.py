@@ -84,8 +84,8 @@ def test_bf16_gradients_are_close_to_an_upcast_twin():
 
 def test_the_split_equals_a_loop_over_tokens():
     hidden, labels, head = batch()
-    losses, _ = token_losses(hidden, labels, head=head)
-    sums = split_sums(losses, labels, **KINDS)
+    losses, squares = token_losses(hidden, labels, head=head)
+    sums = split_sums(losses, labels, squares=squares, **KINDS)
     twin = {"text": [0.0, 0], "image": [0.0, 0], "special": [0.0, 0]}
     for row in range(3):
         for place in range(200):
@@ -96,9 +96,11 @@ def test_the_split_equals_a_loop_over_tokens():
             logits = head @ hidden[row, place]
             twin[kind][0] -= logits.log_softmax(-1)[label].item()
             twin[kind][1] += 1
-    for kind, (total, count) in sums.items():
-        assert count.item() == twin[kind][1] > 0
-        assert total.item() == pytest.approx(twin[kind][0], rel=1e-5)
+    for kind, (total, count) in twin.items():
+        found, counted = sums.by_kind()[kind]
+        assert counted.item() == count > 0
+        assert found.item() == pytest.approx(total, rel=1e-5)
+        assert sums.mean(kind) == pytest.approx(total / count, rel=1e-5)
 
 
 def test_bf16_sums_are_fp32_and_close_to_an_upcast_twin():

@@ -16,8 +16,10 @@ from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+from t2i.train import deepspeed_internals as internals
 from t2i.train import engine as engines
 from t2i.train.checkpoint import Saver
+from t2i.train.deepspeed_internals import group_sizes
 from t2i.train.ds_config import read_ds_config
 from t2i.train.progress import Progress
 
@@ -38,7 +40,7 @@ def engine_of(module):
 
 
 def test_steps_and_their_norms_are_those_of_torch(one_process, monkeypatch):
-    monkeypatch.setattr(engines, "NORM_PART", 1_000)  # which divides no matrix
+    monkeypatch.setattr(internals, "NORM_PART", 1_000)  # which divides no matrix
     plain = learner()
     optimizer = torch.optim.AdamW(
         [
@@ -70,7 +72,7 @@ def test_the_norm_is_taken_of_parts_without_padding(lengths):
 
     def plain(gradients, params):
         assert len(gradients) == len(params)
-        assert all(part.numel() <= engines.NORM_PART for part in gradients)
+        assert all(part.numel() <= internals.NORM_PART for part in gradients)
         seen.extend(zip(gradients, params, strict=True))
         return torch.tensor(0.0)
 
@@ -79,8 +81,8 @@ def test_the_norm_is_taken_of_parts_without_padding(lengths):
     marked, unmarked = torch.ones(7), torch.ones(9)
     marked._zero_padding = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "NORM_PART", 1_000)
-        engines.measure_in_parts(optimizer)
+        patch.setattr(internals, "NORM_PART", 1_000)
+        internals.measure_in_parts(optimizer)
         # DeepSpeed marks what it puts between gradients, and leaves what it puts after the last without a parameter.
         optimizer.get_grad_norm_direct([*gradients[:1], marked, *gradients[1:], unmarked], params)
     for gradient, param in zip(gradients, params, strict=True):
@@ -136,5 +138,5 @@ def test_state_in_other_groups_is_not_loaded(groups, one_process, tmp_path):
     checkpoints.begin(tmp_path)
     facts = {"world_size": 1, "parameter_groups": groups} if groups else {"world_size": 1}
     folder = checkpoints.commit(tmp_path, step=1, facts=facts, keep_last=1)
-    with pytest.raises(CheckpointError, match=f"groups of .*{engines.group_sizes(engine)[0]}.*--model.init"):
+    with pytest.raises(CheckpointError, match=f"groups of .*{group_sizes(engine)[0]}.*--model.init"):
         saver.load(folder)

@@ -279,6 +279,7 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
     same_after_one_step(weights(run_dir, 1), once(finished, tmp_path), lr=settings.lr)
     # Sums in another order; the first loss sees equal weights, later ones Adam's amplified rounding.
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], abs=1e-6)
+    assert two[0]["z_loss"] == pytest.approx(one[0]["z_loss"], rel=1e-6)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
     heldout = [
         [row["image_loss"] for row in read_metrics(run) if "split" in row]
