@@ -133,7 +133,7 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
             target = f"<= {most}" if is_compiled else ""
             yield side_by_side.stated(f"{case}: seconds / bandwidth's", ratios, target=target)
             rates = [batch / value for value in seconds]
-            yield side_by_side.stated(f"{case}: pictures a second", rates, best=max)
+            yield side_by_side.stated(f"{case}: images per second", rates, best=max)
 
 
 def timed(run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS) -> list[float]:

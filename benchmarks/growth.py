@@ -109,7 +109,7 @@ def sampling(width: int, depth: int, *, length: int, codes: int, batch: int) -> 
 
 
 def ranks(*, rounds: int) -> side_by_side.Row:
-    """Train on one and on two ranks: seconds of the clock of a step, of as many tokens a rank."""
+    """Train on one and on two ranks: seconds of the clock of a step, of as many tokens per rank."""
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for round_, number in itertools.product(range(rounds), seconds):
@@ -127,7 +127,7 @@ def ranks(*, rounds: int) -> side_by_side.Row:
             )
             steps = [row["step_seconds"] for row in read_metrics(run_dir) if "split" not in row]
             seconds[number].append(min(steps[2:]))
-    what = "growth of training with ranks: a step of 2 ranks / of 1, as many tokens a rank, seconds"
+    what = "growth of training with ranks: a step of 2 ranks / of 1, as many tokens per rank, seconds"
     return side_by_side.compared(what, seconds[2], seconds[1])
 
 

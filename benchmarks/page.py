@@ -24,35 +24,38 @@ NAMES = (
 )
 INTRODUCTION = """# Performance
 
-Written by `make bench`; every number was measured by the command above its table. A ratio compares candidates that
-alternate in one process on one thread, in CPU seconds unless the row says seconds; it is of the least times, with that
-of the medians and the least and largest ratio of one round beside it. The products alone are the machine's limit: the
-matrix products that the work cannot do without, measured in the same run.
+Written by `make bench`. Every number was measured by the command above its table.
+
+A ratio compares candidates that alternate in one process on one thread. It is of CPU seconds, unless the row says
+seconds, and of the least times. Beside it stand the ratio of the medians, and the least and largest ratio of one round.
+
+The machine's limit is the matmul lower bound: the time of the matrix products that the work cannot do without, measured
+in the same run. Tables of figures call it "limit".
 """
 EXPLANATIONS = {
     "sampling": (
-        "Where the rest of the time goes: beside its products the eager step makes many small calls a layer. "
-        "The compiled one has few, but attends to a whole window of the cache, where the eager one reads the "
-        "true length: so it gains most at batch 1. The draw of a thousand codes out of 16,384 is most of what "
-        "is left."
+        "Where the rest of the time goes: beside its matrix products, the eager step makes many small calls per "
+        "layer. The compiled step has few. But it attends to a whole window of the cache, where the eager one "
+        "reads the true length. So it gains most at batch 1. Most of what is left is the draw of a thousand "
+        "codes out of 16,384."
     ),
     "training_step": (
         "Where the rest of the time goes: DeepSpeed averages, measures, clips and copies 41 million gradients "
-        "and weights, and Adam updates them, each a walk through memory; powers and sums of 66,824 logits a "
-        "position; the body's elementwise work, forward and backward. The plain loops keep their memory here "
-        "as t2i's own step does; what page faults would cost them is not in their figures. A heap is not laid "
-        "out alike in each process, so bytes vary."
+        "and weights, and Adam updates them. Each is a walk through memory. Then there are the powers and sums of "
+        "66,824 logits per position, and the body's elementwise work, forward and backward. The plain loops keep "
+        "their memory here as t2i's own step does. What page faults would cost them is not in their figures. "
+        "Bytes vary, because a heap is not laid out alike in each process."
     ),
     "loading": (
-        "A sample is a file opened, read, unpacked and checked by Streaming's reader; formats that map a "
-        "file into memory or hold it whole take a fraction. It is done beside the device, so what counts "
-        "is the waiting."
+        "To read a sample, Streaming's reader opens a file, reads, unpacks and checks it. Formats that map a "
+        "file into memory, or hold it whole, take a fraction of that. The work is done beside the device, so "
+        "what counts is the waiting."
     ),
     "waiting": (
-        "A checkpoint's files are on the disk before it counts, which cp leaves for later. Its times vary "
-        "most: the host of a virtual machine such as this one may lend memory for the disk's cache page by "
-        "page, which takes ten times as long. An export is loaded back, and the model before and after gives "
-        "logits that must be equal: half of its time at this size, 0.13 of 0.26 s in one run."
+        "A checkpoint's files are on the disk before it counts, which cp leaves for later. Its times vary most: "
+        "the host of a virtual machine such as this one may lend memory for the disk's cache page by page, which "
+        "takes ten times as long. An export is loaded back, and the models before and after must give equal "
+        "logits. That is half of its time at this size: 0.13 of 0.26 s in one run."
     ),
     "growth": "![seconds against sizes](growth.svg)",
 }

@@ -61,7 +61,9 @@ def main() -> None:
     ours = seconds["t2i"]
     equal = (tokenizer.encode(pixels).flatten() == plain_codes(plain, pixels)).float().mean().item()
     rows = [
-        side_by_side.compared("encoding: t2i / its products alone", ours, seconds["limit"], target="<= 1.15"),
+        side_by_side.compared(
+            "encoding: t2i / its matmul lower bound", ours, seconds["limit"], target="<= 1.15"
+        ),
         side_by_side.compared("encoding: diffusers' loop / t2i", seconds["diffusers"], ours, target=">= 1"),
         side_by_side.stated("encoding: share of codes equal to diffusers' own", [equal], target=">= 0.999"),
     ]

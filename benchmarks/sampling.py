@@ -1,4 +1,4 @@
-"""Image codes out of captions: t2i's sampler, Hugging Face's generate, and the products alone.
+"""Image codes out of captions: t2i's sampler, Hugging Face's generate, and the matmul lower bound.
 
 Width 256, 8 layers, 66,824 rows, guidance 3, top-k 1,000, captions of unequal length.
 
@@ -26,7 +26,7 @@ WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4
 LENGTHS = (32, 21, 28, 17, 30, 24, 32, 12)
 """Tokens of the captions' prompts."""
 TARGETS = {"t2i": "<= 1.7", "t2i compiled": "<= 1.5"}
-"""Times the products alone that t2i may take."""
+"""Multiples of the matmul lower bound that t2i may take."""
 EMPTY = [50_432, 50_434, 50_435, 50_436]
 
 
@@ -48,13 +48,13 @@ def main() -> None:
             rows.append(side_by_side.stated(what, [equal], target=">= 0.99"))
             figures[case] = {name: min(times) * 1000 / num_codes for name, times in seconds.items()}
             for name, target in TARGETS.items():
-                what = f"sampling {case}: {name} / products alone"
+                what = f"sampling {case}: {name} / matmul lower bound"
                 rows.append(side_by_side.compared(what, seconds[name], seconds["limit"], target=target))
             for name in [name for name in seconds if name not in ("limit", *TARGETS)]:
                 what = f"sampling {case}: {name} / t2i"
                 rows.append(side_by_side.compared(what, seconds[name], seconds["t2i"], target=">= 3"))
     what = "share of the eager sampler's time by operator, profiled once"
-    side_by_side.write("sampling", rows, figures={"least ms a step": figures, what: profiles})
+    side_by_side.write("sampling", rows, figures={"least ms per step": figures, what: profiles})
 
 
 def measure(
