@@ -5,7 +5,23 @@ from pathlib import Path
 
 import yaml
 
-from t2i.study.spec import read_study, run_dir
+from t2i.study.jobs import read_study, run_dir
+
+IMAGES = {
+    "format_version": 2,
+    "source": "a test",
+    "heldout_share": 0.1,
+    "counts": {"train": 9, "heldout": 1},
+    "files": {},
+    "arguments": {},
+    "floors_nats": {},
+    "text_tokenizer": {"name": "a test", "fingerprint": "0", "num_tokens": 9},
+    "image_tokenizer": {"name": "a test", "fingerprint": "0"},
+    "given_ids": True,
+    "codes_per_image": 16,
+    "codebook_size": 8,
+}
+"""What a manifest of codes says."""
 
 
 def write_json(path, value):
@@ -28,7 +44,12 @@ class Made:
         return run_dir(self.out, arm, seed)
 
     def run(self, arm, seed, *, train=(), heldout=(), text=(), state="done", manifest=None, settings=None):
-        """Write one run: rows of metrics.jsonl by kind, each beside the step that it is of (2, 4, 6 and so on)."""
+        """Write one run.
+
+        Args:
+            train: what rows of metrics.jsonl hold at steps 2, 4, 6 and so on; likewise heldout and text.
+            manifest: what it says that IMAGES does not.
+        """
         folder = self.folder(arm, seed)
         steps = range(2, 2 * max(map(len, (train, heldout, text, [()]))) + 1, 2)
         rows = [{"step": step, "tokens": 100 * step, "loss": 1.0} for step in steps]
@@ -39,7 +60,7 @@ class Made:
                 {"step": step, "split": split, **values} for step, values in zip(steps, given, strict=False)
             ]
         write_json(folder / "status.json", {"state": state})
-        write_json(folder / "data_manifest.json", manifest or {})
+        write_json(folder / "data_manifest.json", IMAGES | (manifest or {}))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "resolved.yaml").write_text(yaml.safe_dump(settings or {}))
         return folder

@@ -42,11 +42,13 @@ def test_there_are_mutations_enough_of_every_kind():
 
 
 def test_a_mutation_that_does_not_apply_is_refused():
-    gone = mutations.Mutation("gone", "t2i/config.py", "return self.pad_id + 1", "x", "nothing", ())
+    gone = mutations.Mutation(
+        "gone", "t2i/config/run_config.py", "return self.pad_id + 1", "x", "nothing", ()
+    )
     moved = mutations.Mutation("moved", "t2i/no_such_room.py", "no such text", "x", "nothing", ())
-    many = mutations.Mutation("many", "t2i/config.py", "class", "x", "nothing", ())
+    many = mutations.Mutation("many", "t2i/config/run_config.py", "class", "x", "nothing", ())
     with pytest.raises(
-        ValueError, match=r"gone: t2i/config\.py has its old text 0 times; expected once:"
+        ValueError, match=r"gone: t2i/config/run_config\.py has its old text 0 times; expected once:"
     ) as error:
         mutations.mutated(gone, root=mutations.ROOT)
     assert str(error.value).endswith("It stands once in t2i/tokens/vocab.py.")

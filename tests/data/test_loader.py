@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,14 +145,17 @@ def test_a_code_or_an_id_of_one_too_many_is_refused(folder):
 
 
 @pytest.mark.parametrize(("count", "every", "wanted"), [(10, 1, 10), (10, 3, 4), (9, 3, 3), (2, 5, 1)])
-def test_every_nth_sample_counts_the_first(count, every, wanted):
+def test_every_nth_sample_counts_the_first(count, every, wanted, folder):
     assert len(range(0, count, every)) == wanted
-    assert num_trained_on({"counts": {"train": count}}, keep_every=every) == wanted
+    assert (
+        num_trained_on(replace(read_manifest(folder), counts={"train": count}), subsample_every=every)
+        == wanted
+    )
 
 
 def test_a_share_of_text_is_rounded_to_the_nearest_count(folder):
     # 0.29 x 100 is 28.999999999999996 in floating point.
-    config = DataConfig(shards=folder, text_mix=0.29, text_shards=folder)
+    config = DataConfig(shards=folder, replay_ratio=0.29, replay_shards=folder)
     assert num_text_sequences(config, global_batch=100, world_size=1) == 29
 
 

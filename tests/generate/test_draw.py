@@ -6,17 +6,17 @@ from PIL import Image
 
 from t2i.config import SampleConfig
 from t2i.generate import sample as draw
-from t2i.generate.sample import draw_codes, draw_folder
-from t2i.runs.loading import open_checkpoint
+from t2i.generate.sample import draw_codes, draw_folder, drawer_of
+from t2i.runs.loading import open_model
 
 
 @pytest.fixture
-def checkpoint(model_folder):
-    return open_checkpoint(str(model_folder))
+def opened(model_folder):
+    return open_model(str(model_folder), needs_images=True)
 
 
-def test_the_likeliest_code_is_drawn_though_other_rows_are_likelier(checkpoint):
-    model, layout = checkpoint.model, checkpoint.layout
+def test_the_likeliest_code_is_drawn_though_other_rows_are_likelier(opened):
+    model, layout = opened.model, opened.layout
     logits = torch.full((layout.vocab_size,), 2.0)
     first = layout.num_text_rows + 7  # six markers and <pad>
     logits[first : first + layout.codebook_size] = 0
@@ -25,25 +25,25 @@ def test_the_likeliest_code_is_drawn_though_other_rows_are_likelier(checkpoint):
         model.model.norm.weight.zero_()  # so hidden states are all ones
         model.model.norm.bias.fill_(1)
         model.output.weight.copy_((logits / 32)[:, None].expand(-1, 32))
-    codes = draw_codes(checkpoint, ["a cup", "a longer caption"], config=SampleConfig(temperature=0))
+    codes = draw_codes(drawer_of(opened, settings=SampleConfig(temperature=0)), ["a cup", "a longer caption"])
     assert codes.tolist() == [[300] * 16] * 2
 
 
 @pytest.fixture
-def drawn(checkpoint, monkeypatch, tmp_path):
+def drawn(opened, monkeypatch, tmp_path):
     """Draw five alike captions in batches of two; yields the calls that drew them, and the images."""
 
     def draw_all(**settings):
         calls = []
 
-        def spy(checkpoint, captions, *, config, first_seed):
+        def spy(drawer, captions, *, first_seed):
             calls.append((list(captions), first_seed))
-            return draw_codes(checkpoint, captions, config=config, first_seed=first_seed)
+            return draw_codes(drawer, captions, first_seed=first_seed)
 
         monkeypatch.setattr(draw, "draw_codes", spy)
         captions = {f"{index}": "a cup" for index in range(5)}
         paths = draw_folder(
-            checkpoint, captions, out=tmp_path / "out", config=SampleConfig(seed=40), batch_size=2, **settings
+            opened, captions, out=tmp_path / "out", config=SampleConfig(seed=40), batch_size=2, **settings
         )
         return calls, paths
 

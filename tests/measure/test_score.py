@@ -11,8 +11,9 @@ from t2i.measure.clip import Clip
 from t2i.measure.feature_cache import Reference
 from t2i.measure.features import FeatureExtractor
 from t2i.measure.images import Pictures
+from t2i.measure.protocol import DrawingFacts
 from t2i.measure.score import Drawing, Rulers, Task, draw_rows, score
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 
 OWN_PLACES = [7, 2, 9, 0, 5]
 NAMES = "abcde"
@@ -32,13 +33,12 @@ def pictures_of(arrays):
 def task():
     """Five captions, whose own images are among twelve of the reference."""
     reference = images(12, seed=0)
-    made_of = {"crop": "none", "image_size": 32}
     return Task(
         data="a test",
         captions={name: f"caption {name}" for name in NAMES},
         captions_rule="all",
         own=pictures_of(reference[OWN_PLACES]),
-        reference=Reference("twelve", pictures_of(reference), made_of),
+        reference=Reference("twelve", pictures_of(reference), which={}, crop="none", image_size=32),
         own_places=OWN_PLACES,
     )
 
@@ -92,12 +92,15 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
     # A caption is an axis. An image's cosine is 0.6 with its own caption and 0.4 with each other one.
     axes = torch.eye(5)
     monkeypatch.setattr(scoring, "embed_captions", lambda captions, clip: axes)
-    monkeypatch.setattr(
-        scoring, "embed_pictures", lambda arrays, clip: (0.4 + 0.2 * axes)[: len(list(arrays))]
-    )
+    monkeypatch.setattr(scoring, "embed_images", lambda arrays, clip: (0.4 + 0.2 * axes)[: len(list(arrays))])
     rulers = Rulers(extractor, Clip("a test", "none", None, None, None))
     scores = score(
-        open_checkpoint(str(model_folder)), task, drawing=drawing, drawn=drawn, rulers=rulers, facts={}
+        open_model(str(model_folder), needs_images=True),
+        task,
+        drawing=drawing,
+        drawn=drawn,
+        rulers=rulers,
+        facts=DrawingFacts(processes=1, seconds_to_draw=0.0),
     )
     reference, made = mean_colours(images(12, seed=0)), mean_colours(images(5, seed=1))
     apart = [place for place in range(12) if place not in OWN_PLACES]
@@ -109,8 +112,9 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
     }
     for row, distance in wanted.items():
         # float32 features of about 127
-        assert scores["rows"][row]["fd_mean_colour"] == pytest.approx(distance, rel=1e-3), row
-    assert scores["fd_mean_colour"] == scores["rows"]["model"]["fd_mean_colour"]
-    assert (scores["rows"]["real"]["n"], scores["rows"]["real"]["n_reference"]) == (5, 7)
-    assert scores["clip_score"] == pytest.approx(60)
-    assert scores["clip_score_other_captions"] == pytest.approx(40)
+        assert scores.rows[row].measures["fd_mean_colour"] == pytest.approx(distance, rel=1e-3), row
+    assert (scores.rows["real"].n, scores.rows["real"].n_reference) == (5, 7)
+    said = scores.to_json()
+    assert said["fd_mean_colour"] == scores.rows["model"].measures["fd_mean_colour"]
+    assert said["clip_score"] == pytest.approx(60)
+    assert said["clip_score_other_captions"] == pytest.approx(40)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2i.config import ASSETS
-from t2i.measure.forgetting import completions, text_cost
+from t2i.measure.forgetting import complete, text_cost
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.text import TextTokenizer
@@ -54,7 +54,7 @@ def test_a_completion_is_of_ids_that_the_tokenizer_has():
     logits = torch.zeros(layout.vocab_size)
     logits[2048:] = 2  # unused rows, markers, <pad>, codes, and what follows them
     logits[300] = 1
-    found = completions(
+    found = complete(
         model_of(layout, logits), ["a cat"], tokenizer=tokenizer, layout=layout, max_new_tokens=3
     )
     assert found == [tokenizer.decode(torch.tensor([300, 300, 300]))]

@@ -92,9 +92,9 @@ def test_other_model_classes_have_the_same_ladder():
 def test_norms_have_learned_positions_where_a_class_has_them():
     sizes = {"vocab_size": 32, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes))
-    set_learned(model, recipe="embeddings")
+    set_trainable(model, recipe="embeddings")
     assert learned(model) == {"transformer.wte.weight"}
-    set_learned(model, recipe="norms")
+    set_trainable(model, recipe="norms")
     norms = {
         f"transformer.{norm}.{part}"
         for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f")

@@ -11,6 +11,7 @@ from scipy import stats
 
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import make_section
+from t2i.study.spec import SectionSpec
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def section(tmp_path):
     """Make one section of a study; figures are closed."""
 
     def make(made, kind, **arguments):
-        found = make_section({"section": kind, **arguments}, study=made.study, out=made.out)
+        found = make_section(SectionSpec(kind, arguments=arguments), study=made.study, out=made.out)
         pyplot.close("all")
         return found
 
@@ -87,7 +88,7 @@ def test_what_a_caption_is_worth_is_told_apart_for_none_and_a_strangers(tmp_path
         }
         made.run("fast", seed, heldout=[row], manifest={"codes_per_image": 16})
     found = section(made, "conditioning", arms=["fast"])
-    assert "fast: 8.0 nats an image" in found.found
+    assert "fast: 8.0 nats per image" in found.found
     assert [cell.split()[0] for cell in found.table[1][1:]] == [
         "2.5000",
         "3.0000",
@@ -212,7 +213,7 @@ def test_data_sizes_count_the_samples_that_were_kept(tmp_path, section):
     made = Made(tmp_path, few_fast=[0, 1], few_slow=[0, 1], fast=[0, 1], slow=[0, 1])
     for arm, every, loss in (("fast", 1, 2.0), ("slow", 1, 2.25), ("few_fast", 4, 3.0), ("few_slow", 4, 3.5)):
         for seed in (0, 1):
-            settings, manifest = {"data": {"keep_every": every}}, {"counts": {"train": 10}}
+            settings, manifest = {"data": {"subsample_every": every}}, {"counts": {"train": 10}}
             made.run(arm, seed, heldout=held_out(loss + seed), settings=settings, manifest=manifest)
     pairs = [["few_fast", "few_slow"], ["fast", "slow"]]
     found = section(made, "sizes", pairs=pairs, names=["pre-trained", "random"])
@@ -224,6 +225,7 @@ def test_a_language_models_perplexity_is_that_of_its_last_held_out_loss(tmp_path
     made = Made(tmp_path, fast=[0])
     manifest = {
         "documents": {"train": 12},
+        "sequence_tokens": 9,
         "source": "text:x",
         "gathered_sha256": "0" * 64,
         "floors_nats": {"heldout": {"uniform": 7.0, "unigram": 5.0, "bigram": 4.0}},
@@ -231,7 +233,7 @@ def test_a_language_models_perplexity_is_that_of_its_last_held_out_loss(tmp_path
     folder = made.run("fast", 0, heldout=[{"text_loss": 3.0}, {"text_loss": 2.0}], manifest=manifest)
     found = section(made, "pretraining", folder=str(folder)).found
     assert f"a perplexity of {math.e**2:.1f}" in found
-    assert f"{math.e**5:.0f}, pairs {math.e**4:.0f}" in found
+    assert f"{math.e**5:.0f} (unigram) and {math.e**4:.0f} (bigram)" in found
 
 
 def test_published_numbers_are_counted_by_kind(tmp_path, section):
