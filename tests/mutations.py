@@ -1,6 +1,6 @@
 """Would the tests notice? Break one line at a time, and run the tests nearest to it.
 
-    python tests/mutations.py                 all of them, about a quarter of an hour on one core
+    python tests/mutations.py                 all of them, about a quarter of an hour on one core (make mutations)
     python tests/mutations.py --list          what there is
     python tests/mutations.py --only NAME     those whose name holds NAME
 
