@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest faults bench
+.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
+	@echo "make mutations one-line mistakes in a copy of the code, and whether tests notice them (a quarter of an hour)"
 	@echo "make test-slow drawing by a step that torch's compiler made (a minute)"
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
@@ -47,6 +48,9 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest
+
+mutations: install
+	$(BIN)/python tests/mutations.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not fault"

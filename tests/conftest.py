@@ -1,4 +1,4 @@
-"""No test may reach the network; arithmetic is single-threaded so that it repeats."""
+"""No test may reach the network or leave a process; arithmetic is single-threaded so that it repeats."""
 
 import os
 import resource
@@ -10,13 +10,20 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import numpy as np
+import processes
 import pytest
 import torch
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 from PIL import Image
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
 
 torch.set_num_threads(1)
+processes.guard()
+# How long an example takes depends on what else the machine does.
+hypothesis_settings.register_profile("t2i", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("t2i")
 # Streaming keeps the shared memory of every run that this process trains open until the process ends.
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
@@ -26,8 +33,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def call(monkeypatch):
     """Run a command of the repository in this process; return its exit status."""
-    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in job:  # an earlier test's training leaves them
+    for name in processes.JOB:  # an earlier test's training leaves them
         monkeypatch.delenv(name, raising=False)
 
     def run(command, *words):

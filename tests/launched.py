@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,6 @@ from t2i.runs.metrics_log import read_metrics
 ROOT = Path(__file__).parents[1]
 DEADLINE_SECONDS = 540
 """Operators may have to be built first, on a machine that is busy."""
-JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SETTINGS = {
     "data.seq_len": 90,
     "model.hidden_size": 32,
@@ -38,12 +36,6 @@ SETTINGS = {
 """Of a run that takes a moment; two micro-batches of two on each of two ranks (see ds_config)."""
 LEARN = {"model__learn": "norms"}
 """A part of the model is frozen in these runs."""
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def flags(settings):
@@ -89,11 +81,10 @@ class Job:
         """
         beside = beside or run_dir.parent
         self.run_dir, self.log = run_dir, beside / f"{run_dir.name}.log"
-        kept = {key: value for key, value in os.environ.items() if key not in JOB}
-        self.environment = {**kept, "OMP_NUM_THREADS": "1", "T2I_FAULT": fault, **(environment or {})}
+        self.environment = processes.environment(T2I_FAULT=fault, **(environment or {}))
         launcher = [
             str(Path(sys.executable).with_name("deepspeed")),
-            *("--num_gpus", str(ranks), "--master_port", str(port or free_port())),
+            *("--num_gpus", str(ranks), "--master_port", str(port or processes.free_port())),
         ]
         values = {
             **SETTINGS,
@@ -112,20 +103,17 @@ class Job:
     def __enter__(self):
         self.started = time.monotonic()
         self.file = self.log.open("w")
-        self.process = subprocess.Popen(
+        self.process = processes.start(
             self.command,
             cwd=ROOT,
             env=self.environment,
             stdout=self.file,
             stderr=self.file,
-            start_new_session=True,
         )
         return self
 
     def __exit__(self, *_):
-        for process in self.session():
-            process.kill()
-        self.process.wait()
+        processes.end(self.process)
         self.file.close()
 
     def run(self):

@@ -5,11 +5,11 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import tyro
 import yaml
@@ -66,7 +66,7 @@ def commands(script):
 def test_the_batch_script_is_good_bash():
     shellcheck = Path(sys.executable).with_name("shellcheck")
     for command in (["bash", "-n", str(SBATCH)], [str(shellcheck), str(SBATCH)]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = processes.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -234,7 +234,7 @@ def write_command(path, text):
 def test_a_job_is_queued_again_when_that_can_help(slurm, ending, is_requeued):
     folder, asked, variables = slurm
     write_command(folder / "srun", ending)
-    done = subprocess.run(
+    done = processes.run(
         ["bash", str(SBATCH)], env=variables, cwd=ROOT, capture_output=True, timeout=60, check=False
     )
     assert done.returncode == int(ending.rpartition(" ")[2])
@@ -266,7 +266,7 @@ exit $worst
 
 def can_make_hosts():
     command = ["unshare", "--mount", "--ipc", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+    return processes.run(command, capture_output=True, timeout=60, check=False).returncode == 0
 
 
 def test_two_hosts_stop_together_saved_and_queued_again(slurm, shards, tmp_path):
@@ -283,17 +283,14 @@ def test_two_hosts_stop_together_saved_and_queued_again(slurm, shards, tmp_path)
     )
     command = ["bash", str(SBATCH), *flags.split()]
     with (tmp_path / "log").open("w") as log:
-        job = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=log, stderr=log)
+        job = processes.start(command, env=variables, cwd=ROOT, stdout=log, stderr=log)
     try:
         wait_for(lambda: len(read_metrics(run_dir)) >= 3, job, tmp_path / "log")
         # Slurm asks every task; one of another host is enough, since ranks decide together.
         os.kill(int(Path(f"{run_dir}.task1").read_text()), signal.SIGTERM)
         assert job.wait(timeout=120) == 75, (tmp_path / "log").read_text()[-3000:]
     finally:
-        if job.poll() is None:
-            for task in (0, 1):
-                os.kill(int(Path(f"{run_dir}.task{task}").read_text()), signal.SIGKILL)
-            job.wait(timeout=60)
+        processes.end(job)
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[0]["image_tokens"] == 8 * 64  # eight sequences, four from each host

@@ -1,10 +1,10 @@
 """What t2i asks of the machine that it runs on."""
 
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ print(faults() - before)
 def test_freed_memory_comes_back_without_a_fault_a_page():
     def faults(word):
         command = [sys.executable, "-c", TAKE_AGAIN, word]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        return int(processes.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
     assert faults("keep") < 10
     assert faults("leave") > 20  # 64 MB: 16,384 pages of 4 KB, or 32 of 2 MB

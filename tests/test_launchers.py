@@ -4,11 +4,11 @@ import logging
 import math
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
 
 from t2i.cli import flags_of, parse, quiet_libraries
@@ -28,7 +28,7 @@ class WithRunFile(RunConfig):
 
 
 def run(*words):
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
 

@@ -1,11 +1,11 @@
 """The exported folder under the newest transformers release, in an environment of its own (needs pip's index)."""
 
 import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -35,15 +35,15 @@ torch.save({"logits": logits, "generated": generated, "version": version}, sys.a
 
 def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
     export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "exported", command="a test")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    processes.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5"]
-    subprocess.run(pip, check=True)
+    processes.run(pip, check=True)
     # What is not replaced comes from this environment, after the new one's own packages.
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
+    done = processes.run(
         [python, "-c", SCRIPT, str(tmp_path / "found.pt")],
         cwd=tmp_path / "exported",
         env=environment,

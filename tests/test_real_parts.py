@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import made_sources as made
 import numpy as np
+import processes
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -39,7 +39,7 @@ sys.meta_path.insert(0, NoT2I())
 
 
 def subprocess_of(*words, cwd, **names):
-    done = subprocess.run(
+    done = processes.run(
         list(map(str, words)),
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **names},
@@ -106,7 +106,8 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
     assert "20 train, 4 heldout; 0 broken" in told
 
     subprocess_of(
-        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29613", "launchers/train.py",
+        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port",
+        str(processes.free_port()), "launchers/train.py",
         "--ds_config", "ds_configs/zero2_fp32.json", "--run-dir", run, "--data.shards", shards,
         "--data.seq-len", SEQ_LEN, "--model.init", model, "--train.global-batch-tokens", 4 * SEQ_LEN,
         "--train.max-steps", "2", "--train.warmup-steps", "1", "--train.eval-every", "2",

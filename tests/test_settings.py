@@ -1,12 +1,12 @@
 """Settings: what stands on their fields is what is checked, compared, shown and written down."""
 
 import math
-import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
+import processes
 import pytest
 import yaml
 from annotated_types import Ge
@@ -389,7 +389,7 @@ def test_a_folder_of_the_last_release_can_be_given_as_a_run_file(monkeypatch, ca
 
 def test_the_warning_reaches_the_terminal_beside_a_refusal():
     words = [sys.executable, "launchers/train.py", "--model.learn", "norms", "--train.lr", "-1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"model.learn is now model.trainable; the old name works up to release {renamed.LAST_RELEASE}.",

@@ -3,9 +3,9 @@
 import errno
 import json
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -124,7 +124,7 @@ def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
         "sys.meta_path.insert(0, NoT2I())\n"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", guard + lines],
         cwd=exported,
         env=environment,

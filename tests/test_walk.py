@@ -2,10 +2,10 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from PIL import Image
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*words):
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,13 @@
 """Preparation by several ranks that share a folder: the same result for any number, a lost rank's work done again."""
 
-import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import made_sources as made
+import processes
 import pytest
 
 from t2i.config import ASSETS, PrepareConfig
@@ -22,7 +21,6 @@ from t2i.tokens.text import TextTokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIG = PrepareConfig(unit_pairs=4, batch_size=3, views=2)
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +53,16 @@ def contents(folder):
 
 
 def start(rank, world_size, *, out, arguments):
-    process = FORK.Process(
-        target=prepare, kwargs={**arguments, "out": out, "rank": rank, "world_size": world_size}
-    )
-    process.start()
-    return process
+    return processes.fork(prepare, **arguments, out=out, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_result_does_not_depend_on_the_number_of_ranks(world_size, tmp_path, arguments, alone):
     out = tmp_path / "shards"
-    processes = [start(rank, world_size, out=out, arguments=arguments) for rank in range(world_size)]
-    for process in processes:
+    started = [start(rank, world_size, out=out, arguments=arguments) for rank in range(world_size)]
+    for process in started:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0] * world_size
+    assert [process.exitcode for process in started] == [0] * world_size
     assert contents(out) == alone
     assert not (tmp_path / "shards.part").exists()
 
@@ -163,24 +157,14 @@ def test_accelerate_launch_prepares_with_two_ranks(tmp_path, arguments):
     ]
     command = [
         *launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "29633", "launchers/prepare.py", "--source", arguments["source"].name,
+        "--main_process_port", str(processes.free_port()), "launchers/prepare.py", "--source", arguments["source"].name,
         "--out", str(tmp_path / "shards"), "--unit-pairs", "4", "--batch-size", "3", "--views", "2",
         "--heldout-share", "0.2",
     ]  # fmt: skip
-    names = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    done = subprocess.run(
+    done = processes.run(
         command,
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=processes.environment(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import boto3
 import made_sources as made
+import processes
 import pytest
 from botocore.exceptions import BotoCoreError
 
@@ -29,7 +30,7 @@ from t2i.tokens.vocab import VocabLayout
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
-PORT = 29655
+PORT = processes.free_port()
 ADDRESS = f"http://127.0.0.1:{PORT}"
 SETTINGS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -42,7 +43,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def bucket(shards):
     """Serve a copy of the shards as s3://bucket/shards; yields the client."""
-    server = subprocess.Popen(
+    server = processes.start(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -57,8 +58,7 @@ def bucket(shards):
             upload(client, shards, "shards")
             yield client
         finally:
-            server.terminate()
-            server.wait(10)
+            processes.end(server)
 
 
 def upload(client, folder, name):

@@ -25,7 +25,6 @@ from t2i.tokens.text import TextTokenizer
 pytestmark = pytest.mark.filterwarnings("ignore")
 often = settings(
     max_examples=150,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,5 +1,6 @@
 """Faults of data: shards that rotted, were made by others or come over a bad line; odd pictures and captions."""
 
+import errno
 import importlib.util
 import io
 import itertools
@@ -12,16 +13,15 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import made_sources as made
 import numpy as np
+import processes
 import pytest
 import torch
 import tyro
@@ -51,7 +51,6 @@ from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
-FORK = get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +152,8 @@ class OpenLoader:
 
     def __init__(self, folder):
         before = self._files()
-        self.pipe, other = FORK.Pipe()
-        self.process = FORK.Process(target=_read_when_asked, args=(folder, other), daemon=True)
-        self.process.start()
+        self.pipe, other = processes.FORK.Pipe()
+        self.process = processes.fork(_read_when_asked, folder, other)
         assert self.pipe.recv() == "open"
         self.prefix = self.pipe.recv()
         self.files = {path for path in self._files() - before if path.name.startswith(f"{self.prefix:06d}_")}
@@ -196,11 +194,11 @@ def _read_when_asked(folder, pipe):
 @pytest.mark.slow
 def test_too_little_shared_memory_is_said_before_the_launch(shards, tmp_path, observed):
     mount = "mount -t tmpfs -o size=32m tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+    if processes.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here")
     command = f"{mount} && exec {sys.executable} launchers/train.py --ds_config {DS_CONFIG}"
     command += f" --run-dir {tmp_path / 'run'} --data.shards {shards}"
-    done = subprocess.run(["unshare", "-m", "sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    done = processes.run(["unshare", "-m", "sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "/dev/shm has 34 MB free; 1 ranks on CPUs need 78 MB" in done.stderr
     assert "--shm-size" in done.stderr and "Traceback" not in done.stderr
@@ -581,8 +579,7 @@ def test_a_killed_preparation_ends_as_if_undisturbed(tmp_path, small, tokenizers
     monkeypatch.setattr(preparing, "write_unit", die_at_three)
     monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 1.0)
-    second = FORK.Process(target=prepare, args=(source,), kwargs={**settings, "rank": 1, "world_size": 2})
-    second.start()
+    second = processes.fork(prepare, source, **settings, rank=1, world_size=2)
     with pytest.raises(LostRankError, match="rank 1 owes work .* start the same command again"):
         prepare(source, rank=0, world_size=2, **settings)
     second.join(20)
@@ -665,18 +662,33 @@ def test_too_few_samples_are_refused(small, observed):
 
 
 def test_a_limit_of_a_cache_without_a_remote_would_delete_the_only_copy(small):
-    with pytest.raises(UserError, match=r"data.cache_limit is 1gb, but data.remote is empty"):
+    with pytest.raises(UserError, match=r"data.cache_limit is 1gb; expected None while data.remote is empty"):
         step_loader(small, cache_limit="1gb")
 
 
-def test_a_folder_that_cannot_be_written_to_is_hashed_each_time(copy, monkeypatch):
-    def refuse(path, value):
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_to_is_hashed_each_time(number, copy, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "t2i.data.shards.integrity.file_hash", lambda path: hashed.append(path) or file_hash(path)
+    )
 
-    monkeypatch.setattr("t2i.data.shards.integrity.write_json", refuse)
-    ahead = LookAhead(copy, manifest=read_manifest(copy))
-    ahead.run()
-    ahead.check()
+    def look_ahead():
+        ahead = LookAhead(copy, manifest=read_manifest(copy))
+        ahead.run()
+        ahead.check()
+        done, hashed[:] = sorted(hashed), []
+        return done
+
+    def refuse(path, value):  # permissions would stop nobody who runs as root
+        raise OSError(number, os.strerror(number))
+
+    every = sorted([*shard_files(copy), *shard_files(copy, "heldout")])
+    with monkeypatch.context() as patched:
+        patched.setattr("t2i.data.shards.integrity.write_json", refuse)
+        assert [look_ahead() for _ in range(3)] == [every] * 3
+        assert not (copy / "verified.json").exists()
+    assert [look_ahead(), look_ahead()] == [every, []]  # written to, it is hashed once
 
 
 def test_every_column_that_is_written_may_be_read(tokenizers):

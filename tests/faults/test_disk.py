@@ -4,10 +4,10 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import config_of
@@ -30,7 +30,7 @@ def small_disk(tmp_path):
     def mount(options):
         if mounted:
             options = f"remount,{options}"
-        done = subprocess.run(
+        done = processes.run(
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
             capture_output=True,
             text=True,
@@ -43,7 +43,7 @@ def small_disk(tmp_path):
 
     yield mount
     if mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+        processes.run(["umount", "-l", str(place)], check=True)
 
 
 def settings_of(shards, run_dir, **train_settings):

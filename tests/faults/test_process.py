@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from conftest import config_of
@@ -415,7 +416,7 @@ def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
         f"lock = open_run(RunConfig(run_dir=Path({str(tmp_path / 'run')!r})), ds_config={{}});"
         "print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
+    with processes.start(
         [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as other:
         assert other.stdout.readline() == "held\n"

@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from cleanfid.inception_torchscript import InceptionV3W
@@ -269,7 +269,7 @@ def test_two_processes_draw_the_pictures_of_one(model_folder, coco_folder, call,
     words += ["--features", "efficientnet_lite0", "--out"]
     assert call(*words, tmp_path / "one") == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    done = processes.run(
         list(map(str, [*launcher, COMMAND, *words, tmp_path / "two"])),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

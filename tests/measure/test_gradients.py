@@ -38,14 +38,24 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
         network.zero_grad()
         ((nats * mask).sum() / total).backward(retain_graph=True)
         parts[kind] = torch.cat([value.grad.flatten().double() for value in network.parameters()])
+        layers = {
+            name: value for name, value in network.named_parameters() if value.shape[0] != layout.vocab_size
+        }
+        inner = torch.cat([value.grad.flatten().double() for value in layers.values()])
+        assert len(layers) == len(list(network.parameters())) - 2  # embedding and head
         assert getattr(found, kind).tokens == int(mask.sum())
         # fp32 sums of a few hundred numbers in another order.
         assert getattr(found, kind).norm == pytest.approx(float(parts[kind].norm()), rel=1e-4)
+        assert getattr(found, kind).norm_layers == pytest.approx(float(inner.norm()), rel=1e-4)
         assert getattr(found, kind).norm_layers < getattr(found, kind).norm
+        share = float((nats * mask).sum().detach() / (nats * counted).sum().detach())
+        assert getattr(found, kind).loss_share == pytest.approx(share, rel=1e-4)
     assert found.text.token_share == pytest.approx(15 / int(total))
     cosine = parts["text"] @ parts["image"] / parts["text"].norm() / parts["image"].norm()
     assert found.cosine_text_image == pytest.approx(float(cosine), abs=1e-4)
     assert sum(getattr(found, kind).loss_share for kind in masks) == pytest.approx(1)
+    norms = [float(parts[kind].norm()) for kind in ("text", "image", "special")]
+    assert found.image.norm_share == pytest.approx(norms[1] / sum(norms), rel=1e-4)
 
     written = json.loads(write_gradients(found, model=model, out=tmp_path / "gradients.json").read_text())
     assert set(written) == {"checkpoint", "text", "image", "special", "cosine_text_image"}

@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -52,7 +52,7 @@ def request_and_answer(model_folder, tmp_path_factory):
     (folder / "request.json").write_text(json.dumps(request))
     (folder / "script.py").write_text(SCRIPT)
     caches = {name: str(folder / "cache") for name in ("HF_HOME", "HF_MODULES_CACHE", "HF_METRICS_CACHE")}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, folder / "script.py", folder / "request.json"],
         cwd=ROOT,
         env={**os.environ, **caches, "PYTHONPATH": str(ROOT), "HF_EVALUATE_OFFLINE": "1"},

@@ -12,6 +12,7 @@ from t2i.measure.embeddings import (
     nearest_of,
     nearness,
     random_nearer,
+    rows_of,
     write_nearest,
 )
 from t2i.runs.loading import open_model
@@ -43,6 +44,29 @@ def test_noise_is_as_near_as_noise():
     found = nearness(image, text)
     # The standard error of this share over 400 draws a side is at most 0.02; four of them.
     assert random_nearer(found.image, found.random) == pytest.approx(0.5, abs=0.08)
+
+
+def test_noise_has_the_deviation_of_each_dimension():
+    generator = torch.Generator().manual_seed(4)
+    # Image rows lie along the first axis, text rows along it or across: noise of one deviation would lie anywhere.
+    image = torch.randn(400, 8, generator=generator) * torch.tensor([1.0] + 7 * [1e-3])
+    text = torch.eye(8)[:1].repeat(2, 1) * torch.tensor([[1.0], [-1.0]])
+    found = nearness(image, text)
+    assert found.image.min() > 0.5
+    assert found.random.quantile(0.1) > 0.99
+
+
+def test_rows_that_no_token_uses_are_nobodys_neighbours(model_folder):
+    model = open_model(str(model_folder), needs_images=False)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.copy_(
+            torch.arange(1.0, model.layout.vocab_size + 1)[:, None]
+        )
+    layout = replace(model.layout, num_text_tokens=2000)
+    side = rows_of(replace(model, layout=layout))["input"]
+    first = layout.num_text_rows + 7  # six markers and <pad>
+    assert side.image[:, 0].tolist() == [*range(first + 1, first + 1 + layout.codebook_size)]
+    assert side.text[:, 0].tolist() == [*range(1, 2001)]
 
 
 def test_a_random_row_that_ties_counts_half():

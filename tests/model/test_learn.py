@@ -89,6 +89,20 @@ def test_other_model_classes_have_the_same_ladder():
     assert learned(model) == {"model.embed_tokens.weight", "model.norm.weight"} | norms | mlp
 
 
+def test_norms_have_learned_positions_where_a_class_has_them():
+    sizes = {"vocab_size": 32, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    set_trainable(model, recipe="embeddings")
+    assert learned(model) == {"transformer.wte.weight"}
+    set_trainable(model, recipe="norms")
+    norms = {
+        f"transformer.{norm}.{part}"
+        for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f")
+        for part in ("weight", "bias")
+    }
+    assert learned(model) == {"transformer.wte.weight", "transformer.wpe.weight"} | norms
+
+
 def test_recipes_that_name_nothing_are_refused():
     with pytest.raises(UserError, match="model.trainable is 'half'; expected one of all, embeddings"):
         ModelConfig(trainable="half")

@@ -1,7 +1,7 @@
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 
@@ -288,7 +288,7 @@ sampling = sys.modules[type(model).draw.__module__]
 print(sampling.sample_codes(model, {PROMPTS}, seeds=range(7), **{SETTINGS}).tolist())
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
         env=environment,

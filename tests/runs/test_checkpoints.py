@@ -4,6 +4,7 @@ import pytest
 
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.loading import find
 
 
 def save(run_dir, step, keep_last=9):
@@ -21,6 +22,19 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     assert checkpoints.choose(tmp_path) == newest
     assert (tmp_path / "latest").read_text().strip() == "checkpoints/step_000010"
     assert checkpoints.verify(newest)["tokens"] == 100
+
+
+def test_a_run_is_opened_at_its_newest_checkpoint_whose_weights_are_whole(tmp_path):
+    assert checkpoints.newest_readable(tmp_path) is None
+    folders = [save(tmp_path, step) for step in (5, 10, 15)]
+    assert checkpoints.newest_readable(tmp_path) == tmp_path / "checkpoints" / "step_000015"
+    assert find(str(tmp_path)) == (tmp_path / "checkpoints" / "step_000015", tmp_path)
+    assert checkpoints.last_step(tmp_path) == 15
+    (folders[2] / "engine" / "state.pt").unlink()  # which only training reads
+    assert checkpoints.newest_readable(tmp_path) == folders[2]
+    flip(folders[2])
+    assert checkpoints.newest_readable(tmp_path) == tmp_path / "checkpoints" / "step_000010"
+    assert all(folder.is_dir() for folder in folders)  # nothing is set aside: the run may be training
 
 
 @pytest.mark.parametrize("text", ["checkpoints/step_000005\n", "", "\xff"])

@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import yaml
 from transformers import pipeline
@@ -27,16 +26,6 @@ TASK = {
     "doc_to_target": "answer",
     "metric_list": [{"metric": "acc"}],
 }
-
-LAUNCHERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +60,9 @@ def test_the_language_model_evaluation_harness_runs(exported, tmp_path):
         "--output_path", str(tmp_path / "found"),
     ]  # fmt: skip
     # Not the variables of a training that ran in this process.
-    kept = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
-    environment = {**kept, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    names = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
+    done = processes.run(
+        command, cwd=tmp_path, env=processes.environment(**names), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "found").rglob("results_*.json")).read_text())

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 
 from t2i.errors import UserError
@@ -273,13 +274,14 @@ def test_a_killed_grid_goes_on(toy, number, code):
     _, _, folder = toy
     command = [sys.executable, "-c", WORKER, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    killed = processes.start(command, env=environment, stderr=subprocess.DEVNULL)
     while not (folder / "calls").exists() or "slow" not in calls(folder):
+        assert killed.poll() is None
         time.sleep(0.05)
     os.kill(killed.pid, number)
     assert killed.wait() == code
     began = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = processes.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(calls(folder)) == ["a", "c", "slow", "slow"]
     assert time.monotonic() - began > 1.5

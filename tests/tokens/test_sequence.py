@@ -18,6 +18,42 @@ captions = st.lists(st.integers(0, 32), max_size=10).map(lambda ids: torch.tenso
 pictures = st.lists(st.integers(0, 15), min_size=4, max_size=4).map(torch.tensor)
 
 
+DOC, END_DOC, TEXT, END_TEXT, IMAGE, END_IMAGE, PAD, CODE = range(40, 48)
+FORMS = {
+    "text-to-image": [
+        DOC,
+        TEXT,
+        5,
+        6,
+        END_TEXT,
+        IMAGE,
+        CODE + 3,
+        CODE,
+        CODE + 15,
+        CODE + 1,
+        END_IMAGE,
+        END_DOC,
+    ],
+    "image-only": [DOC, IMAGE, CODE + 3, CODE, CODE + 15, CODE + 1, END_IMAGE, END_DOC],
+    "text-only": [DOC, TEXT, 5, 6, END_TEXT, END_DOC],
+}
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_a_sequence_is_these_ids(mode):
+    given = {"layout": LAYOUT, "mode": mode, "seq_len": 14}
+    ids = encode_sequence(torch.tensor([5, 6]), torch.tensor([3, 0, 15, 1]), **given)
+    assert ids.tolist() == FORMS[mode] + [PAD] * (14 - len(FORMS[mode]))
+    labels = next_token_labels(ids[None], layout=LAYOUT)[0]
+    assert labels.tolist() == FORMS[mode][1:] + [IGNORED] * (15 - len(FORMS[mode]))
+
+
+def test_a_prompt_is_what_stands_before_the_first_code():
+    caption = torch.tensor([5, 6])
+    assert prompt(caption, layout=LAYOUT).tolist() == [DOC, TEXT, 5, 6, END_TEXT, IMAGE]
+    assert prompt(caption, layout=LAYOUT, mode="image-only").tolist() == [DOC, IMAGE]
+
+
 @given(captions, pictures)
 def test_text_to_image_round_trip(caption_ids, codes):
     ids = encode_sequence(caption_ids, codes, layout=LAYOUT, mode="text-to-image", seq_len=20)

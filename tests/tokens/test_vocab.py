@@ -13,6 +13,20 @@ def test_the_papers_vocabulary_has_66824_rows():
     assert layout.first_image_id == 50_439
 
 
+def test_every_id_stands_where_the_layout_says():
+    layout = VocabLayout(num_text_rows=40, num_text_tokens=37, codebook_size=17)
+    markers = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
+    assert [layout.special_id(token) for token in markers] == [40, 41, 42, 43, 44, 45]
+    assert (layout.pad_id, layout.first_image_id) == (46, 47)
+    assert layout.image_ids(torch.tensor([0, 16])).tolist() == [47, 63]
+    assert layout.codes_of(torch.tensor([47, 63])).tolist() == [0, 16]
+    assert [*layout.image_rows] == [*range(47, 64)]
+    assert layout.vocab_size == 64
+    assert layout.unused_ids() == [37, 38, 39]
+    with_more = VocabLayout(num_text_rows=40, num_text_tokens=40, codebook_size=18)
+    assert (with_more.vocab_size, with_more.unused_ids()) == (72, [65, 66, 67, 68, 69, 70, 71])
+
+
 @given(st.integers(1, 50), st.integers(0, 20), st.integers(1, 40), st.integers(1, 64))
 def test_ranges_partition_the_vocabulary(num_tokens, num_unused, codebook_size, multiple):
     layout = VocabLayout(num_tokens + num_unused, num_tokens, codebook_size, multiple)

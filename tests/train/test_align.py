@@ -1,11 +1,11 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,16 +85,21 @@ def rank(index, world_size, port, folder):
     torch.save([torch.tensor(loss), side.image_rows.grad, side.log_scale.grad], f"{folder}/{world_size}-{index}.pt")
 
 if __name__ == "__main__":
-    for world_size in (1, 2):
-        arguments = (world_size, int(sys.argv[1]) + world_size, sys.argv[2])
+    for world_size, port in ((1, sys.argv[2]), (2, sys.argv[3])):
+        arguments = (world_size, port, sys.argv[1])
         processes.start_processes(rank, arguments, nprocs=world_size, start_method="fork")
 """
 
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path):
     (tmp_path / "ranks.py").write_text(TWO_RANKS)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "ranks.py"), "29641", str(tmp_path)],
+    done = processes.run(
+        [
+            sys.executable,
+            str(tmp_path / "ranks.py"),
+            str(tmp_path),
+            *(str(processes.free_port()) for _ in "12"),
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

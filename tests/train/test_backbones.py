@@ -1,11 +1,11 @@
 """Causal language models of transformers' own classes in open_lm's place: trained, drawn from, measured, exported."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,7 +168,7 @@ def test_an_exported_folder_draws_with_its_own_script_and_without_t2i(trained, t
     assert "trust_remote_code" not in card
     code = card.split("```python\n")[1].split("```")[0].replace("picture.save", "print")
     hidden = f"import sys\nsys.modules['t2i'] = None\nsys.path.insert(0, '.')\n{code}\nprint(len(pictures))"
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", hidden], cwd=out, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.stdout.strip().endswith("2"), done.stderr[-2000:]

@@ -1,12 +1,11 @@
 """Ways against forgetting: text mixed in, adapters, a pull towards the start."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -259,20 +258,6 @@ def test_a_pulled_run_stays_nearer_to_its_start_and_goes_on_bit_for_bit(finished
     assert all(torch.equal(ends[1][key], resumed[key]) for key in resumed)
 
 
-def without_launcher():
-    """This process's environment as it was before DeepSpeed set a job's variables in it."""
-    set_by_it = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    return {key: value for key, value in os.environ.items() if key not in set_by_it}
-
-
 READER = """
 import json, sys
 from pathlib import Path
@@ -300,11 +285,12 @@ def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
     script, out = tmp_path / "read.py", tmp_path / "keys"
     script.write_text(READER)
     words = [finished.data.shards, text, ASSETS / "text_tokenizer", codes]
-    environment = without_launcher() | {"PYTHONPATH": str(ROOT)}
+    environment = processes.environment(PYTHONPATH=str(ROOT))
     found = []
-    for world_size, port in ((1, 29651), (2, 29652)):
-        processes = [
-            subprocess.Popen(
+    for world_size in (1, 2):
+        port = processes.free_port()
+        readers = [
+            processes.start(
                 [sys.executable, str(script), *map(str, words), f"{out}.{world_size}"],
                 env=environment
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -312,7 +298,11 @@ def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
             )
             for rank in range(world_size)
         ]
-        assert [process.wait(timeout=300) for process in processes] == [0] * world_size
+        try:
+            assert [reader.wait(timeout=300) for reader in readers] == [0] * world_size
+        finally:
+            for reader in readers:
+                processes.end(reader)
         ranks = [json.loads(Path(f"{out}.{world_size}.{rank}").read_text()) for rank in range(world_size)]
         found.append([sorted(key for part in parts for key in part) for parts in zip(*ranks, strict=True)])
     assert found[0] == found[1]

@@ -1,15 +1,14 @@
 """The whole training path on tiny pictures: one process here, two through the real launcher."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
@@ -215,7 +214,7 @@ def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, t
         "--train.global-batch-tokens", "180", "--train.eval-every", "0",
     ]  # fmt: skip
     with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, env=without_launcher(), stderr=stderr)
+        process = processes.start(command, cwd=ROOT, env=processes.environment(), stderr=stderr)
         try:
             deadline = time.monotonic() + 540  # operators may have to be built first
             while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline and process.poll() is None:
@@ -223,7 +222,7 @@ def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, t
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 75, (tmp_path / "stderr").read_text()[-2000:]
         finally:
-            process.kill()
+            processes.end(process)
     said = (tmp_path / "stderr").read_text()
     status = json.loads((run_dir / "status.json").read_text())
     rows = read_metrics(run_dir)
@@ -235,21 +234,6 @@ def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, t
     assert all(row["loss"] is not None and not row["skipped"] for row in rows)
 
 
-def without_launcher():
-    """This process's environment as it was before DeepSpeed set a job's variables in it."""
-    names = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    kept = {key: value for key, value in os.environ.items() if key not in names}
-    return {**kept, "OMP_NUM_THREADS": "1"}
-
-
 def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_path):
     """With two micro-batches a rank, and token counts that differ between ranks and micro-batches."""
     run_dir = tmp_path / "two"
@@ -257,7 +241,8 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
     (tmp_path / "small.json").write_text(json.dumps(ds_config))
     model, settings = finished.model, finished.train
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29611",
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port",
+        str(processes.free_port()),
         "launchers/train.py",
         "--ds_config", str(tmp_path / "small.json"), "--run-dir", str(run_dir),
         "--data.shards", str(finished.data.shards),
@@ -268,8 +253,8 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
         "--train.global-batch-tokens", str(settings.global_batch_tokens), "--train.warmup-steps", "2",
         "--train.eval-every", "6", "--train.eval-images", "4",
     ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=without_launcher(), capture_output=True, text=True, timeout=540, check=False
+    done = processes.run(
+        command, cwd=ROOT, env=processes.environment(), capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = [row for row in read_metrics(finished.run_dir) if "split" not in row]

@@ -1,0 +1,246 @@
+"""Sentences and tables of a report, of runs whose numbers are written by hand."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from made_runs import Made, write_json
+from matplotlib import pyplot
+from scipy import stats
+
+from t2i.report.sections.images import PUBLISHED
+from t2i.report.sections.registry import make_section
+from t2i.study.spec import SectionSpec
+
+
+@pytest.fixture
+def section(tmp_path):
+    """Make one section of a study; figures are closed."""
+
+    def make(made, kind, **arguments):
+        found = make_section(SectionSpec(kind, arguments=arguments), study=made.study, out=made.out)
+        pyplot.close("all")
+        return found
+
+    return make
+
+
+def column(found, head):
+    """Read one column of a section's table, by what its head begins with."""
+    (place,) = [place for place, name in enumerate(found.table[0]) if name.startswith(head)]
+    return [row[place] for row in found.table[1:]]
+
+
+def held_out(*values):
+    return [{"image_loss": value} for value in values]
+
+
+def test_curves_end_where_their_average_does(tmp_path, section):
+    made = Made(tmp_path, fast=[0, 1])
+    losses = [[5.0, 4.0, 2.0], [6.0, 4.0, 1.0]]
+    for seed, values in enumerate(losses):
+        made.run("fast", seed, train=[{"loss": value} for value in values], heldout=held_out(9.0, 8.0 - seed))
+    found = section(made, "curves", arms=["fast"], values=["loss", "image_loss"])
+    weights = np.array([0.95**2, 0.95, 1])
+    ends = [float(weights @ values / weights.sum()) for values in losses]
+    assert f"{np.mean(ends):.3f} (fast)" in found.found
+    assert column(found, "held-out image_loss") == ["7.5000 (7.0000 to 8.0000)"]
+
+
+def test_a_rise_is_said_of_an_arm_only_where_every_seed_rose(tmp_path, section):
+    made = Made(tmp_path, fast=[0, 1], slow=[0, 1])
+    for seed, (fast, slow) in enumerate([((5, 3, 4), (6, 3, 4)), ((5, 3.5, 3.4), (6, 3.6, 4.2))]):
+        made.run("fast", seed, heldout=held_out(*fast))
+        made.run("slow", seed, heldout=held_out(*slow))
+    found = section(made, "comparison", arms=["fast", "slow"], value="image_loss").found
+    assert "slow was lowest at 400 tokens, 3.300, and rose to 4.100" in found
+    assert "fast was lowest" not in found
+    assert "fast - slow is -0.4000 nats" in found
+
+
+def test_comparisons_are_corrected_for_their_number(tmp_path, section):
+    made = Made(tmp_path, base=[0, 1, 2, 3], sure=[0, 1, 2, 3], maybe=[0, 1, 2, 3], worse=[0, 1, 2, 3])
+    noise = np.array([0.01, -0.01, 0.02, -0.02])
+    gaps = {"sure": -0.5 + noise, "maybe": -0.03 + noise, "worse": 0.01 + 3 * noise}
+    for seed in range(4):
+        made.run("base", seed, heldout=held_out(3.0))
+        for arm, gap in gaps.items():
+            made.run(arm, seed, heldout=held_out(3.0 + gap[seed]))
+    found = section(made, "overview", pairs={arm: [arm, "base"] for arm in gaps})
+    plain = [stats.ttest_1samp(gap, 0).pvalue for gap in gaps.values()]
+    corrected = [3 * plain[0], 2 * plain[1], plain[2]]
+    assert plain[0] < plain[1] < 0.05 < corrected[1] < corrected[2]  # so that the correction decides
+    assert [float(cell) for cell in column(found, "p, corrected")] == pytest.approx(corrected, rel=1e-2)
+    (place,) = [place for place, head in enumerate(found.table[0]) if head == "p"]
+    assert [float(row[place]) for row in found.table[1:]] == pytest.approx(plain, rel=1e-2)
+    assert "3 in all (2 below zero)" in found.found
+    assert "is seen in 1: sure." in found.found
+
+
+def test_what_a_caption_is_worth_is_told_apart_for_none_and_a_strangers(tmp_path, section):
+    made = Made(tmp_path, fast=[0, 1])
+    for seed in (0, 1):
+        row = {
+            "image_loss": 2.0 + seed,
+            "image_loss_empty_caption": 2.5 + seed,
+            "image_loss_wrong_caption": 2.75 + seed,
+        }
+        made.run("fast", seed, heldout=[row], manifest={"codes_per_image": 16})
+    found = section(made, "conditioning", arms=["fast"])
+    assert "fast: 8.0 nats per image" in found.found
+    assert [cell.split()[0] for cell in found.table[1][1:]] == [
+        "2.5000",
+        "3.0000",
+        "3.2500",
+        "8.0000",
+        "12.0000",
+    ]
+
+
+def test_losses_by_place_are_compared_place_by_place(tmp_path, section):
+    made = Made(tmp_path, fast=[0], slow=[0])
+    grids = {"fast": [1.0, 2.0, 3.0, 9.0], "slow": [2.0, 3.0, 4.0, 5.0]}
+    for arm, codes in grids.items():
+        folder = made.run(arm, 0, heldout=held_out(3.0))
+        nats = {kind: {"nats": 1.0} for kind in ("text", "image", "special", "total")}
+        split = {**nats, "image_loss_by_code": codes, "bits_per_pixel": 0.5}
+        write_json(folder / "perplexity.json", {"splits": {"heldout": split}})
+    found = section(made, "places", arms=["fast", "slow"]).found
+    assert "fast: first row 1.500, last row 6.000" in found
+    assert "fast costs less than slow at 75% of the places" in found
+
+
+def test_distances_are_those_of_the_newest_checkpoint(tmp_path, section):
+    made = Made(tmp_path, fast=[0, 1, 2])
+    for seed, (first, last) in enumerate([(9.0, 1.0), (8.0, 2.0), (7.0, 3.0)]):
+        folder = made.run("fast", seed, heldout=held_out(5.0, 2.0 + seed))
+        for step, distance in ((2, first), (4, last)):
+            scores = {"fd": distance, "n": 20, "features": "some"}
+            write_json(folder / "eval" / f"step_{step:06d}" / "scores.json", scores)
+    found = section(made, "agreement", arms=["fast"], measure="fd")
+    assert column(found, "fd") == ["1", "2", "3"]
+    assert "+1.00 over 3 runs" in found.found  # both orders alike; the first distances fall
+
+
+def test_forgetting_goes_from_the_first_to_the_last_measure(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+    text = [
+        {"text_loss_text_rows": loss, "leaked": leak} for loss, leak in ((2.0, 0.0), (3.0, 0.25), (4.5, 0.5))
+    ]
+    settings = {"train": {"eval_text": str(tmp_path / "none")}}
+    made.run("fast", 0, heldout=held_out(9.0, 8.0, 7.0), text=text, settings=settings)
+    found = section(made, "forgetting", arms=["fast"])
+    assert "fast from 2.00 to 4.50" in found.found
+    assert found.table[1] == ["fast", "2.000", "4.500", "50.00%", "7.0000"]
+
+
+def test_captions_cost_so_many_times_what_text_does(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+    costs = {
+        "text": {"perplexity": 12.0, "perplexity_text_rows": 10.0, "num_tokens": 90},
+        "captions": {"perplexity": 60.0, "perplexity_text_rows": 40.0, "num_tokens": 30},
+    }
+    model = {"ckpt": "x", "costs": costs, "completions": ["and so on"]}
+    write_json(tmp_path / "forgetting.json", {"prompts": ["Once"], "models": {"model": model}})
+    found = section(made, "captions", files={"fast": "{out}/forgetting.json"})
+    assert "4.00 times that of text (fast)" in found.found
+    assert found.table[1][1:5] == ["12.00", "10.00", "60.00", "40.00"]
+    completions = section(made, "completions", files={"fast": "{out}/forgetting.json"})
+    assert completions.table[1:] == [["Once", "fast", "and so on", "10.00"]]
+
+
+def test_shares_of_gradients_are_images_to_text(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+
+    def part(tokens, norm):
+        shares = {"token_share": tokens / 100, "loss_share": 0.25, "norm_share": 0.5}
+        return {"tokens": tokens, "norm": norm, "norm_layers": norm / 2, **shares}
+
+    gradients = {
+        "text": part(20, 0.5),
+        "image": part(70, 2.0),
+        "special": part(10, 0.25),
+        "cosine_text_image": 0.1,
+    }
+    write_json(tmp_path / "gradients.json", gradients)
+    found = section(made, "shares", files={"fast": "{out}/gradients.json"})
+    assert "fast: 3.5 image tokens" in found.found
+    assert "gradient norms 4.00 to 1" in found.found
+    assert found.table[2][2:] == ["70.00%", "25.00%", "50.00%", "2", "1"]
+
+
+def nearest_file(tmp_path, **random_nearer):
+    def side(share):
+        return {
+            **{kind: {"0.50": value} for kind, value in (("image", 0.6), ("text", 0.8), ("random", 0.3))},
+            "cosines": {"image": [0.5, 0.7], "text": [0.8, 0.8], "random": [0.2, 0.4]},
+            "compared": {"random_nearer": share},
+            "nearest_tokens": [["a", "b"], ["c", "d"]],
+            "cka": 0.75,
+        }
+
+    return write_json(tmp_path / "nearest.json", {name: side(share) for name, share in random_nearer.items()})
+
+
+def test_embeddings_are_set_beside_noise(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+    nearest_file(tmp_path, input=0.2, output=0.4)
+    summary = {
+        "input": {
+            "image_to_text": 0.3,
+            "text_to_image": 0.2,
+            "chance": 0.1,
+            "num_pairs": 10,
+            "temperature": 0.07,
+        },
+        "settings": {},
+    }
+    write_json(tmp_path / "aligned" / "align.json", summary)
+    row = {"rows": "input", "step": 1, "loss": 1.0, "temperature": 0.07}
+    write_json(tmp_path / "aligned" / "metrics.jsonl", row)
+    files = {"fast": "{out}/nearest.json"}
+    found = section(made, "nearest", files=files)
+    assert "20% (fast)" in found.found
+    assert found.table[1][:5] == ["fast", "0.600", "0.300", "0.800", "20.0%"]
+    probe = section(made, "probe", folder="{out}/aligned", files=files)
+    assert [row[2] for row in probe.table[1:]] == ["30.00%", "20.00%", "80.0%", "0.750", "60.0%", "0.750"]
+    assert "3.0 times as often as chance" in probe.found
+    assert "3.0 times as often as by chance" in section(made, "alignment", folder="{out}/aligned").found
+
+
+def test_data_sizes_count_the_samples_that_were_kept(tmp_path, section):
+    made = Made(tmp_path, few_fast=[0, 1], few_slow=[0, 1], fast=[0, 1], slow=[0, 1])
+    for arm, every, loss in (("fast", 1, 2.0), ("slow", 1, 2.25), ("few_fast", 4, 3.0), ("few_slow", 4, 3.5)):
+        for seed in (0, 1):
+            settings, manifest = {"data": {"subsample_every": every}}, {"counts": {"train": 10}}
+            made.run(arm, seed, heldout=held_out(loss + seed), settings=settings, manifest=manifest)
+    pairs = [["few_fast", "few_slow"], ["fast", "slow"]]
+    found = section(made, "sizes", pairs=pairs, names=["pre-trained", "random"])
+    assert column(found, "training samples") == ["3", "10"]
+    assert "-0.5000 nats with 3 samples; -0.2500 nats with 10 samples" in found.found
+
+
+def test_a_language_models_perplexity_is_that_of_its_last_held_out_loss(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+    manifest = {
+        "documents": {"train": 12},
+        "sequence_tokens": 9,
+        "source": "text:x",
+        "gathered_sha256": "0" * 64,
+        "floors_nats": {"heldout": {"uniform": 7.0, "unigram": 5.0, "bigram": 4.0}},
+    }
+    folder = made.run("fast", 0, heldout=[{"text_loss": 3.0}, {"text_loss": 2.0}], manifest=manifest)
+    found = section(made, "pretraining", folder=str(folder)).found
+    assert f"a perplexity of {math.e**2:.1f}" in found
+    assert f"{math.e**5:.0f} (unigram) and {math.e**4:.0f} (bigram)" in found
+
+
+def test_published_numbers_are_counted_by_kind(tmp_path, section):
+    with PUBLISHED.open() as file:
+        rows = list(csv.reader(file))[1:]
+    used = [row for row in rows if row[3] == "yes"]
+    found = section(Made(tmp_path, fast=[0]), "published")
+    assert f"Of {len(rows)} published numbers, {len(used)} are of models with a pre-trained" in found.found
+    assert all((row[0] in found.found) == (row in used and row[2] == "auto-regressive") for row in rows)
+    assert len(found.table) == 1 + len(rows)
