@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench
+.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench docs reference
 help:
-	@echo "make install   create $(VENV) and install t2i with its development tools"
+	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
@@ -16,12 +16,17 @@ help:
 	@echo "make test-slow drawing by a step that torch's compiler made (a minute)"
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
+	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
+	@echo "make reference docs/reference/ from the tables in the code"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
+	@echo "Installing t2i, its dependencies and its development tools into $(VENV)."
+	@echo "It takes 2 to 5 minutes, mostly downloads, and 7.3 GB of disk. pip is silent meanwhile."
+	@echo "4 GB of that serve NVIDIA GPUs. Without one, README.md (\"Set up\") says how to leave them out."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
@@ -63,6 +68,14 @@ faults: install
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers
+
+reference: install
+	$(BIN)/python docs/make_reference.py
+
+docs: install
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
 # gpu.py needs a GPU and is run by hand.
 BENCHMARKS ?= sampling training_step padding loading preparing scoring waiting growth

@@ -1,58 +1,7 @@
-"""Measure the share of text, image and special tokens in tokens, loss and gradient norm.
+"""`t2i gradients` as a script, for launchers that start files."""
 
-Examples:
-  python eval/gradients.py runs/train
-  python eval/gradients.py runs/train/checkpoints/step_000200 --num-sequences 256
-"""
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-from annotated_types import Ge
-
-from t2i.cli import parse
+from t2i.commands.gradients import main
 from t2i.errors import run_command
-
-# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
-
-
-@dataclass(frozen=True)
-class GradientsCommand:
-    """Which model, on how much of which data."""
-
-    ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
-    shards: Path | None = None
-    """Folder made by launchers/prepare.py; by default the run's own."""
-    num_sequences: Annotated[int, Ge(1)] = 64
-    """Held-out pairs."""
-    out: Path | None = None
-    """File of the results; by default gradients.json in the run or exported folder."""
-
-
-def main() -> None:
-    command = parse(GradientsCommand, description=__doc__ or "")
-    import torch
-
-    from t2i.measure.gradients import gradient_shares, heldout_sequences, write_gradients
-    from t2i.measure.perplexity import data_of
-    from t2i.runs.loading import open_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(command.ckpt, device=device, needs_images=False)
-    config = data_of(model, shards=command.shards, mode=None)
-    ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
-    results = gradient_shares(model, ids)
-    path = write_gradients(results, model=model, out=command.out)
-    for kind, one in (("text", results.text), ("image", results.image), ("special", results.special)):
-        print(
-            f"{kind:8s} {one.token_share:7.2%} of tokens, {one.loss_share:7.2%} of the loss,"
-            f" {one.norm_share:7.2%} of the gradients' norms ({one.norm:.4g}; layers {one.norm_layers:.4g})"
-        )
-    print(f"cosine of text's gradient and image's: {results.cosine_text_image:+.3f}\nAll of it: {path}")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,68 +1,7 @@
-"""Measure held-out perplexity: text, image, special and all tokens, and the image loss by place.
+"""`t2i perplexity` as a script, for launchers that start files."""
 
-Examples:
-  python eval/perplexity.py runs/train
-  python eval/perplexity.py my_export --data.shards data/coco
-"""
-
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-from annotated_types import Ge
-
-from t2i.cli import parse
-from t2i.config import Mode
+from t2i.commands.perplexity import main
 from t2i.errors import run_command
-
-# What loads torch is imported in functions, so that --help and wrong flags are answered at once.
-
-
-@dataclass(frozen=True)
-class HeldoutData:
-    """Whose held-out splits."""
-
-    shards: Path | None = None
-    """Folder made by launchers/prepare.py; by default the run's own."""
-    mode: Mode | None = None
-    """What a sequence holds; by default as in the run, else text-to-image."""
-
-
-@dataclass(frozen=True)
-class PerplexityCommand:
-    """Which model, on which data."""
-
-    ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name."""
-    data: HeldoutData = field(default_factory=HeldoutData)
-    batch_size: Annotated[int, Ge(1)] = 32
-    """Sequences at a time."""
-    out: Path | None = None
-    """File of the results; by default perplexity.json in the run or exported folder."""
-
-
-def main() -> None:
-    command = parse(PerplexityCommand, description=__doc__ or "")
-    import torch
-
-    from t2i.measure.perplexity import data_of, measure_perplexity, write_perplexity
-    from t2i.runs.loading import open_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(command.ckpt, device=device, needs_images=False)
-    config = data_of(model, shards=command.data.shards, mode=command.data.mode)
-    results = measure_perplexity(model, config=config, batch_size=command.batch_size)
-    path = write_perplexity(results, model=model, config=config, out=command.out)
-    for split, found in results.items():
-        print(f"{split} ({found.num_pictures} pictures)")
-        for kind in ("text", "image", "special", "total"):
-            if cost := getattr(found, kind):
-                print(f"  {kind:8s} {cost.nats:.4f} nats, perplexity {cost.perplexity:.2f}")
-        if found.places and found.places.bits_per_pixel is not None:
-            print(f"  {found.places.bits_per_pixel:.4f} bits per pixel")
-    print(f"All of it: {path}")
-
 
 if __name__ == "__main__":
     run_command(main)

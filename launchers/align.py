@@ -1,49 +1,7 @@
-"""Align new image rows to a language model's text rows, contrastively, before training (paper, Figure 7).
+"""`t2i align` as a script, for launchers that start files."""
 
-Examples:
-  python launchers/align.py --model runs/pretrained --out runs/aligned
-  deepspeed launchers/align.py --model open_lm_1b --data.shards data/coco --data.seq-len 1152 --out runs/aligned
-
-The rows are then used with: launchers/train.py --model.init MODEL --model.new-embeddings OUT/rows.safetensors
-"""
-
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from t2i.cli import parse
-from t2i.config import AlignConfig, AlignRun, DataConfig
+from t2i.commands.align import main
 from t2i.errors import run_command
-
-
-@dataclass(frozen=True)
-class AlignCommand:
-    """Which language model, on which pairs."""
-
-    model: str
-    """Language model: a run, a checkpoint of it, an exported or converted folder, a hub name."""
-    out: Path
-    """Folder of rows.safetensors, metrics.jsonl and align.json."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(caption_dropout=0.0))
-    align: AlignConfig = field(default_factory=AlignConfig)
-    config: Path | None = None
-    """YAML of flags, put before the command line."""
-
-
-def main() -> None:
-    command = parse(AlignCommand, description=__doc__ or "")
-    from t2i.distributed.launch import start_processes
-
-    start_processes()
-    from t2i.train.align import ROWS_FILE, align
-
-    run = AlignRun(run_dir=command.out, data=command.data, model=command.model, align=command.align)
-    for name, found in align(run).items():
-        print(
-            f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of pictures find their"
-            f" caption, {found['text_to_image']:.1%} of captions their picture; chance is {found['chance']:.1%}"
-        )
-    print(f"Use them with --model.init {command.model} --model.new-embeddings {command.out / ROWS_FILE}")
-
 
 if __name__ == "__main__":
     run_command(main)

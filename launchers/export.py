@@ -1,49 +1,7 @@
-"""Export a checkpoint to a folder that draws pictures where t2i is not installed.
+"""`t2i export` as a script, for launchers that start files."""
 
-Examples:
-  python launchers/export.py runs/train --out exported
-  python launchers/export.py runs/train --out exported --push-to-hub USER/NAME
-"""
-
-import shlex
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
-
-from t2i.cli import parse
+from t2i.commands.export import main
 from t2i.errors import run_command
-
-
-@dataclass(frozen=True)
-class ExportCommand:
-    """What to export, and where to."""
-
-    ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint or an exported folder."""
-    out: Path
-    """New folder."""
-    push_to_hub: str | None = None
-    """Also upload it there (USER/NAME)."""
-
-
-def main() -> None:
-    command = parse(ExportCommand, description=__doc__ or "")
-    from t2i.runs.export import check_repo, export, push
-    from t2i.runs.loading import open_model
-
-    if command.push_to_hub:
-        check_repo(command.push_to_hub)
-    export(
-        open_model(command.ckpt, needs_images=True),
-        out=command.out,
-        command=shlex.join(["python", *sys.argv]),
-    )
-    print(f"{command.out} draws pictures without t2i; its README.md says how.")
-    if command.push_to_hub:
-        print(push(command.out, repo=command.push_to_hub))
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,32 +1,7 @@
-"""Write a run's report.html: curves, pictures, yardsticks, settings.
+"""`t2i report` as a script, for launchers that start files."""
 
-Examples:
-  python launchers/report.py runs/train
-"""
-
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
-
-from t2i.cli import parse
+from t2i.commands.report import main
 from t2i.errors import run_command
-
-
-@dataclass(frozen=True)
-class ReportCommand:
-    """Which run."""
-
-    run: tyro.conf.Positional[Path]
-    """A run folder."""
-
-
-def main() -> None:
-    command = parse(ReportCommand, description=__doc__ or "")
-    from t2i.report.run import write_report
-
-    print(f"Open {write_report(command.run)} in a browser.")
-
 
 if __name__ == "__main__":
     run_command(main)

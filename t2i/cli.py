@@ -15,6 +15,8 @@ from t2i.config.renamed import with_new_flags
 from t2i.errors import UserError
 from t2i.files import read_yaml
 from t2i.settings import check_values, has_range, hints_of, range_of, texts_of
+from t2i.shipped import find_shipped
+from t2i.verbs import RANK_FLAG, as_typed
 
 T = TypeVar("T")
 
@@ -34,12 +36,12 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     Raises:
         UserError: a setting is out of its range; unknown flags are tyro's to refuse, which ends the process with 2.
     """
-    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    file = _config_file(arguments) if has_run_file else None
-    flags = flags_of(Path(file)) if file else []
-    command = read_flags(kind, [*flags, *arguments], description=description)
-    check_values(command)
     quiet_libraries()
+    arguments = [word for word in sys.argv[1:] if not word.startswith(RANK_FLAG)]
+    file = _config_file(arguments) if has_run_file else None
+    flags = flags_of(find_shipped(Path(file))) if file else []
+    command = read_flags(kind, [*flags, *arguments], description=as_typed(description))
+    check_values(command)
     return command
 
 

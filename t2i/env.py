@@ -15,6 +15,30 @@ from t2i.errors import CheckpointError, UserError
 PACKAGES = ("t2i", "torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "numpy")
 SHARED_MEMORY = Path("/dev/shm")
 
+VARIABLES = {
+    "T2I_DEBUG": "1 shows the traceback of errors that otherwise end in a sentence",
+    "T2I_FAULT": "RANK:STEP:ACTION[:ARG] breaks a run on purpose, to see what it does then",
+    "RANK": "this process's number among all; set by launchers. Without it a process is a job of its own",
+    "WORLD_SIZE": "processes of the job; set by launchers",
+    "LOCAL_RANK": "this process's number on its machine, 0 by default; set by launchers",
+    "LOCAL_WORLD_SIZE": "processes on each machine, LOCAL_SIZE or 1 by default; set by launchers",
+    "LOCAL_SIZE": "the same, as the `deepspeed` launcher calls it",
+    "MASTER_ADDR": "machine of rank 0; set by launchers",
+    "MASTER_PORT": "port by which ranks find each other; set by launchers",
+    "TORCHELASTIC_USE_AGENT_STORE": "set by torchrun, whose own process then holds the port",
+    "TORCH_EXTENSIONS_DIR": "where DeepSpeed's C++ operators are built; by default in the Python environment",
+    "DS_ACCELERATOR": "cpu by default where torch finds no GPU; DeepSpeed's own",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8 by default with train.deterministic; CUDA's own",
+    "THP_MEM_ALLOC_ENABLE": "1 by default: torch asks for huge pages on CPUs",
+    "TOKENIZERS_PARALLELISM": "false by default: loader processes are many already",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "set to 1 while DeepSpeed's state is loaded, so that no pickle runs code",
+    "PATH": "programs of the Python environment are put first, for ninja",
+    "PYTHONPATH": "a study's jobs get the folder of t2i put first",
+    "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
+    "HF_ENDPOINT": "address of the hub that exports are uploaded to; Hugging Face's own",
+}
+"""Every environment variable that t2i reads or sets itself; libraries read more."""
+
 BUFFER_BYTES = 69_206_024
 """What DeepSpeed's reduction on CPUs takes of shared memory, a rank."""
 SPARE_BYTES = 2**23
@@ -183,8 +207,11 @@ def _accelerators() -> str:
     return ", ".join(names) or "none"
 
 
+def describe_lines() -> list[str]:
+    """Write the facts and the problems out, one to a line."""
+    facts = [f"{key:20s} {value}" for key, value in describe().items()]
+    return [*facts, *(f"{'problem':20s} {text}" for text in problems_here() or ["none"])]
+
+
 if __name__ == "__main__":
-    for key, value in describe().items():
-        print(f"{key:20s} {value}")
-    for text in problems_here() or ["none"]:
-        print(f"{'problem':20s} {text}")
+    print("\n".join(describe_lines()))

@@ -1,6 +1,6 @@
 """Cluster files: valid in their own languages, right in every flag, and run here as far as one machine can."""
 
-import importlib.util
+import importlib
 import os
 import re
 import shlex
@@ -39,11 +39,7 @@ LAUNCHED = (
 
 def parsed(words, *, launcher="train", command="TrainCommand"):
     """Parse the words after a launcher's name as it would; --config is read too."""
-    file = ROOT / "launchers" / f"{launcher}.py"
-    spec = importlib.util.spec_from_file_location(f"{launcher}_launcher", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads the fields' documentation from the source
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"t2i.commands.{launcher}")
     file = words[words.index("--config") + 1] if "--config" in words else None
     return tyro.cli(getattr(module, command), args=[*(flags_of(ROOT / file) if file else []), *words])
 
@@ -116,7 +112,9 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
 
 
 def test_the_plan_in_the_documentation_is_the_one_that_is_printed():
-    for words in commands("launchers/plan.py"):
+    plans = commands("t2i plan")
+    assert len(plans) >= 2
+    for words in plans:
         command = parsed(words, launcher="plan", command="PlanCommand")
         plan = make_plan(
             command.data,

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import tyro
 
+from t2i.__main__ import VERBS, dispatch
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "Makefile", "launchers/cluster/README.md"] + sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("docs/*.md", "launchers/*.py", "eval/*.py")
+    for pattern in ("docs/*.md", "t2i/commands/[a-z]*.py")
     for path in ROOT.glob(pattern)
 )
-COMMAND = re.compile(
+SCRIPT = re.compile(
     r"(?:python|deepspeed|torchrun|launch|srun)\b[^`\n]*?\b((?:launchers|eval)/\w+\.py)([^`\n]*)"
 )
+VERB = re.compile(rf"(?:^ +|`|bin/|(?:-m|--module) )t2i ({'|'.join(VERBS)})\b([^`\n]*)", re.M)
 
 
 class Parsed(BaseException):
@@ -25,9 +28,9 @@ class Parsed(BaseException):
 
 
 def commands(page):
-    """List (script, words) of the commands in a page; a line that ends in \\ or is followed by flags goes on."""
+    """List (script or verb, words) of the commands in a page; a line that ends in \\ or precedes flags goes on."""
     text = re.sub(r"\\\n|\n(?=\s+--)", " ", (ROOT / page).read_text())
-    return [(script, words_of(rest)) for script, rest in COMMAND.findall(text)]
+    return [(name, words_of(rest)) for name, rest in [*SCRIPT.findall(text), *VERB.findall(text)]]
 
 
 def words_of(rest):
@@ -48,15 +51,27 @@ def test_every_command_shown_has_flags_that_exist(page, monkeypatch):
 
     monkeypatch.setattr("t2i.cli.tyro.cli", parse_only)
     monkeypatch.chdir(ROOT)
-    for script, words in commands(page):
-        monkeypatch.setattr(sys, "argv", [script, *words])
+    for name, words in commands(page):
         with pytest.raises(Parsed):
-            runpy.run_path(script, run_name="__main__")
+            start(name, words, monkeypatch)
+
+
+def start(name, words, monkeypatch):
+    if name in VERBS:
+        monkeypatch.setattr(sys, "argv", ["t2i", name, *words])
+        dispatch()
+    else:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_path(name, run_name="__main__")
 
 
 def test_commands_are_found_wherever_they_are_shown():
     number = {page: len(commands(page)) for page in PAGES}
-    assert all(number[page] for page in PAGES if page.startswith(("launchers/", "eval/")))
+    assert all(
+        number[page]
+        for page in PAGES
+        if page.startswith("t2i/commands/") and page != "t2i/commands/__init__.py"
+    )
     assert number["README.md"] >= 5 and number["docs/data.md"] >= 15 and number["docs/weights.md"] >= 5
     assert number["docs/evaluation.md"] >= 5 and number["docs/scaling.md"] >= 3 and number["Makefile"] >= 5
 

@@ -11,6 +11,7 @@ from t2i.errors import UserError
 from t2i.model.backbone import random_model_config, read_model_config
 from t2i.runs.loading import find
 from t2i.tokens.vocab import VocabLayout
+from t2i.verbs import command_line
 
 CHARACTERS_A_TOKEN = 4.5
 """Of English captions under a BPE of 50,000; a guess."""
@@ -53,8 +54,10 @@ def known_data(folder: Path, *, plan: PlanConfig) -> Data:
         )
     if folder == EMBEDDED_SHARDS:
         raise UserError(
-            f"{folder} is not made yet: python launchers/prepare.py --source openmoji"
-            f" --views {EMBEDDED_VIEWS} --out {folder}"
+            f"{folder} is not made yet: "
+            + command_line(
+                "prepare", "--source", "openmoji", "--views", str(EMBEDDED_VIEWS), "--out", str(folder)
+            )
         )
     return Data(
         text_tokens=plan.text_vocab_size,

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from t2i.report.figures import loss_curves
 from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_settings
 from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run
 from t2i.tokens.image import centre_crop_resize
+from t2i.verbs import command_line
 
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
 NUM_IMAGES = 24
@@ -150,8 +150,8 @@ def _commands(run_dir: Path) -> list[str]:
     """Write out what made the run's files, to be copied and run again."""
     commands = [read_optional_json(run_dir / ENVIRONMENT)["command"]]
     if _measured(run_dir):
-        commands.append(shlex.join(["python", "eval/coco_fid.py", str(run_dir)]))
-    return [*commands, shlex.join(["python", "launchers/report.py", str(run_dir)])]
+        commands.append(command_line("score", str(run_dir)))
+    return [*commands, command_line("report", str(run_dir))]
 
 
 def _lines(path: Path) -> list[str]:

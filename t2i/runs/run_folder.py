@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ from t2i.errors import CheckpointError, UserError
 from t2i.files import write_json
 from t2i.runs.checkpoint_store import last_step
 from t2i.settings import changed_settings
+from t2i.verbs import command_line, own_command_line
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ def _lock(run_dir: Path) -> IO[str]:
 def environment() -> dict[str, Any]:
     """Describe this process: command, commit of the checkout, versions, machine."""
     return {
-        "command": launch_command(),
+        "command": own_command_line(),
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -162,11 +161,5 @@ def write_status(run_dir: Path, *, state: str, step: int, code: int | None = Non
     write_json(run_dir / STATUS, status)
 
 
-def launch_command() -> str:
-    """Write out the command that started this process, as a person would type it again."""
-    words = [word for word in sys.argv if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    return shlex.join(["python" if words == sys.argv else "deepspeed", *words])
-
-
 def _next_command(run_dir: Path, state: str) -> str:
-    return f"python launchers/report.py {shlex.quote(str(run_dir))}" if state == "done" else launch_command()
+    return command_line("report", str(run_dir)) if state == "done" else own_command_line()

@@ -21,6 +21,7 @@ from typing import IO
 
 from t2i.config.renamed import with_new_flags
 from t2i.errors import Stopped, UserError
+from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study
 
@@ -82,14 +83,14 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
 
 def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     """Run a job's process to its end; its output goes to logs/NAME.log."""
-    prefix = study.launch if job.command[0] == TRAIN and study.launch else [sys.executable]
+    script, *flags = job.command
+    prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
     began = time.time()
     logger.warning("%s", job.name)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (out / "logs" / f"{job.name}.log").open("a") as log:
         process = subprocess.Popen(
-            [*prefix, *job.command],
-            cwd=ROOT,
+            [*prefix, str(find_shipped(Path(script))), *flags],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -146,7 +146,8 @@ def worth_in_tokens(
 
     Args:
         tokens: (T,) tokens trained at each column, the same for both arms.
-        first, second: (seeds, T) losses, smoothed before if they are noisy.
+        first: (seeds, T) losses of the one arm, smoothed before if they are noisy.
+        second: (seeds, T) losses of the other, likewise.
         at: columns of the first arm to ask at.
     """
     first, second = np.atleast_2d(first), np.atleast_2d(second)

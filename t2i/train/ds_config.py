@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
+from t2i.shipped import find_shipped
 
 OWNED_BY_THE_RUN = {
     "gradient_clipping": "train.grad_clip",
@@ -20,6 +21,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, no JSON, or a number that the run's configuration owns.
     """
+    path = find_shipped(path)
     try:
         ds_config: dict[str, Any] = json.loads(path.read_text())
     except OSError as error:

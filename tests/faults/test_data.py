@@ -1,7 +1,6 @@
 """Faults of data: shards that rotted, were made by others or come over a bad line; odd pictures and captions."""
 
 import errno
-import importlib.util
 import io
 import itertools
 import json
@@ -30,6 +29,7 @@ from streaming import MDSWriter
 from streaming.base.storage.download import LocalDownloader
 
 from t2i import env
+from t2i.commands.prepare import PrepareCommand
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.loader import StepLoader
 from t2i.data.prepare import images as preparing
@@ -702,12 +702,8 @@ def test_every_column_that_is_written_may_be_read(tokenizers):
 
 
 def test_the_command_that_makes_shards_again_makes_the_same(small):
-    spec = importlib.util.spec_from_file_location("prepare_launcher", ROOT / "launchers" / "prepare.py")
-    launcher = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = launcher  # where dataclasses look for it
-    spec.loader.exec_module(launcher)
     words = shlex.split(remake_command(small, read_manifest(small)))
-    command = tyro.cli(launcher.PrepareCommand, args=words[2:])
+    command = tyro.cli(PrepareCommand, args=words[2:])
     assert command.out == small and command.shards == PrepareConfig(unit_pairs=6)
     assert (command.heldout_share, command.source) == (0.2, str(small.with_name("pictures")))
 

@@ -5,7 +5,6 @@ read from a shard whose hash was not seen to be right by this job, and a thread 
 """
 
 import logging
-import shlex
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import DataError
 from t2i.files import HASH, Kind, check_keys, file_hash, is_inside, read_json, write_json
+from t2i.verbs import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def remake_command(folder: Path, manifest: Manifest) -> str:
         "heldout-share": manifest.heldout_share,
     }
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return shlex.join(["python", "launchers/prepare.py", *words])
+    return command_line("prepare", *words)
 
 
 def _changed(found: dict[str, object] | None, defaults: PrepareConfig | SourceConfig) -> dict[str, object]:

@@ -1,0 +1,87 @@
+"""Turn released weights into folders that t2i uses, and a language model back into open_lm's form.
+
+Examples:
+  python launchers/convert.py open-lm --checkpoint open_lm_1b.pt --config open_lm_1b_old --out models/open_lm_1b
+  python launchers/convert.py movqgan --checkpoint movqgan_270M.ckpt --out tokenizers/movqgan_270m
+  python launchers/convert.py llamagen --checkpoint vq_ds16_c2i.pt --out tokenizers/llamagen_16
+  python launchers/convert.py open-lm-back models/open_lm_1b --out back
+
+Each conversion holds the written folder against the checkpoint's own steps before the folder appears.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from t2i.cli import parse
+
+
+@dataclass(frozen=True)
+class OpenLm:
+    """An open_lm language model -> a folder for --model.init."""
+
+    checkpoint: Path
+    """open_lm's .pt or .safetensors file, or a Hugging Face folder that open_lm wrote."""
+    out: Path
+    """New folder."""
+    config: str | None = None
+    """open_lm's name of the model's config, or its file; not needed for a folder or a known release."""
+    text_tokenizer: str | None = None
+    """Folder with tokenizer.json, or a hub name; by default the folder's own, else EleutherAI/gpt-neox-20b."""
+
+
+@dataclass(frozen=True)
+class Movqgan:
+    """SBER-MoVQGAN (67M, 102M, 270M, read from the shapes) -> a diffusers VQModel folder."""
+
+    checkpoint: Path
+    """The released .ckpt, or a training one."""
+    out: Path
+    """New folder."""
+
+
+@dataclass(frozen=True)
+class Llamagen:
+    """LlamaGen's VQ-16 or VQ-8 -> a diffusers VQModel folder."""
+
+    checkpoint: Path
+    """The released .pt, or a training one."""
+    out: Path
+    """New folder."""
+
+
+@dataclass(frozen=True)
+class OpenLmBack:
+    """A CKPT's language model -> open_lm's state dict and json, bit for bit."""
+
+    ckpt: tyro.conf.Positional[str]
+    """A converted folder, a run folder, a checkpoint, an exported folder or a hub name."""
+    out: Path
+    """New folder of open_lm.pt and open_lm.json."""
+
+
+def main() -> None:
+    kinds = OpenLm | Movqgan | Llamagen | OpenLmBack
+    command: OpenLm | Movqgan | Llamagen | OpenLmBack
+    command = parse(kinds, description=__doc__ or "", has_run_file=False)  # type: ignore[arg-type]
+    from t2i.convert.convert import convert_back, convert_open_lm, convert_vq
+    from t2i.convert.vq import LLAMAGEN, MOVQGAN
+
+    if isinstance(command, OpenLmBack):
+        convert_back(command.ckpt, out=command.out)
+        print(f"{command.out}: open_lm.pt and open_lm.json.")
+        return
+    if isinstance(command, OpenLm):
+        convert_open_lm(
+            command.checkpoint,
+            config_name=command.config,
+            text_tokenizer=command.text_tokenizer,
+            out=command.out,
+            tell=print,
+        )
+    else:
+        layout = MOVQGAN if isinstance(command, Movqgan) else LLAMAGEN
+        convert_vq(command.checkpoint, layout=layout, out=command.out, tell=print)
+    flag = "--model.init" if isinstance(command, OpenLm) else "--image-tokenizer"
+    print(f"{command.out} is ready for {flag}.")

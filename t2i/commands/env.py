@@ -1,0 +1,20 @@
+"""Say what this machine has, and what would keep a run from starting here: what a bug report needs.
+
+Examples:
+  t2i env
+"""
+
+from dataclasses import dataclass
+
+from t2i.cli import parse
+from t2i.env import describe_lines
+
+
+@dataclass(frozen=True)
+class EnvCommand:
+    """Nothing to choose."""
+
+
+def main() -> None:
+    parse(EnvCommand, description=__doc__ or "", has_run_file=False)
+    print("\n".join(describe_lines()))

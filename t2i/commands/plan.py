@@ -1,0 +1,44 @@
+"""Say what a run will need: parameters, memory a GPU, days, money, disk.
+
+Examples:
+  python launchers/plan.py --config launchers/configs/paper_1b.yaml --gpu a100-80gb --num-gpus 64 --price 2
+  python launchers/plan.py --ds_config ds_configs/zero2_fp32.json --gpu cpu --mfu 0.7
+
+All of the run's own flags are taken too, so that `--train.max-steps 1000` plans a shorter one. Nothing is trained.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from t2i.cli import parse
+from t2i.config import PlanConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class PlanCommand(RunConfig):
+    """The run, the machine, and a price."""
+
+    ds_config: Path = Path("ds_configs/zero2.json")
+    """DeepSpeed JSON of the run."""
+    config: Path | None = None
+    """YAML of the run's flags."""
+    plan: Annotated[PlanConfig, tyro.conf.arg(name="")] = field(default_factory=PlanConfig)
+
+
+def main() -> None:
+    command = parse(PlanCommand, description=__doc__ or "")
+    from t2i.cost.description import describe
+    from t2i.cost.plan import make_plan
+    from t2i.train.ds_config import read_ds_config
+
+    plan = make_plan(
+        command.data,
+        model=command.model,
+        train=command.train,
+        ds_config=read_ds_config(command.ds_config),
+        plan=command.plan,
+    )
+    print("\n".join(describe(plan)))

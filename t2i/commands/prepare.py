@@ -1,0 +1,170 @@
+"""Encode captioned pictures, or documents, into shards, once.
+
+Examples:
+  python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
+  python launchers/prepare.py --source 'cc3m/{00000..00331}.tar' --out data/cc3m --min-side 128 --workers 8
+  torchrun --nproc-per-node 8 launchers/prepare.py --source coco:coco2014 --out data/coco --dtype bfloat16
+  python launchers/prepare.py --source my_pictures --preview 8
+  python launchers/prepare.py --source text:docstrings --out data/docstrings --seq-len 96
+  python launchers/prepare.py --check data/mine
+
+A killed preparation goes on with the same command; one of documents begins anew. docs/data.md has a command for
+every source.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from annotated_types import Ge, Le, Lt
+
+from t2i.cli import parse
+from t2i.config import ASSETS, PrepareConfig, SourceConfig
+from t2i.errors import UserError
+
+NUM_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class PrepareCommand:
+    """What to encode, with what, to where."""
+
+    source: str = "openmoji"
+    """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
+    a Hugging Face data set (USER/NAME, or hf: before any name), or ids:DIR without pictures. For text-only training:
+    text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
+    out: Path | None = None
+    """Folder of the shards."""
+    check: Path | None = None
+    """Only hash and read this shard folder whole, report, and show eight of its samples decoded."""
+    preview: Annotated[int, Ge(0)] = 0
+    """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
+    sheet: Path = Path("sheet.png")
+    """Picture file (.png) that --check and --preview draw; only an older sheet there is replaced."""
+    image_tokenizer: Path = ASSETS / "image_tokenizer"
+    """diffusers VQModel folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
+    text_tokenizer: Path = ASSETS / "text_tokenizer"
+    """Folder with tokenizer.json, such as the model's to start from, or a hub name."""
+    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
+    """Share of a source's pictures or documents that training never sees; openmoji and COCO have their own rules."""
+    seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
+    """Tokens a sequence of documents, which data.seq_len must equal."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    shards: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
+
+
+def main() -> None:
+    command = parse(PrepareCommand, description=__doc__ or "")
+    if [command.out is not None, command.check is not None, command.preview > 0].count(True) != 1:
+        raise UserError("give one of --out DIR to prepare, --check DIR to check, --preview N to look.")
+    from t2i.data.sources.documents import PREFIX
+
+    if command.check:
+        check(command.check, sheet=command.sheet)
+    elif command.out and command.source.startswith(PREFIX):
+        pack(command, command.out)
+    elif command.out:
+        encode(command, command.out)
+    else:
+        look(command)
+
+
+def check(folder: Path, *, sheet: Path) -> None:
+    from t2i.data.prepare.preview import check_sheet, save_sheet, show_shards
+    from t2i.data.shards.manifest import read_manifest
+    from t2i.data.shards.reader import check_shards
+
+    check_sheet(sheet)
+    for split, count in check_shards(folder).items():
+        print(f"{split}: {count} samples, all readable and in range")
+    if not read_manifest(folder).has_image_tokenizer:
+        return
+    rows = show_shards(folder, num=NUM_SHOWN)
+    save_sheet(rows, sheet)
+    for row in rows:
+        print(f"{row.caption}\n  {row.facts}")
+    print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
+
+
+def pack(command: PrepareCommand, out: Path) -> None:
+    from t2i.data.prepare.text import prepare_text
+    from t2i.data.sources.documents import open_documents
+    from t2i.tokens.text import TextTokenizer
+
+    manifest = prepare_text(
+        open_documents(command.source),
+        out=out,
+        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        seq_len=command.seq_len,
+        heldout_share=command.heldout_share,
+    )
+    counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
+    print(f"{out}: {counts} sequences of {command.seq_len} tokens.")
+
+
+def encode(command: PrepareCommand, out: Path) -> None:
+    from t2i.data.prepare.images import prepare
+    from t2i.data.sources import open_source
+    from t2i.distributed.heartbeat import place_in_job
+    from t2i.env import keep_memory
+    from t2i.tokens.text import TextTokenizer
+
+    keep_memory()
+    rank, world_size = place_in_job()
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
+    manifest = prepare(
+        source,
+        out=out,
+        image_tokenizer=None if source.given else load_image_tokenizer(command),
+        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        config=command.shards,
+        rank=rank,
+        world_size=world_size,
+    )
+    if rank > 0:
+        return
+    counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
+    print(f"{out}: {counts}; {manifest.broken} broken.")
+    if source.given is None:
+        print(f"Look at {out / 'reconstructions.png'}.")
+    for reason, count in (manifest.left_out or {}).items():
+        print(f"left out: {count} times {reason}")
+    if command.dtype != "float32":
+        print(f"{manifest.codes_equal_float32:.1%} of the codes of a sample equal float32's.")
+
+
+def look(command: PrepareCommand) -> None:
+    from t2i.data.prepare.preview import check_sheet, preview, save_sheet
+    from t2i.data.sources import open_source
+    from t2i.tokens.text import TextTokenizer
+
+    check_sheet(command.sheet)
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
+    if source.given:
+        raise UserError(f"{command.source} has no pictures to preview.")
+    rows = preview(
+        source,
+        num=command.preview,
+        image_tokenizer=load_image_tokenizer(command),
+        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        config=command.shards,
+    )
+    save_sheet(rows, command.sheet)
+    for row in rows:
+        print(f"{row.caption}\n  {row.facts}")
+    print(f"Crops and their codes decoded, beside their captions: {command.sheet}. Nothing else was written.")
+
+
+def load_image_tokenizer(command: PrepareCommand) -> Any:
+    """Open it on this rank's GPU, if there is one."""
+    import torch
+
+    from t2i.tokens.image import ImageTokenizer
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, command.dtype)
+    return ImageTokenizer.load(command.image_tokenizer, device=device, dtype=dtype)

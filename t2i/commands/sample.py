@@ -1,0 +1,87 @@
+"""Draw pictures from captions.
+
+Examples:
+  python launchers/sample.py runs/train --prompts "grinning face" "red apple" --out pictures
+  python launchers/sample.py runs/train --prompts captions.txt --out pictures --guidance-scale 2
+  python launchers/sample.py runs/train --layout geneval --prompts evaluation_metadata.jsonl --out geneval
+  torchrun --nproc-per-node 8 launchers/sample.py runs/train --layout dpg --prompts dpg_bench/prompts --out dpg
+
+The layouts draw four pictures a prompt, in the folders that GenEval's and DPG-Bench's own scorers read. The same
+command goes on where it stopped.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from annotated_types import Ge
+
+from t2i.cli import parse
+from t2i.config import SampleConfig
+from t2i.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Which model draws which captions."""
+
+    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
+    """A run folder, a checkpoint, an exported folder or a hub name."""
+    prompts: tuple[str, ...]
+    """Captions, or one file: .txt with a caption a line, or .csv, .tsv, .jsonl, .parquet with a column caption, text or
+    prompt; with --layout, the benchmark's prompts."""
+    out: Path
+    """Folder of the PNG files."""
+    layout: Literal["plain", "geneval", "dpg"] = "plain"
+    """plain: 00000.png and on; geneval: from its .jsonl file; dpg: from its folder of .txt files."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Pictures drawn at a time by each process."""
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+
+
+def captions_of(prompts: tuple[str, ...]) -> list[str]:
+    from t2i.data.sources.caption_list import LISTS, read_caption_list
+
+    if len(prompts) == 1:
+        path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1
+        if path.suffix in LISTS or (is_word and path.is_file()):
+            return [row.text for row in read_caption_list(path)]
+    captions = [prompt for prompt in prompts if prompt]
+    if not captions:
+        raise UserError("--prompts names no caption.")
+    return captions
+
+
+def main() -> None:
+    command = parse(SampleCommand, description=__doc__ or "")
+    if command.layout != "plain" and len(command.prompts) != 1:
+        raise UserError(f"--layout {command.layout} wants one --prompts path; found {len(command.prompts)}.")
+    from t2i.distributed.launch import join, leave
+    from t2i.generate.benchmarks import Benchmark, read_benchmark
+    from t2i.generate.sample import draw_folder
+    from t2i.runs.loading import open_model
+
+    if command.layout == "plain":
+        names = {f"{index:05d}": caption for index, caption in enumerate(captions_of(command.prompts))}
+        work = Benchmark(captions=names, drawn=command.out, metadata={}, sheets={})
+    else:
+        work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
+    processes = join()
+    draw_folder(
+        open_model(command.ckpt, device=processes.device, needs_images=True),
+        work.captions,
+        out=work.drawn,
+        config=command.sample,
+        batch_size=command.batch_size,
+        rank=processes.process_index,
+        world_size=processes.num_processes,
+    )
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        work.write_metadata()
+        work.write_sheets()
+        print(f"{len(work.captions)} pictures in {work.drawn}; each carries its caption and settings.")
+        if work.sheets:
+            print(f"{len(work.sheets)} sheets of them in {command.out}.")
+    leave(processes)

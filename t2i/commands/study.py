@@ -1,0 +1,105 @@
+"""Run a study: a grid of training runs and their measures, to a report like a short paper.
+
+Examples:
+  python launchers/study.py launchers/studies/smoke.yaml
+  python launchers/study.py launchers/studies/mini.yaml --plan --gpu a100-80gb h100-80gb
+  python launchers/study.py mine.yaml --out /shared/mine --launcher slurm --workers 8 --sbatch="--gres=gpu:8"
+
+A killed study goes on with the same command; finished runs are not repeated. Several of the same command, here or on
+other machines with the folder, share the work.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from annotated_types import Ge, Gt, Le
+
+from t2i.cli import parse
+from t2i.config import Gpu
+from t2i.shipped import find_shipped
+from t2i.verbs import command_line, is_typed_as_verb
+
+
+@dataclass(frozen=True)
+class StudyCommand:
+    """Which study, to where."""
+
+    study: tyro.conf.Positional[Path]
+    """Study file; launchers/studies/ has some."""
+    out: Path | None = None
+    """Folder of runs and report; by default runs/NAME of the study file, or of its base."""
+    plan: bool = False
+    """Only print what it will take."""
+    gpu: tuple[Gpu, ...] = ()
+    """GPUs that --plan tells the time on, beside this machine; names as in launchers/plan.py."""
+    num_gpus: Annotated[int, Ge(1), Le(1_000_000)] = 1
+    """GPUs of each kind, for --plan."""
+    mfu: Annotated[float, Gt(0), Le(1)] = 0.4
+    """Share of a device's peak that training reaches, for --plan; a guess until measured."""
+    report: bool = False
+    """Only write the report of what is there."""
+    jobs_only: bool = False
+    """Write no report: another worker does."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Where workers run: processes here, or an array job of Slurm."""
+    workers: Annotated[int, Ge(1), Le(10_000)] = 1
+    """How many."""
+    sbatch: Annotated[str, tyro.conf.arg(metavar="OPTIONS")] = ""
+    """Options for sbatch, in one word after an equals sign: --sbatch="--gres=gpu:8 --time=8:00:00"."""
+
+
+def main() -> None:
+    command = parse(StudyCommand, description=__doc__ or "")
+    from t2i.report.sections.registry import check_sections
+    from t2i.study.jobs import jobs_of, read_study
+    from t2i.study.runner import local_workers, submit
+
+    study = read_study(find_shipped(command.study))
+    out = command.out or study.default_out()
+    check_sections(study)
+    jobs = jobs_of(study, out=out)
+    flags = [str(command.study), "--out", str(out)]
+    again = [
+        sys.executable,
+        *(["-m", "t2i", "study"] if is_typed_as_verb() else ["launchers/study.py"]),
+        *flags,
+    ]
+    if command.plan:
+        print_plan(study, command, num_jobs=len(jobs), out=out)
+    elif command.launcher == "slurm":
+        options = shlex.split(command.sbatch)
+        print(submit(again, count=command.workers, options=options, out=out))
+        print(f"The report, when it has ended or before: {command_line('study', *flags, '--report')}")
+    else:
+        if not command.report:
+            with local_workers([*again, "--jobs-only"], count=command.workers - 1):
+                work_through(study, jobs, out=out)
+        if not command.jobs_only:
+            report(study, jobs, out=out, again=command_line("study", *flags))
+
+
+def work_through(study: Any, jobs: Any, *, out: Path) -> None:
+    from t2i.study.runner import work
+
+    for name, record in work(jobs, study=study, out=out).items():
+        if record.state != "done":
+            print(f"{name}: {record.state}; see {out / 'logs' / name}.log")
+
+
+def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:
+    from t2i.report.study import write_study_report
+
+    print(f"Open {write_study_report(study, jobs, out=out, command=again)} in a browser.")
+
+
+def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -> None:
+    from t2i.study.cost import cost_lines, run_costs
+
+    machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
+    costs = run_costs(study, out=out)
+    print("\n".join(cost_lines(costs, machines=machines, mfu=command.mfu)))
+    print(f"and {num_jobs - len(costs)} steps and measures beside them.")

@@ -1,0 +1,86 @@
+"""Train an image tokenizer on your own pictures, or measure one.
+
+Examples:
+  python launchers/tokenizer.py train --source openmoji --out tokenizers/mine
+  python launchers/tokenizer.py evaluate --tokenizer tokenizers/mine --source openmoji --out measured
+  python launchers/tokenizer.py evaluate --tokenizer tokenizers/movqgan_270m --source my_pictures --split all
+    --image-size 256 --out measured_256
+
+A stopped training goes on with the same command.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from annotated_types import Ge, Le
+
+from t2i.cli import parse
+from t2i.config import ASSETS, SourceConfig, TokenizerConfig
+from t2i.verbs import own_command_line
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a VQModel with spatial norms (MoVQGAN's family)."""
+
+    out: Path
+    """Folder of the tokenizer, in diffusers format."""
+    source: str = "openmoji"
+    """What launchers/prepare.py takes, but for documents and ids."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a tokenizer folder on pictures: PSNR, SSIM, codes in use, Frechet distance."""
+
+    out: Path
+    """New folder of measures.json and reconstructions.png."""
+    tokenizer: Path = ASSETS / "image_tokenizer"
+    """diffusers VQModel folder."""
+    source: str = "openmoji"
+    """What launchers/prepare.py takes, but for documents and ids."""
+    reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    split: Literal["heldout", "train", "all"] = "heldout"
+    """Which of the source's pictures; all, where the tokenizer was not trained on them."""
+    num_images: Annotated[int, Ge(2)] = 5_000
+    """At most so many, chosen by the hash of their key."""
+    image_size: Annotated[int, Ge(1), Le(16_384)] = 64
+    """Pixels a side, a multiple of the pixels of a code; released tokenizers were trained at 256."""
+
+
+def main() -> None:
+    command = parse(Train | Evaluate, description=__doc__ or "")  # type: ignore[arg-type]
+    from t2i.data.sources import open_source
+    from t2i.files import new_folder
+    from t2i.image_tokenizer.make import FEATURES, make_tokenizer, measure_folder
+    from t2i.measure.features import metric_key
+
+    source = open_source(command.source, config=command.reading)
+    if isinstance(command, Train):
+        measures = make_tokenizer(
+            source, out=command.out, config=command.tokenizer, command=own_command_line()
+        )
+    else:
+        with new_folder(command.out) as part:
+            measures = measure_folder(
+                command.tokenizer,
+                source=source,
+                image_size=command.image_size,
+                grid=part / "reconstructions.png",
+                split=command.split,
+                num_pictures=command.num_images,
+            )
+            settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
+            settings["features"] = FEATURES
+            found = {**settings, "image_size": command.image_size, **asdict(measures)}
+            (part / "measures.json").write_text(json.dumps(found, indent=1))
+    print(
+        f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
+    )
+    print(f"{metric_key(FEATURES)} of the reconstructions {measures.distance:.3f}")
+    print(f"on {measures.num_pictures} pictures; look at {command.out / 'reconstructions.png'}.")

@@ -1,0 +1,38 @@
+"""Train a text-to-image language model.
+
+Examples:
+  deepspeed launchers/train.py --ds_config ds_configs/zero2.json
+  python launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir runs/mine --train.max-steps 400
+
+With no --config it trains on the embedded emoji. The same command again goes on where the run stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2i.cli import parse
+from t2i.config import RunConfig
+
+
+@dataclass(frozen=True)
+class TrainCommand(RunConfig):
+    """The run's science, and two files."""
+
+    ds_config: Path = Path("ds_configs/zero2.json")
+    """DeepSpeed JSON: ZeRO stage, precision, micro-batch."""
+    config: Path | None = None
+    """YAML of flags, put before the command line."""
+
+
+def main() -> None:
+    command = parse(TrainCommand, description=__doc__ or "")
+    from t2i.distributed.signals import stop_flag
+
+    with stop_flag():  # importing takes seconds, in which a stop is a stop too
+        from t2i.distributed.launch import prepare_environment
+
+        prepare_environment()  # before DeepSpeed, which looks for its accelerator when it is imported
+        from t2i.train.main import train
+
+    config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
+    train(config, ds_config_path=command.ds_config)

@@ -1,0 +1,150 @@
+"""What t2i writes, name by name: files of a run, a checkpoint, shards and an export, and the keys of metrics.jsonl.
+
+The reference pages are made from these tables, and tests hold them against real folders.
+"""
+
+from dataclasses import dataclass
+
+from t2i.data.shards import manifest as shards
+from t2i.runs import checkpoint_store as store
+from t2i.runs.metrics_log import METRICS
+from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, SAMPLES, STATUS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, or a key."""
+
+    name: str
+    """A glob pattern for files; a folder ends in a slash."""
+    text: str
+    is_always_there: bool = True
+
+
+def sometimes(name: str, text: str) -> Entry:
+    """An entry that is there only under the condition that its text says."""
+    return Entry(name, text, is_always_there=False)
+
+
+RUN_FOLDER = (
+    Entry(RESOLVED, "every setting of the run, and above them what follows on these ranks"),
+    Entry(DS_CONFIG, "DeepSpeed's JSON as it was given"),
+    Entry(ENVIRONMENT, "command, commit, Python, platform and package versions of the last start"),
+    Entry(
+        STATUS,
+        "state (running, done, stopped, failed), exit status, step, reason, and the command to run next",
+    ),
+    Entry(METRICS, "every number of the run, one JSON object per line"),
+    sometimes(f"{METRICS}.rewound", "rows beyond the checkpoint that a later start resumed from"),
+    Entry("tensorboard/", f"TensorBoard's view of {METRICS}"),
+    Entry(f"{store.CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
+    Entry(store.LATEST, "name of the newest checkpoint"),
+    sometimes(f"{SAMPLES}/", "grids of sampled images and their captions, with train.sample_every"),
+    Entry("data_manifest.json", "manifest of the shards that the run reads"),
+    sometimes(
+        "roundtrip.safetensors",
+        "images, their codes and reconstructions, by which its image tokenizer is checked",
+    ),
+    sometimes("image_tokenizer/", "the image tokenizer, where the shards have one"),
+    Entry(LOCK, "held by the process that trains here"),
+    sometimes("error*.txt", "traceback of the last failure; error_rankN.txt is rank N's"),
+    sometimes("hang_rank*.txt", "stacks of a rank whose step did not end"),
+    sometimes("STOP", "made by you: end after this step, saved"),
+    sometimes("SAVE", "made by you: save a checkpoint after this step"),
+    sometimes("eval/", "scores.json and images of `t2i score`; coco/ with COCO"),
+    sometimes(
+        "*.json",
+        "results of a measure, such as perplexity.json, nearest.json, gradients.json or forgetting.json",
+    ),
+    sometimes("report.html", "what `t2i report` writes"),
+)
+
+CHECKPOINT = (
+    Entry("config.json", "the model's configuration, with the vocabulary layout"),
+    Entry("generation_config.json", "defaults of transformers' generate()"),
+    Entry("model*.safetensors", "weights"),
+    sometimes("model.safetensors.index.json", "which file holds which weight, where there are several"),
+    sometimes("*_open_lm.py", "the model's class, for from_pretrained where t2i is not installed"),
+    Entry("*token*.json", "the text tokenizer; some have vocab.json and merges.txt too"),
+    Entry("engine/", "DeepSpeed's state; sampling, scoring and export do not read it"),
+    Entry(store.MANIFEST, "size and hash of every file; written last"),
+)
+
+SHARDS = (
+    Entry("train/", "MosaicML Streaming's MDS files: key, caption, caption_ids, codes"),
+    Entry("heldout/", "the same, never trained on"),
+    sometimes("combinations/", "of the embedded set: known emoji in held-out skin tones"),
+    Entry(
+        shards.MANIFEST,
+        "format version, source, split rule, counts, sizes, fingerprints of both tokenizers, hashes",
+    ),
+    sometimes(
+        f"{shards.IMAGE_TOKENIZER}/", "the image tokenizer that made the codes; not with precomputed tokens"
+    ),
+    Entry(f"{shards.TEXT_TOKENIZER}/", "the text tokenizer that made the caption ids"),
+    sometimes(
+        "roundtrip.safetensors",
+        "eight images, codes and reconstructions: a run checks its tokenizer against them",
+    ),
+    sometimes(shards.BROKEN, "images that could not be read, each with the reason"),
+    sometimes(shards.RECONSTRUCTIONS, "images beside what their codes decode to"),
+    sometimes("verified.json", "shards that a run has hashed, by size and time of change"),
+)
+
+EXPORT = (
+    *(entry for entry in CHECKPOINT if entry.name not in ("engine/", store.MANIFEST)),
+    Entry("image_tokenizer/", "the image tokenizer, in diffusers' format"),
+    Entry("README.md", "model card: measured numbers, how to draw, and the command that made it"),
+    sometimes("draw.py", "the sampler, where the model's class cannot draw by itself"),
+    sometimes("data_manifest.json", "manifest of the shards that it was trained on"),
+    sometimes("roundtrip.safetensors", "images and codes, by which the image tokenizer is checked"),
+    sometimes(RESOLVED, "every setting of the run"),
+    sometimes("scores.json", "of `t2i score`; coco_scores.json with COCO"),
+    sometimes("coco_scores.json", "of `t2i score --coco`"),
+)
+
+STEP_KEYS = (
+    Entry("step", "optimizer steps done"),
+    Entry("epoch", "passes over the data begun, from 0"),
+    Entry("samples", "sequences trained on so far"),
+    Entry("tokens", "tokens with a label so far, padding left out"),
+    Entry("padded", "positions of this step's micro-batches that are padding"),
+    Entry("loss", "mean over all tokens of the step, nats per token"),
+    Entry("text_loss", "mean over text tokens, nats per token; null without any"),
+    Entry("image_loss", "mean over image tokens, nats per code; null without any"),
+    Entry("special_loss", "mean over special tokens, nats per token; null without any"),
+    Entry("text_tokens", "text tokens of this step"),
+    Entry("image_tokens", "image tokens of this step"),
+    Entry("special_tokens", "special tokens of this step"),
+    sometimes("z_loss", "mean squared log-partition, which train.z_loss weights; loss is without it"),
+    Entry("lr", "learning rate"),
+    Entry("grad_norm", "norm of the gradient before clipping; null if it is not finite"),
+    Entry(
+        "spike_score",
+        "robust deviations of the loss from the median of the last ones; null before there are enough",
+    ),
+    Entry("spike", "whether spike_score is above train.spike_score"),
+    Entry("skipped", "whether the step changed no weight"),
+    sometimes("skipped_keys", "keys of the step's samples, where it was skipped"),
+    Entry("tokens_per_second", "of all ranks, padding left out"),
+    Entry("flops_per_second", "estimated floating-point operations"),
+    sometimes("mfu", "share of the GPUs' peak, where that is known"),
+    Entry("seconds", "time in steps so far"),
+    Entry("step_seconds", "time of this step"),
+    Entry("data_seconds", "of these, waiting for data"),
+    Entry("memory_bytes", "most memory that the first rank has held"),
+)
+
+HELDOUT_KEYS = (
+    Entry("step", "optimizer steps done"),
+    Entry("split", "heldout or combinations; text for train.eval_text"),
+    sometimes("num_pictures", "images read"),
+    sometimes("num_sequences", "sequences read, of documents"),
+    sometimes("image_rows_only", "whether image losses are over the image vocabulary alone"),
+    sometimes("image_loss", "under the matched caption, nats per code"),
+    sometimes("image_loss_wrong_caption", "under a shuffled caption, nats per code"),
+    sometimes("image_loss_empty_caption", "under the null caption, nats per code"),
+    sometimes("text_loss", "nats per text token"),
+    sometimes("text_loss_text_rows", "the same over the text vocabulary alone"),
+    sometimes("leaked", "mean probability of anything but text where text is next"),
+)
