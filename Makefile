@@ -17,7 +17,7 @@ help:
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
-	@echo "make reference docs/reference/ from the tables in the code"
+	@echo "make reference docs/settings.md and docs/reference/ from the code"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
@@ -70,6 +70,7 @@ test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers
 
 reference: install
+	$(BIN)/python -m t2i.config > docs/settings.md
 	$(BIN)/python docs/make_reference.py
 
 docs: install

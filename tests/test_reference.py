@@ -12,7 +12,7 @@ from t2i.env import VARIABLES
 from t2i.runs import contents
 from t2i.runs.checkpoint_store import last_step, step_folder
 from t2i.runs.export import export
-from t2i.runs.loading import open_checkpoint
+from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_folders_hold_what_the_page_says(finished, tmp_path):
     check_folder(run_dir, contents.RUN_FOLDER)
     check_folder(step_folder(run_dir, last_step(run_dir)), contents.CHECKPOINT)
     check_folder(finished.data.shards, contents.SHARDS)
-    export(open_checkpoint(str(run_dir)), out=tmp_path / "exported", command="t2i export")
+    export(open_model(str(run_dir), needs_images=True), out=tmp_path / "exported", command="t2i export")
     check_folder(tmp_path / "exported", contents.EXPORT)
 
 
