@@ -1,10 +1,10 @@
-"""Align new image rows to a language model's text rows, contrastively, before training (paper, Figure 7).
+"""Align new image embeddings with a language model's text embeddings before training (paper, Figure 7).
 
 Examples:
   python launchers/align.py --model runs/pretrained --out runs/aligned
   deepspeed launchers/align.py --model open_lm_1b --data.shards data/coco --data.seq-len 1152 --out runs/aligned
 
-The rows are then used with: launchers/train.py --model.init MODEL --model.new-embeddings OUT/rows.safetensors
+Then train with them: launchers/train.py --model.init MODEL --model.new-embeddings OUT/rows.safetensors
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ from t2i.config import AlignConfig, AlignRun, DataConfig
 
 @dataclass(frozen=True)
 class AlignCommand:
-    """Which language model, on which pairs."""
+    """The language model and the captioned images."""
 
     model: str
     """Language model: a run, a checkpoint of it, an exported or converted folder, a hub name."""
     out: Path
-    """Folder of rows.safetensors, metrics.jsonl and align.json."""
+    """Folder for rows.safetensors, metrics.jsonl and align.json."""
     data: DataConfig = field(default_factory=lambda: DataConfig(caption_dropout=0.0))
     align: AlignConfig = field(default_factory=AlignConfig)
     config: Path | None = None
-    """YAML of flags, put before the command line."""
+    """YAML file of flags; flags on the command line override it."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     run = AlignRun(run_dir=command.out, data=command.data, model=command.model, align=command.align)
     for name, found in align(run).items():
         print(
-            f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of pictures find their"
-            f" caption, {found['text_to_image']:.1%} of captions their picture; chance is {found['chance']:.1%}"
+            f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of images find their"
+            f" caption, {found['text_to_image']:.1%} of captions their image; chance is {found['chance']:.1%}"
         )
     print(f"Use them with --model.init {command.model} --model.new-embeddings {command.out / ROWS_FILE}")

@@ -1,4 +1,4 @@
-"""Turn released weights into folders that t2i uses, and a language model back into open_lm's form.
+"""Convert released weights to folders that t2i uses, or a language model back to open_lm's format.
 
 Examples:
   python launchers/convert.py open-lm --checkpoint open_lm_1b.pt --config open_lm_1b_old --out models/open_lm_1b
@@ -6,7 +6,7 @@ Examples:
   python launchers/convert.py llamagen --checkpoint vq_ds16_c2i.pt --out tokenizers/llamagen_16
   python launchers/convert.py open-lm-back models/open_lm_1b --out back
 
-Each conversion holds the written folder against the checkpoint's own steps before the folder appears.
+Each conversion checks what the new folder computes against the checkpoint itself before the folder appears.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class OpenLm:
     out: Path
     """New folder."""
     config: str | None = None
-    """open_lm's name of the model's config, or its file; not needed for a folder or a known release."""
+    """open_lm's name of the model's config, or its file. Not needed for a folder or a known release."""
     text_tokenizer: str | None = None
-    """Folder with tokenizer.json, or a hub name; by default the folder's own, else EleutherAI/gpt-neox-20b."""
+    """Folder with tokenizer.json, or a hub name. Default: the folder's own, else EleutherAI/gpt-neox-20b."""
 
 
 @dataclass(frozen=True)

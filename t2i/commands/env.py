@@ -1,4 +1,4 @@
-"""Say what this machine has, and what would keep a run from starting here: what a bug report needs.
+"""Print versions, compiler, shared memory, ports and disk: what a bug report needs.
 
 Examples:
   t2i env
@@ -12,7 +12,7 @@ from t2i.env import describe_lines
 
 @dataclass(frozen=True)
 class EnvCommand:
-    """Nothing to choose."""
+    """There is nothing to choose."""
 
 
 def main() -> None:

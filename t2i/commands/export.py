@@ -1,4 +1,4 @@
-"""Export a checkpoint to a folder that draws pictures where t2i is not installed.
+"""Export a checkpoint to a Hugging Face folder that draws images without t2i.
 
 Examples:
   python launchers/export.py runs/train --out exported
@@ -16,14 +16,14 @@ from t2i.verbs import own_command_line
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """What to export, and where to."""
+    """The checkpoint and the new folder."""
 
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint or an exported folder."""
     out: Path
     """New folder."""
     push_to_hub: str | None = None
-    """Also upload it there (USER/NAME)."""
+    """Also upload it to this hub repository (USER/NAME)."""
 
 
 def main() -> None:
@@ -38,6 +38,6 @@ def main() -> None:
         out=command.out,
         command=own_command_line(),
     )
-    print(f"{command.out} draws pictures without t2i; its README.md says how.")
+    print(f"{command.out} draws images without t2i; its README.md says how.")
     if command.push_to_hub:
         print(push(command.out, repo=command.push_to_hub))

@@ -4,7 +4,7 @@ Examples:
   python eval/forgetting.py runs/train --reference runs/pretrained --text data/docstrings
   python eval/forgetting.py my_export --text notes.txt --captions data/openmoji64
 
-Perplexity is given over the whole vocabulary and among text rows alone; what lies between leaks to image codes.
+Perplexity is given over the whole vocabulary and over the text vocabulary alone. The difference leaks to image codes.
 """
 
 from dataclasses import dataclass
@@ -21,26 +21,26 @@ from t2i.cli import parse
 
 @dataclass(frozen=True)
 class ForgettingCommand:
-    """Which model, against which, on which text."""
+    """The model, its reference and the text."""
 
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     text: str
     """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset name."""
     reference: str | None = None
-    """The language model before training, a CKPT too; without it there is nothing to compare with."""
+    """The language model before training, also a CKPT. Without it nothing is compared."""
     captions: Path | None = None
-    """Shards of pictures whose held-out captions are measured beside the text."""
+    """Image shards whose held-out captions are measured beside the text."""
     prompts: tuple[str, ...] = ()
-    """Texts to complete; by default the paper's two."""
+    """Prompts to complete. Default: the paper's two (Table 1)."""
     seq_len: Annotated[int, Ge(2)] = 96
-    """Tokens a sequence of text that is packed here."""
+    """Tokens per sequence, where the text is packed by this command."""
     num_sequences: Annotated[int, Ge(1)] = 256
-    """Sequences measured at most."""
+    """At most so many sequences are measured."""
     max_new_tokens: Annotated[int, Ge(1)] = 40
-    """Tokens a completion."""
+    """Tokens per completion."""
     out: Path | None = None
-    """File of the results; by default forgetting.json in the run or model folder."""
+    """Results file. Default: forgetting.json in the run or model folder."""
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     for name, found in results.models.items():
         for kind, cost in found.costs.items():
             print(
-                f"{name:10s} {kind:9s} perplexity {cost.perplexity:10.2f}, among text rows"
+                f"{name:10s} {kind:9s} perplexity {cost.perplexity:10.2f}, text vocabulary"
                 f" {cost.perplexity_text_rows:10.2f}, leaked {cost.leaked:.2%} ({cost.num_tokens} tokens)"
             )
     for index, prompt in enumerate(results.prompts):

@@ -1,4 +1,4 @@
-"""Measure the share of text, image and special tokens in tokens, loss and gradient norm.
+"""Measure how text, image and special tokens share the tokens, the loss and the gradient norm.
 
 Examples:
   python eval/gradients.py runs/train
@@ -19,16 +19,16 @@ from t2i.cli import parse
 
 @dataclass(frozen=True)
 class GradientsCommand:
-    """Which model, on how much of which data."""
+    """The model and the held-out data."""
 
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
     shards: Path | None = None
-    """Folder made by launchers/prepare.py; by default the run's own."""
+    """Shard folder. Default: the run's own."""
     num_sequences: Annotated[int, Ge(1)] = 64
-    """Held-out pairs."""
+    """Held-out pairs that are measured."""
     out: Path | None = None
-    """File of the results; by default gradients.json in the run or exported folder."""
+    """Results file. Default: gradients.json in the run or exported folder."""
 
 
 def main() -> None:

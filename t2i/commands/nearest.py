@@ -1,10 +1,10 @@
-"""Compare image rows with text rows: nearest text tokens, cosine distributions, linear CKA.
+"""Compare image embeddings with text embeddings: nearest text tokens, cosine similarity, linear CKA.
 
 Examples:
   python eval/nearest.py runs/train
   python eval/nearest.py runs/train --before runs/train/checkpoints/step_000200
 
-Random rows are the control: image rows that are no nearer to text than they are do not mean text.
+Random embeddings are the control: image embeddings no nearer to text than these carry no text meaning.
 """
 
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from t2i.cli import parse
 
 @dataclass(frozen=True)
 class NearestCommand:
-    """Which model, and which it came from."""
+    """The model, and an earlier one to compare with."""
 
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
     before: str | None = None
-    """An earlier CKPT with the same codes: adds linear CKA of image rows before and after."""
+    """An earlier CKPT with the same codes; adds linear CKA between its image embeddings and today's."""
     num_shown: Annotated[int, Ge(0)] = 8
-    """Codes whose nearest tokens are printed."""
+    """So many codes are printed with their nearest tokens."""
     out: Path | None = None
-    """File of the results; by default nearest.json in the run or exported folder."""
+    """Results file. Default: nearest.json in the run or exported folder."""
 
 
 def main() -> None:
@@ -46,12 +46,12 @@ def main() -> None:
     for side, found in results.items():
         median = {kind: found.quantiles(kind)["0.50"] for kind in ROW_KINDS}
         print(
-            f"{side} rows: median cosine to the nearest text row: image {median['image']:.3f}, random"
-            f" {median['random']:.3f}, text {median['text']:.3f}; a random row is nearer in"
+            f"{side}: median cosine to the nearest text embedding: image {median['image']:.3f}, random"
+            f" {median['random']:.3f}, text {median['text']:.3f}; random is nearer in"
             f" {found.random_nearer:.1%} of draws (50%: no difference)"
         )
         if found.cka is not None:
-            print(f"  linear CKA of image rows before and after: {found.cka:.3f}")
+            print(f"  linear CKA of image embeddings before and after: {found.cka:.3f}")
         for code, tokens in list(enumerate(found.nearest_tokens))[: command.num_shown]:
             print(f"  code {code}: {'  '.join(map(repr, tokens))}")
     print(f"All of it: {path}")

@@ -1,4 +1,4 @@
-"""Measure held-out perplexity: text, image, special and all tokens, and the image loss by place.
+"""Measure held-out perplexity of text, image, special and all tokens, and the image loss by grid position.
 
 Examples:
   python eval/perplexity.py runs/train
@@ -20,25 +20,25 @@ from t2i.config import Mode
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """Whose held-out splits."""
+    """The held-out data."""
 
     shards: Path | None = None
-    """Folder made by launchers/prepare.py; by default the run's own."""
+    """Shard folder. Default: the run's own."""
     mode: Mode | None = None
-    """What a sequence holds; by default as in the run, else text-to-image."""
+    """Form of the sequences. Default: the run's, else text-to-image."""
 
 
 @dataclass(frozen=True)
 class PerplexityCommand:
-    """Which model, on which data."""
+    """The model and the held-out data."""
 
     ckpt: tyro.conf.Positional[str]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     data: HeldoutData = field(default_factory=HeldoutData)
     batch_size: Annotated[int, Ge(1)] = 32
-    """Sequences at a time."""
+    """Sequences per batch."""
     out: Path | None = None
-    """File of the results; by default perplexity.json in the run or exported folder."""
+    """Results file. Default: perplexity.json in the run or exported folder."""
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     results = measure_perplexity(model, config=config, batch_size=command.batch_size)
     path = write_perplexity(results, model=model, config=config, out=command.out)
     for split, found in results.items():
-        print(f"{split} ({found.num_pictures} pictures)")
+        print(f"{split} ({found.num_pictures} images)")
         for kind in ("text", "image", "special", "total"):
             if cost := getattr(found, kind):
                 print(f"  {kind:8s} {cost.nats:.4f} nats, perplexity {cost.perplexity:.2f}")

@@ -1,10 +1,10 @@
-"""Say what a run will need: parameters, memory a GPU, days, money, disk.
+"""Estimate what a run needs: parameters, memory per GPU, days, cost and disk.
 
 Examples:
   python launchers/plan.py --config launchers/configs/paper_1b.yaml --gpu a100-80gb --num-gpus 64 --price 2
   python launchers/plan.py --ds_config ds_configs/zero2_fp32.json --gpu cpu --mfu 0.7
 
-All of the run's own flags are taken too, so that `--train.max-steps 1000` plans a shorter one. Nothing is trained.
+It takes all flags of the run too: `--train.max-steps 1000` plans a shorter one. Nothing is trained.
 """
 
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ from t2i.config import PlanConfig, RunConfig
 
 @dataclass(frozen=True)
 class PlanCommand(RunConfig):
-    """The run, the machine, and a price."""
+    """The run, the machine and the price."""
 
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None
-    """YAML of the run's flags."""
+    """YAML file of the run's flags."""
     plan: Annotated[PlanConfig, tyro.conf.arg(name="")] = field(default_factory=PlanConfig)
 
 

@@ -1,15 +1,15 @@
-"""Encode captioned pictures, or documents, into shards, once.
+"""Encode captioned images, or documents, into shards.
 
 Examples:
   python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
   python launchers/prepare.py --source 'cc3m/{00000..00331}.tar' --out data/cc3m --min-side 128 --workers 8
   torchrun --nproc-per-node 8 launchers/prepare.py --source coco:coco2014 --out data/coco --dtype bfloat16
-  python launchers/prepare.py --source my_pictures --preview 8
+  python launchers/prepare.py --source my_images --preview 8
   python launchers/prepare.py --source text:docstrings --out data/docstrings --seq-len 96
   python launchers/prepare.py --check data/mine
 
-A killed preparation goes on with the same command; one of documents begins anew. docs/data.md has a command for
-every source.
+Run the same command to resume a killed preparation; one of documents starts again. docs/data.md has a command
+for every source.
 """
 
 import os
@@ -29,30 +29,30 @@ NUM_SHOWN = 8
 
 @dataclass(frozen=True)
 class PrepareCommand:
-    """What to encode, with what, to where."""
+    """The source, the tokenizers and the shards."""
 
     source: str = "openmoji"
     """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
-    a Hugging Face data set (USER/NAME, or hf: before any name), or ids:DIR without pictures. For text-only training:
-    text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face data set."""
+    a Hugging Face dataset (USER/NAME, or hf: before any name), or ids:DIR of precomputed tokens. For text-only
+    training: text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face dataset."""
     out: Path | None = None
-    """Folder of the shards."""
+    """New shard folder."""
     check: Path | None = None
-    """Only hash and read this shard folder whole, report, and show eight of its samples decoded."""
+    """Only check this shard folder: hash every file, read every sample, and decode eight of them."""
     preview: Annotated[int, Ge(0)] = 0
-    """Only show so many pictures of the source as the model will see them: crop, codes decoded, ids."""
+    """Only show so many images of the source as the model will see them: crop, decoded codes, caption ids."""
     sheet: Path = Path("sheet.png")
-    """Picture file (.png) that --check and --preview draw; only an older sheet there is replaced."""
+    """PNG file that --check and --preview draw. Only an older sheet is replaced."""
     image_tokenizer: Path = ASSETS / "image_tokenizer"
-    """diffusers VQModel folder."""
+    """Image tokenizer: a diffusers VQModel folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the image tokenizer; the manifest says what share of codes equals float32's."""
+    """Precision of the image tokenizer. The manifest says which share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
-    """Folder with tokenizer.json, such as the model's to start from, or a hub name."""
+    """Folder with tokenizer.json, such as that of the model to start from, or a hub name."""
     heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
-    """Share of a source's pictures or documents that training never sees; openmoji and COCO have their own rules."""
+    """Share of images or documents that training never sees. openmoji and COCO have their own rules."""
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
-    """Tokens a sequence of documents, which data.seq_len must equal."""
+    """Tokens per sequence of documents; training needs the same data.seq_len."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     shards: Annotated[PrepareConfig, tyro.conf.arg(name="")] = field(default_factory=PrepareConfig)
 
@@ -145,7 +145,7 @@ def look(command: PrepareCommand) -> None:
     check_sheet(command.sheet)
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     if source.given:
-        raise UserError(f"{command.source} has no pictures to preview.")
+        raise UserError(f"{command.source} has no images to preview.")
     rows = preview(
         source,
         num=command.preview,

@@ -1,4 +1,4 @@
-"""Write a run's report.html: curves, pictures, yardsticks, settings.
+"""Write a run's report.html: curves, images, scores with their reference rows, settings.
 
 Examples:
   python launchers/report.py runs/train
@@ -14,7 +14,7 @@ from t2i.cli import parse
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Which run."""
+    """The run."""
 
     run: tyro.conf.Positional[Path]
     """A run folder."""

@@ -1,13 +1,13 @@
-"""Draw pictures from captions.
+"""Draw images from captions.
 
 Examples:
-  python launchers/sample.py runs/train --prompts "grinning face" "red apple" --out pictures
-  python launchers/sample.py runs/train --prompts captions.txt --out pictures --guidance-scale 2
+  python launchers/sample.py runs/train --prompts "grinning face" "red apple" --out drawn
+  python launchers/sample.py runs/train --prompts captions.txt --out drawn --guidance-scale 2
   python launchers/sample.py runs/train --layout geneval --prompts evaluation_metadata.jsonl --out geneval
   torchrun --nproc-per-node 8 launchers/sample.py runs/train --layout dpg --prompts dpg_bench/prompts --out dpg
 
-The layouts draw four pictures a prompt, in the folders that GenEval's and DPG-Bench's own scorers read. The same
-command goes on where it stopped.
+The layouts draw four images per prompt, in the folders that GenEval's and DPG-Bench's own scorers read. Run the
+same command to resume.
 """
 
 from dataclasses import dataclass, field
@@ -24,19 +24,19 @@ from t2i.errors import UserError
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Which model draws which captions."""
+    """The model, the captions and the sampler."""
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     prompts: tuple[str, ...]
-    """Captions, or one file: .txt with a caption a line, or .csv, .tsv, .jsonl, .parquet with a column caption, text or
+    """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption, text or
     prompt; with --layout, the benchmark's prompts."""
     out: Path
-    """Folder of the PNG files."""
+    """Folder for the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
-    """plain: 00000.png and on; geneval: from its .jsonl file; dpg: from its folder of .txt files."""
+    """plain: 00000.png and so on. geneval: prompts from its .jsonl file. dpg: from its folder of .txt files."""
     batch_size: Annotated[int, Ge(1)] = 32
-    """Pictures drawn at a time by each process."""
+    """Images per batch and process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -56,7 +56,9 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
 def main() -> None:
     command = parse(SampleCommand, description=__doc__ or "")
     if command.layout != "plain" and len(command.prompts) != 1:
-        raise UserError(f"--layout {command.layout} wants one --prompts path; found {len(command.prompts)}.")
+        raise UserError(
+            f"--layout {command.layout} expected one --prompts path; found {len(command.prompts)}."
+        )
     from t2i.distributed.launch import join, leave
     from t2i.generate.benchmarks import Benchmark, read_benchmark
     from t2i.generate.sample import draw_folder

@@ -1,4 +1,4 @@
-"""Score a model's pictures beside their yardsticks, or compare two scores.
+"""Score a model's images beside reference rows, or compare two scores.
 
 Examples:
   python eval/coco_fid.py runs/train
@@ -7,10 +7,10 @@ Examples:
   python eval/coco_fid.py runs/train --coco data/coco --captions uid_caption.csv
   python eval/coco_fid.py compare A/scores.json B/scores.json
 
-Without --coco, pictures are drawn from half of the model's own held-out captions and compared with the other half, on
-EfficientNet-Lite0 features, which need no download; that distance is not called FID. With --coco, the captions and the
-pictures of val2014 are used, on Inception's features. The same command goes on where it stopped. `compare` refuses
-scores that were not measured alike.
+Without --coco, images are drawn from half of the model's own held-out captions and compared with the other half, on
+EfficientNet-Lite0 features, which need no download. That distance is not called FID. With --coco, the captions and
+images of val2014 are used, on Inception features. Run the same command to resume. `compare` refuses scores that were
+not measured alike.
 """
 
 import sys
@@ -39,39 +39,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """Which model, on which pictures and features."""
+    """The model, the images and the features."""
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """A run folder, a checkpoint, an exported folder or a hub name; or the word `compare`."""
     coco: Path | None = None
-    """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out pictures are used."""
+    """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None
     """Captions drawn: by default 30,000 of COCO, or half of the held-out ones."""
     list_seed: Annotated[int, Ge(0)] = 0
-    """Which captions of COCO."""
+    """Seed of the choice of COCO captions."""
     captions: Path | None = None
     """A published list of COCO's captions in place of --list-seed's: .csv, .tsv, .jsonl, .parquet with a column
-    caption, text or prompt, and image_id, coco_id, uid or file_name if there is one; or .txt with a caption a line."""
+    caption, text or prompt, and image_id, coco_id, uid or file_name if there is one; or .txt with one caption per line."""
     out: Path | None = None
-    """Folder of pictures and scores.json; by default eval/ or coco/ in the run (a folder a step) or exported folder."""
+    """Folder for images and scores.json. Default: eval/ or coco/ in the run (one folder per step) or exported folder."""
     features: Literal["efficientnet_lite0", "inception"] | None = None
-    """Network that pictures are compared by; by default inception with --coco, else efficientnet_lite0."""
+    """Feature network. Default: inception with --coco, else efficientnet_lite0."""
     inception: Path | None = None
     """Inception-2015-12-05 weights; by default clean-fid's address, hash-checked."""
     resize: Literal["clean", "legacy_tensorflow"] = "clean"
-    """How pictures reach the network's size; legacy_tensorflow is what most papers before 2021 used."""
+    """How images are resized for the network; legacy_tensorflow is what most papers before 2021 used."""
     clip: Path | None = None
-    """CLIP folder in transformers' layout, for the CLIP score; by default none."""
+    """CLIP folder in transformers' layout, for the CLIP score. Default: none."""
     controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
-    """Rows drawn beside the model's, each at its full cost: by default both, with --coco none."""
+    """Control rows drawn beside the model's, each at full cost. Default: both; none with --coco."""
     batch_size: Annotated[int, Ge(1)] = 32
-    """Pictures drawn at a time by each process."""
+    """Images per batch and process."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Which two scores."""
+    """The two scores."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
     """scores.json of one model, or the folder that holds it."""
@@ -157,8 +157,8 @@ def print_scores(scores: "Scores", *, out: Path) -> None:
     print("\n".join(table(scores.rows.values(), measures=scores.measures)))
     for split, meter in (scores.facts.captions_heard or {}).items():
         print(
-            f"{split}: image loss {meter.own:.3f} nats a code, wrong caption {meter.wrong:.3f},"
-            f" empty {meter.empty:.3f} ({meter.num_pictures} pictures)"
+            f"{split}: image loss {meter.own:.3f} nats per code, shuffled captions {meter.wrong:.3f},"
+            f" null caption {meter.empty:.3f} ({meter.num_pictures} images)"
         )
     one = scores.protocol
     print(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")
@@ -172,7 +172,7 @@ def compare(command: CompareCommand) -> None:
     check_protocols(a, b)
     for file, scores in ((command.a, a), (command.b, b)):
         print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
-    print("\n".join(["Measured alike; they differ in (first | second):", *differing_subjects(a, b)]))
+    print("\n".join(["Measured alike. They differ in (first | second):", *differing_subjects(a, b)]))
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""Run a study: a grid of training runs and their measures, to a report like a short paper.
+"""Run a study: a grid of training runs and their measures, with a report like a short paper.
 
 Examples:
   python launchers/study.py launchers/studies/smoke.yaml
   python launchers/study.py launchers/studies/mini.yaml --plan --gpu a100-80gb h100-80gb
   python launchers/study.py mine.yaml --out /shared/mine --launcher slurm --workers 8 --sbatch="--gres=gpu:8"
 
-A killed study goes on with the same command; finished runs are not repeated. Several of the same command, here or on
-other machines with the folder, share the work.
+Run the same command to resume; finished runs are not repeated. Several copies of it, also on other machines with the
+same folder, share the work.
 """
 
 import shlex
@@ -26,30 +26,30 @@ from t2i.verbs import command_line, is_typed_as_verb
 
 @dataclass(frozen=True)
 class StudyCommand:
-    """Which study, to where."""
+    """The study, its workers and its report."""
 
     study: tyro.conf.Positional[Path]
-    """Study file; launchers/studies/ has some."""
+    """Study file; t2i ships some, in launchers/studies/."""
     out: Path | None = None
-    """Folder of runs and report; by default runs/NAME of the study file, or of its base."""
+    """Folder for runs and report. Default: runs/NAME of the study file, or of its base."""
     plan: bool = False
-    """Only print what it will take."""
+    """Only print what the study will need."""
     gpu: tuple[Gpu, ...] = ()
-    """GPUs that --plan tells the time on, beside this machine; names as in launchers/plan.py."""
+    """GPUs that --plan estimates the time for, beside this machine."""
     num_gpus: Annotated[int, Ge(1), Le(1_000_000)] = 1
     """GPUs of each kind, for --plan."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.4
-    """Share of a device's peak that training reaches, for --plan; a guess until measured."""
+    """Share of a device's peak that training reaches, for --plan: a guess until measured."""
     report: bool = False
-    """Only write the report of what is there."""
+    """Only write the report of finished runs."""
     jobs_only: bool = False
-    """Write no report: another worker does."""
+    """Write no report; another worker will."""
     launcher: Literal["local", "slurm"] = "local"
-    """Where workers run: processes here, or an array job of Slurm."""
+    """Where workers run: as processes here, or as a Slurm array job."""
     workers: Annotated[int, Ge(1), Le(10_000)] = 1
-    """How many."""
+    """Number of workers."""
     sbatch: Annotated[str, tyro.conf.arg(metavar="OPTIONS")] = ""
-    """Options for sbatch, in one word after an equals sign: --sbatch="--gres=gpu:8 --time=8:00:00"."""
+    """Options for sbatch, as one word after an equals sign: --sbatch="--gres=gpu:8 --time=8:00:00"."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""Train an image tokenizer on your own pictures, or measure one.
+"""Train an image tokenizer on your own images, or measure one.
 
 Examples:
   python launchers/tokenizer.py train --source openmoji --out tokenizers/mine
   python launchers/tokenizer.py evaluate --tokenizer tokenizers/mine --source openmoji --out measured
-  python launchers/tokenizer.py evaluate --tokenizer tokenizers/movqgan_270m --source my_pictures --split all
+  python launchers/tokenizer.py evaluate --tokenizer tokenizers/movqgan_270m --source my_images --split all
     --image-size 256 --out measured_256
 
-A stopped training goes on with the same command.
+Run the same command to resume a stopped training.
 """
 
 import json
@@ -29,28 +29,28 @@ class Train:
     out: Path
     """Folder of the tokenizer, in diffusers format."""
     source: str = "openmoji"
-    """What launchers/prepare.py takes, but for documents and ids."""
+    """Any source of images that prepare takes."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a tokenizer folder on pictures: PSNR, SSIM, codes in use, Frechet distance."""
+    """Measure a tokenizer folder on images: PSNR, SSIM, codes in use, Frechet distance."""
 
     out: Path
-    """New folder of measures.json and reconstructions.png."""
+    """New folder for measures.json and reconstructions.png."""
     tokenizer: Path = ASSETS / "image_tokenizer"
     """diffusers VQModel folder."""
     source: str = "openmoji"
-    """What launchers/prepare.py takes, but for documents and ids."""
+    """Any source of images that prepare takes."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     split: Literal["heldout", "train", "all"] = "heldout"
-    """Which of the source's pictures; all, where the tokenizer was not trained on them."""
+    """Which images of the source; all, if the tokenizer was not trained on them."""
     num_images: Annotated[int, Ge(2)] = 5_000
     """At most so many, chosen by the hash of their key."""
     image_size: Annotated[int, Ge(1), Le(16_384)] = 64
-    """Pixels a side, a multiple of the pixels of a code; released tokenizers were trained at 256."""
+    """Pixels per side, a multiple of the pixels per code. Released tokenizers were trained at 256."""
 
 
 def main() -> None:
@@ -83,4 +83,4 @@ def main() -> None:
         f"PSNR {measures.psnr:.2f} dB, SSIM {measures.ssim:.4f}, {measures.codes_in_use:.0%} of the codes in use"
     )
     print(f"{metric_key(FEATURES)} of the reconstructions {measures.distance:.3f}")
-    print(f"on {measures.num_pictures} pictures; look at {command.out / 'reconstructions.png'}.")
+    print(f"on {measures.num_pictures} images; look at {command.out / 'reconstructions.png'}.")

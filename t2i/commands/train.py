@@ -4,7 +4,7 @@ Examples:
   deepspeed launchers/train.py --ds_config ds_configs/zero2.json
   python launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir runs/mine --train.max-steps 400
 
-With no --config it trains on the embedded emoji. The same command again goes on where the run stopped.
+With no --config it trains on the embedded emoji. Run the same command to resume.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from t2i.config import RunConfig
 
 @dataclass(frozen=True)
 class TrainCommand(RunConfig):
-    """The run's science, and two files."""
+    """All settings of a run, and two files."""
 
     ds_config: Path = Path("ds_configs/zero2.json")
-    """DeepSpeed JSON: ZeRO stage, precision, micro-batch."""
+    """DeepSpeed JSON: ZeRO stage, precision, micro-batch size."""
     config: Path | None = None
-    """YAML of flags, put before the command line."""
+    """YAML file of flags; flags on the command line override it."""
 
 
 def main() -> None:

@@ -24,16 +24,16 @@ from t2i.errors import UserError
 
 @dataclass(frozen=True)
 class VerifyCommand(RunConfig):
-    """The run, and how much of it."""
+    """The run and its number of steps."""
 
     run_dir: Path = Path("runs/verify_resume")
-    """Where the two runs go."""
+    """Folder for the two runs."""
     num_steps: Annotated[int, Ge(2)] = 20
-    """Steps of the whole run; half of them are done before the stop."""
+    """Steps of the whole run; it stops after half of them."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None
-    """YAML of the run's flags."""
+    """YAML file of the run's flags."""
 
 
 def main() -> None:
