@@ -29,8 +29,8 @@ class SampleCommand:
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
     """A run folder, a checkpoint, an exported folder or a hub name."""
     prompts: tuple[str, ...]
-    """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption, text or
-    prompt; with --layout, the benchmark's prompts."""
+    """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption,
+    text or prompt. With --layout: the benchmark's prompts."""
     out: Path
     """Folder for the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
@@ -83,7 +83,7 @@ def main() -> None:
     if processes.is_main_process:
         work.write_metadata()
         work.write_sheets()
-        print(f"{len(work.captions)} pictures in {work.drawn}; each carries its caption and settings.")
+        print(f"{len(work.captions)} images in {work.drawn}; each carries its caption and settings.")
         if work.sheets:
             print(f"{len(work.sheets)} sheets of them in {command.out}.")
     leave(processes)

@@ -50,10 +50,10 @@ class ScoreCommand:
     list_seed: Annotated[int, Ge(0)] = 0
     """Seed of the choice of COCO captions."""
     captions: Path | None = None
-    """A published list of COCO's captions in place of --list-seed's: .csv, .tsv, .jsonl, .parquet with a column
-    caption, text or prompt, and image_id, coco_id, uid or file_name if there is one; or .txt with one caption per line."""
+    """A published list of COCO captions instead of --list-seed: .txt with one caption per line, or .csv, .tsv, .jsonl,
+    .parquet with a column caption, text or prompt, and image_id, coco_id, uid or file_name if there is one."""
     out: Path | None = None
-    """Folder for images and scores.json. Default: eval/ or coco/ in the run (one folder per step) or exported folder."""
+    """Folder for images and scores.json. Default: eval/ or coco/ in the run (by step) or exported folder."""
     features: Literal["efficientnet_lite0", "inception"] | None = None
     """Feature network. Default: inception with --coco, else efficientnet_lite0."""
     inception: Path | None = None
