@@ -106,7 +106,8 @@ def _help(kind: type, name: str) -> str:
     """Say a field's text and range; a group has the text of its class."""
     hint = hints_of(kind)[name]
     text = texts_of(kind).get(name) or (is_dataclass(hint) and hint.__doc__) or ""
-    return f"{text} ({range_of(hint)})" if has_range(hint) else text
+    words = range_of(hint) if has_range(hint) else ""  # of tyro's own marks there are no words
+    return f"{text} ({words})" if words else text
 
 
 def _config_file(arguments: list[str]) -> str | None:
