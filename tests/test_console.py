@@ -4,13 +4,13 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 from setuptools import Distribution
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 def start(*words):
     """Run `python -m t2i` in a process of its own."""
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", "t2i", *words],
         cwd=ROOT,
         capture_output=True,
@@ -44,9 +44,7 @@ runpy.run_module("t2i", run_name="__main__")
 late = {"tyro", "yaml", "torch", "numpy", "t2i.config"} & set(sys.modules)
 assert not late, late
 """
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = processes.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^  ([\w-]+) +\S", done.stdout, re.M) == list(console.VERBS)
     assert list(console.VERBS) == [*SCRIPTS, "env"]
@@ -65,9 +63,7 @@ for verb in {console.VERBS!r}:
 heavy = {{"torch", "transformers", "diffusers", "numpy", "PIL"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = processes.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     helps = dict(zip(console.VERBS, re.split(r"^usage: ", done.stdout, flags=re.M)[1:], strict=True))
     for verb, text in helps.items():
@@ -201,16 +197,15 @@ def installed(tmp_path_factory):
     shutil.copytree(ROOT, source, symlinks=True, ignore=without_what_git_ignores)
     pip = [sys.executable, "-m", "pip", "--quiet"]
     flags = ["--no-deps", "--no-index", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", *flags, "--no-build-isolation", "--wheel-dir", folder, source], check=True)
+    processes.run([*pip, "wheel", *flags, "--no-build-isolation", "--wheel-dir", folder, source], check=True)
     shutil.rmtree(source)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    processes.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", *flags, wheel], check=True)
+    processes.run([*pip, "--python", python, "install", *flags, wheel], check=True)
     # A line in a .pth file is one more place to look, after the environment's own; editable installs there stay off.
-    site = subprocess.check_output(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-    )
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = processes.run(where, check=True, capture_output=True, text=True).stdout
     (Path(site.strip()) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (folder / "empty").mkdir()
     return folder
@@ -219,12 +214,10 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_an_installed_package_prepares_trains_and_samples_without_a_checkout(installed):
     python, empty = installed / "venv" / "bin" / "python", installed / "empty"
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")
-    }
+    kept = {name: value for name, value in processes.environment().items() if name != "PYTHONPATH"}
 
     def run(*words):
-        done = subprocess.run(
+        done = processes.run(
             list(map(str, words)),
             cwd=empty,
             env=kept,
@@ -248,7 +241,7 @@ def test_an_installed_package_prepares_trains_and_samples_without_a_checkout(ins
         32,
         "--model.num-heads",
         2,
-        "--train.eval-pictures",
+        "--train.eval-images",
         4,
     ]
     tiny += ["--train.global-batch-tokens", 768, "--train.save-every", 1]

@@ -1,11 +1,11 @@
 """The pages as a whole: links lead somewhere, the site shows every page and fetches nothing, badges are true."""
 
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 
 import t2i
@@ -64,7 +64,7 @@ def test_the_navigation_names_every_page_once():
 
 def test_the_site_is_built_strictly_and_fetches_nothing(tmp_path):
     pytest.importorskip("mkdocs", reason="`make docs` installs it")
-    built = subprocess.run(
+    built = processes.run(
         [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
