@@ -272,4 +272,5 @@ def test_an_installed_package_prepares_trains_and_samples_without_a_checkout(ins
     assert "Open" in run(command, "report", "runs/train")
     run(command, "sample", "runs/train", "--prompts", "red apple", "--out", "images")
     assert (empty / "images" / "00000.png").is_file()
-    assert "20 runs" in run(command, "study", "mini.yaml", "--plan")
+    # 20 of the arms, and the language model that they begin from.
+    assert "21 runs" in run(command, "study", "mini.yaml", "--plan")
