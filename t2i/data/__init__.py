@@ -1,1 +1,1 @@
-"""How ids travel: captioned pictures, shards, and whole optimizer steps of batches."""
+"""The path of the data: from captioned images to shards, and from shards to batches of whole optimizer steps."""

@@ -1,4 +1,4 @@
-"""How one optimizer step is cut: sequences per step, micro-batches, and padding that no position needs."""
+"""How one optimizer step is split: sequences per step, micro-batches, and columns of padding that are cut off."""
 
 import math
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from t2i.tokens.sequence import IGNORED
 
 POSITIONS = 8
-"""A micro-batch has a multiple of so many positions, which matrix products are quicker for."""
+"""The positions of a micro-batch are a multiple of this, because matrix products are faster then."""
 
 
 def global_batch(batch_tokens: int, *, seq_len: int, world_size: int) -> int:
-    """Count the sequences of one step: batch_tokens / seq_len, rounded to what the ranks divide.
+    """Count the sequences of one step: batch_tokens / seq_len, rounded to a multiple of world_size.
 
     Args:
         batch_tokens: train.global_batch_tokens, over all ranks.
@@ -22,20 +22,28 @@ def global_batch(batch_tokens: int, *, seq_len: int, world_size: int) -> int:
 
 
 def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
-    """Split a rank's sequences into the fewest micro-batches: their number, and sequences each (the last has fewer)."""
+    """Split a rank's sequences into the fewest micro-batches.
+
+    Returns:
+        the number of micro-batches, and the sequences of each (the last may have fewer).
+    """
     steps = -(-per_rank // micro_batch)
     return steps, -(-per_rank // steps)
 
 
 def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Cut a step's sequences (B, S) into parts of `size`, like lengths together, without columns that none needs.
+    """Split a step's sequences (B, S) into parts of `size`, grouped by length, without columns that are all padding.
 
-    A step is a sum over its sequences, and no position sees what is on its right: the losses are the same.
+    The loss is the same: a step is a sum over its sequences, and no position attends to its right.
     """
     lengths = ((labels != IGNORED) * torch.arange(1, labels.shape[1] + 1)).amax(-1)  # (B,)
+    # Sorted, not packed: a step's sum stays the same, no attention mask is needed, and at the paper's
+    # layout 1% of the positions is padding, which packing would not repay.
     order = lengths.argsort(stable=True)
     parts = []
     for rows in order.split(size):
+        # Rows times columns is what a matrix product sees, so it is this that must be a multiple of eight. Rounding
+        # each width up instead would leave twice the padding at 320 positions per sequence.
         columns = POSITIONS // math.gcd(POSITIONS, len(rows))
         longest = -(-max(1, int(lengths[rows].max())) // columns) * columns
         parts.append((input_ids[rows, :longest], labels[rows, :longest]))

@@ -1,4 +1,4 @@
-"""Samples of shards as sequences, built when they are read, so that one shard set serves every vocabulary and mode."""
+"""Shards as training sequences, built when a sample is read, so that one shard set serves every vocabulary and mode."""
 
 import atexit
 from collections.abc import Callable, Iterator
@@ -31,23 +31,27 @@ Opened = TypeVar("Opened", bound=StreamingDataset)
 
 
 def is_dropped(*, seed: int, epoch: int, key: str, share: float) -> bool:
-    """Decide whether a caption is replaced by the empty one: a hash, the same on every rank."""
+    """Decide whether a sample's caption is dropped in an epoch."""
+    # A hash, not a random generator: every rank, loader process and resumed run must drop the same captions.
     return hash_uniform("caption dropout", seed, epoch, key) < share
 
 
 def tokenizer_to_apply(config: DataConfig, *, tokenizer: TextTokenizer) -> TextTokenizer | None:
-    """Return the tokenizer if captions must be read with it anew; None where the shards' ids are its own."""
+    """Return the tokenizer if captions must be tokenized again; None if the shards' ids are already its own."""
     made_by = read_manifest(config.shards).text_tokenizer.fingerprint
     return None if tokenizer.fingerprint() == made_by else tokenizer
 
 
 def caption_ids_of(sample: Sample, *, tokenizer: TextTokenizer | None) -> Tensor:
-    """Read the caption ids (T,) of a sample, as stored (None) or by another tokenizer."""
+    """Return the caption ids (T,) of a sample.
+
+    Args:
+        tokenizer: tokenizes the caption again; None to take the stored ids.
+    """
     if tokenizer is None:
         ids = torch.from_numpy(sample["caption_ids"].astype("int64"))
-        return (
-            ids[:0] if sample.get("caption") == "" else ids
-        )  # shards hold one id there: MDS has no empty arrays
+        # MDS has no empty arrays, so a shard holds one id for an empty caption.
+        return ids[:0] if sample.get("caption") == "" else ids
     return tokenizer.encode(sample["caption"])
 
 
@@ -76,6 +80,8 @@ class SequenceDataset(StreamingDataset):
             streams=[VerifiedStream(config.shards, remote=config.remote)],
             cache_limit=config.cache_limit,
             epoch_size=epoch_size,
+            # Streaming deals samples out in whole batches of each rank. Its order is that of the canonical
+            # nodes, so that it does not depend on the number of machines.
             batch_size=num_sequences,
             shuffle=True,
             shuffle_seed=seed,
@@ -87,25 +93,29 @@ class SequenceDataset(StreamingDataset):
         self.failure: BaseException | None = None
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Have a shard hashed or brought; one that is refused is left for other processes to refuse too.
+        """Hash or download a shard.
 
-        They would wait for ever, each for the one that began to prepare it.
+        Raises:
+            DataError: the shard is not what was prepared.
         """
         try:
             super().prepare_shard(shard_id, blocking)
         except DataError:
+            # Other processes wait for whoever began to prepare a shard. Marked as not there, each of them
+            # tries for itself and is refused too; otherwise they would wait for ever.
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
     def on_exception(self, future: "Future[Any]") -> None:
-        """Keep what ended a thread that prepares shards; Streaming would end the epoch and log a traceback."""
+        """Keep the error that ended a thread; Streaming alone would log a traceback and end the epoch early."""
         if failure := future.exception():
             self.failure = failure
             self._event.set()
-            self._iterator.on_exit()  # a thread that fails does not say so itself, and is waited for
+            # The iterator counts its threads out, and a thread that failed did not count itself.
+            self._iterator.on_exit()
 
     def __iter__(self) -> Iterator[Encoded]:
-        """Yield this process's samples of the next epoch.
+        """Iterate over this process's samples of the next epoch.
 
         Raises:
             DataError: a shard is not what was prepared.
@@ -113,6 +123,7 @@ class SequenceDataset(StreamingDataset):
         try:
             yield from super().__iter__()
         finally:
+            # An epoch cut short by a failed thread looks like one that ended; training must not go on.
             if self.failure:
                 raise self.failure
 
@@ -120,8 +131,10 @@ class SequenceDataset(StreamingDataset):
         """Read one sample as input_ids (S,) and its key.
 
         Raises:
-            DataError: it is none that the manifest allows.
+            DataError: the sample does not match the manifest.
         """
+        # A subset is every n-th sample, read n times per epoch: order and epoch length stay those of the
+        # whole set, and the subset is the same in every epoch, unlike that of Streaming's own subsampling.
         sample = super().__getitem__(at - at % self.config.subsample_every)
         check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
         epoch = self.next_epoch - 1
@@ -131,9 +144,8 @@ class SequenceDataset(StreamingDataset):
                 "key": sample["key"],
             }
         caption_ids = caption_ids_of(sample, tokenizer=self.tokenizer)
-        has_prompt = (
-            self.config.mode == "text-to-image"
-        )  # else the caption is no condition, but all or nothing
+        # In the other modes the caption is no condition: it is the whole sequence, or no part of it.
+        has_prompt = self.config.mode == "text-to-image"
         if has_prompt and is_dropped(
             seed=self.seed, epoch=epoch, key=sample["key"], share=self.config.caption_dropout
         ):
@@ -157,10 +169,10 @@ def open_dataset(
     seed: int,
     tokenizer: TextTokenizer,
 ) -> SequenceDataset:
-    """Open the training split, num_sequences of this rank per step.
+    """Open the training split, with num_sequences per step on this rank.
 
     Raises:
-        UserError: what Streaming says of an impossible cache_limit.
+        UserError: Streaming refuses the settings, such as a cache_limit that is too small.
     """
     try:
         return without_looks(
@@ -186,7 +198,7 @@ def stack_sequences(
     config: DataConfig,
     captions: list[Tensor] | None = None,
 ) -> Tensor:
-    """Build the sequences (B, S) of read samples, under their own caption ids or the given ones."""
+    """Build sequences (B, S) from samples, with their stored caption ids or with `captions`."""
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
     return torch.stack(
         [
@@ -203,10 +215,9 @@ def stack_sequences(
 
 
 class VerifiedStream(Stream):
-    """The training split of a shard folder.
+    """The training split of a shard folder, with every shard verified before a sample of it is read.
 
-    Streaming prepares a shard once a machine, before anyone reads a sample of it: by downloading it, or here, where it
-    is there already, by hashing it.
+    Streaming prepares each shard once per machine before it is read: it downloads it. A local shard is hashed here.
     """
 
     def __init__(self, folder: Path, *, remote: str, split: str = "train") -> None:
@@ -217,21 +228,25 @@ class VerifiedStream(Stream):
         self.advice = remake_advice(folder, read_manifest(folder))
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """Read the index, which lies in the folder by now.
+        """Read the split's index, which is in the folder by now.
 
         Raises:
-            DataError: it is broken, or has columns that are never read.
+            DataError: the index is broken, or has columns of a type that is never read.
         """
         return [shard.reader for shard in read_index(self.folder, self.name)]
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Tell which shards need no preparing: none of a folder's own, and those of a cache that are still whole."""
+        """Mark the shards that need no preparation: none of a local folder, and the intact ones of a cache."""
         if not self.place:
+            # Marked as absent, so that Streaming has each local shard prepared, which is where it is
+            # hashed.
             cache_usage_per_shard[:] = 0
             return
         super().set_up_local(shards, cache_usage_per_shard)
         verified = Verified(self.folder)
         for at in np.flatnonzero(cache_usage_per_shard):
+            # The cache is trusted no more than a download. verified.json spares hashing files that have not
+            # changed.
             info: FileInfo = shards[at].file_pairs[0][0]
             name, wanted = f"{self.name}/{info.basename}", info.hashes[HASH]
             if not verified.has(name, wanted=wanted):
@@ -251,9 +266,9 @@ class VerifiedStream(Stream):
 
 
 def without_looks(open_dataset: Callable[[], Opened]) -> Opened:
-    """Open a data set, and close what Streaming opened of others in the search for a free name.
+    """Open a dataset, and close the shared memory that Streaming opened while it searched for a free name.
 
-    It would hold that until the process ends: one that opens a hundred data sets comes to the limit of open files.
+    Streaming keeps it open until the process ends, so that a hundred datasets reach the limit of open files.
     """
     looks: list[SharedMemory] = []
 
@@ -269,9 +284,8 @@ def without_looks(open_dataset: Callable[[], Opened]) -> Opened:
     finally:
         prefix.SharedMemory = SharedMemory
     for memory in looks:
-        if (
-            memory is not dataset._locals_shm
-        ):  # the other ranks of a machine look for the first one's and keep it
+        # The other ranks of a machine open the first rank's memory in the same way, and need it.
+        if memory is not dataset._locals_shm:
             atexit.unregister(memory.cleanup)
             memory.cleanup()
     return dataset

@@ -1,4 +1,4 @@
-"""Shards to whole optimizer steps of sequences: deterministic, resumable in mid-epoch, for any number of ranks."""
+"""Batches of whole optimizer steps from shards: deterministic, resumable in mid-epoch, on any number of ranks."""
 
 import ctypes
 import json
@@ -20,7 +20,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent dies."""
+"""An option of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 class Batch(TypedDict):
@@ -32,11 +32,11 @@ class Batch(TypedDict):
 
 
 Position = dict[str, int]
-"""Where Streaming's loader stands: epoch, samples read of it, and what fixes their order."""
+"""The state of Streaming's loader: the epoch, the samples read of it, and what fixes their order."""
 
 
 class _Stream:
-    """One shard set, epoch after epoch, as this rank's share of each step, with a position that can be saved."""
+    """This rank's share of each step from one shard set, epoch after epoch, with a position that can be saved."""
 
     def __init__(
         self,
@@ -72,8 +72,10 @@ class _Stream:
             num_workers=config.num_workers,
             drop_last=True,
             persistent_workers=config.num_workers > 0,
+            # Signals are for the rank, which still needs its loader while it saves.
             worker_init_fn=live_with_rank,
-            # Its own, or each start of the loader would draw from the process's random state: a resumed run once more.
+            # Its own generator. Otherwise each start of the loader would draw from the process's random state,
+            # and a resumed run would draw once more than an uninterrupted one.
             generator=torch.Generator().manual_seed(seed),
         )
         self.folder = config.shards
@@ -81,7 +83,7 @@ class _Stream:
         self.position: Position | None = None
 
     def look_ahead(self) -> None:
-        """Hash all shards in a thread; what it finds ends the iteration."""
+        """Start a thread that hashes all shards; a bad one ends the iteration."""
         self.look_aheads.append(LookAhead(self.folder, manifest=read_manifest(self.folder)))
         self.look_aheads[-1].start()
 
@@ -94,19 +96,19 @@ class _Stream:
                 yield batch
 
     def go_on_from(self, position: Position | None) -> None:
-        """Set the position; None for the start."""
+        """Resume from a saved position; None for the start."""
         self.position = position
         if position is not None:
             self.loader.load_state_dict(position)
 
     def close(self) -> None:
-        """End the loader's processes."""
+        """Stop the loader's processes."""
         if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()
 
 
 class StepLoader:
-    """An endless stream of this rank's share of optimizer steps, with a position that can be saved.
+    """This rank's share of optimizer steps, without end, with a position that can be saved.
 
     Each step holds the same number of sequences of config.shards and, for config.replay_ratio, of config.replay_shards.
     """
@@ -134,12 +136,12 @@ class StepLoader:
         ]
 
     def look_ahead(self) -> None:
-        """Hash all shards in threads, on one rank; what they find ends the iteration."""
+        """Start threads that hash all shards, on one rank; a bad shard ends the iteration."""
         for stream in self.streams:
             stream.look_ahead()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield input_ids (B, S) and keys for ever, epoch after epoch; mixed-in text comes last in a batch.
+        """Iterate over batches without end: input_ids (B, S) and keys, with replayed text last in each batch.
 
         Raises:
             DataError: a shard or a sample is not what was prepared.
@@ -151,33 +153,35 @@ class StepLoader:
             }
 
     def close(self) -> None:
-        """End the loaders' processes, which no signal ends."""
+        """Stop the loaders' processes, which ignore signals."""
         for stream in self.streams:
             stream.close()
 
     @property
     def epoch(self) -> int:
-        """The epoch of the batch yielded last, from 0; of data.shards."""
+        """The epoch of data.shards that the last batch is from, counted from 0."""
         position = self.streams[0].position
         return 0 if position is None else int(position["epoch"])
 
     def state_dict(self) -> str:
-        """Return the position after the batch yielded last, as JSON."""
+        """Return the position after the last batch, as JSON."""
         return json.dumps([stream.position for stream in self.streams])
 
     def load_state_dict(self, state: str) -> None:
-        """Go on from a saved position."""
+        """Resume from a saved position."""
         for stream, position in zip(self.streams, json.loads(state), strict=True):
             stream.go_on_from(position)
 
 
 def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:
-    """Count the sequences of a step that data.replay_ratio makes text only.
+    """Count the text-only sequences of a step, by data.replay_ratio.
 
     Raises:
-        UserError: a number that the ranks do not divide.
+        UserError: the ranks cannot share them evenly.
     """
     count = round(config.replay_ratio * global_batch)
+    # Refused rather than rounded, because another ratio would be another experiment. Every step has the
+    # same share, so that steps compare.
     if config.replay_ratio and (count == 0 or count == global_batch or count % world_size):
         raise UserError(
             f"data.replay_ratio is {config.replay_ratio}: {count} of a step's {global_batch} sequences, which does not"
@@ -192,22 +196,23 @@ def num_trained_on(manifest: Manifest, *, subsample_every: int) -> int:
 
 
 def text_stream(config: DataConfig) -> DataConfig:
-    """Say how the text of data.replay_ratio is read: as text-only training reads its shards."""
+    """Return the settings that replayed text is read with: those of text-only training."""
     assert config.replay_shards is not None
     whole = replace(config, remote="", cache_limit=None, subsample_every=1)
     return replace(whole, shards=config.replay_shards, mode="text-only")
 
 
 def live_with_rank(worker: int) -> None:
-    """Leave stopping to the rank: a loader's process lives on while the rank saves, and dies with it."""
+    """Have a loader's process ignore signals and die with its rank."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # A rank that is killed cannot stop its loader, and an orphan would hold shared memory and memory.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _sentences(loader: StreamingDataLoader) -> Iterator[Batch]:
-    """Pass batches on; of a loader process's error keep the sentence, which torch puts below a traceback."""
+    """Pass batches on; reduce a loader process's error to its sentence, which torch puts below a traceback."""
     try:
         yield from loader
     except DataError as error:

@@ -1,1 +1,1 @@
-"""What a number means: vocabulary layout, sequences, text ids and image codes."""
+"""Token ids: the vocabulary's layout, sequences, text ids and image codes."""

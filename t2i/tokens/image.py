@@ -1,4 +1,4 @@
-"""Pictures to codes and back: centre crop, and diffusers' VQModel behind a small face.
+"""The image tokenizer: diffusers' VQModel behind a small interface, and the centre crop before it.
 
 MoVQGAN is VQModel with norm_type "spatial" (https://github.com/ai-forever/MoVQGAN).
 """
@@ -17,16 +17,16 @@ from t2i.errors import DataError, UserError
 from t2i.files import read_json
 
 ROUND_TRIP = "roundtrip.safetensors"
-"""Pictures, their codes and what they decode to, kept beside shards, runs and exports."""
+"""Images, their codes and what they decode to, kept beside shards, runs and exports."""
 
 SAME_TOKENIZER = 0.95
-"""Share of equal codes from which two tokenizers are held for one."""
+"""Share of equal codes from which two tokenizers count as the same."""
 
 
 def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
     """Crop the centre square of the shorter side and resize it to size x size (bicubic).
 
-    A picture that already has that size is returned unchanged.
+    An image of that size is returned unchanged.
 
     Source: paper sec. 2.1 (centre crop); filter of MoVQGAN's own preprocessing.
     """
@@ -40,7 +40,7 @@ def centre_crop_resize(image: Image.Image, *, size: int) -> Image.Image:
 
 
 def shifted(image: Image.Image, *, right: int, down: int) -> Image.Image:
-    """Move a picture by some pixels, repeating its edge where it left."""
+    """Shift an image by some pixels, repeating its edge."""
     pixels = np.asarray(image)
     reach = max(abs(right), abs(down))
     padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
@@ -49,24 +49,24 @@ def shifted(image: Image.Image, *, right: int, down: int) -> Image.Image:
 
 
 def to_pixels(images: list[Image.Image]) -> Tensor:
-    """Stack RGB pictures of one size as float32 in [-1, 1]."""
+    """Stack RGB images of one size as float32 in [-1, 1]."""
     return pixels_of(torch.from_numpy(np.stack([np.asarray(image) for image in images])))  # (B, 3, H, W)
 
 
 def pixels_of(pictures: Tensor) -> Tensor:
-    """Scale uint8 pictures (B, H, W, 3) to float32 pixels (B, 3, H, W) in [-1, 1]."""
+    """Scale uint8 images (B, H, W, 3) to float32 pixels (B, 3, H, W) in [-1, 1]."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def pictures_of(pixels: Tensor) -> Tensor:
-    """Round pixels (B, 3, H, W) in [-1, 1] to uint8 pictures (B, H, W, 3)."""
+    """Round pixels (B, 3, H, W) in [-1, 1] to uint8 images (B, H, W, 3)."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class ImageTokenizer:
-    """A frozen VQModel: pixels (B, 3, H, W) <-> codes (B, K), row by row over the code grid.
+    """A frozen VQModel that maps pixels (B, 3, H, W) to codes (B, K), row by row over the code grid, and back.
 
-    Weights, and the search for the nearest code, stay in fp32; dtype is that of the products before and after.
+    Weights and the search for the nearest code stay in fp32. `dtype` is that of the convolutions.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ImageTokenizer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        # Channels last is the order that convolutions are quickest in; values and codes are the same.
+        # Convolutions are fastest channels last. Rounding differs a little, so that single codes at a tie may differ.
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.folder = folder
         self.dtype = dtype
@@ -94,24 +94,24 @@ class ImageTokenizer:
             dtype: of the convolutions; torch.bfloat16 is faster on GPUs and changes some codes (code_agreement).
 
         Raises:
-            UserError: the folder is not one.
+            UserError: the folder is not a VQModel folder.
         """
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
         kind = read_json(folder / "config.json", error=UserError).get("_class_name")
         if kind != VQModel.__name__:
             raise UserError(
-                f"{folder} is no image tokenizer: its config.json is of {kind}; wanted is VQModel."
+                f"{folder} is no image tokenizer: its config.json is of {kind}; expected VQModel."
             )
-        # The switch lets the decoder take codes; folders older than it lack it, and weights do not depend on it.
+        # The switch lets the decoder take codes. Older folders do not set it, and the weights do not depend on it.
         model = VQModel.from_pretrained(folder, lookup_from_codebook=True)
         return cls(model, folder=folder, device=device, dtype=dtype)
 
     def num_codes(self, image_size: int) -> int:
-        """Count the codes of one picture of image_size x image_size pixels."""
+        """Count the codes of one image of image_size x image_size pixels."""
         if image_size < 1 or image_size % self.downscale:
             raise UserError(
-                f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels a code."
+                f"image size {image_size} is no multiple of the tokenizer's {self.downscale} pixels per code."
             )
         return (image_size // self.downscale) ** 2
 
@@ -121,12 +121,13 @@ class ImageTokenizer:
         with self._precision():
             pixels = pixels.to(self.model.device, memory_format=torch.channels_last)
             latents = self.model.encode(pixels).latents  # (B, C, h, w)
+        # In fp32: distances between codes are often smaller than the rounding of bf16.
         codes = self.model.quantize(latents.float())[2][2]
         return codes.reshape(len(pixels), -1)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """Map codes (B, K) of square pictures to pixels (B, 3, H, W), float32, about [-1, 1].
+        """Map codes (B, K) of square images to pixels (B, 3, H, W), float32, about [-1, 1].
 
         Raises:
             ValueError: a code outside the codebook, or K that is no square number.
@@ -134,16 +135,18 @@ class ImageTokenizer:
         batch, num_codes = codes.shape
         side = round(num_codes**0.5)
         if side * side != num_codes:
-            raise ValueError(f"{num_codes} codes do not fill a square picture.")
+            raise ValueError(f"{num_codes} codes do not fill a square image.")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             found = f"{int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"codes {found} found; the codebook has 0 to {self.codebook_size - 1}.")
+            raise ValueError(f"found codes {found}; expected 0 to {self.codebook_size - 1}.")
         shape = (batch, side, side, self.model.config.vq_embed_dim)
         flat = codes.flatten().to(self.model.device)
         with self._precision():
             return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()
 
     def _precision(self) -> torch.autocast:
+        # Autocast rather than cast weights: codebook, fingerprint and file stay the same in every
+        # precision.
         is_lower = self.dtype != torch.float32
         return torch.autocast(
             self.model.device.type, dtype=self.dtype if is_lower else None, enabled=is_lower
@@ -152,6 +155,7 @@ class ImageTokenizer:
     def fingerprint(self) -> str:
         """Hash the names, shapes and values of the weights (hex SHA-256)."""
         digest = hashlib.sha256()
+        # Of the values in fp32, so that a folder stored in another precision or file format is the same tokenizer.
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
@@ -159,15 +163,15 @@ class ImageTokenizer:
 
 
 def code_agreement(tokenizer: ImageTokenizer, reference: ImageTokenizer, pixels: Tensor) -> float:
-    """Measure the share of codes of pixels (B, 3, H, W) that both tokenizers choose."""
+    """Return the share of the codes of pixels (B, 3, H, W) that two tokenizers agree on."""
     return (tokenizer.encode(pixels) == reference.encode(pixels)).float().mean().item()
 
 
 def check_round_trip(tokenizer: ImageTokenizer, file: Path) -> None:
-    """Encode the pictures that were stored when codes were made, and compare with the codes stored beside them.
+    """Check that a tokenizer is the one that made stored codes, by encoding the images stored beside them.
 
     Args:
-        file: safetensors of pictures (N, H, W, 3), uint8, and codes (N, K).
+        file: safetensors with images (N, H, W, 3), uint8, and codes (N, K).
 
     Raises:
         DataError: another tokenizer made the codes.
@@ -175,9 +179,10 @@ def check_round_trip(tokenizer: ImageTokenizer, file: Path) -> None:
     stored = load_file(file)
     codes = tokenizer.encode(pixels_of(stored["pictures"])).cpu()
     agreement = (codes == stored["codes"]).float().mean().item()
-    # Ties between codes may fall otherwise on another device; another tokenizer agrees on almost nothing.
+    # Not all need be equal: ties between codes may fall otherwise on another device. Another tokenizer agrees on
+    # almost none.
     if agreement < SAME_TOKENIZER:
         raise DataError(
-            f"{tokenizer.folder} gives the codes stored in {file} to only {agreement:.0%}; wanted is"
+            f"{tokenizer.folder} reproduces {agreement:.0%} of the codes stored in {file}; expected at least"
             f" {SAME_TOKENIZER:.0%}. Another image tokenizer made them."
         )

@@ -1,4 +1,4 @@
-"""Captions to ids: a Hugging Face fast tokenizer (GPT-NeoX-20B's layout) behind a small face."""
+"""The text tokenizer: a Hugging Face fast tokenizer (such as GPT-NeoX-20B's) behind a small interface."""
 
 import hashlib
 import json
@@ -11,17 +11,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from t2i.errors import UserError
 
 NEOX = "EleutherAI/gpt-neox-20b"
-"""The tokenizer of every released open_lm model, by its name on the hub: 50,277 ids."""
+"""Hub name of the tokenizer of every released open_lm model: 50,277 ids."""
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 """Ids 0 and 1 of GPT-NeoX-20B's tokenizer and of those trained here."""
 
 SIDE = "left"
-"""Where transformers pads a batch of prompts: a causal model goes on from the last position."""
+"""Padding side for a batch of prompts: a causal model continues from the last position."""
 
 
 class TextTokenizer:
-    """A frozen byte-level BPE; captions can never produce special tokens."""
+    """A frozen byte-level BPE that never produces special tokens from a caption."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, name: str) -> None:
         self.tokenizer = tokenizer
@@ -29,10 +29,10 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, name: Path | str) -> "TextTokenizer":
-        """Open a folder that holds tokenizer.json, or a tokenizer of the hub.
+        """Open a folder with tokenizer.json, or a tokenizer of the hub.
 
         Raises:
-            UserError: the folder has none, or the hub does not give it.
+            UserError: neither the folder nor the hub has it.
         """
         folder = Path(name)
         file = folder / "tokenizer.json"
@@ -46,15 +46,16 @@ class TextTokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """One more than the largest id that a text can produce."""
+        """One more than the largest id of the vocabulary."""
+        # Not the number of tokens: ids may have gaps, and each needs its row.
         return max(self.tokenizer.get_vocab().values()) + 1
 
     @property
     def end_id(self) -> int:
-        """The id that ends a document.
+        """Id of the token that ends a document.
 
         Raises:
-            UserError: the vocabulary has no `<|endoftext|>` and the tokenizer names no end token.
+            UserError: the tokenizer names no end token, and its vocabulary has no `<|endoftext|>`.
         """
         vocabulary = self.tokenizer.get_vocab()
         end = self.tokenizer.eos_token or "<|endoftext|>"
@@ -65,7 +66,8 @@ class TextTokenizer:
         return int(vocabulary[end])
 
     def encode(self, text: str) -> Tensor:
-        """Map one caption to ids (T,), int64, without special tokens, even where it spells one."""
+        """Encode one caption to ids (T,), int64, without special tokens, even if it spells one."""
+        # split_special_tokens: "<|endoftext|>" in a caption is text like any other.
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return torch.tensor(encoded["input_ids"], dtype=torch.long)
 
@@ -87,16 +89,17 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
         return AutoTokenizer.from_pretrained(name, padding_side=SIDE)
     except OSError as error:
         raise UserError(
-            f"{name} is no folder with tokenizer.json, and the hub does not give it"
+            f"{name} is no folder with tokenizer.json, and the hub has no such tokenizer"
             f" ({str(error).splitlines()[0]})."
         ) from error
 
 
 def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Name the end of a text, and padding, where the files do not say which tokens they are."""
+    """Set the end and padding tokens if the tokenizer's files do not name them."""
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token is None and END_OF_TEXT in vocabulary:
         tokenizer.bos_token = tokenizer.eos_token = tokenizer.unk_token = END_OF_TEXT
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:  # GPT-NeoX-20B's own files name none
+    # GPT-NeoX-20B's own files name no padding token.
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = PADDING if PADDING in vocabulary else tokenizer.eos_token
     return tokenizer

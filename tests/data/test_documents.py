@@ -85,7 +85,7 @@ def test_checks_count_and_read_everything(prepared, tokenizer):
     assert counts == read_manifest(prepared).counts
     manifest = json.loads((prepared / "manifest.json").read_text())
     (prepared / "manifest.json").write_text(json.dumps({**manifest, "sequence_tokens": 15}))
-    with pytest.raises(DataError, match="has 16 ids; wanted are 15"):
+    with pytest.raises(DataError, match="has 16 ids; expected 15"):
         check_shards(prepared)
     (prepared / "manifest.json").write_text(json.dumps(manifest))
 
@@ -94,7 +94,7 @@ def test_other_uses_are_refused(prepared, folder, tokenizer):
     config = DataConfig(shards=prepared, mode="text-only", seq_len=16)
     manifest = read_manifest(prepared)
     check_text_use(config, manifest=manifest, tokenizer=tokenizer)
-    with pytest.raises(UserError, match="holds text alone; data.mode is image-only"):
+    with pytest.raises(UserError, match="holds only text, but data.mode is image-only"):
         check_text_use(replace(config, mode="image-only"), manifest=manifest, tokenizer=tokenizer)
     with pytest.raises(UserError, match="data.seq_len is 96; the sequences of .* have 16 tokens"):
         check_text_use(replace(config, seq_len=96), manifest=manifest, tokenizer=tokenizer)
@@ -112,7 +112,7 @@ def test_sources_that_are_none_are_refused(tmp_path, tokenizer):
         open_documents("text:./nowhere.txt")
     with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
         open_documents("text:nowhere.txt")
-    with pytest.raises(DataError, match="the Hugging Face data set nobody/nothing cannot be opened"):
+    with pytest.raises(DataError, match="the Hugging Face dataset nobody/nothing cannot be opened"):
         list(open_documents("text:nobody/nothing").texts)
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(DataError, match="do not fill one sequence of 16"):

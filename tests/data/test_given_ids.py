@@ -85,14 +85,14 @@ def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):
     manifest = prepared(folder, tmp_path / "shards")
     assert manifest.left_out == {"an id outside 0 to 69999": 2, "not 10 integers": 2}
     assert read_manifest(tmp_path / "shards").image_tokenizer.name == FACTS["made_by"]
-    with pytest.raises(UserError, match="views is 2; ids:.* has no pictures to shift"):
+    with pytest.raises(UserError, match="views is 2; ids:.* has precomputed codes, which cannot be shifted"):
         prepared(folder, tmp_path / "views", views=2)
     (folder / "c.txt").write_text("one line\n")
     with pytest.raises(DataError, match=r"c\.txt has 1 lines; c\.npy has 12 rows"):
         prepared(folder, tmp_path / "lines")
     (folder / "a.jsonl").write_text('{"caption": "no ids"}')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1, has no ids"):
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 has no ids"):
         prepared(folder, tmp_path / "none")
     (folder / "ids.json").write_text('{"vocab_size": 5}')
-    with pytest.raises(DataError, match=r"wants ids\.json to say"):
+    with pytest.raises(DataError, match=r"ids\.json cannot be used .* expected \{"vocab_size""):
         open_source(f"ids:{folder}")

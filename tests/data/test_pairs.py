@@ -82,12 +82,12 @@ def test_an_imagefolder_with_metadata(tmp_path):
 
 def test_metadata_without_captions_names_the_columns(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 1}')
-    with pytest.raises(DataError, match="file_name, label; wanted are file_name and one of text, caption"):
+    with pytest.raises(DataError, match="file_name, label; expected file_name and one of text, caption"):
         pairs.open_source(str(tmp_path))
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere is neither"):
+    with pytest.raises(DataError, match="nowhere is not `openmoji`"):
         pairs.open_source(str(tmp_path / "nowhere"))
 
 
@@ -102,5 +102,5 @@ def test_other_formats_and_huge_pictures_are_refused(tmp_path, monkeypatch):
         pairs.read_picture((tmp_path / "a.bmp").read_bytes())
     picture(tmp_path / "a.png")
     monkeypatch.setattr(pairs.source, "MAX_IMAGE_PIXELS", 95)
-    with pytest.raises(ValueError, match="12 x 8 pixels are over the limit of 95"):
+    with pytest.raises(ValueError, match="12 x 8 pixels exceed the limit of 95"):
         pairs.read_picture((tmp_path / "a.png").read_bytes())

@@ -79,7 +79,7 @@ def test_a_killed_ranks_work_is_done_again_and_no_other(tmp_path, arguments, alo
     monkeypatch.setattr(preparing, "write_unit", die_at_three)
     monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 1.0)
     other = start(1, 2, out=out, arguments=arguments)
-    with pytest.raises(LostRankError, match="rank 1 owes work and has shown no life for 1 s"):
+    with pytest.raises(LostRankError, match="rank 1 has pending work and sent no heartbeat for 1 s"):
         prepare(out=out, rank=0, world_size=2, **arguments)
     other.join(10)
     assert other.exitcode == -signal.SIGKILL
@@ -117,7 +117,7 @@ def test_a_worker_that_dies_is_told_of(tmp_path, arguments, monkeypatch):
     from t2i.data.prepare import encode
 
     monkeypatch.setattr(encode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match="one of 1 processes that read pictures died"):
+    with pytest.raises(DataError, match="one of 1 decoding processes died"):
         prepare(out=tmp_path / "shards", **{**arguments, "config": PrepareConfig(workers=1)})
 
 
@@ -125,7 +125,7 @@ def test_a_later_rank_with_other_arguments_is_refused(tmp_path, arguments):
     out = tmp_path / "shards"
     (tmp_path / "shards.part" / "units").mkdir(parents=True)
     (tmp_path / "shards.part" / "arguments.json").write_text('{"views": 7}')
-    with pytest.raises(UserError, match="views: 7 there, 2 asked"):
+    with pytest.raises(UserError, match="views: 7 there, 2 here"):
         prepare(out=out, rank=1, world_size=2, **arguments)
 
 

@@ -164,5 +164,5 @@ def test_what_is_not_there_or_broken_or_changed_is_named(bucket, shards, tmp_pat
     fetch_shards(tmp_path / "d", remote="s3://bucket/shards")
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
     (tmp_path / "d" / "manifest.json").write_text(json.dumps({**manifest, "source": "another"}))
-    with pytest.raises(DataError, match="caches other shards than s3://bucket/shards holds now"):
+    with pytest.raises(DataError, match="caches other shards than those of s3://bucket/shards"):
         fetch_shards(tmp_path / "d", remote="s3://bucket/shards")

@@ -42,7 +42,7 @@ def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
         assert f"{len(ids)} ids: {' '.join(map(str, ids))}\n" in row.facts
         assert f"64 codes: {' '.join(map(str, codes_of_one[:12]))} ..." in row.facts
     assert draw_sheet(rows).size == (8 + 2 * 104 + 420, 8 + 3 * 104)
-    with pytest.raises(DataError, match="no picture of .* can be read"):
+    with pytest.raises(DataError, match="no image of .* can be used"):
         filtered = open_source(source.name, config=SourceConfig(min_side=1_000))
         preview(filtered, num=3, config=PrepareConfig(), **tokenizers)
 
@@ -56,9 +56,9 @@ def test_a_sheet_replaces_a_sheet_and_nothing_else(source, tokenizers, tmp_path)
     made.picture(1).save(tmp_path / "mine.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name, sentence in (
-        ("mine.png", "mine.png exists and was not drawn here"),
-        ("broken.png", "broken.png exists and was not drawn here"),
-        ("sheet.jpg", "wanted is a name that ends in .png"),
+        ("mine.png", "mine.png exists and is not a sheet of t2i"),
+        ("broken.png", "broken.png exists and is not a sheet of t2i"),
+        ("sheet.jpg", "expected a name that ends in .png"),
         ("gone/sheet.png", "there is no folder"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -86,7 +86,7 @@ def test_a_bit_that_flipped_in_a_shard_is_found(source, tokenizers, tmp_path):
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"unit_000001/shard\.00000\.mds has the xxh64 \w+; made with"):
+    with pytest.raises(DataError, match=r"unit_000001/shard\.00000\.mds has xxh64 \w+; expected"):
         check_shards(out)
 
 

@@ -74,7 +74,7 @@ def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, t
 def test_patterns_name_files_in_order(tmp_path):
     for name in ("a/08.tar", "a/09.tar", "a/10.tar", "b/08.tar"):
         made.write_tar(tmp_path / name, [])
-    with pytest.raises(DataError, match=r"b/09\.tar is neither"):
+    with pytest.raises(DataError, match=r"b/09\.tar is not `openmoji`"):
         expand(f"{tmp_path}/{{b,a}}/{{08..09}}.tar")
     assert [path.name for path in expand(f"{tmp_path}/a/{{08..10}}.tar")] == ["08.tar", "09.tar", "10.tar"]
     assert [path.parent.name for path in expand(f"{tmp_path}/{{b,a}}/*8.tar")] == ["b", "a"]
@@ -140,7 +140,7 @@ def test_odd_members_of_a_tar_are_passed_over(tmp_path):
     )
     left_out, keys = left_out_of(open_source(f"{tmp_path}/{{odd,two/x}}.tar"))
     assert left_out == {
-        "no picture beside the caption in a tar": 1,
+        "no image beside the caption in a tar": 1,
         "empty caption": 2,
         "a .json that cannot be read in a tar": 1,
     }
@@ -156,10 +156,10 @@ def test_captions_and_names_come_from_the_keys_that_are_asked_for(tmp_path):
         (str(1 / 24), "json says 1"),
     ]
     name = made.parquet_bytes(tmp_path / "table")
-    with pytest.raises(DataError, match=r"file_name, text; wanted is one of title \(--caption-key\)"):
+    with pytest.raises(DataError, match=r"file_name, text; expected one of title \(--caption-key\)"):
         open_source(name, config=SourceConfig(caption_key="title")).units(8)
     for key in ("pair", "score"):
-        with pytest.raises(DataError, match=rf"wanted is one of similarty \(--{key}-key\)"):
+        with pytest.raises(DataError, match=rf"expected one of similarty \(--{key}-key\)"):
             open_source(name, config=SourceConfig(**{f"{key}_key": "similarty"})).units(8)
 
 
@@ -224,9 +224,7 @@ def test_annotations_of_another_schema_are_a_sentence(tmp_path):
     made.coco(tmp_path / "coco")
     file = tmp_path / "coco" / "annotations" / "captions_train2014.json"
     file.write_text(json.dumps({"images": [{"id": 1}], "annotations": []}))
-    with pytest.raises(
-        DataError, match=r"captions_train2014\.json: images: file_name is None; wanted is str"
-    ):
+    with pytest.raises(DataError, match=r"captions_train2014\.json: images: file_name is None; expected str"):
         open_source(f"coco:{tmp_path}/coco")
 
 
@@ -234,7 +232,7 @@ def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path)
     source = open_source(made.coco(tmp_path / "coco"))
     assert {pair.split for pair in source.pairs if int(pair.key[:12]) >= 20} == {"heldout"}
     assert {pair.split for pair in source.pairs if int(pair.key[:12]) < 20} == {"train"}
-    assert source.split_rule == "pictures of captions_val*.json are heldout, all others train"
+    assert source.split_rule == "images of captions_val*.json are heldout, all others train"
     file = tmp_path / "coco" / "annotations" / "captions_train2014.json"
     content = json.loads(file.read_text())
     content["annotations"] += [{**note, "id": 5000 + note["id"]} for note in content["annotations"]]
@@ -242,7 +240,7 @@ def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path)
     (tmp_path / "coco" / "annotations" / "captions_val2014.json").unlink()
     (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
     source = open_source(f"coco:{tmp_path}/coco", heldout_share=0.5)
-    assert source.left_out == {"annotations name a picture that is not in its folder": 1}
+    assert source.left_out == {"annotations name an image that is not in its folder": 1}
     assert len(source.pairs) == 2 * 19
     by_picture = {}
     for pair in source.pairs:
@@ -254,22 +252,22 @@ def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path)
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(DataError, match=r"has no annotations/captions_\*\.json"):
         open_source(f"coco:{tmp_path}")
-    with pytest.raises(DataError, match="the Hugging Face data set nobody/nothing cannot be opened"):
+    with pytest.raises(DataError, match="the Hugging Face dataset nobody/nothing cannot be opened"):
         open_source("nobody/nothing")
     with pytest.raises(DataError, match="nobody/nothing"):
         open_source("hf:nobody/nothing")
     (tmp_path / "x.zip").touch()
-    with pytest.raises(DataError, match=r"files with \.zip; wanted are all \.tar, or all \.parquet"):
+    with pytest.raises(DataError, match=r"files with \.zip; expected only \.tar or only \.parquet files"):
         open_source(f"{tmp_path}/x.zip")
     (tmp_path / "x.parquet").write_bytes(b"no table")
-    with pytest.raises(DataError, match=r"x\.parquet is no parquet file"):
+    with pytest.raises(DataError, match=r"x\.parquet is not a parquet file"):
         open_source(f"{tmp_path}/x.parquet").units(8)
     made.write_table(tmp_path / "urls" / "x.parquet", [{"URL": "http://x", "TEXT": "x"}])
-    with pytest.raises(DataError, match=r"URL, TEXT; wanted is one of image, jpg, png, webp \(--image-key\)"):
+    with pytest.raises(DataError, match=r"URL, TEXT; expected one of image, jpg, png, webp \(--image-key\)"):
         open_source(str(tmp_path / "urls")).units(8)
     made.metadata_jsonl(tmp_path / "nested" / "train")
     with pytest.raises(DataError, match=r"24 times no \.txt caption beside.* metadata\.jsonl .* at its top"):
         open_source(str(tmp_path / "nested"))
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing is left: it has no picture"):
+    with pytest.raises(DataError, match="without a usable pair: it has no image"):
         open_source(str(tmp_path / "nothing"))

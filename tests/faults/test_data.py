@@ -259,9 +259,7 @@ def test_a_run_ends_at_a_shard_that_rotted(split, shards, finished, tmp_path, ob
     config = replace(
         finished, run_dir=tmp_path / "run", data=replace(finished.data, shards=tmp_path / "shards")
     )
-    with pytest.raises(
-        DataError, match=rf"{path} has the xxh64 \w+; made with \w+\. Move .*prepare\.py"
-    ) as error:
+    with pytest.raises(DataError, match=rf"{path} has xxh64 \w+; expected \w+\. Move .*prepare\.py") as error:
         train(config, ds_config_path=DS_CONFIG)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["code"], status["step"]) == ("failed", 3, 0)
@@ -386,7 +384,7 @@ def test_a_run_checks_sizes_before_it_builds_a_model(shards, finished, tmp_path,
     config = replace(
         finished, run_dir=tmp_path / "run", data=replace(finished.data, shards=tmp_path / "shards")
     )
-    with pytest.raises(DataError, match=rf"{path} has \d+ bytes; made with \d+") as caught:
+    with pytest.raises(DataError, match=rf"{path} has \d+ bytes; expected \d+") as caught:
         train(config, ds_config_path=DS_CONFIG)
     assert caught.value.exit_code == 3
     observed("code 3, no model was built")
@@ -401,9 +399,9 @@ def test_a_run_checks_sizes_before_it_builds_a_model(shards, finished, tmp_path,
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"caption_ids": [70_000]}, r"caption ids up to 70000; allowed are 0 to 2047"),
-        ({"codes": [70_000] * 64}, r"codes up to 70000; allowed are 0 to 1023"),
-        ({"codes": [0] * 63}, r"has 63 codes; wanted are 64"),
+        ({"caption_ids": [70_000]}, r"caption ids up to 70000; expected 0 to 2047"),
+        ({"codes": [70_000] * 64}, r"codes up to 70000; expected 0 to 1023"),
+        ({"codes": [0] * 63}, r"has 63 codes; expected 64"),
     ],
 )
 def test_numbers_outside_their_range_end_a_run(change, sentence, copy, tokenizers, observed):
@@ -501,7 +499,7 @@ def test_bad_pictures_are_listed_and_odd_ones_become_rgb(tmp_path, tokenizers, o
         (folder / f"{name}.txt").write_text(name)
     source = open_source(str(folder), heldout_share=0.2)
     with pytest.raises(
-        DataError, match=r"pictures of 37 are broken .*wanted is at most 10%\. A larger --max-broken"
+        DataError, match=r"of 37 images are broken .*expected at most 10%\. Run again with a larger --max-broken"
     ):
         prepare(source, out=tmp_path / "shards", config=PrepareConfig(), **tokenizers)
     manifest = prepare(source, out=tmp_path / "shards", config=PrepareConfig(max_broken=0.5), **tokenizers)
@@ -580,7 +578,7 @@ def test_a_killed_preparation_ends_as_if_undisturbed(tmp_path, small, tokenizers
     monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 1.0)
     second = processes.fork(prepare, source, **settings, rank=1, world_size=2)
-    with pytest.raises(LostRankError, match="rank 1 owes work .* start the same command again"):
+    with pytest.raises(LostRankError, match="rank 1 has pending work .* run the same command"):
         prepare(source, rank=0, world_size=2, **settings)
     second.join(20)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("units/*.json")}

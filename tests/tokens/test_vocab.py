@@ -40,14 +40,14 @@ def test_ranges_partition_the_vocabulary(num_tokens, num_unused, codebook_size, 
 
 def test_codes_and_caption_ids_out_of_range_are_errors():
     layout = VocabLayout(num_text_rows=10, num_text_tokens=8, codebook_size=4)
-    with pytest.raises(ValueError, match="allowed are 0 to 3"):
+    with pytest.raises(ValueError, match="expected 0 to 3"):
         layout.image_ids(torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="allowed are 0 to 7"):
+    with pytest.raises(ValueError, match="expected 0 to 7"):
         layout.check_text(torch.tensor([8]))
     with pytest.raises(ValueError, match="image code"):
         layout.codes_of(torch.tensor([layout.pad_id]))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
-    with pytest.raises(UserError, match="text tokenizer has 11 ids; the language model has 10 rows"):
+    with pytest.raises(UserError, match="text tokenizer has 11 ids; the language model has 10 embeddings"):
         VocabLayout(num_text_rows=10, num_text_tokens=11, codebook_size=4)

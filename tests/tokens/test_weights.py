@@ -95,7 +95,9 @@ def test_training_files_are_read_and_what_is_left_out_is_told():
 
 def test_a_misfit_names_tensor_and_shapes():
     state = Released("movqgan", **SMALL["movqgan"]).state_dict()
-    with pytest.raises(CheckpointError, match=r"mid_block\.resnets\.0\.conv1\.bias has shape \(7,\), wanted"):
+    with pytest.raises(
+        CheckpointError, match=r"mid_block\.resnets\.0\.conv1\.bias has shape \(7,\), expected"
+    ):
         load_vq(state | {"encoder.mid.block_1.conv1.bias": torch.zeros(7)}, layout=MOVQGAN, source=SOURCE)
     with pytest.raises(CheckpointError, match=r"unknown here, encoder\.conv_extra\.weight"):
         load_vq(state | {"encoder.conv_extra.weight": torch.zeros(7)}, layout=MOVQGAN, source=SOURCE)

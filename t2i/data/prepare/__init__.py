@@ -1,1 +1,1 @@
-"""Captioned images become shards once: read, crop, encode, merge, look at."""
+"""Preparation, done once per dataset: read, crop and encode images, merge them into shards, preview them."""

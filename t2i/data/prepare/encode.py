@@ -1,7 +1,7 @@
-"""One unit of a preparation: its pairs to codes, written aside and moved into place whole.
+"""Encode one unit of a preparation: its pairs become one shard file per split, each written aside and then renamed.
 
-What is in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys.npy (hashes of its keys) and, written
-last, units/000003.json, which says that the unit is whole.
+Files of a unit in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys.npy (hashes of its keys) and
+units/000003.json. The last is written last, so that its presence means that the unit is complete.
 """
 
 import os
@@ -35,32 +35,32 @@ from t2i.tokens.text import TextTokenizer
 REPEATED = "a key that was there before"
 
 TASK_PAIRS = 16
-"""Pairs that a process takes at a time."""
+"""Pairs per task of a decoding process."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns pairs into rows, the same on every rank."""
+    """What encodes pairs, the same on every rank."""
 
     image_tokenizer: ImageTokenizer | None
-    """None where the source gives codes."""
+    """None if the source has precomputed codes."""
     codebook_size: int
     text_tokenizer: TextTokenizer
     config: PrepareConfig
     pool: Executor | None
-    """Processes that read pictures; None to read them here."""
+    """Processes that decode images; None to decode them in this process."""
     shows_progress: bool
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture or view with its codes."""
+    """One image, or one shifted view of it, with its codes."""
 
     key: str
     split: str
     caption: str
     is_view: bool
-    """A shifted copy; it stands behind its picture."""
+    """A shifted copy, which follows its image."""
     codes: np.ndarray
 
 
@@ -70,17 +70,17 @@ def unit_name(index: int) -> str:
 
 
 def facts_file(part: Path, index: int) -> Path:
-    """Name the file that says a unit is whole."""
+    """Name the file whose presence means that a unit is complete."""
     return part / "units" / f"{index:06d}.json"
 
 
 def keys_file(part: Path, index: int) -> Path:
-    """Name the file of the hashes of a unit's keys."""
+    """Name the file that holds the hashes of a unit's keys."""
     return part / "units" / f"{index:06d}.keys.npy"
 
 
 def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
-    """Encode one unit and write its shard of each split; a half-written one is replaced."""
+    """Encode one unit and write its shard of each split, replacing a half-written one."""
     left_out: Counter[str] = Counter()
     broken: list[dict[str, str]] = []
     pairs = _first_of_each_key(unit(left_out), left_out)
@@ -91,21 +91,23 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
         write_rows(part, split, unit_name(index), rows=columns_of(wanted, encoder), encoder=encoder)
     hashes = [key_hash(row.key) for row in rows if not row.is_view]
     np.save(keys_file(part, index), np.array(hashes, dtype=np.uint64))
+    # Last: a unit without this file is encoded again, whatever a killed process has left of it.
     write_json(facts_file(part, index), {"counts": counts, "broken": broken, "left_out": left_out})
 
 
 def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[Sample]:
-    """Spell rows as the columns of a shard."""
+    """Turn rows into the columns of a shard."""
     id_type = smallest_type(encoder.text_tokenizer.num_tokens)
     for row in rows:
         ids = encoder.text_tokenizer.encode(row.caption).numpy().astype(id_type)
         if not row.caption:
-            ids = np.zeros(1, id_type)  # MDS has no empty arrays; caption_ids_of knows
+            # MDS has no empty arrays. caption_ids_of drops this id again.
+            ids = np.zeros(1, id_type)
         yield {"key": row.key, "caption": row.caption, "caption_ids": ids, "codes": row.codes}
 
 
 def column_kinds(encoder: Encoder) -> dict[str, str]:
-    """Name MDS's types of the columns."""
+    """Name the MDS types of the columns."""
     return {
         "key": "str",
         "caption": "str",
@@ -115,14 +117,17 @@ def column_kinds(encoder: Encoder) -> dict[str, str]:
 
 
 def smallest_type(num_values: int) -> str:
-    """Choose the smallest unsigned type, of 16 bits at least, that holds so many values."""
+    """Choose the smallest unsigned type, of 16 bits at least, that holds num_values values."""
     return "uint16" if num_values <= 2**16 else "uint32"
 
 
 def write_rows(part: Path, split: str, name: str, *, rows: Iterable[Sample], encoder: Encoder) -> None:
-    """Write one shard folder, aside under a name of this process, then move it into place."""
+    """Write one shard folder whole or not at all."""
+    # Aside and then renamed, so that no reader meets half a shard. The name holds host and process, because
+    # ranks of several machines share this folder.
     aside = part / "writing" / f"{socket.gethostname()}-{os.getpid()}" / split / name
     shutil.rmtree(aside, ignore_errors=True)
+    # No size limit: a unit is one shard file, and its content must not depend on who encoded it.
     with MDSWriter(out=str(aside), columns=column_kinds(encoder), size_limit=None, hashes=[HASH]) as writer:
         for row in rows:
             writer.write(row)
@@ -133,7 +138,7 @@ def write_rows(part: Path, split: str, name: str, *, rows: Iterable[Sample], enc
 
 
 def key_hash(key: str) -> int:
-    """Hash a key to 64 bits."""
+    """Hash a key (64 bits)."""
     return xxhash.xxh64_intdigest(key.encode())
 
 
@@ -150,12 +155,14 @@ def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterato
 def _encode(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
 ) -> Iterator[Row]:
-    """Encode pictures in batches that depend on the unit alone; list what is broken, count what filters refuse."""
+    """Encode a unit's images; list the broken ones and count those that filters refuse."""
     code_type = smallest_type(encoder.codebook_size)
     if encoder.image_tokenizer is None:
         yield from (_given_row(pair, code_type) for pair in pairs)
         return
     pictures = _pictures(pairs, encoder, broken=broken, left_out=left_out)
+    # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
+    # be the same whichever rank encodes the unit.
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
         for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
@@ -171,7 +178,7 @@ def _given_row(pair: Pair, code_type: str) -> Row:
 def _pictures(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
 ) -> Iterator[tuple[Pair, int, Image.Image]]:
-    """Read pictures and their views, with the number of the view."""
+    """Decode images and their views, with the number of the view."""
     done = decode_all(pairs, config=encoder.config, pool=encoder.pool)
     for pair, decoded in tqdm(done, unit="pair", leave=False, disable=not encoder.shows_progress):
         if decoded.left_out:
@@ -183,25 +190,24 @@ def _pictures(
 
 @dataclass(frozen=True)
 class Decoded:
-    """What became of one pair's picture."""
+    """The result of decoding one pair's image."""
 
     pictures: list[Image.Image]
-    """As it is, and its shifted views; none if it was not usable."""
+    """The image and its shifted views; empty if it was not usable."""
     left_out: str = ""
-    """The filter that refused it."""
+    """Why a filter refused it."""
     broken: str = ""
-    """The error that reading it raised."""
+    """The error that decoding raised."""
 
 
 @contextmanager
 def decoding(config: PrepareConfig) -> Iterator[Executor | None]:
-    """Start config.workers processes; None for none of them.
-
-    They are forked, as a DataLoader's are, and touch neither torch nor a GPU.
-    """
+    """Start config.workers decoding processes; yield None if there are none."""
     if not config.workers:
         yield None
         return
+    # Forked, as a DataLoader's are: spawned ones would each import torch and diffusers. They use neither torch nor
+    # a GPU: CUDA does not survive a fork.
     context = get_context("fork")
     with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_leave_signals) as pool:
         yield pool
@@ -210,16 +216,18 @@ def decoding(config: PrepareConfig) -> Iterator[Executor | None]:
 def decode_all(
     pairs: Iterable[Pair], *, config: PrepareConfig, pool: Executor | None
 ) -> Iterator[tuple[Pair, Decoded]]:
-    """Read pictures in the order of their pairs, a few tasks ahead of who asks.
+    """Decode images in the order of their pairs, a few tasks ahead of the consumer.
 
     Raises:
-        DataError: a process died, mostly for want of memory.
+        DataError: a decoding process died, usually because memory ran out.
     """
     if pool is None:
         yield from ((pair, decode(pair, config=config)) for pair in pairs)
         return
     rest = iter(pairs)
     tasks = iter(lambda: list(islice(rest, TASK_PAIRS)), [])
+    # Bounded, because decoded images wait in memory. Popped in order, so that the shards do not depend on
+    # which process is faster.
     ahead = deque(
         (task, pool.submit(_decode_task, task, config)) for task in islice(tasks, 4 * config.workers)
     )
@@ -231,13 +239,13 @@ def decode_all(
             yield from zip(task, done, strict=True)
     except BrokenProcessPool as error:
         raise DataError(
-            f"one of {config.workers} processes that read pictures died, mostly for want of memory."
-            " Fewer --workers need less; the same command goes on."
+            f"one of {config.workers} decoding processes died, usually because memory ran out."
+            " Use fewer --workers, and run the same command to resume."
         ) from error
 
 
 def decode(pair: Pair, *, config: PrepareConfig) -> Decoded:
-    """Read one pair's picture and make its views, or say why not."""
+    """Decode one pair's image and make its views, or return the reason that it cannot be used."""
     try:
         return Decoded(views(pair, config))
     except LeftOut as reason:
@@ -247,11 +255,12 @@ def decode(pair: Pair, *, config: PrepareConfig) -> Decoded:
 
 
 def views(pair: Pair, config: PrepareConfig) -> list[Image.Image]:
-    """Crop and resize a pair's picture; a training pair also gets config.views - 1 shifted copies."""
+    """Crop and resize a pair's image; a training pair also gets config.views - 1 shifted copies."""
     image = centre_crop_resize(pair.open(), size=config.image_size)
     made = [image]
     reach = config.image_size // 16
     for number in range(1, num_views(pair, config)):
+        # By a hash of the key, so that a view is the same whichever process makes it.
         right, down = (
             int(hash_uniform("view", pair.key, number, axis) * (2 * reach + 1)) - reach
             for axis in ("right", "down")
@@ -261,7 +270,7 @@ def views(pair: Pair, config: PrepareConfig) -> list[Image.Image]:
 
 
 def num_views(pair: Pair, config: PrepareConfig) -> int:
-    """Count the pictures made of one pair."""
+    """Count the images made from one pair."""
     return config.views if pair.split == "train" else 1
 
 
@@ -275,5 +284,5 @@ def _decode_task(task: list[Pair], config: PrepareConfig) -> list[Decoded]:
 
 
 def _leave_signals() -> None:
-    """Ctrl-C is for the process that asked; it ends these."""
+    """Ignore Ctrl-C, which the terminal sends to all processes: the parent handles it and ends these."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

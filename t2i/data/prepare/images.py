@@ -1,8 +1,8 @@
-"""A source to a shard folder: units encoded by any number of ranks, merged by the first when all are whole.
+"""Prepare a source as a shard folder: any number of ranks encode units, and rank 0 merges them when all are complete.
 
-OUT.part/ is the only state that ranks share, and what a killed preparation goes on from; it becomes OUT when all is
-there. Unit i is rank i's, modulo the number of ranks, and depends on nothing but the source and the arguments: so do
-the shards.
+OUT.part/ is the only state that ranks share, and a killed preparation resumes from it. It is renamed to OUT at the end.
+Rank i modulo the number of ranks encodes unit i. A unit depends only on the source and the arguments, and so do the
+shards.
 """
 
 import json
@@ -45,13 +45,13 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS = "arguments.json"
 WORKING = ("units", "ranks", "writing")
-"""Folders of OUT.part that OUT needs no more."""
+"""Folders of OUT.part that are removed from OUT."""
 
 Arguments = dict[str, object]
-"""All that decides what is in the shards, by name."""
+"""Everything that determines the content of the shards, by name."""
 
 FLOOR_CODES = 2**24
-"""Codes of each split, of pictures evenly spread, that floors are counted on."""
+"""Codes per split, from evenly spread images, that the count-based baselines are computed on."""
 
 
 def prepare(
@@ -64,17 +64,17 @@ def prepare(
     rank: int = 0,
     world_size: int = 1,
 ) -> Manifest:
-    """Encode a source into shards at `out` and return the manifest; a finished or half-made `out` is gone on with.
+    """Encode a source into shards at `out` and return the manifest; a half-made `out` is resumed.
 
-    With several ranks each is called alike and returns when the first one has merged all units.
+    All ranks make the same call and return when rank 0 has merged all units.
 
     Args:
-        image_tokenizer: None for a source of ids, and for no other.
+        image_tokenizer: None for a source of precomputed codes only.
 
     Raises:
-        UserError: `out` was begun with other arguments, or views are asked of ids.
-        DataError: no picture of the source could be read.
-        LostRankError: a rank shows no life and owes units.
+        UserError: `out` was begun with other arguments, or precomputed codes were asked for views.
+        DataError: no image of the source could be read.
+        LostRankError: a rank with pending units has no heartbeat.
     """
     arguments = _arguments(source, image_tokenizer, text_tokenizer, config)
     units = source.units(config.unit_pairs)
@@ -100,6 +100,8 @@ def prepare(
             pool,
             shows_progress=rank == 0,
         )
+        # By index rather than first come, first served: ranks then need no locks, only a folder, and
+        # another number of ranks can resume.
         mine = range(rank, len(units), world_size)
         for index in tqdm(mine, unit="unit", desc="encode", disable=rank > 0):
             if not out.exists() and not facts_file(part, index).exists():
@@ -120,7 +122,7 @@ def _arguments(
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
 ) -> Arguments:
-    """Gather all that decides what is in the shards."""
+    """Collect everything that determines the content of the shards."""
     common = {
         "format_version": FORMAT_VERSION,
         "source": source.name,
@@ -132,9 +134,12 @@ def _arguments(
     }
     if image_tokenizer is None:
         if config.views != 1:
-            raise UserError(f"views is {config.views}; {source.name} has no pictures to shift.")
+            raise UserError(
+                f"views is {config.views}; {source.name} has precomputed codes, which cannot be shifted."
+            )
         return common
-    image_tokenizer.num_codes(config.image_size)  # which refuses sizes that codes do not fill
+    # Called for its check: it refuses an image size that is no multiple of the tokenizer's stride.
+    image_tokenizer.num_codes(config.image_size)
     return {
         **common,
         "image_size": config.image_size,
@@ -145,20 +150,21 @@ def _arguments(
 
 
 def _maker(source: Source, image_tokenizer: ImageTokenizer | None) -> Maker:
-    """Name what turned pictures into codes."""
+    """Name what made the codes."""
     if image_tokenizer is not None:
         return Maker(str(image_tokenizer.folder), image_tokenizer.fingerprint())
     given = _given(source)
+    # There are no weights to hash, so the name that ids.json gives stands for them.
     return Maker(given.made_by, f"ids:{given.made_by}:{given.vocab_size}:{given.length}")
 
 
 def _given(source: Source) -> GivenIds:
-    assert source.given is not None, "a source of pictures needs an image tokenizer"
+    assert source.given is not None, "a source of images needs an image tokenizer"
     return source.given
 
 
 def _changed(config: SourceConfig) -> dict[str, object]:
-    """List the settings that are not the defaults."""
+    """Return the settings that differ from the defaults."""
     defaults = asdict(SourceConfig())
     return {key: value for key, value in asdict(config).items() if value != defaults[key]}
 
@@ -178,7 +184,7 @@ def _finished(out: Path, arguments: Arguments) -> Manifest:
 
 def _same_arguments(folder: Path, found: Arguments, wanted: Arguments) -> None:
     changed = [
-        f"{key}: {found.get(key)} there, {wanted[key]} asked"
+        f"{key}: {found.get(key)} there, {wanted[key]} here"
         for key in wanted
         if found.get(key) != wanted[key]
     ]
@@ -193,19 +199,20 @@ def _signs(folder: Path, rank: int, world_size: int) -> AbstractContextManager[N
 
 
 def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, arguments: Arguments) -> Merged:
-    """Merge the units, keep the tokenizers and a round trip, count floors, write the manifest."""
+    """Merge the units, store the tokenizers and a round trip, compute the baselines, write the manifest."""
     text_tokenizer = encoder.text_tokenizer
     merged = merge_units(part, num_units, encoder=encoder)
     if not merged.counts["train"]:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.left_out.items())
         raise DataError(
-            f"nothing of {source.name} could be read for training: {len(merged.broken)} broken, {reasons or '0'}"
-            f" left out; see {part / 'units'}."
+            f"no pair of {source.name} can be used for training: {len(merged.broken)} are broken, {reasons or '0'}"
+            f" were left out; see {part / 'units'}."
         )
     (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
     _check_broken(merged, part=part, config=encoder.config)
     text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
     images = _keep_image_tokenizer(part, source, encoder)
+    # The baselines settle long before this many codes, and all codes of a large set do not fit in memory.
     num_pictures = FLOOR_CODES // images.codes_per_image
     Manifest(
         source=source.name,
@@ -237,15 +244,16 @@ def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, argume
 
 
 def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
-    """Refuse a source of which so much is broken that something else must be wrong with it."""
+    """Refuse a source with more broken images than config.max_broken: something else must be wrong."""
+    # A broken image has no views, so images are counted without theirs.
     num_views = merged.counts["train"] - merged.counts["train"] // config.views
     num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total() - num_views
     if num_broken > config.max_broken * num_pairs:
         usual = Counter(entry["reason"].split(":")[0] for entry in merged.broken).most_common(3)
         reasons = ", ".join(f"{count} times {reason}" for reason, count in usual)
         raise DataError(
-            f"{num_broken} pictures of {num_pairs} are broken ({reasons}; listed in {part / BROKEN}); wanted is at"
-            f" most {config.max_broken:.0%}. A larger --max-broken goes on from here."
+            f"{num_broken} of {num_pairs} images are broken ({reasons}; listed in {part / BROKEN}); expected at most"
+            f" {config.max_broken:.0%}. Run again with a larger --max-broken to resume from here."
         )
 
 
@@ -255,7 +263,7 @@ def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Images:
-    """What the manifest says of images and their codes."""
+    """The manifest's entries on images and their codes."""
 
     codes_per_image: int
     image_size: int = 0
@@ -264,6 +272,7 @@ class _Images:
 
 def _keep_image_tokenizer(part: Path, source: Source, encoder: Encoder) -> _Images:
     """Copy the image tokenizer beside the shards and store a round trip; precomputed codes have neither."""
+    # A copy, so that a shard folder or a bucket is enough to train from.
     tokenizer, config = encoder.image_tokenizer, encoder.config
     if tokenizer is None:
         return _Images(_given(source).length)
@@ -280,6 +289,7 @@ def _keep_image_tokenizer(part: Path, source: Source, encoder: Encoder) -> _Imag
 
 def _sweep(out: Path, part: Path, merged: Merged) -> None:
     """Remove what only the preparation needed."""
+    # After the rename: a kill in here leaves a complete OUT with some files too many.
     (out / ARGUMENTS).unlink()
     replaced = [out / path.relative_to(part) for path in merged.replaced]
     for folder in (*(out / name for name in WORKING), *replaced):

@@ -1,4 +1,4 @@
-"""Whole units to one data set, in the order of the units: repeated keys out, one index a split."""
+"""Merge complete units into one dataset, in the order of the units: drop repeated keys, write one index per split."""
 
 import json
 from collections import Counter
@@ -24,18 +24,19 @@ from t2i.data.shards.integrity import Sample
 
 @dataclass(frozen=True)
 class Merged:
-    """What all units hold together."""
+    """The totals of all units."""
 
     counts: Counter[str]
     left_out: Counter[str]
     broken: list[dict[str, str]]
     replaced: list[Path]
-    """Unit folders that another one without repeated keys stands for."""
+    """Unit folders that were written again without repeated keys."""
 
 
 def merge_units(part: Path, num_units: int, *, encoder: Encoder) -> Merged:
-    """Write each split's index over its units; of a key in several units the first is kept."""
+    """Write each split's index over its units; of a key in several units, keep the first."""
     merged = Merged(Counter(), Counter(), [], [])
+    # Found here and not before encoding, which would have to read every header of every tar.
     repeated = repeated_keys([np.load(keys_file(part, index)) for index in range(num_units)])
     names: dict[str, list[str]] = {}
     for index in range(num_units):
@@ -52,15 +53,17 @@ def merge_units(part: Path, num_units: int, *, encoder: Encoder) -> Merged:
                 names.setdefault(split, []).append(name)
                 merged.counts[split] += count
     for split in names:
+        # A merge that was killed may have left an index.
         (part / split / "index.json").unlink(missing_ok=True)
         merge_index([str(part / split / name / "index.json") for name in names[split]], str(part / split))
     return merged
 
 
 def repeated_keys(hashes: list[np.ndarray]) -> dict[int, set[int]]:
-    """Find the keys, by hash, that an earlier unit has: by unit."""
+    """Find the keys that an earlier unit has too: per unit, their hashes."""
     together = np.concatenate(hashes)
     units = np.repeat(np.arange(len(hashes)), [len(one) for one in hashes])
+    # Stable, so that of equal hashes the one of the earliest unit comes first, and is kept.
     order = np.argsort(together, kind="stable")
     later = order[1:][together[order[1:]] == together[order[:-1]]]
     found: dict[int, set[int]] = {}
@@ -78,16 +81,22 @@ def read_unit(part: Path, split: str, name: str) -> Iterator[Sample]:
 
 
 def _without(part: Path, split: str, name: str, repeated: set[int], encoder: Encoder) -> tuple[str, int, int]:
-    """Write a unit's shard again without repeated keys; return its name, the pictures left out, the rows kept."""
+    """Write a unit's shard again without repeated keys.
+
+    Returns:
+        the new name, the number of images left out, and the number of rows kept.
+    """
     kept: list[Sample] = []
     num_left_out, is_kept = 0, True
     views = encoder.config.views if split == "train" else 1
     for place, row in enumerate(read_unit(part, split, name)):
-        if place % views == 0:  # a picture; its views follow and share its fate
+        # Views follow their image and leave with it: their own keys (KEY@1, ...) are not in the hashes.
+        if place % views == 0:
             is_kept = key_hash(row["key"]) not in repeated
             num_left_out += not is_kept
         if is_kept:
             kept.append(row)
+    # Another name: a killed merge starts again from the unit, which must still be whole.
     name = f"{name}_once"
     if kept:
         write_rows(part, split, name, rows=kept, encoder=encoder)

@@ -1,4 +1,4 @@
-"""Pictures beside their captions on one sheet: a source before anything is written, and shards as they are."""
+"""Draw images beside their captions on one sheet: of a source before it is prepared, or of shards."""
 
 import textwrap
 from collections import Counter
@@ -23,14 +23,14 @@ from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, picture
 from t2i.tokens.text import TextTokenizer
 
 TEXT_WIDTH, TEXT_COLUMNS, MARGIN = 420, 56, 8
-"""Pixels and characters of a caption's lines; pixels between parts."""
+"""Width of a caption in pixels and in characters; pixels between the parts of a sheet."""
 
 SHOWN_CODES = 12
 DRAWN_BY = "a sheet of t2i"
-"""What a sheet's file says of itself, so that only sheets are replaced."""
+"""Written into a sheet's file, so that only sheets are overwritten."""
 
 NUM_ROUND_TRIP, NUM_COMPARED = 8, 32
-"""Pictures that are stored; pictures whose codes are compared with float32's."""
+"""Images that are stored; images whose codes are compared with those of float32."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Shown:
     pictures: list[Image.Image]
     caption: str
     facts: str
-    """Key, ids and codes, for the printed text."""
+    """Key, ids and codes, to be printed."""
 
 
 def preview(
@@ -51,14 +51,14 @@ def preview(
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
 ) -> list[Shown]:
-    """Show usable pictures as the model will see them: the crop, its codes decoded, the caption's ids.
+    """Show usable images as the model will see them: the crop, its reconstruction, and the caption's ids.
 
     Raises:
-        DataError: no picture of the source can be used.
+        DataError: no image of the source can be used.
     """
     sampled = sample_pictures(source, config=config, num=num)
     if not sampled:
-        raise DataError(f"no picture of {source.name} can be read; see what filters leave.")
+        raise DataError(f"no image of {source.name} can be used: all are broken or refused by filters.")
     codes = image_tokenizer.encode(to_pixels([image for _, image in sampled])).cpu()
     decoded = decode_codes(codes, image_tokenizer)
     return [
@@ -72,7 +72,7 @@ def preview(
 
 
 def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
-    """Decode samples of a shard folder, evenly spread, with the captions that their ids spell."""
+    """Decode evenly spread samples of a shard folder: their images, and their captions from the ids."""
     image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER)
     text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
     samples = list(read_split(folder, split, num_samples=num))
@@ -80,6 +80,7 @@ def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
     shown = []
     for sample, picture in zip(samples, decode_codes(codes, image_tokenizer), strict=True):
         ids = sample["caption_ids"].astype("int64")
+        # From the ids, not the stored text: the model reads the ids.
         caption = text_tokenizer.decode(torch.from_numpy(ids))
         facts = _facts(sample["key"], split, ids.tolist(), sample["codes"].tolist())
         shown.append(Shown([picture], caption, facts))
@@ -87,12 +88,12 @@ def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
 
 
 def decode_codes(codes: torch.Tensor, tokenizer: ImageTokenizer) -> list[Image.Image]:
-    """Turn codes (B, K) into pictures."""
+    """Decode codes (B, K) to images."""
     return [Image.fromarray(picture) for picture in pictures_of(tokenizer.decode(codes)).cpu().numpy()]
 
 
 def draw_sheet(rows: list[Shown]) -> Image.Image:
-    """Draw rows below each other: pictures, then the caption."""
+    """Draw one row per sample: its images, then its caption."""
     side = max(96, rows[0].pictures[0].height)
     left = MARGIN + len(rows[0].pictures) * (side + MARGIN)
     sheet = Image.new("RGB", (left + TEXT_WIDTH, MARGIN + len(rows) * (side + MARGIN)), "white")
@@ -108,13 +109,13 @@ def draw_sheet(rows: list[Shown]) -> Image.Image:
 
 
 def check_sheet(path: Path) -> None:
-    """Check that a sheet may be written to a file.
+    """Check that a sheet may be written to this file.
 
     Raises:
-        UserError: it is no .png, has no folder, or is a file of somebody else.
+        UserError: the file is no .png, its folder does not exist, or it exists and is not a sheet.
     """
     if path.suffix != ".png":
-        raise UserError(f"--sheet is {path}; wanted is a name that ends in .png.")
+        raise UserError(f"--sheet is {path}; expected a name that ends in .png.")
     if not path.parent.is_dir():
         raise UserError(f"--sheet is {path}, but there is no folder {path.parent}.")
     if not path.exists():
@@ -124,11 +125,11 @@ def check_sheet(path: Path) -> None:
     except (UnidentifiedImageError, OSError):
         software = None
     if software != DRAWN_BY:
-        raise UserError(f"--sheet {path} exists and was not drawn here; choose another.")
+        raise UserError(f"--sheet {path} exists and is not a sheet of t2i; choose another name.")
 
 
 def save_sheet(rows: list[Shown], path: Path) -> None:
-    """Draw rows into a file that check_sheet passed; an older sheet there is replaced."""
+    """Draw rows into a file that check_sheet accepted; an older sheet is overwritten."""
     info = PngInfo()
     info.add_text("Software", DRAWN_BY)
     draw_sheet(rows).save(path, pnginfo=info)
@@ -140,11 +141,13 @@ def _facts(key: str, split: str, ids: list[int], codes: list[int]) -> str:
 
 
 def sample_pictures(source: Source, *, config: PrepareConfig, num: int) -> list[tuple[Pair, Image.Image]]:
-    """Read the first usable pictures of units that are evenly spread over the source."""
+    """Read the first usable images of units that are evenly spread over the source."""
+    # Spread, because sources are often sorted: the first images of all would show one kind of them.
     units = source.units(config.unit_pairs)
     spread = units[:: max(1, len(units) // num)]
     quota = -(-num // max(1, len(spread)))
     found: dict[str, tuple[Pair, Image.Image]] = {}
+    # The units between come last, for sources whose spread units have too few usable images.
     for unit in (*spread, *units):
         if len(found) >= num:
             break
@@ -153,9 +156,14 @@ def sample_pictures(source: Source, *, config: PrepareConfig, num: int) -> list[
 
 
 def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, config: PrepareConfig) -> float:
-    """Store eight pictures with codes and reconstructions in float32; return the share of its codes equal to them."""
+    """Store eight images with their codes and reconstructions in float32.
+
+    Returns:
+        the share of the tokenizer's codes that equal those of float32.
+    """
     sampled = sample_pictures(source, config=config, num=NUM_COMPARED)
     batches = to_pixels([image for _, image in sampled]).split(config.batch_size)
+    # In float32, so that a run on another device can be checked against these codes.
     exact = ImageTokenizer(tokenizer.model, folder=tokenizer.folder, device=tokenizer.model.device)
     pixels = torch.cat(batches)[:: max(1, len(sampled) // NUM_ROUND_TRIP)][:NUM_ROUND_TRIP]
     codes = exact.encode(pixels).cpu()

@@ -1,7 +1,7 @@
-"""Documents to shards for text-only training: ids joined by the tokenizer's end token, cut into whole sequences.
+"""Pack documents into shards for text-only training: ids joined by the tokenizer's end token, cut into sequences.
 
-The folder is one of shards without pictures: train/, heldout/ and a manifest that has no image keys. A
-sequence is text alone, with no marker, as language models are trained; so its model is a plain language model.
+The shard folder has train/, heldout/ and a manifest without image keys. A sequence is text alone, without markers, as
+language models are trained. The result is a plain language model.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from t2i.tokens.text import TextTokenizer
 
 TEXT_SPLITS = ("train", "heldout")
 FLOOR_SEQUENCES = 20_000
-"""Sequences of each split, from its start, that floors are counted on."""
+"""Sequences per split, from its start, that the count-based baselines are computed on."""
 
 
 @dataclass
 class _Pack:
-    """Ids of one split that do not fill a sequence yet, and what was written."""
+    """Ids of one split that do not fill a sequence yet, and counts of what was written."""
 
     seq_len: int
     ids: list[int] = field(default_factory=list)
@@ -37,7 +37,7 @@ class _Pack:
     num_sequences: int = 0
 
     def add(self, ids: list[int]) -> Iterator[list[int]]:
-        """Take one document's ids, yield the sequences that are full."""
+        """Add one document's ids and yield the sequences that are full."""
         self.num_documents += 1
         self.ids += ids
         while len(self.ids) >= self.seq_len:
@@ -49,13 +49,13 @@ class _Pack:
 def prepare_text(
     documents: Documents, *, out: Path, text_tokenizer: TextTokenizer, seq_len: int, heldout_share: float
 ) -> Manifest:
-    """Pack documents into shards at `out` and return the manifest; a killed preparation begins anew.
+    """Pack documents into shards at `out` and return the manifest; a killed preparation starts over.
 
-    A document that was there before, letter by letter, is left out. Which split it goes to is a hash of its text.
+    Exact duplicates are left out. A document's split is decided by a hash of its text.
 
     Raises:
         UserError: `out` was made with other arguments.
-        DataError: a split does not fill one sequence.
+        DataError: the documents of a split do not fill one sequence.
     """
     arguments: dict[str, object] = {
         "source": documents.name,
@@ -67,7 +67,7 @@ def prepare_text(
         manifest = read_manifest(out)
         if manifest.arguments != arguments:
             raise UserError(
-                f"{out} was made with {manifest.arguments}; asked is {arguments}. Choose another --out."
+                f"{out} was made with {manifest.arguments}; now given {arguments}. Choose another --out."
             )
         return manifest
     part = out.with_name(out.name + ".part")
@@ -97,17 +97,19 @@ def prepare_text(
         arguments=arguments,
     )
     manifest.write(part)
+    # The folder appears under its name only when it is complete.
     part.rename(out)
     return manifest
 
 
 def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
-    """Score each split with a uniform, a unigram and a bigram model counted on train, in nats a token."""
+    """Compute the uniform, unigram and bigram baselines of each split, counted on train, in nats per token."""
     ids = {}
     for split in TEXT_SPLITS:
         samples = zip(range(FLOOR_SEQUENCES), read_split(folder, split), strict=False)
         ids[split] = np.stack([sample["caption_ids"] for _, sample in samples]).astype(np.int64)
     floors = code_floors(ids, codebook_size=num_tokens)
+    # Without position_unigram: the positions of packed text mean nothing.
     kept = ("uniform", "unigram", "bigram")
     return {split: {name: values[name] for name in kept} for split, values in floors.items()}
 
@@ -115,24 +117,27 @@ def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]
 def _write(
     documents: Documents, part: Path, tokenizer: TextTokenizer, *, seq_len: int, heldout_share: float
 ) -> tuple[dict[str, _Pack], str]:
-    """Write both splits; return what was packed and the hash of all documents."""
+    """Write both splits; return per split what was packed, and the hash of all documents."""
     kind = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     columns = {"key": "str", "caption_ids": f"ndarray:{kind}"}
     packs = {split: _Pack(seq_len) for split in TEXT_SPLITS}
     seen: set[bytes] = set()
     digest = hashlib.sha256()
-    end_id = tokenizer.end_id  # looked up in the whole vocabulary, so once
+    # Once, because the look-up builds the whole vocabulary.
+    end_id = tokenizer.end_id
     with (
         MDSWriter(out=str(part / "train"), columns=columns, hashes=[HASH]) as train,
         MDSWriter(out=str(part / "heldout"), columns=columns, hashes=[HASH]) as heldout,
     ):
         writers = {"train": train, "heldout": heldout}
         for text in tqdm(documents.texts, unit="document", desc="pack"):
+            # Sixteen bytes per document are kept, not its text, which may not fit in memory.
             key = hashlib.sha256(text.encode()).digest()[:16]
             if key in seen:
                 continue
             seen.add(key)
             digest.update(key)
+            # By a hash of the text, so that a document keeps its split when others are added.
             split = "heldout" if hash_uniform(text) < heldout_share else "train"
             ids = [*tokenizer.encode(text).tolist(), end_id]
             for sequence in packs[split].add(ids):

@@ -1,22 +1,23 @@
-"""What codes cost without a language model: the floors that every curve is read against."""
+"""Count-based baselines: what codes cost without a language model, to read every loss curve against."""
 
 import numpy as np
 
 
 def code_floors(codes: dict[str, np.ndarray], *, codebook_size: int) -> dict[str, dict[str, float]]:
-    """Count simple models of the codes on the training split and score each split with them, in nats a code.
+    """Count simple models of the codes on train and score each split with them, in nats per code.
 
     Args:
         codes: per split, (N, K) codes in row order; "train" is counted.
 
     Returns:
-        per split: uniform, unigram, position_unigram and bigram. On train, unigram is the plain entropy of the
-        codes; elsewhere each is a cross-entropy. Counts are smoothed towards the next simpler model (unigram by
-        one in all towards uniform; the others by ten towards unigram), so that an unseen code costs, but not for ever.
+        per split: uniform, unigram, position_unigram and bigram. On train, unigram is the entropy of the codes;
+        elsewhere each is a cross-entropy.
     """
     train = codes["train"]
     num_codes = train.shape[1]
     counts = np.bincount(train.ravel(), minlength=codebook_size)
+    # Counts are smoothed towards the next simpler model, so that the cost of an unseen code is finite: here
+    # by one count in all towards uniform, in _Table by ten towards the unigram.
     unigram = (counts + 1 / codebook_size) / (counts.sum() + 1)
     places = np.tile(np.arange(num_codes), len(train))
     position = _Table(places, train.ravel(), unigram, num_rows=num_codes)
@@ -33,17 +34,18 @@ def code_floors(codes: dict[str, np.ndarray], *, codebook_size: int) -> dict[str
 
 
 class _Table:
-    """Sparse counts of (given, chosen), smoothed by ten towards the unigram."""
+    """Counts of (given, chosen) pairs, smoothed by ten counts towards the unigram."""
 
     def __init__(self, given: np.ndarray, chosen: np.ndarray, unigram: np.ndarray, *, num_rows: int) -> None:
         self.unigram = unigram
+        # Sparse: a dense table of 16,384 x 16,384 codes would take gigabytes.
         self.pairs, self.counts = np.unique(
             given.astype(np.int64) * len(unigram) + chosen, return_counts=True
         )
         self.totals = np.bincount(given, minlength=num_rows)
 
     def cost(self, given: np.ndarray, chosen: np.ndarray) -> float:
-        """Mean nats of the chosen codes after what is given."""
+        """Return the mean nats of the chosen codes, each after what is given."""
         wanted = given.astype(np.int64) * len(self.unigram) + chosen
         places = np.searchsorted(self.pairs, wanted).clip(max=len(self.pairs) - 1)
         found = np.where(self.pairs[places] == wanted, self.counts[places], 0)
@@ -51,7 +53,7 @@ class _Table:
 
 
 def _bigram(rows: np.ndarray, unigram: np.ndarray, table: _Table) -> float:
-    """Mean cost of a picture's codes: the first by unigram, each other after the one before it."""
+    """Return the mean cost of an image's codes: the first by unigram, each other after its predecessor."""
     first = float(-np.log(unigram[rows[:, 0]]).mean())
     others = table.cost(rows[:, :-1].ravel(), rows[:, 1:].ravel())
     return (first + others * (rows.shape[1] - 1)) / rows.shape[1]

@@ -1,7 +1,7 @@
-"""Whether shards are what was prepared: sizes and indexes at the start, a shard's hash before its first sample is read.
+"""Check that shards are what was prepared: sizes and indexes at the start, each shard's hash before it is read.
 
-Streaming hashes a shard only while it downloads it; a local one is read whatever has become of it. Here no sample is
-read from a shard whose hash was not seen to be right by this job, and a thread looks ahead at all of them.
+Streaming hashes a shard only when it downloads it, and reads a local one unchecked. Here each job verifies the hash of
+a shard before it reads the first sample, and a thread hashes all shards ahead of time.
 """
 
 import logging
@@ -25,16 +25,16 @@ from t2i.verbs import command_line
 logger = logging.getLogger(__name__)
 
 VERIFIED = "verified.json"
-"""Beside the manifest: size and time of change of files whose hash was right, so that looking ahead is not repeated."""
+"""Lists the size and modification time of verified files, so that later jobs need not hash ahead of time again."""
 SAVE_SECONDS = 60.0
-"""Between savings of what was hashed."""
+"""Interval between writes of verified.json."""
 COLUMNS = {
     "key": ("str",),
     "caption": ("str",),
     "caption_ids": ("ndarray:uint16", "ndarray:uint32"),
     "codes": ("ndarray:uint16", "ndarray:uint32"),
 }
-"""What shards may hold. Streaming knows more types, and reading one of them, pkl, runs what a file says."""
+"""The columns and types that are read. Streaming knows more types, and reading its pkl can run code from the file."""
 SHARD_KEYS: dict[str, Kind] = {
     "version": int,
     "format": str,
@@ -53,14 +53,14 @@ class Sample(TypedDict, total=False):
     caption: str
     """Absent from text shards."""
     caption_ids: Required["NDArray[np.unsignedinteger]"]
-    """(T,) by the tokenizer of the manifest; of text shards the whole sequence (S,)."""
+    """(T,) ids by the manifest's tokenizer; in text shards the whole sequence (S,)."""
     codes: "NDArray[np.unsignedinteger]"
-    """(K,); absent from text shards."""
+    """(K,) image codes; absent from text shards."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard as its index tells of it."""
+    """One shard, as its index describes it."""
 
     name: str
     """Path below the shard folder."""
@@ -70,10 +70,10 @@ class ShardFile:
 
 
 def read_index(folder: Path, split: str) -> list[ShardFile]:
-    """Read a split's index without reading its shards.
+    """Read a split's index, without its shards.
 
     Raises:
-        DataError: it is broken, or tells of something that prepare.py does not write.
+        DataError: the index is broken, or has entries that prepare.py does not write.
     """
     path = folder / split / "index.json"
     index = read_json(path)
@@ -83,7 +83,7 @@ def read_index(folder: Path, split: str) -> list[ShardFile]:
 
 def _shard_file(folder: Path, split: str, entry: object, *, where: Path) -> ShardFile:
     if not isinstance(entry, dict):
-        raise DataError(f"{where}: a shard is {entry!r:.80}; wanted is an object of keys.")
+        raise DataError(f"{where}: a shard is {entry!r:.80}; expected an object of keys.")
     check_keys(entry, SHARD_KEYS, where=where)
     data, columns = entry["raw_data"], entry["column_names"]
     kinds = dict(zip(columns, entry["column_encodings"], strict=False)) if _are_texts(columns) else {}
@@ -99,11 +99,12 @@ def _shard_file(folder: Path, split: str, entry: object, *, where: Path) -> Shar
         and is_inside(data["basename"])
     )
     if not is_ours:
-        raise DataError(f"{where} tells of a shard that prepare.py does not write: {entry!r:.200}.")
+        raise DataError(f"{where} has an entry that prepare.py does not write: {entry!r:.200}.")
     if not isinstance(data["hashes"].get(HASH), str):
         raise DataError(
-            f"{where}: {data['basename']} has no {HASH}, so it cannot be trusted. Prepare it again."
+            f"{where}: {data['basename']} has no {HASH}, so it cannot be verified. Prepare it again."
         )
+    # Only checked values reach Streaming's reader, whatever else the file says.
     plain = {
         "version": 2,
         "format": "mds",
@@ -119,11 +120,12 @@ def _shard_file(folder: Path, split: str, entry: object, *, where: Path) -> Shar
 
 
 def read_sample(shard: ShardFile, place: int) -> Sample:
-    """Read one sample of a shard whose hash is right; its author may still have written nonsense into it.
+    """Read one sample of a verified shard.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the sample cannot be read.
     """
+    # The hash says that the bytes are the author's, not that they make sense.
     try:
         sample: Sample = shard.reader[place]
     except (IndexError, ValueError, OverflowError, MemoryError) as error:
@@ -136,24 +138,24 @@ def _are_texts(values: list[object]) -> bool:
 
 
 def check_file(folder: Path, name: str, *, wanted: str, advice: str) -> None:
-    """Hash one file of a shard folder.
+    """Check the hash of one file of a shard folder.
 
     Raises:
-        DataError: it is missing or has changed; with `advice`.
+        DataError: the file is missing or has changed; the message ends with `advice`.
     """
     try:
         found = file_hash(folder / name)
     except OSError as error:
         raise DataError(f"{folder / name} cannot be read: {error.strerror}. {advice}") from error
     if found != wanted:
-        raise DataError(f"{folder / name} has the {HASH} {found}; made with {wanted}. {advice}")
+        raise DataError(f"{folder / name} has {HASH} {found}; expected {wanted}. {advice}")
 
 
 def check_listing(folder: Path, manifest: Manifest) -> None:
-    """Check indexes, counts, names and sizes of all shards, and hash the files beside them; reads no shard.
+    """Check the names and sizes of all shards and their indexes, and hash the files beside them; no shard is read.
 
     Raises:
-        DataError: the first file that is missing, too many, or not as it was made.
+        DataError: a file is missing, unexpected, or not as it was made.
     """
     advice = remake_advice(folder, manifest)
     for name, wanted in manifest.files.items():
@@ -163,7 +165,7 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
         found = sum(len(shard.reader) for shard in shards)
         if found != count:
             raise DataError(
-                f"{folder / split / 'index.json'} lists {found} samples; {folder} was made with {count}. {advice}"
+                f"{folder / split / 'index.json'} lists {found} samples; expected {count}. {advice}"
             )
         for shard in shards:
             _check_size(folder, shard, advice)
@@ -174,22 +176,24 @@ def check_listing(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_size(folder: Path, shard: ShardFile, advice: str) -> None:
+    # Sizes alone: hashing all shards would delay each start, by an hour at the paper's 134 million pairs,
+    # and a disk may fail after it. Each shard is hashed before its first sample is read.
     path = folder / shard.name
     try:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. {advice}") from error
     if found != shard.num_bytes:
-        raise DataError(f"{path} has {found} bytes; made with {shard.num_bytes}. {advice}")
+        raise DataError(f"{path} has {found} bytes; expected {shard.num_bytes}. {advice}")
 
 
 def remake_advice(folder: Path, manifest: Manifest) -> str:
-    """Say how to make a shard folder again: move it away, and the command that made it."""
+    """Say how to make a shard folder again, with the command that made it."""
     return f"Move {folder} away and make it again: {remake_command(folder, manifest)}"
 
 
 def remake_command(folder: Path, manifest: Manifest) -> str:
-    """Write out the command that prepares a shard folder as it was made."""
+    """Return the command that prepares a shard folder as it was made."""
     flags: dict[str, object] = {"source": manifest.source, "out": folder}
     if manifest.is_text:
         flags |= {"seq-len": manifest.sequence_tokens}
@@ -207,34 +211,39 @@ def remake_command(folder: Path, manifest: Manifest) -> str:
 
 
 def _changed(found: dict[str, object] | None, defaults: PrepareConfig | SourceConfig) -> dict[str, object]:
-    """List settings of a manifest that are not the defaults."""
+    """Return a manifest's settings that differ from the defaults."""
     return {key: value for key, value in (found or {}).items() if value != getattr(defaults, key, value)}
 
 
 class Verified:
-    """Files of a shard folder whose hash was right, known again by size and time of change."""
+    """The verified files of a shard folder, recognised by size and modification time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self.known = read_json(folder / VERIFIED)
-        except DataError:  # none yet, or torn: everything is hashed anew
+        except DataError:
+            # None yet, or broken. Everything is hashed again, which costs time and nothing else.
             self.known = {}
 
     def has(self, name: str, *, wanted: str) -> bool:
-        """Tell whether a file is the one that was hashed."""
+        """Tell whether a file is unchanged since its hash was verified."""
         return self.known.get(name) == self._stamp(name, wanted)
 
     def add(self, name: str, *, wanted: str) -> None:
-        """Note that a file's hash is right."""
+        """Record a verified file."""
         self.known[name] = self._stamp(name, wanted)
 
     def save(self) -> None:
-        """Keep what is known for other jobs, where the folder may be written to."""
+        """Write verified.json for later jobs, if the folder is writable."""
         try:
             write_json(self.folder / VERIFIED, self.known)
         except OSError as error:
-            logger.info("%s is not kept (%s): each job hashes anew", self.folder / VERIFIED, error.strerror)
+            logger.info(
+                "%s is not written (%s): the next job hashes all shards again",
+                self.folder / VERIFIED,
+                error.strerror,
+            )
 
     def _stamp(self, name: str, wanted: str) -> list[int | str]:
         try:
@@ -245,15 +254,16 @@ class Verified:
 
 
 class LookAhead(threading.Thread):
-    """Hashes all shards of a folder while a job trains, so that a bad one is not met after days."""
+    """Hashes all shards of a folder while a job trains, so that a bad one is found in the first minutes."""
 
     def __init__(self, folder: Path, *, manifest: Manifest) -> None:
+        # A daemon, so that a run can end before the last shard is hashed.
         super().__init__(daemon=True, name="look ahead")
         self.folder, self.manifest = folder, manifest
         self.failure: DataError | None = None
 
     def run(self) -> None:
-        """Hash what is not known to be right; stop at the first that is wrong."""
+        """Hash the shards that are not verified yet; stop at the first bad one."""
         verified, advice = Verified(self.folder), remake_advice(self.folder, self.manifest)
         saved = time.monotonic()
         try:
@@ -266,14 +276,15 @@ class LookAhead(threading.Thread):
                         verified.save()
                         saved = time.monotonic()
         except DataError as error:
+            # Kept for `check`: an exception in a thread ends only the thread.
             self.failure = error
         verified.save()
 
     def check(self) -> None:
-        """Raise what was found, if anything was.
+        """Raise the error that the thread found, if any.
 
         Raises:
-            DataError: a shard that is missing or has changed.
+            DataError: a shard is missing or has changed.
         """
         if self.failure:
             raise self.failure

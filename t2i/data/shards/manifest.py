@@ -1,4 +1,4 @@
-"""manifest.json of a shard folder: what made the shards, what they hold, and whether a run can use them."""
+"""manifest.json of a shard folder: what made the shards, what they hold, and which runs can use them."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,7 +23,7 @@ KEYS: dict[str, Kind] = {
     "floors_nats": dict,
     "text_tokenizer": {"name": str, "fingerprint": str, "num_tokens": int},
 }
-"""Of every manifest; those of codes, of images and of text have more."""
+"""Keys of every manifest; manifests of codes, of images and of text have more."""
 CODE_KEYS: dict[str, Kind] = {
     "given_ids": bool,
     "codes_per_image": int,
@@ -44,7 +44,7 @@ OPTIONAL_KEYS: dict[str, Kind] = {
     "gathered_sha256": str,
     "documents": dict,
 }
-"""Older manifests lack some, and shards of another kind others; what is there has its type."""
+"""Keys that older manifests or other kinds of shards lack. A key that is present has this type."""
 SPLITS = ("train", "heldout", "combinations")
 
 
@@ -67,7 +67,7 @@ class TextMaker:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What manifest.json says, key by key; a key that a kind of shards has not is None (or 0) here and absent there."""
+    """The content of manifest.json. A key that a kind of shards lacks is None or 0 here and absent from the file."""
 
     source: str
     heldout_share: float
@@ -79,7 +79,7 @@ class Manifest:
     files: dict[str, str]
     """Files beside the shards and their hashes."""
     arguments: dict[str, Any]
-    """All that decides what is in the shards: another preparation into the same folder must have the same."""
+    """What determines the content of the shards; preparing into the same folder again needs the same."""
     licence: str | None = None
     split_rule: str | None = None
     reading: dict[str, Any] | None = None
@@ -91,15 +91,15 @@ class Manifest:
     given_ids: bool | None = None
     """The codes are precomputed: there is no image tokenizer and no image."""
     codes_per_image: int = 0
-    """0 for text shards, as the next."""
+    """0 for text shards."""
     codebook_size: int = 0
     image_size: int = 0
     """Pixels per side; 0 for text and for precomputed codes."""
     image_tokenizer: Maker | None = None
     codes_equal_float32: float | None = None
-    """Of a sample, the share of codes that equals those of the image tokenizer in float32."""
+    """Share of codes that equal those of the image tokenizer in float32, measured on a few images."""
     sequence_tokens: int | None = None
-    """Of text shards alone."""
+    """Tokens per sequence of text shards; None for others."""
     versions: dict[str, str] | None = None
     gathered_sha256: str | None = None
     documents: dict[str, int] | None = None
@@ -107,17 +107,17 @@ class Manifest:
 
     @property
     def is_text(self) -> bool:
-        """Tell shards of documents from shards of images."""
+        """Tell whether these are text shards."""
         return self.sequence_tokens is not None
 
     @property
     def has_image_tokenizer(self) -> bool:
-        """Tell shards of images from those of precomputed codes and of documents, which nothing here decodes."""
+        """Tell whether an image tokenizer lies beside the shards; precomputed codes and text have none."""
         return self.given_ids is False
 
     @property
     def code_maker(self) -> Maker:
-        """Name what made the codes.
+        """Return what made the codes.
 
         Raises:
             DataError: these are text shards.
@@ -128,6 +128,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json, whole or not at all."""
+        # Absent rather than null, as readers of older versions expect it.
         absent = {key for key, value in asdict(self).items() if value is None} | {
             key for key in ("codes_per_image", "codebook_size", "image_size") if not getattr(self, key)
         }
@@ -140,10 +141,12 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a shard folder's manifest.
 
     Raises:
-        DataError: there is none, another format, or one that prepare.py does not write.
+        DataError: there is none, it has another format, or it has entries that prepare.py does not write.
     """
     if not (folder / MANIFEST).is_file():
-        raise DataError(f"{folder} is no shard folder: it has no {MANIFEST}. launchers/prepare.py makes one.")
+        raise DataError(
+            f"{folder} is no shard folder: it has no {MANIFEST}. Make one with launchers/prepare.py."
+        )
     return read_manifest_file(folder / MANIFEST)
 
 
@@ -151,7 +154,7 @@ def read_manifest_file(path: Path) -> Manifest:
     """Read a manifest, or the copy of it that a run keeps.
 
     Raises:
-        DataError: another format, or one that prepare.py does not write.
+        DataError: it has another format, or entries that prepare.py does not write.
     """
     values = read_json(path)
     if values.get("format_version") != FORMAT_VERSION:
@@ -179,19 +182,18 @@ def read_manifest_file(path: Path) -> Manifest:
 
 
 def _check_names(counts: dict[str, object], files: dict[str, object], *, where: Path) -> None:
-    """Check splits, counts and names of files, which are used as paths."""
+    """Check splits, counts and file names."""
+    # The names become paths, so that one with `..` would reach outside the folder.
     for split, count in counts.items():
         if split not in SPLITS or not isinstance(count, int) or count < 1:
             raise DataError(f"{where}: counts say {split!r:.80} {count!r:.80}; expected {', '.join(SPLITS)}.")
     for name, digest in files.items():
         if not is_inside(name) or not isinstance(digest, str):
-            raise DataError(
-                f"{where}: files name {name!r:.80}, which is no file of the folder with its hash."
-            )
+            raise DataError(f"{where}: files list {name!r:.80}; expected a file of the folder with its hash.")
 
 
 def side_files(folder: Path) -> dict[str, str]:
-    """Hash what training reads beside the shards: indexes, the round trip and the tokenizers."""
+    """Hash the files beside the shards that training reads: indexes, the round trip and the tokenizers."""
     patterns = ("*/index.json", ROUND_TRIP, f"{IMAGE_TOKENIZER}/*", f"{TEXT_TOKENIZER}/*")
     found = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(found)}
@@ -201,11 +203,13 @@ def check_text_use(config: DataConfig, *, manifest: Manifest, tokenizer: TextTok
     """Check that a run may read text shards.
 
     Raises:
-        UserError: another mode or sequence length.
+        UserError: the run has another mode or sequence length.
         DataError: another text tokenizer made them.
     """
     if config.mode != "text-only":
-        raise UserError(f"{config.shards} holds text alone; data.mode is {config.mode}, expected text-only.")
+        raise UserError(
+            f"{config.shards} holds only text, but data.mode is {config.mode}; expected text-only."
+        )
     if config.seq_len != manifest.sequence_tokens:
         raise UserError(
             f"data.seq_len is {config.seq_len}; the sequences of {config.shards} have {manifest.sequence_tokens}"
@@ -215,11 +219,12 @@ def check_text_use(config: DataConfig, *, manifest: Manifest, tokenizer: TextTok
 
 
 def check_text_tokenizer(folder: Path, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:
-    """Check that a tokenizer is the one that packed text shards, whose ids cannot be made anew.
+    """Check that a tokenizer is the one that packed the text shards.
 
     Raises:
-        DataError: it is another.
+        DataError: another tokenizer did.
     """
+    # Packed sequences have no text beside their ids, so they cannot be tokenized again as captions can.
     made_by = manifest.text_tokenizer
     if made_by.fingerprint != tokenizer.fingerprint():
         raise DataError(

@@ -1,8 +1,8 @@
-"""MDS shards and their manifest: read and check.
+"""Read and check the shards of a folder.
 
 A shard folder holds train/, heldout/ and combinations/ (MosaicML Streaming's MDS), manifest.json, broken.jsonl
-(pictures that could not be read, with the reason), both tokenizers (image_tokenizer/, text_tokenizer/) and
-roundtrip.safetensors with reconstructions.png (eight pictures, their codes and what the tokenizer makes of them).
+(images that could not be decoded, with the reason), both tokenizers (image_tokenizer/, text_tokenizer/) and
+roundtrip.safetensors with reconstructions.png (eight images with their codes and reconstructions).
 """
 
 from collections.abc import Iterator, Sized
@@ -28,36 +28,37 @@ from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 
 
 def fetch_shards(folder: Path, *, remote: str) -> None:
-    """Bring the manifest, the indexes and the files beside the shards from `remote`; shards follow as they are read.
+    """Download the manifest, the indexes and the files beside the shards; shards follow as they are read.
 
     Raises:
-        DataError: a file is not there or arrives broken, or `folder` holds other shards.
+        DataError: a file is missing or arrives broken, or `folder` caches other shards.
     """
     new = fetch(remote, folder, MANIFEST, anew=True)
     if (folder / MANIFEST).exists() and new.read_bytes() != (folder / MANIFEST).read_bytes():
         new.unlink()
         raise DataError(
-            f"data.shards {folder} caches other shards than {remote} holds now; choose another folder."
+            f"data.shards {folder} caches other shards than those of {remote}; choose another folder."
         )
     manifest = read_manifest_file(new)
     for name, wanted in manifest.files.items():
         fetch(remote, folder, name, wanted=wanted)
     for split in manifest.counts:
         fetch(remote, folder, f"{split}/index.json")
+    # The manifest last: a folder without one is not read, so that a download that was killed starts again.
     new.replace(folder / MANIFEST)
 
 
 def read_split(
     folder: Path, split: str, *, num_samples: int | None = None, remote: str = ""
 ) -> Iterator[Sample]:
-    """Read samples of one split in their order: key, caption, caption_ids, codes.
+    """Read samples of one split in order: key, caption, caption_ids, codes.
 
     Args:
-        num_samples: read so many, evenly spread; None for all.
-        remote: where shards come from that `folder` does not have yet.
+        num_samples: the number to read, evenly spread; None for all.
+        remote: where to download shards from that `folder` does not have yet.
 
     Raises:
-        DataError: a shard that is missing or is not as it was made; nothing is read from it.
+        DataError: a shard is missing or not as it was made; no sample of it is read.
     """
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     is_wanted = manifest is not None and split in manifest.counts
@@ -76,6 +77,8 @@ def read_split(
         while place >= ends[at]:
             at += 1
         shard = shards[at]
+        # At the first touch, not once before the run: a disk may fail in between. The bytes are then in
+        # memory for the reading that follows.
         if hashed != at:
             if remote:
                 fetch(remote, folder, shard.name, wanted=shard.xxh64)
@@ -86,10 +89,10 @@ def read_split(
 
 
 def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
-    """Encode the stored pictures again and compare fingerprint and codes.
+    """Check that an image tokenizer is the one that made the shards, by its weights and by the codes of stored images.
 
     Raises:
-        DataError: the shards were made by another image tokenizer.
+        DataError: another image tokenizer made the shards.
     """
     made_by = read_manifest(folder).code_maker.fingerprint
     if made_by != tokenizer.fingerprint():
@@ -99,10 +102,10 @@ def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:
 
 
 def check_shards(folder: Path) -> dict[str, int]:
-    """Hash every file and read every sample of a shard folder; return the number of samples of each split.
+    """Hash every file and read every sample of a shard folder; return the number of samples per split.
 
     Raises:
-        DataError: a hash, a count or a range that the manifest or an index does not tell of.
+        DataError: a hash, a count or a sample differs from what the manifest or an index says.
     """
     manifest = read_manifest(folder)
     check_listing(folder, manifest)
@@ -113,10 +116,10 @@ def check_shards(folder: Path) -> dict[str, int]:
 
 
 def check_sample(sample: Sample, *, manifest: Manifest, where: Path) -> None:
-    """Hold one sample's numbers against the manifest: how many codes or ids, and from what range.
+    """Check the number and the range of one sample's codes and ids against the manifest.
 
     Raises:
-        DataError: with the sample's key, what was found and what is allowed.
+        DataError: one of them differs; the message names the sample's key.
     """
     key, num_tokens = sample["key"], manifest.text_tokenizer.num_tokens
     _check_range("caption ids", sample["caption_ids"], num_tokens, where=where, key=key)
@@ -131,9 +134,9 @@ def check_sample(sample: Sample, *, manifest: Manifest, where: Path) -> None:
 
 def _check_range(kind: str, values: NDArray[np.unsignedinteger], end: int, *, where: Path, key: str) -> None:
     if len(values) and values.max() >= end:
-        raise DataError(f"{where}: sample {key} has {kind} up to {values.max()}; allowed are 0 to {end - 1}.")
+        raise DataError(f"{where}: sample {key} has {kind} up to {values.max()}; expected 0 to {end - 1}.")
 
 
 def _check_length(kind: str, values: Sized, wanted: int, *, where: Path, key: str) -> None:
     if len(values) != wanted:
-        raise DataError(f"{where}: sample {key} has {len(values)} {kind}; wanted are {wanted}.")
+        raise DataError(f"{where}: sample {key} has {len(values)} {kind}; expected {wanted}.")

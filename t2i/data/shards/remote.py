@@ -1,4 +1,4 @@
-"""Files of a shard folder that lies in a bucket, brought here one by one through Streaming's downloaders."""
+"""Download single files of a shard folder from a bucket, through Streaming's downloaders."""
 
 import logging
 import os
@@ -18,24 +18,25 @@ logger = logging.getLogger(__name__)
 
 NUM_ATTEMPTS = 5
 BACKOFF_SECONDS = 1.0
-"""Before the second attempt; twice as long before each further one, and up to half as long again by chance."""
+"""Pause before the second attempt; it doubles with each further one, plus up to half of it at random."""
 TIMEOUT_SECONDS = 120.0
 
 
 def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, wanted: str = "") -> Path:
-    """Bring REMOTE/NAME to folder/NAME, whole or not at all, unless it is there; return its path.
+    """Download REMOTE/NAME to folder/NAME, whole or not at all, unless it is there; return its path.
 
     Args:
-        anew: bring it whatever is there, to a path of its own beside it.
-        wanted: hash that it has; what is there with another one is brought again. Empty for any.
+        anew: download it in any case, to a temporary path beside it.
+        wanted: the expected hash; a file with another one is downloaded again. Empty for any.
 
     Raises:
-        DataError: it cannot be brought, or arrives broken each time.
+        DataError: it cannot be downloaded, or arrives broken each time.
     """
     path = folder / name
     if path.exists() and not anew and wanted in ("", file_hash(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Aside under this process's name and then renamed: ranks of one machine may download the same file.
     coming = path.with_name(f".{path.name}.{os.getpid()}")
     url = f"{remote.rstrip('/')}/{name}"
     for attempt in range(1, NUM_ATTEMPTS + 1):
@@ -45,15 +46,16 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, wanted: s
         coming.unlink(missing_ok=True)
         if attempt < NUM_ATTEMPTS:
             logger.warning("%s: %s; attempt %d of %d failed", url, reason, attempt, NUM_ATTEMPTS)
+            # The random part keeps the ranks of a job from asking again all at once.
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(1.0, 1.5))
     raise DataError(f"{url} could not be downloaded in {NUM_ATTEMPTS} attempts: {reason}.")
 
 
 def _attempt(remote: str, url: str, coming: Path, wanted: str) -> str:
-    """Download once; return why it failed where it is worth another attempt, empty if it did not.
+    """Download once; return the reason if it failed and may succeed later, else an empty text.
 
     Raises:
-        DataError: another attempt would end the same.
+        DataError: another attempt would fail in the same way.
     """
     coming.unlink(missing_ok=True)
     try:
@@ -64,10 +66,10 @@ def _attempt(remote: str, url: str, coming: Path, wanted: str) -> str:
     except (BotoCoreError, OSError) as error:  # TimeoutError is one
         return f"{type(error).__name__}: {error}"
     found = file_hash(coming) if wanted else ""
-    return "" if found == wanted else f"it arrived with the {HASH} {found}; made with {wanted}"
+    return "" if found == wanted else f"it arrived with {HASH} {found}; expected {wanted}"
 
 
 @cache
 def _downloader(remote: str) -> CloudDownloader:
-    """Open one connection a place: opening takes longer than a small file."""
+    """Open one connection per bucket: opening one takes longer than downloading a small file."""
     return CloudDownloader.get(remote)

@@ -1,6 +1,6 @@
-"""(picture, caption) pairs out of what people have; open_source is the one face of all of them.
+"""Sources of (image, caption) pairs, all opened by open_source.
 
-Each file here knows one kind of source and lists its entries; `pair.py` sifts entries into pairs.
+Each file here reads one kind of source and lists its entries. `source.py` turns entries into pairs.
 """
 
 import re
@@ -56,20 +56,20 @@ GLOB_CHARACTERS = frozenset("*?[")
 
 
 def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig = AS_IT_IS) -> Source:
-    """Open a source without reading its pictures.
+    """Open a source without decoding its images.
 
     Args:
-        name: `openmoji`, a folder, tars or parquet files by path, brace and glob, `coco:DIR`, a Hugging Face data
-            set (USER/NAME, or hf: before any name or folder), or `ids:DIR`.
-        heldout_share: share of the pictures, by hash of the key, that training never sees.
-        config: what is read of a row, and what is left out.
+        name: `openmoji`, a folder, tar or parquet files (a path with braces and globs), `coco:DIR`, a Hugging Face
+            dataset (USER/NAME, or hf: before any name or folder), or `ids:DIR`.
+        heldout_share: share of the images, chosen by a hash of the key, that training never sees.
+        config: which columns are read, and which pairs are left out.
 
     Raises:
-        DataError: nothing is there, or nothing usable.
-        UserError: the settings contradict.
+        DataError: the source does not exist, or has no usable pair.
+        UserError: the settings contradict each other.
     """
     if not name:
-        raise UserError("--source is empty; wanted is what `--help` lists.")
+        raise UserError("--source is empty; expected one of the sources that `--help` lists.")
     sieve = partial(sift, heldout_share=heldout_share, config=config)
     if name == "openmoji":
         source = _openmoji(sieve)
@@ -81,7 +81,7 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
 
 
 def reopen_source(manifest: Manifest) -> Source:
-    """Open the source that a manifest tells of, read and filtered as it was then."""
+    """Open a manifest's source with the settings that it was prepared with."""
     config = SourceConfig(**manifest.reading or {})
     return open_source(manifest.source, heldout_share=manifest.heldout_share, config=config)
 
@@ -90,6 +90,7 @@ def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) ->
     kind, _, rest = name.partition(":")
     if kind == "coco":
         return _coco(Path(rest), sieve)
+    # A folder of this name comes first: data/images is a hub name too.
     if kind == "hf" or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
         reads = units_of_dataset(rest if kind == "hf" else name, config=config)
         return Source(units=partial(_sifted, reads, sieve))
@@ -101,8 +102,9 @@ def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) ->
     metadata = find_metadata(folder)
     if metadata:
         return _listed(partial(read_image_folder, metadata=metadata, caption_key=config.caption_key), sieve)
-    # img2dataset's layout of plain files has 00000.parquet, which holds no pictures, beside the folder 00000.
+    # img2dataset's layout of plain files has 00000.parquet, which holds no images, beside the folder 00000.
     tables = [path for path in folder.glob("*.parquet") if not path.with_suffix("").is_dir()]
+    # Sorted: the order of units, and so the shards, must not depend on the file system.
     files = sorted(folder.glob("*.tar")) or sorted(tables)
     return _files(files, sieve, config) if files else _listed(partial(read_text_folder, folder=folder), sieve)
 
@@ -126,13 +128,15 @@ def _openmoji(sieve: Sift) -> Source:
 def _coco(folder: Path, sieve: Sift) -> Source:
     source = _listed(partial(list_coco, folder=folder), sieve)
     if has_both(caption_files(folder)):
-        return replace(source, split_rule="pictures of captions_val*.json are heldout, all others train")
+        return replace(source, split_rule="images of captions_val*.json are heldout, all others train")
     return source
 
 
 def _given(folder: Path, heldout_share: float, config: SourceConfig) -> Source:
     if config != AS_IT_IS:
-        raise UserError(f"ids:{folder} is read as it is; filters and keys are for pictures.")
+        raise UserError(
+            f"ids:{folder} takes no filters and no key settings; those are for sources of images."
+        )
     facts = read_facts(folder)
     units = units_of_ids(folder, facts, heldout_share=heldout_share)
     return Source(units=lambda num_pairs: units, given=facts)
@@ -149,25 +153,25 @@ def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
             units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve)
         )
     found = ", ".join(sorted(suffix or "no ending" for suffix in suffixes))
-    raise DataError(f"--source names files with {found}; wanted are all .tar, or all .parquet.")
+    raise DataError(f"--source names files with {found}; expected only .tar or only .parquet files.")
 
 
 def _listed(read: ReadEntries, sieve: Sift) -> Source:
-    """Make a source whose pairs are all listed now, as the files of a folder are."""
+    """Make a source whose pairs are all listed now, like the files of a folder."""
     left_out: Counter[str] = Counter()
     pairs = list(sieve(left_out, read=read))
     if not pairs:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.items())
         raise DataError(
-            f"--source names a folder of which nothing is left: {reasons or 'it has no picture'}. Wanted are pictures"
+            f"--source names a folder without a usable pair: {reasons or 'it has no image'}. Expected images"
             f" ({', '.join(IMAGE_SUFFIXES)}) with .txt captions beside them, or metadata.jsonl (.csv, .parquet), .tar"
-            " or .parquet files at its top; COCO's folder is coco:DIR."
+            " or .parquet files at its top. For COCO give coco:DIR."
         )
     return Source(units=partial(_runs, pairs), left_out=left_out)
 
 
 def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
-    """Make units whose entries are listed when they are read; their size is that of what they read."""
+    """Make one unit per file or part of a file; its entries are listed when it is read."""
     return [partial(sieve, read=read) for read in reads]
 
 
@@ -181,10 +185,10 @@ def _run(pairs: Sequence[Pair], start: int, end: int, left_out: Counter[str]) ->
 
 
 def expand(pattern: str) -> list[Path]:
-    """List the files that a pattern names, braces in their order, globs sorted, each file once.
+    """List the files that a pattern names, each once: braces in their order, globs sorted.
 
     Raises:
-        DataError: a part of the pattern names no file.
+        DataError: a part of the pattern matches no file.
     """
     files: list[Path] = []
     for one in braces(pattern):
@@ -193,15 +197,15 @@ def expand(pattern: str) -> list[Path]:
         found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if has_glob else [path]
         if not found or not all(file.is_file() for file in found):
             raise DataError(
-                f"--source {one} is neither `openmoji`, a file, a folder that exists, coco:DIR, nor a Hugging Face"
-                " data set (USER/NAME, or hf: before any name)."
+                f"--source {one} is not `openmoji`, an existing file or folder, coco:DIR, ids:DIR, or a Hugging Face"
+                " dataset (USER/NAME, or hf: before any name)."
             )
         files += found
     return list(dict.fromkeys(files))
 
 
 def braces(pattern: str) -> Iterator[str]:
-    """Write out a pattern's braces, numbers padded as the first is; the first braces vary slowest."""
+    """Expand a pattern's braces; numbers are padded like the first one, and the first braces vary slowest."""
     match = re.search(r"\{([^{}]+)\}", pattern)
     if match is None:
         yield pattern

@@ -1,4 +1,4 @@
-"""A list of captions that somebody published: a column of a table, or the lines of a text file."""
+"""Published lists of captions: a column of a table, or the lines of a text file."""
 
 import re
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from t2i.errors import DataError
 LISTS = (".txt", *TABLES)
 LIST_COLUMNS = ("caption", "text", "prompt")
 PICTURE_COLUMNS = ("image_id", "coco_id", "uid", "file_name")
-"""Columns that say which picture a caption is of, as lists of COCO's captions name them; in any case."""
+"""Columns that name a caption's image in published lists of COCO's captions; upper or lower case."""
 
 PICTURE_ID = re.compile(r"(\d+)(?:_mscoco_\d+)?|(?:.*[_/])?(\d+)\.(?:jpg|png|0)")
-"""391895, 391895.0, COCO_val2014_000000391895.jpg, 391895_mscoco_0."""
+"""Matches 391895, 391895.0, COCO_val2014_000000391895.jpg and 391895_mscoco_0."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class Listed:
     """One row of a list."""
 
     text: str
-    """In one line."""
+    """On one line."""
     picture_id: int | None
-    """COCO's id of the picture; None where the list has no column for it."""
+    """COCO's id of the image; None if the list has no column for it."""
 
 
 def read_caption_list(file: Path) -> list[Listed]:
-    """Read the rows of a list in their order.
+    """Read the rows of a list in order.
 
     Raises:
-        DataError: it is missing, of another ending, without captions, or a row has none or names no picture.
+        DataError: the file is missing or of another type, or a row has no caption or no valid image id.
     """
     if file.suffix not in LISTS or not file.is_file():
         found = "is no file" if file.suffix in LISTS else f"ends in {file.suffix or 'nothing'}"
-        raise DataError(f"the list of captions {file} {found}; wanted is a file of {', '.join(LISTS)}.")
+        raise DataError(f"the caption list {file} {found}; expected a file that ends in {', '.join(LISTS)}.")
     listed = list(_lines(file) if file.suffix == ".txt" else _rows(file))
     if not listed:
         raise DataError(f"{file} lists no caption.")
@@ -44,9 +44,10 @@ def read_caption_list(file: Path) -> list[Listed]:
 
 def _lines(file: Path) -> Iterator[Listed]:
     try:
+        # utf-8-sig: spreadsheet programs put a byte order mark first, which would be part of the first caption.
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no text in UTF-8: {error}.") from error
+        raise DataError(f"{file} is not UTF-8 text: {error}.") from error
     yield from (Listed(" ".join(line.split()), None) for line in lines if line.strip())
 
 
@@ -60,17 +61,15 @@ def _rows(file: Path) -> Iterator[Listed]:
             wanted = ", ".join(LIST_COLUMNS)
             found = ", ".join(map(str, row))
             raise DataError(
-                f"{file}, row {number}, has the columns {found}; wanted is a caption in one of {wanted}."
+                f"{file}: row {number} has the columns {found}; expected a caption in one of {wanted}."
             )
         yield Listed(
-            text, None if picture is None else _picture_id(row[picture], where=f"{file}, row {number}")
+            text, None if picture is None else _picture_id(row[picture], where=f"{file}: row {number}")
         )
 
 
 def _picture_id(value: object, *, where: str) -> int:
     found = PICTURE_ID.fullmatch(str(value))
     if found is None:
-        raise DataError(
-            f"{where}, names the picture {value!r:.80}; wanted is COCO's id of it, such as 391895."
-        )
+        raise DataError(f"{where} names the image {value!r:.80}; expected a COCO image id such as 391895.")
     return int(found[1] or found[2])

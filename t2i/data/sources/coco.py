@@ -1,4 +1,4 @@
-"""COCO as it is unpacked: annotations/captions_*.json and the picture folders."""
+"""COCO as it unpacks: annotations/captions_*.json and the image folders."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,44 +13,45 @@ from t2i.files import Kind, check_keys, read_json
 
 @dataclass(frozen=True)
 class Caption:
-    """One sentence that a person wrote about one picture."""
+    """One caption of one image."""
 
     caption_id: int
     picture_id: int
     text: str
-    """In one line."""
+    """On one line."""
 
 
 @dataclass(frozen=True)
 class CaptionFile:
-    """What one of COCO's captions files says."""
+    """The content of one of COCO's captions files."""
 
     pictures: dict[int, Path]
-    """Picture id -> its file, which may be missing, by id."""
+    """Image id -> its file, which may be missing; sorted by id."""
     captions: dict[int, list[Caption]]
-    """Picture id -> its captions, by id."""
+    """Image id -> its captions, sorted by caption id."""
 
 
 def list_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
-    """Make a pair of each caption, in order of picture and caption, with keys PICTURE-NUMBER.
+    """List one entry per caption, in order of image and caption, with keys IMAGE-NUMBER.
 
-    Where there are train and val captions, the val pictures are heldout; else the picture's id decides.
+    If there are train and val captions, the val images are heldout; otherwise a hash of the image's id decides.
 
     Raises:
-        DataError: there are no annotations, or no folder with their pictures.
+        DataError: there are no annotations, or there is no folder with their images.
     """
     files = caption_files(folder)
     for name in files:
         content = read_captions(folder, name)
         for picture_id, path in content.pictures.items():
             if file_inside(path.parent, path.name) is None:
-                left_out["annotations name a picture that is not in its folder"] += 1
+                left_out["annotations name an image that is not in its folder"] += 1
                 continue
             for number, caption in enumerate(content.captions.get(picture_id, [])):
                 yield Entry(
                     f"{picture_id:012d}-{number}",
                     caption.text,
                     partial(read_image_file, path),
+                    # COCO has five captions per image, which must stay in one split.
                     group=str(picture_id),
                     split=_own_split(name, files),
                 )
@@ -60,7 +61,7 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     """Read one captions file by COCO's name of its split, such as val2014.
 
     Raises:
-        DataError: it is not of COCO's schema, or there is no folder with its pictures.
+        DataError: it does not follow COCO's schema, or there is no folder with its images.
     """
     file = folder / "annotations" / f"captions_{name}.json"
     home = _picture_folder(folder, name)
@@ -69,18 +70,18 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     pictures: dict[int, Path] = {}
     for image in content["images"]:
         _check_entry(image, {"id": int, "file_name": str}, where=f"{file}: images")
-        pictures[image["id"]] = (
-            home / Path(image["file_name"]).name
-        )  # whatever folder a stranger puts before it
+        # The base name alone: the file may come from a stranger, and `../` must not lead out of the folder.
+        pictures[image["id"]] = home / Path(image["file_name"]).name
     captions: dict[int, list[Caption]] = {}
     for note in content["annotations"]:
         _check_entry(note, {"id": int, "image_id": int, "caption": str}, where=f"{file}: annotations")
         if note["image_id"] not in pictures:
             raise DataError(
-                f"{file}: caption {note['id']} is of picture {note['image_id']}, which is not listed."
+                f"{file}: caption {note['id']} names image {note['image_id']}, which is not listed."
             )
         text = " ".join(note["caption"].split())
         captions.setdefault(note["image_id"], []).append(Caption(note["id"], note["image_id"], text))
+    # Sorted by id, because the order of the keys and of the shards must not depend on the order in the file.
     for of_picture in captions.values():
         of_picture.sort(key=lambda caption: caption.caption_id)
     return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
@@ -88,12 +89,12 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
 
 def _check_entry(entry: object, wanted: dict[str, Kind], *, where: str) -> None:
     if not isinstance(entry, dict):
-        raise DataError(f"{where} hold {entry!r:.80}; wanted is an object of keys.")
+        raise DataError(f"{where} has {entry!r:.80}; expected an object of keys.")
     check_keys(entry, wanted, where=where)
 
 
 def caption_files(folder: Path) -> dict[str, Path]:
-    """Find the caption files by COCO's names of splits, such as val2014.
+    """Find the captions files, by COCO's names of its splits, such as val2014.
 
     Raises:
         DataError: there are none.
@@ -105,7 +106,7 @@ def caption_files(folder: Path) -> dict[str, Path]:
 
 
 def has_both(files: dict[str, Path]) -> bool:
-    """Tell whether there are val captions and others."""
+    """Tell whether there are both val and other captions."""
     return len({name.startswith("val") for name in files}) == 2
 
 

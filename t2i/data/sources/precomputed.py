@@ -1,8 +1,8 @@
-"""Your own ids, with no picture anywhere: sequences of integers below a vocabulary size, with captions or without.
+"""Precomputed tokens: sequences of integers below a vocabulary size, with or without captions, and no images.
 
-DIR/ids.json says {"vocab_size": 4096, "length": 32, "made_by": "what turned pictures into ids"}. The sequences are in
-DIR/*.jsonl (rows of ids, and caption and key if there are any), DIR/*.parquet (the same as columns) and DIR/*.npy
-(integers (N, length), captions in the lines of NAME.txt). Each file is one unit.
+DIR/ids.json holds {"vocab_size": 4096, "length": 32, "made_by": "what turned images into ids"}. The sequences are in
+DIR/*.jsonl (rows of ids, with an optional caption and key), DIR/*.parquet (the same as columns) and DIR/*.npy (integers
+(N, length), with captions as the lines of NAME.txt). Each file is one unit.
 """
 
 import json
@@ -25,31 +25,35 @@ FACTS = "ids.json"
 
 @dataclass(frozen=True)
 class NoPicture:
-    """Stands where a picture would be opened."""
+    """Stands in for opening an image."""
 
     key: str
 
     def __call__(self) -> Image.Image:
-        """Say so."""
-        raise ValueError(f"{self.key} is given as ids and has no picture")
+        """Refuse to open it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.key} has precomputed tokens and no image")
 
 
 def read_facts(folder: Path) -> GivenIds:
-    """Read what DIR/ids.json says.
+    """Read DIR/ids.json.
 
     Raises:
-        DataError: it is missing, or says something else.
+        DataError: it is missing, or has other keys.
     """
     try:
         facts = GivenIds(**json.loads((folder / FACTS).read_text()))
     except (OSError, ValueError, TypeError) as error:
         wanted = '{"vocab_size": 4096, "length": 32, "made_by": "a name"}'
-        raise DataError(f"ids:{folder} wants {FACTS} to say {wanted}, but: {error}") from error
+        raise DataError(f"ids:{folder}: {FACTS} cannot be used ({error}); expected {wanted}") from error
     return facts
 
 
 def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list[Unit]:
-    """Make a unit of each file of sequences, in the order of their names.
+    """Make one unit per file of sequences, in order of their names.
 
     Raises:
         DataError: there is none.
@@ -61,7 +65,7 @@ def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list
 
 
 def read_ids(left_out: Counter[str], *, path: Path, facts: GivenIds, heldout_share: float) -> Iterator[Pair]:
-    """Read one file's sequences, with the key of their row, else FILE/ROW; captions may be empty."""
+    """Read one file's sequences; keys are from the row, else FILE/ROW, and captions may be empty."""
     for place, row in enumerate(READERS[path.suffix](path)):
         codes = np.asarray(row["ids"])
         if codes.shape != (facts.length,) or codes.dtype.kind not in "iu":
@@ -80,21 +84,24 @@ def _rows_of_jsonl(path: Path) -> Iterator[dict[str, object]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}, is no JSON: {error}") from error
+                raise DataError(f"{path}: line {number} is not JSON: {error}") from error
             if not isinstance(row, dict) or "ids" not in row:
-                raise DataError(f"{path}, line {number}, has no ids.")
+                raise DataError(f"{path}: line {number} has no ids.")
             yield row
 
 
 def _rows_of_parquet(path: Path) -> Iterator[dict[str, object]]:
     file = pq.ParquetFile(path)
     if "ids" not in file.schema_arrow.names:
-        raise DataError(f"{path} has the columns {', '.join(file.schema_arrow.names)}; wanted is ids.")
+        raise DataError(
+            f"{path} has the columns {', '.join(file.schema_arrow.names)}; expected one named ids."
+        )
     for batch in file.iter_batches(1_024):
         yield from batch.to_pylist()
 
 
 def _rows_of_npy(path: Path) -> Iterator[dict[str, object]]:
+    # Mapped, because a file may be larger than memory. Never as a pickle, which could run code.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     file = path.with_suffix(".txt")
     captions = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""] * len(array)

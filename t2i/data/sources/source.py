@@ -1,4 +1,4 @@
-"""What a source is made of: entries as found, pairs as used, units of work."""
+"""The parts of a source: entries as they are found, pairs as they are used, and units of work."""
 
 import io
 import struct
@@ -21,10 +21,10 @@ from t2i.files import hash_uniform, is_inside
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_IMAGE_PIXELS = 64_000_000
-"""Larger pictures are refused as decompression bombs."""
+"""Larger images are refused as decompression bombs: a few bytes can claim billions of pixels."""
 
 UNREADABLE = (OSError, ValueError)
-"""What reading a broken picture may raise."""
+"""What decoding a broken image may raise."""
 PILLOWS_OWN = (
     SyntaxError,
     EOFError,
@@ -37,70 +37,70 @@ PILLOWS_OWN = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise beside UNREADABLE for some broken files: they have no common error."""
+"""What Pillow's decoders raise, beside UNREADABLE, for some broken files; they have no common base class."""
 
 LISTED_UNIT = 512
-"""Pairs read at a time where all of them are listed."""
+"""Pairs per unit when all pairs are listed."""
 
 
 class LeftOut(ValueError):
-    """A picture that a filter refuses; the text is the reason."""
+    """An image was refused by a filter; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One captioned picture, not yet read."""
+    """One captioned image, not decoded yet."""
 
     key: str
-    """Unique within the source, stable over time."""
+    """Unique within the source and stable over time."""
     caption: str
     split: str
     """train, heldout or combinations."""
     open: Callable[[], Image.Image] = field(compare=False)
-    """Read the picture as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
+    """Decode the image as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
     group: str = ""
-    """Pairs of one group show one picture; empty for a picture of its own."""
+    """Pairs of one group show the same image; empty if the image has one caption."""
     codes: np.ndarray | None = field(default=None, compare=False)
-    """(K,) codes, where the source has these and no picture."""
+    """(K,) precomputed codes; None for an image."""
 
 
 @dataclass(frozen=True)
 class GivenIds:
-    """What a source of ids says of them."""
+    """What ids.json says about a source of precomputed tokens."""
 
     vocab_size: int
     length: int
-    """Ids of each sequence."""
+    """Ids per sequence."""
     made_by: str
-    """What turned pictures into ids: shards and models of one name share their codes."""
+    """Name of what made the ids; shards and models with the same name share their codes."""
 
 
 Unit = Callable[[Counter[str]], Iterable[Pair]]
-"""Reads a fixed run of pairs, which is prepared or done again as a whole; counts what is left out, by reason."""
+"""Reads a fixed run of pairs, which is prepared as a whole, and counts by reason what is left out."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source's pairs in a fixed order, unit by unit, and what the manifest says of them."""
+    """A source's pairs in a fixed order, unit by unit, and what the manifest records about them."""
 
     units: Callable[[int], Sequence[Unit]]
-    """Cut into units of about so many pairs; the same cut at every call and on every rank, without reading pairs."""
+    """Split the source into units of about so many pairs, alike at every call and on every rank; reads no pair."""
     name: str = ""
-    """What --source was."""
+    """The value of --source."""
     split_rule: str = ""
     licence: str = "not stated"
-    """Licence and credit of the pictures."""
+    """Licence of the images and credit for them."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Number of entries left out before the units, by reason."""
+    """Number of entries left out before the units were made, by reason."""
     heldout_share: float = 0.0
-    """What open_source was given; the embedded set and COCO have rules of their own."""
+    """The argument of open_source; the embedded dataset and COCO have their own split rules."""
     config: SourceConfig = field(default_factory=SourceConfig)
     given: GivenIds | None = None
-    """What its pairs have in place of pictures; None for pictures."""
+    """Describes precomputed tokens; None for a source of images."""
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every pair in order, the first of each key, listed at first use; pictures are read when they are opened."""
+        """Every pair in order, the first of each key; listed at first use, with no image decoded."""
         found: dict[str, Pair] = {}
         for unit in self.units(LISTED_UNIT):
             for pair in unit(Counter()):
@@ -110,28 +110,28 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a source found, before any rule is applied."""
+    """One row of a source, before any filter is applied."""
 
     key: str
     caption: object
-    """Text, a list whose first text counts, or None."""
+    """A text, a list of texts of which the first is taken, or None."""
     open: Callable[[], Image.Image]
     facts: Mapping[str, object] = field(default_factory=dict)
-    """The rest of its row: what pair_key and score_key choose from."""
+    """The other columns of the row, which pair_key and score_key choose from."""
     group: str = ""
-    """Entries of one group show one picture and stay in one split; empty for each on its own."""
+    """Entries of one group show the same image and stay in one split; empty if the image has one caption."""
     split: str = ""
-    """The source's own word on the split; empty for a hash."""
+    """The split that the source itself gives; empty to choose by a hash."""
 
 
 ReadEntries = Callable[[Counter[str]], Iterator[Entry]]
-"""Reads a fixed run of entries; counts by reason what is none."""
+"""Reads a fixed run of entries, and counts by reason what is left out."""
 
 
 def sift(
     left_out: Counter[str], *, read: ReadEntries, heldout_share: float, config: SourceConfig
 ) -> Iterator[Pair]:
-    """Turn entries into pairs: captions in one line, splits by hash, filters; what is left out is counted."""
+    """Turn entries into pairs: clean the caption, apply the filters, choose the split; count what is left out."""
     for entry in read(left_out):
         caption = caption_text(entry.caption)
         reason = _reason(caption, entry.facts, config)
@@ -139,6 +139,7 @@ def sift(
             left_out[reason] += 1
             continue
         key = encodable(str(entry.facts[config.pair_key]) if config.pair_key else entry.key)
+        # By a hash of the key, not at random: a pair keeps its split when the source grows or is read by other ranks.
         is_heldout = hash_uniform(entry.group or key) < heldout_share
         has_limits = config.min_side > 0 or config.max_aspect > 0
         yield Pair(
@@ -151,21 +152,21 @@ def sift(
 
 
 def caption_text(value: object) -> str:
-    """Write a caption in one line: of a list the first, of nothing the empty text."""
+    """Return a caption as one line: the first of a list, the empty text for None."""
     first = (value[0] if value else "") if isinstance(value, list | tuple) else value
     return " ".join(encodable(str(first or "")).replace("\x00", "").split())
 
 
 def encodable(text: str) -> str:
-    """Write out what UTF-8 cannot hold: half a pair of JSON's \\u escapes, or bytes of a file name in another code."""
+    """Escape what UTF-8 cannot hold, such as half of a surrogate pair, or a file name in another encoding."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def open_within(read: Callable[[], Image.Image], *, config: SourceConfig) -> Image.Image:
-    """Read a picture and refuse it if a side or the aspect is outside the limits.
+    """Decode an image and check its sides and its aspect ratio.
 
     Raises:
-        LeftOut: it is.
+        LeftOut: one of them is outside the limits.
     """
     image = read()
     short, long = sorted(image.size)
@@ -177,33 +178,34 @@ def open_within(read: Callable[[], Image.Image], *, config: SourceConfig) -> Ima
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
-    """Find a file by the name that a list gives it; None if there is none, or it lies outside the folder."""
+    """Find a file by the name that a list gives it; None if it does not exist or lies outside the folder."""
     try:
         return folder / name if is_inside(name) and (folder / name).is_file() else None
-    except (OSError, ValueError):  # a name that is too long, or none for this file system
+    except (OSError, ValueError):
+        # The file system refuses the name, for example because it is too long.
         return None
 
 
 @contextmanager
 def parquet_errors(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises for a broken file into a sentence.
+    """Turn pyarrow's errors into a DataError.
 
     Raises:
-        DataError: the file is no parquet, or broken.
+        DataError: the file is not parquet, or is broken.
     """
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:  # of which one is for text that is not UTF-8
-        raise DataError(f"{path} is no parquet file, or broken: {error}.") from error
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise DataError(f"{path} is not a parquet file, or is broken: {error}.") from error
 
 
 def read_image_file(path: Path) -> Image.Image:
-    """Read a picture file as RGB."""
+    """Decode an image file as RGB."""
     return read_picture(path.read_bytes())
 
 
 def read_picture(data: bytes) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes to RGB: EXIF rotation applied, transparency on white, first frame.
+    """Decode JPEG, PNG or WebP bytes to RGB, with EXIF rotation applied, on white, the first frame.
 
     Raises:
         ValueError: more than MAX_IMAGE_PIXELS pixels, or broken bytes.
@@ -211,16 +213,19 @@ def read_picture(data: bytes) -> Image.Image:
     """
     try:
         return _decode(data)
-    except UnidentifiedImageError as error:  # whose own text holds an address in memory
+    except UnidentifiedImageError as error:
+        # Pillow's own text holds an address in memory, which would differ from run to run in broken.jsonl.
         raise UnidentifiedImageError("cannot identify JPEG, PNG or WebP") from error
     except PILLOWS_OWN as error:
-        raise ValueError(f"a broken picture ({type(error).__name__}: {error})") from error
+        raise ValueError(f"a broken image ({type(error).__name__}: {error})") from error
 
 
 def _decode(data: bytes) -> Image.Image:
+    # Three formats only: Pillow would also try FITS, PDF or EPS on a file named .jpg.
     image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    # By the header, before any pixel is decoded.
     if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are over the limit of {MAX_IMAGE_PIXELS}")
+        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_IMAGE_PIXELS}")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -230,7 +235,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> str:
-    """Say why an entry is left out; empty if it is not."""
+    """Return the reason that an entry is left out; empty if it is kept."""
     if not caption:
         return "empty caption"
     if len(caption) < config.min_caption:

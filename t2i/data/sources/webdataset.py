@@ -1,6 +1,6 @@
-"""img2dataset's WebDataset tars: KEY.jpg, KEY.txt and KEY.json side by side, read in place and never extracted.
+"""img2dataset's WebDataset tars (KEY.jpg, KEY.txt and KEY.json side by side), read in place and never extracted.
 
-A tar is one unit. Listing reads its headers only; a picture is read from its offset when it is opened.
+A tar is one unit. Listing reads only its headers. An image is read from its offset when it is opened.
 """
 
 import io
@@ -22,19 +22,19 @@ from t2i.files import parse_json
 logger = logging.getLogger(__name__)
 
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 2**27, 2**20
-"""Larger members are left out unread."""
+"""Larger members are left out, unread."""
 BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError)
-"""What tarfile raises for headers that are nonsense."""
+"""What tarfile raises for invalid headers."""
 
 
 class ListedFile(io.FileIO):
-    """A tar that is read in small pieces only: a header may claim a name of gigabytes."""
+    """A tar file that refuses large reads: a header may claim a name of gigabytes, which tarfile would read whole."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read so many bytes.
+        """Read up to `size` bytes.
 
         Raises:
-            tarfile.ReadError: more than any header or text has.
+            tarfile.ReadError: `size` is more than any header or text has.
         """
         if size is None or not 0 <= size <= MAX_TEXT_BYTES:
             raise tarfile.ReadError(f"a header claims {size} bytes")
@@ -42,10 +42,8 @@ class ListedFile(io.FileIO):
 
 
 def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceConfig) -> list[ReadEntries]:
-    """Make a unit of each finished tar; count and name the unfinished ones.
-
-    img2dataset writes NAME_stats.json last: where some tars have one, a tar without is unfinished.
-    """
+    """Make one unit per finished tar; count the unfinished ones and log their names."""
+    # img2dataset writes NAME_stats.json last. If some tars have one, a tar without it is unfinished.
     stats = {path.name for folder in {path.parent for path in paths} for path in folder.glob("*_stats.json")}
     units: list[ReadEntries] = []
     for path in paths:
@@ -58,7 +56,8 @@ def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceCo
 
 
 def read_tar(left_out: Counter[str], *, path: Path, config: SourceConfig) -> Iterator[Entry]:
-    """List the pictures of one tar in its order, with keys FOLDER/TAR/KEY; of a broken tar, what is whole of it."""
+    """List the images of one tar in order, with keys FOLDER/TAR/KEY; of a broken tar, those before the break."""
+    # With the folder's name: two downloads number their tars alike, and would lose pairs as repeated keys.
     prefix = f"{path.parent.absolute().name}/{path.stem}"
     try:
         with ListedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -70,31 +69,32 @@ def read_tar(left_out: Counter[str], *, path: Path, config: SourceConfig) -> Ite
                 else:
                     left_out[entry] += 1
     except BROKEN_TAR as error:
-        logger.warning("%s: %s; what is whole of it is used", path, error)
+        logger.warning("%s: %s; the images before this place are used", path, error)
         left_out["a broken tar, from where it breaks"] += 1
 
 
 def read_member(path: Path, offset: int, size: int) -> Image.Image:
-    """Read the picture that lies at a place in a tar."""
+    """Decode the image at an offset of a tar."""
     with path.open("rb") as file:
         file.seek(offset)
         return read_picture(file.read(size))
 
 
 def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Go through the regular files; links, devices and sparse files are passed over, and no header is kept."""
+    """Iterate over the regular files, without links, devices and sparse files."""
     end = -1
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # or a million headers would stay in memory
+        tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header, which a million would make large
         if member.offset <= end or member.size < 0:
-            raise tarfile.ReadError("its members go backwards")  # and would be listed for ever
+            # A forged size can lead tarfile back to an earlier header, so that listing would never end.
+            raise tarfile.ReadError("its members go backwards")
         end = member.offset
         if member.isreg() and not member.issparse():
             yield member
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Cut a member's name at its base name's first dot, as WebDataset does: ("a/b", "seg.png")."""
+    """Split a member's name at the first dot of its base name, as WebDataset does: ("a/b", "seg.png")."""
     name = PurePosixPath(member.name)
     stem, _, suffix = name.name.partition(".")
     return (name.parent / stem).as_posix(), suffix.lower()
@@ -103,10 +103,10 @@ def _split(member: tarfile.TarInfo) -> tuple[str, str]:
 def _entry(
     tar: tarfile.TarFile, path: Path, key: str, parts: dict[str, tarfile.TarInfo], config: SourceConfig
 ) -> Entry | str:
-    """Build the entry of one key's members, or say why there is none."""
+    """Build the entry of one key's members, or return the reason that there is none."""
     picture = next((parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts), None)
     if picture is None:
-        return "no picture beside the caption in a tar"
+        return "no image beside the caption in a tar"
     if picture.size > MAX_PICTURE_BYTES:
         return f"a file over {MAX_PICTURE_BYTES} bytes in a tar"
     caption_key = config.caption_key or ("txt" if "txt" in parts else "caption")
