@@ -1,4 +1,4 @@
-"""What a plan knows of shards and model where they are there, and assumes where they are not."""
+"""The shards and the model of a plan: read from disk if they exist, else assumed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,33 +14,33 @@ from t2i.tokens.vocab import VocabLayout
 from t2i.verbs import command_line
 
 CHARACTERS_A_TOKEN = 4.5
-"""Of English captions under a BPE of 50,000; a guess."""
+"""Characters per token of English captions, under a BPE of 50,000 tokens; a guess."""
 
 KEY_BYTES, MDS_BYTES_A_PAIR = 12, 24
-"""A key, which is a guess, and the columns' sizes with the pair's place, which a test measures."""
+"""Bytes of a key, which is a guess, and of a pair's overhead in MDS, which a test measures."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a plan needs to know of the shards."""
+    """The facts about shards that a plan needs."""
 
     text_tokens: int
-    """Ids of the text tokenizer."""
+    """Number of ids of the text tokenizer."""
     codebook_size: int
-    """0 for shards of text alone."""
+    """0 for text shards."""
     codes_per_image: int
     num_pairs: int
-    """To train on."""
+    """Pairs in the training split."""
     shard_bytes: float
     are_made: bool
-    """Read from the shards themselves, or assumed."""
+    """Whether the numbers are read from shards that exist, or assumed."""
 
 
 def known_data(folder: Path, *, plan: PlanConfig) -> Data:
-    """Read what the shards in `folder` say, or take the plan's own numbers where they are not made yet.
+    """Read the facts of the shards in `folder`, or take the plan's assumptions if they are not made yet.
 
     Raises:
-        UserError: they are the embedded shards, whose numbers are not the plan's.
+        UserError: the embedded shards are not made yet; the plan's assumptions do not fit them.
     """
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
@@ -70,7 +70,7 @@ def known_data(folder: Path, *, plan: PlanConfig) -> Data:
 
 
 def pair_bytes(plan: PlanConfig) -> float:
-    """Estimate a pair's bytes in a shard: codes and caption ids of two or four bytes each, and the caption."""
+    """Estimate the bytes per pair in a shard: its codes, its caption and the caption's ids."""
     caption = plan.caption_tokens * (CHARACTERS_A_TOKEN + _id_bytes(plan.text_vocab_size))
     return plan.codes_per_image * _id_bytes(plan.codebook_size) + caption + KEY_BYTES + MDS_BYTES_A_PAIR
 
@@ -80,14 +80,17 @@ def _id_bytes(num_values: int) -> int:
 
 
 def is_there(init: str) -> bool:
-    """Tell whether model.init is on this disk."""
+    """Tell whether model.init exists on this disk."""
     return init != "random" and Path(init).exists()
 
 
 def model_config(
     config: ModelConfig, *, data: Data, seq_len: int, image_rows_only: bool = False
 ) -> PretrainedConfig:
-    """Describe the model that will learn, image rows included: model.init's if it is here, else of the given size."""
+    """Return the config of the model to be trained, image vocabulary included.
+
+    It is model.init's if that exists here, else one of the given size.
+    """
     model: PretrainedConfig
     if is_there(config.init):
         folder, _ = find(config.init)
@@ -96,6 +99,7 @@ def model_config(
         model = random_model_config(config, num_text_tokens=data.text_tokens, seq_len=seq_len)
     if data.codebook_size:
         rows = num_text_rows(model)
+        # The tokenizer's own number of ids is not known here, and only the total matters to a plan.
         model.vocab_layout = VocabLayout(rows, rows, codebook_size=data.codebook_size).to_dict()
         model.vocab_size = VocabLayout(**model.vocab_layout).vocab_size
         model.codes_per_image, model.image_rows_only = data.codes_per_image, image_rows_only
@@ -103,6 +107,6 @@ def model_config(
 
 
 def num_text_rows(model: PretrainedConfig) -> int:
-    """Count the rows of text, which are all of a model that has not met pictures."""
+    """Count the text embeddings, which are all embeddings of a plain language model."""
     layout: dict[str, int] = getattr(model, "vocab_layout", None) or {}
     return layout.get("num_text_rows", model.vocab_size)

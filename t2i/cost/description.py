@@ -1,24 +1,25 @@
-"""A plan in words: what it will be, and what of that is an estimate."""
+"""A plan as text, which says what is counted and what is estimated."""
 
 from t2i.cost.assumptions import is_there
 from t2i.cost.plan import SHARE_LEFT_FREE, Plan
 
 
 def describe(plan: Plan) -> list[str]:
-    """Write a plan out, a line each; what is estimated says so."""
+    """Return the lines of a plan; estimates are marked as such."""
     return [*_counted(plan), "", *_memory_lines(plan), "", *_time_lines(plan), "", *_disk_lines(plan)]
 
 
 def _counted(plan: Plan) -> list[str]:
     counts, data, steps = plan.counts, plan.data, plan.max_steps
     is_sized = plan.init != "random" and not is_there(plan.init)
-    sized = f" (of model.hidden_size and so on: {plan.init} is not here)" if is_sized else ""
+    sized = f" (size by model.hidden_size and so on: {plan.init} is not here)" if is_sized else ""
     assumed = "" if data.are_made else f" (assumed: {plan.shards} is not made yet)"
     per_rank = plan.global_batch // plan.asked.num_gpus
     return [
-        f"model    {counts.total:,} parameters, {counts.learned:,} learned; {plan.model.vocab_size:,} rows{sized}",
+        f"model    {counts.total:,} parameters, {counts.learned:,} trainable; vocabulary"
+        f" {plan.model.vocab_size:,}{sized}",
         f"step     {plan.global_batch} sequences of {plan.seq_len} = {plan.tokens_a_step:,} tokens;"
-        f" {per_rank} a {plan.device.unit}, as {plan.accumulation} x {plan.micro_batch}",
+        f" {per_rank} per {plan.device.unit}, as {plan.accumulation} x {plan.micro_batch}",
         f"run      {steps:,} steps = {steps * plan.tokens_a_step:,} tokens,"
         f" {steps * plan.global_batch / data.num_pairs:.2f} times {data.num_pairs:,} pairs{assumed}",
     ]
@@ -34,14 +35,14 @@ def _memory_lines(plan: Plan) -> list[str]:
         "gradients": f"gradients, 1/{plan.asked.num_gpus}",
         "optimizer": f"fp32 weights and Adam, 1/{plan.asked.num_gpus}",
         "buckets": "buckets for reduction",
-        "logits": "logits of a chunk, head's gradient",
+        "logits": "a chunk's logits, LM head's gradient",
         "activations": f"activations of {plan.micro_batch} sequences",
     }
     rows = [(label, getattr(plain, name), getattr(checkpointed, name)) for name, label in names.items()]
     return [
-        f"{f'memory a {plan.device.unit}, estimated (GiB)':36}{'plain':>10}{'gradient checkpointing':>24}",
+        f"{f'memory per {plan.device.unit}, estimated (GiB)':36}{'plain':>10}{'gradient checkpointing':>24}",
         *(f"  {label:34}{_gib(one):>10}{_gib(two):>24}" for label, one, two in rows),
-        f"  {'together':34}{_gib(plain.total):>10}{_gib(checkpointed.total):>24}",
+        f"  {'total':34}{_gib(plain.total):>10}{_gib(checkpointed.total):>24}",
         f"  {'largest micro-batch':34}{plan.largest_micro_batch[False]:>10}{plan.largest_micro_batch[True]:>24}",
         f"  {_gib(chosen.total)} of {_gib(plan.device.memory_bytes)} GiB with {verdict}",
     ]
@@ -51,23 +52,23 @@ def _time_lines(plan: Plan) -> list[str]:
     device, asked, hours = plan.device, plan.asked, plan.hours
     each, in_all = plan.tokens_per_second / asked.num_gpus, plan.tokens_per_second
     cost = (
-        f"; {hours * asked.num_gpus * asked.price:,.0f} dollars at {asked.price:g} an hour"
+        f"; {hours * asked.num_gpus * asked.price:,.0f} dollars at {asked.price:g} per {device.unit}-hour"
         if asked.price
         else ""
     )
     return [
-        f"time, estimated for {asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s a {device.unit}"
+        f"time, estimated for {asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s per {device.unit}"
         f" ({device.source})",
-        f"  {plan.flops_a_token / 1e9:.3g} GFLOP a token; {each:,.0f} tokens/s a {device.unit}, {in_all:,.0f} in all,"
-        f" padding included; {plan.step_seconds:.3g} s a step",
-        f"  {hours:,.1f} hours = {hours / 24:,.2f} days; {hours * asked.num_gpus:,.1f} {device.unit} hours{cost}",
-        "  not counted: start-up, waiting for data, held-out losses, sample grids, checkpoints, steps done again",
+        f"  {plan.flops_a_token / 1e9:.3g} GFLOP per token; {each:,.0f} tokens/s per {device.unit},"
+        f" {in_all:,.0f} in total, padding included; {plan.step_seconds:.3g} s per step",
+        f"  {hours:,.1f} hours = {hours / 24:,.2f} days; {hours * asked.num_gpus:,.1f} {device.unit}-hours{cost}",
+        "  not counted: start-up, waiting for data, held-out losses, sample grids, checkpoints, repeated steps",
     ]
 
 
 def _disk_lines(plan: Plan) -> list[str]:
     kept = plan.keep_last + 1
-    origin = "as they are" if plan.data.are_made else "estimated"
+    origin = "measured" if plan.data.are_made else "estimated"
     size = plan.checkpoint_bytes / 1e9
     return [
         f"disk     shards {plan.data.shard_bytes / 1e9:.3g} GB, {origin};"

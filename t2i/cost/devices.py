@@ -1,4 +1,4 @@
-"""What GPUs can do on paper, and what this machine's processors can do by a short measurement."""
+"""Peak speed of devices: of GPUs by their data sheets, of this machine's CPU by a short measurement."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from t2i.errors import UserError
 logger = logging.getLogger(__name__)
 
 PRODUCT_SIZE = 256
-"""Side of the matrices whose product tells how slow bf16 is."""
+"""Side of the matrices whose product is timed to find out how slow bf16 is."""
 
 MEASURED_SIZE = 1024
-"""Side of the matrices whose product tells a CPU's speed."""
+"""Side of the matrices whose product is timed to measure a CPU's speed."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Device:
 
     name: str
     peak_flops: float
-    """Products and sums a second in the precision of training, without sparsity."""
+    """Floating-point operations per second in the precision of training, without sparsity."""
     memory_bytes: float
     source: str
-    """Where the two numbers are from."""
+    """Source of the two numbers."""
     unit: str = "GPU"
-    """What there is one or many of."""
+    """What one such device is called."""
     reported: str = ""
-    """Pattern of the name that CUDA gives it."""
+    """Regular expression of its name in CUDA."""
 
 
 def _gpu(name: str, teraflops: float, gibibytes: float, source: str, reported: str) -> Device:
@@ -67,39 +67,42 @@ def find_device(name: Gpu, *, num_processes: int, is_half: bool) -> Device:
     if name == "cpu":
         return measure_cpu(num_processes=num_processes, is_half=is_half)
     if not is_half:
-        raise UserError(f"the peak of {name} is known for bf16 only; give a --ds_config that enables it.")
+        raise UserError(
+            f"the peak speed of {name} is known only for bf16; give a --ds_config that enables it."
+        )
     return GPUS[name]
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Look up what a device of CUDA's name does in bf16; None for one that is not in the list, or another build."""
+    """Look up the bf16 peak of a device by its CUDA name; None if it is not listed."""
     found = [gpu for gpu in GPUS.values() if re.fullmatch(rf"(NVIDIA )?(GeForce )?{gpu.reported}", name)]
     return found[0].peak_flops if found else None
 
 
 def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
-    """Time one matrix product on all cores, and share it and the memory out among the processes."""
+    """Time one matrix product on all cores, and divide the speed and the memory among the processes."""
     dtype = torch.bfloat16 if is_half else torch.float32
     flops = 2 * MEASURED_SIZE**3 / product_seconds(dtype, size=MEASURED_SIZE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     source = (
-        f"a product of {MEASURED_SIZE} x {MEASURED_SIZE} in {dtype} timed here, on {os.cpu_count()} cores"
+        f"a {MEASURED_SIZE} x {MEASURED_SIZE} matrix product in {dtype}, timed here on {os.cpu_count()} cores"
     )
     return Device("cpu", flops / num_processes, memory / num_processes, source, unit="process")
 
 
 def warn_of_slow_bf16(model: nn.Module, ds_config: dict[str, Any], *, tokens: int) -> None:
-    """Warn once where bf16 is asked of a CPU that is slow at it, with the time a step will take."""
+    """Warn on the first rank if this CPU is slow at bf16, and estimate the time per step."""
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return
     seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
         return
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    # A step does three matrix products per parameter and token: one forward, two backward.
     step_seconds = 3 * num_parameters * tokens / PRODUCT_SIZE**3 * seconds[torch.bfloat16]
     ratio = seconds[torch.bfloat16] / seconds[torch.float32]
     logger.warning(
-        "bf16 is %.0f times slower than fp32 on this CPU: expect about %.0f s a step. For speed use"
+        "bf16 is %.0f times slower than fp32 on this CPU: expect about %.0f s per step. For speed use"
         " --ds_config ds_configs/zero2_fp32.json.",
         ratio,
         step_seconds,
@@ -114,4 +117,5 @@ def product_seconds(dtype: torch.dtype, *, size: int = PRODUCT_SIZE) -> float:
         started = time.perf_counter()
         matrix @ matrix
         times.append(time.perf_counter() - started)
+    # The best, because other work on the machine can only make it slower.
     return min(times)

@@ -1,4 +1,4 @@
-"""What a model needs on a device: exact counts, bytes estimated for open_lm's shape."""
+"""What a model needs on a device: exact parameter counts, and bytes estimated for open_lm's architecture."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,58 +13,60 @@ from t2i.model.resize import split_rows
 from t2i.model.trainable import add_lora, set_trainable
 
 DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size where the JSON has none."""
+"""DeepSpeed's default of reduce_bucket_size, in elements."""
 
 LOGIT_BYTES = {4: 4, 2: 6}
-"""What one logit of a chunk costs, by the bytes of a weight: fp32, and a copy in the weights' precision."""
+"""Bytes per logit of a chunk, by the bytes per weight: fp32, plus a copy in lower precision if there is one."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers in a model."""
+    """Parameter counts of a model."""
 
     total: int
     learned: int
     in_products: int
-    """In the matrices that every token is multiplied by: all but the norms and an untied embedding."""
+    """Parameters of the matrices that every token is multiplied by: all but norms and an untied embedding."""
     learned_in_products: int
     learned_in_head: int
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on one device at the busiest moment, when the backward pass leaves the head."""
+    """Estimated bytes on one device at the peak, which is when the backward pass leaves the LM head."""
 
     weights: float
     gradients: float
-    """This rank's shard, in the precision that they are summed in."""
+    """This rank's shard of the gradients, in the precision of their sum."""
     optimizer: float
-    """This rank's shard of fp32 weights and Adam's two averages."""
+    """This rank's shard of the fp32 weights and Adam's two moments."""
     buckets: float
     logits: float
-    """One chunk's logits, the head's gradient, which is summed in fp32, and four times the chunk's rows."""
+    """One chunk's logits, the LM head's gradient in fp32, and four copies of the chunk's hidden states."""
     activations: float
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Sum of all parts."""
         return sum(vars(self).values())
 
 
 def weight_bytes(ds_config: dict[str, Any]) -> int:
-    """Tell the bytes of one weight."""
+    """Return the bytes per weight."""
     return 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
 
 
 def count_parameters(
     config: PretrainedConfig, *, recipe: Trainable = "all", lora_rank: int = 0, num_kept: int = 0
 ) -> Counts:
-    """Count a model's numbers without making any of them.
+    """Count a model's parameters without allocating them.
 
     Args:
         recipe: the trainable parameters, as in model.trainable.
-        lora_rank: rank of adapters, of which num_kept tells the rows that stay as they are; 0 for none.
+        lora_rank: rank of LoRA adapters; 0 for none.
+        num_kept: with adapters, the number of embeddings that stay frozen.
     """
+    # The run's own code on torch's meta device, so that no formula here can differ from the model.
     with torch.device("meta"):
         model = made_of(config)
         if lora_rank:
@@ -76,7 +78,7 @@ def count_parameters(
 
 
 def counts_of(model: PreTrainedModel) -> Counts:
-    """Count a model's numbers as they are."""
+    """Count the parameters of a model."""
     config = model.config
     embedding = set() if config.tie_word_embeddings else set(model.get_input_embeddings().parameters())
     values = list(model.parameters())
@@ -101,10 +103,11 @@ def estimate_memory(
     num_tokens: int,
     is_checkpointed: bool,
 ) -> Memory:
-    """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens."""
+    """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens tokens."""
     element = weight_bytes(ds_config)
     summed_in = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32" if element == 4 else "bf16")
     zero = ds_config["zero_optimization"]
+    # While one bucket is reduced, the next one is filled.
     num_buckets = 2 if zero.get("overlap_comm") else 1
     rows = model.vocab_size
     return Memory(
@@ -123,22 +126,22 @@ def estimate_memory(
 def activation_bytes(
     model: PretrainedConfig, *, num_tokens: int, element_bytes: int, is_checkpointed: bool
 ) -> float:
-    """Estimate what the backward pass needs of the forward pass, attention's squares never being stored.
+    """Estimate the bytes that the forward pass keeps for the backward pass; attention scores are never stored.
 
-    A layer keeps, a token, in widths D: what both norms take and give (4), queries, keys and values (3, and 2 more
-    where queries and keys are rotated or normalised) and attention's result (1); and in widths of the feed-forward
-    its gate, value, gate's activation and product (4). Checkpointing keeps what a layer takes (1) and one layer whole.
+    Per token a layer keeps, in units of the width D: inputs and outputs of both norms (4), queries, keys and values
+    (3, plus 2 if queries and keys are rotated or normalised), and the attention's output (1). In units of the
+    feed-forward's width it keeps gate, value, activation and product (4). Gradient checkpointing keeps each layer's
+    input (1) and one whole layer.
     """
     width, inner = model.hidden_size, model.intermediate_size
-    positions = getattr(model, "positional_embedding_type", "rotary")  # that of most other classes
+    # Rotary is what most other model classes have, which do not say so.
+    positions = getattr(model, "positional_embedding_type", "rotary")
     is_turned = positions == "rotary" or getattr(model, "qk_norm", False)
-    statistics = 4 * (
-        4 + model.num_attention_heads
-    )  # fp32: two norms' mean and deviation, attention's normaliser
+    # In fp32: mean and deviation of two norms, and attention's normaliser of each head.
+    statistics = 4 * (4 + model.num_attention_heads)
     layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner) + statistics
-    outside = (
-        element_bytes * 2 * width + 24
-    )  # the last norm, the rows that the loss counts, their places and labels
+    # Outside the layers: the last norm, and the hidden states, places and labels that the loss counts.
+    outside = element_bytes * 2 * width + 24
     kept = layer if not is_checkpointed else element_bytes * width
     whole = layer if is_checkpointed else 0
     return num_tokens * (model.num_hidden_layers * kept + whole + outside)
@@ -147,25 +150,28 @@ def activation_bytes(
 def flops_a_token(
     model: PretrainedConfig, *, counts: Counts, seq_len: int, replay_ratio: float = 0.0
 ) -> float:
-    """Count products and sums of a token's forward and backward pass.
+    """Count the floating-point operations of a token's forward and backward pass.
 
-    Two a number in the forward pass, two more for the gradient of what came in and two for its own if it learns; and
-    12 L D S for attention, its square counted whole, as is usual for MFU (Source: PaLM, appendix B). With
-    image_rows_only, an image token is multiplied by the image rows of the head alone.
+    Per parameter: two in the forward pass, two for the gradient of the input, and two for its own gradient if it is
+    trainable. Attention adds 12 L D S, without regard to causality, as is usual for MFU. With image_rows_only, an image
+    token is multiplied only by the image part of the LM head.
 
     Args:
-        replay_ratio: share of sequences without a picture.
+        replay_ratio: share of text-only sequences.
+
+    Source: PaLM, appendix B.
     """
     attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
         other_rows = model.vocab_size - model.vocab_layout["codebook_size"]
         left_out = (1 - replay_ratio) * model.codes_per_image / seq_len * other_rows * model.hidden_size
-    learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size  # not with adapters
+    # With adapters the LM head is frozen, and has no gradient of its own to leave out.
+    learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
 
 
 def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:
-    """Estimate a checkpoint: the weights for others and for DeepSpeed, fp32 weights and Adam's averages."""
+    """Estimate the bytes of a checkpoint: weights twice (export and DeepSpeed's), fp32 weights, Adam's moments."""
     return 2 * element_bytes * counts.total + 12 * counts.learned

@@ -1,7 +1,7 @@
-"""What a run will need, before anything is spent: parameters, memory, time, disk.
+"""Plan a run before anything is spent: parameters, memory, time and disk.
 
-Parameters and batches are counted with the run's own code. Memory and disk are a model, which tests hold against
-DeepSpeed's and against real tensors; time is arithmetic on a utilisation that somebody states.
+Parameters and batches are counted with the run's own code. Memory and disk are estimates, which tests compare with
+DeepSpeed's estimator and with real tensors. Time follows from a utilisation (MFU) that the caller assumes.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ from t2i.data.batching import accumulation, global_batch
 from t2i.errors import UserError
 
 SHARE_LEFT_FREE = 0.08
-"""Of a device's memory: CUDA's context, NCCL's buffers, fragments. A guess."""
+"""Share of a device's memory for CUDA's context, NCCL's buffers and fragmentation; a guess."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be and need."""
+    """What a run consists of and needs."""
 
     init: str
     """model.init."""
@@ -42,7 +42,7 @@ class Plan:
     max_steps: int
     keep_last: int
     is_checkpointed: bool
-    """By gradient checkpointing, as the run is set."""
+    """Whether the run uses gradient checkpointing."""
     asked: PlanConfig
     device: Device
     data: Data
@@ -52,7 +52,7 @@ class Plan:
     accumulation: int
     micro_batch: int
     memory: dict[bool, Memory]
-    """Without and with gradient checkpointing, at this micro-batch."""
+    """Memory without (False) and with (True) gradient checkpointing, at this micro-batch."""
     largest_micro_batch: dict[bool, int]
     flops_a_token: float
     tokens_per_second: float
@@ -60,17 +60,17 @@ class Plan:
 
     @property
     def tokens_a_step(self) -> int:
-        """Padding included."""
+        """Tokens per optimizer step, including padding."""
         return self.global_batch * self.seq_len
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimizer step."""
+        """Seconds per optimizer step."""
         return self.tokens_a_step / self.tokens_per_second
 
     @property
     def hours(self) -> float:
-        """Of the steps alone."""
+        """Hours of the optimizer steps alone."""
         return self.max_steps * self.step_seconds / 3600
 
 
@@ -132,10 +132,10 @@ def make_plan(
 
 
 def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: Device) -> int:
-    """Count the sequences whose activations fit beside the rest; 0 if not even one does.
+    """Count the sequences per micro-batch that fit in memory; 0 if not even one does.
 
     Args:
-        memory: of num_tokens, in which it is linear.
+        memory: returns the memory for num_tokens; linear in it.
     """
     fixed = memory(num_tokens=0).total
     room = device.memory_bytes * (1 - SHARE_LEFT_FREE) - fixed

@@ -1,1 +1,1 @@
-"""The image tokenizer's own training, and what its reconstructions are worth."""
+"""Training of an image tokenizer, and measures of its reconstructions."""

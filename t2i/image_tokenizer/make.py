@@ -1,4 +1,4 @@
-"""Make an image tokenizer from a source of pictures: train, measure on held-out pictures, write its card."""
+"""Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,26 +21,29 @@ FEATURES = "efficientnet_lite0"
 
 
 def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
-    """Train on the training split of a source; weights are stored in fp16.
+    """Train an image tokenizer on the training split of a source and store it in fp16 at `out`.
 
     Args:
-        command: what made it, for the card.
+        command: the command that made it, for the card.
 
     Raises:
-        UserError: `out` holds a finished tokenizer, or the state of another training.
+        UserError: `out` holds a finished tokenizer, or the state of a training with other settings.
     """
     if (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a tokenizer already; choose another.")
+        raise UserError(f"--out {out} already holds a tokenizer; choose another.")
     pictures = read_pictures(source, split="train", image_size=config.image_size)
     model = train_image_tokenizer(pictures, config=config, out=out)
+    # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
+    # Measured from the folder, so that the card describes the weights as they are stored.
     measures = measure_folder(
         part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"
     )
     (part / "README.md").write_text(
         _card(source, measures, config, num_trained=len(pictures), command=command)
     )
+    # Files, not the folder: `out` holds the training's state, which is removed last.
     for path in part.iterdir():
         path.replace(out / path.name)
     part.rmdir()
@@ -57,18 +60,19 @@ def measure_folder(
     split: str = "heldout",
     num_pictures: int | None = None,
 ) -> Reconstruction:
-    """Measure a tokenizer folder on a source's pictures; save originals above reconstructions.
+    """Measure a tokenizer folder on a source's images, and save a grid of originals above reconstructions.
 
     Args:
-        split: the source's name of one, or "all".
-        num_pictures: measure so many, chosen by the hash of their key; None for all.
+        split: a split of the source, or "all".
+        num_pictures: the number to measure, chosen by a hash of their keys; None for all.
 
     Raises:
-        UserError: the folder is no tokenizer, or its codes do not fill pictures of image_size.
-        DataError: none of the split's pictures could be read.
+        UserError: the folder is not a tokenizer, or image_size is no multiple of its stride.
+        DataError: no image of the split could be decoded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = ImageTokenizer.load(folder, device=device)
+    # Called for its check, before minutes of reading.
     tokenizer.num_codes(image_size)
     pictures = read_pictures(source, split=split, image_size=image_size, num_pictures=num_pictures)
     extractor = load_features(FEATURES, device=device)
@@ -86,22 +90,23 @@ def measure_folder(
 def read_pictures(
     source: Source, *, split: str, image_size: int, num_pictures: int | None = None
 ) -> np.ndarray:
-    """Read a split's pictures, or "all", cropped and resized: uint8 (N, H, W, 3); broken ones are left out.
+    """Decode the images of a split, or of "all", cropped and resized: uint8 (N, H, W, 3), without broken ones.
 
     Raises:
-        DataError: none could be read.
+        DataError: none could be decoded.
     """
     pairs = [pair for pair in source.pairs if split in ("all", pair.split)]
     if num_pictures is not None:
+        # By a hash: the same images each time, and not those that a sorted source begins with.
         pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_pictures]
     pictures = []
-    for pair in tqdm(pairs, unit="picture", desc=f"read {split}"):
+    for pair in tqdm(pairs, unit="image", desc=f"read {split}"):
         try:
             pictures.append(np.asarray(centre_crop_resize(pair.open(), size=image_size)))
         except UNREADABLE:
             continue
     if not pictures:
-        raise DataError(f"{source.name} has no {split} picture that can be read.")
+        raise DataError(f"{source.name} has no {split} image that can be decoded.")
     return np.stack(pictures)
 
 
@@ -111,10 +116,10 @@ def _card(
     settings = "\n".join(f"- {key}: {value}" for key, value in asdict(config).items())
     return f"""# Image tokenizer
 
-diffusers `VQModel(norm_type="spatial")`, trained by `{command}` on {num_trained} training pictures of
-`{source.name}` (licence of the pictures: {source.licence}; split: {source.split_rule}).
+diffusers `VQModel(norm_type="spatial")`, trained by `{command}` on {num_trained} training images of
+`{source.name}` (licence of the images: {source.licence}; split: {source.split_rule}).
 
-Measured on {measures.num_pictures} held-out pictures (weights stored in fp16, computed in fp32):
+Measured on {measures.num_pictures} held-out images (weights stored in fp16, computed in fp32):
 
 | PSNR | SSIM | codes in use | {metric_key(FEATURES)} |
 | --- | --- | --- | --- |

@@ -1,4 +1,4 @@
-"""How good an image tokenizer is: what pictures look like after a round trip, and how many codes do the work."""
+"""Quality of an image tokenizer: its reconstructions, and how much of its codebook it uses."""
 
 from dataclasses import dataclass
 
@@ -16,29 +16,33 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Means over pictures of a round trip."""
+    """Measures of a tokenizer's reconstructions, averaged over images."""
 
     num_pictures: int
     psnr: float
-    """Decibels, on uint8 pictures."""
+    """Peak signal-to-noise ratio in decibels, on uint8 images."""
     ssim: float
-    """Structural similarity of grey values, 11x11 Gaussian window (Wang et al. 2004)."""
+    """Structural similarity of grey values, with an 11 x 11 Gaussian window.
+
+    Source: Wang et al. 2004, Image quality assessment.
+    """
     codes_in_use: float
-    """Share of the codebook that occurs at least once."""
+    """Share of the codebook that is used at least once."""
     distance: float
-    """Frechet distance of reconstructions to the pictures, on the extractor's features."""
+    """Frechet distance between reconstructions and images, on the extractor's features."""
 
 
 def evaluate_tokenizer(
     tokenizer: ImageTokenizer, pictures: np.ndarray, *, extractor: FeatureExtractor, batch_size: int = 32
 ) -> tuple[Reconstruction, np.ndarray]:
-    """Send uint8 pictures (N, H, W, 3) through the tokenizer and back; return the measures and the pictures."""
+    """Encode and decode uint8 images (N, H, W, 3); return the measures and the reconstructions."""
     codes, back, psnr, ssim = [], [], [], []
     for start in range(0, len(pictures), batch_size):
         batch = torch.from_numpy(pictures[start : start + batch_size])
         codes.append(tokenizer.encode(pixels_of(batch)))
         decoded = pictures_of(tokenizer.decode(codes[-1])).cpu()
-        error = (decoded.float() - batch.float()).square().flatten(1).mean(1).clamp(min=1e-4)
+        # Clamped, because an image that comes back unchanged would have an infinite ratio.
+        error = (decoded.float() - batch.float()).square().flatten(1).mean(1).clamp(min=1e-4)  # (B,)
         psnr.append(10 * (255**2 / error).log10())
         ssim.append(structural_similarity(decoded, batch))
         back.append(decoded.numpy())
@@ -57,7 +61,8 @@ def evaluate_tokenizer(
 
 
 def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Compare uint8 pictures (B, H, W, 3) by their grey values: (B,), 1 for equal ones."""
+    """Compare uint8 images (B, H, W, 3) by their grey values: (B,), where 1 means equal."""
+    # Luma weights of ITU-R BT.601.
     weights = torch.tensor([0.299, 0.587, 0.114])
     x, y = ((picture.float() @ weights)[:, None] for picture in (first, second))  # (B, 1, H, W)
     offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
@@ -67,6 +72,7 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
     var_x = F.conv2d(x * x, window) - mean_x**2
     var_y = F.conv2d(y * y, window) - mean_y**2
     cov = F.conv2d(x * y, window) - mean_x * mean_y
+    # The paper's constants, which keep the ratio finite where an image is flat.
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     ratio = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     return (ratio / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).flatten(1).mean(1)

@@ -1,7 +1,7 @@
-"""Train a small MoVQ image tokenizer on one's own pictures: diffusers' VQModel with spatial norms.
+"""Train a small MoVQ image tokenizer on your own images: diffusers' VQModel with spatial norms.
 
-An autoencoder first learns without a codebook; k-means on its latents then makes the first codebook; from
-there on codes follow their latents by exponential averages, and codes nobody uses move to where latents are.
+The autoencoder is first trained without a codebook. K-means on its latents then makes the first codebook. From there
+on, codes are exponential averages of their latents, and unused codes are moved onto latents.
 """
 
 import logging
@@ -29,7 +29,7 @@ KMEANS_ITERATIONS = 20
 
 
 def build_model(config: TokenizerConfig) -> VQModel:
-    """Make a random VQModel of MoVQGAN's family, attention at the coarsest resolution only."""
+    """Make a randomly initialised VQModel of MoVQGAN's family, with attention at the coarsest resolution only."""
     levels = len(config.channels)
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
@@ -47,16 +47,20 @@ def build_model(config: TokenizerConfig) -> VQModel:
 
 
 class Codebook:
-    """Codes as exponential averages of the latents that chose them."""
+    """Codes as exponential averages of the latents that chose them.
+
+    Source: van den Oord et al. 2017, Neural discrete representation learning, appendix A.1.
+    """
 
     def __init__(self, weight: Tensor, *, decay: float, counts: Tensor | None = None) -> None:
-        self.weight = weight  # (N, C), updated in place: it is the model's own parameter
+        # Updated in place, because it is the model's own parameter.
+        self.weight = weight  # (N, C)
         self.decay = decay
         self.counts = torch.ones(len(weight)) if counts is None else counts
         self.sums = weight.detach() * self.counts[:, None]
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Choose the nearest code for latents (M, C): codes (M,)."""
+        """Return the nearest codes (M,) of latents (M, C)."""
         return torch.cdist(latents, self.weight).argmin(1)
 
     @torch.no_grad()
@@ -66,29 +70,32 @@ class Codebook:
         zeros = torch.zeros_like(self.counts)
         self.counts.lerp_(zeros.index_add(0, codes, ones), 1 - self.decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add(0, codes, latents), 1 - self.decay)
+        # A code that no latent chose stays where it is: its sum and its count have both faded to nothing.
         used = self.counts > 1e-4
         self.weight[used] = self.sums[used] / self.counts[used, None]
 
     @torch.no_grad()
     def revive(self, latents: Tensor, *, generator: torch.Generator) -> int:
-        """Put codes with less than 3% of the even share onto random latents; return how many."""
+        """Move codes with less than 3% of the mean count onto random latents; return how many."""
         even_share = float(self.counts.mean())
         dead = (self.counts < 0.03 * even_share).nonzero().flatten()
         picks = torch.randint(len(latents), (len(dead),), generator=generator)
         self.weight[dead] = latents[picks]
+        # With the mean count, or the next average would move the code far, or count it as unused again.
         self.counts[dead] = even_share
         self.sums[dead] = latents[picks] * even_share
         return len(dead)
 
 
 def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> Tensor:
-    """Cluster points (M, C) into num_centres centres (N, C) by Lloyd's iterations from random points.
+    """Cluster points (M, C) into centres (N, C) by Lloyd's iterations, starting from random points.
 
-    An empty cluster is moved onto the point that is farthest from its centre.
+    Raises:
+        DataError: there are fewer points than centres.
     """
     if len(points) < num_centres:
         raise DataError(
-            f"{len(points)} latents cannot make {num_centres} codes: use more pictures or fewer codes."
+            f"{len(points)} latents are too few for {num_centres} codes: use more images or fewer codes."
         )
     centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
     for _ in range(KMEANS_ITERATIONS):
@@ -97,6 +104,8 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
         sums = torch.zeros_like(centres).index_add(0, nearest, points)
         empty = counts == 0
         centres = sums / counts.clamp(min=1)[:, None]
+        # An empty cluster is moved onto a point that its centre serves worst, or its code would never be
+        # used.
         centres[empty] = points[distances.topk(int(empty.sum())).indices]
     return centres
 
@@ -104,20 +113,21 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
 def reconstruction_loss(
     output: Tensor, pixels: Tensor, *, edge_weight: float, colour_weight: float
 ) -> Tensor:
-    """Compare pictures (B, 3, H, W): absolute error, its gradients at two sizes, squared error at two sizes."""
+    """Compare images (B, 3, H, W) by absolute error, its gradients at two sizes, and squared error at two sizes."""
     difference = output - pixels
     edges = _gradients(difference) + _gradients(F.avg_pool2d(difference, 2))
+    # Without squared terms rare colours, such as purple and orange, come out brown.
     colours = difference.square().mean() + F.avg_pool2d(difference, 8).square().mean()
     return difference.abs().mean() + edge_weight * edges + colour_weight * colours
 
 
 def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out: Path) -> VQModel:
-    """Train on uint8 pictures (N, H, W, 3) and return the model; `out` holds a resumable state.
+    """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
 
-    Flipped copies double the pictures.
+    The state is saved in `out` from time to time, and training resumes from it.
 
     Raises:
-        UserError: `out` holds the state of a training with another configuration.
+        UserError: `out` holds the state of a training with other settings.
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -138,6 +148,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        # Not in the last tenth: a revived code needs steps until the decoder knows it.
         if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
             codebook.revive(latents, generator=generator)
         if step % 10 == 0:
@@ -150,7 +161,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
 def _step_loss(
     model: VQModel, pixels: Tensor, codebook: Codebook | None, config: TokenizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of one batch and its latents (M, C); no codebook: decoded as they are."""
+    """Return the loss of one batch and its latents (M, C); without a codebook they are not quantised."""
     latents = model.encode(pixels).latents  # (B, C, h, w)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
     quantised, commitment = latents, pixels.new_zeros(())
@@ -161,6 +172,7 @@ def _step_loss(
             codebook.weight[codes].unflatten(0, latents.permute(0, 2, 3, 1).shape[:3]).permute(0, 3, 1, 2)
         )
         commitment = F.mse_loss(latents, chosen)
+        # Straight-through: the decoder sees the codes, and the encoder gets the decoder's gradient.
         quantised = latents + (chosen - latents).detach()
     output = model.decoder(model.post_quant_conv(quantised), quantised)
     loss = reconstruction_loss(
@@ -174,13 +186,14 @@ def _gradients(pixels: Tensor) -> Tensor:
 
 
 def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw random pictures for ever, half of them mirrored, some recoloured: pixels (B, 3, H, W)."""
+    """Draw random batches without end, half of the images mirrored, some recoloured: pixels (B, 3, H, W)."""
     size = (config.batch_size, 1, 1, 1)
     while True:
         picks = torch.randint(len(pictures), size[:1], generator=generator)
         pixels = pixels_of(torch.from_numpy(pictures[picks.numpy()]))
         mirrored = torch.rand(size, generator=generator) < 0.5
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        # Channels are swapped so that rare colours are seen as often as others.
         recoloured = torch.rand(size, generator=generator) < config.channel_swap_share
         yield torch.where(recoloured, pixels[:, torch.randperm(3, generator=generator)], pixels)
 
@@ -189,6 +202,7 @@ def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Gen
 def _start_codebook(
     model: VQModel, codebook: Codebook, batches: Iterator[Tensor], generator: torch.Generator
 ) -> None:
+    # From batches as training draws them, so that the codes also cover mirrored and recoloured images.
     latents: list[Tensor] = []
     while sum(map(len, latents)) < KMEANS_LATENTS:
         latents.append(model.encode(next(batches)).latents.permute(0, 2, 3, 1).flatten(0, 2))
@@ -224,6 +238,7 @@ def _save(
         "generator": generator.get_state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Aside and then renamed: a kill leaves the old state or the new one.
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
@@ -236,7 +251,7 @@ def _restore(
     codebook: Codebook,
     generator: torch.Generator,
 ) -> int:
-    """Load a saved state if there is one and return the step to go on from."""
+    """Load a saved state if there is one, and return the step to resume from."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -250,5 +265,5 @@ def _restore(
     codebook.counts.copy_(state["counts"])
     codebook.sums.copy_(state["sums"])
     generator.set_state(state["generator"])
-    logger.info("going on from step %d of %d", state["step"], config.max_steps)
+    logger.info("resuming from step %d of %d", state["step"], config.max_steps)
     return int(state["step"])

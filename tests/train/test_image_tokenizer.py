@@ -93,7 +93,7 @@ def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypa
     assert tokenizer.num_codes(16) == 64
     assert f"{measures.psnr:.2f} dB" in (out / "README.md").read_text()
     assert not list(out.glob("*.pt"))
-    with pytest.raises(UserError, match="holds a tokenizer already"):
+    with pytest.raises(UserError, match="already holds a tokenizer"):
         make_tokenizer(source, out=out, config=TINY, command="again")
 
 

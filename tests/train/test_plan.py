@@ -370,7 +370,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
         ({"zero_optimization": {"stage": 3}}, {}, "the JSON has stage 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, {}, "stage 2 with offload_optimizer"),
         (ZERO2, {"gpu": "tpu"}, "--gpu is 'tpu'; expected one of a100-40gb"),
-        (ZERO2_FP32, {}, "known for bf16 only"),
+        (ZERO2_FP32, {}, "known only for bf16"),
         (ZERO2, {"num_gpus": 0}, "--num-gpus is 0"),
         (ZERO2, {"mfu": 40.0}, "--mfu is 40.0; expected a number > 0 and <= 1"),
         (ZERO2, {"price": math.nan}, "--price is nan"),
@@ -395,5 +395,5 @@ def test_the_command_plans_for_this_machine(shards, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "launchers" / "plan.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "timed here" in printed
-    assert "tokens/s a process" in printed
+    assert "tokens/s per process" in printed
     assert "7 steps" in printed
