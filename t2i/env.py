@@ -1,4 +1,4 @@
-"""What this machine has, and whether a run can start on it. `python -m t2i.env` is what a bug report needs."""
+"""Describe this machine and check that a run can start on it. `python -m t2i.env` prints it for a bug report."""
 
 import ctypes
 import os
@@ -40,61 +40,62 @@ VARIABLES = {
 """Every environment variable that t2i reads or sets itself; libraries read more."""
 
 BUFFER_BYTES = 69_206_024
-"""What DeepSpeed's reduction on CPUs takes of shared memory, a rank."""
+"""Shared memory per rank of DeepSpeed's reduction on CPUs."""
 SPARE_BYTES = 2**23
 """Shared memory for Streaming and loader processes."""
 LEAST_DISK_BYTES = 2**20
-"""Free space of a run's disk without which not even its log can be written; what a checkpoint needs is known later."""
+"""Free disk space that a run's log needs; what a checkpoint needs is checked at each save."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt."""
 DEFAULT_PORT = 29500
-"""Where the ranks of a job that `deepspeed` starts find each other."""
+"""Port at which the ranks of a job find each other, if started by `deepspeed`."""
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's C++ operators are built: in this Python environment, so that it can be thrown away whole."""
+    """Name the folder of DeepSpeed's C++ operators."""
+    # In this Python environment, so that removing it removes everything.
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 
 
 def operators_built(*names: str) -> bool:
-    """Tell whether DeepSpeed's C++ operators of these names are there, so that nobody waits for a compiler."""
+    """Tell whether DeepSpeed's C++ operators of these names are compiled."""
     return all(any(extensions_folder().rglob(f"{name}*.so")) for name in names)
 
 
 def operators_needed(ds_config: dict[str, Any]) -> list[str]:
-    """Name the C++ operators that a run on CPUs loads."""
+    """List the C++ operators that a run on CPUs needs."""
     has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam")
     return ["deepspeed_shm_comm"] if has_torch_adam else ["deepspeed_shm_comm", "fused_adam"]
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory that it frees, and torch hold large tensors in huge pages.
-
-    On a CPU a training step, or a picture's way through the tokenizer, takes and frees the same memory again and again.
-    As it comes, glibc gives large pieces back to the system, which hands out zeroed pages one by one at the next touch.
-    Other C libraries are left as they are.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it makes its first tensor
+    """Let this process keep the memory that it frees, and have torch put large tensors in huge pages."""
+    # On a CPU each training step allocates and frees the same memory. By default glibc returns large blocks to the
+    # system, which hands out zeroed pages one by one at the next touch: a fifth of the benchmark step's time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Only glibc has it; other C libraries are left as they are.
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_own_tools() -> None:
-    """Put this environment's programs first on PATH: torch calls `ninja` by name, and a venv need not be active."""
+    """Put this environment's programs first on PATH."""
+    # torch calls `ninja` by name, and a virtual environment need not be activated.
     own = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
 
 
 def check_machine(ds_config: dict[str, Any], *, run_dir: Path) -> None:
-    """Check what a launched process meets before it is too late for a sentence; once a machine.
+    """Check once per machine that a launched run can start.
 
     Raises:
-        UserError: the port is taken, shared memory too small, or a compiler missing.
+        UserError: the port is taken, shared memory is too small, or a compiler is missing.
         CheckpointError: the run's disk is full.
     """
+    # Before the collectives start: from there on, each of these ends with a traceback or a signal on some rank.
     problems = []
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         problems.append(port_problem(int(os.environ["MASTER_PORT"])))
@@ -108,19 +109,20 @@ def check_machine(ds_config: dict[str, Any], *, run_dir: Path) -> None:
 
 
 def port_problem(port: int) -> str:
-    """Say that a port is taken, and name a free one; empty if it is free."""
+    """Describe the problem if a port is taken, and name a free one; empty if there is none."""
     if _is_free(port):
         return ""
     other = next((free for free in range(port + 1, min(port + 100, 2**16)) if _is_free(free)), None)
     advice = f"deepspeed --master_port {other}" if other else "deepspeed --master_port with a free one"
-    return f"port {port}, by which ranks find each other, is taken, mostly by another run here. Start with {advice}."
+    return (
+        f"port {port}, at which ranks find each other, is taken, usually by another run. Start with {advice}."
+    )
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a run that has just ended is no obstacle
+        # The port of a run that has just ended stays reserved for a minute, but can be used with this option.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError:
@@ -129,7 +131,7 @@ def _is_free(port: int) -> bool:
 
 
 def shared_memory_problem(*, num_ranks: int) -> str:
-    """Say that shared memory is too small for so many ranks on CPUs; empty if it is not."""
+    """Describe the problem if shared memory is too small for the ranks on CPUs; empty if there is none."""
     needed = num_ranks * BUFFER_BYTES + SPARE_BYTES
     if not SHARED_MEMORY.is_dir() or _free_bytes(SHARED_MEMORY) >= needed:
         return ""
@@ -141,24 +143,24 @@ def shared_memory_problem(*, num_ranks: int) -> str:
 
 
 def compiler_problem(names: list[str]) -> str:
-    """Say what is missing to build DeepSpeed's C++ operators of these names; empty if nothing, or they are built."""
+    """Describe what is missing to compile DeepSpeed's C++ operators; empty if nothing is, or they are compiled."""
     use_own_tools()
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if not missing or operators_built(*names):
         return ""
     return (
-        f"{' and '.join(missing)} not found, so DeepSpeed's operators ({', '.join(names)}) cannot be built."
-        " `apt-get install g++` and `pip install ninja` bring them."
+        f"{' and '.join(missing)} not found, so DeepSpeed's operators ({', '.join(names)}) cannot be compiled."
+        " Install them with `apt-get install g++` and `pip install ninja`."
     )
 
 
 def disk_problem(folder: Path) -> str:
-    """Say that the disk of a folder, which need not be there yet, is full; empty if it is not."""
+    """Describe the problem if the disk of a folder is full; empty if there is none. The folder need not exist."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = _free_bytes(there)
     if free >= LEAST_DISK_BYTES:
         return ""
-    return f"{there} has {free / 1e6:.0f} MB free; a run needs {LEAST_DISK_BYTES / 1e6:.0f} MB at the least."
+    return f"{there} has {free / 1e6:.0f} MB free; a run needs at least {LEAST_DISK_BYTES / 1e6:.0f} MB."
 
 
 def _free_bytes(folder: Path) -> int:
@@ -166,7 +168,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def problems_here() -> list[str]:
-    """List what would keep a run of two ranks from starting here; on GPUs some of it does not matter."""
+    """List what would prevent a run of two ranks on CPUs from starting here."""
     found = [
         port_problem(int(os.environ.get("MASTER_PORT", DEFAULT_PORT))),
         compiler_problem(operators_needed({})),
@@ -177,7 +179,7 @@ def problems_here() -> list[str]:
 
 
 def describe() -> dict[str, str]:
-    """Collect the facts, one short text each."""
+    """Collect facts about this machine, one short text each."""
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -200,8 +202,8 @@ def describe() -> dict[str, str]:
 
 def _accelerators() -> str:
     try:
-        import torch  # here: it takes seconds, and what is reported may be that it is broken
-    except (ImportError, OSError) as error:  # as a broken installation does
+        import torch  # here: it takes seconds, and the report may be that it is broken
+    except (ImportError, OSError) as error:  # OSError: a library of a broken installation
         return f"torch cannot be imported: {error}"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join(names) or "none"

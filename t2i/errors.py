@@ -1,4 +1,4 @@
-"""The few errors that end a command, each with its exit status."""
+"""The errors that end a command, each with its exit status."""
 
 import os
 import sys
@@ -14,31 +14,31 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """Pictures, captions or shards that cannot be used as they are."""
+    """Images, captions or shards cannot be used as they are."""
 
     exit_code = 3
 
 
 class NumericalError(ArithmeticError):
-    """A loss or gradient that stopped being finite."""
+    """A loss or gradient is no longer finite."""
 
     exit_code = 4
 
 
 class CheckpointError(OSError):
-    """A disk or a checkpoint that cannot be written or trusted."""
+    """A disk cannot be written, or a checkpoint cannot be trusted."""
 
     exit_code = 5
 
 
 class LostRankError(RuntimeError):
-    """A process of the job that died or hangs."""
+    """A process of the job died or hangs."""
 
     exit_code = 6
 
 
 class Stopped(Exception):
-    """Stopped by a signal, with everything saved."""
+    """The run was stopped on request, with everything saved."""
 
     exit_code = 75
 
@@ -47,14 +47,14 @@ EXPECTED = (UserError, NumericalError, CheckpointError, LostRankError, Stopped)
 
 
 def exit_code(error: BaseException) -> int:
-    """Tell the exit status that an error ends a process with; a path that cannot be read or written is the disk's."""
+    """Return the exit status of a process that an error ends; any OSError counts as a problem of the disk."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     return getattr(error, "exit_code", CheckpointError.exit_code if isinstance(error, OSError) else 1)
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a launcher's main function; turn expected errors into a sentence and an exit status.
+    """Run a launcher's main function, and turn expected errors into a sentence and an exit status.
 
     Tracebacks of expected errors are shown only when T2I_DEBUG=1.
     """
@@ -65,7 +65,7 @@ def run_command(command: Callable[[], None]) -> None:
     except OSError as error:
         _end(error, sentence=f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        print("Interrupted. Finished work is kept; run the same command to resume.", file=sys.stderr)
         sys.exit(130)
 
 

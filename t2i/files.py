@@ -1,4 +1,4 @@
-"""JSON and YAML that a stranger may have written: plain values with the wanted keys, or a sentence."""
+"""Files: untrusted JSON and YAML read as plain values, files written whole or not at all, hashes."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ import yaml
 from t2i.errors import CheckpointError, DataError, UserError
 
 Kind = type | tuple[type, ...] | dict[str, Any]
-"""What a key must hold: a type, one of several, or an object with keys of its own."""
+"""The type of a key's value: a type, one of several, or an object with keys of its own."""
 Refusal = type[UserError] | type[CheckpointError]
 
 REASON_CHARACTERS = 200
-"""Of a library's own words on what it could not read."""
+"""Characters that are quoted of a library's own error message."""
 
 HASH = "xxh64"
-"""The hash in the index of shards, checked when they are downloaded and by --check."""
+"""The hash in the index of shards. xxh64, because it is much faster than SHA-256; it protects from accidents only."""
 
 
 class _NoAliases(yaml.SafeLoader):
@@ -35,17 +35,17 @@ class _NoAliases(yaml.SafeLoader):
 
 
 def parse_json(text: bytes | str, *, where: Path | str, error: Refusal = DataError) -> dict[str, Any]:
-    """Read a JSON object.
+    """Parse a JSON object.
 
     Raises:
-        error: it is none; the sentence begins with `where`.
+        error: the text is not a JSON object; the message begins with `where`.
     """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as broken:
-        raise error(f"{where} is no JSON: {_reason(broken)}.") from broken
+        raise error(f"{where} is not JSON: {_reason(broken)}.") from broken
     if not isinstance(values, dict):
-        raise error(f"{where} holds {type(values).__name__}; wanted is an object of keys.")
+        raise error(f"{where} holds {type(values).__name__}; expected an object of keys.")
     return values
 
 
@@ -63,7 +63,7 @@ def read_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
-    """Read a file that holds a JSON object; without the file there are no keys.
+    """Read a file that holds a JSON object; a missing file is an empty object.
 
     Raises:
         error: it cannot be read, or holds something else.
@@ -72,10 +72,10 @@ def read_optional_json(path: Path, *, error: Refusal = DataError) -> dict[str, A
 
 
 def read_yaml(path: Path, *, name: str) -> dict[str, Any]:
-    """Read a file that holds a YAML mapping, without running anything.
+    """Read a file that holds a YAML mapping, with a safe loader.
 
     Args:
-        name: what the file is called in errors, such as `--config x.yaml`.
+        name: name of the file in errors, such as `--config x.yaml`.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -85,34 +85,37 @@ def read_yaml(path: Path, *, name: str) -> dict[str, Any]:
     except OSError as failed:
         raise UserError(f"{name} cannot be read: {failed.strerror}.") from failed
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as broken:
-        raise UserError(f"{name} is no YAML: {_reason(broken)}.") from broken
+        raise UserError(f"{name} is not YAML: {_reason(broken)}.") from broken
     if not isinstance(values, dict):
-        raise UserError(f"{name} holds {type(values).__name__}; wanted is a mapping of keys.")
+        raise UserError(f"{name} holds {type(values).__name__}; expected a mapping of keys.")
     return values
 
 
 def check_keys(
     values: dict[str, Any], wanted: dict[str, Kind], *, where: Path | str, error: Refusal = DataError
 ) -> None:
-    """Check that keys are there and hold what they must.
+    """Check that keys exist and that their values have the expected types.
 
     Raises:
-        error: the first key that does not.
+        error: a key is missing or has another type; the first one is named.
     """
     for key, kind in wanted.items():
         value = values.get(key)
         if isinstance(kind, dict):
             if not isinstance(value, dict):
-                raise error(f"{where}: {key} is {value!r:.80}; wanted is an object of keys.")
+                raise error(f"{where}: {key} is {value!r:.80}; expected an object of keys.")
             check_keys(value, kind, where=f"{where}: {key}", error=error)
+        # In Python a bool is an int, but `true` is no number of samples.
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(one.__name__ for one in kinds)
-            raise error(f"{where}: {key} is {value!r:.80}; wanted is {names}.")
+            raise error(f"{where}: {key} is {value!r:.80}; expected {names}.")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all; of several processes that write it, on whichever machine, one is kept."""
+    """Write a text file whole or not at all."""
+    # Aside and then renamed, which is atomic. The name holds host and process, so that several writers on a shared
+    # disk do not mix their files: one of them is kept whole.
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
@@ -124,7 +127,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a name that a file gives stays in that file's folder."""
+    """Tell whether a relative name stays inside its folder."""
     path = Path(name)
     return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
@@ -135,20 +138,20 @@ def _reason(broken: Exception) -> str:
 
 
 def sha256_of(file: Path) -> str:
-    """Hash a file (hex)."""
+    """Hash a file's bytes (SHA-256, hex)."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, which becomes `out` when all went well.
+    """Yield an empty folder to write into, which becomes `out` if there was no error.
 
     Raises:
         UserError: `out` exists.
     """
     if out.exists():
-        raise UserError(f"--out {out} exists already; choose another.")
+        raise UserError(f"--out {out} already exists; choose another.")
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -160,7 +163,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def hash_uniform(*parts: object) -> float:
-    """Map parts (joined by their text) to [0, 1), evenly."""
+    """Map parts to a number in [0, 1), evenly distributed, by a hash of their text."""
+    # Python's own hash() differs from process to process, and a generator depends on the order of its draws.
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
@@ -169,6 +173,7 @@ def file_hash(path: Path) -> str:
     """Hash a file's bytes (xxh64, hex)."""
     digest = xxhash.xxh64()
     with path.open("rb") as file:
+        # In pieces, because a shard or a checkpoint's file may not fit in memory.
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

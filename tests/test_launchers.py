@@ -67,7 +67,7 @@ def test_wrong_use_is_a_sentence_and_status_2():
 def test_a_missing_source_is_status_3(tmp_path):
     done = run("launchers/prepare.py", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
     assert done.returncode == 3
-    assert "nowhere is neither" in done.stderr
+    assert "nowhere is not `openmoji`" in done.stderr
 
 
 def test_a_path_that_cannot_be_written_is_a_sentence_and_status_5(tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_run_files_are_flags_written_down(tmp_path):
         "--model.no-qk_norm",
     ]
     (tmp_path / "bad.yaml").write_text("- 1\n")
-    with pytest.raises(UserError, match="holds list; wanted is a mapping"):
+    with pytest.raises(UserError, match="holds list; expected a mapping"):
         flags_of(tmp_path / "bad.yaml")
 
 

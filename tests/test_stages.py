@@ -109,7 +109,7 @@ def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, expo
     again = open_model(str(exported), needs_images=True)
     assert again.layout == checkpoint.layout
     assert (exported / "data_manifest.json").is_file()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         export(checkpoint, out=exported, command="again")
 
 

@@ -1,4 +1,4 @@
-"""What ranks decide or know together."""
+"""Collective operations: what ranks decide or find out together."""
 
 import os
 import shutil
@@ -14,21 +14,23 @@ T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Tell this process's rank and the number of ranks; (0, 1) without a job."""
+    """Return this process's rank and the number of ranks; (0, 1) outside a job."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_first_on_node() -> bool:
-    """Tell whether this process does what each machine needs once."""
+    """Tell whether this process does what is needed once per machine."""
     return os.environ["LOCAL_RANK"] == "0"
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Do work on the first rank alone and return what it returned on every rank.
+    """Do work on the first rank only, and return its result on every rank.
 
     Raises:
-        UserError, CheckpointError, ...: what the work raised, on the first rank; the others leave without a word.
+        UserError, CheckpointError, ...: what the work raised, on the first rank; the other ranks exit silently.
     """
+    # The error is broadcast as an exit status, so that a job ends with one sentence and no rank waits for ever in
+    # its next collective.
     outcome: list[Any] = [None, 0]
     error: BaseException | None = None
     if dist.get_rank() == 0:
@@ -37,6 +39,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
         except EXPECTED as expected:
             error, outcome[1] = expected, expected.exit_code
         except OSError as failed:
+            # shutil.copytree collects the errors of all files in one; the first one's reason is enough.
             is_folder = isinstance(failed, shutil.Error) and isinstance(failed.args[0], list)
             reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
             error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
@@ -51,12 +54,12 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def any_rank(claim: bool) -> bool:
-    """Tell whether a claim is true on any rank; every rank calls it."""
+    """Tell whether a claim is true on any rank; every rank must call this."""
     return any(of_all_ranks([claim]))
 
 
 def of_all_ranks(values: list[T]) -> list[T]:
-    """Join the lists of all ranks, in order; every rank calls it."""
+    """Join the lists of all ranks, in order of rank; every rank must call this."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]

@@ -1,7 +1,7 @@
-"""One hook to break a run on purpose: T2I_FAULT="rank:step:action[:arg]". Without that variable it does nothing.
+"""A hook to break a run on purpose: T2I_FAULT="rank:step:action[:arg]". Without the variable it does nothing.
 
-Tests of tests/faults/ set it, so that what they break is the real program under the real launcher. Actions that end or
-hold a process happen where `arg` says, by default `step`:
+The tests in tests/faults/ set it, so that they break the real program under the real launcher. Actions that end or hold
+a process happen at the place `arg`, by default `step`:
 
     kill, stop, term   SIGKILL, SIGSTOP or SIGTERM to this process
     raise              an error that nobody expects
@@ -9,7 +9,7 @@ hold a process happen where `arg` says, by default `step`:
     nan, scale         the loss of the step times nan, or times `arg`
 
 Places: `step` (between backward and update), `shards`, `weights`, `manifest`, `rename` and `latest` (in a save, before
-each of these), `periodic` (before a measure or a grid of pictures), `setup` (step 0, before the model is built).
+each of these), `periodic` (before a measure or a grid of images), `setup` (step 0, before the model is built).
 """
 
 import errno
@@ -24,7 +24,7 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTER
 
 @dataclass(frozen=True)
 class Fault:
-    """What to do, in which process, and when."""
+    """The action, and the rank and step at which it happens."""
 
     rank: int
     step: int
@@ -33,7 +33,7 @@ class Fault:
 
 
 def fault() -> Fault | None:
-    """Read the fault that this process is to meet; None in every run but a test's."""
+    """Read this process's fault from the environment; None in every run but a test's."""
     text = os.environ.get(VARIABLE)
     if not text:
         return None
@@ -43,7 +43,7 @@ def fault() -> Fault | None:
 
 
 def reach(place: str, *, step: int, path: Path | None = None) -> None:
-    """Say that this process has come to `place`; the fault meant for it happens here."""
+    """Mark that this process has reached `place`; the fault meant for it happens here."""
     wanted = fault()
     if wanted is None or (wanted.step, wanted.arg) != (step, place):
         return
@@ -56,7 +56,7 @@ def reach(place: str, *, step: int, path: Path | None = None) -> None:
 
 
 def loss_factor(*, step: int) -> float:
-    """Return what the loss of a step is multiplied by: 1, but for the fault's step."""
+    """Return the factor of a step's loss: 1, except at the fault's step."""
     wanted = fault()
     if wanted is None or wanted.step != step or wanted.action not in ("nan", "scale"):
         return 1.0

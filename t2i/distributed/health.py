@@ -1,4 +1,4 @@
-"""The other ranks: who they are, which of them is gone and why, and a watch over steps that never end."""
+"""The health of a job: which rank is lost and why, and a watchdog for steps that never end."""
 
 import faulthandler
 import os
@@ -20,36 +20,36 @@ from t2i.errors import LostRankError, exit_code
 
 ERROR, STEP = "error.txt", "step"
 SEARCH_SECONDS = 3.0
-"""How long a survivor looks for who is gone: a process that dies lets go of its connections first."""
+"""How long a survivor looks for the lost rank: a dying process closes its connections before it is gone."""
 BACKSTOP_SECONDS = 30.0
-"""After the watch should have ended the process and could not, faulthandler does, which needs no interpreter."""
+"""Delay after which faulthandler ends the process if the watchdog could not; it needs no interpreter."""
 TICK_SECONDS = 1.0
 SLOW_STEPS, REMEMBERED_STEPS = 20, 64
-"""A step may take so many times the median of the last ones before it counts as hanging."""
+"""A step counts as hanging after SLOW_STEPS times the median of the last REMEMBERED_STEPS steps."""
 
 
 def error_file(run_dir: Path, rank: int) -> Path:
-    """Name the file of a rank's traceback, whose first line is its exit status and its reason."""
+    """Name the file of a rank's traceback; its first line has the exit status and the reason."""
     return run_dir / (ERROR if rank == 0 else f"error_rank{rank}.txt")
 
 
 def hang_file(run_dir: Path, rank: int) -> Path:
-    """Name the file of a rank's stacks at the time when it was found hanging."""
+    """Name the file of a rank's stacks at the time when it was found to hang."""
     return run_dir / f"hang_rank{rank}.txt"
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Where each rank runs; made by all ranks together."""
+    """The processes of all ranks; made by all ranks together."""
 
     run_dir: Path
     rank: int
     places: list[tuple[str, int]]
-    """Host and process of each rank."""
+    """Host name and process id of each rank."""
 
     @classmethod
     def meet(cls, run_dir: Path) -> "Peers":
-        """Exchange places; what an earlier start of this run left to say about a rank is removed."""
+        """Exchange hosts and process ids, and remove the error files of an earlier start of this run."""
         rank = dist.get_rank()
         for file in (error_file(run_dir, rank), hang_file(run_dir, rank)):
             file.unlink(missing_ok=True)
@@ -58,13 +58,13 @@ class Peers:
         return cls(run_dir, rank, places)
 
     def note_failure(self, error: BaseException) -> None:
-        """Leave this rank's traceback in the run folder."""
+        """Write this rank's traceback into the run folder."""
         with suppress(OSError):  # a full disk must not hide the error
             head = f"exit {exit_code(error)}: {' '.join(str(error).split()) or type(error).__name__}"
             error_file(self.run_dir, self.rank).write_text(f"{head}\n{traceback.format_exc()}")
 
     def lost(self) -> LostRankError:
-        """Find out who is gone and say it; the error has the exit status of the rank that failed, where it left one."""
+        """Find out which rank is lost; the error has that rank's exit status if it left one."""
         ended = time.monotonic() + SEARCH_SECONDS
         # In this order: a reason that a rank wrote says more than its absence.
         while time.monotonic() < ended:
@@ -73,16 +73,16 @@ class Peers:
                 return found
             time.sleep(0.1)
         return LostRankError(
-            "The connection to another rank is lost; the same command goes on from the last save."
+            "The connection to another rank is lost. Run the same command to resume from the last save."
         )
 
     def speaks(self) -> bool:
-        """Tell whether this rank speaks for the job: the lowest that runs, unless the first has said why it ended."""
+        """Tell whether this rank reports for the job: the lowest one alive, unless the first has reported."""
         below = range(self.rank)
         return not (self.rank and self.failure(0)) and not any(self._runs(rank) for rank in below)
 
     def first_says_it_too(self, error: BaseException) -> bool:
-        """Wait a moment for the first rank to fail with the same words as this one."""
+        """Wait a moment for the first rank to fail with the same message as this one."""
         ended = time.monotonic() + SEARCH_SECONDS
         while time.monotonic() < ended:
             if self.failure(0) == (exit_code(error), " ".join(str(error).split())):
@@ -91,17 +91,17 @@ class Peers:
         return False
 
     def failure(self, rank: int) -> tuple[int, str] | None:
-        """Read the exit status and the reason that a rank left; None where it left none, or lost a peer itself."""
+        """Read the exit status and reason that a rank left; None if it left none, or only lost another rank."""
         try:
             head = error_file(self.run_dir, rank).read_text(errors="replace").partition("\n")[0]
             code, _, reason = head.removeprefix("exit ").partition(": ")
             # A rank that lost a peer is no cause, or two survivors would blame each other.
             return None if int(code) == LostRankError.exit_code else (int(code), reason)
-        except (OSError, ValueError):  # not there, or not whole yet
+        except (OSError, ValueError):  # not there, or still being written
             return None
 
     def state(self, rank: int) -> str:
-        """Tell a rank's state as the kernel names it: empty if it is gone, `T` stopped; `R` on another machine."""
+        """Return a rank's process state: empty if it is gone, `T` if it is stopped; `R` if on another machine."""
         host, pid = self.places[rank]
         if host != socket.gethostname():
             return "R"  # nothing can be seen of it
@@ -124,7 +124,7 @@ class Peers:
         return [rank for rank in range(len(self.places)) if rank != self.rank]
 
     def failed(self) -> LostRankError | None:
-        """Find another rank that said why it failed; the error has its exit status."""
+        """Find another rank that left a reason for its failure; the error has its exit status."""
         for rank in self._others():
             if found := self.failure(rank):
                 code, reason = found
@@ -137,7 +137,7 @@ class Peers:
     def _hung(self) -> LostRankError | None:
         files = [hang_file(self.run_dir, rank) for rank in self._others()]
         found = [file for file in files if file.exists() and file.stat().st_size]
-        return LostRankError(f"A rank waited in vain; its stacks are in {found[0]}.") if found else None
+        return LostRankError(f"A rank timed out; its stacks are in {found[0]}.") if found else None
 
     def _gone(self) -> LostRankError | None:
         gone = [rank for rank in self._others() if not self.state(rank)]
@@ -147,20 +147,20 @@ class Peers:
             f"rank {rank} (process {self.places[rank][1]} on {self.places[rank][0]})" for rank in gone
         )
         return LostRankError(
-            f"Lost {named}: it was killed, by its machine's lack of memory perhaps. The same command goes on from the"
-            " last save."
+            f"Lost {named}: it was killed, perhaps because its machine ran out of memory. Run the same command to"
+            " resume from the last save."
         )
 
 
 class Watchdog:
-    """Ends this process when a step, a save or a measure takes far too long, with every thread's stack in a file."""
+    """Ends this process when a step, a save or a measure takes far too long, with all threads' stacks in a file."""
 
     def __init__(self, peers: Peers, *, seconds: float, on_hang: Callable[[LostRankError], None]) -> None:
-        """Begin to watch.
+        """Start the watchdog.
 
         Args:
-            seconds: a step may take so long, or SLOW_STEPS times the median of the last ones; 0 for no watch.
-            on_hang: called before the process ends, on the rank that speaks for the job.
+            seconds: the time that a step may take, if SLOW_STEPS times the median is not more; 0 for no watchdog.
+            on_hang: called before the process ends, on the rank that reports for the job.
         """
         self.peers = peers
         self.seconds = seconds
@@ -174,17 +174,19 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def arm(self, what: str, *, times: float = 1.0) -> None:
-        """Begin to wait for something, for `times` as long as for a step."""
+        """Start the clock for something, which may take `times` as long as a step."""
         now = time.monotonic()
         if self.what == STEP:
             self.step_seconds.append(now - self.armed)
         self.what, self.armed, self.waited = what, now, 0.0
         if self.seconds:
             self.allowed = times * max(self.seconds, SLOW_STEPS * median(self.step_seconds))
+            # The thread ends the process with its own exit status. faulthandler comes later, because its
+            # exit status is 1, but it works even if no Python code can run.
             faulthandler.dump_traceback_later(self.allowed + BACKSTOP_SECONDS, file=self.file, exit=True)
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop the watchdog."""
         self.ended.set()
         if self.seconds:
             faulthandler.cancel_dump_traceback_later()
@@ -195,7 +197,7 @@ class Watchdog:
         last = time.monotonic()
         while not self.ended.wait(min(TICK_SECONDS, self.seconds / 4)):
             now = time.monotonic()
-            # A process that was stopped and goes on (Ctrl-Z, fg) was not waiting meanwhile.
+            # Counted in ticks: a process that was stopped and continued (Ctrl-Z, fg) was not waiting meanwhile.
             self.waited += min(now - last, 2 * TICK_SECONDS)
             last = now
             if self.waited > self.allowed:
@@ -207,13 +209,12 @@ class Watchdog:
         stopped = [rank for rank in range(len(self.peers.places)) if self.peers.state(rank) == "T"]
         who = f" Rank {', '.join(map(str, stopped))} is stopped (SIGSTOP)." if stopped else ""
         error = LostRankError(
-            f"No end of a {self.what} after {self.waited:.0f} s.{who} All stacks are in {self.file.name}; the same"
-            " command goes on from the last save."
+            f"A {self.what} timed out after {self.waited:.0f} s.{who} All stacks are in {self.file.name}. Run the same"
+            " command to resume from the last save."
         )
         if self.peers.speaks():
             self.on_hang(error)
-        print(
-            error, file=sys.stderr, flush=True
-        )  # on every rank that hangs: which one is the cause is not known
+        # On every rank that hangs, because it is not known which one is the cause.
+        print(error, file=sys.stderr, flush=True)
         # Not sys.exit: the main thread is in a call that never returns.
         os._exit(LostRankError.exit_code)

@@ -1,4 +1,4 @@
-"""Ranks that share nothing but a folder: where this process stands, signs of life, waiting for another's work."""
+"""Ranks that share only a folder: this process's rank, heartbeats, and waiting for the work of other ranks."""
 
 import os
 import threading
@@ -12,34 +12,35 @@ from t2i.errors import LostRankError, UserError
 
 BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 300.0
-"""A rank that others wait for and that shows no life for so long is given up."""
+"""Time without a heartbeat after which a rank that others wait for counts as lost."""
 LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS, PAUSE_SHARE = 0.02, 1.0, 0.05
-"""Between two looks, which a shared disk answers: a share of what was waited for already, within bounds."""
+"""Pause between two looks: a share of the time waited so far, within bounds, to spare a shared disk."""
 
 
 def place_in_job() -> tuple[int, int]:
-    """Read this process's rank and the number of ranks, as torchrun, accelerate and deepspeed set them.
+    """Read this process's rank and the number of ranks, as set by torchrun, accelerate and deepspeed.
 
     Raises:
-        UserError: they contradict.
+        UserError: they contradict each other.
     """
     rank, world_size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
     )
     if not 0 <= rank < world_size:
-        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}; a rank is below the number of ranks.")
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}; expected 0 <= RANK < WORLD_SIZE.")
     return rank, world_size
 
 
 @contextmanager
 def signs_of_life(folder: Path, *, rank: int) -> Iterator[None]:
-    """Touch folder/RANK every few seconds, while the folder is there."""
+    """Send heartbeats: touch folder/RANK every few seconds, while the folder exists."""
     folder.mkdir(exist_ok=True)
     stop = threading.Event()
 
     def beat() -> None:
         while not stop.is_set():
-            with suppress(FileNotFoundError):  # the work is done and its folder removed
+            # The first rank removes the folder when all work is done.
+            with suppress(FileNotFoundError):
                 (folder / str(rank)).touch()
             stop.wait(BEAT_SECONDS)
 
@@ -54,39 +55,39 @@ def signs_of_life(folder: Path, *, rank: int) -> Iterator[None]:
 
 @dataclass
 class Watch:
-    """When each rank was last seen, by this machine's clock: machines' clocks may differ."""
+    """When each rank's heartbeat last changed, by this machine's clock."""
 
     folder: Path
     seen: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def silence_seconds(self, rank: int) -> float:
-        """Tell for how long a rank has shown no life."""
+        """Return the seconds since a rank's heartbeat last changed."""
         try:
             stamp = (self.folder / str(rank)).stat().st_mtime_ns
         except FileNotFoundError:
             stamp = 0
-        # A changed stamp, seen by this clock: how old a stamp is depends on two machines' clocks and a disk's.
+        # A change of the file's time is what counts, not the time itself: clocks of machines differ.
         if rank not in self.seen or self.seen[rank][0] != stamp:
             self.seen[rank] = (stamp, time.monotonic())
         return time.monotonic() - self.seen[rank][1]
 
 
 def wait_for(owing: Callable[[], Iterable[int]], *, folder: Path) -> None:
-    """Wait until no rank owes anything.
+    """Wait until no rank has pending work.
 
     Args:
-        owing: names the ranks that still owe something.
+        owing: returns the ranks with pending work.
 
     Raises:
-        LostRankError: one of them shows no life any more.
+        LostRankError: one of them has no heartbeat any more.
     """
     watch, began = Watch(folder), time.monotonic()
     while ranks := sorted(set(owing())):
         lost = [rank for rank in ranks if watch.silence_seconds(rank) > PATIENCE_SECONDS]
         if lost:
             raise LostRankError(
-                f"rank {', '.join(map(str, lost))} owes work and has shown no life for {PATIENCE_SECONDS:.0f} s."
-                " What is whole is kept; start the same command again on every rank."
+                f"rank {', '.join(map(str, lost))} has pending work and sent no heartbeat for {PATIENCE_SECONDS:.0f} s."
+                " Finished work is kept; run the same command on every rank to resume."
             )
         pause = PAUSE_SHARE * (time.monotonic() - began)
         time.sleep(min(max(pause, LEAST_PAUSE_SECONDS), MOST_PAUSE_SECONDS))

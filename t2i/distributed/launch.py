@@ -1,4 +1,4 @@
-"""The processes of a job: what a launcher sets, how ranks find each other, and what the first rank decides for all."""
+"""The processes of a job: what a launcher sets, and how ranks find each other."""
 
 import atexit
 import logging
@@ -19,17 +19,17 @@ from t2i.errors import UserError
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=2)
-"""How long a process waits for the slowest one; a process that dies ends all of them at once."""
+"""How long a process waits for the slowest one. A process that dies ends all of them at once, without this wait."""
 
 
 def start_processes() -> None:
-    """Let the ranks of a launched job find each other; a process without a launcher is a job of one rank.
+    """Let the ranks of a job find each other; a process without a launcher is a job of one rank.
 
     Raises:
-        UserError: another job listens at the port where ranks meet.
+        UserError: another job uses the port where ranks meet.
     """
     prepare_environment()
-    import deepspeed  # here: it chooses its accelerator when it is imported, and `join` needs none of its six seconds
+    import deepspeed  # here: it takes six seconds, which `join` can do without, and must follow DS_ACCELERATOR
 
     try:
         deepspeed.init_distributed(dist_backend=None, verbose=False)
@@ -38,14 +38,15 @@ def start_processes() -> None:
             raise
         port = int(os.environ["MASTER_PORT"])
         raise UserError(
-            f"another job holds port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
+            f"another job uses port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
         ) from error
+    # Once, however often this is called in one process. NCCL's group is left alone: closing it may wait for lost ranks.
     atexit.unregister(_close_gloo)
     atexit.register(_close_gloo)
 
 
 def _close_gloo() -> None:
-    """End gloo's threads before the interpreter: one that ends over them may abort, with another exit status.
+    """Stop gloo's threads before the interpreter exits, which may otherwise abort with another exit status.
 
     Source: https://github.com/pytorch/pytorch/issues/190489.
     """
@@ -55,30 +56,31 @@ def _close_gloo() -> None:
 
 
 def make_repeatable(is_asked: bool, *, seed: int) -> None:
-    """Seed what random states libraries share, and choose the operators that give the same bits every time if asked."""
+    """Seed the global random states of libraries, and choose deterministic operators if asked."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if is_asked:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
     torch.use_deterministic_algorithms(is_asked)
+    # Its choice depends on timings, so it differs from run to run.
     torch.backends.cudnn.benchmark = False
 
 
 def prepare_environment() -> None:
-    """Fill in what a launcher sets and libraries read, before any of them is imported or used.
-
-    RANK alone tells a launched process; `deepspeed`, `torchrun`, Slurm's script and an operator's pod each leave
-    something out of the rest. Streaming tells machines apart by LOCAL_WORLD_SIZE when it opens a data set, which
-    `deepspeed` calls LOCAL_SIZE; DeepSpeed reads DS_ACCELERATOR when it is imported.
+    """Set the environment variables that libraries read, before any of these libraries is imported or used.
 
     Raises:
-        UserError: a launched process lacks an address or a size, or has a local rank beyond its node.
+        UserError: the launcher's variables are incomplete or contradict each other.
     """
+    # tokenizers would warn in each process that the loader forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # RANK alone marks a launched process: `deepspeed`, `torchrun`, Slurm's script and an operator's pod each leave out
+    # some of the other variables.
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ.setdefault("LOCAL_RANK", "0")
+    # Streaming tells machines apart by it. `deepspeed` calls it LOCAL_SIZE.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     use_own_tools()
@@ -87,32 +89,35 @@ def prepare_environment() -> None:
     if os.environ["RANK"] != "0":
         logging.getLogger("t2i").setLevel(logging.ERROR)  # the first rank speaks for all
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for one
+        # DeepSpeed reads it when it is imported. Without it, DeepSpeed searches for accelerators and warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _check_launch() -> None:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"RANK is set, so a launcher started this, but {', '.join(missing)} is not.")
+        raise UserError(
+            f"RANK is set, so a launcher started this process, but {', '.join(missing)} is not set."
+        )
     local_rank, on_this_node, in_all = (
         int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     )
     if local_rank >= on_this_node or in_all % on_this_node:
         raise UserError(
-            f"LOCAL_RANK {local_rank}, LOCAL_WORLD_SIZE {on_this_node} and WORLD_SIZE {in_all} do not fit together;"
-            " LOCAL_WORLD_SIZE is the number of processes on each node."
+            f"LOCAL_RANK {local_rank}, LOCAL_WORLD_SIZE {on_this_node} and WORLD_SIZE {in_all} contradict each other;"
+            " LOCAL_WORLD_SIZE is the number of processes per node."
         )
 
 
 def warn_of_building(ds_config: dict[str, Any]) -> None:
-    """Say on the first rank that DeepSpeed is about to compile, which takes minutes once."""
+    """Log on the first rank that DeepSpeed is about to compile its operators, which takes minutes once."""
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
         return
     names = operators_needed(ds_config)
     if operators_built(*names):
         return
     logger.warning(
-        "DeepSpeed builds its C++ operators (%s) once, for one to eight minutes, in %s",
+        "DeepSpeed compiles its C++ operators (%s) once, which takes one to eight minutes, in %s",
         ", ".join(names),
         extensions_folder(),
     )
@@ -125,14 +130,15 @@ def _free_port() -> int:
 
 
 def join() -> PartialState:
-    """Meet the other processes, if there are any: process_index, num_processes, device, wait_for_everyone()."""
+    """Join the other processes, if there are any; the result has process_index, num_processes and device."""
     keep_memory()
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        os.environ.pop("LOCAL_RANK", None)  # or accelerate opens a group of one, at whatever MASTER_PORT says
+        # With it, accelerate would open a process group of one rank, at whatever MASTER_PORT says.
+        os.environ.pop("LOCAL_RANK", None)
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def leave(processes: PartialState) -> None:
-    """End the group that join opened."""
+    """Close the process group that join opened."""
     if processes.num_processes > 1:
         processes.destroy_process_group()

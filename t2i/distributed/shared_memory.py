@@ -1,7 +1,8 @@
-"""Shared memory that killed runs left behind: found by name, and removed where no process has it.
+"""Remove shared memory that killed runs left behind, found by name, if no process uses it.
 
 Streaming keeps /dev/shm/NNNNNN_* and lock files NNNNNN_*_filelock among the temporary files, DeepSpeed's CPU reduction
-deepspeed_allreduce_buffer_* of 69 MB a rank. A clean exit leaves some of them too; a full /dev/shm kills with SIGBUS.
+deepspeed_allreduce_buffer_* of 69 MB per rank. A clean exit leaves some of them too. A full /dev/shm kills processes
+with SIGBUS.
 """
 
 import logging
@@ -21,18 +22,16 @@ STREAMING = re.compile(r"(\d{6})_\w+")
 LOCK = re.compile(r"(\d{6})_\w+_filelock")
 DEEPSPEED = re.compile(r"(deepspeed_allreduce_buffer_.+)_\d+")
 MIN_AGE_SECONDS = 60.0
-"""What is younger may belong to a run that is just starting."""
+"""Younger files may belong to a run that is just starting."""
 INITIAL_PIDS, INITIAL_IPC = "pid:[4026531836]", "ipc:[4026531839]"
-"""Linux's names of the namespaces of the machine itself."""
+"""Linux's names of the host's own namespaces."""
 
 
 def sweep() -> list[Path]:
-    """Remove what dead runs of this user left, say so, and return the removed files.
-
-    A run's files go together or not at all: the lock files of a live run are open only now and then.
-    """
+    """Remove the shared memory and lock files that dead runs of this user left, and return the removed files."""
     if not PROCESSES.is_dir() or _shares_memory_with_unseen():
         return []
+    # A run's files are removed together or not at all: the lock files of a live run are open only now and then.
     in_use = _files_in_use()
     removed = [
         path
@@ -42,7 +41,7 @@ def sweep() -> list[Path]:
         if _remove(path)
     ]
     if removed:
-        logger.info("removed %d files of shared memory and locks that dead runs left", len(removed))
+        logger.info("removed %d files of shared memory and locks left by dead runs", len(removed))
     return removed
 
 
@@ -59,12 +58,13 @@ def _runs() -> dict[str, list[Path]]:
 
 
 def _files_in_use() -> set[str]:
-    """List what processes have mapped or open, of those that may be looked into: this user's."""
+    """List the files that this user's processes have mapped or open."""
     return {name for process in PROCESSES.glob("[0-9]*") for name in _files_of(process)}
 
 
 def _files_of(process: Path) -> Iterator[str]:
-    with suppress(OSError):  # it has ended, or is another user's
+    # Both, because a mapped file need not be open, and an open one need not be mapped.
+    with suppress(OSError):  # the process has ended, or belongs to another user
         for line in (process / "maps").read_text(errors="replace").splitlines():
             yield "/" + line.partition(" /")[2]
     with suppress(OSError):
@@ -83,13 +83,14 @@ def _is_mine_and_old(path: Path) -> bool:
 def _remove(path: Path) -> bool:
     try:
         path.unlink()
-    except OSError:  # another run sweeps too
+    except OSError:  # another run removed it at the same time
         return False
     return True
 
 
 def _shares_memory_with_unseen() -> bool:
-    """Tell whether this is a container with the machine's shared memory, but not its processes."""
+    """Tell whether this is a container that shares the host's memory but cannot see its processes."""
+    # There a file may be in use by a process that /proc does not show, so nothing may be removed.
     own = PROCESSES / "self" / "ns"
     pids, ipc = (str((own / name).readlink()) for name in ("pid", "ipc"))
     return ipc == INITIAL_IPC and pids != INITIAL_PIDS

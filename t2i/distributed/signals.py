@@ -1,4 +1,4 @@
-"""Requests to stop or to save: signals, a launcher that is gone, files in the run folder. Handlers only set a flag."""
+"""Requests to stop or save: signals, the loss of the launcher, files in the run folder. Handlers only set a flag."""
 
 import os
 import signal
@@ -11,31 +11,36 @@ from pathlib import Path
 from t2i.errors import Stopped
 
 STOP, SAVE = "STOP", "SAVE"
-"""Files of the run folder: `touch RUN/STOP` ends a run after its step, saved; `touch RUN/SAVE` makes a checkpoint."""
+"""Files in the run folder: `touch RUN/STOP` saves and ends the run after its step; `touch RUN/SAVE` saves."""
 
 PARENT_SECONDS = 0.5
-"""Between looks at whether the launcher still lives."""
+"""Interval of checks that the launcher is alive."""
 
-BEFORE_A_STEP = "Stopped before the first step of this start; the same command goes on."
+BEFORE_A_STEP = "Stopped before the first step of this start. Run the same command to resume."
 
 DEEPSPEED, TORCHRUN = b"deepspeed.launcher.launch", b"torchrun"
-"""Words in the command lines of launchers that start ranks on a machine."""
+"""Words in the command lines of launchers, by which they are recognised."""
 
 
 @dataclass
 class StopFlag:
-    """Set by a signal, read once a step. A second Ctrl-C ends at once."""
+    """Set by a signal and read once per step. A second Ctrl-C ends the process at once."""
 
     is_noted: bool = False
     num_interrupts: int = 0
     raises: bool = True
-    """Before the first step nothing is to be saved, so a request ends the process where it is."""
+    """Raise at once, which is right before the first step, when there is nothing to save."""
     is_leaving: bool = False
-    """The process is ending already and writes down why, which no further signal cuts short."""
+    """The process is ending and writes down why, which no further signal may interrupt."""
 
     def note(self, number: int, frame: object = None) -> None:
-        """Take a signal."""
-        # Handlers only note: a collective that one rank leaves by an exception would hold all others.
+        """Handle a signal.
+
+        Raises:
+            Stopped: no step has begun.
+            KeyboardInterrupt: it is the second Ctrl-C.
+        """
+        # Between, it only notes: a collective that one rank leaves by an exception would hold all others.
         self.is_noted = True
         self.num_interrupts += number == signal.SIGINT
         if self.is_leaving:
@@ -47,13 +52,17 @@ class StopFlag:
             raise Stopped(BEFORE_A_STEP)
 
     def is_set(self) -> bool:
-        """Tell whether a request has come."""
+        """Tell whether a signal has arrived."""
         return self.is_noted
 
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Turn SIGTERM, Ctrl-C and the loss of the launcher into a flag."""
+    """Turn SIGTERM, Ctrl-C and the loss of the launcher into a flag.
+
+    Raises:
+        Stopped: a signal arrived before the first step.
+    """
     flag = StopFlag()
     before = {number: signal.signal(number, flag.note) for number in (signal.SIGTERM, signal.SIGINT)}
     ended = threading.Event()
@@ -62,7 +71,8 @@ def stop_flag() -> Iterator[StopFlag]:
     watch.start()
     try:
         yield flag
-        if flag.is_noted and flag.raises:  # some library caught what the signal raised, as imports do
+        # Some library caught what the signal raised, as optional imports do.
+        if flag.is_noted and flag.raises:
             raise Stopped(BEFORE_A_STEP)
     finally:
         ended.set()
@@ -72,25 +82,25 @@ def stop_flag() -> Iterator[StopFlag]:
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked of a run while it trains: by signals to this rank, by files in its folder, or in advance."""
+    """Requests to a run while it trains: signals to this rank, files in its folder, and a step to stop at."""
 
     flag: StopFlag
     run_dir: Path
     reads_files: bool
-    """One rank looks for them and tells the others: on a shared disk each would see them at another time."""
+    """Whether this rank looks for the files; one does, because on a shared disk ranks see them at different times."""
     stop_at: int | None = None
-    """Stop after this step; None for the run's last."""
+    """Stop after this step; None for the run's last step."""
 
     def begin(self) -> None:
-        """From now on a request waits for the end of its step."""
+        """Have requests wait for the end of the current step from now on."""
         self.flag.raises = False
 
     def is_signalled(self) -> bool:
-        """Tell whether a signal asked this rank to stop, which breaks off a measure too."""
+        """Tell whether a signal asked this rank to stop, which also interrupts a measure."""
         return self.flag.is_set()
 
     def should_stop(self) -> bool:
-        """Tell whether this rank was asked to stop after its step."""
+        """Tell whether this rank was asked to stop after the current step."""
         return self.is_signalled() or self._has(STOP)
 
     def should_save(self) -> bool:
@@ -98,7 +108,7 @@ class Requests:
         return self._has(SAVE)
 
     def grant(self, name: str) -> None:
-        """Remove the file STOP or SAVE, whose wish is done."""
+        """Remove the file STOP or SAVE once its request is fulfilled."""
         if self.reads_files:
             (self.run_dir / name).unlink(missing_ok=True)
 
@@ -107,11 +117,9 @@ class Requests:
 
 
 def launchers() -> dict[int, int]:
-    """Name the processes whose loss means stop, each with its parent: who launched this rank, and `deepspeed` itself.
-
-    The `deepspeed` command forwards no signal: killed, it leaves its launcher and the ranks behind. A process without
-    a launcher has none, so that a shell may be closed over it.
-    """
+    """List the processes whose parent's loss means stop, with these parents: this rank and `deepspeed`'s launcher."""
+    # The `deepspeed` command forwards no signal: killed, it leaves its launcher and the ranks behind. A process
+    # without a launcher watches nothing, so that the shell that started it may be closed.
     parent = os.getppid()
     command = _command(parent)
     if DEEPSPEED in command:
@@ -122,6 +130,7 @@ def launchers() -> dict[int, int]:
 def parent_of(pid: int) -> int:
     """Read a process's parent; 0 if the process is gone."""
     try:
+        # After the last bracket, because the command's name before it may hold spaces and brackets.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
@@ -136,7 +145,8 @@ def _command(pid: int) -> bytes:
 
 
 def _watch_parents(ended: threading.Event) -> None:
-    """Send this process SIGTERM once its launcher, or the launcher's own, is gone."""
+    """Send this process SIGTERM once its launcher, or the launcher's launcher, is gone."""
+    # As a signal, so that there is one way to stop, in every phase of a run.
     parents = launchers()
     while parents and not ended.wait(PARENT_SECONDS):
         if any(parent_of(pid) != parent for pid, parent in parents.items()):

@@ -236,7 +236,7 @@ def damage(run_dir, kind):
         ),
         pytest.param(
             "manifest",
-            "manifest.json: step is None; wanted is int",
+            "manifest.json: step is None; expected int",
             marks=pytest.mark.fault(
                 23,
                 "a manifest that says nothing",

@@ -383,7 +383,7 @@ def test_a_taken_port_is_said(shards, tmp_path, observed):
         with Job(shards, tmp_path / "run", port=port) as job:
             job.wait()
     assert job.code == 2, job.said()[-3000:]
-    assert f"port {port}, by which ranks find each other, is taken" in job.said()
+    assert f"port {port}, at which ranks find each other, is taken" in job.said()
     assert "--master_port" in job.said()
     observed(f"exit 2 after {job.seconds:.0f} s")
 

@@ -225,7 +225,7 @@ def test_tars_fill_no_memory(tmp_path, observed, monkeypatch):
     left_out = left_out_of(many)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert left_out == {"no picture beside the caption in a tar": 10_000}
+    assert left_out == {"no image beside the caption in a tar": 10_000}
     assert peak < 8 * 2**20
     claim = header("x", kind=tarfile.XHDTYPE, size=8 * 2**30).tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "claim.tar").write_bytes(claim + bytes(10_240))
@@ -328,7 +328,7 @@ def test_lists_name_only_files_of_their_folder(tmp_path, observed):
         image["file_name"] = name
     file.write_text(json.dumps(content))
     source = open_source(f"coco:{tmp_path / 'coco'}")
-    assert source.left_out == {"annotations name a picture that is not in its folder": len(names) - 1}
+    assert source.left_out == {"annotations name an image that is not in its folder": len(names) - 1}
     observed(f"{len(names) - 1} names left out of each")
 
 
@@ -376,7 +376,7 @@ def test_remote_code_is_never_run(model_folder, tmp_path, observed):
 def test_run_files_are_plain_values(text, tmp_path, monkeypatch, observed):
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_bytes(text)
-    with pytest.raises(UserError, match=r"--config x\.yaml (is no YAML|holds)"):
+    with pytest.raises(UserError, match=r"--config x\.yaml (is not YAML|holds)"):
         flags_of(Path("x.yaml"))
     assert not Path("ran").exists()
     observed("exit 2, the file is named")

@@ -27,7 +27,7 @@ def test_captions_are_read_from_the_lists_that_people_have(model_folder, draw, t
 def test_a_file_that_is_no_list_is_not_taken_for_a_caption(model_folder, draw, tmp_path, capsys):
     (tmp_path / "captions.json").write_text(json.dumps(["a cat"]))
     for name, sentence in (
-        ("captions.json", "ends in .json; wanted is a file of .txt"),
+        ("captions.json", "ends in .json; expected a file that ends in .txt"),
         ("gone.csv", "is no file"),
     ):
         assert draw(model_folder, "--prompts", tmp_path / name, "--out", tmp_path / "out") == 3
@@ -45,4 +45,4 @@ def test_pictures_of_somebody_else_are_not_taken_for_drawn_ones(model_folder, dr
     assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 0
     (tmp_path / "settings.json").write_text("[]")
     assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 3
-    assert "settings.json holds list; wanted is an object of keys" in capsys.readouterr().err
+    assert "settings.json holds list; expected an object of keys" in capsys.readouterr().err

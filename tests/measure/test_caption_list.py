@@ -63,12 +63,12 @@ def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
     for name, text, sentence in (
         ("a.csv", "image_id,text\n1000,A bus.\n", "a.csv, row 1: val2014 has no picture 1000"),
         ("b.txt", "A bus that nobody described.\n" * 2, "b.txt, row 1: val2014 has no caption 'A bus that"),
-        ("c.csv", f"image_id,title\n{known},A bus.\n", "c.csv, row 1, has the columns image_id, title; wanted is"),
+        ("c.csv", f"image_id,title\n{known},A bus.\n", "c.csv: row 1 has the columns image_id, title; expected"),
         ("d.csv", f"image_id,text\n{known},A bus, red.\n", "d.csv: line 2 has 3 values for the 2 columns"),
-        ("e.tsv", "image_id\ttext\nfirst\tA bus.\n", "e.tsv, row 1, names the picture 'first'; wanted is COCO's id"),
-        ("f.jsonl", "A bus.\n", "f.jsonl: line 1 is no JSON"),
+        ("e.tsv", "image_id\ttext\nfirst\tA bus.\n", "e.tsv: row 1 names the image 'first'; expected a COCO image id"),
+        ("f.jsonl", "A bus.\n", "f.jsonl: line 1 is not JSON"),
         ("g.txt", "", "g.txt lists no caption"),
-        ("h.docx", "", "h.docx ends in .docx; wanted is a file of .txt, .jsonl, .parquet"),
+        ("h.docx", "", "h.docx ends in .docx; expected a file that ends in .txt, .jsonl, .parquet"),
         ("i.parquet", "", "i.parquet is no parquet file"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text + text[text.find("\n") + 1 :])  # a list has two rows at least

@@ -318,7 +318,7 @@ def test_compare_refuses_other_protocols_and_says_which_line(
     assert {line.split(":")[0] for line in lines[1:]} == {"n", "resize", "captions", "captions_sha256"}
     assert refused.out == ""
     assert call("compare", a, coco_folder / "annotations" / "captions_val2014.json") == 2
-    assert "is no scores.json: rows is None; wanted is dict" in capsys.readouterr().err
+    assert "is no scores.json: rows is None; expected dict" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
@@ -338,13 +338,13 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
             {**content, "images": content["images"][1:]},
             f"of picture {content['images'][0]['id']}, which is not",
         ),
-        ({"images": content["images"]}, "annotations is None; wanted is list"),
+        ({"images": content["images"]}, "annotations is None; expected list"),
     ):
         file.write_text(json.dumps(broken))
         with pytest.raises(DataError, match=rf"captions_val2014\.json.* {found}"):
             read_val2014(coco)
     file.write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         read_val2014(coco)
 
 

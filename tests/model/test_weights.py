@@ -142,11 +142,11 @@ def test_every_published_config_can_be_built():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ffn_type": "gelu"}, "has ffn_type 'gelu'; wanted is swiglu or swiglu_torch"),
-        ({"moe_freq": 2}, "has moe_freq 2; wanted is 0"),
-        ({"attn_name": "custom_attn"}, "wanted is softmax attention"),
+        ({"ffn_type": "gelu"}, "has ffn_type 'gelu'; expected swiglu or swiglu_torch"),
+        ({"moe_freq": 2}, "has moe_freq 2; expected 0"),
+        ({"attn_name": "custom_attn"}, "expected softmax attention"),
         ({"positional_embedding_type": "llama_rotary"}, "positional_embedding_type is 'llama_rotary'"),
-        ({"model_norm": "rms_norm", "norm_type": "lp_layer_norm"}, "for model_norm; wanted is one of them"),
+        ({"model_norm": "rms_norm", "norm_type": "lp_layer_norm"}, "for model_norm; expected one of them"),
     ],
 )
 def test_configs_that_mean_another_model_are_refused(changes, message):
@@ -166,7 +166,7 @@ def test_a_config_without_sizes_or_with_an_unknown_model_is_refused(tmp_path):
 def test_a_misfit_names_tensor_and_shapes():
     state = OpenLM().state_dict()
     wrong = state | {"layers.1.feed_forward.w3.weight": torch.zeros(48, 128)}
-    message = r"layers\.1\.feed_forward\.w3\.weight has shape \(48, 128\), wanted is \(48, 256\)"
+    message = r"layers\.1\.feed_forward\.w3\.weight has shape \(48, 128\), expected \(48, 256\)"
     with pytest.raises(CheckpointError, match=message):
         convert(wrong)
     with pytest.raises(CheckpointError, match=r"has, unknown here, layers\.0\.attention\.q_norm\.weight"):

@@ -96,7 +96,7 @@ def test_only_the_last_are_kept_and_none_is_overwritten(tmp_path):
         "step_000002",
         "step_000003",
     ]
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         save(tmp_path, 3)
 
 

@@ -150,7 +150,7 @@ def test_the_1b_release_is_not_converted_with_the_config_of_the_new_positions(ho
     monkeypatch.setitem(convert.RELEASED_CONFIGS, name, str(home / "old.json"))
     told = []
     arguments = {"text_tokenizer": str(home / "tokenizer"), "out": tmp_path / "model", "tell": told.append}
-    with pytest.raises(UserError, match=r"new\.json is wrong for this release; wanted is .*old\.json"):
+    with pytest.raises(UserError, match=r"new\.json is wrong for this release; expected .*old\.json"):
         convert_open_lm(home / "epoch_3.pt", config_name=str(home / "new.json"), **arguments)
     convert_open_lm(home / "epoch_3.pt", config_name=None, **arguments)
     assert told[-2] == f"epoch_3.pt: SHA-256 {digest}, known release {name}"
@@ -177,7 +177,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
         "text_tokenizer": str(home / "tokenizer"),
         "tell": print,
     }
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         convert_open_lm(home / "epoch_3.pt", out=converted, **arguments)
     with pytest.raises(UserError, match="give --config"):
         convert_open_lm(
@@ -255,7 +255,7 @@ def test_a_converted_tokenizer_is_measured_at_another_size_on_any_folder(tmp_pat
     assert 0 < found["codes_in_use"] <= 1
     assert Image.open(tmp_path / "measured" / "reconstructions.png").size == (8 * 96, 2 * 96)
     for size, out, message in (
-        (96, "measured", "measured exists already; choose another"),
+        (96, "measured", "measured already exists; choose another"),
         (100, "other", "is no multiple of"),
         (0, "other", "image size 0 is no multiple of"),
     ):
@@ -277,6 +277,6 @@ def test_folders_of_another_class_are_named_so(tmp_path):
     shutil.copytree(ASSETS / "image_tokenizer", tmp_path / "kl")
     config = tmp_path / "kl" / "config.json"
     config.write_text(config.read_text().replace('"VQModel"', '"AutoencoderKL"'))
-    with pytest.raises(UserError, match="its config.json is of AutoencoderKL; wanted is VQModel"):
+    with pytest.raises(UserError, match="its config.json is of AutoencoderKL; expected VQModel"):
         ImageTokenizer.load(tmp_path / "kl")
     assert not (tmp_path / "back").exists()

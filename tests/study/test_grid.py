@@ -99,7 +99,7 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
             ("max_steps: 3", "max_step: 3"),
             "settings has the setting train.max_step, .* perhaps train.max_steps was meant",
         ),
-        (("question: Does it help?", "question: [: ?"), "is no YAML"),
+        (("question: Does it help?", "question: [: ?"), "is not YAML"),
     ],
 )
 def test_a_wrong_study_is_refused_before_anything_runs(tmp_path, change, sentence):
