@@ -1,4 +1,4 @@
-"""Released weights as folders of ours and back; a folder appears whole, and only after it proved itself."""
+"""Convert released weights to our folders and back. A folder appears only after it has been checked."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from t2i.convert.open_lm import (
     read_config,
 )
 from t2i.convert.open_lm_reference import open_lm_logits
-from t2i.convert.released import RELEASES, read_weights
+from t2i.convert.released import RELEASES, only_tensors, read_weights
 from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
 from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
 from t2i.data.sources import openmoji
@@ -33,21 +33,21 @@ from t2i.tokens.text import NEOX, TextTokenizer
 OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
 NUM_PROOF_IDS = 24
 LOGITS = 2e-5
-"""Largest difference of logits that fp32 rounding explains, as a share of the largest logit or of 5."""
+"""Largest difference of logits that fp32 rounding explains, relative to the largest logit or to 5."""
 
 Tell = Callable[[str], None]
-"""What becomes of the sentences that a conversion says on its way; a launcher's is print."""
+"""Receives the messages of a conversion, one sentence each; a launcher passes print."""
 
 LATENTS, PIXELS = 1e-4, 2e-4
-"""The same for latents, as a share of the largest or of 1, and for decoded pixels in [-1, 1]."""
+"""The same for latents, relative to the largest or to 1, and for decoded pixels in [-1, 1]."""
 CODES = 0.99
-"""Least share of equal codes: rounding may tip a latent that lies between two codes."""
+"""Smallest share of equal codes. Rounding may change the code of a latent that lies between two codes."""
 PROOF_PICTURES = ("1F600", "1F34E", "1F3E0", "1F415")
-"""A face, an apple, a house and a dog of the embedded set."""
+"""Images of the embedded dataset that are encoded for the check: a face, an apple, a house and a dog."""
 
 
 def identify(checkpoint: Path, *, tell: Tell) -> set[str]:
-    """Hash a checkpoint's files and tell of each; return the names of the known releases among them."""
+    """Hash a checkpoint's files, report each, and return the names of the known releases among them."""
     hashes = {file: sha256_of(file) for file in weight_files(checkpoint)}
     for file, value in hashes.items():
         what = f"known release {RELEASES[value]}" if value in RELEASES else "not a known release"
@@ -58,20 +58,21 @@ def identify(checkpoint: Path, *, tell: Tell) -> set[str]:
 def convert_open_lm(
     checkpoint: Path, *, config_name: str | None, text_tokenizer: str | None, out: Path, tell: Tell
 ) -> None:
-    """Turn an open_lm checkpoint into a folder that model.init takes.
+    """Convert an open_lm checkpoint to a folder for model.init.
 
     Args:
-        checkpoint: a file, or a Hugging Face folder that open_lm wrote.
-        config_name: a published name or a file; None for the folder's own, or a known release's.
-        text_tokenizer: folder or hub name; None for the folder's own, else GPT-NeoX-20B's.
+        checkpoint: a file, or a Hugging Face folder written by open_lm.
+        config_name: a published name or a file; None for that of the folder, or of a known release.
+        text_tokenizer: a folder or a hub name; None for that of the folder, else GPT-NeoX-20B's.
 
     Raises:
-        UserError: `out` exists, or checkpoint, config and tokenizer are not of one kind.
-        CheckpointError: the checkpoint cannot be trusted, does not fit, or the folder gives other logits.
+        UserError: `out` exists, or checkpoint, config and tokenizer do not belong together.
+        CheckpointError: the checkpoint may run code, does not fit the config, or the folder gives other logits.
     """
     with new_folder(out) as part:
         if config_name:
-            read_config(config_name)  # a wrong name is known before gigabytes are hashed
+            # Called for its check: a wrong name is refused before gigabytes are hashed.
+            read_config(config_name)
         releases = identify(checkpoint, tell=tell)
         config = read_config(_config_name(config_name, checkpoint=checkpoint, releases=releases))
         own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
@@ -82,42 +83,43 @@ def convert_open_lm(
         prepare_generation(model, tokenizer)
         model.save_pretrained(part)
         tokenizer.tokenizer.save_pretrained(part)
-        tell(prove_logits(part, tensors=tensors))
+        tell(prove_logits(part, tensors=only_tensors(tensors)))
 
 
 def convert_back(ckpt: str, *, out: Path) -> None:
-    """Write a CKPT's language model as open_lm's state dict and json: `open_lm.pt` and `open_lm.json` in `out`.
+    """Write a CKPT's language model to `out` in open_lm's format: open_lm.pt and open_lm.json.
 
     Raises:
-        UserError: `out` exists, or ckpt is no CKPT.
+        UserError: `out` exists, or ckpt is not a CKPT of an open_lm model.
     """
     folder, _ = find(ckpt)
     if not is_open_lm(folder):
         raise UserError(f"{folder} holds no open_lm model: its config.json is of another class.")
     with new_folder(out) as part:
         config = OpenLMConfig.from_pretrained(folder)
-        torch.save(open_lm_state(read_weights(folder), config=config), part / OPEN_LM_WEIGHTS)
+        state = open_lm_state(only_tensors(read_weights(folder)), config=config)
+        torch.save(state, part / OPEN_LM_WEIGHTS)
         (part / OPEN_LM_CONFIG).write_text(json.dumps(open_lm_config(config), indent=4))
 
 
 def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path, tell: Tell) -> None:
-    """Turn a released image tokenizer into a diffusers folder.
+    """Convert a released image tokenizer to a diffusers folder.
 
     Raises:
         UserError: `out` exists, or there is no checkpoint.
-        CheckpointError: it cannot be trusted, does not fit, or the folder gives other codes or pictures.
+        CheckpointError: it may run code, does not fit, or the folder gives other codes or images.
     """
     with new_folder(out) as part:
         identify(checkpoint, tell=tell)
         tensors, left_out = vq_tensors(read_weights(checkpoint), layout=layout)
         if left_out:
-            tell(f"left out, not needed to encode or decode: {', '.join(left_out)}")
+            tell(f"left out, because encoding and decoding do not need it: {', '.join(left_out)}")
         load_vq(tensors, layout=layout, source=checkpoint).save_pretrained(part)
-        tell(prove_codes(part, tensors=tensors, layout=layout))
+        tell(prove_codes(part, tensors=only_tensors(tensors), layout=layout))
 
 
 def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> None:
-    """Let generate() end at the tokenizer's end and never choose a row that no token uses."""
+    """Set generate() to end at the tokenizer's end token and never choose an id that no token uses."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer.tokenizer, name))
     never_generate(model, list(range(tokenizer.num_tokens, model.config.vocab_size)))
@@ -125,31 +127,34 @@ def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> No
 
 @torch.inference_mode()
 def prove_logits(folder: Path, *, tensors: dict[str, Tensor]) -> str:
-    """Hold the logits of a written folder against a forward pass in open_lm's terms; return a sentence.
+    """Compare the logits of a written folder with a forward pass on open_lm's own tensors; return a sentence.
 
     Raises:
         CheckpointError: they differ by more than rounding.
     """
+    # The release's own steps are written a second time, from its own names. Shapes alone would let swapped queries
+    # and keys pass.
     model = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
     wanted = open_lm_logits(tensors, ids, config=model.config)
     difference = (model(ids).logits - wanted).abs().max().item()
+    # `not <=`, so that nan fails too.
     if not difference <= LOGITS * max(5, wanted.abs().max().item()):
         raise CheckpointError(
             f"the converted model gives logits that differ by {difference:.1e}; nothing written."
         )
     return (
-        f"proved: {NUM_PROOF_IDS} tokens through the written folder give the logits of a forward pass in open_lm's"
-        f" own terms (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
+        f"checked: for {NUM_PROOF_IDS} tokens the written folder gives the logits of a forward pass on open_lm's"
+        f" own tensors (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
     )
 
 
 @torch.inference_mode()
 def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayout) -> str:
-    """Hold a written folder against the release's own steps on stored pictures; return a sentence.
+    """Compare a written folder with the release's own steps on a few images; return a sentence.
 
     Raises:
-        CheckpointError: latents, codes or decoded pictures differ by more than rounding.
+        CheckpointError: latents, codes or decoded images differ by more than rounding.
     """
     tokenizer = ImageTokenizer.load(folder)
     pixels = to_pixels([openmoji.render(key) for key in PROOF_PICTURES])
@@ -165,23 +170,27 @@ def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayou
     )
     is_close = latent_error <= LATENTS * max(1, latents.abs().max().item()) and pixel_error <= PIXELS
     if not is_close or num_equal < CODES * codes.numel():
-        raise CheckpointError(f"the converted tokenizer is another one: {found}; nothing written.")
-    return f"proved: {len(pixels)} pictures through the written folder and through the release's own steps: {found}"
+        raise CheckpointError(f"the converted tokenizer differs from the release: {found}; nothing written.")
+    return f"checked: {len(pixels)} images, in the written folder and by the release's own steps: {found}"
 
 
 def _config_name(given: str | None, *, checkpoint: Path, releases: set[str]) -> str:
+    # Shapes cannot tell the configs of a release apart: they differ in how positions are rotated.
     right = next((RELEASED_CONFIGS[name] for name in releases if name in RELEASED_CONFIGS), None)
     if right and given and read_config(given).to_dict() != read_config(right).to_dict():
-        raise UserError(f"--config {given} is wrong for this release; wanted is {right}.")
+        raise UserError(f"--config {given} is wrong for this release; expected {right}.")
     own = checkpoint / "config.json"
     name = given or right or (str(own) if own.is_file() else None)
     if name is None:
-        raise UserError("give --config NAME|FILE: the checkpoint is no known release and has no config.json.")
+        raise UserError(
+            "give --config NAME|FILE: the checkpoint is not a known release and has no config.json."
+        )
     return name
 
 
 def _check_rows(tokenizer: TextTokenizer, *, config: OpenLMConfig) -> None:
     if tokenizer.num_tokens > config.vocab_size:
         raise UserError(
-            f"text tokenizer {tokenizer.name} has {tokenizer.num_tokens} ids; the model has {config.vocab_size} rows."
+            f"text tokenizer {tokenizer.name} has {tokenizer.num_tokens} ids; the model has {config.vocab_size}"
+            " embeddings."
         )

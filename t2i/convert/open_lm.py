@@ -1,4 +1,4 @@
-"""open_lm checkpoint <-> our state dict, and open_lm's model configs by name or json.
+"""Convert open_lm checkpoints to our state dict and back, and read open_lm's model configs by name or json.
 
 Source: the checkpoints and json files of https://github.com/mlfoundations/open_lm.
 """
@@ -28,7 +28,7 @@ SIZES = {
     "open_lm_1b": (2_048, 24, 16),
     "open_lm_7b": (4_096, 32, 32),
 }
-"""open_lm's published configs with its defaults: hidden_dim, n_layers, n_heads."""
+"""Published configs of open_lm: hidden_dim, n_layers, n_heads."""
 
 DEFAULTS: dict[str, Any] = {
     "post_embed_norm": False,
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "moe_freq": 0,
     "attn_name": "auto",
 }
-"""What open_lm's command line says where a config is silent; the json of a size alone so means rotary."""
+"""Defaults of open_lm's command line for keys that a config lacks; a json with sizes only means rotary."""
 
 SIZE_KEYS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 OTHER_NAMES = {"dim": "hidden_dim", "norm_type": "model_norm", "apply_qk_norm": "qk_norm"}
@@ -59,32 +59,36 @@ CONFIGS["open_lm_1b_swiglutorch"] = CONFIGS["open_lm_1b"] | {
 }
 
 RELEASED_CONFIGS = {"mlfoundations/open_lm_1B open_lm_1b.pt": "open_lm_1b_old"}
-"""The only right config of a release; open_lm_1b has the same shapes and other positions."""
+"""The right config of a release; open_lm_1b has the same shapes but another positional embedding."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
-"""Put before every name by DistributedDataParallel, torch.compile and Hugging Face folders."""
+"""Prefixes of all names by DistributedDataParallel, torch.compile and Hugging Face folders."""
 
 INVERSE_FREQUENCIES = re.compile(r"layers\.\d+\.attention\.pos_embed\.inv_freq")
 
 
 def read_config(name: str) -> OpenLMConfig:
-    """Turn a published name, or a file (open_lm's json, a run's params.txt, a folder's config.json), into ours.
+    """Read a config by its published name or from a file (open_lm's json, params.txt, config.json).
 
     Raises:
-        UserError: it is neither, or describes what our classes do not have.
+        UserError: it is neither, or our model classes lack something in it.
     """
     if name in CONFIGS:
         return config_of(CONFIGS[name], source=name)
     file = Path(name)
     if not file.is_file():
-        raise UserError(f"--config {name} is no file, and none of {', '.join(CONFIGS)}.")
+        raise UserError(f"--config is {name}; expected a file or one of {', '.join(CONFIGS)}.")
     is_json = file.suffix == ".json"
     values = read_json(file, error=UserError) if is_json else read_yaml(file, name=f"--config {file}")
     return config_of(values, source=name)
 
 
-def config_of(values: dict[str, Any], *, source: str) -> OpenLMConfig:
-    """Turn open_lm's values into our configuration; what they do not say is open_lm's default."""
+def config_of(values: Mapping[str, object], *, source: str) -> OpenLMConfig:
+    """Convert open_lm's config to ours; missing keys have open_lm's defaults.
+
+    Raises:
+        UserError: a key is missing or contradicts another, or our model classes lack something in it.
+    """
     values = _named(_flat(values), source=source)
     missing = [key for key in SIZE_KEYS if key not in values]
     if missing:
@@ -96,10 +100,10 @@ def config_of(values: dict[str, Any], *, source: str) -> OpenLMConfig:
     for key, choices in wanted.items():
         if known[key] not in choices:
             raise UserError(
-                f"config {source} has {key} {known[key]!r}; wanted is {' or '.join(map(str, choices))}."
+                f"config {source} has {key} {known[key]!r}; expected {' or '.join(map(str, choices))}."
             )
     if known["attn_name"] == "custom_attn":
-        raise UserError(f"config {source} has attn_name 'custom_attn'; wanted is softmax attention.")
+        raise UserError(f"config {source} has attn_name 'custom_attn'; expected softmax attention.")
     try:
         return OpenLMConfig(
             vocab_size=known["vocab_size"],
@@ -118,35 +122,36 @@ def config_of(values: dict[str, Any], *, source: str) -> OpenLMConfig:
         raise UserError(f"config {source}: {error}.") from error
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Unfold a Hugging Face folder's nested form, and use the json's names.
+def _flat(values: Mapping[str, object]) -> dict[str, object]:
+    """Flatten the nested form of a Hugging Face folder, and use the json's names.
 
     Raises:
         UserError: two names of one value disagree.
     """
-    flat: dict[str, Any] = {}
-    for key, value in (values.get("params_args_dict") or values).items():
+    flat: dict[str, object] = {}
+    nested = values.get("params_args_dict")
+    for key, value in (nested if isinstance(nested, dict) and nested else values).items():
         name = OTHER_NAMES.get(key, key)
         if name in flat and flat[name] != value:
-            raise UserError(f"a config says {flat[name]!r} and {value!r} for {name}; wanted is one of them.")
+            raise UserError(
+                f"a config has both {flat[name]!r} and {value!r} for {name}; expected one of them."
+            )
         flat[name] = value
     return flat
 
 
-def _named(values: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """Fill in the sizes of a run's values, which name their model; what the named config says wins."""
+def _named(values: dict[str, object], *, source: str) -> dict[str, object]:
+    """Fill in the sizes of a run's values, which name a published config; that config's values win."""
     if "model" not in values or "hidden_dim" in values:
         return values
     name = Path(str(values["model"])).stem
     if name not in CONFIGS:
-        raise UserError(
-            f"config {source} names the model {name}, which is not known; give its json by --config."
-        )
+        raise UserError(f"config {source} names the unknown model {name}; give its json by --config.")
     return values | CONFIGS[name]
 
 
-def open_lm_config(config: OpenLMConfig) -> dict[str, Any]:
-    """Write our configuration as open_lm's json."""
+def open_lm_config(config: OpenLMConfig) -> dict[str, object]:
+    """Convert our config to open_lm's json."""
     return {
         "hidden_dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -162,38 +167,43 @@ def open_lm_config(config: OpenLMConfig) -> dict[str, Any]:
     }
 
 
-def open_lm_tensors(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Find the state dict in a training checkpoint, an averaged one or a folder, under open_lm's own names."""
-    return plain_names(content.get("state_dict", content), prefixes=PREFIXES)
+def open_lm_tensors(content: Mapping[str, object]) -> dict[str, object]:
+    """Find the state dict in a training checkpoint, an averaged one or a folder; return it with open_lm's names."""
+    inner = content.get("state_dict")
+    return plain_names(inner if isinstance(inner, Mapping) else content, prefixes=PREFIXES)
 
 
-def load_open_lm(tensors: dict[str, Any], *, config: OpenLMConfig, source: Path) -> OpenLMForCausalLM:
+def load_open_lm(tensors: Mapping[str, object], *, config: OpenLMConfig, source: Path) -> OpenLMForCausalLM:
     """Build our model on open_lm's tensors, without copying them.
 
     Raises:
-        CheckpointError: names or shapes are not those of the config, or the rotary base is another one.
+        CheckpointError: names or shapes differ from the config's, or the rotary base differs.
     """
     frequencies = {name: value for name, value in tensors.items() if INVERSE_FREQUENCIES.fullmatch(name)}
     _check_frequencies(frequencies, config=config, source=source)
     kept = {name: value for name, value in tensors.items() if name not in frequencies}
     if config.tie_word_embeddings:
         kept.setdefault("output.weight", kept.get("tok_embeddings.weight"))
+    # On the meta device, so that the weights exist once: those that were read.
     with torch.device("meta"):
         model = OpenLMForCausalLM(config)
     wanted = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
-    check_fit(kept, wanted, source=source)
-    if config.tie_word_embeddings and not torch.equal(kept["output.weight"], kept["tok_embeddings.weight"]):
-        raise CheckpointError(f"{source} has two different matrices where its config says weight_tying.")
-    model.load_state_dict({_our_name(name): value for name, value in kept.items()}, assign=True)
+    fitting = check_fit(kept, wanted, source=source)
+    if config.tie_word_embeddings and not torch.equal(
+        fitting["output.weight"], fitting["tok_embeddings.weight"]
+    ):
+        raise CheckpointError(f"{source} has two different matrices, but its config has weight_tying.")
+    model.load_state_dict({_our_name(name): value for name, value in fitting.items()}, assign=True)
     model.tie_weights()
     return model.eval()
 
 
 def open_lm_state(tensors: Mapping[str, Tensor], *, config: OpenLMConfig) -> dict[str, Tensor]:
-    """Turn our folder's tensors back into open_lm's state dict, the rotary buffers included."""
+    """Convert our folder's tensors back to open_lm's state dict, with the rotary buffers."""
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     if config.tie_word_embeddings:
-        both = ("tok_embeddings.weight", "output.weight")  # a folder holds one of them
+        # A folder holds one of the two tied matrices; open_lm expects both.
+        both = ("tok_embeddings.weight", "output.weight")
         state |= dict.fromkeys(both, next(state[name] for name in both if name in state))
     if config.positional_embedding_type != "none":
         buffer = _frequencies(config).to(state["tok_embeddings.weight"].dtype)
@@ -207,20 +217,20 @@ def _our_name(name: str) -> str:
 
 
 def _frequencies(config: OpenLMConfig) -> Tensor:
-    """Compute the rotary angles a position in open_lm's own order of operations: (head_dim / 2,)."""
+    """Return the rotary angles per position, computed in open_lm's order of operations: (head_dim / 2,)."""
     head_dim = config.hidden_size // config.num_attention_heads
     return 1.0 / (ROTARY_BASE ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
 
-def _check_frequencies(buffers: Mapping[str, Any], *, config: OpenLMConfig, source: Path) -> None:
+def _check_frequencies(buffers: Mapping[str, object], *, config: OpenLMConfig, source: Path) -> None:
     wanted = _frequencies(config)
     for name, buffer in buffers.items():
         if not isinstance(buffer, Tensor) or buffer.shape != wanted.shape:
             found = tuple(buffer.shape) if isinstance(buffer, Tensor) else type(buffer).__name__
             raise CheckpointError(
-                f"{source} does not fit: {name} has shape {found}, wanted is {tuple(wanted.shape)}."
+                f"{source} does not fit: {name} has shape {found}, expected {tuple(wanted.shape)}."
             )
-        # A checkpoint cast to bf16 has its buffers rounded by up to one part in 256.
+        # Buffers of a checkpoint cast to bf16 are rounded by up to one part in 256.
         if not torch.allclose(buffer.float(), wanted, rtol=2**-8, atol=0):
             raise CheckpointError(
                 f"{source} has rotary frequencies of another base than {ROTARY_BASE:.0f} ({name})."

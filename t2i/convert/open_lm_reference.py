@@ -1,4 +1,4 @@
-"""A forward pass in open_lm's own terms, step by step from its state dict: what a converted model is held against.
+"""A forward pass on open_lm's own state dict, step by step, that converted models are compared with.
 
 B batch, S sequence, H heads, D width.
 """
@@ -31,7 +31,7 @@ def _product(tensors: Mapping[str, Tensor], name: str, hidden: Tensor) -> Tensor
 
 
 def _norm(tensors: Mapping[str, Tensor], name: str, hidden: Tensor, *, config: OpenLMConfig) -> Tensor:
-    """Normalise by the root mean square, for all but rms_norm after taking the mean away; gain and bias if any."""
+    """Normalise by the root mean square (except in rms_norm after subtracting the mean), with gain and bias if any."""
     if config.norm_type != "rms_norm":
         hidden = hidden - hidden.mean(-1, keepdim=True)
     normed = hidden * (hidden.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
@@ -47,7 +47,8 @@ def _attention(tensors: Mapping[str, Tensor], name: str, hidden: Tensor, *, conf
         key = _norm(tensors, f"{name}.k_norm", key, config=config)
     query, key, value = (part.unflatten(-1, (config.num_attention_heads, -1)) for part in (query, key, value))
     if config.positional_embedding_type != "none":
-        # rotary turns by the position; head_rotary, by a slip that was kept, by the number of the head.
+        # rotary rotates by the position. head_rotary rotates by the index of the head: a mistake in open_lm's early
+        # releases, whose weights were trained with it.
         axis = 1 if config.positional_embedding_type == "rotary" else 2
         query, key = _turn(query, axis=axis), _turn(key, axis=axis)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
@@ -57,7 +58,7 @@ def _attention(tensors: Mapping[str, Tensor], name: str, hidden: Tensor, *, conf
 
 
 def _turn(heads: Tensor, *, axis: int) -> Tensor:
-    """Turn each pair (d, d + head_dim / 2) of heads (B, S, H, head_dim) by an angle that grows along `axis`."""
+    """Rotate each pair (d, d + head_dim / 2) of heads (B, S, H, head_dim) by an angle that grows along `axis`."""
     half = heads.shape[-1] // 2
     steps = torch.arange(heads.shape[axis]).view([-1 if dim == axis else 1 for dim in range(4)])
     angles = steps * 10_000 ** (-torch.arange(half) / half)

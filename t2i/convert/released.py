@@ -1,4 +1,4 @@
-"""Files that others released: known by their hash, read without running what is in them, checked by name and shape."""
+"""Released weights: recognised by their hash, read without running code, checked by name and shape."""
 
 import pickle
 import re
@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,20 +26,22 @@ RELEASES = {
         "FoundationVision/LlamaGen vq_ds16_c2i_training.pt"
     ),
 }
-"""SHA-256 of a released file -> its repository on the hub and its name there."""
+"""SHA-256 of a released file -> its hub repository and file name."""
+
+Value = TypeVar("Value")
 
 NUM_NAMED = 5
-"""Tensors that an error names; the rest are counted."""
+"""Number of tensors that an error names; the others are counted."""
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, object]:
     """Read a checkpoint: safetensors, or a pickle of tensors and plain values.
 
     Raises:
         UserError: there is none.
-        CheckpointError: it is broken, or a pickle with anything else in it.
+        CheckpointError: it is broken, or a pickle that holds anything else.
     """
-    content: dict[str, Any] = {}
+    content: dict[str, object] = {}
     for file in weight_files(path):
         content |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     return content
@@ -52,19 +54,22 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read as safetensors ({error}).") from error
 
 
-def _read_pickle(file: Path) -> dict[str, Any]:
+def _read_pickle(file: Path) -> dict[str, object]:
     try:
+        # weights_only, because an ordinary pickle may run any code. mmap spares a copy of the file in memory, which
+        # torch can do for its zip format only.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # not even a pickle, such as a web page saved under the name
+        # Not a pickle at all, such as a web page saved under this name.
+        if "Unsupported operand" in str(error):
             raise CheckpointError(
-                f"{file} cannot be read as torch's: it is no pickle and no archive."
+                f"{file} cannot be read by torch: it is neither a pickle nor an archive."
             ) from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found[1] if found else "something"
         raise CheckpointError(
             f"{file} is a pickle that holds {what} beside tensors and plain values. Such a file can run code when"
-            " it is read, so it was not. Ask its authors for safetensors, or save its state dict alone."
+            " it is read, so it was not read. Ask its authors for safetensors, or save only its state dict."
         ) from error
     except (
         RuntimeError,
@@ -73,16 +78,19 @@ def _read_pickle(file: Path) -> dict[str, Any]:
         ValueError,
         struct.error,
     ) as error:  # of bytes that are no pickle
-        raise CheckpointError(
-            f"{file} cannot be read as torch's ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(f"{file} cannot be read by torch ({type(error).__name__}: {error}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds {type(content).__name__}; wanted is a state dict.")
+        raise CheckpointError(f"{file} holds {type(content).__name__}; expected a state dict.")
     return content
 
 
-def plain_names(tensors: Mapping[str, Any], *, prefixes: tuple[str, ...]) -> dict[str, Any]:
-    """Strip prefixes that all names share, however often they are stacked."""
+def only_tensors(values: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the values that are tensors."""
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def plain_names(tensors: Mapping[str, Value], *, prefixes: tuple[str, ...]) -> dict[str, Value]:
+    """Strip prefixes that all names share, even if several are stacked."""
     plain = dict(tensors)
     while shared := [
         prefix for prefix in prefixes if plain and all(name.startswith(prefix) for name in plain)
@@ -91,8 +99,10 @@ def plain_names(tensors: Mapping[str, Any], *, prefixes: tuple[str, ...]) -> dic
     return plain
 
 
-def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, source: Path | str) -> None:
-    """Hold names and shapes against those of the model to be filled.
+def check_fit(
+    found: Mapping[str, object], wanted: Mapping[str, Tensor], *, source: Path | str
+) -> dict[str, Tensor]:
+    """Check names and shapes against those of the model to be filled, and return the tensors.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
@@ -100,7 +110,7 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, source:
     missing = [name for name in wanted if name not in found]
     unknown = [name for name in found if name not in wanted]
     shapes = [
-        f"{name} has shape {_shape(found[name])}, wanted is {_shape(wanted[name])}"
+        f"{name} has shape {_shape(found[name])}, expected {_shape(wanted[name])}"
         for name in wanted
         if name in found and _shape(found[name]) != _shape(wanted[name])
     ]
@@ -108,7 +118,8 @@ def check_fit(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, source:
         if listed:
             more = f" and {len(listed) - NUM_NAMED} more" if len(listed) > NUM_NAMED else ""
             raise CheckpointError(f"{source} {problem} {'; '.join(listed[:NUM_NAMED])}{more}.")
+    return only_tensors(found)
 
 
-def _shape(value: Any) -> tuple[int, ...] | str:
+def _shape(value: object) -> tuple[int, ...] | str:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""A released image tokenizer's own steps, from its state dict: what a converted model is held against.
+"""A released image tokenizer's own steps, from its state dict, that converted models are compared with.
 
 B batch, C channels, E width of a code, h w code grid.
 """
@@ -18,7 +18,7 @@ Tensors = Mapping[str, Tensor]
 
 @torch.inference_mode()
 def source_latents(tensors: Tensors, pixels: Tensor, *, layout: SourceLayout) -> Tensor:
-    """Encode pixels (B, 3, H, W) in [-1, 1] to latents (B, E, h, w), not yet codes."""
+    """Encode pixels (B, 3, H, W) in [-1, 1] to latents (B, E, h, w), before quantisation."""
     hidden = _conv(tensors, "encoder.conv_in", pixels.float(), padding=1)
     level = 0
     while _has(tensors, f"{layout.down}.{level}"):
@@ -32,7 +32,7 @@ def source_latents(tensors: Tensors, pixels: Tensor, *, layout: SourceLayout) ->
 
 @torch.inference_mode()
 def source_codes(tensors: Tensors, latents: Tensor, *, layout: SourceLayout) -> Tensor:
-    """Choose the nearest code for latents (B, E, h, w): (B, h, w)."""
+    """Return the nearest codes (B, h, w) of latents (B, E, h, w)."""
     queries, codebook = latents.movedim(1, -1), _codebook(tensors, layout=layout)
     if layout.unit_codes:
         queries = F.normalize(queries, dim=-1)
@@ -66,7 +66,7 @@ def _has(tensors: Tensors, prefix: str) -> bool:
 def _level(
     tensors: Tensors, name: str, hidden: Tensor, *, layout: SourceLayout, code: Tensor | None
 ) -> Tensor:
-    """Residual blocks, each with its attention if any, then half or twice the resolution if there is a way to."""
+    """Apply the residual blocks, each with its attention if any, then halve or double the resolution if it does."""
     block = 0
     while _has(tensors, f"{name}.{layout.residual}.{block}"):
         hidden = _residual(tensors, f"{name}.{layout.residual}.{block}", hidden, code=code)
@@ -74,6 +74,7 @@ def _level(
             hidden = _attention(tensors, f"{name}.attn.{block}", hidden, code=code)
         block += 1
     if _has(tensors, f"{name}.downsample"):
+        # Padded on one side only, as in the release.
         hidden = _conv(tensors, f"{name}.downsample.conv", F.pad(hidden, (0, 1, 0, 1)), stride=2)
     if _has(tensors, f"{name}.upsample"):
         doubled = hidden.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
@@ -105,7 +106,7 @@ def _residual(tensors: Tensors, name: str, hidden: Tensor, *, code: Tensor | Non
 
 
 def _attention(tensors: Tensors, name: str, hidden: Tensor, *, code: Tensor | None) -> Tensor:
-    """Attend over all places with one head of all channels."""
+    """Attend over all positions with one head of all channels."""
     normed = _norm(tensors, f"{name}.norm", hidden, code=code)
     query, key, value = (_conv(tensors, f"{name}.{part}", normed).flatten(2) for part in "qkv")  # (B, C, h w)
     weights = (query.mT @ key / query.shape[1] ** 0.5).softmax(-1)  # (B, h w, h w)
@@ -114,7 +115,8 @@ def _attention(tensors: Tensors, name: str, hidden: Tensor, *, code: Tensor | No
 
 
 def _norm(tensors: Tensors, name: str, hidden: Tensor, *, code: Tensor | None) -> Tensor:
-    """Normalise groups of channels; MoVQGAN's decoder then scales and shifts by the code of the place."""
+    """Normalise groups of channels; MoVQGAN's decoder then scales and shifts by the code at each position."""
+    # The encoder has no codes, and LlamaGen's decoder has plain norms.
     if code is None or not _has(tensors, f"{name}.conv_y"):
         return F.group_norm(hidden, NUM_GROUPS, *_affine(tensors, name), eps=EPS)
     normed = F.group_norm(hidden, NUM_GROUPS, *_affine(tensors, f"{name}.norm_layer"), eps=EPS)

@@ -78,7 +78,7 @@ def test_the_commands_convert_and_take_back_bit_for_bit(home, tmp_path, monkeypa
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "not a known release" in printed
-    assert "proved: 24 tokens" in printed
+    assert "checked: 24 tokens" in printed
     assert f"{tmp_path / 'model'} is ready for --model.init." in printed
     launch(monkeypatch, "open-lm-back", tmp_path / "model", "--out", tmp_path / "back")
     source = torch.load(home / "epoch_3.pt", weights_only=True)["state_dict"]
@@ -191,7 +191,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
             out=tmp_path / "model",
             tell=print,
         )
-    with pytest.raises(UserError, match="the hub does not give it"):
+    with pytest.raises(UserError, match="the hub has no such tokenizer"):
         convert_open_lm(
             home / "epoch_3.pt",
             config_name=str(home / "old.json"),
@@ -229,7 +229,9 @@ def test_image_tokenizers_are_proved_on_stored_pictures(kind, layout, tmp_path, 
     swapped[query], swapped[key] = tensors[key], tensors[query]
     real = convert.load_vq
     monkeypatch.setattr(convert, "load_vq", lambda _, **settings: real(swapped, **settings))
-    with pytest.raises(CheckpointError, match="another one: latents differ by .*; nothing written"):
+    with pytest.raises(
+        CheckpointError, match="differs from the release: latents differ by .*; nothing written"
+    ):
         convert_vq(tmp_path / "released.ckpt", layout=layout, out=tmp_path / "other", tell=print)
     assert not (tmp_path / "other").exists()
 
@@ -257,7 +259,7 @@ def test_a_converted_tokenizer_is_measured_at_another_size_on_any_folder(tmp_pat
     for size, out, message in (
         (96, "measured", "measured already exists; choose another"),
         (100, "other", "is no multiple of"),
-        (0, "other", "image size 0 is no multiple of"),
+        (0, "other", "--image-size is 0; expected a whole number from 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             launch(monkeypatch, *words, "--image-size", size, "--out", tmp_path / out, name="tokenizer.py")
