@@ -8,8 +8,8 @@ import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from t2i.config import DsConfig
 from t2i.errors import CheckpointError, UserError
 
 PACKAGES = ("t2i", "torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "numpy")
@@ -62,7 +62,7 @@ def operators_built(*names: str) -> bool:
     return all(any(extensions_folder().rglob(f"{name}*.so")) for name in names)
 
 
-def operators_needed(ds_config: dict[str, Any]) -> list[str]:
+def operators_needed(ds_config: DsConfig) -> list[str]:
     """List the C++ operators that a run on CPUs needs."""
     has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam")
     return ["deepspeed_shm_comm"] if has_torch_adam else ["deepspeed_shm_comm", "fused_adam"]
@@ -88,7 +88,7 @@ def use_own_tools() -> None:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
 
 
-def check_machine(ds_config: dict[str, Any], *, run_dir: Path) -> None:
+def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
     """Check once per machine that a launched run can start.
 
     Raises:

@@ -1,12 +1,11 @@
 """What a model needs on a device: exact parameter counts, and bytes estimated for open_lm's architecture."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import Trainable
+from t2i.config import DsConfig, Trainable
 from t2i.model.backbone import made_of
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
@@ -51,7 +50,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def weight_bytes(ds_config: dict[str, Any]) -> int:
+def weight_bytes(ds_config: DsConfig) -> int:
     """Return the bytes per weight."""
     return 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
 
@@ -98,7 +97,7 @@ def estimate_memory(
     model: PretrainedConfig,
     *,
     counts: Counts,
-    ds_config: dict[str, Any],
+    ds_config: DsConfig,
     num_gpus: int,
     num_tokens: int,
     is_checkpointed: bool,

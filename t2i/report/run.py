@@ -16,7 +16,15 @@ from t2i.files import read_optional_json
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
-from t2i.runs.run_folder import ENVIRONMENT, RESOLVED, SAMPLE_CAPTIONS, SAMPLES, STATUS, read_settings
+from t2i.runs.run_folder import (
+    ENVIRONMENT,
+    RESOLVED,
+    SAMPLE_CAPTIONS,
+    SAMPLES,
+    Status,
+    read_settings,
+    read_status,
+)
 from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run
 from t2i.tokens.image import centre_crop_resize
 from t2i.verbs import command_line
@@ -41,7 +49,7 @@ class Page:
     """All that the template shows; what is an object of JSON or YAML there is shown as its file has it."""
 
     name: str
-    status: dict[str, Any]
+    status: Status | None
     environment: dict[str, Any]
     settings: dict[str, Any]
     manifest: Manifest | None
@@ -91,7 +99,7 @@ def _page(run_dir: Path) -> Page:
     last = next((row for row in reversed(run.rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
     return Page(
         name=run_dir.name,
-        status=read_optional_json(run_dir / STATUS),
+        status=read_status(run_dir),
         environment=read_optional_json(run_dir / ENVIRONMENT),
         settings=read_settings(run_dir),
         manifest=manifest,

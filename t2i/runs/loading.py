@@ -1,4 +1,4 @@
-"""Anything a CKPT may be: a run folder, one checkpoint of it, an exported folder, a hub name."""
+"""Open a CKPT: a run folder, one of its checkpoints, an exported folder, or a hub name."""
 
 import hashlib
 import math
@@ -25,29 +25,29 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 DATA_MANIFEST = "data_manifest.json"
-"""What the model was trained on: the manifest of its shards, kept beside it."""
+"""Copy of the manifest of the shards that the model was trained on."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A CKPT in memory: a model, its text tokenizer and, if it was opened for images, its image tokenizer."""
+    """An opened CKPT: a model, its text tokenizer and, if it was opened for images, its image tokenizer."""
 
     folder: Path
-    """The Hugging Face folder that the weights came from."""
+    """The Hugging Face folder of the weights."""
     run_dir: Path | None
-    """Its run, for a run folder or one of its checkpoints; None for any other folder."""
+    """The run folder, if the CKPT is one or a checkpoint of one; None for any other folder."""
     model: PreTrainedModel
     text_tokenizer: TextTokenizer
     layout: VocabLayout
-    """Of a language model alone: all of its rows are text, codebook_size is 0."""
+    """In a plain language model the whole vocabulary is text, and codebook_size is 0."""
     image_tokenizer: ImageTokenizer | None = None
-    """None if it was opened without images."""
+    """None if the CKPT was opened without images."""
     weights: str = "not hashed"
-    """SHA-256 of the weights on disk if it was opened for images, or what else the weights are."""
+    """SHA-256 of the weights on disk if the CKPT was opened for images; else a text."""
 
     @property
     def home(self) -> Path:
-        """The folder that its measures belong to: its run, else its own."""
+        """The folder that holds its measures: its run folder, else its own folder."""
         return self.run_dir or self.folder
 
     def measures_folder(self, name: str) -> Path:
@@ -60,16 +60,16 @@ class OpenedModel:
         return self.image_tokenizer
 
     def image_size(self) -> int:
-        """Count the pixels per side of the images that it draws."""
+        """Return the pixels per side of the images that the model draws."""
         codes_per_side = math.isqrt(self.model.config.codes_per_image)
         return int(codes_per_side * self.needed_image_tokenizer().downscale)
 
 
 def find(name: str) -> tuple[Path, Path | None]:
-    """Resolve a CKPT to its Hugging Face folder and its run folder, if it has one.
+    """Resolve a CKPT to its Hugging Face folder, and its run folder or None.
 
     Raises:
-        UserError: it is nothing that a CKPT may be.
+        UserError: the name is not a CKPT.
     """
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
@@ -78,7 +78,7 @@ def find(name: str) -> tuple[Path, Path | None]:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
     if (path / "config.json").is_file():
-        # A run keeps its image tokenizer and its measures once, two folders up from each of its checkpoints.
+        # A run holds its image tokenizer and its measures once, two folders above each of its checkpoints.
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
     refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
@@ -98,18 +98,19 @@ def open_model(name: str, *, needs_images: bool, device: torch.device | str = "c
             tokenizer is loaded nor the weights are hashed.
 
     Raises:
-        UserError: it is no CKPT, has no tokenizer, or has no image codes though images are needed.
-        DataError: the image tokenizer beside it is not the one that it was trained with.
+        UserError: it is not a CKPT, has no tokenizer, or has no image codes although images are needed.
+        DataError: the image tokenizer beside it is not the one that the model was trained with.
     """
     folder, run_dir = find(name)
-    text_tokenizer = TextTokenizer.load(folder)  # first: it is refused before gigabytes of weights are read
+    # First, so that a folder without a tokenizer is refused before gigabytes of weights are read.
+    text_tokenizer = TextTokenizer.load(folder)
     model = load_model(folder).eval().to(device)
     known = getattr(model.config, "vocab_layout", None)
     if known is not None:
         layout = VocabLayout(**known)
     elif needs_images:
         raise UserError(
-            f"{folder} is a language model without image codes: its config.json has no vocab_layout."
+            f"{folder} is a plain language model without image codes: its config.json has no vocab_layout."
         )
     else:
         layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
@@ -118,19 +119,19 @@ def open_model(name: str, *, needs_images: bool, device: torch.device | str = "c
         return opened
     image_tokenizer = ImageTokenizer.load(opened.home / IMAGE_TOKENIZER, device=device)
     if (opened.home / ROUND_TRIP).is_file():
-        # Codes mean something under one image tokenizer alone; another one of the same shape would draw noise.
+        # Codes have a meaning under one image tokenizer only. Another one of the same shape would draw noise.
         check_round_trip(image_tokenizer, opened.home / ROUND_TRIP)
-    # Hashed now, not when a result names it: a run that goes on training may remove this checkpoint meanwhile.
+    # Hashed now, not when a result names it: a run that is training may remove this checkpoint meanwhile.
     return replace(opened, image_tokenizer=image_tokenizer, weights=weights_sha256(folder))
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash the weights of a Hugging Face folder: one file's own SHA-256, or that of all names and hashes.
+    """Hash the weights of a Hugging Face folder: SHA-256 of the file, or of the names and hashes of several files.
 
     Raises:
-        UserError: it holds none.
+        UserError: the folder holds no weights.
     """
-    # Shards of one model are named beside their hashes, so that swapped files do not pass for the same weights.
+    # With their names, so that swapped files are not taken for the same weights.
     hashes = {file.name: sha256_of(file) for file in weight_files(folder)}
     if len(hashes) == 1:
         return next(iter(hashes.values()))

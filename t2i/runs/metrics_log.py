@@ -1,24 +1,28 @@
-"""metrics.jsonl: every number of a run, a row per recorded step, appended whole or not at all."""
+"""metrics.jsonl: the metrics of a run, one row per recorded step, each appended whole or not at all."""
 
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from t2i.files import write_whole
 
 METRICS = "metrics.jsonl"
 
 
-def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
-    """Append rows to metrics.jsonl with one write, whole or not at all.
+def append_metrics(run_dir: Path, *rows: Mapping[str, object]) -> None:
+    """Append rows to metrics.jsonl, whole or not at all.
 
     Raises:
-        OSError: the disk refuses; the file is as it was.
+        OSError: the disk refuses; the file is unchanged.
     """
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path = run_dir / METRICS
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
+        # One write: a kill comes before it or after it. A full disk may take a part of it, which is cut off again.
         before = os.fstat(descriptor).st_size
         if os.write(descriptor, text) != len(text):
             os.ftruncate(descriptor, before)
@@ -28,7 +32,7 @@ def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that a kill tore is passed over."""
+    """Read metrics.jsonl, without a last line that was cut off."""
     path = run_dir / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
@@ -36,19 +40,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
+            # Only the last line can be cut off, by a machine that lost power.
             if number != len(lines) - 1:
                 raise
     return rows
 
 
 def rewind_metrics(run_dir: Path, *, step: int) -> None:
-    """Move rows after `step` to metrics.jsonl.rewound, so that no figure shows a step twice."""
+    """Move the rows after `step` to metrics.jsonl.rewound."""
     rows = read_metrics(run_dir)
+    # The steps after it are done again, and no figure may show a step twice. Nothing is thrown away.
     later = [row for row in rows if row["step"] > step]
     if not (run_dir / METRICS).exists():
         return
     with (run_dir / f"{METRICS}.rewound").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in later)
-    temporary = run_dir / f".{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    temporary.replace(run_dir / METRICS)
+    write_whole(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))

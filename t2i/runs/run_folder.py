@@ -1,4 +1,4 @@
-"""A run's folder explains itself: what was asked, on what machine, how far it is, and every number."""
+"""The files of a run folder that explain the run: its settings, its machine, its status."""
 
 import dataclasses
 import fcntl
@@ -10,13 +10,14 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, ClassVar, Literal, Protocol
 
 import yaml
 
+from t2i.config import DsConfig
 from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.errors import CheckpointError, UserError
-from t2i.files import write_json
+from t2i.files import read_optional_json, write_json, write_whole
 from t2i.runs.checkpoint_store import last_step
 from t2i.settings import changed_settings
 from t2i.verbs import command_line, own_command_line
@@ -31,31 +32,51 @@ RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, LOCK = (
     ".lock",
 )
 SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
-"""Folder of the grids drawn in training, and the captions of each of them, a line each."""
+"""Folder of the grids drawn in training, and the file of their captions, one per line."""
 
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
 
 
+State = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """The content of status.json."""
+
+    state: State
+    code: int | None = None
+    """Exit status; None while the run is running."""
+    step: int = 0
+    reason: str = ""
+    """The error that ended the run."""
+    next: str = ""
+    """Command to run next: to resume, or to make the report of a run that is done."""
+    time: str = ""
+
+
 class Settings(Protocol):
-    """All that somebody asked of a run: a dataclass, written down whole and read by nothing here but its folder."""
+    """All settings of a run, a dataclass. Only its run_dir is read here; the rest is written down."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def run_dir(self) -> Path: ...
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """Turn a configuration into plain values, for YAML and for comparing."""
+def plain(config: Settings) -> dict[str, object]:
+    """Turn settings into plain values, to be written as YAML and compared."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: Settings, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
-    """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
+def open_run(config: Settings, *, ds_config: DsConfig, heading: str = "") -> IO[str]:
+    """Make or reopen config.run_dir for this process alone, and return its lock, which the caller keeps open.
 
     Args:
-        heading: what follows from the settings on these ranks, a comment above them.
+        heading: a comment above the settings.
 
     Raises:
-        UserError: the folder belongs to a running process, or was made with other science settings.
+        UserError: another process uses the folder, or it was begun with other settings that may not change.
     """
     run_dir = config.run_dir
     make_folder(run_dir)
@@ -64,10 +85,11 @@ def open_run(config: Settings, *, ds_config: dict[str, Any], heading: str = "") 
         _refuse_other_science(config)
         write_status(run_dir, state="running", step=last_step(run_dir))
         comment = f"# {heading}\n" if heading else ""
-        (run_dir / RESOLVED).write_text(comment + yaml.safe_dump(plain(config), sort_keys=False))
-        (run_dir / DS_CONFIG).write_text(json.dumps(ds_config, indent=1))
-        (run_dir / ENVIRONMENT).write_text(json.dumps(environment(), indent=1))
+        write_whole(run_dir / RESOLVED, comment + yaml.safe_dump(plain(config), sort_keys=False))
+        write_json(run_dir / DS_CONFIG, dict(ds_config))
+        write_json(run_dir / ENVIRONMENT, environment())
     except (UserError, OSError):
+        # The caller never gets the lock, and this process may open the folder again.
         lock.close()
         raise
     return lock
@@ -78,7 +100,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     found = yaml.safe_load((run_dir / RESOLVED).read_text())
     settings = with_new_keys(found, is_said=False)
     if settings != found:
-        # One sentence, not one a key: nobody typed them, and a resumed run writes the new ones.
+        # One warning, not one per key: nobody typed these keys, and a resumed run writes the new ones.
         logger.warning(
             "%s has old names of settings, which are read up to release %s.", run_dir / RESOLVED, LAST_RELEASE
         )
@@ -97,21 +119,22 @@ def _refuse_other_science(config: Settings) -> None:
 
 
 def make_folder(run_dir: Path) -> None:
-    """Make a run folder that can be written to, or find that out before anything else is done.
+    """Make a run folder and check that it is writable, before anything else is done.
 
     Raises:
-        CheckpointError: the file system refuses.
+        CheckpointError: it is not.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK).open("a").close()
     except OSError as error:
         raise CheckpointError(
-            f"run folder {run_dir} cannot be written: {error.strerror}. Choose another --run-dir, or free it."
+            f"run folder {run_dir} cannot be written: {error.strerror}. Choose another --run-dir, or make it writable."
         ) from error
 
 
 def _lock(run_dir: Path) -> IO[str]:
+    # The kernel releases this lock when the process ends, however it ends; a file with a process id would stay.
     lock = (run_dir / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,11 +149,11 @@ def _lock(run_dir: Path) -> IO[str]:
     return lock
 
 
-def environment() -> dict[str, Any]:
-    """Describe this process: command, commit of the checkout, versions, machine."""
+def environment() -> dict[str, object]:
+    """Describe this process: command, git commit, versions, machine."""
     return {
         "command": own_command_line(),
-        "commit": commit(),
+        "commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -138,27 +161,41 @@ def environment() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Name the commit of the checkout that runs, `+` where files differ from it; empty for an installed package."""
+def git_commit() -> str:
+    """Return the commit of this checkout, with `+` if files differ from it; empty for an installed package."""
     ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         done = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git
+    except OSError:  # git is not installed
         return ""
     return done.stdout.strip()
 
 
-def write_status(run_dir: Path, *, state: str, step: int, code: int | None = None, reason: str = "") -> None:
-    """Write status.json: state is running, done, stopped or failed; code is the exit status once it ended."""
-    status = {
-        "state": state,
-        "code": code,
-        "step": step,
-        "reason": reason,
-        "next": _next_command(run_dir, state),
-        "time": time.strftime("%FT%T%z"),
-    }
-    write_json(run_dir / STATUS, status)
+def write_status(
+    run_dir: Path, *, state: State, step: int, code: int | None = None, reason: str = ""
+) -> None:
+    """Write status.json.
+
+    Args:
+        code: the exit status, once the run has ended.
+    """
+    status = Status(
+        state, code, step, reason, next=_next_command(run_dir, state), time=time.strftime("%FT%T%z")
+    )
+    write_json(run_dir / STATUS, dataclasses.asdict(status))
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """Read status.json; None for a run that has not begun.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    found = read_optional_json(run_dir / STATUS)
+    known = {one.name for one in dataclasses.fields(Status)}
+    return (
+        Status(**{key: value for key, value in found.items() if key in known}) if "state" in found else None
+    )
 
 
 def _next_command(run_dir: Path, state: str) -> str:

@@ -1,6 +1,6 @@
-"""Resuming without running what a checkpoint says: DeepSpeed's state is pickled, and its own load would obey it.
+"""Resume from a checkpoint without running code from it: DeepSpeed's state is pickled, and its own load would run it.
 
-Only training imports this file: sampling and export read safetensors, and need neither pickles nor DeepSpeed.
+Only training imports this file. Sampling and export read safetensors, and need neither pickles nor DeepSpeed.
 """
 
 import copyreg
@@ -26,47 +26,45 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 def check_owner(folder: Path) -> None:
     """Check that a checkpoint belongs to this user and that nobody else may write to it.
 
-    The user is known by a file made beside it: on some shared disks that is another number than the process's.
-
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it belongs to another user, or anyone may write to it.
     """
+    # By a new file beside it, not by the process's user id: some shared disks map it to another number.
     with tempfile.TemporaryFile(dir=folder.parent) as file:
         own = os.fstat(file.fileno()).st_uid
     for path in (folder, *sorted(folder.rglob("*"))):
-        found = path.lstat()  # of a link itself, whose owner chose where it leads
+        # Of a link itself, whose owner chose where it leads.
+        found = path.lstat()
         if found.st_uid != own or (found.st_mode & 0o002 and not path.is_symlink()):
             why = (
                 f"belongs to user {found.st_uid}, not {own}"
                 if found.st_uid != own
-                else "may be written by anyone"
+                else "is writable by anyone"
             )
             raise CheckpointError(
-                f"{path} {why}; a run goes on only from files of its own user. See `chown`, `chmod`."
+                f"{path} {why}; a run resumes only from files of its own user. See `chown` and `chmod`."
             )
 
 
 def pickle_enums_by_value() -> None:
-    """Have DeepSpeed's enum pickled as its class and a number.
-
-    Some Pythons, such as Debian 12's 3.11.2, write a call of `getattr` instead, which can reach anything, and so is
-    read by nothing here.
-    """
+    """Have DeepSpeed's enum pickled as its class and a number."""
+    # Some Pythons, such as Debian 12's 3.11.2, write a call of `getattr` instead, which can reach anything and is
+    # therefore refused when the checkpoint is read.
     copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def check_plain(folder: Path) -> None:
-    """List what pickles in a folder name, without reading them, for tools of DeepSpeed that would obey them.
+    """Check what the pickles in a folder refer to, without loading them, for DeepSpeed's tools, which load anything.
 
     Raises:
-        CheckpointError: a file names anything that DeepSpeed's own state does not have, or is of another form.
+        CheckpointError: a file refers to anything that DeepSpeed's own state does not have, or is no such file.
     """
     with torch.serialization.safe_globals(_known()):
         for path in sorted(folder.rglob("*.pt")):
             try:
                 strange = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
             except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise CheckpointError(f"{path} is no state of DeepSpeed: {error}.") from error
+                raise CheckpointError(f"{path} is not a state of DeepSpeed: {error}.") from error
             if strange:
                 raise CheckpointError(
                     f"{path} holds more than tensors and plain values, so it was not loaded: {', '.join(strange)}."
@@ -75,10 +73,10 @@ def check_plain(folder: Path) -> None:
 
 @contextmanager
 def only_plain_values(folder: Path) -> Iterator[None]:
-    """Let all of torch's loads within read tensors and the few classes that DeepSpeed and a run's random states need.
+    """Restrict torch's loads inside the block to tensors and the few classes that a checkpoint needs.
 
     Raises:
-        CheckpointError: a file holds anything else; it was not run.
+        CheckpointError: a file holds anything else; no code of it was run.
     """
     # DeepSpeed calls torch.load with weights_only=False and takes no argument for it; the switch overrides that.
     before = os.environ.get(FORCE)
@@ -98,7 +96,7 @@ def only_plain_values(folder: Path) -> Iterator[None]:
 
 
 def _known() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
-    """List the classes that DeepSpeed's state and a run's random states are made of; torch reads no others."""
+    """List the classes that DeepSpeed's state and a run's random states consist of; torch loads no others."""
     # numpy's names for rebuilding an array moved between its versions; asking an array gives this version's own.
     array = np.random.get_state()[1]  # type: ignore[index]
     rebuild = array.__reduce__()[0]  # type: ignore[union-attr]

@@ -7,10 +7,9 @@ import numpy as np
 
 from t2i.data.loader import num_trained_on
 from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
-from t2i.files import read_optional_json
 from t2i.runs.loading import DATA_MANIFEST
 from t2i.runs.metrics_log import read_metrics
-from t2i.runs.run_folder import STATUS, read_settings
+from t2i.runs.run_folder import read_settings, read_status
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
 
@@ -61,9 +60,10 @@ class Curve:
 
 def read_run(folder: Path, *, seed: int) -> Run:
     """Read a run's rows and how it ended."""
-    status = read_optional_json(folder / STATUS)
-    state, reason = status.get("state", ""), status.get("reason", "")
-    return Run(folder, seed, read_rows(folder), state=state, reason=reason)
+    status = read_status(folder)
+    if status is None:
+        return Run(folder, seed, read_rows(folder), state="", reason="")
+    return Run(folder, seed, read_rows(folder), state=status.state, reason=status.reason)
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -3,7 +3,6 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from t2i.errors import CheckpointError, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.checkpoint_manifest import Facts, SealedFile, read_checkpoint_manifest
 from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER
 from t2i.runs.metrics_log import METRICS, read_metrics
 from t2i.runs.run_folder import write_status
@@ -113,20 +113,20 @@ class Saver:
         bits = [number for _, number in parts]
         return on_first_rank(lambda: why_it_failed(lambda: self._commit(progress, sealed=known, bits=bits)))
 
-    def _commit(self, progress: Progress, *, sealed: dict[str, Any], bits: list[int]) -> None:
+    def _commit(self, progress: Progress, *, sealed: dict[str, SealedFile], bits: list[int]) -> None:
         step, settings = progress.step, self.config
         num_learned, num_all = num_parameters(self.engine.module.model)
-        facts = {
-            "progress": vars(progress),
-            "loader": self.loader.state_dict(),
-            "world_size": dist.get_world_size(),
-            "global_batch": self.loader.global_batch,
-            "image_rows_only": settings.image_vocab_only,
-            "parameters": {"learned": num_learned, "all": num_all},
-            "parameter_groups": group_sizes(self.engine),
-            "optimizer_state_bytes": sum(value.nbytes for value in moments_of(self.engine)),
-            "optimizer_bits": bits,
-        }
+        facts = Facts(
+            progress=vars(progress),
+            loader=self.loader.state_dict(),
+            world_size=dist.get_world_size(),
+            global_batch=self.loader.global_batch,
+            image_rows_only=settings.image_vocab_only,
+            parameters={"learned": num_learned, "all": num_all},
+            parameter_groups=group_sizes(self.engine),
+            optimizer_state_bytes=sum(value.nbytes for value in moments_of(self.engine)),
+            optimizer_bits=bits,
+        )
         checkpoints.commit(
             self.run_dir,
             step=step,
@@ -150,8 +150,7 @@ class Saver:
                 logger.info("starting anew: no checkpoint was made before this run stopped")
             return None
         progress = self.load(folder)
-        manifest = checkpoints.read_manifest(folder)
-        self.loader.load_state_dict(manifest["loader"])
+        self.loader.load_state_dict(read_checkpoint_manifest(folder).facts.loader)
         # A stop may have come between the rows of a measure and the save that says so.
         if progress.owed:
             is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
@@ -174,7 +173,7 @@ class Saver:
                 f"{run_dir} was begun with other shards than {shards} holds now: its"
                 f" {DATA_MANIFEST} differs. Choose another --run-dir."
             )
-        folder = checkpoints.choose(run_dir)
+        folder = checkpoints.choose_newest(run_dir)
         if folder is not None:
             check_owner(folder)  # DeepSpeed's state is pickled
             check_plain(folder / "engine")
@@ -187,15 +186,15 @@ class Saver:
             UserError: this number of ranks would make another global batch.
             CheckpointError: its groups of parameters are others, as an older t2i made them.
         """
-        manifest = checkpoints.read_manifest(folder)
+        facts = read_checkpoint_manifest(folder).facts
         # Another global batch would be another experiment, with another place in the data.
-        batch = manifest.get("global_batch", self.loader.global_batch)
-        if batch != self.loader.global_batch:
+        batch = facts.global_batch
+        if batch not in (None, self.loader.global_batch):
             raise UserError(
                 f"{folder} was made with {batch} sequences a step; {dist.get_world_size()} ranks make"
                 f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
             )
-        groups, found = group_sizes(self.engine), manifest.get("parameter_groups")
+        groups, found = group_sizes(self.engine), facts.parameter_groups
         # DeepSpeed's conversion for other ranks would fill the first groups and say nothing of the rest.
         if found != groups:
             told = (
@@ -205,11 +204,11 @@ class Saver:
                 f"{folder} {told}; this version of t2i makes groups of {groups}. Go on with the version that wrote it,"
                 f" or begin a run from its weights: --model.init {folder} --run-dir NEW."
             )
-        if manifest["world_size"] == dist.get_world_size():
+        if facts.world_size == dist.get_world_size():
             load_engine(self.engine, folder)
         else:
-            load_from_other_ranks(self.engine, folder, found=manifest["world_size"])
-        return Progress(**manifest["progress"])
+            load_from_other_ranks(self.engine, folder, found=facts.world_size)
+        return Progress(**facts.progress)
 
 
 def _is_measured(run_dir: Path, step: int) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from t2i.distributed import faults
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.checkpoint_manifest import SealedFile
 
 MADE_FOR = "0.19.8"
 NORM_PART = 2**20
@@ -33,7 +34,7 @@ WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
 class Sealed:
     """What became of the files that one rank wrote."""
 
-    files: dict[str, dict[str, Any]]
+    files: dict[str, SealedFile]
     """What checkpoint_store.seal says of each, by path."""
     reasons: list[str]
     """Why others failed, a sentence each."""
@@ -53,7 +54,7 @@ class SealingWriter(CheckpointEngine):  # type: ignore[misc]
         self.plain = plain
         self.step = step
         self.pool = ThreadPoolExecutor(SEALERS)
-        self.coming: dict[str, Future[dict[str, Any]]] = {}
+        self.coming: dict[str, Future[SealedFile]] = {}
         self.reasons: list[str] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
@@ -87,7 +88,7 @@ class SealingWriter(CheckpointEngine):  # type: ignore[misc]
     def finish(self) -> Sealed:
         """Wait until all files are sealed."""
         reasons = list(self.reasons)
-        files: dict[str, dict[str, Any]] = {}
+        files: dict[str, SealedFile] = {}
         for path, seal in self.coming.items():
             if reason := why_it_failed(seal.result):
                 reasons.append(reason)

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from t2i.config import DsConfig
 from t2i.errors import UserError
 from t2i.shipped import find_shipped
 
@@ -15,7 +16,7 @@ OWNED_BY_THE_RUN = {
 }
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
+def read_ds_config(path: Path) -> DsConfig:
     """Read a DeepSpeed JSON and check that it leaves the science to the run.
 
     Raises:
@@ -23,7 +24,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """
     path = find_shipped(path)
     try:
-        ds_config: dict[str, Any] = json.loads(path.read_text())
+        ds_config: Any = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--ds_config {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -59,4 +60,4 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         )
     if ds_config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path} enables fp16, whose loss scaling skips steps by design; use bf16 or fp32.")
-    return ds_config
+    return cast(DsConfig, ds_config)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from t2i.config import TrainConfig
+from t2i.config import DsConfig, TrainConfig
 from t2i.data.batching import accumulation
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
@@ -52,7 +52,7 @@ class Learner(nn.Module):
 
 
 def make_engine(
-    learner: Learner, *, config: TrainConfig, ds_config: dict[str, Any], per_rank: int
+    learner: Learner, *, config: TrainConfig, ds_config: DsConfig, per_rank: int
 ) -> deepspeed.DeepSpeedEngine:
     """Hand model, optimizer and clipping to DeepSpeed."""
     steps, micro_batch = accumulation(per_rank, micro_batch=ds_config["train_micro_batch_size_per_gpu"])

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch.distributed as dist
 
-from t2i.config import RunConfig
+from t2i.config import DsConfig, RunConfig
 from t2i.cost.devices import warn_of_slow_bf16
 from t2i.data.batching import global_batch
 from t2i.data.loader import StepLoader
@@ -23,7 +23,7 @@ from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine
 from t2i.errors import Stopped, exit_code
 from t2i.runs.checkpoint_store import last_step
-from t2i.runs.run_folder import make_folder, open_run, write_status
+from t2i.runs.run_folder import State, make_folder, open_run, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
@@ -103,7 +103,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             trainer.run()
 
 
-def _start(ds_config: dict[str, Any], *, run_dir: Path) -> None:
+def _start(ds_config: DsConfig, *, run_dir: Path) -> None:
     """Look at the machine before it is too late for a sentence, and let the ranks of the job meet."""
     prepare_environment()
     if is_first_on_node() and not dist.is_initialized():  # a second run in one process has its port already
@@ -134,7 +134,7 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
 
 def _report(peers: Peers, error: BaseException) -> None:
     """Write status.json; a disk that refuses must not hide the error."""
-    state = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    state: State = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     with suppress(OSError):
         step = last_step(peers.run_dir)

@@ -59,7 +59,7 @@ def _differing_row(found: Path, wanted: Path) -> str:
 
 
 def _differing_checkpoint(found: Path, wanted: Path) -> str:
-    facts, others = (checkpoints.verify(folder) for folder in (found, wanted))
+    resumed, other = (checkpoints.verify(folder) for folder in (found, wanted))
     with (
         safe_open(found / "model.safetensors", framework="pt") as ours,
         safe_open(wanted / "model.safetensors", framework="pt") as theirs,
@@ -67,10 +67,14 @@ def _differing_checkpoint(found: Path, wanted: Path) -> str:
         for name in theirs.keys():  # noqa: SIM118  (not a mapping)
             if not (ours.get_tensor(name) == theirs.get_tensor(name)).all():
                 distance = (ours.get_tensor(name) - theirs.get_tensor(name)).abs().max().item()
-                return f"weights of {name} differ by up to {distance:.2e} after {others['step']} steps."
-    for key, what in (("optimizer_bits", "Adam's moments"), ("loader", "the place in the data")):
-        if facts[key] != others[key]:
-            return f"{what} differ after {others['step']} steps: {facts[key]} after resuming, {others[key]} without."
+                return f"weights of {name} differ by up to {distance:.2e} after {other.step} steps."
+    ours, theirs = resumed.facts, other.facts
+    for what, one, two in (
+        ("Adam's moments", ours.optimizer_bits, theirs.optimizer_bits),
+        ("the place in the data", ours.loader, theirs.loader),
+    ):
+        if one != two:
+            return f"{what} differ after {other.step} steps: {one} after resuming, {two} without."
     return ""
 
 

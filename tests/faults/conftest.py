@@ -18,7 +18,7 @@ import pytest
 import torch
 from launched import LEARN, ROOT, Job
 
-from t2i.runs.run_folder import commit
+from t2i.runs.run_folder import git_commit
 
 NUM_ROWS = 43
 """Of the list of faults; each has a line in the report, with or without a test."""
@@ -82,7 +82,7 @@ def pytest_addoption(parser):
 
 def pytest_sessionstart(session):
     session.config.stash[STARTED] = time.monotonic()
-    session.config.stash[COMMIT] = commit() or "no checkout"
+    session.config.stash[COMMIT] = git_commit() or "no checkout"
 
 
 @pytest.fixture

@@ -99,9 +99,9 @@ def room_for(run_dir, *, weights, state):
     """Count the bytes of a run's folder beside its checkpoints, and of parts of a checkpoint."""
     held = {path: path.stat().st_size for path in run_dir.rglob("*") if path.is_file()}
     kept = sum(size for path, size in held.items() if "checkpoints" not in path.parts)
-    files = checkpoints.read_manifest(checkpoints.step_folder(run_dir, 8))["files"]
-    of_state = sum(file["bytes"] for name, file in files.items() if name.startswith("engine/"))
-    of_weights = sum(file["bytes"] for file in files.values()) - of_state
+    files = checkpoints.read_checkpoint_manifest(checkpoints.step_folder(run_dir, 8)).files
+    of_state = sum(file.bytes for name, file in files.items() if name.startswith("engine/"))
+    of_weights = sum(file.bytes for file in files.values()) - of_state
     return kept + int(weights * of_weights + state * of_state)
 
 
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up(shards, whole, tmp_path, small_disk, observed):
     assert job.status()["code"] == 5, job.said()[-3000:]
     reason = job.status()["reason"]
     assert "disk full: a checkpoint needs" in reason
-    assert checkpoints.choose(job.run_dir).name == "step_000002"
+    assert checkpoints.choose_newest(job.run_dir).name == "step_000002"
     small_disk("size=100m")
     again = Job(shards, job.run_dir, beside=tmp_path, **LEARN).run()
     assert again.code == 0, again.said()[-3000:]
@@ -196,7 +196,7 @@ def damage(run_dir, kind):
     [
         pytest.param(
             "truncated",
-            r"has \d+ bytes; the manifest says \d+",
+            r"has \d+ bytes; expected \d+ by the manifest",
             marks=pytest.mark.fault(
                 21,
                 "a truncated optimizer file",
@@ -206,7 +206,7 @@ def damage(run_dir, kind):
         ),
         pytest.param(
             "flipped",
-            "has another content than the manifest says",
+            "has other content than the manifest says",
             marks=pytest.mark.fault(
                 22,
                 "a flipped bit in a checkpoint",
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_named_and_not_used(kind, sentence, finished, tm
 )
 def test_every_flipped_bit_is_found(finished, tmp_path, observed):
     spoiled = copy_run(finished.run_dir / "checkpoints" / "step_000006", tmp_path / "step")
-    names = sorted(checkpoints.read_manifest(spoiled)["files"])
+    names = sorted(checkpoints.read_checkpoint_manifest(spoiled).files)
     draw = torch.Generator().manual_seed(0)
     for _ in range(100):
         path = spoiled / names[torch.randint(len(names), (1,), generator=draw)]
@@ -372,7 +372,7 @@ def test_nothing_is_named_before_it_is_on_the_disk(tmp_path, monkeypatch, observ
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(Path, "rename", rename)
     monkeypatch.setattr(Path, "replace", replace_)
-    checkpoints.commit(tmp_path, step=5, facts={}, keep_last=2)
+    checkpoints.commit(tmp_path, step=5, facts=checkpoints.Facts(), keep_last=2)
     named = [place for kind, place in events if kind == "name"]
     assert named == ["checkpoints/step_000005", "latest"]
     before = [place for kind, place in events[: events.index(("name", named[0]))] if kind == "sync"]
@@ -388,7 +388,7 @@ def test_nothing_is_named_before_it_is_on_the_disk(tmp_path, monkeypatch, observ
 def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
     for step in range(1, 9):
         (checkpoints.begin(tmp_path) / "model.safetensors").write_bytes(b"x")
-        checkpoints.commit(tmp_path, step=step, facts={}, keep_last=2, keep_every=3)
+        checkpoints.commit(tmp_path, step=step, facts=checkpoints.Facts(), keep_last=2, keep_every=3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step_000003",
         "step_000006",

@@ -298,8 +298,8 @@ def test_a_measure_is_broken_off_and_made_up_for(shards, tmp_path, observed):
     undisturbed = Job(shards, tmp_path / "whole", **settings).run()
     job = Job(shards, tmp_path / "run", fault="1:2:term:periodic", **settings).run()
     assert_stopped(job)
-    manifest = checkpoints.read_manifest(checkpoints.step_folder(job.run_dir, 2))
-    assert manifest["progress"]["owed"] == [0]
+    manifest = checkpoints.read_checkpoint_manifest(checkpoints.step_folder(job.run_dir, 2))
+    assert manifest.facts.progress["owed"] == [0]
     assert Job(shards, job.run_dir, **settings).run().code == 0
     measured = [
         [(row["step"], row["image_loss"]) for row in read_metrics(run) if "split" in row]
@@ -454,7 +454,7 @@ def test_times_of_files_do_not_matter(finished, tmp_path, observed):
     for age, folder in enumerate(sorted((run_dir / "checkpoints").glob(checkpoints.STEPS))):
         for path in (folder, *folder.rglob("*")):
             os.utime(path, (1e9 - age, 1e9 - age))
-    assert checkpoints.choose(run_dir).name == "step_000006"
+    assert checkpoints.choose_newest(run_dir).name == "step_000006"
     observed("the newest step is chosen")
 
 
@@ -536,7 +536,7 @@ def test_a_death_in_a_save_leaves_the_checkpoint_before(shards, whole, tmp_path,
         job = Job(shards, run_dir, fault=f"{rank}:{step}:kill:{place}", **LEARN).run()
         assert job.status()["code"] == 6, job.said()[-3000:]
         lost.append(steps_lost(run_dir))
-        found = checkpoints.choose(run_dir)
+        found = checkpoints.choose_newest(run_dir)
         seen.append(f"{place}: {found.name if found else 'none'}")
         assert (found and found.name) == (
             None if step == 2 else f"step_{step if place == 'latest' else step - 2:06d}"

@@ -12,16 +12,18 @@ def save(run_dir, step, keep_last=9):
     (staging / "engine").mkdir()
     (staging / "model.safetensors").write_bytes(b"weights of %d" % step)
     (staging / "engine" / "state.pt").write_bytes(b"x" * 100)
-    return checkpoints.commit(run_dir, step=step, facts={"tokens": step * 10}, keep_last=keep_last)
+    return checkpoints.commit(
+        run_dir, step=step, facts=checkpoints.Facts(progress={"tokens": step * 10}), keep_last=keep_last
+    )
 
 
 def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
-    assert checkpoints.choose(tmp_path) is None
+    assert checkpoints.choose_newest(tmp_path) is None
     save(tmp_path, 5)
     newest = save(tmp_path, 10)
-    assert checkpoints.choose(tmp_path) == newest
+    assert checkpoints.choose_newest(tmp_path) == newest
     assert (tmp_path / "latest").read_text().strip() == "checkpoints/step_000010"
-    assert checkpoints.verify(newest)["tokens"] == 100
+    assert checkpoints.verify(newest).facts.progress == {"tokens": 100}
 
 
 def test_a_run_is_opened_at_its_newest_checkpoint_whose_weights_are_whole(tmp_path):
@@ -42,7 +44,7 @@ def test_latest_names_what_is_chosen_though_a_death_came_before_it_could(tmp_pat
     save(tmp_path, 5)
     newest = save(tmp_path, 10)
     (tmp_path / "latest").write_text(text, encoding="latin-1")
-    assert checkpoints.choose(tmp_path) == newest
+    assert checkpoints.choose_newest(tmp_path) == newest
     assert (tmp_path / "latest").read_text() == "checkpoints/step_000010\n"
 
 
@@ -66,12 +68,12 @@ def tear(folder):
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_chosen(tmp_path, damage):
     good, bad = save(tmp_path, 5), save(tmp_path, 10)
     damage(bad)
-    assert checkpoints.choose(tmp_path) == good
+    assert checkpoints.choose_newest(tmp_path) == good
     assert bad.with_suffix(".bad").is_dir()
     damage(good)
     for _ in range(2):  # the second try must not start from step 0 either, and says the same
         with pytest.raises(CheckpointError, match=r"whole: .*step_000010\.bad/.*step_000005\.bad/"):
-            checkpoints.choose(tmp_path)
+            checkpoints.choose_newest(tmp_path)
 
 
 def test_a_killed_save_leaves_the_one_before(tmp_path, monkeypatch):
@@ -84,8 +86,8 @@ def test_a_killed_save_leaves_the_one_before(tmp_path, monkeypatch):
         patched.setattr(checkpoints, "_sync", die)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 10)
-    assert checkpoints.choose(tmp_path) == good
-    assert checkpoints.choose(tmp_path) != save(tmp_path, 10)
+    assert checkpoints.choose_newest(tmp_path) == good
+    assert checkpoints.choose_newest(tmp_path) != save(tmp_path, 10)
 
 
 def test_only_the_last_are_kept_and_none_is_overwritten(tmp_path):

@@ -107,7 +107,7 @@ def saver_of(engine, run_dir):
         CONFIG,
         run_dir=run_dir,
         engine=engine,
-        loader=SimpleNamespace(state_dict=dict, global_batch=4),
+        loader=SimpleNamespace(state_dict=str, global_batch=4),
         inputs=SimpleNamespace(text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer")),
     )
 
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_sealed_fails_its_save_alone(one_process, tmp_path
     assert "optim_states.pt: No space left on device" in caplog.text
     assert not list((tmp_path / "checkpoints").iterdir())
     saver.save(Progress(step=2), must_succeed=True)
-    files = checkpoints.verify(tmp_path / "checkpoints" / "step_000002")["files"]
+    files = checkpoints.verify(tmp_path / "checkpoints" / "step_000002").files
     assert {"model.safetensors", "config.json", "engine/mp_rank_00_model_states.pt"} < set(files)
 
 
@@ -136,7 +136,7 @@ def test_state_in_other_groups_is_not_loaded(groups, one_process, tmp_path):
     engine = engine_of(learner())
     saver = saver_of(engine, tmp_path)
     checkpoints.begin(tmp_path)
-    facts = {"world_size": 1, "parameter_groups": groups} if groups else {"world_size": 1}
+    facts = checkpoints.Facts(world_size=1, parameter_groups=groups)
     folder = checkpoints.commit(tmp_path, step=1, facts=facts, keep_last=1)
     with pytest.raises(CheckpointError, match=f"groups of .*{group_sizes(engine)[0]}.*--model.init"):
         saver.load(folder)

@@ -36,7 +36,7 @@ def test_kmeans_finds_separate_clusters():
     points = centres.repeat(50, 1) + 0.1 * torch.randn(200, 2, generator=generator)
     found = kmeans(points, num_centres=4, generator=generator)
     assert torch.cdist(centres, found).min(1).values.max() < 0.1
-    with pytest.raises(DataError, match="3 latents cannot make 4 codes"):
+    with pytest.raises(DataError, match="3 latents are too few for 4 codes"):
         kmeans(points[:3], num_centres=4, generator=generator)
 
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from t2i.report.figures import LABELS, draw_baselines, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, last, without_empty_columns
-from t2i.runs.checkpoint_store import read_manifest, step_folder
+from t2i.runs.checkpoint_manifest import read_checkpoint_manifest
+from t2i.runs.checkpoint_store import step_folder
 from t2i.study.jobs import run_dir
 from t2i.study.results import TRAIN_ROWS, Curve, Run, curve, image_baselines, read_run, runs_of
 from t2i.study.spec import Study
@@ -74,12 +75,12 @@ def _end(run: Run) -> list[str]:
     if not run.is_done:
         return [run.folder.name, f"{run.state or 'not begun'}: {run.reason}", *[""] * 5]
     end = [row for row in run.rows if row.split == TRAIN_ROWS][-1]
-    facts = read_manifest(step_folder(run.folder, end.step))
+    facts = read_checkpoint_manifest(step_folder(run.folder, end.step)).facts
     return [
         run.folder.name,
         "done",
-        f"{facts['parameters']['learned']:,} of {facts['parameters']['all']:,}",
-        f"{facts['optimizer_state_bytes'] / 1e6:,.1f} MB",
+        f"{facts.parameters['learned']:,} of {facts.parameters['all']:,}",
+        f"{facts.optimizer_state_bytes / 1e6:,.1f} MB",
         last(curve([run], value="image_loss", split="heldout")),
         f"{int(end.values['tokens']):,}",
         f"{end.values['seconds'] / 60:.1f}",

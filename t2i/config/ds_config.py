@@ -1,0 +1,47 @@
+"""The keys of DeepSpeed's JSON that t2i reads; DeepSpeed itself reads the whole file."""
+
+from typing import TypedDict
+
+
+class Bf16(TypedDict, total=False):
+    """DeepSpeed's bf16."""
+
+    enabled: bool
+
+
+class Zero(TypedDict, total=False):
+    """DeepSpeed's zero_optimization."""
+
+    stage: int
+    overlap_comm: bool
+    reduce_bucket_size: int
+    """Elements."""
+
+
+class OptimizerParams(TypedDict, total=False):
+    """DeepSpeed's optimizer.params, of which the run owns all others."""
+
+    torch_adam: bool
+
+
+class Optimizer(TypedDict, total=False):
+    """DeepSpeed's optimizer."""
+
+    params: OptimizerParams
+
+
+class DataTypes(TypedDict, total=False):
+    """DeepSpeed's data_types."""
+
+    grad_accum_dtype: str
+
+
+class DsConfig(TypedDict, total=False):
+    """DeepSpeed's JSON, as read_ds_config has checked it."""
+
+    train_micro_batch_size_per_gpu: int
+    """Sequences."""
+    bf16: Bf16
+    zero_optimization: Zero
+    optimizer: Optimizer
+    data_types: DataTypes
