@@ -114,6 +114,7 @@ def check_fit(
         for name in wanted
         if name in found and _shape(found[name]) != _shape(wanted[name])
     ]
+    # The first kind of problem alone: a wrong config makes hundreds of all three.
     for problem, listed in (("has no", missing), ("has, unknown here,", unknown), ("does not fit:", shapes)):
         if listed:
             more = f" and {len(listed) - NUM_NAMED} more" if len(listed) > NUM_NAMED else ""

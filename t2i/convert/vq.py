@@ -169,6 +169,7 @@ def vq_config(tensors: Mapping[str, object], *, layout: SourceLayout, source: Pa
 
 def diffusers_name(name: str, *, layout: SourceLayout, num_levels: int) -> str:
     """Translate a release's name of one tensor to diffusers' name."""
+    # Escaped, because the prefixes hold dots. The decoder's levels may be counted in the other direction.
     down, up = re.escape(layout.down), re.escape(layout.up)
     name = re.sub(rf"^{down}\.", "encoder.down_blocks.", name)
     if match := re.match(rf"{up}\.(\d+)(?=\.)", name):

@@ -52,6 +52,7 @@ def known_data(folder: Path, *, plan: PlanConfig) -> Data:
             shard_bytes=sum(path.stat().st_size for path in folder.rglob("*.mds*")),
             are_made=True,
         )
+    # They take a minute to make, and assumed numbers of a paper-sized set would say nothing about them.
     if folder == EMBEDDED_SHARDS:
         raise UserError(
             f"{folder} is not made yet: "

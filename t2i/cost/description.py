@@ -11,6 +11,7 @@ def describe(plan: Plan) -> list[str]:
 
 def _counted(plan: Plan) -> list[str]:
     counts, data, steps = plan.counts, plan.data, plan.max_steps
+    # Said, because the size of a model that is not here is not read but set.
     is_sized = plan.init != "random" and not is_there(plan.init)
     sized = f" (size by model.hidden_size and so on: {plan.init} is not here)" if is_sized else ""
     assumed = "" if data.are_made else f" (assumed: {plan.shards} is not made yet)"
@@ -67,6 +68,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _disk_lines(plan: Plan) -> list[str]:
+    # One more than are kept: a new checkpoint is complete before an old one is removed.
     kept = plan.keep_last + 1
     origin = "measured" if plan.data.are_made else "estimated"
     size = plan.checkpoint_bytes / 1e9

@@ -94,6 +94,7 @@ def warn_of_slow_bf16(model: nn.Module, ds_config: DsConfig, *, tokens: int) -> 
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return
     seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    # CPUs without bf16 instructions are tens of times slower; a factor below three may be chance.
     if seconds[torch.bfloat16] < 3 * seconds[torch.float32]:
         return
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -100,7 +100,8 @@ def make_plan(
     steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
     memory = partial(estimate_memory, described, counts=counts, ds_config=ds_config, num_gpus=plan.num_gpus)
     flops = flops_a_token(described, counts=counts, seq_len=seq_len, replay_ratio=data.replay_ratio)
-    # A forward pass is a third of a step's products; checkpointing does it twice.
+    # A forward pass is a third of a step's products. Gradient checkpointing does it twice, and the second one is no
+    # useful work.
     useful = 0.75 if model.gradient_checkpointing else 1.0
     return Plan(
         init=model.init,
@@ -136,6 +137,7 @@ def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: 
     Args:
         memory: returns the memory for num_tokens; linear in it.
     """
+    # Linear in the tokens, so that two values give the whole line.
     fixed = memory(num_tokens=0).total
     room = device.memory_bytes * (1 - SHARE_LEFT_FREE) - fixed
     return max(0, int(room / (memory(num_tokens=seq_len).total - fixed)))
@@ -143,6 +145,7 @@ def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: 
 
 def _check_zero(ds_config: DsConfig) -> None:
     zero = ds_config.get("zero_optimization", {})
+    # Offloading moves the optimizer to another memory, and stage 3 the weights. The estimates know neither.
     offloads = [key for key in zero if key.startswith("offload")]
     if zero.get("stage") != 2 or offloads:
         found = f"stage {zero.get('stage', 0)}" + "".join(f" with {key}" for key in offloads)

@@ -141,7 +141,7 @@ def test_odd_members_of_a_tar_are_passed_over(tmp_path):
     left_out, keys = left_out_of(open_source(f"{tmp_path}/{{odd,two/x}}.tar"))
     assert left_out == {
         "no image beside the caption in a tar": 1,
-        "empty caption": 2,
+        "no caption": 2,
         "a .json that cannot be read in a tar": 1,
     }
     assert keys == ["two/x/../../up"]

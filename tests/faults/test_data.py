@@ -541,7 +541,7 @@ def test_odd_captions_never_become_special_ids(tmp_path, tokenizers, observed):
         (folder / f"{name}.txt").write_bytes(content)
     source = open_source(str(folder), heldout_share=0.0)
     manifest = prepare(source, out=tmp_path / "shards", config=PrepareConfig(), **tokenizers)
-    assert manifest.left_out == {"empty caption": 1}
+    assert manifest.left_out == {"no caption": 1}
     samples = {
         sample["key"].removesuffix(".png"): sample for sample in read_split(tmp_path / "shards", "train")
     }

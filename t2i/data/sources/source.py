@@ -237,7 +237,7 @@ def _decode(data: bytes) -> Image.Image:
 def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> str:
     """Return the reason that an entry is left out; empty if it is kept."""
     if not caption:
-        return "empty caption"
+        return "no caption"
     if len(caption) < config.min_caption:
         return f"a caption below {config.min_caption} characters"
     if config.max_caption and len(caption) > config.max_caption:
