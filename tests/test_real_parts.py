@@ -94,7 +94,7 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
         "launchers/convert.py", "open-lm", "--checkpoint", tmp_path / "epoch_3.pt",
         "--config", tmp_path / "open_lm.json", "--text-tokenizer", tmp_path / "neox", "--out", model,
     )  # fmt: skip
-    assert "checked: 24 tokens" in told
+    assert "checked: for 24 tokens" in told
     told = done(
         "launchers/convert.py", "movqgan", "--checkpoint", tmp_path / "movqgan.ckpt", "--out", tokenizer
     )

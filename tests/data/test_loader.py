@@ -140,7 +140,7 @@ def test_a_code_or_an_id_of_one_too_many_is_refused(folder):
     check_sample({**sample, **largest}, manifest=manifest, where=folder)
     for key, kind, least in (("codes", "codes", CODEBOOK), ("caption_ids", "caption ids", TEXT_ROWS)):
         wrong = {**sample, key: largest[key] + 1}
-        with pytest.raises(DataError, match=f"has {kind} up to {least}; allowed are 0 to {least - 1}"):
+        with pytest.raises(DataError, match=f"has {kind} up to {least}; expected 0 to {least - 1}"):
             check_sample(wrong, manifest=manifest, where=folder)
 
 

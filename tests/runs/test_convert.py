@@ -78,7 +78,7 @@ def test_the_commands_convert_and_take_back_bit_for_bit(home, tmp_path, monkeypa
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert "not a known release" in printed
-    assert "checked: 24 tokens" in printed
+    assert "checked: for 24 tokens" in printed
     assert f"{tmp_path / 'model'} is ready for --model.init." in printed
     launch(monkeypatch, "open-lm-back", tmp_path / "model", "--out", tmp_path / "back")
     source = torch.load(home / "epoch_3.pt", weights_only=True)["state_dict"]
@@ -183,7 +183,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
         convert_open_lm(
             home / "epoch_3.pt", config_name=None, text_tokenizer=None, out=tmp_path / "model", tell=print
         )
-    with pytest.raises(UserError, match=r"has 2048 ids; the model has 432 rows"):
+    with pytest.raises(UserError, match=r"has 2048 ids; the model has 432 embeddings"):
         convert_open_lm(
             home / "epoch_3.pt",
             config_name=str(home / "old.json"),
