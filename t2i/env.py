@@ -1,4 +1,4 @@
-"""What this machine has, and whether a run can start on it. `python -m t2i.env` is what a bug report needs."""
+"""What this machine has, and whether a run can start on it. `python -m t2i.env` prints it for a bug report."""
 
 import ctypes
 import os
@@ -8,8 +8,8 @@ import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from t2i.config.deepspeed_json import DsConfig
 from t2i.errors import CheckpointError, UserError
 
 PACKAGES = ("t2i", "torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "numpy")
@@ -40,28 +40,29 @@ VARIABLES = {
 """Every environment variable that t2i reads or sets itself; libraries read more."""
 
 BUFFER_BYTES = 69_206_024
-"""What DeepSpeed's reduction on CPUs takes of shared memory, a rank."""
+"""Shared memory per rank that DeepSpeed's reduction on CPUs takes."""
 SPARE_BYTES = 2**23
 """Shared memory for Streaming and loader processes."""
 LEAST_DISK_BYTES = 2**20
-"""Free space of a run's disk without which not even its log can be written; what a checkpoint needs is known later."""
+"""Free disk space that a run needs to write its log; what a checkpoint needs is known later."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt."""
 DEFAULT_PORT = 29500
-"""Where the ranks of a job that `deepspeed` starts find each other."""
+"""Port at which the ranks of a job that `deepspeed` starts find each other."""
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's C++ operators are built: in this Python environment, so that it can be thrown away whole."""
+    """Return where DeepSpeed's C++ operators are built: in this Python environment, unless the variable says."""
+    # Not in torch's folder below the home: an environment can then be deleted whole, and two do not mix.
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"))
 
 
 def operators_built(*names: str) -> bool:
-    """Tell whether DeepSpeed's C++ operators of these names are there, so that nobody waits for a compiler."""
+    """Tell whether DeepSpeed's C++ operators of these names are built."""
     return all(any(extensions_folder().rglob(f"{name}*.so")) for name in names)
 
 
-def operators_needed(ds_config: dict[str, Any]) -> list[str]:
+def operators_needed(ds_config: DsConfig) -> list[str]:
     """Name the C++ operators that a run on CPUs loads."""
     has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam")
     return ["deepspeed_shm_comm"] if has_torch_adam else ["deepspeed_shm_comm", "fused_adam"]
@@ -70,9 +71,9 @@ def operators_needed(ds_config: dict[str, Any]) -> list[str]:
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, and torch hold large tensors in huge pages.
 
-    On a CPU a training step, or a picture's way through the tokenizer, takes and frees the same memory again and again.
-    As it comes, glibc gives large pieces back to the system, which hands out zeroed pages one by one at the next touch.
-    Other C libraries are left as they are.
+    On a CPU a training step, or the decoding of an image, takes and frees the same memory again and again. By default
+    glibc returns large pieces to the system, which hands out zeroed pages one by one at the next touch. Other C
+    libraries are left as they are.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it makes its first tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -88,8 +89,8 @@ def use_own_tools() -> None:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
 
 
-def check_machine(ds_config: dict[str, Any], *, run_dir: Path) -> None:
-    """Check what a launched process meets before it is too late for a sentence; once a machine.
+def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
+    """Check what a launched process needs, once per machine, while an error can still be one sentence.
 
     Raises:
         UserError: the port is taken, shared memory too small, or a compiler missing.
@@ -113,7 +114,7 @@ def port_problem(port: int) -> str:
         return ""
     other = next((free for free in range(port + 1, min(port + 100, 2**16)) if _is_free(free)), None)
     advice = f"deepspeed --master_port {other}" if other else "deepspeed --master_port with a free one"
-    return f"port {port}, by which ranks find each other, is taken, mostly by another run here. Start with {advice}."
+    return f"port {port}, where ranks find each other, is taken, mostly by another run here. Start with {advice}."
 
 
 def _is_free(port: int) -> bool:
@@ -158,7 +159,7 @@ def disk_problem(folder: Path) -> str:
     free = _free_bytes(there)
     if free >= LEAST_DISK_BYTES:
         return ""
-    return f"{there} has {free / 1e6:.0f} MB free; a run needs {LEAST_DISK_BYTES / 1e6:.0f} MB at the least."
+    return f"{there} has {free / 1e6:.0f} MB free; a run needs at least {LEAST_DISK_BYTES / 1e6:.0f} MB."
 
 
 def _free_bytes(folder: Path) -> int:

@@ -5,6 +5,7 @@ Names come from here: `from t2i.config import TrainConfig`. `python -m t2i.confi
 
 from pathlib import Path
 
+from t2i.config.deepspeed_json import DsConfig
 from t2i.config.prepare_config import EMBEDDED_VIEWS, PrepareConfig, SourceConfig
 from t2i.config.run_config import (
     EMBEDDED_SHARDS,
@@ -38,6 +39,7 @@ __all__ = [
     "AlignRun",
     "ControlInit",
     "DataConfig",
+    "DsConfig",
     "Family",
     "Gpu",
     "Mode",

@@ -5,13 +5,12 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from t2i.config import Gpu
+from t2i.config import DsConfig, Gpu
 from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
     return Device("cpu", flops / num_processes, memory / num_processes, source, unit="process")
 
 
-def warn_of_slow_bf16(model: nn.Module, ds_config: dict[str, Any], *, tokens: int) -> None:
+def warn_of_slow_bf16(model: nn.Module, ds_config: DsConfig, *, tokens: int) -> None:
     """Warn once where bf16 is asked of a CPU that is slow at it, with the time a step will take."""
     if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
         return

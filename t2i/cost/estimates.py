@@ -1,12 +1,11 @@
 """What a model needs on a device: exact counts, bytes estimated for open_lm's shape."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import Trainable
+from t2i.config import DsConfig, Trainable
 from t2i.model.backbone import made_of
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
@@ -51,7 +50,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def weight_bytes(ds_config: dict[str, Any]) -> int:
+def weight_bytes(ds_config: DsConfig) -> int:
     """Tell the bytes of one weight."""
     return 2 if ds_config.get("bf16", {}).get("enabled", False) else 4
 
@@ -96,7 +95,7 @@ def estimate_memory(
     model: PretrainedConfig,
     *,
     counts: Counts,
-    ds_config: dict[str, Any],
+    ds_config: DsConfig,
     num_gpus: int,
     num_tokens: int,
     is_checkpointed: bool,

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig
 
-from t2i.config import DataConfig, ModelConfig, PlanConfig, TrainConfig
+from t2i.config import DataConfig, DsConfig, ModelConfig, PlanConfig, TrainConfig
 from t2i.cost.assumptions import Data, known_data, model_config, num_text_rows
 from t2i.cost.devices import Device, find_device
 from t2i.cost.estimates import (
@@ -79,7 +78,7 @@ def make_plan(
     *,
     model: ModelConfig,
     train: TrainConfig,
-    ds_config: dict[str, Any],
+    ds_config: DsConfig,
     plan: PlanConfig,
 ) -> Plan:
     """Count and estimate what a run of these settings needs on plan.num_gpus devices.
@@ -142,7 +141,7 @@ def largest_micro_batch(memory: Callable[..., Memory], *, seq_len: int, device: 
     return max(0, int(room / (memory(num_tokens=seq_len).total - fixed)))
 
 
-def _check_zero(ds_config: dict[str, Any]) -> None:
+def _check_zero(ds_config: DsConfig) -> None:
     zero = ds_config.get("zero_optimization", {})
     offloads = [key for key in zero if key.startswith("offload")]
     if zero.get("stage") != 2 or offloads:

@@ -6,13 +6,13 @@ import os
 import random
 import socket
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from t2i.config.deepspeed_json import DsConfig
 from t2i.env import extensions_folder, keep_memory, operators_built, operators_needed, use_own_tools
 from t2i.errors import UserError
 
@@ -104,7 +104,7 @@ def _check_launch() -> None:
         )
 
 
-def warn_of_building(ds_config: dict[str, Any]) -> None:
+def warn_of_building(ds_config: DsConfig) -> None:
     """Say on the first rank that DeepSpeed is about to compile, which takes minutes once."""
     if torch.cuda.is_available() or os.environ["RANK"] != "0":
         return

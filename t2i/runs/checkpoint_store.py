@@ -48,7 +48,7 @@ def wait_for_removals() -> None:
             thread.join()
 
 
-def seal(path: Path) -> dict[str, Any]:
+def seal(path: Path) -> dict[str, int | str]:
     """Push a written file to the disk and describe it: bytes and hash. Whoever wrote it does this, in parallel."""
     with ThreadPoolExecutor(1) as pool:
         pushed = pool.submit(_sync, path)  # the disk's work, beside the hash, which is the processor's

@@ -1,15 +1,26 @@
-"""metrics.jsonl: every number of a run, a row per recorded step, appended whole or not at all."""
+"""metrics.jsonl: every number of a run, one row per recorded step, appended whole or not at all."""
 
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 METRICS = "metrics.jsonl"
 
+Value = float | str | list[str] | None
+MetricsRow = dict[str, Value]
+"""One row: `step`, perhaps `split`, and numbers by their names; None where nothing was counted or it is not finite."""
 
-def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
+
+def step_of(row: Mapping[str, Value]) -> int:
+    """Return the step of a row."""
+    step = row["step"]
+    assert isinstance(step, int), f"step is {step!r}"
+    return step
+
+
+def append_metrics(run_dir: Path, *rows: MetricsRow) -> None:
     """Append rows to metrics.jsonl with one write, whole or not at all.
 
     Raises:
@@ -27,8 +38,8 @@ def append_metrics(run_dir: Path, *rows: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that a kill tore is passed over."""
+def read_metrics(run_dir: Path) -> list[MetricsRow]:
+    """Read metrics.jsonl; a last line that a kill cut off is left out."""
     path = run_dir / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
@@ -44,11 +55,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def rewind_metrics(run_dir: Path, *, step: int) -> None:
     """Move rows after `step` to metrics.jsonl.rewound, so that no figure shows a step twice."""
     rows = read_metrics(run_dir)
-    later = [row for row in rows if row["step"] > step]
+    later = [row for row in rows if step_of(row) > step]
     if not (run_dir / METRICS).exists():
         return
     with (run_dir / f"{METRICS}.rewound").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in later)
     temporary = run_dir / f".{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if step_of(row) <= step))
     temporary.replace(run_dir / METRICS)

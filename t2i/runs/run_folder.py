@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -48,7 +49,7 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: Settings, *, ds_config: dict[str, Any], heading: str = "") -> IO[str]:
+def open_run(config: Settings, *, ds_config: Mapping[str, object], heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone; keep the returned lock open while it runs.
 
     Args:

@@ -9,7 +9,7 @@ from t2i.data.loader import num_trained_on
 from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
 from t2i.files import read_optional_json
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import read_metrics
+from t2i.runs.metrics_log import read_metrics, step_of
 from t2i.runs.run_folder import STATUS, read_settings
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
@@ -70,8 +70,8 @@ def read_rows(folder: Path) -> list[Row]:
     """Read metrics.jsonl."""
     return [
         Row(
-            step=row["step"],
-            split=row.get("split", TRAIN_ROWS),
+            step=step_of(row),
+            split=str(row.get("split", TRAIN_ROWS)),
             values={key: value for key, value in row.items() if isinstance(value, int | float)},
         )
         for row in read_metrics(folder)
