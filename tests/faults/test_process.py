@@ -63,7 +63,8 @@ def test_the_proof_names_the_first_difference(whole, tmp_path):
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"samples": 24', '"samples": 25'))
     assert (
-        verify.first_difference(other, whole, step=8) == "step 3: samples is 25 after resuming, 24 without."
+        verify.first_difference(other, whole, step=8)
+        == "step 3: samples is 25 after resuming, 24 without resuming."
     )
 
 
@@ -383,7 +384,7 @@ def test_a_taken_port_is_said(shards, tmp_path, observed):
         with Job(shards, tmp_path / "run", port=port) as job:
             job.wait()
     assert job.code == 2, job.said()[-3000:]
-    assert f"port {port}, by which ranks find each other, is taken" in job.said()
+    assert f"port {port}, where ranks find each other, is taken" in job.said()
     assert "--master_port" in job.said()
     observed(f"exit 2 after {job.seconds:.0f} s")
 
