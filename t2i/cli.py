@@ -72,10 +72,8 @@ class _Refused(Exception):
 
 @REGISTRY.struct_rule
 def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
-    is_ours = is_dataclass(info.type) and not getattr(
-        info.type, "__parameters__", ()
-    )  # tyro's own class is generic
-    if not is_ours:
+    # tyro's own dataclass is generic; ours have no parameters.
+    if not is_dataclass(info.type) or getattr(info.type, "__parameters__", None):
         return None
     hints = hints_of(info.type)
     return StructConstructorSpec(
