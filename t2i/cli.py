@@ -1,4 +1,4 @@
-"""Command lines: dataclasses to flags, run files as flags put before them."""
+"""Command lines: a dataclass becomes flags, and a run file becomes flags before those of the command line."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -21,24 +21,26 @@ from t2i.verbs import RANK_FLAG, as_typed
 T = TypeVar("T")
 
 REGISTRY = ConstructorRegistry()
-"""How tyro reads our dataclasses: as its own rule does, with the range of a setting below its text."""
+"""How tyro reads our dataclasses: as by its own rule, with the range of a setting after its text."""
 
 
 def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     """Read this process's command line into a dataclass.
 
-    `--config FILE.yaml` holds flags written down; the command line wins over it. The deepspeed launcher's own
-    `--local_rank=N` is passed over.
+    `--config FILE.yaml` is a file of settings, which flags override. The deepspeed launcher's `--local_rank=N` is
+    ignored.
 
     Args:
-        has_run_file: False where --config is a flag of the command's own.
+        has_run_file: False if --config is one of the command's own flags.
 
     Raises:
-        UserError: a setting is out of its range; unknown flags are tyro's to refuse, which ends the process with 2.
+        UserError: a setting is out of range.
+        SystemExit: an unknown flag or a value of another type; tyro has reported it, and the status is 2.
     """
     quiet_libraries()
     arguments = [word for word in sys.argv[1:] if not word.startswith(RANK_FLAG)]
     file = _config_file(arguments) if has_run_file else None
+    # A run file as flags: one parser then checks types and names of both, and the last of two flags counts.
     flags = flags_of(find_shipped(Path(file))) if file else []
     command = read_flags(kind, [*flags, *arguments], description=as_typed(description))
     check_values(command)
@@ -46,11 +48,11 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
 
 
 def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") -> T:
-    """Read flags into a dataclass; old spellings are warned of.
+    """Read flags into a dataclass, with a warning of old spellings.
 
     Raises:
-        UserError: a setting is out of its range.
-        SystemExit: an unknown flag or a value of another type; tyro has said which.
+        UserError: a setting is out of range.
+        SystemExit: an unknown flag or a value of another type; tyro has reported it.
     """
     try:
         return tyro.cli(kind, args=with_new_flags(words), description=description, registry=REGISTRY)
@@ -59,7 +61,9 @@ def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") ->
 
 
 class _Refused(Exception):
-    """A dataclass refused its values. tyro frames a ValueError of a group's constructor, and lets this one through."""
+    """A dataclass refused its values."""
+
+    # Not a UserError: that is a ValueError, which tyro would put into a frame of its own among its usage text.
 
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
@@ -68,8 +72,8 @@ class _Refused(Exception):
 
 @REGISTRY.struct_rule
 def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
-    is_ours = is_dataclass(info.type) and not getattr(info.type, "__parameters__", ())  # tyro's own has them
-    if not is_ours:
+    # tyro's own dataclass is generic; ours have no parameters.
+    if not is_dataclass(info.type) or getattr(info.type, "__parameters__", None):
         return None
     hints = hints_of(info.type)
     return StructConstructorSpec(
@@ -93,8 +97,8 @@ def _made(kind: type[T], **values: object) -> T:
         raise _Refused(error) from error
 
 
-def _default(one: "Field[Any]", given: Any) -> Any:
-    """Find a field's default: that of the instance that stands for the whole group, else its own."""
+def _default(one: "Field[object]", given: object) -> object:
+    """Find a field's default: that of the instance given for the whole group, else its own."""
     if is_dataclass(given):
         return getattr(given, one.name)
     if one.default is not MISSING:
@@ -103,7 +107,7 @@ def _default(one: "Field[Any]", given: Any) -> Any:
 
 
 def _help(kind: type, name: str) -> str:
-    """Say a field's text and range; a group has the text of its class."""
+    """Return a field's text and range for --help; a group has the text of its class."""
     hint = hints_of(kind)[name]
     text = texts_of(kind).get(name) or (is_dataclass(hint) and hint.__doc__) or ""
     words = range_of(hint) if has_range(hint) else ""  # of tyro's own marks there are no words
@@ -111,7 +115,8 @@ def _help(kind: type, name: str) -> str:
 
 
 def _config_file(arguments: list[str]) -> str | None:
-    """Find what `--config FILE` or `--config=FILE` names; None where there is none, and tyro says what is wrong."""
+    """Find the FILE of `--config FILE` or `--config=FILE`; None if it is missing, which tyro reports."""
+    # By hand: the file's flags have to be known before tyro reads the whole line.
     for place, word in enumerate(arguments):
         name, _, value = word.partition("=")
         if name == "--config":
@@ -120,16 +125,16 @@ def _config_file(arguments: list[str]) -> str | None:
 
 
 def flags_of(file: Path) -> list[str]:
-    """Write a run file out as flags: {data: {seq_len: 96}} -> --data.seq_len 96.
+    """Turn a run file into flags: {data: {seq_len: 96}} -> --data.seq_len 96.
 
     Raises:
-        UserError: no such file, or no mapping of keys in it.
+        UserError: no such file, or it holds no mapping of keys.
     """
     return flags_of_mapping(read_yaml(file, name=f"--config {file}"))
 
 
 def flags_of_mapping(values: Mapping[str, object]) -> list[str]:
-    """Write nested keys out as flags: {data: {seq_len: 96}} -> --data.seq_len 96; a list is several words."""
+    """Turn nested keys into flags: {data: {seq_len: 96}} -> --data.seq_len 96; a list becomes several words."""
     return _flags(values, prefix="--")
 
 
@@ -138,6 +143,7 @@ def _flags(values: Mapping[str, object], *, prefix: str) -> list[str]:
     for key, value in values.items():
         if isinstance(value, dict):
             flags += _flags(value, prefix=f"{prefix}{key}.")
+        # Before other values: tyro's switches take no value but a `no-`.
         elif isinstance(value, bool):
             flags.append(f"{prefix}{key}" if value else f"{prefix}{_negated(key)}")
         else:
@@ -152,12 +158,13 @@ def _negated(key: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Turn other libraries' chatter down to errors; t2i's own lines are plain sentences."""
+    """Let other libraries log errors only, so that t2i's own lines can be read."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # some libraries log to the root itself
     logging.getLogger("t2i").setLevel(logging.INFO)
     for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(_is_error)  # which sets a level of its own when it is imported
+    # A filter, not a level: DeepSpeed sets its own level when it is imported, and plans are read from stdout.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -1,9 +1,9 @@
-"""What is known of a setting stands on its field: range, choices, whether it may change on resume, and its text.
+"""A setting's field says all about it: range, choices, whether it may change on resume, and its text.
 
     warmup_steps: Annotated[int, Ge(0), MAY_CHANGE] = 50
     \"\"\"Steps of linear warm-up.\"\"\"
 
-The check of a configuration, the differences that stop a resume, --help and docs/settings.md are all made from there.
+The check of its value, the differences that stop a resume, --help and docs/settings.md are all made from the field.
 """
 
 import ast
@@ -26,7 +26,6 @@ MAX_WHOLE = 2**63
 
 SIGNS = ((Ge, "ge", ">="), (Gt, "gt", ">"), (Le, "le", "<="), (Lt, "lt", "<"))
 
-
 Hint = Any
 """An annotation with its metadata; typing has no type for one yet (PEP 747)."""
 
@@ -44,7 +43,7 @@ OR_ZERO = Mark("0 is allowed beside the range")
 
 @dataclass(frozen=True)
 class Names:
-    """What a text may be: one of these words, or a file with this ending."""
+    """The allowed texts: one of these words, or a file with this extension."""
 
     words: tuple[str, ...]
     suffix: str
@@ -60,11 +59,12 @@ def check_values(config: object, *, group: str = "") -> None:
     """Check each setting of a dataclass against its own annotation.
 
     Args:
-        group: what stands before the names in a run's keys, such as "train"; empty for flags without a group.
+        group: prefix of a run's keys, such as "train"; empty for flags without a group.
 
     Raises:
-        UserError: one sentence per setting that is out of its range, each with the full key.
+        UserError: one sentence per setting that is out of range, each with the full key.
     """
+    # All at once: whoever waits in a queue for each run should not find them one by one.
     wrong = [
         f"{key_of(name, group=group)} is {value!r}; expected {expected(hint)}{_limit(value)}."
         for name, hint in hints_of(type(config)).items()
@@ -75,12 +75,12 @@ def check_values(config: object, *, group: str = "") -> None:
 
 
 def key_of(name: str, *, group: str) -> str:
-    """Name a setting as its user writes it: train.lr in a run's files, --top-p on other command lines."""
+    """Name a setting as its user writes it: train.lr in a run file, --top-p on other command lines."""
     return f"{group}.{name}" if group else f"--{name.replace('_', '-')}"
 
 
 def fits(value: object, hint: Hint) -> bool:
-    """Tell whether a value is what an annotation allows; texts, paths and groups are not looked into."""
+    """Tell whether an annotation allows a value; texts, paths and groups are not checked."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if not fits(value, arguments[0]):
@@ -95,6 +95,7 @@ def fits(value: object, hint: Hint) -> bool:
         return isinstance(value, tuple | list) and all(fits(item, arguments[0]) for item in value)
     if hint is NoneType:
         return value is None
+    # bool is an int in Python, but `train.seed: true` in a run file is a mistake. numpy's integers are fine.
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < MAX_WHOLE
     if hint is float:
@@ -106,6 +107,7 @@ def fits(value: object, hint: Hint) -> bool:
 def _is_in_range(value: Any, metadata: tuple[object, ...]) -> bool:
     if value is None or (OR_ZERO in metadata and value == 0):
         return True
+    # Written as "not >=", so that a value which compares with nothing is out of range too.
     for rule in metadata:
         if isinstance(rule, Names) and not (value in rule.words or Path(value).suffix == rule.suffix):
             return False
@@ -123,7 +125,7 @@ def _is_in_range(value: Any, metadata: tuple[object, ...]) -> bool:
 
 
 def expected(hint: Hint) -> str:
-    """Say in words what an annotation allows: "a whole number >= 1"."""
+    """Put into words what an annotation allows, such as "a whole number >= 1"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         base, none = _without_none(arguments[0])
@@ -139,7 +141,8 @@ def expected(hint: Hint) -> str:
 
 
 def has_range(hint: Hint) -> bool:
-    """Tell whether an annotation allows less than its type: --help shows choices by itself."""
+    """Tell whether an annotation allows less than its type."""
+    # Choices are not asked for here: tyro shows those of a Literal in --help by itself.
     origin = get_origin(hint)
     if origin is tuple:
         return has_range(get_args(hint)[0])
@@ -147,7 +150,7 @@ def has_range(hint: Hint) -> bool:
 
 
 def range_of(hint: Hint) -> str:
-    """Say the bounds alone: ">= 1 and <= 1,000"."""
+    """Put only the bounds into words, such as "from 1 to 1,000"."""
     while get_origin(hint) is tuple:
         hint = get_args(hint)[0]
     return " ".join(_words(hint.__metadata__))
@@ -181,6 +184,7 @@ def _words(metadata: tuple[object, ...]) -> Iterator[str]:
 
 
 def _limit(value: object) -> str:
+    # Said only where it matters: nearly nobody meets this bound, which every whole number has.
     return " and < 2^63" if isinstance(value, Integral) and abs(int(value)) >= MAX_WHOLE else ""
 
 
@@ -192,9 +196,9 @@ def may_change(hint: Hint) -> bool:
 def changed_settings(
     found: Mapping[str, object], wanted: Mapping[str, object], *, kind: type, prefix: str = ""
 ) -> list[str]:
-    """List the settings of `kind` whose values differ and that may not change on resume, as sentences.
+    """List the settings of `kind` that differ and may not change on resume, in words.
 
-    A setting that `found` does not know, because it was written before there was one, has its default there.
+    A setting that is not in `found`, because it is newer than the run, counts as its default there.
     """
     changed = []
     hints, defaults = hints_of(kind), default_values(kind)
@@ -210,7 +214,7 @@ def changed_settings(
 
 
 def default_values(kind: type) -> dict[str, object]:
-    """Return the defaults of a dataclass as YAML writes them; fields without one, and groups, are left out."""
+    """Return the defaults of a dataclass as YAML writes them, without groups and fields that have none."""
     return {
         one.name: str(one.default) if isinstance(one.default, Path) else one.default
         for one in fields(kind)  # type: ignore[arg-type]  # a dataclass
@@ -221,6 +225,7 @@ def default_values(kind: type) -> dict[str, object]:
 @cache
 def texts_of(kind: type) -> dict[str, str]:
     """Read the text below each field of a dataclass and of the classes that it extends; lines are joined."""
+    # From the source: Python keeps no docstrings of attributes, and tyro finds none through our own rule.
     texts: dict[str, str] = {}
     for one in reversed(kind.__mro__):
         if is_dataclass(one):

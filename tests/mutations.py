@@ -263,15 +263,15 @@ MUTATIONS = (
     Mutation(
         "exported-draw-is-off-by-one",
         "t2i/model/open_lm/sampling_open_lm.py",
-        "first = rows + len(SPECIAL_TOKENS) + 1",
-        "first = rows + len(SPECIAL_TOKENS)",
+        "first = rows + len(MARKERS) + 1",
+        "first = rows + len(MARKERS)",
         "an exported model's codes are off by one",
         SAMPLING,
     ),
     Mutation(
         "exported-draw-has-too-much-room",
         "t2i/model/open_lm/sampling_open_lm.py",
-        "room = length - config.codes_per_image - len(SPECIAL_TOKENS)",
+        "room = length - config.codes_per_image - len(MARKERS)",
         "room = length - config.codes_per_image",
         "a long caption is longer than any in training",
         SAMPLING,

@@ -1,6 +1,6 @@
 """Every setting of every command, each with its text, range, choices and resume rule on its field.
 
-Names come from here: `from t2i.config import TrainConfig`. `python -m t2i.config > docs/settings.md` writes the page.
+Import from here: `from t2i.config import TrainConfig`. `python -m t2i.config > docs/settings.md` writes the page.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ from t2i.config.tool_config import (
 )
 
 ASSETS = Path(__file__).parents[1] / "assets"
-"""What the package carries: an image tokenizer and a text tokenizer for the embedded images."""
+"""Files that come with the package: an image tokenizer and a text tokenizer for the embedded images."""
 
 __all__ = [
     "ASSETS",

@@ -1,4 +1,4 @@
-"""Write docs/settings.md out from the fields themselves: `python -m t2i.config > docs/settings.md`."""
+"""Write docs/settings.md from the fields themselves: `python -m t2i.config > docs/settings.md`."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -31,18 +31,18 @@ PARTS: tuple[tuple[str, str, type], ...] = (
     ("Sampling (`launchers/sample.py`, `eval/coco_fid.py`)", "", SampleConfig),
     ("Image tokenizer (`launchers/tokenizer.py train`)", "", TokenizerConfig),
 )
-"""Heading, what stands before the names, and the class."""
+"""Heading, prefix of the names, and the class."""
 
 RUN_PARTS = (RunConfig, DataConfig, ModelConfig, TrainConfig)
-"""What resolved.yaml holds, so what a resume compares."""
+"""Classes that resolved.yaml holds and a resume compares."""
 
 HEAD = """# Settings
 
-Every setting, with its default and range. A value out of its range is refused before anything else is done (exit
-status 2). On the command line `_` and `-` are alike: `--train.max-steps 400`. A run file (`--config FILE.yaml`) holds
-the same keys, nested. Generated from `t2i/config/` by `python -m t2i.config > docs/settings.md`.
+Every setting, with its default and range. A value out of range is refused before anything else is done (exit status
+2). On the command line `_` and `-` mean the same: `--train.max-steps 400`. A run file (`--config FILE.yaml`) holds the
+same keys, nested. This page is generated from `t2i/config/` by `python -m t2i.config > docs/settings.md`.
 
-A run resumes with other values only of the settings that say *yes* below; any other difference is listed and refused.
+On resume, only the settings that say *yes* below may have another value. Any other difference is listed and refused.
 """
 
 
@@ -67,7 +67,8 @@ def _part(heading: str, group: str, kind: type) -> Iterator[str]:
     for one in fields(kind):  # type: ignore[arg-type]  # a dataclass
         hint = hints[one.name]
         if is_dataclass(hint):
-            continue  # a group of its own
+            continue  # a group has its own table
+        # Other commands do not resume from a file of settings, so the column would be empty there.
         resume = ["yes" if may_change(hint) else "no"] if is_run else []
         key = f"`{key_of(one.name, group=group)}`"
         yield _row([key, _default(one), expected(hint), *resume, texts[one.name]])
@@ -76,7 +77,7 @@ def _part(heading: str, group: str, kind: type) -> Iterator[str]:
 
 def _old_names() -> Iterator[str]:
     yield "## Old names\n"
-    yield f"These work up to release {LAST_RELEASE}, with a warning.\n"
+    yield f"These still work up to release {LAST_RELEASE}, with a warning.\n"
     yield _row(["old", "now"])
     yield _row(["---", "---"])
     for old, new in RENAMED.items():

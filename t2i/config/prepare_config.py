@@ -1,4 +1,4 @@
-"""Settings of shards: what is read of a source, and how it is encoded."""
+"""Settings of shards: which pairs of a source are read, and how they are encoded."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,36 +9,40 @@ from t2i.errors import UserError
 from t2i.settings import OR_ZERO, check_values
 
 EMBEDDED_VIEWS = 8
-"""PrepareConfig.views of the embedded images, which are only some 3,500."""
+"""PrepareConfig.views of the embedded images, which are only about 3,500."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """What is read of a source. Pairs that are left out are counted in the manifest, by reason."""
+    """Which pairs of a source are read. Pairs that are left out are counted in the manifest, by reason."""
 
+    # Empty for keys whose default depends on the kind of source, which is known only once it is opened.
     caption_key: str = ""
-    """Column, JSON key or file ending in a tar of the caption; empty for `txt` in tars, else `text` or `caption`."""
+    """Column or JSON key of the caption, or its file extension in a tar. Empty: `txt` in tars, else `text` or
+    `caption`."""
     image_key: str = ""
-    """Column of the images in parquet and Hugging Face datasets; empty for their usual names."""
+    """Column of the images in parquet and Hugging Face datasets. Empty: one of their usual names."""
     pair_key: str = ""
-    """Column or JSON key that names a pair, such as url; later pairs of the same name are left out. Empty: each pair is
-    named by its place."""
+    """Column or JSON key that identifies a pair, such as url; later pairs with the same value are left out. Empty: a
+    pair is identified by its position."""
     hub_split: str = "train"
     """Split of a Hugging Face dataset."""
     hub_subset: str = ""
     """Subset (configuration) of a Hugging Face dataset; empty for its default."""
     min_side: Annotated[int, Ge(0)] = 0
-    """Smallest shorter side of an image, in pixels."""
+    """Minimum length of an image's shorter side, in pixels."""
     max_aspect: Annotated[float, Ge(1), OR_ZERO] = 0.0
-    """Largest ratio of the longer side to the shorter; 0 for any."""
+    """Maximum ratio of the longer side to the shorter; 0 for any."""
+    # 1: an empty caption would be the null caption, which caption_dropout makes on its own.
     min_caption: Annotated[int, Ge(0)] = 1
-    """Fewest characters of a caption."""
+    """Minimum number of characters in a caption."""
     max_caption: Annotated[int, Ge(0)] = 0
-    """Most characters of a caption; 0 for any."""
+    """Maximum number of characters in a caption; 0 for any."""
     score_key: str = ""
     """Column or JSON key of a score, such as aesthetic or similarity."""
+    # None and not 0 for any: scores may be negative.
     min_score: float | None = None
-    """Smallest score of score_key that is kept; None for any."""
+    """Minimum score (see score_key); None for any."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -54,16 +58,19 @@ class SourceConfig:
 class PrepareConfig:
     """How shards are made."""
 
+    # 64 for the embedded images: they become 64 codes, which a small model learns on two CPU cores.
     image_size: Annotated[int, Ge(1), Le(16_384)] = 64
     """Pixels per side, after a centre crop (paper: 256)."""
     views: Annotated[int, Ge(1), Le(1_000)] = 1
-    """Copies of each training image: as it is, and shifted by up to a sixteenth of its side. Against overfitting."""
+    """Views of each training image, against overfitting: the image, and copies shifted by up to a sixteenth of its
+    side."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch of the image tokenizer."""
+    # A killed preparation repeats the units that were under way, at most one per rank.
     unit_pairs: Annotated[int, Ge(1), Le(1_000_000_000)] = 512
     """Pairs per resumable unit of work, which is also one shard file per split. A tar is always one unit."""
     max_broken: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Largest share of broken images; with more, nothing is made. They are listed in broken.jsonl."""
+    """Maximum share of broken images; with more, no shards are made. They are listed in broken.jsonl."""
     workers: Annotated[int, Ge(0), Le(1_000)] = 0
     """Processes per rank that read, crop and resize while the rank itself encodes; 0 for none."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 logger = logging.getLogger(__name__)
 
 LAST_RELEASE = "0.2"
-"""The last release that knows the old spellings: the table below goes with the one after it."""
+"""The last release that knows the old spellings; the release after it drops this table."""
 
 RENAMED = {
     "data.keep_every": "data.subsample_every",
@@ -24,16 +24,16 @@ RENAMED = {
     "text_rows": "text_vocab_size",
     "num_pictures": "num_images",
 }
-"""Old key -> new key; without a group, flags of launchers/plan.py and launchers/tokenizer.py."""
+"""Old key -> new key; those without a group are flags of launchers/plan.py and launchers/tokenizer.py."""
 
 
 def with_new_keys(
     values: Mapping[str, object], *, prefix: str = "", is_said: bool = True
 ) -> dict[str, object]:
-    """Return nested settings in the new spelling, in their order; both `_` and `-` are read.
+    """Return nested settings in the new spelling and the same order; both `_` and `-` are accepted.
 
     Args:
-        is_said: warn of each old name; False for files that nobody wrote by hand.
+        is_said: warn of each old name; False for files that a program wrote, such as resolved.yaml.
     """
     renamed: dict[str, object] = {}
     for key, value in values.items():
@@ -53,7 +53,7 @@ def with_new_flags(words: Sequence[str]) -> list[str]:
 def _new_flag(word: str) -> str:
     name, equals, value = word.removeprefix("--").partition("=")
     group, dot, last = name.rpartition(".")
-    # Switches are turned off by a `no-` in the last part of their name.
+    # A switch is turned off by a `no-` in the last part of its name, which the table does not list.
     negation = last[:3] if last[:3] in ("no-", "no_") else ""
     old = f"{group}{dot}{last.removeprefix(negation)}"
     new = _new_key(old)
@@ -74,5 +74,6 @@ def _new_key(key: str, *, is_said: bool = True) -> str:
 
 @functools.cache  # once per process, though a study names a key in every arm
 def _warn(old: str) -> None:
+    # By the variable: the command line is read before the ranks of a job know one another.
     if os.environ.get("RANK", "0") == "0":
         logger.warning("%s is now %s; the old name works up to release %s.", old, RENAMED[old], LAST_RELEASE)

@@ -33,18 +33,22 @@ class DataConfig:
     shards: Path = EMBEDDED_SHARDS
     """Folder made by launchers/prepare.py; the default is made on first use. With `remote`: the local cache."""
     remote: str = ""
-    """Where the shards are (s3://BUCKET/FOLDER, gs://, ...); they are downloaded to `shards` when needed. Empty: they
-    are in `shards`."""
+    """URL of the shards (s3://BUCKET/FOLDER, gs://, ...), which are downloaded to `shards` as needed. Empty: they are
+    in `shards` already."""
     cache_limit: Annotated[str | None, MAY_CHANGE] = None
-    """Largest size of the cache of `remote`, such as 100gb; None for no limit."""
+    """Maximum size of the local cache of `remote`, such as 100gb; None for no limit."""
     mode: Mode = "text-to-image"
-    """What a sequence holds."""
+    """What a sequence contains: a caption and its image, an image only, or text only."""
+    # Not Streaming's own subsampling, which draws another subset in each epoch.
     subsample_every: Annotated[int, Ge(1)] = 1
     """Keep only every n-th training sample (data-size ablation)."""
+    # The embedded images have 64 codes and 6 markers, which leaves 26 tokens for the caption.
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
     """Tokens per sequence, including padding; longer captions are truncated (paper: 1,152)."""
+    # Guidance leads away from what the model does at the null caption, which it must have been trained on.
     caption_dropout: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of captions replaced by the null caption, for classifier-free guidance (the paper does not say)."""
+    """Share of captions replaced by the null caption, for classifier-free guidance (not given in the paper)."""
+    # A share of the sequences of every step, not of all steps: the losses of two steps then compare.
     replay_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Replay ratio: share of each step's sequences that are text only, against forgetting."""
     replay_shards: Path | None = None
@@ -52,8 +56,8 @@ class DataConfig:
     num_workers: Annotated[int, Ge(0), Le(1_000), MAY_CHANGE] = 0
     """Loader processes per rank; the order of samples does not depend on it."""
     num_canonical_nodes: Annotated[int, Ge(1), Le(10_000)] = 1
-    """Streaming's canonical nodes: parts of the data, each shuffled in itself, whatever the number of ranks. With
-    `remote` on many nodes, their number lets each node download its own part only."""
+    """Parts of the data that Streaming shuffles separately, whatever the number of ranks. With `remote` on several
+    nodes, set it to their number: each node then downloads its own part only."""
 
     def __post_init__(self) -> None:
         check_values(self, group="data")
@@ -82,12 +86,13 @@ class ModelConfig:
     """Control initialisation, which destroys what model.init knows: shuffle each tensor, redraw it with its moments, or
     permute the layers."""
     trainable: Trainable = "all"
-    """Trainable parameters (paper, Figure 6): embeddings and LM head; these and norms; these two and the first half of
-    the layers, or all MLPs."""
+    """Trainable parameters (paper, Figure 6): all; the embeddings and LM head; these and the norms; these two and the
+    first half of the layers, or the feed-forward part of every layer."""
     lora_rank: Annotated[int, Ge(0), Le(1_000_000)] = 0
     """Rank of LoRA adapters on every matrix of the layers; only they and the new embeddings are trained. 0 for none."""
     family: Family = "open_lm"
     """Architecture of a randomly initialised model; norm_type and qk_norm are for open_lm only."""
+    # The defaults are of the demo, which trains on two CPU cores.
     hidden_size: Annotated[int, Ge(1), Le(1_000_000)] = 192
     """Width of a randomly initialised model (open_lm-1b: 2,048)."""
     num_layers: Annotated[int, Ge(1), Le(10_000)] = 6
@@ -99,7 +104,7 @@ class ModelConfig:
     qk_norm: bool = False
     """Normalise queries and keys of a randomly initialised model."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass, which saves memory and takes a third more time."""
 
     def __post_init__(self) -> None:
         check_values(self, group="model")
@@ -115,10 +120,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimization: AdamW, cosine schedule after a linear warm-up."""
+    """Optimization: AdamW with a linear warm-up and a cosine schedule."""
 
     max_steps: Annotated[int, Ge(1), MAY_CHANGE] = 1_600
-    """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine."""
+    """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
     global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
     """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
     lr: Annotated[float, Ge(0)] = 1.5e-3
@@ -128,7 +133,7 @@ class TrainConfig:
     warmup_steps: Annotated[int, Ge(0)] = 50
     """Steps of linear warm-up (paper: 2,000)."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
-    """Last learning rate as a share of the peak."""
+    """Final learning rate, as a share of the peak."""
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Adam's decay rate of the first moment."""
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.95
@@ -138,40 +143,46 @@ class TrainConfig:
     weight_decay: Annotated[float, Ge(0), Le(1_000)] = 0.1
     """Decoupled weight decay of matrices; norms have none."""
     grad_clip: Annotated[float, Ge(0)] = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient; a larger one is scaled down to it. 0 for no limit."""
+    # 0: metrics.jsonl has the squared log-partition all the same, which shows whether a run needs the term.
     z_loss: Annotated[float, Ge(0), Le(1_000)] = 0.0
-    """Weight of the squared log-partition, per token."""
+    """Weight of the z-loss, which is the squared log-partition per token."""
     image_vocab_only: bool = False
     """Predict image codes by a softmax over the image vocabulary only. The image losses of such a run, held-out ones
-    too, are lower by the cost of choosing an image code at all, so compare them with one another only."""
+    too, leave out the cost of choosing an image code rather than text. Compare them with one another only."""
     log_every: Annotated[int, Ge(1), MAY_CHANGE] = 1
     """Steps between rows of metrics.jsonl."""
+    # Training waits for a save: its time is traded for the steps that a crash would lose.
     save_every: Annotated[int, Ge(0), MAY_CHANGE] = 200
-    """Steps between checkpoints. The last step is always saved; 0 saves it alone."""
+    """Steps between checkpoints. The last step is always saved; 0 saves only the last."""
+    # Two, so that a checkpoint which turns out to be damaged has one before it.
     keep_last: Annotated[int, Ge(1), MAY_CHANGE] = 2
     """Number of newest checkpoints that are kept."""
     keep_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
-    """Steps between checkpoints that are kept for good; 0 for none."""
+    """Steps between checkpoints that are never deleted; 0 for none."""
     eval_every: Annotated[int, Ge(0), MAY_CHANGE] = 200
-    """Steps between held-out losses; 0 for never."""
+    """Steps between measurements of the held-out losses; 0 for never."""
     eval_images: Annotated[int, Ge(1), MAY_CHANGE] = 256
-    """Held-out images, or sequences of text, that are measured of each split."""
+    """Number of held-out images, or of text sequences, that are measured per split."""
     eval_text: Annotated[str, MAY_CHANGE] = ""
-    """Text to measure forgetting on, before the first step and every eval_every: text shards, a .txt file, a folder of
-    them or the name of a dataset. Empty for none."""
+    """Text to measure forgetting on: text shards, a .txt file, a folder of these, or the name of a dataset. It is
+    measured before the first step and every eval_every steps. Empty for none."""
     sample_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
     """Steps between grids of sampled images; 0 for never."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of weights, sample order and caption dropout."""
+    # May change on resume: it chooses kernels, not what they compute.
     deterministic: Annotated[bool, MAY_CHANGE] = False
-    """Bitwise repeatable on the same machine, on a GPU too; slower there."""
+    """Give the same bits in every run on the same machine; slower on a GPU."""
+    # Only logged by default: skipping or rewinding changes the experiment, so somebody has to ask for it.
     spike: Annotated[Literal["log", "skip", "rewind"], MAY_CHANGE] = "log"
     """At a loss spike: log it; skip the update; or rewind to the last checkpoint and skip the data after it."""
     spike_score: Annotated[float, Ge(0), MAY_CHANGE] = 8.0
-    """Robust deviations above the median of the last losses that make a spike."""
+    """A loss spike lies this many robust deviations above the median of the recent losses."""
+    # Half an hour: the first step may compile, and a remote shard may be slow to come.
     hang_timeout_seconds: Annotated[int, Ge(0), Le(10_000_000), MAY_CHANGE] = 1_800
-    """Seconds without a finished step after which a job ends, with all stacks in hang_rank*.txt; ten times that during
-    a save or an evaluation. 0 for never."""
+    """Seconds without a finished step after which a job ends; ten times that during a save or an evaluation. All stacks
+    are then in hang_rank*.txt. 0 for never."""
 
     def __post_init__(self) -> None:
         check_values(self, group="train")

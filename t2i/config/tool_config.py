@@ -1,4 +1,4 @@
-"""Settings of what stands around a run: alignment, plans, sampling, and training an image tokenizer."""
+"""Settings of the tools around a run: alignment, plans, sampling, and training an image tokenizer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +17,16 @@ class AlignConfig:
     """Contrastive alignment of image embeddings to text embeddings (paper, Figure 7)."""
 
     num_pairs: Annotated[int, Ge(1), Le(1_000_000_000)] = 1_024
-    """Pairs among which an image has to find its caption, over all ranks (paper: N = 1,024)."""
+    """Pairs per step over all ranks, among which each image has to find its caption (paper: N = 1,024)."""
     max_steps: Annotated[int, Ge(1)] = 300
     """Optimizer steps of Adam."""
     lr: Annotated[float, Ge(0)] = 3e-3
-    """Learning rate, constant."""
+    """Constant learning rate."""
+    # CLIP's own initial value.
     temperature: Annotated[float, Gt(0), Le(1_000)] = 0.07
-    """Initial temperature, which is trained: similarities are divided by it."""
+    """Initial temperature that similarities are divided by; it is trained."""
     save_every: Annotated[int, Ge(1)] = 50
-    """Steps between held-out retrieval and saves to resume from."""
+    """Steps between saves to resume from; held-out retrieval is measured at each."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the initial embeddings and the sample order."""
 
@@ -38,7 +39,7 @@ class AlignRun:
     """One alignment."""
 
     run_dir: Annotated[Path, MAY_CHANGE]
-    """Folder of its embeddings and metrics."""
+    """Folder for the aligned embeddings and metrics."""
     data: DataConfig
     """Captions are never dropped here, and sequences are text-to-image."""
     model: str
@@ -48,18 +49,19 @@ class AlignRun:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What a plan is made for. The numbers about data count only while the shards are not made yet."""
+    """The hardware and the data of a plan. Settings about data are used only until the shards are made."""
 
     gpu: Gpu = "a100-80gb"
     """Kind of GPU; `cpu` measures this machine."""
+    # The paper's sizes are the defaults here: a plan is mostly asked before any data is there.
     num_gpus: Annotated[int, Ge(1), Le(1_000_000)] = 1
     """GPUs, or processes on the CPU."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.4
-    """Share of the device's peak that training reaches without gradient checkpointing; a guess until measured."""
+    """Model FLOPs utilisation without gradient checkpointing, as a share of the peak; a guess until it is measured."""
     price: Annotated[float, Ge(0), Le(1_000_000)] = 0.0
     """US dollars per GPU-hour; 0 for no cost."""
     text_vocab_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 50_432
-    """Embeddings of the text vocabulary (open_lm-1b's), unless model.init says."""
+    """Size of the text vocabulary (open_lm-1b's), unless model.init gives it."""
     codebook_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 16_384
     """Image codes (paper sec. 2.1)."""
     codes_per_image: Annotated[int, Ge(1), Le(1_000_000_000)] = 1_024
@@ -78,17 +80,19 @@ class SampleConfig:
     """How images are sampled from captions."""
 
     guidance_scale: Annotated[float, Ge(0)] = 2.0
-    """Classifier-free guidance; 1 for none."""
+    """Scale of classifier-free guidance; 1 for none."""
     temperature: Annotated[float, Ge(0)] = 0.9
     """Sampling temperature; 0 for the most likely code each time."""
     top_k: Annotated[int, Ge(0)] = 50
     """Sample from the k most likely codes; 0 for all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Of those, keep the most likely codes that together reach this probability."""
+    # By image and not by batch or rank: any number of processes samples the same images.
     seed: Annotated[int, Ge(0)] = 0
-    """Image i is sampled with seed + i."""
+    """Seed of the first image; image i is sampled with seed + i."""
+    # Off by default: it pays only over many images.
     compile: bool = False
-    """Compile the decoding step (open_lm's models only): a minute before the first image."""
+    """Compile the decoding step (open_lm models only), which takes a minute before the first image."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -100,9 +104,10 @@ class TokenizerConfig:
 
     image_size: Annotated[int, Ge(1), Le(16_384)] = 64
     """Pixels per side."""
+    # Four levels: 64 pixels per side become 8 x 8 codes.
     channels: tuple[Annotated[int, Ge(32), Le(1_000_000), MultipleOf(32)], ...] = (32, 32, 64, 96)
-    """Channels per resolution, finest first; spatial norms need multiples of 32. A code covers 2^(levels - 1) pixels
-    per side."""
+    """Channels per resolution, finest first. A code covers 2^(levels - 1) pixels per side. Spatial norms need multiples
+    of 32."""
     latent_channels: Annotated[int, Ge(1), Le(1_000_000)] = 4
     """Width of a codebook vector (MoVQGAN: 4)."""
     codebook_size: Annotated[int, Ge(2), Le(1_000_000_000)] = 1_024
@@ -115,8 +120,9 @@ class TokenizerConfig:
     """Images per step."""
     lr: Annotated[float, Ge(0)] = 1e-3
     """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
+    # k-means on the latents of an autoencoder that is trained already gives a codebook that is used.
     continuous_share: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the steps before the codebook comes in."""
+    """Share of the steps that train the autoencoder before the codebook is used."""
     edge_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the L1 loss of image gradients, at full and half size, beside the L1 loss of pixels."""
     colour_weight: Annotated[float, Ge(0)] = 4.0
@@ -126,9 +132,9 @@ class TokenizerConfig:
     commitment_weight: Annotated[float, Ge(0)] = 0.25
     """Weight of the squared distance of latents to their codes."""
     codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
-    """Decay rate of the moving averages that codes follow."""
+    """Decay rate of the moving averages of latents that codes follow."""
     revive_every: Annotated[int, Ge(1)] = 50
-    """Steps between revivals of codes that are used less than 3% of the even share."""
+    """Steps between revivals of codes that are used less than 3% as often as the average code."""
     save_every: Annotated[int, Ge(1)] = 500
     """Steps between saves to resume from."""
     seed: Annotated[int, Ge(0)] = 0

@@ -131,7 +131,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    model = build_model(config)
+    model = build_vq_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)

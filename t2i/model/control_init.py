@@ -1,4 +1,4 @@
-"""Control initialisations: what the model knew is destroyed, a statistic of its weights is kept.
+"""Control initialisations: they destroy what the model knew and keep a statistic of its weights.
 
 If pre-training helps only because its weights have a good scale or distribution, a control helps as much.
 """
@@ -18,12 +18,12 @@ def control_init(model: nn.Module, *, kind: ControlInit, seed: int) -> None:
     """Turn a model's weights into a control, in place.
 
     Args:
-        kind: "within-tensors" shuffles the values of each tensor, which keeps their distribution; "moments" draws each
-            tensor anew from a normal distribution, which keeps mean and deviation; "layer-order" moves every layer to
-            another place, which keeps all of its matrices.
+        kind: "within-tensors" shuffles the values of each tensor, which keeps their distribution; "moments" redraws
+            each tensor from a normal distribution, which keeps mean and deviation; "layer-order" permutes the layers,
+            which keeps their matrices.
 
     Raises:
-        UserError: there is a single layer to move.
+        UserError: there is only one layer to permute.
     """
     # On the CPU, so that a seed means the same on every device.
     CONTROLS[kind](model, Generator().manual_seed(seed))
@@ -45,16 +45,19 @@ def _shuffled(value: Tensor, generator: Generator) -> Tensor:
 
 def _redrawn(value: Tensor, generator: Generator) -> Tensor:
     noise = torch.randn(value.shape, generator=generator)
+    # In fp32, and without Bessel's correction, which has no value for a tensor of one number.
     return value.float().mean() + noise * value.float().std(correction=0)
 
 
 def _move_layers(model: nn.Module, generator: Generator) -> None:
-    """Give every layer the weights of the one after it in a random circle, so that no layer keeps its place."""
+    """Give every layer the weights of the next one in a random cycle, so that no layer keeps its place."""
     layers = layers_of(model)
     if len(layers) < 2:
-        raise UserError(f"model.control_init is layer-order; a model of {len(layers)} layer has no order.")
+        raise UserError(
+            f"model.control_init is layer-order; expected a model of at least 2 layers, not {len(layers)}."
+        )
     circle = torch.randperm(len(layers), generator=generator).tolist()
-    # Copied before any is loaded: load_state_dict writes into the tensors that these are views of.
+    # Copied before any is loaded: load_state_dict writes into the very tensors that state_dict returns.
     states = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
     for place, source in zip(circle, circle[1:] + circle[:1], strict=True):
         layers[place].load_state_dict(states[source])
@@ -65,4 +68,4 @@ CONTROLS: dict[str, Callable[[nn.Module, Generator], None]] = {
     "moments": _redraw,
     "layer-order": _move_layers,
 }
-"""What each choice of model.control_init does; `none` never comes here."""
+"""Function for each choice of model.control_init except `none`."""

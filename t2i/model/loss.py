@@ -1,26 +1,25 @@
-"""Cross-entropy apart for text, image and special tokens, as (sum, count), in fp32.
+"""Cross-entropy separately for text, image and special tokens, as (sum, count), in fp32.
 
-N counted positions, T rows of the head in a tile, D width, V vocabulary.
+N counted positions, T ids of the vocabulary in a tile, D width, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from t2i.tokens.sequence import IGNORED
 
 LOG2_E = math.log2(math.e)
 CHUNK_ROWS = 1_024
-"""Positions whose logits exist at one time."""
+"""Positions whose logits exist at one time; fewer would make a GPU wait for memory."""
 CPU_CHUNK_ROWS = 512
 """The same on a CPU, where more are no faster."""
 CPU_TILE_ROWS = 2_048
-"""Rows of the head whose logits are worked on at one time on a CPU: with CPU_CHUNK_ROWS, four megabytes."""
+"""Ids whose logits exist at one time on a CPU: with CPU_CHUNK_ROWS, four megabytes, which stay in its cache."""
 
 
 @torch.no_grad()
@@ -29,20 +28,19 @@ def token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Compute each position's cross-entropy and squared log-partition, without gradients.
 
-    Logits are made and reduced in fp32, chunk by chunk, so that memory grows with a chunk and not with the batch.
-    Positions that are not counted cost nothing.
+    Logits exist in fp32, chunk by chunk, so memory does not grow with the batch. Padding costs nothing.
 
     Args:
         hidden: (B, S, D) last hidden states.
         labels: (B, S) next-token ids; -100 is not counted.
         head: (V, D) output weights.
-        image_rows: rows of the head that labels among them are told apart from, alone; None for all rows.
+        image_rows: ids that the softmax of image labels is over; None for all ids everywhere.
 
     Returns:
         losses in nats and squared log-partitions, (B, S) fp32 each, exactly 0 where not counted.
     """
     flat, targets = hidden.flatten(0, 1), labels.flatten()  # (B S, D), (B S,)
-    found = torch.zeros(2, len(targets), device=hidden.device)
+    found = torch.zeros(2, len(targets), device=hidden.device)  # (2, B S)
     for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
         for chunk in _chunks(places):
             softmax = _softmax(flat[chunk], targets[chunk] - rows.start, head=head[rows.start : rows.stop])
@@ -56,8 +54,8 @@ def summed_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy, and z_loss times the squared log-partitions, as one number to train on.
 
-    The gradient is made in the forward pass, while a chunk's logits exist: three head products in all, where making
-    logits again in the backward pass takes four.
+    The gradient is computed in the forward pass, while a chunk's logits exist. This takes three products with the LM
+    head; computing the logits again in the backward pass would take four.
 
     Args:
         hidden: (B, S, D) last hidden states.
@@ -67,21 +65,27 @@ def summed_loss(
         image_rows: as token_losses takes it.
 
     Returns:
-        the sum, which alone has a gradient; losses and squared log-partitions (B, S) as token_losses gives them.
+        the sum, which has the gradient; losses and squared log-partitions (B, S) as token_losses returns them.
     """
     return _SummedLoss.apply(hidden, labels, head, z_loss, image_rows)
 
 
+class _Context(FunctionCtx):
+    """Autograd's context, with the gradients that the forward pass computed."""
+
+    gradients: tuple[Tensor, Tensor] | None
+
+
 class _SummedLoss(torch.autograd.Function):
-    """The sum over counted positions, its gradient made chunk by chunk beside it."""
+    """The sum over counted positions, and its gradient, computed chunk by chunk together with it."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float, image_rows: range | None
+        ctx: _Context, hidden: Tensor, labels: Tensor, head: Tensor, z_loss: float, image_rows: range | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         flat, targets = hidden.flatten(0, 1), labels.flatten()  # (B S, D), (B S,)
         found = torch.zeros(2, len(targets), device=hidden.device)
-        hidden_gradient = torch.zeros_like(flat)
+        hidden_gradient = torch.zeros_like(flat)  # (B S, D)
         # fp32 even for a bf16 head: every chunk adds to it, and bf16 would drop the later ones.
         head_gradient = torch.zeros_like(head, dtype=torch.float32)  # (V, D)
         for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
@@ -94,7 +98,7 @@ class _SummedLoss(torch.autograd.Function):
                     z_loss=z_loss,
                     head_gradient=head_gradient[own],
                 )
-        # Not saved for the backward pass: what is saved stays referred to, and autograd would copy the head's.
+        # Not by save_for_backward: autograd would keep a reference, and then copy the large gradient of the head.
         ctx.gradients = hidden_gradient.view_as(hidden), head_gradient.to(head.dtype)
         losses, squares = found.view(2, *labels.shape)
         ctx.mark_non_differentiable(losses, squares)
@@ -102,9 +106,10 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+    def backward(ctx: _Context, scale: Tensor, *_: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        assert ctx.gradients is not None, "the backward pass runs once"
         (hidden_gradient, head_gradient), ctx.gradients = ctx.gradients, None
-        # In place: the head's is large. So a graph goes backwards once.
+        # In place, because the head's gradient is large. This is why the backward pass can run only once.
         return hidden_gradient.mul_(scale), None, head_gradient.mul_(scale), None, None
 
 
@@ -113,24 +118,26 @@ def _chunk_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Compute a chunk's losses and squared log-partitions (2, N) and its gradient (N, D).
 
-    Its part of the head's gradient is added to head_gradient (V, D). The gradient of a logit is weight * power, less
-    one at the target. The weight of a row stays outside the products, so that powers (N, T) are read as they are.
+    Its part of the head's gradient is added to head_gradient (V, D). The gradient of a logit is weight * power, minus
+    one at the target. Weights are per position and stay outside the products, so that powers (N, T) are not rewritten.
     """
     tiles: list[tuple[Tensor, Tensor]] = []
     found = _softmax(rows, targets, head=head, tiles=tiles)
-    weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums
-    weighted = rows.float() * weights
+    # d(loss + z_loss * partition^2) / d(logit): the softmax is power / sum, and the z-loss scales it.
+    weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums  # (N, 1)
+    weighted = rows.float() * weights  # (N, D)
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
+        # A tile's powers are relative to the maximum known at its time; this brings them to the final one.
         scaled = (weighted * (largest - found.largest).exp()).to(head.dtype)
         _add_product(gradient, first=powers.T, second=scaled)
-    # What remains of the softmax's gradient: minus one at the target, of which there is one per position.
+    # The rest of the softmax's gradient: minus one at the target, of which there is one per position.
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
     own = found.mixed.mul_(weights) - head[targets].float()
     return torch.stack([found.losses, found.partitions.square()]), own.to(rows.dtype)
 
 
 def _parts(targets: Tensor, *, num_rows: int, image_rows: range | None) -> list[tuple[Tensor, range]]:
-    """Find the places of counted targets (B S,), and the part of the vocabulary that each is told apart from."""
+    """Find the places of counted targets (B S,), and the part of the vocabulary that their softmax is over."""
     counted = targets != IGNORED
     if image_rows is None:
         return [(counted.nonzero()[:, 0], range(num_rows))]
@@ -141,27 +148,27 @@ def _parts(targets: Tensor, *, num_rows: int, image_rows: range | None) -> list[
 
 @dataclass(frozen=True)
 class _Softmax:
-    """The softmax of N rows, in fp32; its powers are relative to the largest logit of a row."""
+    """The softmax of N positions, in fp32; powers are exp(logit - largest)."""
 
     losses: Tensor
     """(N,) nats of the targets."""
     partitions: Tensor
     """(N,) logarithms of the sums of exp(logit)."""
     largest: Tensor
-    """(N, 1) logits."""
+    """(N, 1) largest logits."""
     sums: Tensor
-    """(N, 1) of powers."""
+    """(N, 1) sums of powers."""
     mixed: Tensor
-    """(N, D) products of powers and head; zeros where no tiles are asked for."""
+    """(N, D) products of powers and head; zeros if no tiles are kept."""
 
 
 def _softmax(
     rows: Tensor, targets: Tensor, *, head: Tensor, tiles: list[tuple[Tensor, Tensor]] | None = None
 ) -> _Softmax:
-    """Go over the head once, in tiles of T of its rows, each worked on while it is in the processor's cache.
+    """Read the head once, in tiles of T ids, so that a tile's logits stay in the processor's cache.
 
     Args:
-        tiles: takes powers (N, T) of each tile and the logit (N, 1) that they are relative to; None to keep none.
+        tiles: receives the powers (N, T) of each tile and the logits (N, 1) that they are relative to; None keeps none.
 
     Source: the running maximum of online softmax (arXiv:1805.02867).
     """
@@ -169,17 +176,17 @@ def _softmax(
     sums, wanted = torch.zeros_like(largest), torch.zeros_like(largest)
     mixed = torch.zeros(rows.shape, device=rows.device)
     places = targets[:, None]
-    with torch.autocast(rows.device.type, enabled=False):  # which would round fp32 products to bf16
+    with torch.autocast(rows.device.type, enabled=False):  # autocast would round fp32 products to bf16
         for part in head.split(_tile_rows(head)):
             logits = F.linear(rows, part.to(rows.dtype)).float()  # (N, T)
-            # A target is in one tile only; in the others its place is outside, and what was found is kept.
+            # A target is in one tile only; in the others its place is outside, and the logit found is kept.
             is_inside = (places >= 0) & (places < len(part))
             found = logits.gather(1, places.clamp(0, len(part) - 1))
             wanted = torch.where(is_inside, found, wanted)
             places = places - len(part)
             before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
-            shrink = (before - largest).exp()  # brings what was summed so far to the new maximum; 0 at first
-            # exp(logit - largest), in place: logits are most of a step's memory; powers of two take half the time.
+            shrink = (before - largest).exp()  # brings the sums so far to the new maximum; 0 at first
+            # exp(logit - largest), in place: logits are most of a step's memory. Powers of two take half the time.
             powers = torch.add(largest * -LOG2_E, logits, alpha=LOG2_E, out=logits).exp2_()
             sums = sums * shrink + powers.sum(-1, keepdim=True)
             if tiles is not None:
@@ -198,22 +205,21 @@ def _add_product(total: Tensor, *, first: Tensor, second: Tensor) -> None:
 
 
 def _chunks(places: Tensor) -> tuple[Tensor, ...]:
-    """Cut places (N,) into the fewest chunks, of one size: each reads the head once and its gradient once."""
+    """Split places (N,) into the fewest chunks of one size, since each reads the head and its gradient once."""
     most = CPU_CHUNK_ROWS if places.device.type == "cpu" else CHUNK_ROWS
     return places.tensor_split(max(1, math.ceil(len(places) / most)))
 
 
 def _tile_rows(head: Tensor) -> int:
-    """Rows of the head that are multiplied at a time: few on a processor with caches, all on a GPU."""
+    """Return the number of ids in a tile: few for a CPU's cache, all on a GPU."""
     return CPU_TILE_ROWS if head.device.type == "cpu" else len(head)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Losses in nats, summed by the class of the label, and what to divide them by: each a tensor of shape ().
+    """Losses in nats, summed by the class of the label, and token counts to divide by: each a tensor of shape ().
 
-    Micro-batches, batches and ranks have unequal token counts, so sums and counts are added and divided once, at the
-    end: a mean of means would weigh the tokens of a short batch more.
+    Added over micro-batches and ranks and divided once, at the end: a mean of means would favour short batches.
     """
 
     text: Tensor
@@ -223,7 +229,7 @@ class LossSums:
     image_tokens: Tensor
     special_tokens: Tensor
     z: Tensor
-    """Squared log-partitions of all these tokens, which train.z_loss has not weighted yet."""
+    """Squared log-partitions of all these tokens, not yet weighted by train.z_loss."""
 
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(
@@ -237,12 +243,12 @@ class LossSums:
         )
 
     def pack(self) -> Tensor:
-        """Put all fields into one tensor (NUM_SUMS,) in fp64, which is exact for counts, to reduce or read at once."""
+        """Put all fields into one tensor (NUM_SUMS,) in fp64, which holds counts exactly, to reduce them at once."""
         return torch.stack([value.double() for value in self._values()])
 
     @classmethod
     def unpack(cls, values: Tensor) -> "LossSums":
-        """Name the fields again in what pack made, after it was summed."""
+        """Name the fields again of a tensor that pack made and that was summed since."""
         return cls(*values.unbind())
 
     def tokens(self) -> Tensor:
@@ -258,7 +264,7 @@ class LossSums:
         }
 
     def mean(self, kind: str) -> float | None:
-        """Divide: nats per token of text, image or special; None where no token was counted."""
+        """Return nats per token of text, image or special; None if no token was counted."""
         nats, count = self.by_kind()[kind]
         return (nats / count).item() if count else None
 
@@ -267,7 +273,7 @@ class LossSums:
 
 
 NUM_SUMS = len(fields(LossSums))
-"""Numbers in what LossSums.pack makes."""
+"""Length of the tensor that LossSums.pack makes."""
 
 
 def split_sums(
@@ -287,7 +293,7 @@ def split_sums(
 
 
 def kinds_of(labels: Tensor, *, num_text_rows: int, first_image_id: int) -> dict[str, Tensor]:
-    """Mark the labels (B, S) of each class, which -100 is in none of."""
+    """Mark the labels (B, S) of each class; -100 is in none of them."""
     is_text = (labels >= 0) & (labels < num_text_rows)
     is_image = labels >= first_image_id
     is_special = (labels >= num_text_rows) & ~is_image

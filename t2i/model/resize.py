@@ -1,4 +1,4 @@
-"""Grow a language model's vocabulary by image embeddings; those that it has stay as they are, bit for bit."""
+"""Grow a language model's vocabulary by image codes; its own embeddings and LM head stay equal bit for bit."""
 
 from pathlib import Path
 from typing import Literal, cast
@@ -17,11 +17,11 @@ INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
 def new_rows(
     old: Tensor, *, count: int, kind: Literal["random", "mean"], generator: torch.Generator
 ) -> Tensor:
-    """Make rows (count, D) to put after the rows `old` (V, D).
+    """Make embeddings (count, D) to put after the embeddings `old` (V, D).
 
     Args:
-        kind: "random": open_lm's initialisation, a normal of deviation D^-0.5 cut at three deviations;
-            "mean": the mean of the old rows, jittered by a hundredth of their deviation so that codes can part.
+        kind: "random": open_lm's initialisation, a normal of deviation D^-0.5 truncated at three deviations;
+            "mean": the mean of the old ones plus noise of a hundredth of their deviation.
     """
     width = old.shape[1]
     if kind == "random":
@@ -29,35 +29,40 @@ def new_rows(
         rows = torch.empty(count, width)
         # Drawn in fp32 and cast, so that a seed gives the same values in every precision.
         return nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator).to(old.dtype)
+    # Noise, because equal embeddings would get equal gradients and stay equal.
     jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
     return (old.float().mean(0) + jitter).to(old.dtype)
 
 
 def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed: int) -> None:
-    """Grow the embedding and the head of any causal LM, in place, to vocab_size rows.
+    """Grow the embeddings and the LM head of any causal LM, in place, to vocab_size ids.
 
     Args:
         rows: "random", "mean", or a .safetensors file with input_rows and, for an untied head, output_rows, each
-            (new rows, D).
+            (new ids, D).
 
     Raises:
-        UserError: the model has more rows already, or the file's rows have another shape.
+        UserError: the vocabulary is larger already, or the file's tensors have another shape.
     """
+    # Copied, so that they stay equal bit for bit whatever transformers does to them below.
     old_input, old_output = (
         module.weight.detach().clone()
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     count = vocab_size - len(old_input)
     if count < 0:
-        raise UserError(f"the model has {len(old_input)} rows; the layout has only {vocab_size}.")
+        raise UserError(
+            f"the model has {len(old_input)} embeddings; expected <= {vocab_size}, those of the layout."
+        )
+    # Asked before the resize, of the tensors themselves: config.tie_word_embeddings may say otherwise.
     is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
     given = {}
     if Path(rows).suffix == ".safetensors":
         if not Path(rows).is_file():
-            raise UserError(f"model.new_embeddings is {rows}, which is no file.")
+            raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
         given = load_file(rows)
-    # transformers makes the modules larger and keeps ties; its own values for new rows are overwritten below.
+    # transformers makes the modules larger and keeps ties; its own values for the new ids are overwritten below.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
     sides = [(INPUT_ROWS, old_input, model.get_input_embeddings())]
     if not is_tied:
@@ -66,7 +71,7 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         if given:
             added = _given(given, name, rows, shape=(count, old.shape[1]))
         else:
-            # ModelConfig lets no other words through.
+            # ModelConfig allows no other words.
             kind = cast(Literal["random", "mean"], rows)
             added = new_rows(old, count=count, kind=kind, generator=generator)
         with torch.no_grad():
@@ -75,7 +80,8 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
 
 
 def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
-    """Keep transformers' generate() from choosing these rows, now and after the model is saved."""
+    """Keep transformers' generate() from choosing these ids, now and after the model is saved."""
+    # In the generation config, not in the logits: these stay those of open_lm.
     assert model.generation_config is not None
     model.generation_config.suppress_tokens = ids or None
 
@@ -85,13 +91,13 @@ def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int
         raise UserError(f"model.new_embeddings: {file} has no tensor {name}; it has {', '.join(tensors)}.")
     if tuple(tensors[name].shape) != shape:
         raise UserError(
-            f"model.new_embeddings: {name} in {file} is {tuple(tensors[name].shape)}; wanted is {shape}."
+            f"model.new_embeddings: {name} in {file} has shape {tuple(tensors[name].shape)}; expected {shape}."
         )
     return tensors[name]
 
 
 class _JoinedRows(nn.Module):
-    """Old rows (V0, D) and new rows (V1, D) as two parameters, joined where they are used."""
+    """Old embeddings (V0, D) and new ones (V1, D) as two parameters, joined where they are used."""
 
     def __init__(self, old: nn.Parameter, new: nn.Parameter) -> None:
         super().__init__()
@@ -99,29 +105,28 @@ class _JoinedRows(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All rows (V, D)."""
+        """All embeddings (V, D)."""
         return torch.cat([self.old, self.new])  # (V0 + V1, D)
 
 
 class JoinedEmbedding(_JoinedRows):
-    """An input embedding whose new rows are a parameter of their own."""
+    """Input embeddings whose new part is its own parameter."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return nn.functional.embedding(input_ids, self.weight)
 
 
 class JoinedHead(_JoinedRows):
-    """A bias-free LM head whose new rows are a parameter of their own."""
+    """A bias-free LM head whose new part is its own parameter."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, self.weight)
 
 
 def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
-    """Make the rows from num_old on parameters of their own, in place: a learning rate, L2-SP or freezing can tell them
-    from the old ones.
+    """Make the embeddings and LM head of ids from num_old on their own parameters, in place.
 
-    A tied head shares both parameters with the embedding.
+    Learning rate, L2-SP and freezing can then differ for them. A tied head shares both parameters with the embeddings.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     input_rows = _parts(embedding, num_old=num_old)
@@ -136,13 +141,13 @@ def _parts(rows: Tensor, *, num_old: int) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict as a model of this class has it: joined rows as one weight, adapters within matrices."""
+    """Return the state dict of a plain model of this class: split embeddings joined, adapters merged."""
     state = model.state_dict()
     joined: dict[int, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, _JoinedRows):
             old, new = state.pop(f"{name}.old"), state.pop(f"{name}.new")
-            # Once for both ends of a tied model: tensors that share their memory are saved once.
+            # One tensor for both ends of a tied model: safetensors then saves it once.
             state[f"{name}.weight"] = joined.setdefault(id(module.new), torch.cat([old, new]))
     merge_lora(model, state)
     return state

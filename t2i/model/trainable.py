@@ -1,4 +1,4 @@
-"""Which parameters are trainable: the paper's ladder from the embeddings alone to everything (Figure 6).
+"""Which parameters are trainable: the paper's ladder from the embeddings only to everything (Figure 6).
 
     embeddings                        input embeddings and LM head
     norms          = embeddings     + all norms and learned positions
@@ -6,7 +6,7 @@
     feed-forward   = norms          + every layer's feed-forward part
     all                               everything
 
-Beside the ladder stand low-rank adapters: every matrix of the layers is frozen, and what is added to it is trainable.
+LoRA adapters are apart from the ladder: every matrix of the layers is frozen, and its adapter is trainable.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from t2i.config import Trainable
 from t2i.errors import UserError
 
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
-"""What model classes call the feed-forward part of a layer: open_lm's name and transformers' own."""
+"""Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""
 
 ADAPTER = "default"
 SCALE = 2.0
-"""What the adapters' product is multiplied by (peft's lora_alpha over rank)."""
+"""Factor of the adapters' product (peft's lora_alpha over rank)."""
 
 
 def set_trainable(model: PreTrainedModel, *, recipe: Trainable) -> None:
@@ -34,7 +34,7 @@ def set_trainable(model: PreTrainedModel, *, recipe: Trainable) -> None:
 
     Source: paper, Figure 6.
     """
-    # By identity: a tied head is the embedding's own tensor, and must not freeze it again under another name.
+    # By identity: a tied head is the embedding's own tensor, and must not be frozen under its other name.
     trainable = {id(value) for module in RECIPES[recipe](model) for value in module.parameters()}
     for value in model.parameters():
         value.requires_grad_(id(value) in trainable)
@@ -56,7 +56,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: there is none.
     """
-    # modules() goes from the outside in, so that lists within a layer (experts) come later.
+    # modules() goes from the outside in, so lists within a layer, such as experts, come later.
     found = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
     if found is None:
         raise UserError(f"{type(model).__name__} has no list of layers.")
@@ -72,10 +72,8 @@ def _with_norms(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
-    """Find norms, the modules that own vectors only, and embeddings of anything but ids.
-
-    Norms are found by shape, not by name or class: every model family has an RMSNorm of its own.
-    """
+    """Find norms, which are the modules that own vectors only, and embeddings of positions."""
+    # By shape, not by name or class: every model family has its own RMSNorm.
     found: list[nn.Module] = []
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -88,7 +86,9 @@ def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
 
 def _first_half(layers: nn.ModuleList) -> list[nn.Module]:
     if len(layers) < 2:
-        raise UserError(f"model.trainable is first-half; a model of {len(layers)} layer has no first half.")
+        raise UserError(
+            f"model.trainable is first-half; expected a model of at least 2 layers, not {len(layers)}."
+        )
     return list(layers[: len(layers) // 2])
 
 
@@ -99,7 +99,7 @@ RECIPES: dict[str, Callable[[PreTrainedModel], list[nn.Module]]] = {
     "first-half": lambda model: _with_norms(model) + _first_half(layers_of(model)),
     "feed-forward": lambda model: _with_norms(model) + [_feed_forward(layer) for layer in layers_of(model)],
 }
-"""The trainable modules of each choice of model.trainable; each level of the ladder has those of the level below."""
+"""The trainable modules of each choice of model.trainable; each level includes those of the level below."""
 
 
 def _feed_forward(layer: nn.Module) -> nn.Module:
@@ -107,15 +107,16 @@ def _feed_forward(layer: nn.Module) -> nn.Module:
     name = next((name for name in FEED_FORWARD_NAMES if name in names), None)
     if name is None:
         raise UserError(
-            f"model.trainable is feed-forward; a layer here has {', '.join(names)}, none of {FEED_FORWARD_NAMES}."
+            f"model.trainable is feed-forward; expected a layer with one of {', '.join(FEED_FORWARD_NAMES)}, but it has"
+            f" {', '.join(names)}."
         )
     return layer.get_submodule(name)
 
 
 def add_lora(model: PreTrainedModel, *, rank: int) -> None:
-    """Put an adapter beside every matrix of the layers, in place, and freeze all but adapters and new rows.
+    """Add a LoRA adapter to every matrix of the layers, in place, and freeze all but adapters and new embeddings.
 
-    The adapters' second matrices are zero, so the model computes what it did before.
+    The adapters' second matrices are zero, so the model first computes what it did before.
 
     Raises:
         UserError: there is no matrix to adapt.
@@ -130,19 +131,19 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     ]
     if not targets:
         raise UserError(
-            f"model.lora_rank is {rank}; the layers of {type(model).__name__} have no nn.Linear to adapt."
+            f"model.lora_rank is {rank}; expected 0, because the layers of {type(model).__name__} have no nn.Linear."
         )
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=targets)
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, value in model.named_parameters():
-        # New image embeddings have nothing to be an adapter of: they are trained in full (resize.split_rows).
+        # New image embeddings have no pre-trained value to adapt: they are trained in full (resize.split_rows).
         value.requires_grad_(".lora_" in name or name.endswith(".new"))
 
 
 def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Replace, in a state dict of `model`, adapters and the matrices beside them by the matrices that they make up.
+    """Merge, in a state dict of `model`, the adapters into the matrices that they belong to.
 
-    A checkpoint then is a plain model of its class, which sampling and export open without peft.
+    The checkpoint is then a plain model of its class, which sampling and export open without peft.
     """
     adapted: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if hasattr(module, "lora_A")

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from t2i.files import write_whole
 
 METRICS = "metrics.jsonl"
 
+Value = float | str | list[str] | None
+MetricsRow = dict[str, Value]
+"""One row: `step`, perhaps `split`, and numbers by their names; None where nothing was counted or it is not finite."""
 
 def append_metrics(run_dir: Path, *rows: Mapping[str, object]) -> None:
     """Append rows to metrics.jsonl, whole or not at all.

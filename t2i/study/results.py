@@ -70,8 +70,8 @@ def read_rows(folder: Path) -> list[Row]:
     """Read metrics.jsonl."""
     return [
         Row(
-            step=row["step"],
-            split=row.get("split", TRAIN_ROWS),
+            step=step_of(row),
+            split=str(row.get("split", TRAIN_ROWS)),
             values={key: value for key, value in row.items() if isinstance(value, int | float)},
         )
         for row in read_metrics(folder)

@@ -1,4 +1,4 @@
-"""Alignment of image rows to a frozen language model's text rows, before training (paper, Figure 7)."""
+"""Contrastive alignment of image embeddings to a frozen language model's text embeddings (paper, Figure 7)."""
 
 import logging
 import math
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
+from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -34,30 +34,30 @@ logger = logging.getLogger(__name__)
 ROWS_FILE, STATE_FILE, SUMMARY = "rows.safetensors", "training_state.pt", "align.json"
 
 
-def align(run: AlignRun) -> dict[str, Any]:
+def align(run: AlignRun) -> dict[str, dict[str, float]]:
     """Align, write rows.safetensors for model.new_embeddings, and return the held-out retrieval of each space.
 
-    Needs torch.distributed. Goes on from its last save.
+    Needs torch.distributed. Resumes from its last save.
 
     Raises:
-        UserError: more pairs a step than the data has, or a model that knows the codes already.
+        UserError: more pairs per step than the data has, or a model that was trained on these codes already.
     """
     manifest, config = manifest_of(run.data), run.align
     count = num_trained_on(manifest, subsample_every=run.data.subsample_every)
     if count < config.num_pairs:
         raise UserError(
-            f"align.num_pairs is {config.num_pairs}; {run.data.shards} has {count} training pairs."
+            f"align.num_pairs is {config.num_pairs}; expected <= {count}, the training pairs of {run.data.shards}."
         )
     is_first = dist.get_rank() == 0
     lock = open_run(run, ds_config={}) if is_first else None
-    # A dropped caption is no pair, and only text-to-image sequences hold both halves of one.
+    # A dropped caption leaves no pair, and only text-to-image sequences hold both an image and its caption.
     data = replace(run.data, mode="text-to-image", caption_dropout=0.0)
     folder = found_start(run.model)
     tokenizer = TextTokenizer.load(Path(folder))
     start = loaded_start(folder, manifest=manifest, text_tokenizer=tokenizer)
     layout = start.layout
     if start.num_kept >= layout.vocab_size:
-        raise UserError(f"model is {run.model}, which knows the codes of {data.shards} already.")
+        raise UserError(f"model is {run.model}, which was trained on the codes of {data.shards} already.")
     sides = make_sides(start, temperature=config.temperature, seed=config.seed)
     heldout = heldout_ids(data, layout=layout, tokenizer=tokenizer, num_pairs=config.num_pairs)
     loader = StepLoader(
@@ -83,7 +83,8 @@ def align(run: AlignRun) -> dict[str, Any]:
 
 
 def make_sides(start: Start, *, temperature: float, seed: int) -> dict[str, AlignedRows]:
-    """Make the spaces to align: that of the embedding, and that of the head where it is another."""
+    """Make the spaces to align: the input embeddings, and the LM head where it is not tied to them."""
+    # An untied head lives in another space than the embedding: one aligned set could not serve both.
     embedding, head = start.model.get_input_embeddings().weight, start.model.get_output_embeddings().weight
     rows = {INPUT_ROWS: embedding} | ({} if head is embedding else {OUTPUT_ROWS: head})
     return {
@@ -113,7 +114,7 @@ def heldout_retrieval(side: AlignedRows, ids: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _State:
-    """What a save holds, beside the number of steps done."""
+    """What a save holds, besides the number of steps done."""
 
     modules: nn.ModuleDict
     optimizer: torch.optim.Optimizer
@@ -153,6 +154,7 @@ def _step(
     optimizer.zero_grad()
     losses = {name: loss_and_gradient(side, input_ids) for name, side in sides.items()}
     optimizer.step()
+    # As CLIP does: a scale that grows without bound makes the loss unstable.
     for side in sides.values():
         side.log_scale.data.clamp_(max=math.log(MAX_SCALE))
     return losses
@@ -160,8 +162,8 @@ def _step(
 
 def _rows(
     sides: dict[str, AlignedRows], losses: dict[str, float], *, heldout: Tensor | None
-) -> Iterator[dict[str, Any]]:
-    """Tell each space's loss, and its retrieval among held-out pairs where they are given."""
+) -> Iterator[MetricsRow]:
+    """Yield each space's loss, and its retrieval among held-out pairs if they are given."""
     for name, side in sides.items():
         yield {"rows": name, "loss": losses[name], "temperature": side.temperature}
         if heldout is not None:
@@ -170,6 +172,7 @@ def _rows(
 
 def _save(path: Path, state: _State, *, step: int) -> None:
     values = {"modules": state.modules.state_dict(), "optimizer": state.optimizer.state_dict()}
+    # Renamed when it is whole: a kill halfway must leave the save before it.
     temporary = path.with_suffix(".tmp")
     torch.save({**values, "loader": state.loader.state_dict(), "step": step}, temporary)
     temporary.replace(path)
@@ -177,19 +180,19 @@ def _save(path: Path, state: _State, *, step: int) -> None:
 
 def _restore(path: Path, state: _State) -> int:
     """Load the last save, if there is one; return the steps done."""
-    dist.barrier()
+    dist.barrier()  # no rank may look before the first one has opened the folder
     if not path.is_file():
         return 0
     saved = torch.load(path, weights_only=True, map_location=_device())
     state.modules.load_state_dict(saved["modules"])
     state.optimizer.load_state_dict(saved["optimizer"])
     state.loader.load_state_dict(saved["loader"])
-    logger.warning("going on from step %d", saved["step"])
+    logger.warning("resuming from step %d", saved["step"])
     return int(saved["step"])
 
 
 def _all_rows(sides: dict[str, AlignedRows], *, start: Start, seed: int) -> dict[str, Tensor]:
-    """Put aligned image rows among the other new rows, which are random as grow_vocabulary makes them."""
+    """Put the aligned image embeddings among the other new ones, which are random as grow_vocabulary makes them."""
     layout, generator = start.layout, torch.Generator().manual_seed(seed)
     place = layout.first_image_id - start.num_kept
     rows = {}

@@ -1,4 +1,4 @@
-"""The model that learns: made at random or loaded, its vocabulary grown by the image codes."""
+"""The model to train: randomly initialised or loaded, with its vocabulary grown by the image codes."""
 
 import json
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from t2i.tokens.vocab import VocabLayout
 
 @dataclass(frozen=True)
 class Start:
-    """A language model before its vocabulary grows, and what its rows mean."""
+    """A language model before its vocabulary grows, and what its ids mean."""
 
     model: PreTrainedModel
     layout: VocabLayout
-    """That of the rows which are kept."""
+    """The vocabulary that the grown model will have."""
     num_kept: int
-    """Rows that stay as they are."""
+    """Ids from 0 whose embeddings and LM head stay as they are."""
 
 
 def build_model(
@@ -39,13 +39,14 @@ def build_model(
     manifest: Manifest,
     text_tokenizer: TextTokenizer,
 ) -> tuple[PreTrainedModel, VocabLayout]:
-    """Make the language model, grow it for the codes of `manifest`, freeze what does not learn.
+    """Make the language model, grow it by the codes of `manifest`, and freeze what is not trained.
 
-    Shards of text alone need no codes: the model keeps the rows that it has.
+    Text-only shards need no codes: the vocabulary stays as it is.
 
     Raises:
-        UserError: model.init is no CKPT, its tokenizer has more ids than it has rows, or settings contradict.
+        UserError: model.init is no CKPT, its tokenizer has more ids than it has embeddings, or settings contradict.
     """
+    # Here and not earlier: what other code drew before must not change a randomly initialised model.
     torch.manual_seed(train.seed)
     start = starting_model(
         config, seq_len=data.seq_len, seed=train.seed, manifest=manifest, text_tokenizer=text_tokenizer
@@ -53,12 +54,15 @@ def build_model(
     model, layout = start.model, start.layout
     if start.num_kept < layout.vocab_size and not manifest.is_text:
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings, seed=train.seed)
+        # Padding and unused ids have logits like any other, so generate() could choose them.
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
     if train.image_vocab_only and manifest.is_text:
-        raise UserError("train.image_vocab_only is set, but the shards hold no image codes.")
-    # Written into config.json, so that whoever draws or measures later knows how the model was trained.
+        raise UserError(
+            "train.image_vocab_only is set; expected shards with image codes, but these hold text only."
+        )
+    # Written into config.json, so that sampling and measuring know later how the model was trained.
     model.config.image_rows_only = train.image_vocab_only
     model.config.sequence_mode, model.config.sequence_length = data.mode, data.seq_len
     _check_positions(model, seq_len=data.seq_len, name=config.init)
@@ -69,7 +73,7 @@ def build_model(
 
 
 def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainConfig, num_kept: int) -> None:
-    """Split new rows from the first num_kept where they learn in their own way, and freeze what does not learn.
+    """Split new embeddings from the first num_kept if they are trained differently, and freeze what is not trained.
 
     Raises:
         UserError: settings that leave nothing to train.
@@ -77,8 +81,10 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
     rank = config.lora_rank
     has_new = model.config.vocab_size > num_kept
     if train.new_embeddings_lr is not None and not has_new:
-        raise UserError("train.new_embeddings_lr is set, but no embedding is new.")
-    # One tensor has one learning rate and one requires_grad: what differs for new rows needs them apart.
+        raise UserError(
+            f"train.new_embeddings_lr is {train.new_embeddings_lr}; expected None, because no embedding is new."
+        )
+    # One tensor has one learning rate and one requires_grad, so new embeddings must be a tensor of their own.
     if has_new and (train.new_embeddings_lr is not None or train.l2_sp or rank):
         split_rows(model, num_old=num_kept)
     set_trainable(model, recipe=config.trainable)
@@ -87,18 +93,19 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
 
 
 def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None:
-    """Let open_lm have as many positions as a sequence, which cost it nothing; hold others to what they have."""
+    """Raise open_lm's number of positions to seq_len; refuse other models that have fewer."""
     found = getattr(model.config, "max_position_embeddings", None)
     if isinstance(model.config, OpenLMConfig):
+        # Rotary angles are computed for any position, so more of them cost no parameters.
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
     elif found is not None and found < seq_len:
-        raise UserError(f"data.seq_len is {seq_len}; {name} was made for {found} positions.")
+        raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
 
 
 def starting_model(
     config: ModelConfig, *, seq_len: int, seed: int, manifest: Manifest, text_tokenizer: TextTokenizer
 ) -> Start:
-    """Make or load the language model, scrambled if asked, with the rows that can be kept."""
+    """Make or load the language model, as a control if asked, with the vocabulary that can be kept."""
     if config.init != "random":
         start = loaded_start(config.init, manifest=manifest, text_tokenizer=text_tokenizer)
     else:
@@ -110,9 +117,10 @@ def starting_model(
 
 
 def loaded_start(name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
-    """Load a CKPT with the rows that can be kept."""
+    """Load a CKPT with the vocabulary that can be kept."""
     folder, run_dir = find(name)
     return _kept_rows(
+        # fp32 whatever the file holds: DeepSpeed's JSON says in which precision to train.
         load_model(folder, dtype=torch.float32),
         knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),
         manifest=manifest,
@@ -123,9 +131,9 @@ def loaded_start(name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer
 def _kept_rows(
     model: PreTrainedModel, *, knows_codes: bool, manifest: Manifest, text_tokenizer: TextTokenizer
 ) -> Start:
-    """Cut off the rows that mean nothing for these shards.
+    """Cut off the embeddings and the LM head of ids that mean nothing for these shards.
 
-    All rows of a model that knows these very codes are kept; of one with other codes, those of text and markers.
+    A model that was trained on these codes keeps all. One with other codes keeps those of text and markers.
     """
     rows, codebook_size = model.config.vocab_size, manifest.codebook_size
     known = getattr(model.config, "vocab_layout", None)
@@ -144,5 +152,6 @@ def _knows_codes(home: Path, manifest: Manifest) -> bool:
     file = home / DATA_MANIFEST
     if not file.is_file():
         return False
+    # By fingerprint of the tokenizer's weights: two tokenizers may share a name and mean other images by a code.
     trained_on = json.loads(file.read_text()).get("image_tokenizer", {})
     return bool(trained_on.get("fingerprint") == manifest.code_maker.fingerprint)

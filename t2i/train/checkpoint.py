@@ -30,9 +30,8 @@ from t2i.train.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-
 MAX_FAILED = 2
-"""Saves in a row that may not fail."""
+"""Failed saves in a row that end a run."""
 
 
 class Saver:
@@ -58,16 +57,18 @@ class Saver:
     def save(self, progress: Progress, *, must_succeed: bool) -> None:
         """Commit a checkpoint: a Hugging Face folder plus engine/ for DeepSpeed's state.
 
-        A save that fails, on whichever rank, is given up with a warning, unless it must succeed.
+        A save that fails on any rank is given up with a warning, unless it must succeed.
 
         Raises:
-            CheckpointError: on every rank: it failed and must not have, or the one before failed too.
+            CheckpointError: on every rank, if the save failed and had to succeed, or the one before failed too.
             NumericalError: ranks hold different weights.
         """
+        # A checkpoint is never overwritten: the folder of this step holds this step.
         if checkpoints.step_folder(self.run_dir, progress.step).exists():
             return
-        # The first rank's weights are what is saved, so a rank that drifted away would vanish without a word.
+        # Only the first rank's weights are saved, so a rank that drifted away would go unnoticed.
         check_ranks_agree(self.engine.module)
+        # One rank writes, all ask: were only one to raise, the others would wait for it in the next collective.
         reason = on_first_rank(lambda: why_it_failed(lambda: self._begin(progress.step))) or self._write(
             progress
         )
@@ -75,20 +76,20 @@ class Saver:
             self.num_failed = 0
             return
         self.num_failed += 1
-        # Before anything else: what is half written may be what fills the disk.
+        # Before anything else: the half-written folder may be what fills the disk.
         on_first_rank(lambda: checkpoints.discard(self.run_dir))
         sentence = f"The checkpoint of step {progress.step} could not be written: {reason}"
         if must_succeed or self.num_failed == MAX_FAILED:
             kept = self.run_dir / checkpoints.CHECKPOINTS
             raise CheckpointError(
-                f"{sentence} Make room; the same command goes on from the last one in {kept}."
+                f"{sentence} Free some disk space, then run the same command to resume from the last one in {kept}."
             )
-        logger.warning("%s Training goes on to the next save.", sentence)
+        logger.warning("%s Training continues until the next save.", sentence)
 
     def _begin(self, step: int) -> None:
         """Write the weights into a new folder, if the disk has room for a checkpoint as large as the last one."""
         staging, model = checkpoints.begin(self.run_dir), self.engine.module.model
-        # Asked beforehand: a large save would fail after minutes, on a disk that others are writing to.
+        # Checked beforehand: a large save would fail only after minutes, on a disk that others are writing to.
         last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
         free = shutil.disk_usage(self.run_dir).free
         if last and free < (needed := checkpoints.bytes_of(last[0])):
@@ -96,15 +97,16 @@ class Saver:
                 f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
             )
         faults.reach("weights", step=step, path=staging)
-        # Merged: adapters and rows that were split off are nothing that transformers knows.
+        # Merged: transformers knows neither LoRA adapters nor embeddings in two parts.
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
         self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
 
     def _write(self, progress: Progress) -> str:
-        """Write on all ranks and commit on the first; return why it failed, the same on every rank, or nothing."""
+        """Write on all ranks and commit on the first; return why it failed, the same on every rank, or ""."""
         staging = self.run_dir / checkpoints.CHECKPOINTS / checkpoints.STAGING
         written = [path for path in staging.iterdir() if path.is_file()] if dist.get_rank() == 0 else []
         own = save_engine(self.engine, staging, step=progress.step, written=written, state=random_states())
+        # After the save, not within: DeepSpeed waits for all ranks several times, so no rank may raise there.
         parts = of_all_ranks([(own, optimizer_bits(self.engine))])
         failed = [f"rank {rank}: {why}" for rank, (part, _) in enumerate(parts) for why in part.reasons]
         if failed:
@@ -138,16 +140,16 @@ class Saver:
         write_status(self.run_dir, state="running", step=step)
 
     def restore(self) -> Progress | None:
-        """Load the newest whole checkpoint on every rank; None if there is none.
+        """Load the newest complete checkpoint on every rank; None if there is none.
 
         Raises:
-            UserError: the shards are not those that the run began with.
-            CheckpointError: none of several is whole, or it does not fit.
+            UserError: the shards are not those that the run started with.
+            CheckpointError: none of several is complete, or it does not fit.
         """
         folder = on_first_rank(self._find_start)
         if folder is None:
             if (self.run_dir / METRICS).exists():
-                logger.info("starting anew: no checkpoint was made before this run stopped")
+                logger.info("starting from step 0: this run stopped before its first checkpoint")
             return None
         progress = self.load(folder)
         self.loader.load_state_dict(read_checkpoint_manifest(folder).facts.loader)
@@ -159,7 +161,7 @@ class Saver:
         return progress
 
     def _find_start(self) -> Path | None:
-        """Choose a checkpoint, and keep what pictures are drawn and measured with beside the checkpoints."""
+        """Choose a checkpoint, and copy what sampling and measuring need into the run folder."""
         run_dir, shards, image_tokenizer = self.run_dir, self.inputs.shards, self.inputs.image_tokenizer
         manifest = shards / MANIFEST
         # Copies: the shards may be gone when someone samples from the run.
@@ -170,39 +172,38 @@ class Saver:
             shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
         elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
             raise UserError(
-                f"{run_dir} was begun with other shards than {shards} holds now: its"
+                f"{run_dir} was started with other shards than {shards} holds now: its"
                 f" {DATA_MANIFEST} differs. Choose another --run-dir."
             )
         folder = checkpoints.choose_newest(run_dir)
         if folder is not None:
-            check_owner(folder)  # DeepSpeed's state is pickled
+            check_owner(folder)  # DeepSpeed's state is pickled, and reading a pickle can run code
             check_plain(folder / "engine")
         return folder
 
     def load(self, folder: Path) -> Progress:
-        """Load weights, optimizer and random states of a checkpoint that is known to be whole, not the loader's place.
+        """Load weights, optimizer and random states of a complete checkpoint, but not the loader's position.
 
         Raises:
             UserError: this number of ranks would make another global batch.
-            CheckpointError: its groups of parameters are others, as an older t2i made them.
+            CheckpointError: it has other parameter groups, as an older t2i made them.
         """
         facts = read_checkpoint_manifest(folder).facts
         # Another global batch would be another experiment, with another place in the data.
         batch = facts.global_batch
         if batch not in (None, self.loader.global_batch):
             raise UserError(
-                f"{folder} was made with {batch} sequences a step; {dist.get_world_size()} ranks make"
-                f" {self.loader.global_batch} of train.global_batch_tokens. Use a number of ranks that divides {batch}."
+                f"{folder} was made with {batch} sequences per step; with {dist.get_world_size()} ranks,"
+                f" train.global_batch_tokens gives {self.loader.global_batch}. Use a number of ranks that divides"
+                f" {batch}."
             )
         groups, found = group_sizes(self.engine), facts.parameter_groups
         # DeepSpeed's conversion for other ranks would fill the first groups and say nothing of the rest.
         if found != groups:
-            told = (
-                f"has parameters in groups of {found}" if found else "does not tell its groups of parameters"
-            )
+            told = f"has parameter groups of {found}" if found else "does not record its parameter groups"
             raise CheckpointError(
-                f"{folder} {told}; this version of t2i makes groups of {groups}. Go on with the version that wrote it,"
-                f" or begin a run from its weights: --model.init {folder} --run-dir NEW."
+                f"{folder} {told}; this version of t2i makes groups of {groups}. Resume with the version that wrote it,"
+                f" or start a run from its weights: --model.init {folder} --run-dir NEW."
             )
         if facts.world_size == dist.get_world_size():
             load_engine(self.engine, folder)

@@ -1,7 +1,7 @@
-"""The contrastive loss between image rows and a frozen language model's text rows (paper, Figure 7).
+"""The contrastive loss between image embeddings and a frozen language model's text embeddings (paper, Figure 7).
 
-A caption is the mean of its text rows, a picture the mean of its codes' rows; only the latter learn, and a temperature,
-under CLIP's loss over N pairs. An untied model has two spaces of rows, embedding and head; each is aligned in itself.
+A caption is the mean of its tokens' embeddings, an image the mean of its codes' embeddings. CLIP's loss over N pairs
+trains the image embeddings and a temperature. Where the LM head is not tied, it is a second space, aligned in itself.
 """
 
 import torch
@@ -17,20 +17,22 @@ MAX_SCALE = 100.0
 
 
 class AlignedRows(nn.Module):
-    """One space of rows: text rows that stay, image rows and a temperature that learn."""
+    """One space: frozen text embeddings, trainable image embeddings and a trainable temperature."""
 
     def __init__(self, text_rows: Tensor, *, layout: VocabLayout, temperature: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         rows = new_rows(text_rows, count=layout.codebook_size, kind="random", generator=generator)
-        self.register_buffer("text_rows", text_rows, persistent=False)
-        self.image_rows = nn.Parameter(rows)
+        # A buffer, so that it moves with the module; not saved, since it is the language model's own.
+        self.register_buffer("text_rows", text_rows, persistent=False)  # (V_text, D)
+        self.image_rows = nn.Parameter(rows)  # (codebook, D)
+        # The logarithm of the inverse temperature is trained, as in CLIP: the temperature then stays positive.
         self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
         self.layout = layout
 
     def bags(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the rows of sequences (B, S): image and text features, (B, D) each, of length one."""
-        is_text = input_ids < self.layout.num_text_rows
+        """Average the embeddings of sequences (B, S): image and text features, (B, D) each, of length one."""
+        is_text = input_ids < self.layout.num_text_rows  # (B, S); markers are in neither average
         codes = input_ids - self.layout.first_image_id
         is_image = (codes >= 0) & (codes < self.layout.codebook_size)
         image = _bag(self.image_rows, codes, is_image)
@@ -39,18 +41,19 @@ class AlignedRows(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """What similarities are divided by."""
+        """The temperature that similarities are divided by."""
         return float((-self.log_scale.detach()).exp())
 
     def scaled(self) -> Tensor:
-        """Return image rows (codebook, D) as long, on average, as text rows: CLIP's loss sees no length."""
+        """Return image embeddings (codebook, D), scaled to the mean length of text embeddings."""
+        # CLIP's loss normalises, so it says nothing of length; the language model expects that of its text.
         rows = self.image_rows.detach()
         return rows * (self.get_buffer("text_rows").norm(dim=-1).mean() / rows.norm(dim=-1).mean())
 
 
 def contrastive_loss(image: Tensor, text: Tensor, *, log_scale: Tensor) -> Tensor:
-    """Compute CLIP's loss of features (N, D) of length one: pictures find their texts, texts their pictures."""
-    logits = log_scale.exp() * image @ text.T  # (N, N)
+    """Compute CLIP's loss of features (N, D) of length one: images find their captions, captions their images."""
+    logits = log_scale.exp() * image @ text.T  # (N, N): the pairs are on the diagonal
     targets = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
@@ -59,6 +62,7 @@ def gathered(features: Tensor) -> Tensor:
     """Stack this rank's features (B, D) with all others' (N, D); a gradient flows to this rank's own alone."""
     if dist.get_world_size() == 1:
         return features
+    # all_gather has no gradient here, so this rank's own features are put back with theirs.
     parts = [torch.empty_like(features) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, features.detach().contiguous())
     parts[dist.get_rank()] = features
@@ -68,8 +72,8 @@ def gathered(features: Tensor) -> Tensor:
 def loss_and_gradient(side: AlignedRows, input_ids: Tensor) -> float:
     """Add the gradient of the loss over all ranks' pairs to `side` on every rank; return the loss.
 
-    Each rank knows the whole loss, but differentiates it through its own pictures; the sum over ranks is the gradient
-    of the rows. The temperature's gradient is whole on each rank already.
+    Each rank knows the whole loss, but differentiates it through its own images. The sum over ranks is the gradient of
+    the image embeddings. The temperature's gradient is whole on each rank already.
     """
     image, text = side.bags(input_ids)
     loss = contrastive_loss(gathered(image), gathered(text), log_scale=side.log_scale)
@@ -91,7 +95,8 @@ def retrieval_accuracy(image: Tensor, text: Tensor) -> dict[str, float]:
 
 
 def _bag(rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Average rows (V, D) of the marked ids (B, S): (B, D); zero where none is marked."""
+    """Average embeddings (V, D) of the marked ids (B, S): (B, D); zero where none is marked."""
+    # embedding_bag sums without making (B, S, D), which would be large at N = 1,024 pairs of 1,024 codes.
     weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     return F.embedding_bag(ids.where(mask, 0), rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
 
@@ -99,4 +104,5 @@ def _bag(rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def _top_one(similarities: Tensor) -> float:
     best = similarities.amax(-1, keepdim=True)
     is_best = similarities == best
+    # Ties share: features that are all alike must score chance, not 1.
     return float((is_best.diagonal() / is_best.sum(-1)).mean())

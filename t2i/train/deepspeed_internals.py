@@ -1,9 +1,9 @@
-"""All that reaches into DeepSpeed beyond what it documents: for another version, read this file again (a test fails).
+"""All use of DeepSpeed's undocumented names. For another version, read this file again; a test then fails.
 
-Made for 0.19.8 (MADE_FOR), ZeRO stages 1 and 2 alone, which ds_config.py sees to.
+Made for 0.19.8 (MADE_FOR) and ZeRO stages 1 and 2 only, which ds_config.py checks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,30 +25,30 @@ MADE_FOR = "0.19.8"
 NORM_PART = 2**20
 """Values of a gradient whose squares are summed at a time."""
 SEALERS = 2
-"""Files that a rank pushes to the disk and hashes at one time, beside what it writes."""
+"""Files that a rank flushes to disk and hashes at one time, while it writes the next."""
 WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
-"""What torch.save's RuntimeError speaks of when the disk fails under it."""
+"""Words of torch.save's RuntimeError when the disk fails."""
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """What became of the files that one rank wrote."""
+    """The files that one rank wrote, and those that it could not."""
 
     files: dict[str, SealedFile]
     """What checkpoint_store.seal says of each, by path."""
     reasons: list[str]
-    """Why others failed, a sentence each."""
+    """Why others failed, one sentence each."""
 
 
 class SealingWriter(CheckpointEngine):  # type: ignore[misc]
-    """Writes DeepSpeed's files of one save and seals each while it writes the next.
+    """Writes DeepSpeed's files of one save, and seals each file while it writes the next.
 
-    Failures are kept instead of raised: DeepSpeed's save waits for all ranks several times, and a rank that raised in
-    its midst would leave the others waiting.
+    Failures are kept instead of raised. DeepSpeed's save waits for all ranks several times, so a rank that raised in
+    between would leave the others waiting.
     """
 
     def __init__(self, plain: CheckpointEngine, *, step: int) -> None:
-        """Write with `plain`, which is DeepSpeed's own and knows what its JSON says of files."""
+        """Write with `plain`, DeepSpeed's own writer, which knows what its JSON says of files."""
         super().__init__()
         self.name = type(self).__name__
         self.plain = plain
@@ -61,8 +61,8 @@ class SealingWriter(CheckpointEngine):  # type: ignore[misc]
         """Begin a save."""
         self.plain.create(info)
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file and have it sealed."""
+    def save(self, state_dict: object, path: str) -> None:
+        """Write one file and start to seal it."""
 
         def write() -> None:
             faults.reach("shards", step=self.step, path=Path(path))
@@ -73,16 +73,16 @@ class SealingWriter(CheckpointEngine):  # type: ignore[misc]
         if reason := why_it_failed(write):
             self.reasons.append(reason)
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def load(self, path: str, map_location: object = None) -> object:
         """Read one file."""
         return self.plain.load(path, map_location=map_location)
 
-    def commit(self, info: CheckpointCommitInfo) -> Any:
+    def commit(self, info: CheckpointCommitInfo) -> object:
         """End DeepSpeed's part of a save; the run's own commit comes after it, on the first rank."""
         return self.plain.commit(info)
 
     def seal(self, path: Path) -> None:
-        """Push a written file to the disk and hash it, beside what comes next."""
+        """Flush a written file to disk and hash it, in a thread."""
         self.coming[str(path)] = self.pool.submit(checkpoints.seal, path)
 
     def finish(self) -> Sealed:
@@ -98,27 +98,32 @@ class SealingWriter(CheckpointEngine):  # type: ignore[misc]
         return Sealed(files, reasons)
 
     def abandon(self) -> None:
-        """Wait for nothing: what ends a run is not kept waiting."""
+        """Drop what is not sealed yet, so that an error ends the run at once."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def save_engine(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, *, step: int, written: list[Path], state: dict[str, Any]
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    *,
+    step: int,
+    written: list[Path],
+    state: Mapping[str, object],
 ) -> Sealed:
     """Write DeepSpeed's part of a checkpoint on this rank, folder/engine; all ranks call it.
 
     Args:
-        written: files that this rank has written before, to be sealed too.
-        state: kept beside DeepSpeed's own.
+        written: files that this rank has written before, to seal as well.
+        state: saved together with DeepSpeed's own.
     """
     plain = engine.checkpoint_engine
     writer = SealingWriter(plain, step=step)
     for path in written:
         writer.seal(path)
-    # DeepSpeed makes its writer by itself and takes none as an argument, but asks this attribute for each file.
+    # DeepSpeed makes its own writer and takes none as an argument, but reads this attribute for each file.
     engine.checkpoint_engine = writer
-    # It copies scripts beside its state that get weights out of it, which model.safetensors has here. A disk that
-    # refused them would raise on one rank alone.
+    # It copies scripts that get weights out of its state, which model.safetensors has here already. A full disk
+    # would raise there, on one rank only.
     engine._copy_recovery_script = _copy_nothing
     try:
         engine.save_checkpoint(str(folder), tag="engine", client_state=state, save_latest=False)
@@ -137,7 +142,8 @@ def _copy_nothing(path: str) -> None:
 
 @contextmanager
 def _no_zip_sums() -> Iterator[None]:
-    """Leave out the sums of torch's zip files, a pass over all bytes: the manifest has a hash of each file."""
+    """Leave out the checksums of torch's zip files."""
+    # They took half of torch's time to write, and the manifest has a hash of each file anyway.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -147,10 +153,10 @@ def _no_zip_sums() -> Iterator[None]:
 
 
 def why_it_failed(write: Callable[[], object]) -> str:
-    """Write, and return in one sentence why that failed, or nothing.
+    """Call `write`, and return in one sentence why the disk refused it; "" if it did not.
 
     Raises:
-        RuntimeError: one that the disk has no part in.
+        RuntimeError: one that has nothing to do with the disk.
     """
     try:
         write()
@@ -158,6 +164,7 @@ def why_it_failed(write: Callable[[], object]) -> str:
         return str(error)
     except OSError as error:
         return f"{error.filename or 'the disk'}: {error.strerror or error}."
+    # torch and safetensors wrap the system's error in their own, without its number.
     except (RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER_WORDS):
             raise
@@ -167,7 +174,8 @@ def why_it_failed(write: Callable[[], object]) -> str:
 
 @contextmanager
 def reading_universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
-    """Let the engine's loads within read DeepSpeed's universal format, which its JSON would ask for all loads."""
+    """Read DeepSpeed's universal format in the loads within this block."""
+    # Its JSON could ask for this only for all loads of a run, those after a rewind included.
     engine._config.load_universal_checkpoint = True
     try:
         yield
@@ -176,10 +184,11 @@ def reading_universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def step_without_update(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Do the engine's step so that it drops the gradients, on the path by which it leaves out an overflow."""
+    """Take the engine's step so that it drops the gradients and leaves the weights as they are."""
+    # By DeepSpeed's own path for an overflow, which clears the gradients and counts a skipped step.
     optimizer = engine.optimizer
     checks = optimizer.check_grad_overflow
-    optimizer.check_grad_overflow = True  # else it looks at no gradient before its update
+    optimizer.check_grad_overflow = True  # without it no gradient is checked before the update
     optimizer.check_overflow = lambda **_: setattr(optimizer, "overflow", True)
     try:
         engine.step()
@@ -189,14 +198,15 @@ def step_without_update(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def measure_in_parts(optimizer: Any) -> None:
-    """Let DeepSpeed take the norm of gradients part by part: it copies in double precision what it measures."""
+    """Let DeepSpeed take the norm of gradients in parts of NORM_PART values."""
+    # It copies what it measures in double precision, which for a whole matrix takes much memory.
     whole = optimizer.get_grad_norm_direct
 
-    def by_parts(gradients: list[Tensor], params: list[nn.Parameter], **rest: Any) -> Tensor:
+    def by_parts(gradients: list[Tensor], params: list[nn.Parameter], **rest: object) -> Tensor:
         real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         pairs = [
             (part, param)
-            # Not strict: what fills up the last partition comes after the last parameter and belongs to none.
+            # Not strict: the padding of the last partition comes after the last parameter and belongs to none.
             for gradient, param in zip(real, params, strict=False)
             for part in gradient.flatten().split(NORM_PART)
         ]
@@ -206,12 +216,12 @@ def measure_in_parts(optimizer: Any) -> None:
 
 
 def group_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
-    """Count the trainable parameters of each group: DeepSpeed lays its state out by groups, in their order."""
+    """Count the trainable parameters of each group, in the order in which DeepSpeed lays out its state."""
     return [sum(value.numel() for value in group) for group in engine.optimizer.bit16_groups]
 
 
 def adam_of(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    """Return the optimizer of this rank's shards, which ZeRO's wraps."""
+    """Return the optimizer of this rank's shards, which ZeRO's optimizer wraps."""
     return engine.optimizer.optimizer  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a checkpoint: loaded as it is, or converted for another number of ranks; and random states."""
+"""Loading DeepSpeed's part of a checkpoint, converted if the number of ranks differs; and random states."""
 
 import logging
 import os
@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch import Tensor
 
 from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError
@@ -23,7 +25,7 @@ from t2i.train.deepspeed_internals import reading_universal
 logger = logging.getLogger(__name__)
 
 CONVERTED = ".universal"
-"""Folder, beside the checkpoints, of one that is being read by another number of ranks."""
+"""Folder, beside the checkpoints, of the one that is being converted for another number of ranks."""
 CONVERTER = """
 from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 from t2i.runs.trust import pickle_enums_by_value
@@ -32,19 +34,36 @@ main(parse_arguments())
 """
 
 
+class RandomState(TypedDict):
+    """The random states of one rank, as their libraries give them."""
+
+    torch: Tensor
+    numpy: dict[str, Any] | tuple[str, NDArray[np.uint32], int, int, float]
+    python: tuple[object, ...]
+    cuda: NotRequired[Tensor]
+
+
+class ClientState(TypedDict):
+    """What is saved together with DeepSpeed's state."""
+
+    random: list[RandomState]
+    """One per rank."""
+
+
 def load_from_other_ranks(engine: deepspeed.DeepSpeedEngine, folder: Path, *, found: int) -> None:
     """Load what another number of ranks saved, through DeepSpeed's universal format.
 
     Raises:
-        CheckpointError: it could not be converted.
+        CheckpointError: the conversion failed.
     """
+    # Converted when it is needed, not at each save: that would double a save's time and size.
     converted = folder.with_name(CONVERTED)
     logger.info("converting %s, made by %d ranks, for %d", folder, found, dist.get_world_size())
     on_first_rank(lambda: convert(folder / "engine", converted / "engine"))
     with reading_universal(engine):
         load_engine(engine, converted)
     load_frozen(engine.module.model, folder)
-    dist.barrier()  # every rank has read it
+    dist.barrier()  # until every rank has read it
     on_first_rank(lambda: shutil.rmtree(converted))
 
 
@@ -56,10 +75,10 @@ def convert(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir()
-    # A process of its own: the converter forks workers, which would inherit this rank's threads and connections.
+    # In its own process: the converter forks workers, which would inherit this rank's threads and connections.
     command = [sys.executable, "-c", CONVERTER, "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
-    # The converter is one process; it would take itself for a rank of this job, and wait for the others.
+    # Without these the converter would take itself for a rank of this job and wait for the others.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -71,8 +90,9 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     """Load DeepSpeed's state from folder/engine and set the random states saved with it.
 
     Raises:
-        CheckpointError: DeepSpeed finds nothing there, or what it finds is more than tensors and plain values.
+        CheckpointError: DeepSpeed finds nothing there, or finds more than tensors and plain values.
     """
+    # DeepSpeed unpickles without restriction, and a pickle from elsewhere can run code.
     with only_plain_values(folder / "engine"):
         loaded, client_state = engine.load_checkpoint(str(folder), tag="engine")
     if loaded is None:
@@ -81,25 +101,29 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 
 def load_frozen(model: torch.nn.Module, folder: Path) -> None:
-    """Copy the frozen parameters, of which the universal format has nothing to load."""
+    """Copy the frozen parameters, which the universal format leaves out."""
     saved = load_file(folder / "model.safetensors")
     for name, value in model.named_parameters():
         if not value.requires_grad:
             value.data.copy_(saved[name])
 
 
-def random_states() -> dict[str, Any]:
-    """Collect the random states of all ranks; the loader and the sampler use generators of their own."""
-    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+def random_states() -> ClientState:
+    """Collect the random states of all ranks, for dropout; the loader and the sampler have their own generators."""
+    state: RandomState = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return {"random": of_all_ranks([state])}
 
 
-def restore_random_states(client_state: dict[str, Any]) -> None:
+def restore_random_states(client_state: ClientState) -> None:
     """Set what random_states collected on this rank; a rank that was not there keeps its own."""
     states = client_state["random"]
-    # Dropout of a new rank has no past to continue.
+    # A new rank has no earlier random state to continue.
     if dist.get_rank() >= len(states):
         return
     state = states[dist.get_rank()]

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine: the JSON owns the machine, the run's configuration owns the science."""
+"""The DeepSpeed engine: its JSON decides about the machine, the run's settings about the result."""
 
-from typing import Any
+from typing import TypedDict
 
 import deepspeed
 import torch
@@ -15,11 +15,22 @@ from t2i.tokens.vocab import VocabLayout
 from t2i.train.deepspeed_internals import adam_of, measure_in_parts
 
 OWN_GROUP = 0.1
-"""A matrix of at least this share of the trainable parameters is a group of its own, which DeepSpeed does not copy."""
+"""A matrix of at least this share of the trainable parameters is its own group, which DeepSpeed does not copy."""
+
+
+class ParameterGroup(TypedDict):
+    """One group of parameters, as torch's optimizers take it."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+    lr_scale: float
+    """What the schedule's learning rate is multiplied by."""
+    is_new: bool
+    """These are new embeddings, which L2-SP leaves alone."""
 
 
 class Learner(nn.Module):
-    """The language model with its split loss: what DeepSpeed sees as one module."""
+    """The language model and its loss as one module, which DeepSpeed wraps."""
 
     def __init__(self, model: PreTrainedModel, *, layout: VocabLayout, z_loss: float = 0.0) -> None:
         super().__init__()
@@ -33,7 +44,8 @@ class Learner(nn.Module):
         Returns:
             the sum to backpropagate, z-loss included; the sums to record, on the same device.
         """
-        hidden = hidden_states(self.model, input_ids)
+        # Loss and model are one module, so that the engine returns sums and logits (B, S, V) never exist as a whole.
+        hidden = hidden_states(self.model, input_ids)  # (B, S, D)
         total, losses, squares = summed_loss(
             hidden,
             labels,
@@ -54,7 +66,11 @@ class Learner(nn.Module):
 def make_engine(
     learner: Learner, *, config: TrainConfig, ds_config: DsConfig, per_rank: int
 ) -> deepspeed.DeepSpeedEngine:
-    """Hand model, optimizer and clipping to DeepSpeed."""
+    """Hand model, optimizer and clipping to DeepSpeed.
+
+    Args:
+        per_rank: sequences per step of each rank.
+    """
     steps, micro_batch = accumulation(per_rank, micro_batch=ds_config["train_micro_batch_size_per_gpu"])
     chosen = ds_config.get("optimizer", {}).get("params", {})
     optimizer = {
@@ -64,14 +80,14 @@ def make_engine(
             "betas": [config.beta1, config.beta2],
             "weight_decay": config.weight_decay,
             **chosen,
-            # torch's own in one pass: without it, it holds two more copies of what it moves.
+            # torch's Adam in one fused pass: without it, a step holds two more copies of the trainable parameters.
             **({"fused": True} if chosen.get("torch_adam") else {}),
         },
     }
     whole = {
         **ds_config,
         "train_micro_batch_size_per_gpu": micro_batch,
-        # DeepSpeed divides each gradient by this and by the number of ranks; Trainer.accumulate multiplies by both.
+        # DeepSpeed divides each gradient by this and by the number of ranks; Stepper.accumulate multiplies by both.
         "gradient_accumulation_steps": steps,
         "gradient_clipping": config.grad_clip,
         "optimizer": optimizer,
@@ -86,8 +102,11 @@ def make_engine(
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
-    """Let every step first move pre-trained weights towards where they are now, by lr * share (L2-SP); not new rows."""
-    # Under ZeRO these are this rank's shards in fp32, so the copy of the start is shared out too.
+    """L2-SP: let every step first move pre-trained weights towards their present values, by lr * share.
+
+    New embeddings have no pre-trained value and are left alone.
+    """
+    # Under ZeRO these are this rank's fp32 shards, so each rank copies only its part of the start.
     start = {
         value: value.detach().clone()
         for group in optimizer.param_groups
@@ -96,32 +115,34 @@ def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
     }
 
     @torch.no_grad()
-    def pull(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def pull(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         for group in optimizer.param_groups:
             for value in group["params"]:
                 if value in start:
                     value.lerp_(start[value], group["lr"] * share)
 
-    # A hook of the step, not a call in the loop: a step that is skipped for its gradient pulls nothing.
+    # A hook of the optimizer, not a call in the loop: a skipped step then moves nothing.
     optimizer.register_step_pre_hook(pull)
 
 
-def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str, Any]]:
-    """Group parameters: matrices decay, norms and biases do not, new rows that were split off may have their own rate.
+def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[ParameterGroup]:
+    """Group parameters: matrices with weight decay, norms and biases without, new embeddings with their own rate.
 
-    `lr_scale` is what the schedule's learning rate is multiplied by. Frozen parameters are in no group.
+    Frozen parameters are in no group.
     """
+    # A factor, not a rate: the loop sets every group's lr at each step, from one schedule.
     scale = 1.0 if config.new_embeddings_lr is None else config.new_embeddings_lr / config.lr
     trainable = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    # split_rows names them so (model/resize.py); embeddings that were not split are among the others.
     new_rows = [value for name, value in trainable.items() if name.endswith(".new")]
     others = [value for name, value in trainable.items() if not name.endswith(".new")]
     matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
-    # DeepSpeed flattens, updates and frees one group after the other, and copies a group of several tensors.
+    # DeepSpeed flattens a group of several tensors into a copy, and needs none for a single tensor.
     least = OWN_GROUP * sum(value.numel() for value in trainable.values())
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
     decay = config.weight_decay
-    groups = [
+    groups: list[ParameterGroup] = [
         {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
         for values in (*large, small)
     ]
@@ -129,4 +150,5 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[dict[str
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},
         {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
     ]
+    # ZeRO cannot flatten a group without parameters.
     return [group for group in groups if group["params"]]

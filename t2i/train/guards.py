@@ -1,4 +1,4 @@
-"""What a run refuses to learn from: losses that jump, gradients that are not finite, ranks that differ."""
+"""Guards against bad steps: loss spikes, gradients that are not finite, ranks whose weights differ."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +16,24 @@ from t2i.train.deepspeed_internals import moments_of
 from t2i.train.progress import Progress
 
 MAX_SKIPPED = 3
-"""Steps in a row without an update, or rewinds of one run, after which it ends."""
+"""Steps in a row without an update, or rewinds of one run, that end it."""
 FEWEST_STEPS = 16
-"""No loss is called a spike before so many."""
+"""Losses that must be known before one can be called a spike."""
 LEAST_SPREAD = 0.002
-"""Spread of losses, as a share of their median, below which it is not believed."""
+"""Smallest spread of losses that is believed, as a share of their median."""
 
 
 def spike_score(loss: float, window: Sequence[float]) -> float | None:
-    """Tell how many deviations a loss lies above the median of those before; None where these are too few.
+    """Compute how many robust deviations a loss lies above the median of the window; None if that holds too few.
 
-    The deviation is 1.4826 times the median distance from the median, which is that of a normal distribution.
+    The deviation is 1.4826 times the median distance from the median: the standard deviation of a normal distribution.
     """
     if len(window) < FEWEST_STEPS:
         return None
-    # Medians, not mean and variance: a spike that entered the window would hide the next one.
+    # Medians, not mean and variance: one spike in the window would hide the next.
     middle = median(window)
     spread = 1.4826 * median(abs(value - middle) for value in window)
+    # Losses that hardly differ, as of a tiny data set, would make a spike of any change.
     return (loss - middle) / max(spread, LEAST_SPREAD * abs(middle), 1e-9)
 
 
@@ -40,14 +41,14 @@ def check_updates(progress: Progress, *, run_dir: Path) -> None:
     """End a run after MAX_SKIPPED steps in a row without an update.
 
     Raises:
-        NumericalError: with the last good checkpoint.
+        NumericalError: there were so many; it names the last checkpoint.
     """
     step = progress.step
-    # Alike on every rank without asking: what a step skips is decided from reduced numbers.
+    # The same on every rank without asking: a skip is decided from numbers summed over ranks.
     if progress.skipped_in_a_row == MAX_SKIPPED:
         last = checkpoints.step_folder(run_dir, checkpoints.last_step(run_dir))
         raise NumericalError(
-            f"The loss or gradient was not finite in steps {step - MAX_SKIPPED + 1} to {step}, or jumped; none of them"
+            f"The loss or gradient was not finite in steps {step - MAX_SKIPPED + 1} to {step}, or spiked; none of them"
             f" changed the weights. Their samples are named in {run_dir / METRICS}. Last checkpoint:"
             f" {last if last.exists() else 'none'}. Try a smaller train.lr."
         )
@@ -57,11 +58,11 @@ def check_ranks_agree(module: nn.Module) -> None:
     """Compare every parameter between ranks by the sum of its bits.
 
     Raises:
-        NumericalError: ranks hold different weights; the first such tensor.
+        NumericalError: ranks hold different weights; it names the first such tensor.
     """
     if dist.get_world_size() == 1:
         return
-    # Bits, not values: sums of floats depend on their order, and NaN equals nothing. One number per tensor travels.
+    # Bits, not values: sums of floats depend on their order, and NaN equals nothing. One number per tensor is sent.
     sums = torch.stack([_bits(value) for value in module.parameters()])
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -71,16 +72,16 @@ def check_ranks_agree(module: nn.Module) -> None:
         name = [name for name, _ in module.named_parameters()][differing[0]]
         raise NumericalError(
             f"Ranks hold different weights in {len(differing)} tensors, the first is {name}: a machine's memory or"
-            " network is bad. Nothing is saved; the same command goes on from the last checkpoint."
+            " network is bad. Nothing is saved; run the same command to resume from the last checkpoint."
         )
 
 
 def optimizer_bits(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Sum the bits of Adam's moments on this rank: equal sums tell equal states, for all that chance is worth."""
+    """Sum the bits of Adam's moments on this rank; different states have equal sums by rare chance only."""
     return sum(int(_bits(value).item()) for value in moments_of(engine))
 
 
 def _bits(value: Tensor) -> Tensor:
-    """Sum the bits of a tensor as integers: exact, in any order."""
+    """Sum the bits of a tensor as integers, which is exact in any order."""
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[value.element_size()]
     return value.detach().contiguous().view(kind).sum(dtype=torch.int64)

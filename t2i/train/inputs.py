@@ -1,4 +1,4 @@
-"""What a run reads before its first step: shards, the model to start from, and both tokenizers."""
+"""The inputs of a run, read before its first step: shards, the model to start from, and both tokenizers."""
 
 import logging
 from dataclasses import dataclass
@@ -31,30 +31,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made from, checked before any weight is made."""
+    """The inputs of a run, checked before any weight is made."""
 
     shards: Path
     manifest: Manifest
-    """That of the shards."""
+    """The manifest of the shards."""
     start: str
     """`random`, or the folder of the weights to start from."""
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer | None
-    """None for shards of text or of precomputed tokens, which no image tokenizer decodes."""
+    """None for text shards and precomputed tokens, which have no image tokenizer."""
 
 
 def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
-    """Read and check all that a run is made from, on every rank together.
+    """Read and check the inputs of a run, on every rank together.
 
     Args:
         init: model.init, `random` or a CKPT.
         global_batch: sequences per step over all ranks.
 
     Raises:
-        DataError: there are no such shards, or they are not as they were made.
+        DataError: there are no such shards, or they have changed since they were made.
         UserError: settings, shards and model do not fit together.
     """
     manifest = manifest_of(data)
+    # This reads no shard: hashing all would take minutes, so each is hashed before its first sample is read.
     if not data.remote:
         on_first_rank(lambda: check_listing(data.shards, manifest))
     start = found_start(init)
@@ -63,16 +64,16 @@ def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
     image_tokenizer = None
     if manifest.has_image_tokenizer:
         image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
-        # It encodes images again, which takes seconds: the other ranks have the same files.
+        # It encodes a few images again, which takes seconds; the other ranks have the same files.
         on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
     if num_text_sequences(data, global_batch=global_batch, world_size=dist.get_world_size()):
-        mixed = text_stream(data)
+        mixed = text_stream(data)  # the replayed text
         check_text_use(mixed, manifest=manifest_of(mixed), tokenizer=text_tokenizer)
     return Inputs(data.shards, manifest, start, text_tokenizer, image_tokenizer)
 
 
 def _check_fit(data: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:
-    """Check that sequences can be made of the shards; say where captions are tokenized anew."""
+    """Check that sequences can be made of the shards; warn if captions are tokenized again."""
     if manifest.is_text:
         check_text_use(data, manifest=manifest, tokenizer=tokenizer)
         return
@@ -81,7 +82,7 @@ def _check_fit(data: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer
 
 
 def manifest_of(data: DataConfig) -> Manifest:
-    """Make the embedded shards or bring remote ones, where that is asked and needed, and read the manifest.
+    """Make the embedded shards or download remote ones, where that is needed, and read the manifest.
 
     Raises:
         DataError: there are no such shards.
@@ -90,28 +91,30 @@ def manifest_of(data: DataConfig) -> Manifest:
         on_first_rank(lambda: prepare_embedded(EMBEDDED_SHARDS))
     if data.remote and is_first_on_node():
         fetch_shards(data.shards, remote=data.remote)
-    dist.barrier()  # the other ranks of a machine read what its first one brings
+    dist.barrier()  # the other ranks of a machine read what its first one downloads
     return read_manifest(data.shards)
 
 
 def found_start(init: str) -> str:
-    """Resolve model.init to a folder, the same on every rank, though its run may be writing another one."""
+    """Resolve model.init to a folder, the same on every rank."""
+    # Asked of one rank: the run that it names may be saving a newer checkpoint at this moment.
     if init == "random":
         return init
     return on_first_rank(lambda: str(find(init)[0]))
 
 
 def warn_of_other_tokenizer(tokenizer: TextTokenizer, manifest: Manifest) -> None:
-    """Say that captions are read anew where the model's text tokenizer is not that of the shards."""
+    """Warn that captions are tokenized again, because the model's text tokenizer is not that of the shards."""
+    # Ids of another tokenizer would mean other words; the captions themselves are in the shards too.
     made_by = manifest.text_tokenizer
     if made_by.fingerprint != tokenizer.fingerprint():
         logger.warning(
-            "captions are tokenized anew by %s; shards have ids of %s", tokenizer.name, made_by.name
+            "captions are tokenized again by %s; the shards have ids of %s", tokenizer.name, made_by.name
         )
 
 
 def prepare_embedded(out: Path) -> None:
-    """Make the embedded pictures' shards at `out`, unless shards are there."""
+    """Make the shards of the embedded images at `out`, unless shards are there."""
     if out.exists():
         return
     prepare(
@@ -119,15 +122,16 @@ def prepare_embedded(out: Path) -> None:
         out=out,
         image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
         text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+        # Without shifted views, so few images are memorised: held-out loss rose from step 400 on.
         config=PrepareConfig(views=EMBEDDED_VIEWS),
     )
 
 
 def text_tokenizer_folder(start: str, *, own: Path) -> Path:
-    """A language model brings its own tokenizer; a random one takes `own`, that of the shards."""
+    """Return a pre-trained model's own tokenizer; a randomly initialised one takes `own`, that of the shards."""
     if start == "random":
         return own
     folder = Path(start)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"model.init is {folder}, which has no tokenizer.json beside its weights.")
+        raise UserError(f"model.init is {folder}; expected a tokenizer.json beside its weights.")
     return folder

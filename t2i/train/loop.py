@@ -1,8 +1,7 @@
-"""The training loop: optimizer steps, and between them what is measured, logged, saved and asked for."""
+"""The training loop: optimizer steps, and between them evaluations, logging, saves and requests."""
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +13,7 @@ from t2i.distributed.signals import SAVE, STOP, Requests
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.metrics_log import MetricsRow
 from t2i.train.checkpoint import Saver
 from t2i.train.guards import MAX_SKIPPED, check_updates
 from t2i.train.metrics import MetricsWriter, short
@@ -24,11 +24,11 @@ from t2i.train.step import Stepper
 logger = logging.getLogger(__name__)
 
 BETWEEN_STEPS = 10.0
-"""A save or a measure may take so many times as long as a step before it counts as hanging."""
+"""A save or an evaluation counts as hanging after this many times train.hang_timeout_seconds."""
 
 
 @dataclass(frozen=True)
-class Control:
+class EndConditions:
     """What may end a run before its last step."""
 
     requests: Requests
@@ -46,7 +46,7 @@ class Trainer:
         saver: Saver,
         periodic: list[Periodic],
         writer: MetricsWriter | None,
-        control: Control,
+        control: EndConditions,
     ) -> None:
         self.config = config
         self.stepper = stepper
@@ -59,10 +59,10 @@ class Trainer:
         self.progress = Progress()
 
     def run(self) -> None:
-        """Train from where the run folder stands to max_steps.
+        """Train from the run folder's last checkpoint to max_steps.
 
         Raises:
-            Stopped: it was asked for; everything is saved.
+            Stopped: a stop was requested; everything is saved.
             NumericalError: three steps in a row without an update.
             CheckpointError: two saves in a row failed, or the last one.
         """
@@ -70,6 +70,7 @@ class Trainer:
             restored = self.saver.restore()
             self.progress = restored or Progress()
             if self.writer:
+                # Rows beyond the checkpoint are set aside: their steps are taken again. -1 keeps not even step 0.
                 self.writer.start(step=restored.step if restored else -1)
             at_start = [place for place, work in enumerate(self.periodic) if work.at_start]
             self.requests.begin()
@@ -82,6 +83,7 @@ class Trainer:
 
     def _steps(self, *, owed: list[int]) -> None:
         config, progress = self.config, self.progress
+        # Evaluations that a stop cut short come first, so metrics do not depend on where a run was stopped.
         if not self.measure(owed):
             self.stop()
         batches = iter(self.stepper.loader)
@@ -90,13 +92,14 @@ class Trainer:
         ) as bar:
             while self.progress.step < self.last:
                 self.watchdog.arm(STEP)
-                row, read = self.stepper.step(batches, self.progress)
-                if self.progress.step % config.log_every == 0 or row["skipped"]:
-                    self.log([row])
-                bar.set_postfix(loss=short(row["loss"]), image=short(row["image_loss"]))
+                done = self.stepper.step(batches, self.progress)
+                # A skipped step is always logged: its row names the samples that somebody has to look at.
+                if self.progress.step % config.log_every == 0 or done.was_skipped:
+                    self.log([done.row])
+                bar.set_postfix(loss=short(done.loss), image=short(done.image_loss))
                 bar.update()
                 check_updates(self.progress, run_dir=self.run_dir)
-                if row["spike"] and config.spike == "rewind":
+                if done.is_spike and config.spike == "rewind":
                     self.rewind()
                     bar.update(self.progress.step - bar.n)
                     continue
@@ -105,41 +108,47 @@ class Trainer:
                     for place, work in enumerate(self.periodic)
                     if work.every and self.is_due(work.every)
                 ]
-                is_asked = not self.measure(due) or read.should_stop
+                # Measured before the save, so that the checkpoint names what a stop cut short.
+                is_asked = not self.measure(due) or done.read.should_stop
                 is_last = is_asked or self.progress.step == self.last
-                if is_last or read.should_save or self.is_due(config.save_every):
+                if is_last or done.read.should_save or self.is_due(config.save_every):
                     self.save(must_succeed=is_last)
                 if is_last and (self.progress.owed or self.progress.step < config.max_steps):
                     self.stop()
 
     def is_due(self, every: int) -> bool:
-        """Tell whether what is done every so many steps, and after the last, is due now; 0 is after the last alone."""
+        """Tell whether work that runs every so many steps is due now; all is due after the last step, 0 only then."""
         step = self.progress.step
         return step == self.config.max_steps or (every > 0 and step % every == 0)
 
     def rewind(self) -> None:
-        """Go back to the last checkpoint after a spike, and on with the data that follow it.
+        """Return to the last checkpoint after a spike, and continue with the data that follow the spike.
 
         Raises:
-            NumericalError: there is no checkpoint, or it was gone back to too often.
+            NumericalError: there is no checkpoint, or the run was rewound too often.
         """
         step = checkpoints.last_step(self.run_dir)
         times = self.progress.rewinds + 1
         if step == 0 or times > MAX_SKIPPED:
             raise NumericalError(
-                f"The loss jumped in step {self.progress.step}, and the run cannot go back to the checkpoint of step"
-                f" {step}: it has done so {times - 1} times of at most {MAX_SKIPPED}. Look at the samples named in"
+                f"The loss spiked in step {self.progress.step}, and the run cannot rewind to the checkpoint of step"
+                f" {step}: it has rewound {times - 1} times of at most {MAX_SKIPPED}. Look at the samples named in"
                 " metrics.jsonl."
             )
-        logger.warning("the loss jumped in step %d: back to step %d, past its data", self.progress.step, step)
+        logger.warning(
+            "the loss spiked in step %d: rewinding to step %d and skipping the data since",
+            self.progress.step,
+            step,
+        )
+        # The loader keeps its position: the batches since the checkpoint are not read a second time.
         self.progress = self.saver.load(checkpoints.step_folder(self.run_dir, step))
         self.progress.rewinds = times
         if self.writer:
             self.writer.rewind(step=step)
 
     def measure(self, places: list[int]) -> bool:
-        """Do periodic work; at a request to stop, owe all of it and return False, the same on every rank."""
-        rows: list[dict[str, Any]] = []
+        """Do periodic work; at a request to stop, mark all of it as pending and return False on every rank."""
+        rows: list[MetricsRow] = []
         for place in places:
             self.watchdog.arm("measure", times=BETWEEN_STEPS)
             faults.reach("periodic", step=self.progress.step)
@@ -148,6 +157,7 @@ class Trainer:
                 rows += self.periodic[place].work(self.progress.step, self.requests.is_signalled)
             except Interrupted:
                 was_cut = True
+            # Ranks look at the request at different moments; they must agree before one leaves the others waiting.
             if any_rank(was_cut):
                 self.progress.owed = places
                 return False
@@ -162,16 +172,16 @@ class Trainer:
         self.requests.grant(SAVE)
 
     def stop(self) -> None:
-        """Leave a saved run.
+        """End the run, after everything is saved.
 
         Raises:
             Stopped: always.
         """
         self.requests.grant(STOP)
         step, last = self.progress.step, self.config.max_steps
-        raise Stopped(f"Stopped at step {step} of {last}; the same command goes on.")
+        raise Stopped(f"Stopped at step {step} of {last}; run the same command to resume.")
 
-    def log(self, rows: list[dict[str, Any]]) -> None:
+    def log(self, rows: list[MetricsRow]) -> None:
         """Append rows to metrics.jsonl on the first rank."""
         if self.writer:
             for row in rows:

@@ -13,14 +13,14 @@ from t2i.config import DsConfig, RunConfig
 from t2i.cost.devices import warn_of_slow_bf16
 from t2i.data.batching import global_batch
 from t2i.data.loader import StepLoader
-from t2i.distributed import faults
+from t2i.distributed import build_locks, faults
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.distributed.ending import leave
 from t2i.distributed.health import Peers, Watchdog
 from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
 from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
-from t2i.env import check_machine
+from t2i.env import check_machine, operators_needed
 from t2i.errors import Stopped, exit_code
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import State, make_folder, open_run, write_status
@@ -29,7 +29,7 @@ from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine
 from t2i.train.inputs import read_inputs
-from t2i.train.loop import Control, Trainer
+from t2i.train.loop import EndConditions, Trainer
 from t2i.train.metrics import MetricsWriter, Speed
 from t2i.train.periodic import periodic_work
 from t2i.train.step import Stepper
@@ -38,27 +38,30 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None) -> None:
-    """Train in this process, one rank of a launched job or a job of its own.
+    """Train in this process: as one rank of a launched job, or alone.
 
-    The run is wired here, once: each part takes its own settings, and nothing below knows the whole of them.
+    The run is wired here, once. Each part takes its own settings, and nothing below sees all of them.
 
     Args:
-        stop_at: stop, saved, after this step, as if asked to; None for max_steps.
+        stop_at: save and stop after this step, as at a request; None for max_steps.
 
     Raises:
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
     run_dir, data_config, model_config, train_config = config.run_dir, config.data, config.model, config.train
     ds_config = read_ds_config(ds_config_path)
-    make_folder(run_dir)  # first of all: whoever waits in a queue for hours wants to know at once
+    make_folder(run_dir)  # first of all: a folder that cannot be made should fail at once
     with stop_flag() as flag:
+        # Before any library is used: some read their seeds and switches only once.
         make_repeatable(train_config.deterministic, seed=train_config.seed)
         _start(ds_config, run_dir=run_dir)
         world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
         num_sequences = global_batch(
             train_config.global_batch_tokens, seq_len=data_config.seq_len, world_size=world_size
         )
-        heading = f"{num_sequences:,} sequences of {data_config.seq_len:,} tokens a step; ranks: {world_size}"
+        heading = (
+            f"{num_sequences:,} sequences of {data_config.seq_len:,} tokens per step; ranks: {world_size}"
+        )
         with _job(
             run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
         ) as peers:
@@ -78,6 +81,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
                 seed=train_config.seed,
                 tokenizer=inputs.text_tokenizer,
             )
+            # One rank hashes the coming shards in a thread; remote ones are hashed as they are downloaded.
             if is_first and not data_config.remote:
                 loader.look_ahead()
             per_rank = num_sequences // world_size
@@ -98,7 +102,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
                     train_config, data=data_config, learner=learner, inputs=inputs, writer=writer
                 ),
                 writer=writer,
-                control=Control(requests, watchdog),
+                control=EndConditions(requests, watchdog),
             )
             trainer.run()
 
@@ -107,15 +111,17 @@ def _start(ds_config: DsConfig, *, run_dir: Path) -> None:
     """Look at the machine before it is too late for a sentence, and let the ranks of the job meet."""
     prepare_environment()
     if is_first_on_node() and not dist.is_initialized():  # a second run in one process has its port already
-        sweep()
+        sweep()  # before the check: what killed runs left may be what fills shared memory
         check_machine(ds_config, run_dir=run_dir)
+        build_locks.remove_stale(operators_needed(ds_config))
     warn_of_building(ds_config)
     start_processes()
 
 
 @contextmanager
 def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -> Iterator[Peers]:
-    """Hold the run folder while the block runs, and write down how it ended; one rank says an error that all have."""
+    """Lock the run folder while the block runs, and record how it ended; an error of all ranks is reported once."""
+    # One rank opens, all learn of its error: a lock that is taken ends the job with one sentence.
     locks: list[IO[str]] = []
     on_first_rank(lambda: locks.append(open_folder()))
     peers = Peers.meet(run_dir)
@@ -125,7 +131,7 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
         if peers.rank == 0:
             write_status(run_dir, state="done", step=last_step(run_dir), code=0)
     except (Exception, KeyboardInterrupt) as error:
-        flag.is_leaving = True  # the launcher may ask a rank to end that is ending already
+        flag.is_leaving = True  # the launcher may send SIGTERM to a rank that is ending already
         leave(peers, error, report=lambda error: _report(peers, error))
     finally:
         for lock in locks:

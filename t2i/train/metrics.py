@@ -1,10 +1,9 @@
-"""Where a run's numbers go: metrics.jsonl is the record, TensorBoard a view of it."""
+"""Writing a run's numbers: metrics.jsonl is the record, TensorBoard a view of it."""
 
 import logging
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import counts_of, flops_a_token
-from t2i.runs.metrics_log import METRICS, append_metrics, rewind_metrics
+from t2i.runs.metrics_log import METRICS, MetricsRow, append_metrics, rewind_metrics, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +23,17 @@ logger = logging.getLogger(__name__)
 class MetricsWriter:
     """Append rows to metrics.jsonl and to TensorBoard's events.
 
-    A disk that refuses them ends no run: rows wait here for the next one that can be written, and TensorBoard is left.
+    A full disk ends no run: rows are kept here until one can be written, and TensorBoard is given up.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.waiting: list[dict[str, Any]] = []
+        self.waiting: list[MetricsRow] = []
         self.events: SummaryWriter | None = None
 
     def start(self, *, step: int) -> None:
-        """Go on after `step`: what an earlier process wrote beyond it is set aside; -1 for nothing done yet."""
+        """Continue after `step`, and set aside what an earlier process wrote beyond it; -1 for a new run."""
+        # Set aside, not deleted: rows of steps that are taken again may be what somebody looks for after a crash.
         rewind_metrics(self.run_dir, step=step)
         self.events = SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
@@ -42,7 +42,7 @@ class MetricsWriter:
         self.close()
         self.start(step=step)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: MetricsRow) -> None:
         """Write one row; `split` names its group in TensorBoard."""
         rows = [*self.waiting, row]
         try:
@@ -56,7 +56,7 @@ class MetricsWriter:
         self._show(lambda events: _add_scalars(events, row))
 
     def show(self, picture: Image.Image, *, step: int) -> None:
-        """Show a sheet of sampled pictures in TensorBoard."""
+        """Show a grid of sampled images in TensorBoard."""
         self._show(lambda events: events.add_image("samples", np.asarray(picture), step, dataformats="HWC"))
 
     def close(self) -> None:
@@ -69,13 +69,13 @@ class MetricsWriter:
         try:
             show(self.events)
         except OSError as error:
-            # Left for good: its writer runs in a thread and cannot take a row again.
+            # Given up for good: its writer thread has ended and cannot take another row.
             logger.warning("TensorBoard's events cannot be written (%s); metrics.jsonl is the record.", error)
             self.events = None
 
 
 class Speed:
-    """What the steps of a run make of its devices."""
+    """Measures throughput: tokens and operations per second, and MFU."""
 
     def __init__(
         self, model: PreTrainedModel, *, data: DataConfig, device: torch.device, is_half: bool
@@ -83,34 +83,35 @@ class Speed:
         self.flops_a_token = flops_a_token(
             model.config, counts=counts_of(model), seq_len=data.seq_len, replay_ratio=data.replay_ratio
         )
-        # No share of the peak where products are not in bf16, which the known peaks are of.
+        # MFU only in bf16: the known peaks are of bf16.
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and is_half else ""
         self.peak_flops = peak_flops_of(name)
         self.num_devices = dist.get_world_size()
 
     def row(self, *, num_tokens: float, seconds: float) -> dict[str, float]:
-        """Count tokens and operations a second; with a GPU whose peak is known in bf16, the share of it (MFU).
+        """Return tokens and operations per second, and MFU for a GPU with a known bf16 peak.
 
         Args:
-            num_tokens: of all ranks, padding left out.
+            num_tokens: of all ranks, without padding.
         """
+        # Padding is not counted: a run would seem faster the more of it there is.
         flops = num_tokens * self.flops_a_token / seconds
         row = {"tokens_per_second": num_tokens / seconds, "flops_per_second": flops}
         return row | ({"mfu": flops / (self.num_devices * self.peak_flops)} if self.peak_flops else {})
 
 
-def _add_scalars(events: SummaryWriter, row: dict[str, Any]) -> None:
+def _add_scalars(events: SummaryWriter, row: MetricsRow) -> None:
     group = row.get("split", "train")
     for key, value in row.items():
         if isinstance(value, int | float) and key != "step":
-            events.add_scalar(f"{group}/{key}", value, row["step"])
+            events.add_scalar(f"{group}/{key}", value, step_of(row))
 
 
-def why_skipped(row: dict[str, Any]) -> str:
-    """Tell why the update of a row's step was left out."""
-    if row["loss"] is None:
+def why_skipped(loss: float | None, *, is_spike: bool) -> str:
+    """Say why the update of a step was skipped."""
+    if loss is None:
         return "its loss was not finite"
-    return f"its loss of {row['loss']:.3f} is a spike" if row["spike"] else "its gradient was not finite"
+    return f"its loss of {loss:.3f} is a spike" if is_spike else "its gradient was not finite"
 
 
 def short(value: float | None) -> str:
@@ -119,7 +120,7 @@ def short(value: float | None) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Tell the most memory that this process has held: on its GPU, or in all where it has none."""
+    """Return the peak memory of this process: on its GPU, or of the whole process if it has none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

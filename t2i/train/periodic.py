@@ -1,9 +1,8 @@
-"""What a run does between steps: held-out losses, text that is kept or lost, pictures of held-out captions."""
+"""Periodic work between steps: held-out losses, forgetting of text, and images of held-out captions."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from t2i.generate.sample import Drawer, draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
 from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
+from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -22,10 +22,11 @@ from t2i.train.inputs import Inputs
 from t2i.train.metrics import MetricsWriter
 
 NUM_SAMPLED = 16
-"""Held-out captions drawn every train.sample_every steps, always the same."""
+"""Held-out captions that are sampled every train.sample_every steps, always the same ones."""
 
-Work = Callable[[int, ShouldStop], list[dict[str, Any]]]
-"""Takes the step, and what asks it to break off with Interrupted; returns rows for metrics.jsonl. All ranks do it."""
+Work = Callable[[int, ShouldStop], list[MetricsRow]]
+"""Takes the step, and a check that asks it to stop with Interrupted; returns rows of metrics.jsonl. All ranks call it.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Periodic:
     """Work between steps, such as a held-out loss."""
 
     every: int
-    """Steps between calls; 0 for never. It is also done after the last step."""
+    """Steps between calls; 0 for never. It also runs after the last step."""
     work: Work
     at_start: bool = False
-    """Also before the first step."""
+    """It also runs before the first step."""
 
 
 def periodic_work(
@@ -47,10 +48,10 @@ def periodic_work(
     inputs: Inputs,
     writer: MetricsWriter | None,
 ) -> list[Periodic]:
-    """List what a run measures and draws, with how often.
+    """List what a run measures and samples, and how often.
 
     Args:
-        writer: the first rank's.
+        writer: the first rank's; None on the others.
     """
     model, layout = learner.model, learner.layout
     amount, tokenizer = config.eval_images, inputs.text_tokenizer
@@ -66,7 +67,9 @@ def periodic_work(
         ids = text_sequences(
             config.eval_text, tokenizer=tokenizer, seq_len=data.seq_len, num_sequences=amount
         )
+        # At the start too: forgetting is a difference to what the model knew before the first step.
         found.append(Periodic(every=config.eval_every, work=_kept_text(model, layout, ids), at_start=True))
+    # Precomputed tokens have no decoder, and only text-to-image sequences were trained to follow a caption.
     if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
         drawer = Drawer(model, tokenizer, inputs.image_tokenizer, layout)
         work = _samples(drawer, data=data, writer=writer)
@@ -82,7 +85,7 @@ def _picture_losses(
     tokenizer: TextTokenizer,
     num_pictures: int,
 ) -> Work:
-    def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
+    def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_rows(
             model,
             config=data,
@@ -99,7 +102,7 @@ def _picture_losses(
 def _text_losses(
     model: PreTrainedModel, layout: VocabLayout, *, data: DataConfig, num_sequences: int
 ) -> Work:
-    def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
+    def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_text_rows(
             model, config=data, layout=layout, num_sequences=num_sequences, should_stop=should_stop
         )
@@ -109,9 +112,9 @@ def _text_losses(
 
 
 def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work:
-    """Measure what is left of the language model on sequences (N, S)."""
+    """Measure forgetting: the loss on text sequences (N, S), and the probability that leaks to image codes."""
 
-    def measure(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
+    def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         cost = text_cost(model, ids, layout=layout, should_stop=should_stop)
         row = {"text_loss": cost.loss, "text_loss_text_rows": cost.loss_text_rows, "leaked": cost.leaked}
         return [{"step": step, "split": "text", **row}]
@@ -120,11 +123,13 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work
 
 
 def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> Work:
-    """Draw held-out captions, always the same, on the first rank: a PNG and TensorBoard's copy of it."""
+    """Sample images of the same held-out captions each time: a PNG, and a copy for TensorBoard."""
+    # Read once and kept: the same captions make the grids of a run comparable.
     heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)
     captions = [sample["caption"] for sample in heldout]
 
-    def sample(step: int, should_stop: ShouldStop) -> list[dict[str, Any]]:
+    def sample(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
+        # The first rank alone: an image depends on its own seed, so more ranks would only draw it again.
         if writer and captions:
             folder = writer.run_dir / SAMPLES
             folder.mkdir(exist_ok=True)
@@ -140,14 +145,15 @@ def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) 
 
 @contextmanager
 def interruptible(model: nn.Module, should_stop: ShouldStop) -> Iterator[None]:
-    """Let a request break off what calls the model again and again, such as drawing, before the next call.
+    """Let a request interrupt sampling before its next call of the model.
 
     Raises:
-        Interrupted: should_stop asked for it; the model is left in the mode it was in.
+        Interrupted: should_stop said so; the model is back in its earlier mode.
     """
     was_training = model.training
 
-    def look(*_: Any) -> None:
+    # A hook of the model: the sampler is uploaded with exported models and knows nothing of requests.
+    def look(*_: object) -> None:
         if should_stop():
             raise Interrupted
 

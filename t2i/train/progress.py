@@ -1,37 +1,39 @@
-"""How far a run is, and the losses that the spike guard looks back on."""
+"""How far a run has come, and the recent losses that the spike guard compares with."""
 
 from dataclasses import dataclass, field
 
 WINDOW_STEPS = 64
-"""Losses that a new one is held against."""
+"""Recent losses that a new one is compared with."""
 
 
 @dataclass
 class Progress:
-    """What a run has done; saved and restored with the weights."""
+    """What a run has done so far; saved and restored with the weights."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
-    """Real tokens, padding not counted."""
+    """Tokens trained on, without padding."""
     seconds: float = 0.0
     skipped: int = 0
-    """Steps whose update was left out, for a gradient that was not finite or a spike of the loss."""
+    """Steps whose update was skipped, for a loss or gradient that was not finite, or for a loss spike."""
     skipped_in_a_row: int = 0
     rewinds: int = 0
-    """Times that a spike sent the run back to a checkpoint."""
+    """Times that a spike rewound the run to a checkpoint."""
     losses: list[float] = field(default_factory=list)
-    """Those of the last steps, which a spike is told by."""
+    """Losses of the last WINDOW_STEPS steps, by which a spike is recognised."""
     owed: list[int] = field(default_factory=list)
-    """Places of periodic work that a stop cut short; it is done first when the run goes on."""
+    """Indices of pending periodic work, which a stop cut short and a resumed run does first."""
 
     def count(self, num_sequences: int, *, tokens: int, loss: float | None, was_skipped: bool) -> None:
-        """Count a step over all ranks. One without an update counts too: the schedule and the data go on."""
+        """Count a step over all ranks, also one without an update."""
+        # Schedule and data move on at a skipped step, or ranks and resumed runs would have to agree on another count.
         self.step += 1
         self.samples += num_sequences
         self.tokens += tokens
         self.skipped += was_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if was_skipped else 0
+        # A spike that was skipped is no loss to compare with.
         if loss is not None and not was_skipped:
             add_loss(loss, self.losses)
 

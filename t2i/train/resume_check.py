@@ -1,4 +1,4 @@
-"""A run's own proof that it resumes: so many steps at once against half of them, a new start, and the rest."""
+"""A run's own proof that it resumes: the same steps trained at once, and in two halves with a resume between."""
 
 import gc
 from collections.abc import Iterator
@@ -23,14 +23,15 @@ BY_THE_CLOCK = (
     "data_seconds",
     "memory_bytes",
 )
-"""Of a row, what no second run has in common with a first."""
+"""Values of a row that depend on the clock or the machine, so that two equal runs differ in them."""
 
 
 def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tuple[Path, Path]:
     """Train num_steps at once and in two halves, below config.run_dir; return the two run folders.
 
-    Every rank of a launched job calls this. What is there already is not done again.
+    Every rank of a launched job calls this. Steps that are saved already are not trained again.
     """
+    # Without evaluations and samples, which change no weight and take most of such a short run.
     quiet = replace(config.train, save_every=0, eval_every=0, sample_every=0, eval_text="")
     whole, halves = (
         replace(config, run_dir=config.run_dir / name, train=quiet) for name in ("whole", "halves")
@@ -54,7 +55,7 @@ def _differing_row(found: Path, wanted: Path) -> str:
     for row, other in zip(read_metrics(found), read_metrics(wanted), strict=True):
         for key in set(other) - set(BY_THE_CLOCK):
             if row[key] != other[key]:
-                return f"step {other['step']}: {key} is {row[key]} after resuming, {other[key]} without."
+                return f"step {other['step']}: {key} is {row[key]} after resuming, {other[key]} without resuming."
     return ""
 
 
@@ -80,7 +81,7 @@ def _differing_checkpoint(found: Path, wanted: Path) -> str:
 
 @contextmanager
 def _stop_expected() -> Iterator[None]:
-    """Let a run end before max_steps, as it was told to; ranks after the first end by SystemExit."""
+    """Let a run end before max_steps, as requested; ranks after the first end by SystemExit."""
     try:
         yield
     except Stopped:

@@ -55,7 +55,7 @@ def settings_of(shards, run_dir, **train_settings):
     19,
     "disk full in one save",
     injected="ENOSPC when DeepSpeed's state of step 2 is written",
-    expected="one warning, nothing half left, training goes on, the next save is made",
+    expected="one warning, nothing half left, training continues, the next save is made",
 )
 def test_a_save_that_fails_once_ends_no_run(shards, tmp_path, monkeypatch, caplog, observed):
     monkeypatch.setenv("T2I_FAULT", "0:2:full:shards")
@@ -66,7 +66,7 @@ def test_a_save_that_fails_once_ends_no_run(shards, tmp_path, monkeypatch, caplo
     said = [record.message for record in caplog.records if "could not be written" in record.message]
     assert len(said) == 1
     assert "No space left on device" in said[0]
-    assert "Training goes on to the next save" in said[0]
+    assert "Training continues until the next save" in said[0]
     observed(said[0].partition(". Training")[0])
 
 

@@ -131,7 +131,7 @@ def test_a_jump_of_the_loss_is_met_as_asked(mode, shards, tmp_path, monkeypatch,
     train(config, ds_config_path=ds_config(tmp_path))
     rows = steps(config.run_dir)
     assert [row["step"] for row in rows] == list(range(1, 31))
-    assert sum("deviations above the last ones" in entry.message for entry in caplog.records) == 1
+    assert sum("deviations above the recent ones" in entry.message for entry in caplog.records) == 1
     assert [row["spike_score"] for row in rows[:FEWEST_STEPS]] == FEWEST_STEPS * [None]
     marked = [row["step"] for row in rows if row["spike"]]
     assert marked == ([] if mode == "rewind" else [25])

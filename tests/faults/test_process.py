@@ -63,7 +63,8 @@ def test_the_proof_names_the_first_difference(whole, tmp_path):
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"samples": 24', '"samples": 25'))
     assert (
-        verify.first_difference(other, whole, step=8) == "step 3: samples is 25 after resuming, 24 without."
+        verify.first_difference(other, whole, step=8)
+        == "step 3: samples is 25 after resuming, 24 without resuming."
     )
 
 

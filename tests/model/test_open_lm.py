@@ -10,7 +10,7 @@ from t2i.model.open_lm import decoding_open_lm, sampling_open_lm
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
-from t2i.model.open_lm.sampling_open_lm import choose, picture_keys, sample_codes, waits
+from t2i.model.open_lm.sampling_open_lm import choose_codes, picture_keys, sample_codes, waits
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
@@ -115,7 +115,9 @@ def slow_codes(model, prompt, *, seed, guidance_scale, image_ids, num_codes, emp
         ]
         guided = logits[1] + guidance_scale * (logits[0] - logits[1])
         image_logits = guided[:, image_ids.start : image_ids.stop]
-        found.append(choose(image_logits, keys[:, step], temperature=1.0, top_k=top_k, top_p=top_p).item())
+        found.append(
+            choose_codes(image_logits, keys[:, step], temperature=1.0, top_k=top_k, top_p=top_p).item()
+        )
     return found
 
 
@@ -247,7 +249,7 @@ def test_waits_are_exponential_and_independent_along(axis):
 def test_draws_follow_the_kept_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
     keys = picture_keys(torch.arange(4000), num_codes=1)[:, 0]
-    counts = torch.bincount(choose(logits, keys, temperature=1.0, top_k=3, top_p=0.7), minlength=4)
+    counts = torch.bincount(choose_codes(logits, keys, temperature=1.0, top_k=3, top_p=0.7), minlength=4)
     # top-k keeps three, top-p the first two of them: 5 to 3. Four standard errors of 4,000 draws are 0.03.
     assert counts[2:].sum() == 0
     assert counts[0].item() / 4000 == pytest.approx(5 / 8, abs=0.03)
@@ -267,7 +269,7 @@ def test_growing_keeps_old_rows_bit_for_bit(rows, is_tied):
 
 
 def test_a_smaller_layout_is_refused():
-    with pytest.raises(UserError, match="has 64 rows; the layout has only 60"):
+    with pytest.raises(UserError, match="has 64 embeddings; expected <= 60"):
         grow_vocabulary(tiny(), vocab_size=60, rows="mean", seed=0)
 
 

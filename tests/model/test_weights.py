@@ -20,7 +20,7 @@ from t2i.convert.open_lm import (
 from t2i.convert.open_lm_reference import open_lm_logits
 from t2i.convert.released import read_weights
 from t2i.errors import CheckpointError, UserError
-from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, POSITIONS, OpenLMConfig
+from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, POSITION_TYPES, OpenLMConfig
 
 # fp32 sums in another order: at most 2e-5 was seen on logits of about 5.
 LOGITS = 1e-4
@@ -33,7 +33,7 @@ def convert(state, **changes):
 
 VARIANTS = [
     *({"model_norm": norm, "qk_norm": True, "post_embed_norm": True} for norm in NORM_TYPES),
-    *({"positional_embedding_type": kind} for kind in POSITIONS),
+    *({"positional_embedding_type": kind} for kind in POSITION_TYPES),
     {"weight_tying": True, "ffn_type": "swiglu_torch"},
 ]
 
@@ -199,7 +199,7 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path):
     (tmp_path / "torn.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="torn.pt cannot be read|beside tensors"):
         read_weights(tmp_path / "torn.pt")
-    with pytest.raises(UserError, match="is no file of weights, and no folder"):
+    with pytest.raises(UserError, match="is no weight file, and no folder"):
         read_weights(tmp_path / "nowhere")
 
 

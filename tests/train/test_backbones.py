@@ -201,13 +201,13 @@ def test_models_that_the_loss_would_get_wrong_are_refused(tokenizer, tmp_path):
     biased = GPTJForCausalLM(GPTJConfig(**sizes, rotary_dim=8))
     torch.nn.init.normal_(biased.lm_head.bias)
     biased.save_pretrained(tmp_path / "biased")
-    with pytest.raises(UserError, match="does more to its logits than a product with its head"):
+    with pytest.raises(UserError, match="are not hidden states times LM head"):
         load_model(tmp_path / "biased")
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
     assert hidden_states(load_model(tmp_path / "gpt2"), torch.tensor([[1, 2]])).shape == (1, 2, 32)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text('{"model_type": "none-such"}')
-    with pytest.raises(UserError, match="is no language model that transformers knows: model_type"):
+    with pytest.raises(UserError, match="is no language model that transformers knows: .* has model_type"):
         load_model(tmp_path / "strange")
 
 
@@ -218,7 +218,7 @@ def test_more_positions_than_a_model_has_are_refused(finished, tokenizer, tmp_pa
         model=replace(finished.model, init=str(start)),
         data=replace(finished.data, seq_len=129),
     )
-    with pytest.raises(UserError, match="data.seq_len is 129; .* was made for 128 positions"):
+    with pytest.raises(UserError, match="data.seq_len is 129; expected <= 128, the positions of"):
         build_model(
             config.model,
             data=config.data,

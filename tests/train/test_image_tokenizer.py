@@ -11,7 +11,7 @@ from t2i.errors import DataError, UserError
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.quality import structural_similarity
-from t2i.image_tokenizer.train import Codebook, build_model, kmeans, train_image_tokenizer
+from t2i.image_tokenizer.train import Codebook, build_vq_model, kmeans, train_image_tokenizer
 from t2i.tokens.image import ImageTokenizer
 
 TINY = TokenizerConfig(
@@ -99,7 +99,7 @@ def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypa
 
 def test_channels_must_suit_spatial_norms():
     with pytest.raises(UserError, match="expected for each a whole number .* multiple of 32"):
-        build_model(replace(TINY, channels=(32, 48)))
+        build_vq_model(replace(TINY, channels=(32, 48)))
 
 
 def test_structural_similarity_is_one_for_equal_pictures_and_falls_with_noise():

@@ -144,29 +144,29 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
     shutil.copytree(finished.run_dir, config.run_dir)
     manifest = json.loads((config.run_dir / "data_manifest.json").read_text())
     (config.run_dir / "data_manifest.json").write_text(json.dumps({**manifest, "source": "another"}))
-    with pytest.raises(UserError, match="begun with other shards"):
+    with pytest.raises(UserError, match="started with other shards"):
         train(config, ds_config_path=DS_CONFIG)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"zero_optimization": {"stage": 0}}, r"stage is 0; wanted is 1 or 2"),
-        ({"zero_optimization": {"stage": 3}}, r"stage is 3; wanted is 1 or 2"),
+        ({"zero_optimization": {"stage": 0}}, r"stage is 0; expected 1 or 2"),
+        ({"zero_optimization": {"stage": 3}}, r"stage is 3; expected 1 or 2"),
         (
             {
                 "zero_optimization": {"stage": 1},
                 "bf16": {"enabled": True},
                 "data_types": {"grad_accum_dtype": "fp32"},
             },
-            r"stage is 1 with bf16 and grad_accum_dtype fp32; wanted is stage 2",
+            r"stage is 1 with bf16 and grad_accum_dtype fp32; expected stage 2",
         ),
         ({"fp16": {"enabled": True}}, r"enables fp16"),
-        ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; wanted is a number"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; expected a whole number"),
         ({"optimizer": None}, r"sets the optimizer"),
         ({"optimizer": {"params": 1}}, r"sets the optimizer"),
-        ({"zero_optimization": 2}, r"zero_optimization is 2; wanted is an object"),
-        ({"bf16": True}, r"bf16 is True; wanted is an object"),
+        ({"zero_optimization": 2}, r"zero_optimization is 2; expected an object"),
+        ({"bf16": True}, r"bf16 is True; expected an object"),
     ],
 )
 def test_a_ds_config_that_cannot_work_is_refused(tmp_path, changes, sentence):
@@ -190,7 +190,7 @@ def test_a_second_run_in_the_folder_with_other_science_is_refused(finished):
 
 def test_a_ds_config_that_claims_a_number_of_the_run_is_refused(finished, tmp_path):
     (tmp_path / "bad.json").write_text('{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1}')
-    with pytest.raises(UserError, match=r"gradient_clipping, which --train\.grad_clip owns"):
+    with pytest.raises(UserError, match=r"gradient_clipping, which --train\.grad_clip decides"):
         train(replace(finished, run_dir=tmp_path / "run"), ds_config_path=tmp_path / "bad.json")
     assert not (tmp_path / "run").exists()  # a mistake leaves no folder
 
@@ -227,7 +227,7 @@ def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, t
     status = json.loads((run_dir / "status.json").read_text())
     rows = read_metrics(run_dir)
     assert (status["state"], status["code"], status["step"]) == ("stopped", 75, rows[-1]["step"])
-    assert f"Stopped at step {status['step']} of 100000; the same command goes on." in said
+    assert f"Stopped at step {status['step']} of 100000; run the same command to resume." in said
     assert status["next"].startswith("python launchers/train.py --ds_config")
     assert (run_dir / "latest").read_text().strip() == f"checkpoints/step_{status['step']:06d}"
     assert "Traceback" not in said

@@ -13,7 +13,7 @@ NORM_TYPES = (
     "no_wb_layer_norm",
     "rms_norm",
 )
-POSITIONS = ("rotary", "head_rotary", "none")
+POSITION_TYPES = ("rotary", "head_rotary", "none")
 
 
 class OpenLMConfig(PretrainedConfig):
@@ -29,10 +29,10 @@ class OpenLMConfig(PretrainedConfig):
         qk_norm: normalise queries and keys over all heads together.
         vocab_layout: num_text_rows, num_text_tokens, codebook_size, multiple; None for a language model alone.
         codes_per_image: length of the code grid, row by row; None for a language model alone.
-        sequence_mode: what the sequences held that it learned to continue with pictures: "text-to-image",
-            "image-only" or "text-only".
-        sequence_length: their tokens, padding included, beyond which captions were cut; None for no such length.
-        image_rows_only: image codes were learned by a softmax over their own rows alone.
+        sequence_mode: content of the sequences in training: "text-to-image", "image-only" or "text-only".
+        sequence_length: tokens per sequence in training, including padding; longer captions were truncated. None if
+            it is not known.
+        image_rows_only: image codes were trained by a softmax over the image vocabulary only.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown name.
@@ -63,20 +63,23 @@ class OpenLMConfig(PretrainedConfig):
         image_rows_only: bool = False,
         **kwargs: Any,
     ) -> None:
+        # Rotary angles turn the two halves of a head, so its width must be even.
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
             raise ValueError(
                 f"hidden_size is {hidden_size} for {num_attention_heads} heads; each head needs an even width"
             )
         if norm_type not in NORM_TYPES:
-            raise ValueError(f"norm_type is {norm_type!r}; wanted is one of {', '.join(NORM_TYPES)}")
-        if positional_embedding_type not in POSITIONS:
+            raise ValueError(f"norm_type is {norm_type!r}; expected one of {', '.join(NORM_TYPES)}")
+        if positional_embedding_type not in POSITION_TYPES:
             raise ValueError(
-                f"positional_embedding_type is {positional_embedding_type!r}; wanted is one of {POSITIONS}"
+                f"positional_embedding_type is {positional_embedding_type!r}; expected one of"
+                f" {', '.join(POSITION_TYPES)}"
             )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        # open_lm's own rule, which its released weights follow.
         self.intermediate_size = intermediate_size or 256 * math.ceil(int(8 * hidden_size / 3) / 256)
         self.max_position_embeddings = max_position_embeddings
         self.positional_embedding_type = positional_embedding_type

@@ -1,6 +1,6 @@
-"""open_lm's forward for one new token per row, over a KV cache whose memory is taken once.
+"""open_lm's forward for one new token per row, over a KV cache whose memory is allocated once.
 
-This file is uploaded with exported models, so it imports nothing but torch, transformers and the sampler beside it.
+This file is uploaded with exported models, so it imports only torch, transformers and the files beside it.
 
 B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
 image, T positions so far, L layers, H heads, D width.
@@ -8,19 +8,19 @@ image, T positions so far, L layers, H heads, D width.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .sampling_open_lm import left_padded, product
 
 FIXED_STEP = 32
-"""Positions of fixed shapes are a multiple of this: a slightly longer prompt needs no new ones."""
+"""Fixed shapes have a multiple of so many positions, so that a slightly longer prompt needs no new compilation."""
 MOST_WINDOWS, LEAST_WINDOW = 4, 128
-"""Attention in fixed shapes is over a growing number of positions; each number is compiled by itself."""
+"""Attention in fixed shapes is over a growing window of positions; each size of window is compiled separately."""
 
 
 class StaticCache:
@@ -31,31 +31,32 @@ class StaticCache:
         self.length = 0
 
     @classmethod
-    def empty(cls, config: Any, *, num_rows: int, num_positions: int, like: Tensor) -> "StaticCache":
-        """Take the memory of so many rows and positions, zeroed, on the device and in the dtype of `like`."""
+    def empty(cls, config: PretrainedConfig, *, num_rows: int, num_positions: int, like: Tensor) -> Self:
+        """Allocate zeroed memory for so many rows and positions, with the device and dtype of `like`."""
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (2, num_rows, config.num_attention_heads, num_positions, head_dim)
         return cls([like.new_zeros(shape) for _ in range(config.num_hidden_layers)])
 
     def get_seq_length(self) -> int:
-        """Count the positions held."""
+        """Return the number of positions held."""
         return self.length
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, H, S, head_dim); return all so far. The last layer ends the step."""
+        """Append keys and values (R, H, S, head_dim) of a layer; return all so far."""
         end = self.length + key.shape[2]
         keys, values = self.memory[layer]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
+        # Every layer writes at the same positions, so the last one counts them.
         if layer == len(self.memory) - 1:
             self.length = end
         return keys[:, :, :end], values[:, :, :end]
 
 
 class Decoder:
-    """The forward for one new token per row, without what only whole sequences need.
+    """The forward for one new token per row, without the work that only whole sequences need.
 
-    Weights are laid out for few rows, angles and mask are made once for all steps, attention is over the true length.
+    Weights are laid out for few rows, angles and mask are computed once, and attention is over the true length.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Decoder:
 
         Args:
             memory: of each layer (2, R, H, P + K, head_dim).
-            length: P, the positions that it holds.
-            padding: (R,) positions on the left of each row that no key may be seen of.
+            length: P, the number of positions that it holds.
+            padding: (R,) number of positions on the left of each row that attention must not see.
         """
         self.body, self.memory, self.length = model.model, memory, length
         num_rows, _, num_positions, head_dim = memory[0].shape[1:]
@@ -74,16 +75,16 @@ class Decoder:
             [product(weight, num_rows=num_rows) for weight in weights] for weights in _weights(self.body)
         ]
         places = torch.arange(num_positions, device=padding.device)
-        # Rotary angles count from each row's first real id, as in training. (R, 1, P + K, head_dim) each
+        # Rotary angles count from each row's first real id, as in training: (R, 1, P + K, head_dim) each.
         self.angles = _signed(self.body.angles((places - padding[:, None]).clamp(min=0)), head_dim)
         self.mask = None
-        if padding.any():  # without a mask SDPA may choose a quicker kernel
+        if padding.any():  # without a mask, SDPA may choose a faster kernel
             hidden = torch.full((num_rows, num_positions), -torch.inf, device=padding.device)
             hidden = hidden.where(places < padding[:, None], 0)
             self.mask = hidden[:, None, None].to(memory[0].dtype)  # (R, 1, 1, P + K)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Append one id per row (R,); compute its normed hidden state (R, D)."""
+        """Append one id per row (R,); compute its normalised hidden state (R, D)."""
         at, end = self.length, self.length + 1
 
         def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +98,9 @@ class Decoder:
 
 
 class FixedDecoder(nn.Module):
-    """What Decoder does, in few shapes for all steps and batches: for torch.compile, and CUDA graphs.
+    """Decoder's forward in few shapes for all steps and batches, for torch.compile and CUDA graphs.
 
-    Attention is over a window: the first positions up to a multiple of a quarter of all, masked.
+    Attention is over a masked window: the first positions, up to a multiple of a quarter of all.
     """
 
     body: Any
@@ -114,13 +115,13 @@ class FixedDecoder(nn.Module):
         cache = StaticCache.empty(model.config, num_rows=num_rows, num_positions=num_positions, like=like)
         zeros = functools.partial(torch.zeros, dtype=torch.long, device=like.device)
         for layer, memory in enumerate(cache.memory):
-            # A graph reads and writes buffers in place. One per layer: of one buffer for all layers, the compiler
-            # copied the whole at each layer's write.
+            # A graph reads and writes buffers in place. One buffer per layer: with one for all layers, the compiler
+            # copied the whole of it at each layer's write.
             self.register_buffer(f"memory_{layer}", memory)
         self.register_buffer("at", zeros(1))
         self.register_buffer("padding", zeros(num_rows))
         self.steps: dict[Any, Callable[..., Tensor]] = {}
-        """Compiled steps by the settings of their draws."""
+        """Compiled steps, by their sampling settings."""
 
     @property
     def memory(self) -> list[Tensor]:
@@ -128,29 +129,29 @@ class FixedDecoder(nn.Module):
         return [self.get_buffer(f"memory_{layer}") for layer in range(len(self.body.layers))]
 
     def begin(self, *, length: int, padding: Tensor) -> None:
-        """Continue after the prompts, given their keys and values in `memory`; Decoder has the arguments."""
+        """Continue after the prompts, given their keys and values in `memory`; the arguments are Decoder's."""
         self.length = length
         # In place: compiled steps and CUDA graphs know these tensors by their memory.
         self.at.fill_(length)
         self.padding.copy_(padding)
 
     def windows(self) -> Iterator[int]:
-        """Yield the positions that each step from here must see at least, rounded up to windows."""
+        """Yield the window of each step from here: the positions that it must see, rounded up."""
         num_positions = self.memory[0].shape[3]
         size = max(LEAST_WINDOW, -(-num_positions // MOST_WINDOWS))
         for seen in range(self.length + 1, num_positions + 1):
             yield min(num_positions, seen + -seen % size)
 
     def forward(self, ids: Tensor, window: int) -> Tensor:
-        """Append one id per row (R,); compute its normed hidden state (R, D)."""
+        """Append one id per row (R,); compute its normalised hidden state (R, D)."""
         at, memory = self.at, self.memory
 
         def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-            # By a tensor, not by an int: a Python number would be compiled in, and each position be compiled anew.
+            # By a tensor, not by an int: a Python number would be a constant, and each position be compiled again.
             layer.index_copy_(3, at, new[:, :, :, None])
             return layer[0, :, :, :window], layer[1, :, :, :window]
 
-        # Neither the positions to come, which hold what an earlier batch left, nor the padding on the left.
+        # Not the later positions, which hold what an earlier batch left, and not the padding on the left.
         places = torch.arange(window, device=at.device)
         mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, window)
         head_dim = memory[0].shape[4]
@@ -172,11 +173,11 @@ def begin_decoding(
     num_codes: int,
     is_fixed: bool = False,
 ) -> tuple[Tensor, Decoder | FixedDecoder]:
-    """Read the prompts: the last hidden states (R, D), and what continues from there.
+    """Read the prompts; return the last hidden states (R, D) and the decoder that continues from there.
 
     Args:
-        empty_prompt: read once for all rows; None without guidance.
-        is_fixed: continue in fixed shapes, by a decoder that the model keeps for the next batch.
+        empty_prompt: prompt of the null caption, read once for all rows; None without guidance.
+        is_fixed: continue in fixed shapes, with a decoder that the model keeps for the next batch.
     """
     lengths = [len(prompt) for prompt in prompts] + [len(empty_prompt or [])] * len(prompts)
     batch, longest = len(prompts), max(lengths)
@@ -207,8 +208,8 @@ def begin_decoding(
 
 
 def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int) -> FixedDecoder:
-    """Return the model's one decoder, made anew where it has other rows or too few positions."""
-    # In __dict__, past nn.Module's own attributes: the decoder's buffers are no part of the model's state.
+    """Return the model's only decoder; a new one if the number of rows differs or it has too few positions."""
+    # In __dict__, past nn.Module's __setattr__: the decoder's buffers must not become part of the model's state.
     kept: FixedDecoder | None = model.__dict__.get("_fixed_decoder")
     like = model.get_output_embeddings().weight
     if (
@@ -220,7 +221,7 @@ def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int
     ):
         return kept
     del kept
-    model.__dict__["_fixed_decoder"] = None  # its memory goes before the next one's is taken
+    model.__dict__["_fixed_decoder"] = None  # frees its large memory before the next one's is allocated
     num_positions = least_positions + -least_positions % FIXED_STEP
     decoder = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
     model.__dict__["_fixed_decoder"] = decoder
@@ -228,7 +229,7 @@ def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int
 
 
 def _weights(body: Any) -> list[tuple[Tensor, ...]]:
-    """List the weights of each layer's four products."""
+    """List the four weight matrices of each layer."""
     return [
         (
             block.attention.in_proj.weight,
@@ -241,7 +242,7 @@ def _weights(body: Any) -> list[tuple[Tensor, ...]]:
 
 
 def _signed(angles: tuple[Tensor, Tensor] | None, head_dim: int) -> list[Tensor] | None:
-    """Give the sines of the first half their sign, so that a turn is one addcmul."""
+    """Negate the sines of the first half, so that a rotation is one addcmul."""
     if angles is None:
         return None
     cos, sin = angles
@@ -259,13 +260,13 @@ def _forward(
     angles: list[Tensor] | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Compute the normed hidden states (R, D) of one new id per row (R,).
+    """Compute the normalised hidden states (R, D) of one new id per row (R,).
 
     Args:
         products: in_proj, out_proj, w12 and w3 of each layer.
-        remember: puts new keys and values (2, R, H, head_dim) into a layer's memory, and returns what is to be seen.
+        remember: writes new keys and values (2, R, H, head_dim) into a layer's memory, and returns those to attend to.
         angles: cos and signed sin (R, 1, 1, head_dim).
-        mask: what SDPA takes, (R, 1, 1, T).
+        mask: attention mask of SDPA, (R, 1, 1, T).
     """
     heads_shape = (len(ids), 3, memory[0].shape[2], memory[0].shape[4])
     hidden = body.post_embed_norm(body.tok_embeddings(ids))  # (R, D)
@@ -276,7 +277,7 @@ def _forward(
         query = heads[:, 0, :, None]  # (R, H, 1, head_dim)
         mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)  # (R, H, 1, head_dim)
         hidden = hidden + out_proj(mixed.flatten(1))
-        gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)
+        gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)  # (R, intermediate) each
         hidden = hidden + w3(F.silu(gate) * value)
     return body.norm(hidden)
 
@@ -284,16 +285,16 @@ def _forward(
 def _heads(
     attention: Any, projected: Tensor, shape: tuple[int, ...], angles: list[Tensor] | None, *, has_norms: bool
 ) -> Tensor:
-    """Norm and turn what was projected (R, 3 D): queries, keys and values (R, 3, H, head_dim)."""
-    heads = projected.view(shape)
+    """Normalise and rotate projections (R, 3 D): queries, keys and values (R, 3, H, head_dim)."""
+    heads = projected.view(shape)  # (R, 3, H, head_dim)
     if has_norms:
-        flat = projected.view(len(projected), 3, -1)
-        # open_lm's norms of queries and keys are over all heads together, before they are parted.
+        flat = projected.view(len(projected), 3, -1)  # (R, 3, D), a view: heads sees what is written here
+        # open_lm normalises queries and keys over all heads together, before they are split.
         flat[:, 0] = attention.q_norm(flat[:, 0])
         flat[:, 1] = attention.k_norm(flat[:, 1])
     if angles is not None:
         cos, signed_sin = angles
-        pair = heads[:, :2].float()  # (R, 2, H, head_dim): queries and keys, turned in fp32 as in training
+        pair = heads[:, :2].float()  # (R, 2, H, head_dim): queries and keys, rotated in fp32 as in training
         swapped = pair.roll(pair.shape[-1] // 2, dims=-1)
         heads[:, :2] = torch.addcmul(pair * cos, swapped, signed_sin)
     return heads

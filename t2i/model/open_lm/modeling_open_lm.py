@@ -1,10 +1,9 @@
-"""open_lm as transformers classes; parameters carry open_lm's own names, so released weights map by prefix.
+"""open_lm as transformers classes. Parameters have open_lm's own names, so released weights map by prefix.
 
 B batch, S new positions, T all positions so far, H heads, D width, V vocabulary.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from .decoding_open_lm import begin_decoding
 from .sampling_open_lm import draw
 
 ROTARY_BASE = 10_000.0
+"""Base of the rotary frequencies, open_lm's constant."""
 
 
 def make_norm(config: OpenLMConfig) -> nn.Module:
@@ -38,7 +38,7 @@ def rotary_angles(positions: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads (B, H, S, head_dim) by half rotation, in fp32, back in their own dtype."""
+    """Rotate heads (B, H, S, head_dim) by halves, in fp32, and return them in their own dtype."""
     first, second = heads.float().chunk(2, dim=-1)
     return (heads.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)
 
@@ -64,7 +64,8 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor] | None,
         cache: Cache | None,
     ) -> Tensor:
-        query, key, value = self.in_proj(hidden).chunk(3, dim=-1)
+        query, key, value = self.in_proj(hidden).chunk(3, dim=-1)  # (B, S, D) each
+        # The norms come before the split into heads: open_lm normalises over all heads together.
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in (self.q_norm(query), self.k_norm(key), value)
@@ -73,6 +74,7 @@ class Attention(nn.Module):
             query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
+        # Without a mask SDPA can use its fastest kernels. One new position sees all, so nothing is to be hidden.
         is_causal = mask is None and query.shape[2] > 1
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
@@ -87,7 +89,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, value = self.w12(hidden).chunk(2, dim=-1)
+        gate, value = self.w12(hidden).chunk(2, dim=-1)  # (B, S, intermediate) each
         return self.w3(F.silu(gate) * value)
 
 
@@ -111,7 +113,7 @@ class Block(nn.Module):
 
 
 class OpenLMPreTrainedModel(PreTrainedModel):
-    """What both classes share: open_lm's initialisation and transformers' switches."""
+    """Base of both classes: open_lm's initialisation and transformers' switches."""
 
     config_class = OpenLMConfig
     base_model_prefix = "model"
@@ -120,7 +122,7 @@ class OpenLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw from normals cut at three deviations; a residual branch shrinks with its depth.
+        """Draw from normals truncated at three deviations; a residual branch shrinks with its depth.
 
         Source: open_lm's reset_parameters (open_lm/model.py, open_lm/attention.py).
         """
@@ -135,7 +137,7 @@ class OpenLMPreTrainedModel(PreTrainedModel):
 
 
 class OpenLMModel(OpenLMPreTrainedModel):
-    """Ids to normed hidden states."""
+    """The transformer without its LM head: ids to normalised hidden states."""
 
     def __init__(self, config: OpenLMConfig) -> None:
         super().__init__(config)
@@ -168,12 +170,12 @@ class OpenLMModel(OpenLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BaseModelOutputWithPast:
-        """Compute normed hidden states (B, S, D).
+        """Compute normalised hidden states (B, S, D).
 
         Args:
-            attention_mask: (B, T), nonzero where a key may be seen; None if all may.
+            attention_mask: (B, T), nonzero where a key may be attended to; None if all may.
             position_ids: (B, S); by default counted from the mask, else from the cache's length.
             past_key_values: any cache with get_seq_length() and update(key, value, layer).
         """
@@ -185,6 +187,7 @@ class OpenLMModel(OpenLMPreTrainedModel):
         mask = _mask(attention_mask, hidden, past=past)
         angles = self.angles(_positions(position_ids, attention_mask, hidden, past=past))
         for layer in self.layers:
+            # Without a cache: a checkpointed layer runs twice, and would append its keys twice.
             if self.gradient_checkpointing and self.training:
                 hidden = torch.utils.checkpoint.checkpoint(
                     layer, hidden, mask, angles, None, use_reentrant=False
@@ -195,10 +198,11 @@ class OpenLMModel(OpenLMPreTrainedModel):
 
 
 class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
-    """open_lm with its head; `draw` makes pictures once the vocabulary holds image codes."""
+    """open_lm with its LM head; `draw` samples images once the vocabulary holds image codes."""
 
     _tied_weights_keys = {"output.weight": "model.tok_embeddings.weight"}  # noqa: RUF012
 
+    # Methods, so that an export loaded by remote code has the sampler without this package.
     draw, begin_decoding = draw, begin_decoding
 
     def __init__(self, config: OpenLMConfig) -> None:
@@ -216,11 +220,11 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the bias-free head."""
+        """Return the bias-free LM head."""
         return self.output
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the bias-free head."""
+        """Replace the bias-free LM head."""
         self.output = new_embeddings
 
     def forward(
@@ -234,13 +238,13 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         cache: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, V), or of the last logits_to_keep positions only.
 
         Args:
             labels: (B, S), shifted inside as transformers does; -100 is not counted.
-            cache: what newer transformers releases call past_key_values.
+            cache: the name of past_key_values in newer releases of transformers.
         """
         outputs = self.model(
             input_ids,
@@ -250,7 +254,7 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
-        logits = self.output(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self.output(outputs.last_hidden_state[:, -logits_to_keep:])  # (B, S, V); -0 keeps all
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -258,7 +262,7 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
 
 
 def _mask(attention_mask: Tensor | None, hidden: Tensor, *, past: int) -> Tensor | None:
-    """Build a boolean mask (B, 1, S, T), or None where SDPA's own causal form says the same."""
+    """Build a boolean mask (B, 1, S, T), or None where SDPA's is_causal does the same."""
     num_new = hidden.shape[1]
     if attention_mask is None and (past == 0 or num_new == 1):
         return None
@@ -267,7 +271,7 @@ def _mask(attention_mask: Tensor | None, hidden: Tensor, *, past: int) -> Tensor
     keys = torch.arange(total, device=hidden.device)[None]
     mask = (keys <= queries)[None, None]  # (1, 1, S, T)
     if attention_mask is not None:
-        # A padded query sees itself, or its softmax would be empty.
+        # A padded query sees itself, or its softmax would be over nothing and give nan.
         mask = (mask & attention_mask[:, None, None, :total].bool()) | (keys == queries)
     return mask
 

@@ -1,6 +1,6 @@
 """Captions to image codes: one prefill, guidance, and only the image vocabulary's part of the LM head.
 
-This file is uploaded with exported models, so it imports nothing but torch and transformers.
+This file is uploaded with exported models, so it imports only torch and transformers.
 
 B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
 image, T positions so far, D width.
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 MOST_STEPS = 256
-"""Compiled steps of one process, over all shapes and settings."""
+"""Maximum number of compiled steps per process, over all shapes and settings."""
 MANY_ROWS = 8
-"""From so many rows on, a compiled step's products are quicker by oneDNN than by MKL (64 codes, batches 1 and 8)."""
-SPECIAL_TOKENS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
+"""From so many rows on, a compiled step is faster with oneDNN than with MKL (measured at 64 codes, batches 1 and 8)."""
+MARKERS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How codes are drawn from hidden states."""
+    """How codes are sampled from hidden states."""
 
     image_ids: range
     """Ids of the image codes, in order of the codes."""
@@ -43,11 +43,11 @@ class Draws:
 def product(weight: Tensor, *, num_rows: int) -> Callable[[Tensor], Tensor]:
     """Prepare x (num_rows, D) -> x weight^T.
 
-    In fp32 on x86 processors oneDNN takes the weight in blocks of its own: half the time at 2 rows, a third at 16.
+    In fp32 on x86 processors, oneDNN packs the weight in its own blocks: half the time at 2 rows, a third at 16.
     """
     if not _has_blocks(weight):
         return functools.partial(F.linear, weight=weight)
-    # Not public, but what torch's own compiler calls; packed once here, and used by every step.
+    # Not public, but torch's own compiler calls it. Packed once here, and used by every step.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), num_rows)
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda rows: multiply(rows, packed, None, "none", [], "")
@@ -77,11 +77,11 @@ def sample_codes(
 ) -> Tensor:
     """Sample one image per prompt: codes (B, K), int64.
 
-    Guidance is combined on the hidden states: the head has no bias, so logits are linear in them and this equals
-    combining logits, at one product with the head per pair.
+    Guidance combines hidden states instead of logits. The LM head has no bias, so both give the same, and this takes
+    one product with the head per pair.
 
     Args:
-        model: a causal LM with a bias-free head; open_lm's takes the memory of its KV cache once.
+        model: a causal LM with a bias-free LM head; open_lm's allocates its KV cache once.
         prompts: ids up to and with `<image>`, of any lengths.
         empty_prompt: the prompt of the null caption.
         image_ids: ids of the image codes, in order of the codes.
@@ -90,31 +90,31 @@ def sample_codes(
         temperature: 0 for the most likely code.
         top_k: keep this many codes; 0 for all.
         top_p: of those, keep the most likely that together reach this probability.
-        is_compiled: compile the step, at first and where there are other numbers of prompts or a longer one than
-            before: a minute, after which weights must stay as they are. Codes differ where rounding decides.
+        is_compiled: compile the step, which takes a minute, again for another number of prompts or a longer one.
+            Afterwards the weights must not change. Codes differ where rounding decides.
 
     Raises:
         ValueError: a compiled step of a model that is not open_lm's.
     """
     how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
-    # After <image> come K codes and nothing else: text is no choice, and its part of the head is not multiplied with.
+    # After <image> come K codes and nothing else, so the text part of the LM head is never multiplied with.
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
     keys = picture_keys(
         torch.tensor(seeds, device=model.device), num_codes=num_codes
     ).T.contiguous()  # (K, B)
-    # Found by what it can do, so that an export's own class, loaded by remote code, is decoded the quick way too.
+    # Asked by method, not by class, so that an export's class, loaded by remote code, is decoded the fast way too.
     begin = getattr(model, "begin_decoding", None)
     empty = empty_prompt if how.is_guided else None
     if begin is not None:
         hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
     elif is_compiled:
         raise ValueError(
-            f"{type(model).__name__} draws by transformers' own cache, which is not compiled here"
+            f"{type(model).__name__} samples with transformers' own KV cache, which is not compiled here"
         )
     else:
         hidden, decoder = _begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
     to_logits = product(head, num_rows=len(prompts))
-    # The first code comes from the prompts' hidden states, so K codes take K - 1 steps.
+    # The first code is sampled from the prompts' hidden states, so K codes take K - 1 steps.
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
     codes = [next_codes(hidden, keys[0], to_logits=to_logits, how=how)]
     for of_code in keys[1:]:
@@ -123,23 +123,25 @@ def sample_codes(
 
 
 def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Tensor], how: Draws) -> Tensor:
-    """Draw a code per caption (B,) from hidden states (R, D), each by its own key (B,)."""
+    """Sample one code per caption (B,) from hidden states (R, D), each by its own key (B,)."""
     if how.is_guided:
-        conditional, unconditional = hidden.float().chunk(2)  # (B, D) each, in fp32: the difference is small
+        conditional, unconditional = hidden.float().chunk(
+            2
+        )  # (B, D) each, in fp32: their difference is small
         mixed = unconditional + how.guidance_scale * (conditional - unconditional)
         hidden = mixed.to(hidden.dtype)
     logits = to_logits(hidden).float()  # (B, codebook)
-    return choose(logits, keys, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
+    return choose_codes(logits, keys, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
 
 
 def _step(
     decoder: Callable[..., Tensor], to_logits: Callable[[Tensor], Tensor], how: Draws
 ) -> Callable[..., Tensor]:
-    """Make the step from codes (B,) and the keys (B,) of the next ones to these; a fixed decoder takes its window."""
+    """Make the step from codes (B,) and the next keys (B,) to the next codes; a fixed decoder also takes a window."""
 
     def step(codes: Tensor, keys: Tensor, *window: int) -> Tensor:
         ids = codes + how.image_ids.start
-        # Both rows of a pair read the code that was drawn for it.
+        # Both rows of a pair continue with the code that was sampled for it.
         hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids, *window)
         return next_codes(hidden, keys, to_logits=to_logits, how=how)
 
@@ -151,7 +153,9 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
     if how not in decoder.steps:
         is_cuda = head.device.type == "cuda"
         codebook, width = head.shape
-        to_logits = nn.Linear(width, codebook, bias=False, device="meta")  # weights of modules can be packed
+        to_logits = nn.Linear(
+            width, codebook, bias=False, device="meta"
+        )  # only weights of modules are packed
         to_logits.weight = nn.Parameter(head, requires_grad=False)
         is_by_onednn = _has_blocks(head) and len(decoder.padding) >= MANY_ROWS
         step = torch.compile(
@@ -163,18 +167,16 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
             # CPU it gave wrong codes at batch 8 (torch 2.14.1).
             mode="reduce-overhead" if is_cuda else None,
         )
-        # Dynamo counts all steps as versions of one function, and would stop at eight.
+        # Dynamo counts all steps as versions of one function, and would stop compiling at eight.
         step = torch._dynamo.config.patch(recompile_limit=MOST_STEPS)(step)
         decoder.steps[how] = step if is_cuda else torch._inductor.config.patch(freezing=True)(step)
     windows = decoder.windows()
     return lambda codes, keys: decoder.steps[how](codes, keys, next(windows))
 
 
-def _packed_by_onednn(graph: Any, inputs: Any) -> Callable[..., Any]:
-    """Compile with weights that oneDNN packs, which is quicker than MKL at many rows.
-
-    torch's compiler takes it where products may be rounded: so they may while it compiles, not when the step runs.
-    """
+def _packed_by_onednn(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    """Compile with weights that oneDNN packs, which is faster than MKL at many rows."""
+    # torch's compiler uses oneDNN only if products may be rounded. They may while it compiles, not when the step runs.
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
     products.fp32_precision = "tf32"
@@ -191,16 +193,16 @@ def _begin_any(
     empty_prompt: Sequence[int] | None,
     num_codes: int,
 ) -> tuple[Tensor, "PlainDecoder"]:
-    """Read the prompts as a model's begin_decoding does, with a class of transformers' own."""
+    """Read the prompts as begin_decoding does, with a model of one of transformers' own classes."""
     rows = [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
     ids, mask = left_padded(rows, length=max(map(len, rows)), device=model.device)  # (R, P)
-    # The mask of all positions to come is made once: every code may be seen by those after it.
+    # One mask for all later positions too: every code may be attended to by those after it.
     decoder = PlainDecoder(model, F.pad(mask.long(), (0, num_codes), value=1))
     return decoder(ids), decoder
 
 
 class PlainDecoder:
-    """Continue from the ids read so far by the model's own forward and transformers' KV cache."""
+    """Continue from the ids read so far, with the model's own forward and transformers' KV cache."""
 
     def __init__(self, model: PreTrainedModel, mask: Tensor) -> None:
         self.model, self.mask = model, mask  # (R, T)
@@ -223,26 +225,26 @@ class PlainDecoder:
         return outputs.last_hidden_state[:, -1]
 
 
-def choose(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Choose one code per row of logits (B, codebook), each row by its own key (B,): (B,)."""
+def choose_codes(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Sample one code per row of logits (B, codebook), each row by its own key (B,): (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     codebook = logits.shape[-1]
     count = min(top_k, codebook) if top_k else codebook
     if count == codebook and top_p == 1:
-        # All codes may be drawn, so that nothing has to be sorted.
+        # All codes are kept, so nothing has to be sorted.
         order = torch.arange(codebook, device=logits.device).expand_as(logits)
         kept = logits
     elif top_p == 1:
         kept, order = logits.topk(count, sorted=False)  # (B, count) each
     else:
-        kept, order = logits.topk(count)  # sorted: top_p cuts at a running sum
+        kept, order = logits.topk(count)  # sorted: top_p cuts at a cumulative sum
     probabilities = (kept / temperature).softmax(-1)
     if top_p < 1:
-        # Of what is more likely than each code: the first code always stays, and the one that crosses top_p too.
+        # The probability of all likelier codes: the first code always stays, and so does the one that crosses top_p.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-    # An exponential race: argmax of p / wait is a draw from p. Waits are by code: the order of ties does not matter.
+    # An exponential race: the argmax of p / wait is a sample of p. Waits are by code, so the order of ties is harmless.
     winner = (probabilities / waits(keys, order)).argmax(-1, keepdim=True)
     return order.gather(1, winner)[:, 0]
 
@@ -250,19 +252,20 @@ def choose(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_
 def picture_keys(seeds: Tensor, *, num_codes: int) -> Tensor:
     """Derive a key for each code of each image from its seed (B,): (B, K), int64.
 
-    Keys are hashes, not a generator's states: they are the same on every device and in every batch.
+    Keys are hashes, not states of a generator, so they are the same on every device and in every batch.
     """
     return _scramble(_scramble(seeds)[:, None] + torch.arange(num_codes, device=seeds.device))
 
 
 def waits(keys: Tensor, codes: Tensor) -> Tensor:
-    """Draw an exponential variable for each code (B, N) under its row's key (B,): a hash, the same on every device."""
-    bits = _scramble(keys[:, None] + codes) & 0x7FFFFF  # 23: with the half, as many as fp32 holds
+    """Draw an exponential variable for each code (B, N) by its row's key (B,): a hash, the same on every device."""
+    # Hashed for the kept codes only: a generator would draw for the whole codebook, a fifth of a step's time.
+    bits = _scramble(keys[:, None] + codes) & 0x7FFFFF  # 23 bits: with the half, as many as fp32 holds
     return -((bits.float() + 0.5) / 0x800000).log()
 
 
 def _scramble(numbers: Tensor) -> Tensor:
-    """Mix the bits of int64 numbers so that neighbours have nothing in common.
+    """Mix the bits of int64 numbers, so that neighbouring numbers have unrelated hashes.
 
     Source: splitmix64 (https://doi.org/10.1145/2660193.2660195), whose gamma and multipliers these are, signed.
     """
@@ -284,7 +287,7 @@ def draw(
     top_k: int = 50,
     top_p: float = 1.0,
 ) -> list[Any]:
-    """Draw one PIL image per caption; caption i uses seed + i.
+    """Sample one PIL image per caption; caption i uses seed + i.
 
     Args:
         model: a causal LM whose config.json has vocab_layout and codes_per_image.
@@ -294,21 +297,21 @@ def draw(
     Raises:
         ValueError: the model has no image codes.
     """
-    from PIL import Image  # here: an exported folder gives codes without Pillow
+    from PIL import Image  # here: sample_codes of an exported folder works without Pillow
 
     config = model.config
     if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
-    # Captions are cut to what a sequence had room for in training: later positions were never trained.
+    # Captions are truncated as in training: longer sequences would use positions that were never trained.
     length = config.sequence_length or config.max_position_embeddings
-    room = length - config.codes_per_image - len(SPECIAL_TOKENS)
+    room = length - config.codes_per_image - len(MARKERS)
     texts = [
         # A caption that spells a special token is text, not a marker.
         tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         for text in captions
     ]
     rows = config.vocab_layout["num_text_rows"]
-    first = rows + len(SPECIAL_TOKENS) + 1  # after <pad>
+    first = rows + len(MARKERS) + 1  # after <pad>
     codes = sample_codes(
         model,
         [prompt_ids(text[:room], num_text_rows=rows, mode=config.sequence_mode) for text in texts],
@@ -321,30 +324,30 @@ def draw(
         top_k=top_k,
         top_p=top_p,
     )
-    pixels = decode(image_tokenizer, codes)
+    pixels = decode_codes(image_tokenizer, codes)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:
-    """Write `<doc> <text> caption </text> <image>` as ids; without the text for a model of images alone.
+    """Return the ids of `<doc> <text> caption </text> <image>`, without the text for an image-only model.
 
     Raises:
-        ValueError: the model learned text alone.
+        ValueError: the model was trained on text only.
     """
-    doc, _, text, end_text, image, _ = range(num_text_rows, num_text_rows + len(SPECIAL_TOKENS))
+    doc, _, text, end_text, image, _ = range(num_text_rows, num_text_rows + len(MARKERS))
     if mode == "text-only":
-        raise ValueError("this model was trained on text alone; it draws no pictures")
+        raise ValueError("this model was trained on text only; it samples no images")
     if mode == "image-only":
         return [doc, image]
     return [doc, text, *caption_ids, end_text, image]
 
 
 @torch.inference_mode()
-def decode(image_tokenizer: Any, codes: Tensor) -> Tensor:
+def decode_codes(image_tokenizer: Any, codes: Tensor) -> Tensor:
     """Decode codes (B, K) of square images to uint8 pixels (B, 3, H, W)."""
     side = round(codes.shape[1] ** 0.5)
     shape = (len(codes), side, side, image_tokenizer.config.vq_embed_dim)
-    # force_not_quantize: these are codes already, and VQModel would look for the nearest codebook entry of them.
+    # force_not_quantize: these are codes already, and VQModel would look up the nearest codebook entry of each.
     flat = codes.flatten().to(image_tokenizer.device)
     pixels = image_tokenizer.decode(flat, force_not_quantize=True, shape=shape).sample
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -353,11 +356,9 @@ def decode(image_tokenizer: Any, codes: Tensor) -> Tensor:
 def left_padded(
     rows: Sequence[Sequence[int]], *, length: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Pad rows on the left to one length: ids and mask (B, length).
-
-    On the left, so that all prompts end at one position, from which codes go on together.
-    """
-    # Any id will do: nothing looks at a padded position.
+    """Pad rows on the left to one length: ids and mask (B, length)."""
+    # On the left, so that all prompts end at one position, from which all codes continue.
+    # Any id will do as padding: the mask hides it.
     ids = [[row[0]] * (length - len(row)) + list(row) for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
