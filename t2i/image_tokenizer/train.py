@@ -28,7 +28,7 @@ KMEANS_LATENTS = 65_536
 KMEANS_ITERATIONS = 20
 
 
-def build_model(config: TokenizerConfig) -> VQModel:
+def build_vq_model(config: TokenizerConfig) -> VQModel:
     """Make a randomly initialised VQModel of MoVQGAN's family, with attention at the coarsest resolution only."""
     levels = len(config.channels)
     return VQModel(

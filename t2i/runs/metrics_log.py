@@ -14,7 +14,15 @@ Value = float | str | list[str] | None
 MetricsRow = dict[str, Value]
 """One row: `step`, perhaps `split`, and numbers by their names; None where nothing was counted or it is not finite."""
 
-def append_metrics(run_dir: Path, *rows: Mapping[str, object]) -> None:
+
+def step_of(row: Mapping[str, Value]) -> int:
+    """Return the step of a row."""
+    step = row["step"]
+    assert isinstance(step, int), f"step is {step!r}"
+    return step
+
+
+def append_metrics(run_dir: Path, *rows: MetricsRow) -> None:
     """Append rows to metrics.jsonl, whole or not at all.
 
     Raises:
@@ -33,7 +41,7 @@ def append_metrics(run_dir: Path, *rows: Mapping[str, object]) -> None:
         os.close(descriptor)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[MetricsRow]:
     """Read metrics.jsonl, without a last line that was cut off."""
     path = run_dir / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
@@ -52,9 +60,9 @@ def rewind_metrics(run_dir: Path, *, step: int) -> None:
     """Move the rows after `step` to metrics.jsonl.rewound."""
     rows = read_metrics(run_dir)
     # The steps after it are done again, and no figure may show a step twice. Nothing is thrown away.
-    later = [row for row in rows if row["step"] > step]
+    later = [row for row in rows if step_of(row) > step]
     if not (run_dir / METRICS).exists():
         return
     with (run_dir / f"{METRICS}.rewound").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in later)
-    write_whole(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    write_whole(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows if step_of(row) <= step))

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, Protocol

@@ -8,7 +8,7 @@ import numpy as np
 from t2i.data.loader import num_trained_on
 from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import read_metrics
+from t2i.runs.metrics_log import read_metrics, step_of
 from t2i.runs.run_folder import read_settings, read_status
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
