@@ -55,7 +55,7 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
 
 
 def _in_todays_words(entries: Mapping[str, object]) -> dict[str, object]:
-    """Say "image" in a protocol's sentences, where files of version 0.1 say "picture"."""
+    """Put the sentences of a protocol that version 0.1 wrote into today's words."""
     # Other words for the same rule and reference are no other protocol: older scores must still compare.
     return {
         key: value.replace("picture", "image") if isinstance(value, str) else value

@@ -149,7 +149,7 @@ def num_samples(run: Run) -> int:
 
 
 def codes_per_image(run: Run) -> int:
-    """Read how many codes an image has in the run's shards."""
+    """Read the number of codes per image of the run's shards."""
     return read_manifest_file(run.folder / DATA_MANIFEST).codes_per_image
 
 
