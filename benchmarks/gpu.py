@@ -114,7 +114,7 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
         model = OpenLMForCausalLM(CONFIG).to(torch.bfloat16).eval()
     images = range(LAYOUT.first_image_id, LAYOUT.first_image_id + LAYOUT.codebook_size)
     body = sum(value.numel() for value in model.model.layers.parameters())
-    # Only the image rows of the head are read, as the sampler draws among codes alone. bf16: two bytes each.
+    # Only the image part of the head is read, as the sampler draws among codes only. bf16: two bytes each.
     weights = 2 * (body + LAYOUT.codebook_size * CONFIG.hidden_size)
     a_position = 2 * 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size
     for batch, most in MOST_OVER_BANDWIDTH.items():

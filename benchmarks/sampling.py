@@ -130,7 +130,7 @@ def generate(
 def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
     """Prepare the matrix products that sampling cannot do without.
 
-    Both branches of guidance run, the null prompt once per batch, and the image rows of the head once per code. Weights
+    Both branches of guidance run, the null prompt once per batch, and the image part of the head once per code. Weights
     are packed; attention is over the true length.
     """
     rows, prompt = 2 * batch, max(LENGTHS[:batch])

@@ -132,7 +132,7 @@ def caption_meter(
     """
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
     # Shuffled by half the split and not by one: neighbours may be captions of one image, or views of it. A fixed shift
-    # gives no image its own caption, and the same pairs at every step, so that the curve has no noise of a new draw.
+    # gives no image its matched caption, and the same pairs at every step, so that no new draw adds noise to the curve.
     half = len(own) // 2
     captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
     # One image has no other's caption: shifted by nothing, its matched loss would be reported as the shuffled one.
