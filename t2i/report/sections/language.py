@@ -121,7 +121,7 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
         norm = image.norm / text.norm if text.norm else math.inf
         cosine = "unknown" if one.cosine_text_image is None else f"{one.cosine_text_image:+.2f}"
         sentences.append(
-            f"{name}: {tokens:.1f} image tokens per text token, ratio of gradient norms {norm:.2f},"
+            f"{name}: {tokens:.1f} image tokens per text token, gradient norms of image to text {norm:.2f},"
             f" cosine of the two {cosine}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
