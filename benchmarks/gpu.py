@@ -1,7 +1,8 @@
-"""What one GPU makes of the 1B model, in at most ten minutes: training's share of the peak, memory, sampling.
+"""The 1B model on one GPU, in at most ten minutes: training MFU, memory, sampling.
 
-bf16, 1,152 tokens, through DeepSpeed's ZeRO-2 with fused Adam; sampling 1,024 codes with guidance, by the eager step
-and by one compiled into a CUDA graph. Parts are skipped once the time is used up; what is done is in results/gpu.json.
+Training is in bf16 with 1,152 tokens per sequence, by DeepSpeed's ZeRO-2 with fused Adam. Sampling draws 1,024 codes
+with guidance, by the eager step and by a step compiled into a CUDA graph. When the time is up, the remaining parts are
+skipped. Results are in results/gpu.json.
 
 Examples:
     python benchmarks/gpu.py --peak-tflops 989 --bandwidth-tb 3.35      an H100
@@ -32,20 +33,23 @@ LAYOUT = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=16_384)
 CONFIG = OpenLMConfig(LAYOUT.vocab_size, 2_048, 24, 16)
 SEQ_LEN, CODES, PROMPT = 1_152, 1_024, 34
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+# Under ten minutes, so that a short slot of a queue is enough: what is done by then is kept.
 MOST_SECONDS = 540
 LEAST_MFU = {"A100": 0.6, "H100": 0.5}
-"""Shares of the peak to reach, by the device's name."""
+"""MFU to reach, by the device's name."""
 MOST_OVER_BANDWIDTH = {8: 2.0, 64: 2.5}
-"""Times the bandwidth limit that sampling may take, by batch."""
+"""Time that sampling may take, as a multiple of the bandwidth limit, by batch."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peak-tflops", type=float, required=True, help="dense bf16, of the data sheet")
     parser.add_argument(
-        "--bandwidth-tb", type=float, required=True, help="terabytes a second, of the data sheet"
+        "--peak-tflops", type=float, required=True, help="dense bf16 peak from the data sheet"
+    )
+    parser.add_argument(
+        "--bandwidth-tb", type=float, required=True, help="terabytes per second from the data sheet"
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -59,19 +63,20 @@ def main() -> None:
 
 
 def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.Row]:
-    """Double the micro-batch until memory ends or time does; each size's MFU, and its memory against the plan."""
+    """Double the micro-batch until memory or time runs out; yield each size's MFU, and its memory against the plan."""
     start_processes()
     counts, ds_config = count_parameters(CONFIG), read_ds_config(DS_CONFIG)
     a_token = flops_a_token(CONFIG, counts=counts, seq_len=SEQ_LEN)
     target = next((f">= {share}" for name, share in LEAST_MFU.items() if name in device), "")
     for sequences in itertools.takewhile(lambda _: time.monotonic() < end, (2**power for power in range(10))):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()  # else the peak of the size before would be read
         try:
             seconds = timed(
                 optimizer_step({**ds_config, "train_micro_batch_size_per_gpu": sequences}, sequences)
             )
         except torch.cuda.OutOfMemoryError:
-            return
+            return  # the expected end: the largest size that fits is what is looked for
+        # MFU counts a step's model FLOPs alone, so time that goes elsewhere lowers it, whatever it is spent on.
         shares = [a_token * sequences * SEQ_LEN / value / peak for value in seconds]
         yield side_by_side.stated(f"training, micro-batch {sequences}: MFU", shares, best=max, target=target)
         planned = estimate_memory(
@@ -89,7 +94,7 @@ def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.R
 
 
 def optimizer_step(ds_config: dict, sequences: int) -> Callable[[], None]:
-    """Build one step of `sequences` through DeepSpeed."""
+    """Build one optimizer step of `sequences` through DeepSpeed."""
     with torch.device("cuda"):
         learner = Learner(OpenLMForCausalLM(CONFIG).train(), layout=LAYOUT)
     engine = make_engine(learner, config=TrainConfig(), ds_config=ds_config, per_rank=sequences)
@@ -104,17 +109,20 @@ def optimizer_step(ds_config: dict, sequences: int) -> Callable[[], None]:
 
 
 def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
-    """Draw codes at batch 8 and 64; against reading the weights each step and the cache as it grows."""
+    """Draw codes at batch 8 and 64; compare with reading the weights each step and the cache as it grows."""
     with torch.device("cuda"):
         model = OpenLMForCausalLM(CONFIG).to(torch.bfloat16).eval()
     images = range(LAYOUT.first_image_id, LAYOUT.first_image_id + LAYOUT.codebook_size)
     body = sum(value.numel() for value in model.model.layers.parameters())
+    # Only the image part of the head is read, as the sampler draws among codes only. bf16: two bytes each.
     weights = 2 * (body + LAYOUT.codebook_size * CONFIG.hidden_size)
     a_position = 2 * 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size
     for batch, most in MOST_OVER_BANDWIDTH.items():
         if time.monotonic() > end:
             return
+        # Both branches of guidance have a cache, which a step reads up to its own position: a sum over positions.
         cache = 2 * batch * a_position * (PROMPT * CODES + CODES * (CODES - 1) // 2)
+        # Sampling multiplies by few columns at a time, so memory's bandwidth bounds it, not arithmetic.
         limit = (weights * CODES + cache) / bandwidth
         prompts = [[1] * PROMPT] * batch
         draw = functools.partial(
@@ -137,10 +145,10 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
 
 
 def timed(run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS) -> list[float]:
-    """Run once to warm up, then so many times: seconds of the clock, the device's work finished."""
+    """Run once to warm up, then `rounds` times; return wall-clock seconds until the device is done."""
     seconds = []
     for _ in range(rounds + 1):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # calls only queue work: without this, the work of the round before would be timed
         started = time.perf_counter()
         run()
         torch.cuda.synchronize()

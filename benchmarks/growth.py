@@ -1,7 +1,7 @@
-"""How cost grows: seconds against width, depth, sequence length, vocabulary, batch, with fitted exponents; and ranks.
+"""How time grows with width, depth, sequence length, vocabulary, batch and ranks, with fitted exponents.
 
-An exponent is the slope of log seconds over the two largest sizes: small sizes are all overhead. Ranks are processes of
-one thread, each with the same share of a batch, through the launcher. Samples are loading.py's.
+An exponent is the slope of log seconds over the two largest sizes, as small sizes are all overhead. Ranks are processes
+of one thread, each with the same share of a batch, started by the launcher. Growth with samples is in loading.py.
 
 Examples:
     python benchmarks/growth.py
@@ -36,8 +36,8 @@ SIZES = {
     "batch": (2, 4, 8),
 }
 MOST = {"width": 2.1, "depth": 1.1, "length": 2.1, "codes": 1.1, "batch": 1.1}
-"""What the mathematics says, and a tenth for the measurement: products grow with the square of the width, attention
-with that of the length."""
+"""The largest exponents: what the mathematics says, plus 0.1 for the measurement. Products grow with the square of the
+width, attention with that of the length."""
 
 
 def main() -> None:
@@ -46,13 +46,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # threads would add their own overhead, which grows with no size
     rows, figures = [], {}
     for work, make in {"training": training, "sampling": sampling}.items():
         for axis, sizes in SIZES.items():
             steps = {str(size): make(**{**BASE, axis: size}) for size in sizes}
             seconds = side_by_side.alternate(steps, rounds=options.rounds)
             slopes = [slope(seconds, sizes, pick=round_) for round_ in range(options.rounds)]
+            # Of the least times: the exponent of one round is a ratio of two noisy numbers, and its spread is shown.
             least = slope({name: [min(times)] for name, times in seconds.items()}, sizes, pick=0)
             middle = sorted(slopes)[len(slopes) // 2]
             target = f"<= {MOST[axis]}"
@@ -73,8 +74,9 @@ def slope(seconds: dict[str, list[float]], sizes: tuple[int, ...], *, pick: int)
 
 
 def model_of(width: int, depth: int, *, length: int, codes: int) -> tuple[OpenLMForCausalLM, VocabLayout]:
-    """Make a random model with heads of 64."""
+    """Make a randomly initialised model with heads of 64."""
     layout = VocabLayout(2_048, num_text_tokens=2_000, codebook_size=codes)
+    # Heads of one size: with one number of heads, attention's own shape would change with the width.
     config = OpenLMConfig(layout.vocab_size, width, depth, width // 64, max_position_embeddings=length)
     return OpenLMForCausalLM(config), layout
 
@@ -93,7 +95,7 @@ def training(width: int, depth: int, *, length: int, codes: int, batch: int) -> 
 
 
 def sampling(width: int, depth: int, *, length: int, codes: int, batch: int) -> Callable[[], object]:
-    """Prepare `batch` pictures of `length` codes."""
+    """Prepare sampling `batch` images of `length` codes."""
     model, layout = model_of(width, depth, length=length + 8, codes=codes)
     images = range(layout.first_image_id, layout.first_image_id + codes)
     prompts = [[layout.special_id("<doc>"), layout.special_id("<image>")]] * batch
@@ -109,7 +111,7 @@ def sampling(width: int, depth: int, *, length: int, codes: int, batch: int) -> 
 
 
 def ranks(*, rounds: int) -> side_by_side.Row:
-    """Train on one and on two ranks: seconds of the clock of a step, of as many tokens per rank."""
+    """Train on one and on two ranks: wall-clock seconds of a step, with as many tokens per rank."""
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         for round_, number in itertools.product(range(rounds), seconds):
@@ -121,21 +123,22 @@ def ranks(*, rounds: int) -> side_by_side.Row:
                 "--ds_config=ds_configs/zero2_fp32.json",
             ]
             deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(number)]
+            # One rank runs without the launcher, as a user would start it.
             launcher = deepspeed if number > 1 else [sys.executable]
             subprocess.run(
                 [*launcher, "launchers/train.py", *flags], cwd=ROOT, check=True, capture_output=True
             )
             steps = [row["step_seconds"] for row in read_metrics(run_dir) if "split" not in row]
-            seconds[number].append(min(steps[2:]))
+            seconds[number].append(min(steps[2:]))  # the first steps allocate memory and load the first shard
     what = "growth of training with ranks: a step of 2 ranks / of 1, as many tokens per rank, seconds"
     return side_by_side.compared(what, seconds[2], seconds[1])
 
 
 def plot(figures: dict[str, dict[str, float]], path: Path) -> None:
     """Draw seconds over size, both in logarithms."""
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # only here: it takes a second to import, and timings come first
 
-    plt.rcParams["svg.hashsalt"] = path.name  # the same picture is the same file
+    plt.rcParams["svg.hashsalt"] = path.name  # the same image is the same file
     drawing, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for name, points in figures.items():
         work, axis = name.split(", ")

@@ -1,4 +1,4 @@
-"""Reading pairs: the first batch of a million, memory against their number, and samples a second beside other formats.
+"""Loading pairs: time to the first batch of a million, memory against their number, speed beside other formats.
 
 Examples:
     python benchmarks/loading.py
@@ -32,8 +32,8 @@ from t2i.tokens.vocab import VocabLayout
 CODES, CODEBOOK, BATCH, IN_A_SHARD = 1_024, 16_384, 64, 512
 RANK_PAIRS = 14
 STEP_SECONDS = RANK_PAIRS * 1_152 / 22_000
-"""A step of the paper on 64 A100 at llm-foundry's 22,000 tokens a second."""
-NOTE = "the step's length is llm-foundry's record, not measured"
+"""Time of the paper's step on 64 A100 at llm-foundry's 22,000 tokens per second."""
+NOTE = "the step time is from llm-foundry's benchmarks, not measured here"
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     parser.add_argument("--first-batch", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as a DataLoader's workers have
     if options.first_batch:
         print(json.dumps(first_batch(options.first_batch)))
         return
@@ -56,8 +56,10 @@ def main() -> None:
 
 
 def against_number(folder: Path, *, num_samples: int, rounds: int) -> list[side_by_side.Row]:
-    """Start on few and on many samples, each in a process of its own."""
+    """Start on few and on many samples, each in its own process."""
+    # A hundredth as the baseline: if memory held an index of all samples, the ratio would show it at once.
     few, many = (make_shards(folder / str(number), number) for number in (num_samples // 100, num_samples))
+    # In new processes: a second opening would find imports, caches and Streaming's shared memory of the first.
     found = [[start(path) for path in (few, many)] for _ in range(rounds)]
     seconds = [pair[1]["seconds"] for pair in found]
     growth = [pair[1]["bytes"] / pair[0]["bytes"] for pair in found]
@@ -76,13 +78,14 @@ def start(folder: Path) -> dict[str, float]:
 
 
 def first_batch(folder: Path) -> dict[str, float]:
-    """Open shards; tell the seconds until the first batch and the resident bytes then."""
+    """Open shards; return the seconds until the first batch and the resident bytes then."""
 
-    import t2i.data.loader  # noqa: F401  imports are not counted
+    import t2i.data.loader  # noqa: F401  imported before the clock starts, as imports are not what is measured
 
     started = time.perf_counter()
     next(t2i_batches(folder))
     seconds = time.perf_counter() - started
+    # What is resident now, not at the peak: it is what a run keeps for its whole time.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {"seconds": seconds, "bytes": pages * os.sysconf("SC_PAGE_SIZE")}
 
@@ -95,6 +98,7 @@ def against_formats(folder: Path, *, rounds: int) -> list[side_by_side.Row]:
         "datasets": datasets_batches(folder),
         "numpy memmap": memmap_batches(folder),
     }
+    # Iterators are kept between rounds: each format's start-up is not what a long run pays for.
     iterators = {name: iter(source) for name, source in sources.items()}
     candidates: dict[str, Callable[[], object]] = {
         name: lambda batches=batches: [next(batches) for _ in range(20)]
@@ -108,21 +112,21 @@ def against_formats(folder: Path, *, rounds: int) -> list[side_by_side.Row]:
 
 
 def waiting(folder: Path) -> side_by_side.Row:
-    """Take a rank's pairs of each step by four processes, as the paper's run file does: the share that is waiting."""
+    """Read a rank's pairs of each step by four workers, as the paper's run file does; measure the share of waiting."""
     batches = t2i_batches(folder, num_pairs=RANK_PAIRS, num_workers=4)
-    next(batches)
+    next(batches)  # starts the workers
     shares = []
     for _ in range(10):
-        time.sleep(STEP_SECONDS)  # a device computes
+        time.sleep(STEP_SECONDS)  # stands for the device's step, in which workers read ahead
         started = time.perf_counter()
         next(batches)
         shares.append((time.perf_counter() - started) / STEP_SECONDS)
-    what = f"loading: waiting for a rank's {RANK_PAIRS} pairs, four processes / the step of an A100"
+    what = f"loading: waiting for a rank's {RANK_PAIRS} pairs, four workers / the step of an A100"
     return side_by_side.stated(what, shares, best=statistics.median, target="<= 0.01", note=NOTE)
 
 
 def cpu_share(seconds: list[float]) -> side_by_side.Row:
-    """Compare the CPU seconds of 20 batches, read without further processes, with a rank's step."""
+    """Compare the CPU seconds of 20 batches, read without workers, with a rank's step."""
     shares = [value / 20 / BATCH * RANK_PAIRS / STEP_SECONDS for value in seconds]
     what = f"loading: CPU of a rank's {RANK_PAIRS} pairs / the step of an A100"
     return side_by_side.stated(what, shares, note=NOTE)
@@ -130,6 +134,7 @@ def cpu_share(seconds: list[float]) -> side_by_side.Row:
 
 def t2i_batches(folder: Path, *, num_pairs: int = BATCH, num_workers: int = 0) -> Iterator[object]:
     """Read as training does."""
+    # Here and not above: --first-batch times what stands after its own imports.
     from t2i.data.loader import StepLoader
     from t2i.distributed.launch import prepare_environment
 
@@ -158,8 +163,8 @@ def pairs(number: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def make_shards(folder: Path, number: int) -> Path:
-    """Write one shard, and link it as many times as `number` samples take."""
-    from streaming import MDSWriter
+    """Write one shard, and hard-link it until there are `number` samples."""
+    from streaming import MDSWriter  # seconds of import that the process of --first-batch does without
 
     columns = {"key": "str", "caption": "str", "caption_ids": "ndarray:uint16", "codes": "ndarray:uint16"}
     with MDSWriter(out=str(folder / "train"), columns=columns, size_limit=None, hashes=[HASH]) as writer:
@@ -173,6 +178,7 @@ def make_shards(folder: Path, number: int) -> Path:
     for place in range(number // IN_A_SHARD):
         copy = f"shard.{place:05d}.mds"
         if copy != name:
+            # A link and not a copy: a million pairs would be 2 GB, and reading them is the same.
             os.link(folder / "train" / name, folder / "train" / copy)
         copies.append({**first, "raw_data": {**first["raw_data"], "basename": copy}})
     index_file.write_text(json.dumps({**index, "shards": copies}))
@@ -201,7 +207,7 @@ def make_shards(folder: Path, number: int) -> Path:
 
 def webdataset_batches(folder: Path) -> Iterator[object]:
     """Read a tar of .npy files as webdataset's own examples do."""
-    import webdataset
+    import webdataset  # an extra of the benchmarks alone
 
     path = folder / "pairs.tar"
     with tarfile.open(path, "w") as tar:
@@ -222,7 +228,7 @@ def webdataset_batches(folder: Path) -> Iterator[object]:
 
 def datasets_batches(folder: Path) -> Iterator[object]:
     """Read parquet as `datasets` does, shuffled by index."""
-    import datasets
+    import datasets  # slow to import, and only one candidate needs it
 
     rows = [{name: values.tolist() for name, values in pair.items()} for pair in pairs(8 * IN_A_SHARD)]
     path = folder / "pairs.parquet"
@@ -237,7 +243,7 @@ def datasets_batches(folder: Path) -> Iterator[object]:
 
 
 def memmap_batches(folder: Path) -> Iterator[object]:
-    """Gather rows of one array on disk: the least that reading can cost."""
+    """Gather rows of one array on disk: a lower bound for reading."""
     path = folder / "pairs.npy"
     np.save(path, np.stack([np.concatenate(list(pair.values())) for pair in pairs(8 * IN_A_SHARD)]))
     whole = np.load(path, mmap_mode="r")

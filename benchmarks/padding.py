@@ -1,7 +1,8 @@
-"""What padding costs: whole width, trimmed, and of like length together; and that losses are the same.
+"""The cost of padding: full width against trimmed micro-batches of similar lengths, with equal losses.
 
-Captions are as long as COCO's, about 30 tokens in the paper's layout (1,024 codes, width 1,152, 14 sequences a rank in
-micro-batches of 7) and as they come in a small one (256 codes, width 320, 32 sequences in micro-batches of 8).
+Captions have about 30 tokens, as COCO's do. The paper's layout has 1,024 codes, sequences of 1,152 tokens, and 14
+sequences per rank in micro-batches of 7. The small one has 256 codes, 320 tokens, and 32 sequences in micro-batches
+of 8.
 
 Examples:
     python benchmarks/padding.py
@@ -24,12 +25,12 @@ from t2i.train.engine import Learner
 
 LAYOUT = VocabLayout(2_048, num_text_tokens=2_000, codebook_size=1_024)
 MOST_CAPTION, MEAN_CAPTION, SPREAD = 122, 30.0, 0.35
-"""Tokens: the paper's room, its average, and the deviation of the logarithm."""
+"""Caption tokens: the most that the paper's layout holds, the mean, and the deviation of the logarithm."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One shape of a rank's step."""
+    """The shape of a rank's step."""
 
     name: str
     seq_len: int
@@ -51,11 +52,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for layout in (PAPER, SMALL):
+        # A hundred steps: which captions meet in one step is chance, and padding is set by the longest.
         shares = [waste(batch(layout, seed=seed), layout) for seed in range(100)]
-        for name, values in zip(
-            ("whole width", "trimmed and sorted"), zip(*shares, strict=True), strict=True
-        ):
-            target = "" if name == "whole width" else "<= 0.02"
+        for name, values in zip(("full width", "trimmed and sorted"), zip(*shares, strict=True), strict=True):
+            target = "" if name == "full width" else "<= 0.02"
             what = f"padding, {layout.name}: share of positions, {name}"
             rows.append(side_by_side.stated(what, values, best=statistics.fmean, target=target))
     rows += timed(SMALL, rounds=options.rounds)
@@ -65,6 +65,7 @@ def main() -> None:
 def batch(layout: Layout, *, seed: int) -> Tensor:
     """Build one rank's step (B, S) with captions of log-normal length."""
     generator = torch.Generator().manual_seed(seed)
+    # Log-normal, as lengths of captions are; the shift keeps the mean at MEAN_CAPTION.
     logs = torch.randn(layout.sequences, generator=generator) * SPREAD - SPREAD**2 / 2
     room = layout.seq_len - layout.num_codes - 6
     lengths = (MEAN_CAPTION * logs.exp()).round().clamp(4, min(MOST_CAPTION, room)).int().tolist()
@@ -83,9 +84,10 @@ def batch(layout: Layout, *, seed: int) -> Tensor:
 
 
 def waste(input_ids: Tensor, layout: Layout) -> tuple[float, float]:
-    """Share of positions that are padding: in the whole width, and in the micro-batches that are computed."""
+    """Compute the share of positions that are padding: at full width, and in the micro-batches that are computed."""
     labels = next_token_labels(input_ids, layout=LAYOUT)
     real = int((input_ids != LAYOUT.pad_id).sum())
+    # By the run's own function, so that this measures what training does.
     computed = sum(ids.numel() for ids, _ in micro_batches(input_ids, labels, size=layout.micro_batch))
     return 1 - real / input_ids.numel(), 1 - min(1.0, real / computed)
 
@@ -108,11 +110,12 @@ def timed(layout: Layout, *, rounds: int) -> list[side_by_side.Row]:
     seconds = side_by_side.alternate(
         {"whole": lambda: step(whole), "parts": lambda: step(parts)}, rounds=rounds
     )
+    # Faster is worth nothing if the sum is another: only the order of float32 sums may differ.
     error = abs(step(parts) / step(whole) - 1)
     what = f"padding, {layout.name}:"
     return [
         side_by_side.compared(
-            f"{what} time of a step, trimmed / whole", seconds["parts"], seconds["whole"], target="<= 1"
+            f"{what} time of a step, trimmed / full width", seconds["parts"], seconds["whole"], target="<= 1"
         ),
         side_by_side.stated(f"{what} relative difference of the loss", [error], target="<= 1e-06"),
     ]

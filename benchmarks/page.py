@@ -59,13 +59,14 @@ EXPLANATIONS = {
     ),
     "growth": "![seconds against sizes](growth.svg)",
 }
-"""What a section's tables do not say by themselves."""
+"""What a section's tables do not explain."""
 
 
 def main() -> None:
     parts = [INTRODUCTION]
     for name in NAMES:
         path = side_by_side.RESULTS / f"{name}.json"
+        # What was never measured is named too: a page without it would look complete.
         parts.append(section(name, json.loads(path.read_text())) if path.exists() else missing(name))
     PAGE.write_text("\n".join(parts))
     print(PAGE)
@@ -73,6 +74,7 @@ def main() -> None:
 
 def section(name: str, found: dict) -> str:
     """Write one benchmark's table."""
+    # The load average tells whether a surprising number is the machine's or ours.
     load = ", ".join(map(str, found["load"]))
     lines = [
         f"## {title(name)}\n",
@@ -98,6 +100,7 @@ def table(values: dict) -> list[str]:
     """Write figures by name, or by name and case."""
     if not all(isinstance(value, dict) for value in values.values()):
         values = {"": values}
+    # Columns of all rows together: cases may lack some, such as an operator that one profile did not meet.
     heads = list(dict.fromkeys(key for row in values.values() for key in row))
     lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
     for case, row in values.items():

@@ -1,7 +1,7 @@
-"""Pictures to codes: t2i's image tokenizer, the loop that a user of diffusers would write, and the convolutions alone.
+"""Images to codes: t2i's image tokenizer, the loop that a user of diffusers would write, and the matmul lower bound.
 
-A VQModel of MoVQGAN's 67M shape with random weights, pictures of 256 x 256. Then a folder of JPEG files to shards, by
-one process, by one with a reader beside it, and by two.
+The model is a randomly initialised VQModel of MoVQGAN's shape (67M parameters), on images of 256 x 256. Then a folder
+of JPEG files becomes shards: by one process, by one with a reader beside it, and by two.
 
 Examples:
     python benchmarks/preparing.py
@@ -43,12 +43,13 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 256, 512])
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
-    keep_memory()  # as prepare.py does, for every candidate alike
-    torch.set_num_threads(1)
+    keep_memory()  # as prepare.py does, for every candidate
+    torch.set_num_threads(1)  # with more, a machine's other load decides who waits for whom
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, options.image_size, options.image_size) * 2 - 1
     plain = model_of(options.channels)
     spread_codebook(plain, pixels)
+    # A second model: ImageTokenizer changes the memory layout of its own, which must not speed up the plain loop.
     same = model_of(options.channels)
     same.load_state_dict(plain.state_dict())
     tokenizer = ImageTokenizer(same, folder=Path())
@@ -59,6 +60,7 @@ def main() -> None:
     }
     seconds = side_by_side.alternate(candidates, rounds=options.rounds)
     ours = seconds["t2i"]
+    # Speed is compared only beside equal codes: single ties may fall otherwise, so not all need be equal.
     equal = (tokenizer.encode(pixels).flatten() == plain_codes(plain, pixels)).float().mean().item()
     rows = [
         side_by_side.compared(
@@ -78,7 +80,7 @@ def main() -> None:
 
 
 def folders(*, rounds: int) -> list[side_by_side.Row]:
-    """Prepare a folder of pictures in three ways, in seconds of the clock, start-up left out."""
+    """Prepare a folder of images in three ways; wall-clock seconds without start-up."""
     ways = {"one process": (1, 0), "one process and a reader": (1, 1), "two processes": (2, 0)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
@@ -98,19 +100,21 @@ def folders(*, rounds: int) -> list[side_by_side.Row]:
 
 
 def write_pictures(folder: Path) -> None:
-    """Write JPEG files of smooth noise with captions."""
+    """Write JPEG files of smooth noise, with captions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for index in range(NUM_PICTURES):
+        # Smooth: pure noise makes JPEG files several times as large, and decoding them as slow.
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         coarse.resize((JPEG_SIDE, JPEG_SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg")
-        (folder / f"{index:04d}.txt").write_text(f"picture {index}")
+        (folder / f"{index:04d}.txt").write_text(f"image {index}")
 
 
 def prepared(folder: Path, *, processes: int, readers: int) -> float:
-    """Prepare `folder` once; seconds from when all processes are ready until the last is done, not its exit."""
+    """Prepare `folder` once; seconds from when all processes are ready until the last is done, without its exit."""
+    # Spawned, as ranks start afresh too: forked ones would share this process's loaded model and memory.
     context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(processes + 1)
+    ready = context.Barrier(processes + 1)  # this process too, which holds the clock
     with tempfile.TemporaryDirectory() as out:
         started = [
             context.Process(
@@ -132,7 +136,7 @@ def prepared(folder: Path, *, processes: int, readers: int) -> float:
 
 
 def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, ready: Barrier) -> None:
-    """Do one process's part, from the moment that all are ready, and say that it is done."""
+    """Do one process's part once all are ready, and signal that it is done."""
     keep_memory()
     torch.set_num_threads(1)
     source = open_source(str(folder))
@@ -168,7 +172,8 @@ def model_of(channels: list[int]) -> VQModel:
 
 @torch.no_grad()
 def spread_codebook(model: VQModel, pixels: Tensor) -> None:
-    """Lay the codes among the latents, as training does; diffusers' own first codes are all ties beside them."""
+    """Spread the codes over the latents, as training does."""
+    # diffusers' initial codes lie so near to zero that all are ties, and equal codes would say nothing.
     latents = model.encode(pixels).latents
     codes = model.quantize.embedding.weight
     codes.copy_(torch.randn_like(codes) * latents.std((0, 2, 3)) + latents.mean((0, 2, 3)))
@@ -181,8 +186,9 @@ def plain_codes(model: VQModel, pixels: Tensor) -> Tensor:
 
 
 def convolutions_alone(tokenizer: ImageTokenizer, pixels: Tensor) -> Callable[[], None]:
-    """Record what each convolution and linear layer of the encoder is given; prepare to run these alone."""
+    """Record the inputs of the encoder's convolutions and linear layers; prepare to run these alone."""
     calls: list[tuple[nn.Module, Tensor]] = []
+    # By hooks on a real pass: shapes written down by hand would fall behind the model.
     hooks = [
         module.register_forward_hook(lambda module, given, _: calls.append((module, given[0].clone())))
         for part in (tokenizer.model.encoder, tokenizer.model.quant_conv)

@@ -1,6 +1,6 @@
-"""Image codes out of captions: t2i's sampler, Hugging Face's generate, and the matmul lower bound.
+"""Captions to image codes: t2i's sampler, Hugging Face's generate, and the matmul lower bound.
 
-Width 256, 8 layers, 66,824 rows, guidance 3, top-k 1,000, captions of unequal length.
+Width 256, 8 layers, a vocabulary of 66,824, guidance 3, top-k 1,000, captions of unequal length.
 
 Examples:
     python benchmarks/sampling.py
@@ -24,9 +24,9 @@ from t2i.model.open_lm.sampling_open_lm import product, sample_codes
 VOCABULARY, FIRST_IMAGE_ID, CODEBOOK = 66_824, 50_439, 16_384
 WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4
 LENGTHS = (32, 21, 28, 17, 30, 24, 32, 12)
-"""Tokens of the captions' prompts."""
+"""Tokens per prompt; unequal, as captions are."""
 TARGETS = {"t2i": "<= 1.7", "t2i compiled": "<= 1.5"}
-"""Multiples of the matmul lower bound that t2i may take."""
+"""Time that t2i may take, as a multiple of the matmul lower bound."""
 EMPTY = [50_432, 50_434, 50_435, 50_436]
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # small products on more threads would measure their hand-over
     rows, figures, profiles = [], {}, {}
     for num_codes in options.num_codes:
         for batch in options.batch:
@@ -60,7 +60,7 @@ def main() -> None:
 def measure(
     num_codes: int, *, batch: int, rounds: int
 ) -> tuple[dict[str, list[float]], float, dict[str, float]]:
-    """Time all samplers for one batch of prompts; compare the codes of t2i's two; profile the eager one."""
+    """Time all samplers on one batch of prompts, compare the codes of t2i's two, and profile the eager one."""
     torch.manual_seed(0)
     prompts = [torch.randint(50_277, (length,)).tolist() for length in LENGTHS[:batch]]
     sizes = {
@@ -70,6 +70,7 @@ def measure(
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
     }
+    # Randomly initialised: what a step takes does not depend on the values, and nothing need be downloaded.
     ours = OpenLMForCausalLM(OpenLMConfig(**sizes)).eval()
     llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
@@ -95,6 +96,7 @@ def measure(
         "generate of GPT-NeoX": generate(neox, prompts, num_codes=num_codes),
     }
     seconds = side_by_side.alternate(candidates, rounds=rounds)
+    # Not all: the compiler rounds products in another order, and at a tie another code wins.
     equal = (t2i() == t2i(is_compiled=True)).float().mean().item()
     return seconds, equal, side_by_side.time_by_operator(t2i)
 
@@ -102,7 +104,7 @@ def measure(
 def generate(
     model: torch.nn.Module, prompts: list[list[int]], *, num_codes: int, cache: str | None = None
 ) -> Callable[[], Tensor]:
-    """Write what a user of transformers would: left padding, its guidance processor, all but codes suppressed."""
+    """Build what a user of transformers would write: left padding, its guidance, and all ids but codes suppressed."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
@@ -117,7 +119,7 @@ def generate(
         do_sample=True,
         top_k=1_000,
         max_new_tokens=num_codes,
-        min_new_tokens=num_codes,
+        min_new_tokens=num_codes,  # an image has all its codes, so no candidate may stop early
         suppress_tokens=others,
         pad_token_id=0,
         eos_token_id=None,
@@ -126,15 +128,17 @@ def generate(
 
 
 def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
-    """Prepare the matrix products that cannot be left out: both branches, the empty prompt once, image rows once.
+    """Prepare the matrix products that sampling cannot do without.
 
-    Weights are packed; attention is over the true length.
+    Both branches of guidance run, the null prompt once per batch, and the image part of the head once per code. Weights
+    are packed; attention is over the true length.
     """
     rows, prompt = 2 * batch, max(LENGTHS[:batch])
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
     weights = [[torch.randn(shape) for shape in shapes] for _ in range(LAYERS)]
     packed = [[product(weight, num_rows=rows) for weight in layer] for layer in weights]
     head = product(torch.randn(CODEBOOK, WIDTH), num_rows=batch)
+    # As large as the real cache and read in slices: reading it from memory is part of the bound.
     memory = torch.randn(LAYERS, 2, rows * HEADS, prompt + num_codes, WIDTH // HEADS)
 
     def layer_products(layers: list, tokens: int) -> None:
@@ -148,6 +152,7 @@ def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
 
     @torch.inference_mode()
     def run() -> None:
+        # The null prompt is the same for all captions, so it is computed once.
         for sequences, length in ((batch, prompt), (1, len(EMPTY))):
             plain = [[lambda x, w=w: F.linear(x, w) for w in layer] for layer in weights]
             for _ in layer_products(plain, sequences * length):
@@ -156,6 +161,7 @@ def products_alone(batch: int, *, num_codes: int) -> Callable[[], None]:
         query = torch.ones(rows * HEADS, 1, WIDTH // HEADS)
         for step in range(num_codes):
             head(query.view(rows, -1)[:batch])
+            # The last code needs no further step: nothing is drawn after it.
             for layer in layer_products(packed, rows) if step < num_codes - 1 else ():
                 keys, values = memory[layer, :, :, : prompt + step + 1]
                 torch.bmm(torch.bmm(query, keys.transpose(1, 2)), values)

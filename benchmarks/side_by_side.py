@@ -1,8 +1,8 @@
-"""Time candidates in turn in one process, and write what is claimed of them as rows of docs/performance.md.
+"""Time candidates in turn in one process, and write the results as rows of docs/performance.md.
 
-Candidates alternate, so that a neighbour's load meets all of them; times are CPU seconds of this process, so that
-waiting for a processor does not count. Ratios are of the least times, which load disturbs least; medians and the range
-of the rounds' own ratios stand beside them.
+Candidates alternate, so that other load on the machine meets all of them. Times are CPU seconds of this process, so
+that waiting for a core does not count. Ratios are of the least times, which load disturbs least. Medians and the range
+of ratios per round stand beside them.
 """
 
 import datetime
@@ -31,7 +31,7 @@ class Row:
     ratio: float
     by_medians: float
     spread: tuple[float, float]
-    """Least and largest ratio of one round."""
+    """Least and largest ratio per round."""
     rounds: int
     target: str
     """Such as "<= 1.7"; empty for a figure without one."""
@@ -42,8 +42,8 @@ class Row:
         """Compare with the target; None without one."""
         if not self.target:
             return None
-        sign, wanted = self.target.split()
-        return self.ratio <= float(wanted) if sign == "<=" else self.ratio >= float(wanted)
+        sign, limit = self.target.split()
+        return self.ratio <= float(limit) if sign == "<=" else self.ratio >= float(limit)
 
 
 def alternate(
@@ -59,10 +59,12 @@ def alternate(
         before: run, unmeasured, before each candidate.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    # Unmeasured first: compilers, allocators and the disk's cache make a first call several times as long.
     for run in candidates.values():
         before()
         run()
     for _ in range(rounds):
+        # Candidates inside rounds, not rounds inside candidates: load that comes and goes then meets all of them.
         for name, run in candidates.items():
             before()
             started = clock()
@@ -73,9 +75,11 @@ def alternate(
 
 def compared(what: str, seconds: list[float], other: list[float], *, target: str = "", note: str = "") -> Row:
     """Divide seconds by other seconds of the same rounds: below 1 is faster."""
+    # Of one round: the two times are seconds apart, so their ratio has the least of the machine's drift.
     ratios = [a / b for a, b in zip(seconds, other, strict=True)]
     return Row(
         what,
+        # Least times: load only ever adds, so the least is nearest to what the work itself takes.
         ratio=min(seconds) / min(other),
         by_medians=statistics.median(seconds) / statistics.median(other),
         spread=(min(ratios), max(ratios)),
@@ -100,7 +104,7 @@ def stated(
 
 def time_by_operator(run: Callable[[], object]) -> dict[str, float]:
     """Profile one run: the share of its time in each of torch's largest operators, and in all others together."""
-    import torch
+    import torch  # here, as page.py needs this module and no torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         run()
@@ -118,6 +122,7 @@ def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = Non
         low, high = row.spread
         print(f"{row.what}: {row.ratio:.2f} ({low:.2f} to {high:.2f}) {row.target} {met} {row.note}".rstrip())
     RESULTS.mkdir(exist_ok=True)
+    # A number without its machine, load and commit cannot be compared with the next one.
     facts = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit(),
@@ -126,13 +131,14 @@ def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = Non
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
     }
     rows_as_dicts = [{**asdict(row), "met": row.is_met} for row in rows]
+    # Written even where a target is missed: the page shows what was measured, not what was hoped for.
     whole = {**facts, "rows": rows_as_dicts, "figures": figures or {}}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def machine() -> str:
     """Name processor, cores and what is installed."""
-    import torch
+    import torch  # as above
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,10 +1,10 @@
 """One optimizer step through DeepSpeed: t2i, Hugging Face's classes in a plain loop, and the matmul lower bound.
 
-4 sequences of 64 text and 256 image tokens, width 256, 8 layers, 66,824 rows, fp32.
+4 sequences of 64 text and 256 image tokens, width 256, 8 layers, a vocabulary of 66,824, fp32.
 
 Examples:
     python benchmarks/training_step.py
-    python benchmarks/training_step.py --memory t2i     peak bytes of one candidate, in a process of its own
+    python benchmarks/training_step.py --memory t2i     peak bytes of one candidate, in its own process
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import side_by_side
 import torch
@@ -29,6 +29,9 @@ from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 LAYOUT = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=16_384)
 SEQUENCES, TEXT, IMAGE = 4, 64, 256
 WIDTH, INNER, LAYERS, HEADS = 256, 768, 8, 4
@@ -40,11 +43,11 @@ SIZES = {
     "num_attention_heads": HEADS,
 }
 UNGATED = {**SIZES, "intermediate_size": INNER * 3 // 2}
-"""GPT-NeoX's feed-forward part has two matrices, not three: so wide, it has as many products."""
+"""GPT-NeoX's feed-forward part has two matrices, not three: this width gives as many products."""
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2_fp32.json"
 MOST_BYTES = 0.85e9
 MEMORY_ROUNDS = 5
-"""Processes that measure t2i's memory, for the heap is not laid out alike in each."""
+"""Processes that measure t2i's memory, as the heap's layout differs from process to process."""
 
 
 def main() -> None:
@@ -54,11 +57,12 @@ def main() -> None:
     parser.add_argument("--memory", choices=list(CANDIDATES))
     parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     options = parser.parse_args()
-    keep_memory()  # as training does, for every candidate alike
+    keep_memory()  # as training does, for every candidate
     torch.set_num_threads(1)
     if options.memory:
         print(peak_bytes(CANDIDATES[options.memory]()))
         return
+    # Before any candidate is built here: each is measured in a fresh process, whose peak is its own.
     memory = {name: [memory_of(name)] for name in CANDIDATES if name != "limit"}
     memory["t2i"] += [memory_of("t2i") for _ in range(MEMORY_ROUNDS - 1)]
     steps = {name: make() for name, make in CANDIDATES.items()}
@@ -76,10 +80,11 @@ def main() -> None:
             "training step: t2i with image vocabulary only / t2i",
             seconds["t2i, image vocabulary only"],
             ours,
-            note="other mathematics: train.image_vocab_only",
+            note="another loss: train.image_vocab_only",
         )
     )
     zero = json.loads(DS_CONFIG.read_text())["zero_optimization"]
+    # DeepSpeed's bucket is a setting's choice, the same for any model; the target is for what t2i itself needs.
     bucket = 4 * zero["reduce_bucket_size"] if zero.get("contiguous_gradients", True) else 0
     shares = [(value - bucket) / MOST_BYTES for value in memory["t2i"]]
     what = "training step: t2i's bytes above the model and DeepSpeed's bucket / 0.85 GB"
@@ -94,7 +99,7 @@ def main() -> None:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Make ids and next-token labels (B, S) of text and then image."""
+    """Make ids and next-token labels (B, S): text, then image."""
     torch.manual_seed(0)
     text = torch.randint(LAYOUT.num_text_tokens, (SEQUENCES, TEXT))
     image = LAYOUT.image_ids(torch.randint(LAYOUT.codebook_size, (SEQUENCES, IMAGE)))
@@ -102,8 +107,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-def engine_of(**settings: bool) -> Any:
+def engine_of(**settings: bool) -> "DeepSpeedEngine":
     """Build t2i's own engine and loss; settings are of the model's configuration."""
+    # Here, as the process of --memory for another candidate must not hold DeepSpeed.
     from t2i.distributed.launch import start_processes
     from t2i.train.ds_config import read_ds_config
     from t2i.train.engine import Learner, make_engine
@@ -130,6 +136,7 @@ def through_deepspeed(**settings: bool) -> Callable[[], None]:
 def plain_loop(model: nn.Module) -> Callable[[], None]:
     """Build what a user of transformers would write."""
     model.train()
+    # The same optimizer and clipping as in t2i's step, so that a difference is one of model, loss or engine.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     ids, _ = batch()
 
@@ -143,13 +150,14 @@ def plain_loop(model: nn.Module) -> Callable[[], None]:
 
 
 def products_alone() -> Callable[[], None]:
-    """Prepare a step's matrix products: three for every weight, attention's two and their four, the head in chunks."""
+    """Prepare a step's matrix products: three per weight, attention's two and their four, the head in chunks."""
     tokens = SEQUENCES * (TEXT + IMAGE)
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * INNER, WIDTH), (WIDTH, INNER)]
     weights = [[torch.randn(shape) for shape in shapes] for _ in range(LAYERS)]
     inputs = {width: torch.randn(tokens, width) for _, width in shapes}
     gradients = {width: torch.randn(tokens, width) for width, _ in shapes}
     heads = torch.randn(SEQUENCES * HEADS, TEXT + IMAGE, WIDTH // HEADS)
+    # Without each sequence's last position, which predicts nothing.
     head, rows = torch.randn(LAYOUT.vocab_size, WIDTH), torch.randn(tokens - SEQUENCES, WIDTH)
 
     @torch.inference_mode()
@@ -162,6 +170,7 @@ def products_alone() -> Callable[[], None]:
             for _ in range(3):  # the values' mix, then the gradients of queries and of keys
                 squares @ heads
             heads @ heads.mT, squares.mT @ heads  # the gradients of the weights and of the values
+        # In chunks, as logits of all positions would measure memory: 66,824 by 1,276 floats are 341 MB.
         head_gradient = torch.zeros_like(head)
         for chunk in rows.split(256):
             logits = chunk @ head.T
@@ -181,16 +190,16 @@ CANDIDATES: dict[str, Callable[[], Callable[[], None]]] = {
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Run two steps; tell how far resident memory rose above what was held before them."""
+    """Run two steps; return how far resident memory rose above what was held before them."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize()
     step()
-    step()
+    step()  # the second meets the optimizer's state, which the first creates
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def memory_of(name: str) -> int:
-    """Measure a candidate in a process of its own."""
+    """Measure a candidate in its own process."""
     done = subprocess.run(
         [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
     )

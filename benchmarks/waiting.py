@@ -1,6 +1,6 @@
-"""What a person waits for: --help, the first step of a run, a checkpoint and an export beside cp and a hash.
+"""What a user waits for: --help, the first step of a run, a checkpoint and an export beside cp and a hash.
 
-Seconds are of the clock, each command a process of its own, warm: the second run counts.
+Times are wall-clock seconds of a process per command. The first run, which warms the disk's cache, is not counted.
 
 Examples:
     python benchmarks/waiting.py
@@ -32,6 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in LAUNCHERS:
+        # The most frequent wait of all, and the first: help should not import torch.
         command = [sys.executable, f"launchers/{name}.py", "--help"]
         rows.append(
             timed(f"waiting: {name}.py --help, seconds", command, rounds=options.rounds, target="<= 0.5")
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def timed(what: str, command: list[str], *, rounds: int, target: str) -> side_by_side.Row:
-    """Run a command so many times after one that warms the disk's cache."""
+    """Run a command `rounds` times, after one that warms the disk's cache."""
     seconds = side_by_side.alternate({what: lambda: run(command)}, rounds=rounds, clock=time.perf_counter)[
         what
     ]
@@ -51,7 +52,7 @@ def timed(what: str, command: list[str], *, rounds: int, target: str) -> side_by
 
 
 def run(command: list[str]) -> None:
-    """Run from the repository's root, quietly."""
+    """Run from the repository's root, without output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True
@@ -59,10 +60,11 @@ def run(command: list[str]) -> None:
 
 
 def first_step(folder: Path, *, rounds: int) -> side_by_side.Row:
-    """Train one step on the embedded pictures, which are prepared first if need be; the checkpoint is included."""
+    """Train one step on the embedded images, which are prepared first if needed; includes the checkpoint."""
     what, places = "waiting: train.py to the end of its first step, seconds", iter(range(rounds + 1))
 
     def once() -> None:
+        # A new folder each time: an existing run would resume, and have nothing left to do.
         run_dir = folder / f"run{next(places)}"
         flags = ["--run-dir", str(run_dir), "--train.max-steps", "1", "--train.eval-every", "0"]
         run([sys.executable, "launchers/train.py", "--ds_config", "ds_configs/zero2_fp32.json", *flags])
@@ -72,7 +74,8 @@ def first_step(folder: Path, *, rounds: int) -> side_by_side.Row:
 
 
 def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]:
-    """Save a model of 41 million parameters as training does, and export it; against cp and xxh64 of the same files."""
+    """Save a model of 41M parameters as training does, and export it; compare with cp and xxh64 of the same files."""
+    # Here, as the waits above are of processes: this one holds no torch while it times them.
     import training_step
 
     from t2i.config import ASSETS, TrainConfig
@@ -90,6 +93,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     run_dir, exported = folder / "large", folder / "exported"
     run_dir.mkdir()
     engine, text_tokenizer = training_step.engine_of(), TextTokenizer.load(ASSETS / "text_tokenizer")
+    # One step first, as before every checkpoint of a run: what Adam keeps is then there to be saved.
     loss, _ = engine(*training_step.batch())
     engine.backward(loss)
     engine.step()
@@ -106,7 +110,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
         saver.save(Progress(step=next(steps)), must_succeed=True)
         return step_folder(run_dir, last_step(run_dir))
 
-    what = "waiting: a checkpoint of 41 million parameters / cp and hash"
+    what = "waiting: a checkpoint of 41M parameters / cp and hash"
     saves = against_copy(what, save, scratch=folder, rounds=rounds)
     saved = save()
     checkpoint = OpenedModel(
@@ -119,18 +123,18 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     )
 
     def export_anew() -> Path:
-        shutil.rmtree(exported, ignore_errors=True)
+        shutil.rmtree(exported, ignore_errors=True)  # an export never overwrites a folder
         export(checkpoint, out=exported, command="")
         return exported
 
-    what = "waiting: an export of 41 million parameters / cp and hash"
+    what = "waiting: an export of 41M parameters / cp and hash"
     return [saves, against_copy(what, export_anew, scratch=folder, rounds=rounds)]
 
 
 def against_copy(what: str, write: Callable[[], Path], *, scratch: Path, rounds: int) -> side_by_side.Row:
-    """Write a folder; against cp and xxh64 of its files.
+    """Write a folder; compare with cp and xxh64 of its files.
 
-    Before each, more bytes are written and removed, so that both find memory for the disk's cache: the host of a
+    Before each, more bytes are written and removed, so that both find memory for the disk's cache. The host of a
     virtual machine may lend it page by page, which takes ten times as long.
     """
     from t2i.files import file_hash
@@ -144,7 +148,7 @@ def against_copy(what: str, write: Callable[[], Path], *, scratch: Path, rounds:
     def copy() -> None:
         shutil.copytree(written[0], place)
         for path in place.rglob("*"):
-            if path.is_file():
+            if path.is_file():  # hashed, as a checkpoint's manifest has a hash of each file
                 file_hash(path)
 
     def make_room() -> None:

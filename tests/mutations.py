@@ -59,6 +59,7 @@ OPEN_LM = ("tests/model/test_open_lm.py",)
 SAMPLING = ("tests/model/test_sampling.py", "tests/model/test_open_lm.py")
 DATA = ("tests/data/test_loader.py", "tests/data/test_shards.py")
 HELDOUT = ("tests/measure/test_heldout.py",)
+SENSITIVITY = ("tests/measure/test_caption_sensitivity.py",)
 FORGETTING = ("tests/measure/test_text_cost.py", "tests/measure/test_forgetting.py")
 GRADIENTS = ("tests/measure/test_gradients.py",)
 PERPLEXITY = ("tests/measure/test_perplexity.py",)
@@ -397,6 +398,22 @@ MUTATIONS = (
         "half = 0",
         "captions look useless: the shuffled one is the image's own",
         HELDOUT,
+    ),
+    Mutation(
+        "one-image-is-its-own-shuffled-caption",
+        "t2i/measure/heldout.py",
+        'kinds = [kind for kind in CAPTIONS if kind != "wrong" or half > 0]',
+        "kinds = list(CAPTIONS)",
+        "a split of one image reports its matched loss as the shuffled one",
+        SENSITIVITY,
+    ),
+    Mutation(
+        "older-words-are-another-protocol",
+        "t2i/measure/compare.py",
+        "differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)",
+        "differing_entries(a.entries, b.entries, keys=keys)",
+        "scores of version 0.1 compare with no later one",
+        SENSITIVITY,
     ),
     Mutation(
         "held-out-loss-of-training-images",

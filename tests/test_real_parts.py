@@ -133,7 +133,7 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
         round(scores[name], 4) for name in ("fid", "kid")
     ]
 
-    assert f"Before that it was the model `{model}`." in card.text
+    assert f"Training started from the pre-trained model `{model}`." in card.text
     settings = json.loads((exported / "config.json").read_text())
     assert settings["vocab_layout"] == {
         "num_text_rows": NUM_ROWS,

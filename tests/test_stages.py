@@ -144,6 +144,6 @@ def test_the_report_is_one_page_with_everything_inside(finished, checkpoint):
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
-    assert "drawn by the same architecture with random weights" in page
+    assert "drawn by the same architecture, randomly initialised" in page
     with pytest.raises(UserError, match="is no run folder"):
         write_report(finished.run_dir / "nowhere")

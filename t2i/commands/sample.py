@@ -57,7 +57,7 @@ def main() -> None:
     command = parse(SampleCommand, description=__doc__ or "")
     if command.layout != "plain" and len(command.prompts) != 1:
         raise UserError(
-            f"--layout {command.layout} expected one --prompts path; found {len(command.prompts)}."
+            f"--layout {command.layout} expects one --prompts path; found {len(command.prompts)}."
         )
     from t2i.distributed.launch import join, leave
     from t2i.generate.benchmarks import Benchmark, read_benchmark

@@ -73,6 +73,40 @@ class Plan:
         return self.max_steps * self.step_seconds / 3600
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one run computes: its model, and the cost of a token."""
+
+    model: PretrainedConfig
+    counts: Counts
+    flops_per_token: float
+    """Of a forward and a backward pass, which MFU counts."""
+    executed_flops_per_token: float
+    """With what gradient checkpointing computes again, which decides the time."""
+
+
+def work_of(data: DataConfig, *, model: ModelConfig, known: Data, image_vocab_only: bool) -> Work:
+    """Count a run's parameters and floating-point operations, without making any weight.
+
+    Args:
+        known: of the run's shards.
+        image_vocab_only: train.image_vocab_only.
+    """
+    described = model_config(model, data=known, seq_len=data.seq_len, image_rows_only=image_vocab_only)
+    counts = count_parameters(
+        described, recipe=model.trainable, lora_rank=model.lora_rank, num_kept=num_text_rows(described)
+    )
+    flops = flops_a_token(described, counts=counts, seq_len=data.seq_len, replay_ratio=data.replay_ratio)
+    # A forward pass is a third of a step's products, and checkpointing does it twice. MFU leaves the second out, so
+    # that its gain in memory is not read as a gain in use.
+    return Work(
+        described,
+        counts=counts,
+        flops_per_token=flops,
+        executed_flops_per_token=flops * (4 / 3 if model.gradient_checkpointing else 1),
+    )
+
+
 def make_plan(
     data: DataConfig,
     *,
@@ -91,18 +125,13 @@ def make_plan(
     element, seq_len = weight_bytes(ds_config), data.seq_len
     device = find_device(plan.gpu, num_processes=plan.num_gpus, is_half=element == 2)
     known = known_data(data.shards, plan=plan)
-    described = model_config(model, data=known, seq_len=seq_len, image_rows_only=train.image_vocab_only)
-    counts = count_parameters(
-        described, recipe=model.trainable, lora_rank=model.lora_rank, num_kept=num_text_rows(described)
-    )
+    work = work_of(data, model=model, known=known, image_vocab_only=train.image_vocab_only)
     sequences = global_batch(train.global_batch_tokens, seq_len=seq_len, world_size=plan.num_gpus)
     limit = ds_config["train_micro_batch_size_per_gpu"]
     steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
-    memory = partial(estimate_memory, described, counts=counts, ds_config=ds_config, num_gpus=plan.num_gpus)
-    flops = flops_a_token(described, counts=counts, seq_len=seq_len, replay_ratio=data.replay_ratio)
-    # A forward pass is a third of a step's products. Gradient checkpointing does it twice, and the second one is no
-    # useful work.
-    useful = 0.75 if model.gradient_checkpointing else 1.0
+    memory = partial(
+        estimate_memory, work.model, counts=work.counts, ds_config=ds_config, num_gpus=plan.num_gpus
+    )
     return Plan(
         init=model.init,
         shards=data.shards,
@@ -113,8 +142,8 @@ def make_plan(
         asked=plan,
         device=device,
         data=known,
-        model=described,
-        counts=counts,
+        model=work.model,
+        counts=work.counts,
         global_batch=sequences,
         accumulation=steps,
         micro_batch=micro_batch,
@@ -125,9 +154,9 @@ def make_plan(
             flag: largest_micro_batch(partial(memory, is_checkpointed=flag), seq_len=seq_len, device=device)
             for flag in (False, True)
         },
-        flops_a_token=flops,
-        tokens_per_second=plan.num_gpus * plan.mfu * useful * device.peak_flops / flops,
-        checkpoint_bytes=checkpoint_bytes(counts, element_bytes=element),
+        flops_a_token=work.flops_per_token,
+        tokens_per_second=plan.num_gpus * plan.mfu * device.peak_flops / work.executed_flops_per_token,
+        checkpoint_bytes=checkpoint_bytes(work.counts, element_bytes=element),
     )
 
 

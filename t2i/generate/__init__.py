@@ -1,1 +1,1 @@
-"""Captions to pictures: batches, guidance, a seed per caption, PNG files."""
+"""Captions to images: batches, guidance, a seed per caption, PNG files."""

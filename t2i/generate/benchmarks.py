@@ -1,11 +1,11 @@
-"""Folders as GenEval and DPG-Bench want them; their detectors are run where they are installed.
+"""Folders in the layouts of GenEval and DPG-Bench, whose detectors are run where they are installed.
 
-GenEval: line N of evaluation_metadata.jsonl is a folder (00000/ and on) with that line as metadata.jsonl and four
-pictures, samples/0000.png to 0003.png (README of https://github.com/djghosh13/geneval).
+GenEval: line N of evaluation_metadata.jsonl becomes a folder (00000/, 00001/, ...) with that line as
+metadata.jsonl and four images, samples/0000.png to 0003.png (README of https://github.com/djghosh13/geneval).
 
-DPG-Bench: a prompt file STEM.txt is STEM.png, four pictures in two rows, in a folder of nothing else
+DPG-Bench: a prompt file STEM.txt becomes STEM.png, four images in two rows, in a folder of nothing else
 (dpg_bench/compute_dpg_bench.py of https://github.com/TencentQQGYLab/ELLA takes every file of the folder for one;
---pic-num 4, --resolution of one picture).
+--pic-num 4, --resolution of one image).
 """
 
 import json
@@ -20,7 +20,7 @@ from t2i.files import write_whole
 from t2i.generate.sample import grid
 
 PER_PROMPT = 4
-"""Pictures a prompt in both benchmarks."""
+"""Images per prompt in both benchmarks."""
 
 Layout = Literal["geneval", "dpg"]
 
@@ -30,36 +30,36 @@ class Benchmark:
     """What is drawn for one benchmark, and where its scorer looks."""
 
     captions: dict[str, str]
-    """Picture name -> prompt."""
+    """Image name -> prompt."""
     drawn: Path
-    """Folder that the pictures are drawn into."""
+    """Folder that the images are drawn into."""
     metadata: dict[Path, str]
     """Other files of the layout, and their text."""
     sheets: dict[Path, list[Path]]
-    """Sheets of two columns, and the drawn pictures that each holds."""
+    """Sheets of two columns, and the drawn images of each."""
 
     def write_metadata(self) -> None:
-        """Write the files that stand beside the pictures; one process does."""
+        """Write the files beside the images; called in one process."""
         for path, text in self.metadata.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, text)
 
     def write_sheets(self) -> None:
-        """Lay drawn pictures together, once all of them are there; one process does."""
+        """Combine drawn images into sheets, once all of them exist; called in one process."""
         for path, pictures in self.sheets.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             grid([Image.open(picture).convert("RGB") for picture in pictures], columns=2).save(path)
 
 
 def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
-    """Read a benchmark's prompts and lay its folder out.
+    """Read a benchmark's prompts and plan its folder.
 
     Args:
         prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.
-        out: what the scorer is given.
+        out: folder that the scorer reads.
 
     Raises:
-        DataError: prompts is not that.
+        DataError: there are no such prompts.
     """
     return _geneval(prompts, out) if layout == "geneval" else _dpg(prompts, out)
 
@@ -70,7 +70,7 @@ def _geneval(file: Path, out: Path) -> Benchmark:
     rows = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if not rows:
         raise DataError(
-            f"--prompts {file} is empty; GenEval's evaluation_metadata.jsonl has a JSON object a line."
+            f"--prompts {file} is empty; GenEval's evaluation_metadata.jsonl has a JSON object per line."
         )
     captions: dict[str, str] = {}
     metadata = {}
@@ -108,6 +108,6 @@ def _prompt(row: str, file: Path, line: int) -> str:
         prompt = json.loads(row)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file}, line {line}: wanted a JSON object with a prompt; found {row[:80]}."
+            f"{file}, line {line}: expected a JSON object with a prompt; found {row[:80]}."
         ) from error
     return str(prompt)

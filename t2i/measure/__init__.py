@@ -1,1 +1,1 @@
-"""What the pictures are worth: features, Frechet and kernel distances, held-out losses."""
+"""Measures of models and images: features, Frechet and kernel distances, held-out losses."""

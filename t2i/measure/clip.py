@@ -1,4 +1,4 @@
-"""CLIP score: how near a picture and a caption are in the space of a CLIP that people bring."""
+"""CLIP score: how near images and captions are in the embedding space of a CLIP model that the user provides."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ CLIP_BATCH = 32
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP, with what a result file has to say about it."""
+    """A frozen CLIP, with what a result file says about it."""
 
     name: str
     weights_sha256: str
@@ -32,9 +32,10 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
     """Open a CLIP folder of transformers' layout (as openai/clip-vit-large-patch14 has it).
 
     Raises:
-        UserError: it is none.
+        UserError: the folder is not such a folder.
     """
     needed = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    # Asked of the folder first: transformers would look for what is missing on the hub.
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--clip {folder} is no CLIP folder of transformers: {', '.join(missing)} missing.")
@@ -54,7 +55,7 @@ def embed_images(images: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
     embedded = []
     for batch in batches(images, size=CLIP_BATCH):
         opened = [read_image(image) if isinstance(image, Path) else image for image in batch]
-        # Resize, crop and scaling are the CLIP's own, from its preprocessor_config.json.
+        # Resize, crop and scaling come from the CLIP's own preprocessor_config.json, as its training had them.
         pixels = clip.processor(images=opened, return_tensors="pt")["pixel_values"]
         embedded.append(clip.model.get_image_features(pixel_values=pixels.to(clip.model.device)))
     return _unit(torch.cat(embedded))
@@ -77,10 +78,11 @@ def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
 
 
 def clip_score(pictures: Tensor, captions: Tensor) -> float:
-    """Compute RULE on embedded pictures and captions (N, D), one caption a picture.
+    """Compute RULE on embedded images and captions (N, D), one caption per image.
 
     Source: https://arxiv.org/abs/2104.08718, with the weight 100 that text-to-image papers report.
     """
+    # A negative cosine counts as 0, as in the paper: below that, how unrelated two things are says nothing.
     return 100 * (pictures * captions).sum(-1).clamp(min=0).mean().item()
 
 

@@ -1,4 +1,4 @@
-"""MS COCO val2014 as a scoring task: a fixed list of captions, and the pictures that drawn ones are compared with.
+"""MS COCO val2014 as a scoring task: a fixed list of captions, and all images as the reference.
 
 A COCO folder holds annotations/captions_val2014.json and val2014/*.jpg (or images/val2014/*.jpg), as
 https://cocodataset.org distributes them.
@@ -22,38 +22,40 @@ from t2i.measure.score import Task
 CAPTIONS_FILE = Path("annotations", "captions_val2014.json")
 PICTURES = "val2014"
 NUM_SAMPLES = 30_000
-"""What papers draw."""
+"""Images that papers draw."""
 
+# This and the two rules below are parts of the protocol: scores with other words there are not compared.
 LANCZOS_CROP = "centre square of the shorter side, PIL Lanczos"
 DRAWN_RULE = (
-    "pictures of captions_val2014.json in the order of sha256(coco, {seed}, picture id), each with its first caption"
+    "images of captions_val2014.json in the order of sha256(coco, {seed}, image id), each with its first caption"
     " by id; then each with its second, and so on; the first {num_samples}"
 )
 
 LISTED_RULE = (
-    "the first {num_samples} captions of a list with SHA-256 {sha256}, each picture's first before all others; where"
-    " it names no pictures, a caption is of the first picture by id that has it"
+    "the first {num_samples} captions of a list with SHA-256 {sha256}, each image's first before all others; where"
+    " it names no images, a caption is of the first image by id that has it"
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Captions in the order of drawing, each picture's first one before all others, and how they were chosen."""
+    """Captions in the order of drawing, each image's first one before all others, and how they were chosen."""
 
     captions: list[Caption]
     rule: str
 
 
 def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
-    """Make the task of scoring on COCO: every val2014 picture is the reference.
+    """Make the task of scoring on COCO: every val2014 image is the reference.
 
     Args:
-        image_size: pixels a side that the model draws.
+        image_size: pixels per side that the model draws.
 
     Raises:
-        DataError: pictures are missing.
+        DataError: images are missing.
     """
     chosen = choice.captions
+    # Each image once, though five captions may be drawn: repeated, it would count five times in the matched row.
     own_ids = list(dict.fromkeys(caption.picture_id for caption in chosen))
     places = {picture_id: place for place, picture_id in enumerate(coco.pictures)}
     sizes = _sizes(list(coco.pictures.values()))
@@ -62,9 +64,11 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
         captions={name_of(caption): caption.text for caption in chosen},
         captions_rule=choice.rule,
         own=_pictures([coco.pictures[picture_id] for picture_id in own_ids], size=image_size),
+        # All of val2014: sampled anew for each list, the reference would move FID by more than most improvements.
         reference=Reference(
-            name=f"all {len(coco.pictures):,} pictures of MS COCO val2014",
+            name=f"all {len(coco.pictures):,} images of MS COCO val2014",
             pictures=_pictures(list(coco.pictures.values()), size=image_size),
+            # By names and sizes: hashing its 6 GB would take minutes before each measure.
             which={"pictures": sizes},
             crop=LANCZOS_CROP,
             image_size=image_size,
@@ -78,21 +82,21 @@ def read_val2014(folder: Path) -> CaptionFile:
     """Read the captions of a COCO folder's val2014.
 
     Raises:
-        DataError: they are missing, or not of COCO's schema.
+        DataError: the captions are missing, or not of COCO's schema.
     """
     if not (folder / CAPTIONS_FILE).is_file():
         raise DataError(
-            f"{folder / CAPTIONS_FILE} is missing; --coco wants a folder with {CAPTIONS_FILE} and {PICTURES}/*.jpg"
+            f"{folder / CAPTIONS_FILE} is missing; --coco expects a folder with {CAPTIONS_FILE} and {PICTURES}/*.jpg"
             " (cocodataset.org)."
         )
     return read_captions(folder, PICTURES)
 
 
 def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
-    """Choose captions by DRAWN_RULE: distinct pictures first.
+    """Choose captions by DRAWN_RULE: distinct images first.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer captions than num_samples.
     """
     captions = coco.captions
     total = sum(map(len, captions.values()))
@@ -108,46 +112,44 @@ def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -
     """Take the captions of a published list, by LISTED_RULE.
 
     Args:
-        num_samples: only the first so many of the list; None for all.
+        num_samples: how many captions from the start of the list; None for all.
 
     Raises:
-        DataError: the list cannot be read, or a row is of no picture of val2014.
-        UserError: the list is shorter.
+        DataError: the list cannot be read, or a row is of no image of val2014.
+        UserError: the list has fewer captions than num_samples.
     """
     listed = read_caption_list(file)
     count = len(listed) if num_samples is None else num_samples
     _check_count(count, total=len(listed))
-    ids = sorted(coco.captions, reverse=True)  # the first picture by id overwrites those after it
+    ids = sorted(coco.captions, reverse=True)  # the first image by id overwrites those after it
     by_text = {caption.text: picture_id for picture_id in ids for caption in coco.captions[picture_id]}
     captions = []
     for number, row in enumerate(listed[:count]):
         picture_id = by_text.get(row.text) if row.picture_id is None else row.picture_id
         if picture_id is None or picture_id not in coco.pictures:
-            wanted = f"caption {row.text!r:.80}" if picture_id is None else f"picture {picture_id}"
+            wanted = f"caption {row.text!r:.80}" if picture_id is None else f"image {picture_id}"
             raise DataError(f"{file}, row {number + 1}: val2014 has no {wanted}.")
         captions.append(Caption(number, picture_id, row.text))
     firsts = {caption.picture_id: caption.caption_id for caption in reversed(captions)}
-    # Own pictures are compared once each, beside their first captions; the sort is stable otherwise.
+    # Real images are compared once each, beside their first captions; the sort is stable otherwise.
     captions.sort(key=lambda caption: firsts[caption.picture_id] != caption.caption_id)
     return Choice(captions, LISTED_RULE.format(sha256=sha256_of(file), num_samples=f"{count:,}"))
 
 
 def _check_count(num_samples: int, *, total: int) -> None:
     if not 2 <= num_samples <= total:
-        raise UserError(
-            f"--num-samples is {num_samples:,}; wanted 2 to the {total:,} captions that there are."
-        )
+        raise UserError(f"--num-samples is {num_samples:,}; expected 2 to {total:,}, the number of captions.")
 
 
 def name_of(caption: Caption) -> str:
-    """Name the drawn picture of a caption: the picture's id as COCO writes it, and the caption's own."""
+    """Name the drawn image of a caption: the image id as COCO writes it, and the caption id."""
     return f"{caption.picture_id:012d}_{caption.caption_id}"
 
 
 def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
-    """Cut the centre square of the shorter side out and resize it to size x size (LANCZOS_CROP).
+    """Crop to the centre square of the shorter side and resize it to size x size (LANCZOS_CROP).
 
-    The cut comes first, so that the filter sees nothing outside the square.
+    The crop comes first, so that the filter sees nothing outside the square.
 
     Source: the rule of GigaGAN's evaluation, https://github.com/mingukkang/GigaGAN
     """
@@ -164,10 +166,10 @@ def _pictures(files: list[Path], *, size: int) -> Pictures:
 
 
 def _sizes(files: list[Path]) -> list[list[str | int]]:
-    """List names and bytes of the files; all of them must be there before anything is drawn."""
+    """List names and sizes of the files, in bytes; all must exist before anything is drawn."""
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing):,} of the {len(files):,} pictures of {CAPTIONS_FILE} are missing, first {missing[0]}."
+            f"{len(missing):,} of the {len(files):,} images of {CAPTIONS_FILE} are missing, first {missing[0]}."
         )
     return [[file.name, file.stat().st_size] for file in files]

@@ -1,4 +1,4 @@
-"""Two scores side by side, if they were measured alike."""
+"""Two scores side by side, if they were measured by one protocol."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +23,7 @@ def read_scores(file: Path) -> ReadScores:
     """Read a scores.json, or that of a folder.
 
     Raises:
-        UserError: it is none.
+        UserError: the file holds no scores.
     """
     file = file / SCORES if file.is_dir() else file
     scores = read_json(file, error=UserError)
@@ -40,7 +40,7 @@ def read_scores(file: Path) -> ReadScores:
 
 
 def check_protocols(a: ReadScores, b: ReadScores) -> None:
-    """Stop where two scores were not measured alike.
+    """Refuse scores that were measured by different protocols.
 
     Raises:
         UserError: the entries that differ, one per line.
@@ -48,9 +48,19 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
     keys = tuple(each.name for each in fields(Protocol))
     if CLIP in a.entries and CLIP in b.entries:
         keys += (CLIP,)
-    lines = differing_entries(a.entries, b.entries, keys=keys)
+    # One wrong comparison costs more than a refused one: FID moves more by its protocol than by most improvements.
+    lines = differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)
     if lines:
         raise UserError("These scores were measured by different protocols:\n" + "\n".join(lines))
+
+
+def _in_todays_words(entries: Mapping[str, object]) -> dict[str, object]:
+    """Put the sentences of a protocol that version 0.1 wrote into today's words."""
+    # Other words for the same rule and reference are no other protocol: older scores must still compare.
+    return {
+        key: value.replace("picture", "image") if isinstance(value, str) else value
+        for key, value in entries.items()
+    }
 
 
 def differing_subjects(a: ReadScores, b: ReadScores) -> list[str]:
@@ -64,6 +74,7 @@ def differing_entries(
     """List entries that differ: `key: A | B`, nested ones as key.inner."""
     lines = []
     for key in keys:
+        # A key that one file lacks is a difference too: what is not stated cannot be known to be equal.
         left, right = a.get(key, "not stated"), b.get(key, "not stated")
         if isinstance(left, dict) and isinstance(right, dict):
             inner = differing_entries(left, right, keys=tuple({**left, **right}))
@@ -75,7 +86,7 @@ def differing_entries(
 
 def table(rows: Iterable[RowScore], *, measures: Sequence[str]) -> list[str]:
     """Lay rows out as lines: what, number of images, measures."""
-    lines = [" ".join([f"{'pictures':56s}", f"{'n':>6s}", *(f"{key:>21s}" for key in measures)])]
+    lines = [" ".join([f"{'images':56s}", f"{'n':>6s}", *(f"{key:>21s}" for key in measures)])]
     for row in rows:
         numbers = [f"{row.measures[key]:21.4f}" if key in row.measures else " " * 21 for key in measures]
         lines.append(" ".join([f"{row.what:56s}", f"{row.n:6d}", *numbers]).rstrip())

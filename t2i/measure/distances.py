@@ -8,22 +8,22 @@ import numpy as np
 from t2i.errors import DataError
 
 MIN_PICTURES = 10_000
-"""Fewest that FID's authors recommend; how the bias grows below: https://arxiv.org/abs/1911.07023."""
+"""The fewest images that FID's authors recommend; the bias below: https://arxiv.org/abs/1911.07023."""
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1_000
-"""clean-fid's own: KID is a mean over subsets."""
+"""clean-fid's defaults: KID is a mean over subsets, as its cost is quadratic in their size."""
 
 
 @dataclass(frozen=True)
 class FrechetStatistics:
-    """The Gaussian that a set of features is taken for."""
+    """The Gaussian fitted to a set of features."""
 
     mean: np.ndarray
     """(D,) float64."""
     cov: np.ndarray
-    """(D, D) float64, over n - 1."""
+    """(D, D) float64, divided by n - 1."""
     n: int
-    """Pictures it was made of."""
+    """Images it was fitted to."""
 
 
 def statistics(features: np.ndarray) -> FrechetStatistics:
@@ -43,21 +43,22 @@ def statistics(features: np.ndarray) -> FrechetStatistics:
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     """Compute |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)).
 
-    With cov_a = R R^T, the product has the eigenvalues of the symmetric R^T cov_b R: real, and quick to get.
-    clean-fid's square root of the product turns complex, and stops, with many fewer pictures than features.
+    With cov_a = R R^T, the product has the eigenvalues of the symmetric R^T cov_b R, which are real and cheap.
+    clean-fid's square root of the product turns complex, and fails, with many fewer images than features.
 
     Source: https://arxiv.org/abs/1706.08500, equation 6.
 
     Raises:
-        DataError: the two are of different width.
+        DataError: the two have different widths.
     """
     if a.mean.shape != b.mean.shape:
         raise DataError(
-            f"Features of width {len(a.mean)} and {len(b.mean)} cannot be compared; wanted one width."
+            f"Features of width {len(a.mean)} and {len(b.mean)} cannot be compared; expected one width."
         )
     if b.n < a.n:
-        a, b = b, a  # the smaller set has the lower rank: less work and no zero eigenvalues to take roots of
+        a, b = b, a  # the smaller set has the lower rank: less work, and no roots of zero eigenvalues
     # Rounding gives zero eigenvalues a sign; the square root of a negative one would be NaN.
+    # Sampling noise in means and covariances adds to the distance, on average by about 1 / n: it is biased upwards.
     overlap = np.sqrt(np.linalg.eigvalsh(_projected(a.cov, b.cov)).clip(min=0)).sum()
     difference = a.mean - b.mean  # (D,)
     distance = difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
@@ -67,10 +68,10 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int) -> float:
     """Compute KID's unbiased squared MMD, kernel (x.y / D + 1)^3, on features (N, D) and (M, D) by clean-fid.
 
-    It is near zero, of either sign, for equal distributions at any N; small N only makes it noisier.
+    For equal distributions it is near zero, of either sign, at any N. A small N only makes it noisier.
 
     Args:
-        seed: which subsets of at most KERNEL_SUBSET_SIZE are drawn.
+        seed: decides which subsets of at most KERNEL_SUBSET_SIZE are drawn.
 
     Source: https://arxiv.org/abs/1801.01401.
 
@@ -82,10 +83,10 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int
     widths = features_a.shape[1], features_b.shape[1]
     if widths[0] != widths[1]:
         raise DataError(
-            f"Features of width {widths[0]} and {widths[1]} cannot be compared; wanted one width."
+            f"Features of width {widths[0]} and {widths[1]} cannot be compared; expected one width."
         )
     whole_sets = len(features_a) == len(features_b) <= KERNEL_SUBSET_SIZE  # then every subset is the same one
-    state = np.random.get_state()  # clean-fid draws from the global generator
+    state = np.random.get_state()  # clean-fid draws from the global generator, which callers may rely on
     np.random.seed(seed)
     try:
         return cleanfid.fid.kernel_distance(
@@ -99,22 +100,23 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int
 
 
 def sample_size_note(key: str, *, n: int, dims: int) -> str:
-    """Say what a Frechet distance of n pictures is worth; empty from max(MIN_PICTURES, dims) pictures on."""
+    """Warn of the bias of a Frechet distance of n images; empty for max(MIN_PICTURES, dims) images or more."""
     # With fewer images than features the covariance has no full rank, whatever the authors recommend.
     enough = max(MIN_PICTURES, dims)
     if n >= enough:
         return ""
     return (
-        f"{key} with N={n:,} is biased upwards (fewer than {enough:,} pictures, {dims:,} features): compare"
+        f"{key} with N={n:,} is biased upwards (fewer than {enough:,} images, {dims:,} features): compare"
         " only rows with the same N and the same reference."
     )
 
 
 def _check(features: np.ndarray) -> None:
+    # One image has no covariance: numpy would warn, and a distance of NaN would be written into scores.json.
     if features.ndim != 2 or len(features) < 2:
-        raise DataError(f"Features are of shape {features.shape}; wanted (N, D) with N of at least 2.")
+        raise DataError(f"Features are of shape {features.shape}; expected (N, D) with N >= 2.")
     if not np.isfinite(features).all():
-        raise DataError("Features hold a number that is not finite; wanted finite numbers only.")
+        raise DataError("Features hold NaN or infinity; expected finite numbers only.")
 
 
 def _projected(cov_a: np.ndarray, cov_b: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Are image rows near text rows? Nearest text tokens by cosine, beside text-to-text and random rows; linear CKA."""
+"""Are image embeddings near text embeddings? Nearest text tokens by cosine, with controls; linear CKA."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,37 +23,46 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Nearness:
-    """Cosine similarity of each row to its nearest text row, of three kinds of rows."""
+    """Cosine similarity to the nearest text embedding, for three kinds of embeddings."""
 
     image: Tensor
-    """(codebook,) image rows to text rows."""
+    """(codebook,) image embeddings to text embeddings."""
     text: Tensor
-    """(T,) text rows to other text rows: how near things that mean something are."""
+    """(T,) text embeddings to other text embeddings: how near embeddings with a meaning are."""
     random: Tensor
-    """(codebook,) normal draws with the image rows' mean and deviation of each dimension: how near nothing is."""
+    """(codebook,) normal draws with the image embeddings' mean and deviation per dimension: the control."""
     tokens: Tensor
     """(codebook, k) ids of the nearest text tokens of each code, nearest first."""
 
 
 @torch.inference_mode()
 def nearness(image_rows: Tensor, text_rows: Tensor, *, num_nearest: int = 5, seed: int = 0) -> Nearness:
-    """Compare image rows (N, D) with text rows (T, D).
+    """Compare image embeddings (N, D) with text embeddings (T, D).
 
     Source: paper, nearest text tokens of image tokens.
+
+    Raises:
+        UserError: fewer than two embeddings of a kind.
     """
+    # One has no deviation to draw controls with, and no other text embedding to be near to.
+    if min(len(image_rows), len(text_rows)) < 2:
+        raise UserError(
+            f"there are {len(image_rows)} image and {len(text_rows)} text embeddings; expected at least 2 of each."
+        )
     image_rows, text_rows = image_rows.float().cpu(), text_rows.float().cpu()
-    # A normal of the same mean and deviation: cosines depend on both, in this many dimensions strongly.
+    # Of the same mean and deviation, for cosines depend on both: plain noise would look far from text for that alone.
     noise = torch.randn(image_rows.shape, generator=torch.Generator().manual_seed(seed))
     random_rows = image_rows.mean(0) + noise * image_rows.std(0)
     image, tokens = nearest_of(image_rows, text_rows, count=num_nearest)
-    text, _ = nearest_of(text_rows, text_rows, count=2)  # the nearest of all is the row itself
+    text, _ = nearest_of(text_rows, text_rows, count=2)  # the nearest of all is the embedding itself
     random, _ = nearest_of(random_rows, text_rows, count=1)
     return Nearness(image=image[:, 0], text=text[:, 1], random=random[:, 0], tokens=tokens)
 
 
 def nearest_of(rows: Tensor, others: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Find the `count` most similar of others (M, D) for rows (N, D): cosines and places, (N, count) each."""
+    """Find the `count` most similar of others (M, D) for each of rows (N, D): cosines and indices, (N, count) each."""
     others = F.normalize(others, dim=-1)
+    # In chunks: cosines of 16,384 codes to 50,000 tokens would be 3 GB at once.
     found = [
         (F.normalize(chunk, dim=-1) @ others.T).topk(min(count, len(others)), dim=-1)
         for chunk in rows.split(CHUNK_EMBEDDINGS)
@@ -67,7 +76,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
     Source: Kornblith et al. 2019, linear centred kernel alignment.
     """
     first, second = (rows.double() - rows.double().mean(0) for rows in (first, second))
-    # By features (D1, D2), not by pairs of rows (N, N), which are many more.
+    # By features (D1, D2), not by pairs (N, N): the value is the same, and codes are many more than dimensions.
     cross = (first.T @ second).norm() ** 2
     return float(cross / ((first.T @ first).norm() * (second.T @ second).norm()))
 
@@ -90,11 +99,11 @@ class SideNearness:
     nearest_tokens: list[list[str]]
     """Of each code, nearest first."""
     cka: float | None
-    """Linear CKA of image embeddings before and after; None where there is no before."""
+    """Linear CKA of image embeddings before and after; None without a model to compare with."""
 
     @property
     def random_nearer(self) -> float:
-        """How often a random row is nearer to text than an image row; at 0.5 image rows are as near as noise."""
+        """How often a random embedding is nearer to text than an image embedding; 0.5 is what noise gives."""
         return random_nearer(self.nearness.image, self.nearness.random)
 
     def quantiles(self, kind: RowKind) -> dict[str, float]:
@@ -119,17 +128,17 @@ def rows_of(model: OpenedModel) -> dict[str, SideRows]:
         "output": head_of(model.model),
     }
     return {
-        # Only text rows that a token uses: padding rows were never trained, so being near one means nothing.
+        # Only ids that a token uses: padding of the vocabulary was never trained, so being near it means nothing.
         name: SideRows(weight.detach()[first:last], weight.detach()[: layout.num_text_tokens])
         for name, weight in sides.items()
     }
 
 
 def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str, SideNearness]:
-    """Compare both spaces of rows; `before` (None: nothing to compare with) adds linear CKA of image rows.
+    """Compare input and output embeddings; `before` (None: not given) adds linear CKA of image embeddings.
 
     Raises:
-        UserError: a model without image codes, or two models with other numbers of them.
+        UserError: a model without image codes, or two models with different numbers of codes.
     """
     if not model.layout.codebook_size:
         raise UserError(f"{model.folder} is a language model without image codes.")
@@ -159,7 +168,8 @@ def write_nearest(results: dict[str, SideNearness], *, model: OpenedModel, out: 
 
 
 def random_nearer(image: Tensor, random: Tensor) -> float:
-    """Estimate the chance that a random row's cosine is above an image row's; ties count half."""
+    """Estimate the chance that a random cosine is above an image's; ties count half."""
+    # All pairs are compared by ranks (the Mann-Whitney statistic), in N log N instead of N squared.
     order = image.sort().values
     below = torch.searchsorted(order, random, right=False)
     upto = torch.searchsorted(order, random, right=True)

@@ -1,4 +1,4 @@
-"""Features that every row is compared with, computed once: kept in a folder named by the hash of what made them."""
+"""Reference features, computed once and cached in a folder that is named by the hash of what made them."""
 
 import hashlib
 import json
@@ -23,32 +23,32 @@ FEATURE_BATCH = 32
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures that others are compared with."""
+    """Real images that drawn ones are compared with."""
 
     name: str
     """In words."""
     pictures: Pictures
     which: dict[str, object]
-    """JSON-plain: which images these are."""
+    """Which images these are, as plain JSON."""
     crop: str
-    """Rule that cuts squares out of them, in words."""
+    """The rule for cropping them to squares, in words."""
     image_size: int
     """Pixels per side after it."""
     cache: Path | None = None
-    """Folder that keeps features; None where `which` does not tell the files' content, so nothing is kept."""
+    """Folder of cached features; None where `which` does not identify the content, so nothing is cached."""
 
     def made_of(self) -> dict[str, object]:
-        """Name all that decides its pixels; the hash of this names the reference in results."""
+        """Describe all that decides the pixels; the hash of this names the reference in results."""
         return {**self.which, "crop": self.crop, "image_size": self.image_size}
 
     def sha256(self) -> str:
-        """Hash what it is made of."""
+        """Hash the description of its pixels."""
         return _hash(self.made_of())
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of one set of pictures, and the Gaussian that they are taken for."""
+    """Features of one set of images, and the Gaussian fitted to them."""
 
     features: np.ndarray
     """(N, D) float32."""
@@ -61,7 +61,7 @@ def with_statistics(features: np.ndarray) -> Measured:
 
 
 def measure_reference(reference: Reference, extractor: FeatureExtractor, *, progress: bool) -> Measured:
-    """Compute a reference's features, or read them where the same ones were computed before."""
+    """Compute a reference's features, or read them from the cache."""
     if reference.cache is None:
         return with_statistics(
             extract(reference.pictures, extractor, batch_size=FEATURE_BATCH, progress=progress)
@@ -73,6 +73,7 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
         "resize": extractor.resize,
         "versions": {name: version(name) for name in ("pillow", "clean-fid")},  # they decide the pixels
     }
+    # By content and not by name: features of other pixels or weights then have another folder, and none grows stale.
     folder = reference.cache / _hash(made_of)[:32]
     if not folder.is_dir():
         logger.info("computing features of %s once, into %s", reference.name, folder)
@@ -82,10 +83,11 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
 
 
 def _publish(measured: Measured, made_of: dict[str, object], folder: Path) -> None:
-    """Write a folder aside and rename it; another process may have been quicker with the same."""
+    """Write a folder under another name and rename it; another process may have been quicker."""
     # Named by machine and process: nodes of one job may share the folder.
     part = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
     part.mkdir(parents=True)
+    # Features beside the Gaussian: the kernel distance needs them all, and rows without some images are fitted anew.
     np.save(part / FEATURES_FILE, measured.features)
     gaussian = measured.statistics
     np.savez(part / STATISTICS, mean=gaussian.mean, cov=gaussian.cov, n=gaussian.n)

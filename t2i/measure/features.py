@@ -1,8 +1,7 @@
 """Image features by name: what a Frechet or kernel distance compares.
 
-`inception` is the network of clean-fid, the only one on whose features a distance may be called FID. Its
-weights are a file that people bring or that is downloaded once. `efficientnet_lite0` comes with the installed
-packages.
+`inception` is clean-fid's network, the only one on whose features a distance may be called FID. Its weights are a file
+of the user's, or are downloaded once. `efficientnet_lite0` comes with the installed packages.
 """
 
 import hashlib
@@ -40,14 +39,14 @@ INCEPTION_URL = (
 """NVIDIA's TorchScript translation of the 2015 graph: the file that clean-fid downloads (96 MB)."""
 
 # NVIDIA publishes no digest. This one is pinned for the same URL in k_diffusion/evaluation.py of
-# https://github.com/crowsonkb/k-diffusion, and found alike by several projects that downloaded the file.
+# https://github.com/crowsonkb/k-diffusion, and several projects that downloaded the file found the same one.
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 INCEPTION_DIMS = 2_048
 EFFICIENTNET_DIMS = 1_280
 
 EFFICIENTNET_SIZE = 224
-"""Pixels a side; the converted network pads for this size alone."""
+"""Pixels per side; the converted network pads for this size only."""
 
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127.0, 128.0
 """Of all three channels in [0, 255] (efficientnet_lite_builder.py of https://github.com/tensorflow/tpu)."""
@@ -55,7 +54,7 @@ EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127.0, 128.0
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A frozen network, with all that a result file has to say about it."""
+    """A frozen network, with what a result file says about it."""
 
     name: str
     dims: int
@@ -63,7 +62,7 @@ class FeatureExtractor:
     """clean: PIL bicubic in float, never rounded; legacy_tensorflow: in the network, with aliasing."""
     weights_sha256: str
     resizer: Callable[[np.ndarray], np.ndarray]
-    """uint8 picture (H, W, 3) -> the network's size, in [0, 255]."""
+    """uint8 image (H, W, 3) -> the network's size, in [0, 255]."""
     network: Callable[[Tensor], Tensor]
     """float32 pixels (B, 3, H, W) in [0, 255] -> features (B, dims)."""
     device: torch.device
@@ -86,15 +85,15 @@ def load_features(
 
     Args:
         name: one of FEATURE_NAMES.
-        weights: Inception's file; None takes it from t2i's cache folder, downloading it once.
-        resize: one of RESIZES; legacy_tensorflow is Inception's alone.
+        weights: Inception's file; None for the one in t2i's cache folder, which is downloaded once.
+        resize: one of RESIZES; legacy_tensorflow is for Inception only.
 
     Raises:
         UserError: an unknown name, or an option that these features do not have.
         DataError: Inception's file is missing, or its SHA-256 is not the pinned one.
     """
     if name not in FEATURE_NAMES or resize not in RESIZES:
-        wanted = f"wanted one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
+        wanted = f"expected one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
         raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
     if name == "inception":
         return _inception(weights or cached_inception(), resize, torch.device(device))
@@ -112,18 +111,18 @@ def extract(
     batch_size: int,
     progress: bool = False,
 ) -> np.ndarray:
-    """Compute the features of pictures, holding one batch of them at a time.
+    """Compute the features of images, with one batch in memory at a time.
 
     Args:
         pictures: files, or uint8 RGB arrays (H, W, 3); one array (N, H, W, 3) does as well.
-        batch_size: pictures that go through the network together.
+        batch_size: images that go through the network together.
         progress: show a bar; true on rank 0 only.
 
     Returns:
-        (N, dims) float32, in the order of the pictures.
+        (N, dims) float32, in the order of the images.
 
     Raises:
-        DataError: no pictures, or one that cannot be used.
+        DataError: there are no images, or one cannot be used.
     """
     total = len(pictures) if isinstance(pictures, Sized) else None
     bar = tqdm(total=total, desc=f"{extractor.name} features", unit="picture", disable=not progress)
@@ -140,13 +139,14 @@ def extract(
             bar.update(len(batch))
     if not features:
         raise DataError(
-            f"There are no pictures to compute {extractor.name} features of; wanted at least one."
+            f"There are no images to compute {extractor.name} features of; expected at least one."
         )
     return np.concatenate(features)
 
 
 def cache_folder() -> Path:
-    """Name t2i's own folder for what is downloaded or computed once: in XDG_CACHE_HOME, or ~/.cache."""
+    """Name t2i's folder for what is downloaded or computed once: in XDG_CACHE_HOME, or ~/.cache."""
+    # Outside of runs: 96 MB of weights and the features of 40,504 images serve every model that is scored here.
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2i"
 
 
@@ -154,7 +154,7 @@ def cached_inception() -> Path:
     """Find Inception's file in t2i's cache folder; download it there if it is missing.
 
     Raises:
-        DataError: the download failed, or brought another file.
+        DataError: the download failed, or the file has another hash.
     """
     path = cache_folder() / INCEPTION_URL.rpartition("/")[2]
     if not path.is_file():
@@ -164,7 +164,7 @@ def cached_inception() -> Path:
 
 
 def _download(path: Path) -> bytes:
-    """Fetch INCEPTION_URL and check it; `path` is only for the advice in the error."""
+    """Fetch INCEPTION_URL and check it; `path` is named in the error only."""
     try:
         with urllib.request.urlopen(INCEPTION_URL, timeout=60) as response:
             data = response.read()
@@ -172,33 +172,34 @@ def _download(path: Path) -> bytes:
         raise DataError(
             f"Inception's weights are not at {path} and cannot be downloaded ({error}). Fetch {INCEPTION_URL}"
             f" (96 MB, SHA-256 {INCEPTION_SHA256}) where there is a network, and put it there or give its"
-            " path with --inception FILE; the features efficientnet_lite0 need no download."
+            " path with --inception FILE. The features efficientnet_lite0 need no download."
         ) from error
     _check(data, INCEPTION_URL)
     return data
 
 
 def _publish(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all, also when several processes write it."""
+    """Write a file atomically, also when several processes write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
         part.write(data)
-    Path(part.name).replace(path)  # whoever is last; all of them checked the same hash
+    Path(part.name).replace(path)  # the last one wins; all of them checked the same hash
 
 
 def _check(data: bytes, origin: Path | str) -> None:
     found = hashlib.sha256(data).hexdigest()
-    if found != INCEPTION_SHA256:  # TorchScript runs code, and other weights would give another "fid"
+    # TorchScript runs code, and other weights would give another number under the name "fid".
+    if found != INCEPTION_SHA256:
         raise DataError(
             f"{origin} is not the Inception-2015-12-05 file, so it was not loaded: found SHA-256 {found},"
-            f" wanted {INCEPTION_SHA256}."
+            f" expected {INCEPTION_SHA256}."
         )
 
 
 def _inception(weights: Path, resize: str, device: torch.device) -> FeatureExtractor:
     """Load the TorchScript network as clean-fid's InceptionV3W runs it."""
     if not weights.is_file():
-        raise DataError(f"--inception {weights} is not a file; wanted the file of {INCEPTION_URL}.")
+        raise DataError(f"--inception {weights} is not a file; expected the file of {INCEPTION_URL}.")
     data = weights.read_bytes()
     _check(data, weights)
     # Loading TorchScript runs code, so the very bytes that were checked are loaded, not the file read anew.
@@ -207,11 +208,11 @@ def _inception(weights: Path, resize: str, device: torch.device) -> FeatureExtra
         module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
 
     def clean(pixels: Tensor) -> Tensor:
-        # Past the network's own resize, which is what `clean` replaces; its scaling has to be done here.
+        # Around the network's own resize, which `clean` replaces, so its scaling has to be done here.
         return module.layers((pixels - 128) / 128).view(len(pixels), INCEPTION_DIMS)
 
     def legacy_tensorflow(pixels: Tensor) -> Tensor:
-        # The whole module: resizing as TensorFlow 1 did, aliasing included, is its first layer.
+        # The whole module, whose first layer resizes as TensorFlow 1 did, aliasing included.
         return module(pixels, return_features=True).view(len(pixels), INCEPTION_DIMS)
 
     return FeatureExtractor(
@@ -254,17 +255,18 @@ def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
 
 
 def _read(picture: np.ndarray | Path) -> np.ndarray:
-    """Give one picture as uint8 (H, W, 3)."""
+    """Return one image as uint8 (H, W, 3)."""
     if isinstance(picture, Path):
         return np.asarray(read_image(picture))
+    # Refused and not converted: floats in [0, 1] would pass as nearly black images, and give a number.
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise DataError(f"A picture is {picture.dtype} {picture.shape}; wanted uint8 (H, W, 3).")
+        raise DataError(f"An image is {picture.dtype} {picture.shape}; expected uint8 (H, W, 3).")
     return picture
 
 
 def _pixels(pictures: list[np.ndarray]) -> Tensor:
-    """Stack pictures (H, W, 3) as float32 pixels (B, 3, H, W), still in [0, 255]."""
+    """Stack images (H, W, 3) as float32 pixels (B, 3, H, W), still in [0, 255]."""
     shapes = {picture.shape for picture in pictures}
     if len(shapes) > 1:
-        raise DataError(f"Resize legacy_tensorflow needs pictures of one size; found {sorted(shapes)}.")
+        raise DataError(f"Resize legacy_tensorflow needs images of one size; found {sorted(shapes)}.")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()

@@ -1,4 +1,4 @@
-"""What is left of the language model: cost of held-out text, probability that leaks to image codes, completions."""
+"""Forgetting: held-out text loss, probability that leaks to image codes, and completions."""
 
 import math
 from collections.abc import Iterable
@@ -31,29 +31,29 @@ PROMPTS = (
 
 FORGETTING = "forgetting.json"
 CHUNK_POSITIONS = 256
-"""Positions whose logits exist at one time."""
+"""Positions whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TextCost:
-    """Cost of text, nats a token."""
+    """Loss of text, in nats per token."""
 
     num_tokens: int
     loss: float
     """Over the whole vocabulary."""
     loss_text_rows: float
-    """With text rows alone to choose from: what the model still knows of text."""
+    """Over the text vocabulary: what the model still knows of text, whatever it gives to image codes."""
     leaked: float
-    """Mean probability that goes to anything but text."""
+    """Mean probability outside the text vocabulary."""
 
     @property
     def perplexity(self) -> float:
-        """Of a token, over the whole vocabulary."""
+        """Per token, over the whole vocabulary."""
         return math.exp(self.loss)
 
     @property
     def perplexity_text_rows(self) -> float:
-        """Of a token, among text alone."""
+        """Per token, over the text vocabulary."""
         return math.exp(self.loss_text_rows)
 
     def to_json(self) -> dict[str, float]:
@@ -68,11 +68,11 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
     """Read held-out text as at most num_sequences packed sequences: (N, S).
 
     Args:
-        text: a shard folder (of documents: its held-out sequences; of pictures: its held-out captions), a .txt file, a
-            folder of them, or a dataset's name.
+        text: a shard folder, a .txt file, a folder of them, or a dataset's name. Of shards, the held-out sequences of
+            documents or the held-out captions of images are read.
 
     Raises:
-        DataError: it fills no sequence, or its ids are another tokenizer's.
+        DataError: the text is shorter than one sequence, or its ids are of another tokenizer.
     """
     folder = Path(text)
     if not (folder / MANIFEST).is_file():
@@ -93,7 +93,9 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
             break
     count = min(num_sequences, len(ids) // seq_len)
     if count == 0:
-        raise DataError(f"{text} has {len(ids)} tokens; one sequence takes {seq_len}.")
+        raise DataError(
+            f"{text} has {len(ids)} tokens; expected at least {seq_len}, which one sequence takes."
+        )
     return torch.tensor(ids[: count * seq_len]).view(count, seq_len)
 
 
@@ -133,7 +135,7 @@ def complete(
     max_new_tokens: int = 40,
 ) -> list[str]:
     """Complete prompts greedily among text tokens, up to the end token (paper, Table 1)."""
-    # Image rows and rows that no token uses: what is asked is which text the model still prefers.
+    # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
     found = []
     for prompt in prompts:
@@ -142,7 +144,7 @@ def complete(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=False,  # greedy, as in the paper: models are compared by one completion each
             suppress_tokens=barred,
             eos_token_id=tokenizer.end_id,
             pad_token_id=tokenizer.end_id,
@@ -154,12 +156,12 @@ def complete(
 
 @dataclass(frozen=True)
 class KeptLanguage:
-    """What one model has left of its language."""
+    """Text losses and completions of one model."""
 
     ckpt: str
     """The folder that its weights came from."""
     costs: dict[str, TextCost]
-    """Name of a text -> what it costs."""
+    """Name of a text -> its loss."""
     completions: list[str]
     """One per prompt."""
 
@@ -190,11 +192,12 @@ def measure_forgetting(
     num_sequences: int,
     max_new_tokens: int,
 ) -> Forgetting:
-    """Measure CKPTs, by name, on the same texts and prompts, each with its own tokenizer."""
+    """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
     prompts = list(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {}
-    for name, ckpt in ckpts.items():  # one model in memory at a time
+    # One model in memory at a time: a model and its reference may each fill the device.
+    for name, ckpt in ckpts.items():
         opened = open_model(ckpt, device=device, needs_images=False)
         tokenizer, layout = opened.text_tokenizer, opened.layout
         costs = {}
@@ -209,7 +212,7 @@ def measure_forgetting(
 
 
 def write_forgetting(results: Forgetting, *, ckpt: str, out: Path | None) -> Path:
-    """Write forgetting.json, by default (None) into the CKPT's run or folder; return its path."""
+    """Write forgetting.json, by default (None) into the checkpoint's run or folder; return its path."""
     folder, run_dir = find(ckpt)
     path = out or (run_dir or folder) / FORGETTING
     write_json(path, results.to_json())

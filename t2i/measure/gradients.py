@@ -1,4 +1,4 @@
-"""Whose gradient is it? The share of text, image and special tokens in tokens, loss and gradient norm."""
+"""The share of text, image and special tokens in token count, loss and gradient norm (sec. 2.2)."""
 
 import math
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: 
     """Read held-out pairs as sequences (N, S), as training would see them without dropped captions.
 
     Raises:
-        DataError: there are none.
+        DataError: the shards have no held-out pairs.
     """
     samples = list(read_split(config.shards, "heldout", num_samples=num_sequences))
     if not samples:
@@ -37,15 +37,15 @@ def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: 
 
 @dataclass(frozen=True)
 class KindShare:
-    """What one kind of token has of tokens, loss and gradient."""
+    """The share of one kind of token in tokens, loss and gradient."""
 
     tokens: int
     token_share: float
     loss_share: float
     norm: float
-    """Of its part of the mean loss's gradient, over all parameters."""
+    """Norm of its part of the mean loss's gradient, over all parameters."""
     norm_share: float
-    """Of the sum of the parts' norms."""
+    """Share of the sum of the parts' norms."""
     norm_layers: float
     """Without embeddings and LM head."""
 
@@ -57,14 +57,14 @@ class GradientShares:
     text: KindShare
     image: KindShare
     special: KindShare
-    cosine_text_image: float
-    """Of text's part and image's: below 0 they pull against each other."""
+    cosine_text_image: float | None
+    """Between the parts of text and image, which conflict below 0; None where either has no gradient."""
 
 
 @dataclass(frozen=True)
 class _Part:
     gradient: dict[str, Tensor]
-    """Of one kind's summed loss, by parameter."""
+    """Gradient of one kind's summed loss, by parameter."""
     nats: float
     tokens: int
 
@@ -86,14 +86,18 @@ def gradient_shares(model: OpenedModel, input_ids: Tensor, *, batch_size: int = 
             loss_share=part.nats / all_nats,
             norm=norms[kind],
             norm_share=norms[kind] / sum(norms.values()),
+            # Apart from embeddings and head, whose rows serve one kind of token alone: in the layers both kinds meet.
             norm_layers=_norm(value for name, value in part.gradient.items() if name not in vocabulary)
             / total,
         )
         for kind, part in parts.items()
     }
     text, image = parts["text"].gradient, parts["image"].gradient
+    # fsum and float64: over billions of products of both signs, a float32 sum is mostly rounding.
     dot = math.fsum(float((text[name].double() * image[name].double()).sum()) for name in text)
-    return GradientShares(**shares, cosine_text_image=dot / (total**2 * norms["text"] * norms["image"]))
+    both = total**2 * norms["text"] * norms["image"]
+    # Sequences of one kind have no angle between two: dividing by a norm of 0 would end the whole measure.
+    return GradientShares(**shares, cosine_text_image=dot / both if both else None)
 
 
 def write_gradients(shares: GradientShares, *, model: OpenedModel, out: Path | None) -> Path:
@@ -112,7 +116,7 @@ def _part(model: OpenedModel, input_ids: Tensor, labels: Tensor, *, kind: str, b
         targets = targets.to(network.device)
         hidden = hidden_states(network, ids.to(network.device))  # (B, S, D)
         kinds = kinds_of(targets, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)
-        # Other kinds' labels are taken away, not their tokens: what is predicted from is the whole sequence.
+        # Labels of other kinds are ignored, but their tokens stay: every token is predicted from the whole sequence.
         total, _, _ = summed_loss(
             hidden,
             targets.masked_fill(~kinds[kind], IGNORED),

@@ -1,10 +1,10 @@
-"""Held-out losses: what pictures cost that training never saw, under their own, a wrong and an empty caption."""
+"""Held-out losses of images under matched, shuffled and null captions, and of text."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
@@ -14,30 +14,33 @@ from t2i.distributed.collectives import rank_and_size
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
+from t2i.runs.metrics_log import MetricsRow
 from t2i.tokens.sequence import next_token_labels
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
+# Matched, shuffled and null. These names are keys of scores.json, which older files have too.
 CAPTIONS = ("own", "wrong", "empty")
 HELDOUT_SPLITS = ("heldout", "combinations")
 
 
 @dataclass(frozen=True)
 class CaptionMeter:
-    """Image loss of one split under three captions, nats a code, and its text loss, nats a token."""
+    """Caption sensitivity of one split: image loss under three captions (nats per code), and text loss (per token)."""
 
     num_pictures: int
     own: float | None
-    """None where no picture is read."""
+    """Under the matched caption; None for a split without images."""
     wrong: float | None
-    """Each picture under the caption of another one, half the split away."""
+    """Under the shuffled caption, that of another image; None with fewer than two images."""
     empty: float | None
+    """Under the null caption."""
     text: float | None
-    """None where no caption is read."""
+    """None where no caption token is predicted."""
 
 
 def heldout_rows(
-    model: Any,
+    model: PreTrainedModel,
     *,
     config: DataConfig,
     layout: VocabLayout,
@@ -45,9 +48,9 @@ def heldout_rows(
     num_pictures: int,
     batch_size: int = 32,
     should_stop: ShouldStop = never,
-) -> list[dict[str, Any]]:
-    """Measure every held-out split of the shards; rows for metrics.jsonl. Captions are read by `tokenizer`."""
-    rows = []
+) -> list[MetricsRow]:
+    """Measure every held-out split of the shards, with captions read by `tokenizer`; rows for metrics.jsonl."""
+    rows: list[MetricsRow] = []
     to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
     for split in HELDOUT_SPLITS:
         samples = [
@@ -65,6 +68,7 @@ def heldout_rows(
             )
             rows.append(
                 {
+                    # Keys of metrics.jsonl: renaming one would cut the curves of runs that are resumed.
                     "split": split,
                     "num_pictures": meter.num_pictures,
                     "image_rows_only": softmax_rows(model, layout=layout) is not None,
@@ -78,21 +82,22 @@ def heldout_rows(
 
 
 def heldout_text_rows(
-    model: Any,
+    model: PreTrainedModel,
     *,
     config: DataConfig,
     layout: VocabLayout,
     num_sequences: int,
     batch_size: int = 32,
     should_stop: ShouldStop = never,
-) -> list[dict[str, Any]]:
+) -> list[MetricsRow]:
     """Measure the held-out sequences of text shards; a row for metrics.jsonl.
 
-    With several ranks, each takes whole batches; sum and count are reduced once.
+    With several ranks, each takes whole batches. Sum and count are reduced once.
     """
     samples = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
     ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)
     rank, world_size = rank_and_size()
+    # Whole batches per rank: the last bits of a product depend on its shape, so any number of ranks gives one result.
     sums = sum_over_ranks(
         ids.split(batch_size)[rank::world_size],
         lambda batch: _sums(model, batch, layout=layout).pack().cpu(),
@@ -104,14 +109,14 @@ def heldout_text_rows(
 
 
 def with_ids(sample: Sample, caption_ids: Tensor) -> Sample:
-    """Give a sample other caption ids (T,)."""
+    """Copy a sample with other caption ids (T,)."""
     changed = sample.copy()
     changed["caption_ids"] = caption_ids.numpy()
     return changed
 
 
 def caption_meter(
-    model: Any,
+    model: PreTrainedModel,
     samples: list[Sample],
     *,
     config: DataConfig,
@@ -119,16 +124,20 @@ def caption_meter(
     batch_size: int,
     should_stop: ShouldStop = never,
 ) -> CaptionMeter:
-    """Measure samples (caption_ids and codes each) under their own, a wrong and the empty caption.
+    """Measure samples (caption_ids and codes each) under matched, shuffled and null captions.
 
-    With several ranks, each takes whole batches; sums and counts are reduced once.
+    With several ranks, each takes whole batches. Sums and counts are reduced once.
 
     Raises:
         Interrupted: should_stop asked for it.
     """
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
+    # Shuffled by half the split and not by one: neighbours may be captions of one image, or views of it. A fixed shift
+    # gives no image its matched caption, and the same pairs at every step, so that no new draw adds noise to the curve.
     half = len(own) // 2
     captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
+    # One image has no other's caption: shifted by nothing, its matched loss would be reported as the shuffled one.
+    kinds = [kind for kind in CAPTIONS if kind != "wrong" or half > 0]
     rank, world_size = rank_and_size()
     starts = range(rank * batch_size, len(samples), world_size * batch_size)
 
@@ -136,11 +145,12 @@ def caption_meter(
         kind, start = at
         batch = slice(start, start + batch_size)
         ids = stack_sequences(samples[batch], layout=layout, config=config, captions=captions[kind][batch])
+        # A row per caption, so that all three travel in one reduction.
         sums = torch.zeros(len(CAPTIONS), NUM_SUMS, dtype=torch.float64)
         sums[CAPTIONS.index(kind)] = _sums(model, ids, layout=layout).pack().cpu()
         return sums.flatten()
 
-    places = [(kind, start) for kind in CAPTIONS for start in starts]
+    places = [(kind, start) for kind in kinds for start in starts]
     size = NUM_SUMS * len(CAPTIONS)
     sums = sum_over_ranks(places, measure, model=model, size=size, should_stop=should_stop)
     of = {kind: LossSums.unpack(row) for kind, row in zip(CAPTIONS, sums.view(-1, NUM_SUMS), strict=True)}
@@ -149,11 +159,12 @@ def caption_meter(
         own=of["own"].mean("image"),
         wrong=of["wrong"].mean("image"),
         empty=of["empty"].mean("image"),
+        # Under the matched captions alone: the shuffled ones are the same tokens, and the null ones have none.
         text=of["own"].mean("text"),
     )
 
 
-def _sums(model: Any, input_ids: Tensor, *, layout: VocabLayout) -> LossSums:
+def _sums(model: PreTrainedModel, input_ids: Tensor, *, layout: VocabLayout) -> LossSums:
     """Sum the losses of one batch (B, S) on the model's device."""
     labels = next_token_labels(input_ids, layout=layout).to(model.device)
     hidden = hidden_states(model, input_ids.to(model.device))

@@ -1,7 +1,7 @@
-"""Held-out pictures of the model's own data as a scoring task: the yardsticks that need no COCO.
+"""Held-out images of the model's own data as a scoring task, which needs no COCO.
 
-The held-out pairs are read again from their source and cut in two halves: one is the reference of every row, the
-captions of the other are drawn.
+The held-out pairs are read again from their source and cut into two halves. One half is the reference of every row;
+the captions of the other are drawn.
 """
 
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ from t2i.tokens.image import centre_crop_resize
 
 BICUBIC_CROP = "centre square of the shorter side, PIL bicubic"
 METER_PICTURES = 2_048
-"""Images that a caption's worth is measured on: its mean is known long before a large split is read."""
+"""Images of a split that caption sensitivity is measured on; a mean is settled long before a large split is read."""
 HALF_RULE = "held-out captions of {source}, by hash of the key"
 
 
 @dataclass(frozen=True)
 class Halves:
-    """Held-out pairs cut in two by a hash of the key."""
+    """Held-out pairs, split in two by a hash of the key."""
 
     reference: list[Pair]
     drawn: list[Pair]
 
 
 def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
-    """Read the held-out pairs of a source and cut them into halves of equal size.
+    """Read the held-out pairs of a source and split them into halves of equal size.
 
     Args:
-        num_samples: pictures a half; None for as many as there are.
+        num_samples: images per half; None for as many as there are.
 
     Raises:
-        DataError: the source has fewer than 20 held-out pictures that can be read, or fewer are asked for.
+        DataError: fewer than 20 held-out images can be read, or fewer are asked for.
     """
     pairs: dict[str, Pair] = {}
     for pair in source.pairs:
@@ -54,47 +54,50 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
     ordered = sorted(pairs.values(), key=lambda pair: hash_uniform("halves", pair.key))
     found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
     half = len(found) // 2
+    # A covariance of fewer has so low a rank that the distance says more of the sample than of the model.
     if half < 10:
-        raise DataError(f"{source.name} gives {len(found)} held-out pictures; a distance needs at least 20.")
+        raise DataError(f"{source.name} gives {len(found)} held-out images; a distance needs at least 20.")
+    # Equal halves: the bias of a distance depends on both sizes, so rows compare only with n the same.
     return Halves(reference=found[half : 2 * half], drawn=found[:half])
 
 
 def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
-    """Make the task of scoring on a manifest's held-out pictures; num_samples as in heldout_halves."""
+    """Make the task of scoring on a manifest's held-out images; num_samples as in heldout_halves."""
     halves = heldout_halves(reopen_source(manifest), num_samples=num_samples)
     source, size = manifest.source, manifest.image_size
     reference = Reference(
-        name=f"{len(halves.reference)} held-out pictures of {source}",
+        name=f"{len(halves.reference)} held-out images of {source}",
         pictures=pictures(halves.reference, size=size),
         which={"keys": [pair.key for pair in halves.reference], "source": source},
         crop=BICUBIC_CROP,
         image_size=size,
     )
     return Task(
-        data=f"{source}, held-out pictures",
+        data=f"{source}, held-out images",
         captions={f"{index:05d}": pair.caption for index, pair in enumerate(halves.drawn)},
         captions_rule=HALF_RULE.format(source=source),
         own=pictures(halves.drawn, size=size),
+        # No own_places: the two halves share no image, so no row is compared with itself.
         reference=reference,
     )
 
 
 def read_data_manifest(checkpoint: OpenedModel) -> Manifest:
-    """Read what a run or an exported folder tells of its data.
+    """Read the data manifest of a run or an exported folder.
 
     Raises:
-        DataError: it tells nothing.
+        DataError: there is none.
     """
     path = checkpoint.home / DATA_MANIFEST
     if not path.is_file():
-        raise DataError(f"{path} is missing, so the held-out pictures of this model are not known.")
+        raise DataError(f"{path} is missing, so the held-out images of this model are not known.")
     return read_manifest_file(path)
 
 
 def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, CaptionMeter]:
-    """Measure, per held-out split, the image loss under the right, a wrong and the empty caption, nats a code.
+    """Measure caption sensitivity per held-out split: image loss under three captions, in nats per code.
 
-    At most METER_PICTURES of each, evenly spread.
+    At most METER_PICTURES images of each split are read, evenly spread.
     """
     source = reopen_source(manifest)
     mode = checkpoint.model.config.sequence_mode
@@ -102,9 +105,10 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
     meters = {}
     for split in HELDOUT_SPLITS:
         listed = [pair for pair in source.pairs if pair.split == split]
+        # Spread and not the first: sources list images by folder or class, so the first are of few kinds.
         spread = listed[:: max(1, len(listed) // METER_PICTURES)][:METER_PICTURES]
         pairs = list(readable(spread))
-        if len(pairs) < 2:
+        if len(pairs) < 2:  # no shuffled caption to compare with
             continue
         codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())
         samples = [
@@ -122,5 +126,5 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
 
 
 def pictures(pairs: list[Pair], *, size: int) -> Pictures:
-    """Line up pairs' pictures as the model sees them, size x size."""
+    """Line up pairs' images as the model sees them, size x size."""
     return Pictures([pair.open for pair in pairs], crop=partial(centre_crop_resize, size=size))

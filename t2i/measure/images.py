@@ -1,4 +1,4 @@
-"""Pictures in a fixed order, read as they are asked for: a data set of them need not fit into memory."""
+"""Images in a fixed order, read lazily: a data set need not fit into memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,12 @@ from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
 T = TypeVar("T")
 
 READ_AHEAD = 64
-"""Pictures decoded and cropped together, by threads."""
+"""Images decoded and cropped ahead, by threads."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """uint8 RGB pictures (H, W, 3), each opened and cropped when its turn comes."""
+    """uint8 RGB images (H, W, 3), each opened and cropped only when it is reached."""
 
     openers: Sequence[Callable[[], Image.Image]]
     crop: Callable[[Image.Image], Image.Image]
@@ -42,7 +42,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """The same pictures after a round trip through an image tokenizer."""
+    """The same images after a round trip through an image tokenizer."""
 
     pictures: Pictures
     tokenizer: ImageTokenizer
@@ -52,14 +52,15 @@ class Reconstructions:
         return len(self.pictures)
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        # The model can draw nothing better than this round trip, so its distance is the best that a model can reach.
         for batch in batches(self.pictures, size=self.batch_size):
             pixels = pixels_of(torch.from_numpy(np.stack(batch)))
             yield from pictures_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
 
 
 def readable(pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """Pass over pairs whose picture is broken, or refused by the source's filters, as preparation does."""
-    # Opened here and again when drawn upon: which images are broken must be known before captions are counted.
+    """Skip pairs whose image is broken or refused by the source's filters, as preparation does."""
+    # Opened here and again when read: which images are broken must be known before captions are counted.
     with ThreadPoolExecutor() as pool:
         for batch in batches(pairs, size=READ_AHEAD):
             yield from (pair for pair, opens in zip(batch, pool.map(_opens, batch), strict=True) if opens)
@@ -74,7 +75,7 @@ def _opens(pair: Pair) -> bool:
 
 
 def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 32) -> np.ndarray:
-    """Map pictures to codes (N, K)."""
+    """Map images to codes (N, K)."""
     return np.concatenate(
         [
             tokenizer.encode(pixels_of(torch.from_numpy(np.stack(batch)))).cpu().numpy()
@@ -84,15 +85,15 @@ def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 3
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read a picture file as RGB.
+    """Read an image file as RGB.
 
     Raises:
-        DataError: it cannot be read, or is no picture.
+        DataError: the file cannot be read, or is no image.
     """
     try:
         return read_picture(path.read_bytes())
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as a picture ({error}).") from error
+        raise DataError(f"{path} cannot be read as an image ({error}).") from error
 
 
 def batches(items: Iterable[T], *, size: int) -> Iterator[list[T]]:

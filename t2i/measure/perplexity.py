@@ -1,4 +1,4 @@
-"""Held-out perplexity by kind of token, and the image loss by place on the code grid."""
+"""Held-out perplexity by kind of token, and image loss by position on the code grid."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ PERPLEXITY = "perplexity.json"
 
 
 def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> DataConfig:
-    """Say what to measure on: what is given, else (None) what the model's run was trained on.
+    """Choose what to measure on: what is given, else (None) the data of the model's run.
 
     Raises:
         UserError: no shards are given, and the model has no run folder that names them.
@@ -40,6 +40,7 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     chosen = shards or trained.shards
     if chosen is None:
         raise UserError(f"{model.folder} is in no run folder; say with --data.shards what to measure it on.")
+    # As long as in training: positions beyond were never trained, and would cost more for that alone.
     seq_len = trained.seq_len or model.model.config.max_position_embeddings
     remote = trained.remote if shards is None else ""
     return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
@@ -47,20 +48,20 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run's resolved.yaml says of its data."""
+    """What a run's resolved.yaml says about its data."""
 
     shards: Path | None = None
     """None for a model without a run."""
     remote: str = ""
-    """Where its shards come from that are not in `shards` yet."""
+    """Where shards are downloaded from that are not in `shards` yet."""
     mode: str = "text-to-image"
     seq_len: int = 0
-    """0 for a model without a run: as much as it was made for."""
+    """0 for a model without a run, which is measured at its full length."""
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What one kind of token costs."""
+    """Loss of one kind of token."""
 
     tokens: float
     nats: float
@@ -70,24 +71,24 @@ class TokenCost:
 
 @dataclass(frozen=True)
 class PlaceLosses:
-    """Image loss by place on the code grid, in nats per code."""
+    """Image loss by position on the code grid, in nats per code."""
 
     image_loss_by_code: list[float]
     """(K,), row by row."""
     bits_per_pixel: float | None
-    """None for shards of precomputed codes, whose pixels are not known."""
+    """None for shards of precomputed tokens, whose pixels are not known."""
     image_loss_by_row: list[float] | None
-    """None where the codes are no square."""
+    """None where the codes form no square."""
     image_loss_by_column: list[float] | None
 
     def to_json(self) -> dict[str, float | list[float]]:
-        """Give what there is, under the keys of perplexity.json."""
+        """Return what was measured, under the keys of perplexity.json."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class SplitCosts:
-    """What one held-out split costs."""
+    """Losses of one held-out split."""
 
     num_pictures: int
     text: TokenCost | None
@@ -125,16 +126,16 @@ def measure_perplexity(
     """Measure every held-out split of the shards that config names.
 
     Raises:
-        DataError: the shards' codes are not the model's, or there is no held-out split.
+        DataError: the shards have other codes than the model, or no held-out split.
     """
     if config.remote:
         fetch_shards(config.shards, remote=config.remote)
     manifest = read_manifest(config.shards)
     if manifest.is_text:
-        raise DataError(f"{config.shards} holds text alone, which eval/forgetting.py measures.")
+        raise DataError(f"{config.shards} holds text only, which eval/forgetting.py measures.")
     if manifest.codebook_size != model.layout.codebook_size:
         found, known = manifest.codebook_size, model.layout.codebook_size
-        raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} knows {known}.")
+        raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} has {known}.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
     for split in HELDOUT_SPLITS:
@@ -155,7 +156,7 @@ def measure_perplexity(
 def split_costs(
     model: OpenedModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
 ) -> SplitCosts:
-    """Measure sequences (N, S) with whole images, or without any; image_size None for ids without pixels."""
+    """Measure sequences (N, S) with whole images, or without any; image_size is None for codes without pixels."""
     layout, network = model.layout, model.model
     # float64: a split has millions of tokens, and fp32 sums of them lose what two models differ by.
     packed = torch.zeros(NUM_SUMS, dtype=torch.float64)
@@ -174,7 +175,7 @@ def split_costs(
             first_image_id=layout.first_image_id,
         )
         packed += parts.pack().cpu()
-        # Every sequence has all K codes, so that the chosen losses line up by place.
+        # Every sequence has all K codes, so the chosen losses line up by position.
         by_code.append(losses[labels >= layout.first_image_id].double().cpu().view(len(batch), -1))  # (B, K)
     codes = torch.cat(by_code)  # (N, K)
     sums = LossSums.unpack(packed)
@@ -188,9 +189,10 @@ def split_costs(
 
 
 def by_place(code_losses: Tensor, *, image_size: int | None) -> PlaceLosses:
-    """Lay mean losses of codes (K,) out by place; image_size, in pixels per side, is None where it is not known."""
+    """Arrange mean losses of codes (K,) by position; image_size, in pixels per side, is None where it is not known."""
     side = math.isqrt(len(code_losses))
     grid = code_losses.view(side, side) if side * side == len(code_losses) else None
+    # Per pixel: models with codebooks of different sizes then compare, as losses per code do not.
     bits = float(code_losses.sum()) / math.log(2)
     return PlaceLosses(
         image_loss_by_code=code_losses.tolist(),

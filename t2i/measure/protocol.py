@@ -3,24 +3,24 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the measure itself loads torch and streaming, which comparing two files need not wait for
+if TYPE_CHECKING:  # measuring loads torch and streaming, which comparing two files need not wait for
     from t2i.measure.heldout import CaptionMeter
 
 SCORES = "scores.json"
 
 ROWS = {
-    "real": "real pictures that the reference has not",
-    "reconstructions": "the captions' own pictures through the image tokenizer",
+    "real": "real images that are not in the reference",
+    "reconstructions": "the captions' own images through the image tokenizer",
     "model": "drawn from the captions",
-    "matched": "drawn, against the captions' own pictures alone",
+    "matched": "drawn, against the captions' own images alone",
     "shuffled": "drawn from the same captions in another order",
-    "untrained": "drawn by the same architecture with random weights",
+    "untrained": "drawn by the same architecture, randomly initialised",
 }
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a measure was taken on: entries of scores.json that must be equal where two scores are compared."""
+    """What a measure was taken on: entries of scores.json that must be equal for two scores to be compared."""
 
     data: str
     n: int
@@ -39,11 +39,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was measured: entries that may differ, and are worth saying. Samplers are tuned for each model."""
+    """What was measured: entries that may differ between two scores, and are shown."""
 
     checkpoint: str
     weights_sha256: str
     image_tokenizer_sha256: str
+    # Here and not in the protocol: guidance is tuned per model, so equal samplers would compare nobody at their best.
     sampler: dict[str, object]
     batch_size: int
     dtype: str
@@ -79,7 +80,7 @@ class DrawingFacts:
     processes: int
     seconds_to_draw: float
     captions_heard: "dict[str, CaptionMeter] | None" = None
-    """What captions are worth to the model, by held-out split; None where it was not measured, as with COCO."""
+    """Caption sensitivity by held-out split; None where it was not measured, as with COCO."""
 
     def to_json(self) -> dict[str, object]:
         """Give them the form of entries of scores.json."""
@@ -95,7 +96,7 @@ class DrawingFacts:
 
 @dataclass(frozen=True)
 class ClipScores:
-    """CLIP scores of every row with images of its own."""
+    """CLIP scores of every row that has images of its own."""
 
     name: str
     weights_sha256: str
@@ -103,7 +104,7 @@ class ClipScores:
     """How it is computed, in words."""
     rows: dict[str, float]
     other_captions: float
-    """Of the model's images under each other's captions: what a score is that has nothing to do with captions."""
+    """Of the model's images under each other's captions: the control, a score that no caption can explain."""
 
     def to_json(self) -> dict[str, object]:
         """Give them the form of entries of scores.json."""
@@ -130,7 +131,7 @@ class Scores:
     facts: DrawingFacts
     seconds_to_measure: float
     file: str
-    """Name of the file that holds them."""
+    """Name of the file that holds the scores."""
 
     @property
     def measures(self) -> list[str]:
@@ -140,6 +141,7 @@ class Scores:
     def to_json(self) -> dict[str, object]:
         """Give them the form of scores.json."""
         return {
+            # At the top too: most readers look for the model's number alone.
             **self.rows["model"].measures,
             **(self.clip.to_json() if self.clip else {}),
             "measures": self.measures,
@@ -147,7 +149,7 @@ class Scores:
             "note": self.note,
             **asdict(self.protocol),
             **asdict(self.subject),
-            "seeds": "picture i of captions.jsonl is drawn with sampler.seed + i",
+            "seeds": "image i of captions.jsonl is drawn with sampler.seed + i",
             **self.facts.to_json(),
             "seconds_to_measure": self.seconds_to_measure,
             "file": self.file,

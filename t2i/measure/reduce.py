@@ -1,4 +1,4 @@
-"""Sums of a model's losses over batches that ranks share out."""
+"""Sums of a model's losses over batches that are shared out among ranks."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -13,7 +13,7 @@ ShouldStop = Callable[[], bool]
 
 
 class Interrupted(Exception):
-    """A measure was broken off on request; it has no result."""
+    """A measure was interrupted on request, and has no result."""
 
 
 def never() -> bool:
@@ -35,9 +35,9 @@ def sum_over_ranks(
     Raises:
         Interrupted: on every rank, if should_stop asked any of them before a batch, or one that has none.
     """
-    # The last number tells who was asked to stop: in the same reduction, so that ranks leave together or not at all.
+    # The last element counts ranks that were asked to stop. In the same reduction, so that ranks leave together.
     sums = torch.zeros(size + 1, dtype=torch.float64)
-    was_training = model.training
+    was_training = model.training  # a measure stands between two training steps, and must leave no trace
     model.eval()
     sums[-1] = should_stop()  # a rank that has no batch may be the one that was asked
     for batch in batches:

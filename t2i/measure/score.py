@@ -1,6 +1,6 @@
-"""Score a model's pictures beside their yardsticks: one reference, one set of features, everything named.
+"""Score a model's images beside controls: one reference, one set of features, everything named.
 
-Every process draws its share (draw_rows); one of them measures (score).
+Every process draws its share (draw_rows), and one of them measures (score).
 """
 
 import time
@@ -39,7 +39,7 @@ from t2i.runs.loading import OpenedModel
 
 CAPTIONS_DRAWN = "captions.jsonl"
 KERNEL_SEED = 0
-"""Of the subsets that a kernel distance is a mean over; part of the protocol."""
+"""Seed of the subsets that a kernel distance is averaged over; part of the protocol."""
 SCORED_WITH = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
 
 Control = Literal["shuffled", "untrained"]
@@ -50,19 +50,19 @@ Images = Iterable[np.ndarray | Path]
 
 @dataclass(frozen=True)
 class Task:
-    """What is drawn, and what it is compared with."""
+    """What to draw, and what to compare it with."""
 
     data: str
     """The data set, in words."""
     captions: dict[str, str]
-    """Picture name -> caption, in the order of the seeds."""
+    """Image name -> caption, in the order of the seeds."""
     captions_rule: str
     """How the list was chosen."""
     own: Pictures
-    """The captions' own pictures, each once, in the order of their first captions, which come before all others."""
+    """Real images of the captions, each once, in the order of their first captions, which come before all others."""
     reference: Reference
     own_places: list[int] | None = None
-    """Where the own pictures are within the reference; None where the reference has none of them."""
+    """Indices of these images in the reference; None where the reference has none of them."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Drawing:
     controls: tuple[Control, ...]
     """Rows drawn beside the model's."""
     batch_size: int
-    """Pictures drawn at a time; part of what makes a picture, to the last bit."""
+    """Images drawn at a time; the last bits of an image depend on it."""
 
 
 @dataclass(frozen=True)
 class Rulers:
-    """What pictures are measured with."""
+    """Networks that images are measured with."""
 
     extractor: FeatureExtractor
     clip: Clip | None
@@ -92,14 +92,14 @@ def draw_rows(
     """Draw this rank's share of every row; return all paths, in the order of the captions.
 
     Raises:
-        UserError: drawing.out holds pictures, or a list, of others.
+        UserError: drawing.out holds images, or a list of captions, of another drawing.
     """
     # Checked before anything is drawn; the images' own settings.json would only say that the hash is another.
     listed = drawing.out / CAPTIONS_DRAWN
     if listed.is_file() and listed.read_text() != caption_lines(task.captions):
-        raise UserError(f"{listed} is there and is another list than what is drawn. Choose another --out.")
+        raise UserError(f"{listed} holds another list of captions. Choose another --out.")
     names = list(task.captions)
-    # Moved by one: the same captions, and no image drawn from its own.
+    # Shifted by one: the same captions, so the distribution stays, and no image is drawn from its matched one.
     moved = [task.captions[name] for name in names[1:] + names[:1]]
     rows = {"model": (checkpoint, task.captions)}
     if "shuffled" in drawing.controls:
@@ -122,8 +122,8 @@ def draw_rows(
 
 
 def untrained(checkpoint: OpenedModel) -> OpenedModel:
-    """Swap the model for one of the same architecture with random weights (seed 0)."""
-    torch.manual_seed(0)  # on every rank: they draw shares of one folder
+    """Swap the model for one of the same architecture randomly initialised (seed 0)."""
+    torch.manual_seed(0)  # the same on every rank, as ranks draw shares of one folder
     model = made_of(checkpoint.model.config).eval()
     return replace(checkpoint, model=model.to(device=checkpoint.model.device), weights="random, seed 0")
 
@@ -144,6 +144,7 @@ def score(
     """
     started = time.perf_counter()
     extractor, clip = rulers.extractor, rulers.clip
+    # One process measures everything: drawing is nearly all of the time, and ranks then need not agree on order.
     rows = _distances(checkpoint, task, drawn=drawn, extractor=extractor)
     clip_scores = None
     if clip is not None:
@@ -168,10 +169,11 @@ def score(
 
 
 def _scores_file(out: Path, protocol: Protocol) -> Path:
-    """Name the file: scores.json, unless it holds what other features or another resize measured."""
+    """Name the file: scores.json, unless it holds scores on other features or another resize."""
     file = out / SCORES
     if not file.is_file():
         return file
+    # Aside and not over it: the scores on one network's features are no worse for being measured on another's.
     found = read_json(file)
     same = (found.get("features"), found.get("resize")) == (protocol.features, protocol.resize)
     return file if same else out / f"scores_{protocol.features}_{protocol.resize}.json"
@@ -225,7 +227,7 @@ def _distances(
         real = with_statistics(extract(task.own, extractor, batch_size=FEATURE_BATCH))
         rows["real"] = _row("real", real, reference, extractor)
     else:
-        # The reference holds the captions' own images, and papers differ on whether it should: so both are told.
+        # The reference holds the captions' real images, and papers differ on whether it should: so both are measured.
         own = with_statistics(reference.features[task.own_places])
         rows["matched"] = _row("matched", features["model"], own, extractor)
         rows["real"] = _row("real", *_apart(reference.features, task.own_places), extractor)
@@ -235,7 +237,7 @@ def _distances(
 def _apart(features: np.ndarray, places: Sequence[int]) -> tuple[Measured, Measured]:
     """Take the images at `places`, at most half of all, out of the reference that they are compared with.
 
-    Compared with themselves, real images would be at a distance near zero for that reason alone.
+    Compared with themselves, real images would have a distance near zero for that reason alone.
     """
     taken = list(places[: len(features) // 2])
     return with_statistics(features[taken]), with_statistics(np.delete(features, taken, axis=0))
@@ -264,7 +266,7 @@ def _clip_scores(
     captions = embed_captions(list(task.captions.values()), clip)  # (N, D)
     made: dict[str, Images] = {
         **drawn,
-        # As many as its distance is of. Own images come in the order of their captions, so the two line up.
+        # As many as its distance is of. Real images come in the order of their captions, so the two line up.
         "real": islice(task.own, rows["real"].n),
         "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
@@ -273,6 +275,7 @@ def _clip_scores(
         embedded = embed_images(images, clip)  # (M, D), M <= N
         scores[row] = clip_score(embedded, captions[: len(embedded)])
         if row == "model":
+            # The control of a CLIP score: unrelated images and captions score well above 0 too.
             others = clip_score(embedded, captions.roll(1, dims=0))
     return ClipScores(clip.name, clip.weights_sha256, rule=CLIP_RULE, rows=scores, other_captions=others)
 

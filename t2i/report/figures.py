@@ -1,4 +1,4 @@
-"""What figures share: panels, lines told apart by colour and dashes, names of values, baselines; a figure as SVG."""
+"""Shared parts of figures: panels, line styles, names of values, baselines, SVG."""
 
 import io
 import math
@@ -21,7 +21,7 @@ from t2i.study.statistics import ema
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 Dash = str | tuple[int, tuple[int, ...]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-"""Six beside eight colours: the first 24 lines all differ, and in print without colour the dashes still do."""
+"""Six dashes and eight colours: the first 24 lines all differ, and without colour the dashes still do."""
 LABELS = {
     "loss": "loss, nats per token",
     "text_loss": "text loss, nats per token",
@@ -31,7 +31,7 @@ LABELS = {
 }
 
 SPLITS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
-"""Held-out splits, and what a legend calls them."""
+"""Held-out splits, and their names in legends."""
 
 
 def panels(count: int) -> tuple[Figure, np.ndarray]:
@@ -55,8 +55,8 @@ def draw_mean_and_range(
 
 
 def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool = False) -> None:
-    """Draw count-based baselines as named lines across."""
-    # Left and middle in turn: two baselines are often so near that their names would overlap.
+    """Draw count-based baselines as named horizontal lines."""
+    # Names at the left and in the middle in turn: two baselines are often so near that their names would overlap.
     for share, (name, baseline) in zip(cycle((0.01, 0.5)), baselines.items(), strict=False):
         # A perplexity is the exponential of nats, so its baselines are too.
         level = math.exp(baseline) if perplexity else baseline
@@ -69,7 +69,7 @@ def finish(axis: Axes, *, tokens: str = "") -> None:
     """Add a grid and, where lines have names, a legend.
 
     Args:
-        tokens: which axes count tokens, such as "xy": these are written as 500k and 2M.
+        tokens: axes that count tokens, such as "xy"; they are labelled 500k and 2M.
     """
     axis.grid(alpha=0.2)
     for name in tokens:
@@ -98,7 +98,7 @@ def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> s
             linestyle=style,
             label=f"{name.replace('_', ' ')}: {baseline:.2f}",
         )
-    axes.set(xlabel="optimizer step", ylabel=f"{kind} loss, nats per token")
+    axes.set(xlabel="optimizer step", ylabel=LABELS[key])
     axes.grid(alpha=0.2)
     if axes.get_legend_handles_labels()[0]:  # none for a run without a recorded step
         axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
@@ -110,7 +110,7 @@ def _points(rows: list[Row], *, key: str, split: str) -> list[tuple[int, float]]
 
 
 def to_svg(figure: Figure) -> str:
-    """Write a figure out as the <svg> element alone, and close it."""
+    """Convert a figure to an <svg> element, and close it."""
     buffer = io.StringIO()
     figure.tight_layout()
     figure.savefig(buffer, format="svg")

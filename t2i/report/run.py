@@ -1,4 +1,4 @@
-"""One run as one page: report.html, with everything inside it."""
+"""The report of one run: report.html, a page with everything inside it."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
 from t2i.files import read_optional_json
+from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
@@ -46,14 +47,14 @@ class DrawnImage:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows; what is an object of JSON or YAML there is shown as its file has it."""
+    """All that the template shows; objects of JSON or YAML are as in their files."""
 
     name: str
     status: Status | None
     environment: dict[str, Any]
     settings: dict[str, Any]
     manifest: Manifest | None
-    """Of the training shards; None if the run has none yet."""
+    """Manifest of the training shards; None if the run has not begun."""
     scores: dict[str, Any]
     """Empty if no checkpoint was scored."""
     baselines: dict[str, float]
@@ -61,7 +62,7 @@ class Page:
     last: Row
     """The last training row."""
     heldout: list[Row]
-    """Of the last step: losses under matched, shuffled and null captions."""
+    """Rows of the last step: losses under matched, shuffled and null captions."""
     curves: dict[str, str]
     """Image and text losses as SVG."""
     images: list[DrawnImage]
@@ -95,7 +96,7 @@ def _page(run_dir: Path) -> Page:
     manifest = data_manifest(run)
     measured = _measured(run_dir)
     baselines = image_baselines([run])
-    # A run stopped before its first recorded step has a page too: its settings and its reason are what is looked for.
+    # A run that stopped before its first recorded step has a page too, for its settings and reason are looked for.
     last = next((row for row in reversed(run.rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
     return Page(
         name=run_dir.name,
@@ -108,11 +109,15 @@ def _page(run_dir: Path) -> Page:
         last=last,
         # Of the last step alone: rows of earlier ones are in the curves.
         heldout=[
-            row for row in run.rows if "image_loss_wrong_caption" in row.values and row.step == last.step
+            row
+            for row in run.rows
+            if row.split in HELDOUT_SPLITS and "image_loss" in row.values and row.step == last.step
         ],
+        # A run on text has no image loss: an empty figure would look like one that failed.
         curves={
             kind: loss_curves(run.rows, kind=kind, baselines=baselines if kind == "image" else {})
             for kind in ("image", "text")
+            if any(f"{kind}_loss" in row.values for row in run.rows)
         },
         images=_images(measured / "model", manifest) if measured and manifest else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
@@ -122,14 +127,14 @@ def _page(run_dir: Path) -> Page:
 
 
 def _measured(run_dir: Path) -> Path | None:
-    """Find the measures of the newest checkpoint that was measured on the run's own held-out images."""
+    """Find the scores of the newest checkpoint that was scored on the run's own held-out images."""
     # Steps have six digits, so the order of names is that of steps.
     found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
     return found[-1].parent if found else None
 
 
 def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
-    """Pair drawn images with the real ones of their captions, spread over the drawn half."""
+    """Pair drawn images with the real ones of their captions, evenly spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
     pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
     # Every n-th and never the best: a page of chosen images says nothing of the others.
@@ -155,7 +160,7 @@ def _spread(folder: Path) -> list[Path]:
 
 
 def _commands(run_dir: Path) -> list[str]:
-    """Write out what made the run's files, to be copied and run again."""
+    """List the commands that made the run's files, to be copied and run again."""
     commands = [read_optional_json(run_dir / ENVIRONMENT)["command"]]
     if _measured(run_dir):
         commands.append(command_line("score", str(run_dir)))

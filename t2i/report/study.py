@@ -1,4 +1,4 @@
-"""A study as a short paper: report.md with figures beside it, and report.html with everything inside it."""
+"""The report of a study: report.md with figures beside it, and report.html with everything inside it."""
 
 import time
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with
 
 @dataclass(frozen=True)
 class Part:
-    """A section as the templates show it."""
+    """A section and its figure, for the templates."""
 
     section: Section
     png: str = ""
-    """Its figure's path from the page; empty for none."""
+    """Path of its figure from the page; empty without a figure."""
     svg: str = ""
     """The figure itself."""
 
@@ -37,27 +37,27 @@ class Page:
     study: Study
     parts: list[Part]
     failed: dict[str, Record]
-    """Jobs that did not end well, by name."""
+    """Jobs that failed or were skipped, by name."""
     minutes: float
-    """Of processes, in all."""
+    """Of all processes together."""
     environment: dict[str, Any]
-    """As environment.json: of the machine that writes the page."""
+    """The machine that writes the page, as in environment.json."""
     commits: list[str]
-    """That runs were trained at; a page may be written by a later one."""
+    """Commits that runs were trained at; a page may be written by a later one."""
     command: str
     date: str
 
     @staticmethod
     def flags(settings: Settings) -> str:
-        """Write settings as somebody would type them."""
+        """Format settings as on a command line."""
         return " ".join(flags_of_mapping(settings))
 
 
 def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str) -> Path:
-    """Write report.md, report.html and figures from a study's files into its report's folder; return the page's path.
+    """Write report.md, report.html and figures into the report's folder; return the page's path.
 
     Args:
-        command: what makes it again.
+        command: the command that writes it again.
     """
     to = study.report_dir(out)
     figures = to / "figures"

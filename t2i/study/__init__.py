@@ -1,1 +1,1 @@
-"""What runs say together: figures and reports, read from run folders alone."""
+"""Studies: many runs as one question, from the file that asks it to the numbers that answer it."""

@@ -1,4 +1,4 @@
-"""What follows from a study file: processes, each with its command and what it waits for, and what became of them."""
+"""The jobs of a study: processes with their commands, what they wait for, and how they ended."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +18,21 @@ class Job:
     command: list[str]
     """Script and flags; the runner puts the interpreter or launcher before them."""
     needs: tuple[str, ...] = ()
-    """Names of jobs that must be done before."""
+    """Names of jobs that must be done first."""
     run_dir: Path | None = None
-    """Of a training run; None for others."""
+    """The run folder of a training run; None for other jobs."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a job."""
+    """How a job ended."""
 
     state: str = "open"
     """open, done, failed or skipped."""
     code: int | None = None
     """Exit status; None where no process was started."""
     seconds: float | None = None
-    """That the process took; None where there was none."""
+    """Time that the process took; None where there was none."""
     command: tuple[str, ...] = ()
     reason: str = ""
     """Why it was skipped."""
@@ -41,10 +41,10 @@ class Record:
 
 
 def read_study(file: Path) -> Study:
-    """Read a study file and check all that follows from it, before anything runs.
+    """Read a study file and check everything before anything runs.
 
     Raises:
-        UserError: what read_spec refuses, settings that a run does not take, or jobs that do not go together.
+        UserError: what read_spec refuses, settings that a run does not know, or jobs that contradict each other.
     """
     study = read_spec(file)
     if study.base:
@@ -56,7 +56,7 @@ def read_study(file: Path) -> Study:
 
 
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
-    """List a study's processes in the order of one worker: steps, then runs, then measures."""
+    """List a study's jobs in the order that one worker does them: steps, runs, measures."""
     jobs: list[Job] = []
     for step in study.steps:
         command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
@@ -90,7 +90,7 @@ def run_config(study: Study, *, arm: str, seed: int, out: Path) -> RunConfig:
     """Read one run's settings as the training command will.
 
     Raises:
-        UserError: a key or a value that a run does not have; tyro has said which.
+        UserError: a key or a value that a run does not take; tyro has printed which.
     """
     return _parsed(_run_flags(study, arm, seed, out=out), where=f"{study.file}: arm {arm}")
 
@@ -99,7 +99,7 @@ def step_config(step: Step, *, out: Path) -> RunConfig:
     """Read the settings of a step that trains, as the training command will.
 
     Raises:
-        UserError: a key or a value that a run does not have; tyro has said which.
+        UserError: a key or a value that a run does not take; tyro has printed which.
     """
     # --ds_config is the launcher's, not one of a run's settings.
     flags = {key: value for key, value in filled(step.flags, out=out).items() if key != "ds_config"}
@@ -107,18 +107,19 @@ def step_config(step: Step, *, out: Path) -> RunConfig:
 
 
 def filled(flags: Settings, *, out: Path, run: Path | None = None) -> Settings:
-    """Put folders into the strings of nested values; `{run}` only where there is one, in measures."""
+    """Replace `{out}` in the strings of nested values, and `{run}` where there is one, in measures."""
     return {key: _filled(value, out=out, run=run) for key, value in flags.items()}
 
 
 def read_record(out: Path, name: str) -> Record:
-    """Read what became of a job; open if nothing has."""
+    """Read a job's record; its state is open if there is none."""
     values = read_optional_json(_record_file(out, name))
     return Record(**{**values, "command": tuple(values.get("command", ()))}) if values else Record()
 
 
 def write_record(out: Path, name: str, record: Record) -> None:
-    """Write what became of a job, without what does not apply."""
+    """Write a job's record, without the fields that do not apply."""
+    # A record is a file per job, written whole: workers on other machines read it without any lock.
     values = {key: value for key, value in vars(record).items() if value not in (None, "", ())}
     write_json(_record_file(out, name), values)
 
@@ -134,11 +135,12 @@ def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, 
 
 
 def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
-    """Write settings as flags: those of all runs, then the arm's, then the seed; arms differ in nothing else."""
+    """Write settings as flags: those of all runs, then the arm's, then the seed."""
     shared, own = (
         flags_of_mapping(filled(settings, out=out)) for settings in (study.settings, study.arms[arm])
     )
-    # Of a flag that is given twice the later counts, so the arm's own settings win over the shared ones.
+    # The last of two equal flags wins, so the arm's settings override the shared ones. The seed comes last: arms of
+    # one seed then share data order and start, which is what pairs them.
     return ["--run-dir", str(run_dir(out, arm, seed)), *shared, *own, "--train.seed", str(seed)]
 
 
@@ -170,16 +172,16 @@ def _check_losses(study: Study) -> None:
     """
     configs = {name: run_config(study, arm=name, seed=0, out=Path("out")) for name in study.arms}
     restricted = [name for name, config in configs.items() if config.train.image_vocab_only]
-    # A softmax over image codes alone leaves out what it costs that no word follows: its loss is lower for nothing.
+    # A softmax over image codes alone does not pay for excluding words, so its loss is lower without being better.
     if restricted and len(restricted) < len(configs):
         raise UserError(
             f"{study.file}: train.image_vocab_only is set in {', '.join(restricted)} alone; its image losses do not"
-            " compare with those over all rows. Set it for all arms, or make two studies."
+            " compare with those over the whole vocabulary. Set it for all arms, or make two studies."
         )
 
 
 def _check_shared(study: Study, base: Study) -> None:
-    """Refuse a job that has the name of one of the base's but another command: they share a folder."""
+    """Refuse a job with the name of a base's job but another command, as both share a folder."""
     out = Path("out")  # any folder: the same one stands in both commands
     theirs = {job.name: job.command for job in jobs_of(base, out=out)}
     for job in jobs_of(study, out=out):

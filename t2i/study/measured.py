@@ -1,4 +1,4 @@
-"""What the alignment and the commands under eval/ measured of runs: their JSON, read once, as values with names."""
+"""Results of the alignment and of the commands under eval/: their JSON, read once into typed values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,10 +20,10 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one space of embeddings was aligned: retrieval among held-out pairs."""
+    """Alignment of one embedding space: retrieval among held-out pairs."""
 
     image_to_text: float
-    """Share of images whose own caption is nearest."""
+    """Share of images whose matched caption is nearest."""
     text_to_image: float
     chance: float
     num_pairs: int
@@ -32,44 +32,44 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class NearestTokens:
-    """How near image embeddings are to those of text, beside random ones, in one space."""
+    """How near image embeddings are to text embeddings in one space, with random ones as the control."""
 
     medians: dict[str, float]
-    """Of the cosines, by image, random and text."""
+    """Median cosine, by image, random and text."""
     cosines: dict[str, np.ndarray]
-    """To the nearest text embedding, likewise."""
+    """Cosines to the nearest text embedding, by the same kinds."""
     random_nearer: float
     """The chance that a random embedding is nearer to text than an image's."""
     tokens: list[list[str]]
     """Per code, the nearest tokens, best first."""
     cka: float | None
-    """Linear CKA of image embeddings before and after training; None where only one model was given."""
+    """Linear CKA of image embeddings before and after training; None where only one model was measured."""
 
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """Of one model on one text."""
+    """Perplexity of one model on one text."""
 
     num_tokens: int
     perplexity: float
     """Over the whole vocabulary."""
     perplexity_text_rows: float
-    """Over the text vocabulary alone."""
+    """Over the text vocabulary only."""
 
 
 @dataclass(frozen=True)
 class LanguageResults:
-    """What one model does with text."""
+    """Text results of one model."""
 
     costs: dict[str, TextPerplexity]
-    """By the name of the text: text, and captions where they were measured."""
+    """By name of the text: text, and captions where they were measured."""
     completions: list[str]
-    """Of the prompts, in their order."""
+    """One per prompt, in their order."""
 
 
 @dataclass(frozen=True)
 class ForgettingResults:
-    """forgetting.json: several models on the same texts and prompts."""
+    """The content of forgetting.json: several models on the same texts and prompts."""
 
     prompts: list[str]
     models: dict[str, LanguageResults]
@@ -78,7 +78,7 @@ class ForgettingResults:
 
 @dataclass(frozen=True)
 class GradientPart:
-    """One kind of token's part of a gradient."""
+    """The part of a gradient that one kind of token has."""
 
     tokens: int
     token_share: float
@@ -86,16 +86,17 @@ class GradientPart:
     norm: float
     norm_share: float
     norm_layers: float
-    """Without the embeddings and the LM head."""
+    """Norm without embeddings and LM head."""
 
 
 @dataclass(frozen=True)
 class GradientResults:
-    """gradients.json."""
+    """The content of gradients.json."""
 
     parts: dict[str, GradientPart]
     """By text, image and special."""
-    cosine_text_image: float
+    cosine_text_image: float | None
+    """None where text or image has no gradient."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ class SplitPerplexity:
     """One held-out split of perplexity.json."""
 
     nats: dict[str, float]
-    """Per token, by text, image, special and total; kinds without a token are not there."""
+    """Nats per token, by text, image, special and total; kinds without a token are left out."""
     bits_per_pixel: float | None
-    """None where the shards say no image size."""
+    """None where the shards do not state an image size."""
     image_loss_by_code: np.ndarray | None
     """(K,) nats; None for sequences without images."""
 
@@ -117,7 +118,7 @@ class Score:
     value: float
     num_images: int
     features: str
-    """What the measure was taken on, such as inception."""
+    """Features that it was measured on, such as inception."""
 
 
 def read_alignment(folder: Path) -> dict[str, Retrieval]:
@@ -184,7 +185,8 @@ def read_score(run_dir: Path, *, measure: str) -> Score | None:
 
 
 def read_each(files: dict[str, Path], read: Callable[[Path], T | None]) -> dict[str, T]:
-    """Read named files; those that are not there are left out."""
+    """Read named files, leaving out those that do not exist."""
+    # Left out and not refused: a report is also written while measures are still being made.
     found = {name: read(file) for name, file in files.items()}
     return {name: one for name, one in found.items() if one}
 
@@ -201,9 +203,10 @@ def _nearest(one: Values) -> NearestTokens:
 
 
 def _picked(kind: Callable[..., T], values: Values, *, file: Path) -> T:
-    """Take a dataclass's fields out of what a file says, which may say more."""
+    """Take a dataclass's fields from an object of JSON, which may have more keys."""
     assert isinstance(kind, type)
     names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    # More keys are allowed, fewer are not: a newer file must not break a report, nor an older one shorten it silently.
     if missing := [name for name in names if name not in values]:
         raise DataError(f"{file} has no {missing[0]}; measure it again with this version of t2i.")
     return kind(**{name: values[name] for name in names})

@@ -1,4 +1,4 @@
-"""Finished runs as arrays: what a comparison of arms is computed from."""
+"""Finished runs as arrays, from which arms are compared."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ class Row:
 
     step: int
     split: str
-    """train, or what a held-out row was measured on."""
+    """train, or the split that a held-out row was measured on."""
     values: dict[str, float]
-    """Numbers by their key; what was not measured is not there."""
+    """Numbers by key; what was not measured is left out."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Run:
     seed: int
     rows: list[Row]
     state: str
-    """As status.json says; empty for a run that has not begun."""
+    """The state in status.json; empty for a run that has not begun."""
     reason: str
-    """Why it ended, where it did not end well."""
+    """Why the run ended, if it failed or was stopped."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it ended well."""
+        """Whether the run finished."""
         return self.state == "done"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One value of one arm over training: columns are the steps that every seed has recorded."""
+    """One value of one arm over training; columns are the steps that every seed has recorded."""
 
     steps: list[int]
     tokens: list[int]
-    """Trained on at each column, of the first seed: arms share their data."""
+    """Tokens trained on at each column, from the first seed, as all seeds have equal steps."""
     values: np.ndarray
     """(seeds, T)."""
     seeds: list[int]
@@ -72,6 +72,7 @@ def read_rows(folder: Path) -> list[Row]:
         Row(
             step=step_of(row),
             split=str(row.get("split", TRAIN_ROWS)),
+            # null is what was not measured, such as a split without samples; as a number it would bend a mean.
             values={key: value for key, value in row.items() if isinstance(value, int | float)},
         )
         for row in read_metrics(folder)
@@ -79,7 +80,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def runs_of(study: Study, *, arm: str, out: Path) -> list[Run]:
-    """Read an arm's runs that have ended well."""
+    """Read the finished runs of an arm."""
     # A run that is still going, or ended in nan, would pair its last step with another's end.
     runs = [read_run(run_dir(out, arm, seed), seed=seed) for seed in study.seeds_of(arm)]
     return [run for run in runs if run.is_done]
@@ -106,7 +107,7 @@ def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | No
 
 
 def tokens_at(rows: list[Row]) -> dict[int, int]:
-    """Map each training step to the tokens done by then; step 0 has none."""
+    """Map each training step to the tokens trained on by then; step 0 has none."""
     # Held-out rows carry no count of their own, and text is measured before the first step.
     return {0: 0} | {row.step: int(row.values["tokens"]) for row in rows if row.split == TRAIN_ROWS}
 
@@ -130,7 +131,7 @@ def image_baselines(runs: list[Run]) -> dict[str, float]:
 
 
 def text_baselines(runs: list[Run]) -> dict[str, float]:
-    """Read the count-based baselines of held-out text, in nats per token; none where it is of no text shards."""
+    """Read the count-based baselines of held-out text, in nats per token; none unless it comes from text shards."""
     if not runs:
         return {}
     file = Path(read_settings(runs[0].folder)["train"]["eval_text"]) / MANIFEST
@@ -140,6 +141,7 @@ def text_baselines(runs: list[Run]) -> dict[str, float]:
 
 def num_samples(run: Run) -> int:
     """Count the samples that a run was trained on."""
+    # With what subsample_every leaves out: an ablation of data size is drawn against what was seen.
     settings = read_settings(run.folder)["data"]
     return num_trained_on(
         read_manifest_file(run.folder / DATA_MANIFEST), subsample_every=settings["subsample_every"]
@@ -147,7 +149,7 @@ def num_samples(run: Run) -> int:
 
 
 def codes_per_image(run: Run) -> int:
-    """Read how many codes an image of the run's shards has."""
+    """Read the number of codes per image of the run's shards."""
     return read_manifest_file(run.folder / DATA_MANIFEST).codes_per_image
 
 

@@ -1,7 +1,7 @@
-"""Work through a study's jobs: one after another here, or with any number of workers over one shared folder.
+"""Run a study's jobs: one after another, or by any number of workers over one shared folder.
 
-A job's lock is held by the worker and by the job's own process, so a job whose worker was killed is not taken before
-it ends. A job that is done has a record; one that failed does not stop the others, and is tried anew by the next call.
+A job's lock is held by the worker and by the job's own process. If the worker is killed, nobody takes the job before
+its process ends. A job that is done has a record. A failed job does not stop the others; the next call tries it again.
 """
 
 import fcntl
@@ -33,11 +33,11 @@ STOPPED = Stopped.exit_code
 
 
 def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
-    """Do every job that is not done; return the records of all by name.
+    """Run every job that is not done; return all records by name.
 
     Raises:
-        UserError: a finished job was done with another command.
-        Stopped: a signal asked for it; what runs has saved, and the same command resumes.
+        UserError: a finished job was run with another command.
+        Stopped: on a signal; the running job has saved. Run the same command to resume.
     """
     started = time.time()
     for folder in ("jobs", "locks", "logs"):
@@ -52,19 +52,20 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
         waiting = [job for job in jobs if job.name not in settled]
         if not waiting:
             return records
-        # Nothing could be begun: others hold what is left, or it waits for what they hold.
+        # Nothing could be started: others hold what is left, or it waits for what they hold. A worker then waits, and
+        # does not leave: what another ends, or leaves unfinished, may free the next job.
         if not any(_try(job, records, settled, study=study, out=out) for job in waiting):
-            time.sleep(WAIT_SECONDS)
+            time.sleep(WAIT_SECONDS)  # a poll: workers on many machines share a folder and nothing else
 
 
 def _is_settled(record: Record, started: float) -> bool:
-    """Tell whether a job needs nothing more: done, or tried by some worker since this one started."""
+    """Whether a job is finished with: done, or tried by some worker since this one started."""
     # A failure from before this call is tried anew; one of another worker beside it is not.
     return record.state == "done" or (record.time or 0) > started
 
 
 def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Study, out: Path) -> bool:
-    """Do a job if its needs are met and nobody else has it; tell whether anything came of it."""
+    """Run a job if its needs are met and nobody else has it; return whether anything was done."""
     failed = [name for name in job.needs if name in settled and records[name].state != "done"]
     if failed:
         reason = f"needs {failed[0]}, which is not done"
@@ -82,7 +83,7 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
 
 
 def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
-    """Run a job's process to its end; its output goes to logs/NAME.log."""
+    """Run a job's process to its end, with its output in logs/NAME.log."""
     script, *flags = job.command
     prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
     began = time.time()
@@ -96,6 +97,7 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
             stderr=subprocess.STDOUT,
             pass_fds=(lock.fileno(),),  # the job holds its lock too, should this worker be killed
         )
+        # A process per job: its memory ends with it, and one that is killed takes no worker with it.
         with _signals_passed_on(process) as signals:
             code = process.wait()
     if signals or code == STOPPED:
@@ -109,12 +111,12 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
 
 @contextmanager
 def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """Send SIGTERM and Ctrl-C on to the job, which saves and ends; collect them."""
+    """Forward SIGTERM and Ctrl-C to the job, which saves and ends; collect the signals."""
     signals: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        process.send_signal(signal.SIGTERM)  # also for Ctrl-C: on SIGTERM a run saves before it ends
+        process.send_signal(signal.SIGTERM)  # also for Ctrl-C, as a run saves on SIGTERM before it ends
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -126,7 +128,7 @@ def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[IO[str] | None]:
-    """Hold a job's lock; None if somebody else does."""
+    """Hold a job's lock; yield None if another worker does."""
     with path.open("a") as lock:
         try:
             # flock and not a file that exists: the kernel lets go of it when its holders die.
@@ -138,6 +140,7 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
 
 
 def _same_command(job: Job, out: Path) -> None:
+    # Names alone would let a changed study report the results of the one before it.
     record = read_record(out, job.name)
     done = with_new_flags(record.command)
     if record.state == "done" and done != job.command:
@@ -149,7 +152,7 @@ def _same_command(job: Job, out: Path) -> None:
 
 @contextmanager
 def local_workers(command: list[str], *, count: int) -> Iterator[None]:
-    """Run `count` more workers on this machine; wait for them, or stop them where this one was stopped."""
+    """Run `count` more workers on this machine; wait for them, or stop them if this one is stopped."""
     others = [subprocess.Popen(command) for _ in range(count)]
     is_done = False
     try:
@@ -163,12 +166,12 @@ def local_workers(command: list[str], *, count: int) -> Iterator[None]:
 
 
 def submit(command: list[str], *, count: int, options: list[str], out: Path) -> str:
-    """Submit an array job of `count` workers to Slurm and return what sbatch said.
+    """Submit an array job of `count` workers to Slurm and return sbatch's output.
 
-    Five minutes before its time limit each worker's run is asked to save; submitting again goes on.
+    Five minutes before its time limit each worker's run is asked to save. Submit again to resume.
 
     Raises:
-        UserError: there is no sbatch here, or it refused.
+        UserError: there is no sbatch on this machine, or it failed.
     """
     if shutil.which("sbatch") is None:
         raise UserError("--launcher is slurm, but there is no sbatch on this machine.")
@@ -180,7 +183,7 @@ def submit(command: list[str], *, count: int, options: list[str], out: Path) -> 
         "--signal=B:TERM@300",
         f"--output={out / 'logs' / 'worker-%a.log'}",
         *options,
-        f"--wrap=exec {shlex.join(command)}",  # exec: the signal goes to the worker, not to a shell
+        f"--wrap=exec {shlex.join(command)}",  # exec: the signal reaches the worker, not a shell
     ]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:

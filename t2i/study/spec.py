@@ -1,8 +1,8 @@
-"""What a study file says: steps that are done once, arms times seeds of training runs, measures of runs, a report.
+"""What a study file says: steps that run once, training runs of arms and seeds, measures of runs, and a report.
 
-`base: OTHER.yaml` takes the settings and steps of another study file, key by key, and works in that study's folder:
-what both name alike is done once. A step that is a name alone is the base's. `{out}` in any string is the study's
-folder; in a measure, `{run}` is the folder of the run that it measures.
+`base: OTHER.yaml` takes the settings and steps of another study file, key by key, and works in that study's folder.
+What both name alike is done once. A step that is only a name is the base's step of that name. `{out}` in any string is
+the study's folder. In a measure, `{run}` is the folder of the run that it measures.
 
 Everything here is checked when the file is read, so that a slip in the last section costs no training run.
 """
@@ -19,7 +19,7 @@ from t2i.files import read_yaml
 
 TRAIN = "launchers/train.py"
 INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")
-"""Keys that a study takes from its base. Arms, measures and sections are its own: they are what it asks."""
+"""Keys that a study takes from its base. Arms, measures and sections are its own, for they are its question."""
 
 Setting = bool | int | float | str | None | list["Setting"] | dict[str, "Setting"]
 """A value of YAML."""
@@ -29,7 +29,7 @@ Settings = dict[str, Setting]
 
 @dataclass(frozen=True)
 class Step:
-    """A command that is run once, before all runs."""
+    """A command that runs once, before all training runs."""
 
     name: str
     command: str
@@ -41,13 +41,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Measure:
-    """A command that is run on finished runs."""
+    """A command that runs on finished training runs."""
 
     name: str
     command: str
     flags: Settings = field(default_factory=dict)
     at: str = ""
-    """What of the run is measured, such as checkpoints/step_000500; empty for its latest checkpoint."""
+    """The part of the run to measure, such as checkpoints/step_000500; empty for its latest checkpoint."""
     arms: list[str] = field(default_factory=list)
     """Empty for every arm."""
     seeds: list[int] = field(default_factory=list)
@@ -56,19 +56,19 @@ class Measure:
 
 @dataclass(frozen=True)
 class SectionSpec:
-    """An entry of the report: what kind of section, and what it is about."""
+    """An entry of the report: the kind of section and its arguments."""
 
     section: str
     """A kind; docs/study.md lists them."""
     title: str = ""
     """Empty for the kind's own."""
     paper: str = ""
-    """What the paper found, to stand beside what is found here."""
+    """What the paper found, shown beside what is found here."""
     arguments: Settings = field(default_factory=dict)
-    """Of the kind, by its function's names."""
+    """Arguments of the kind's function, by name."""
 
     def arms(self) -> list[str]:
-        """List the arms that it names, alone or in pairs."""
+        """List the arms that the section names, alone or in pairs."""
         pairs = self.arguments.get("pairs")
         named = list(pairs.values()) if isinstance(pairs, dict) else pairs
         lists = [self.arguments.get("arms"), *(named if isinstance(named, list) else [])]
@@ -83,19 +83,19 @@ class Study:
     title: str
     question: str
     arms: dict[str, Settings]
-    """Settings of each arm, over `settings`."""
+    """Settings of each arm, which override `settings`."""
     base: "Study | None" = None
     """The study whose steps, settings and folder this one shares."""
     seeds: list[int] = field(default_factory=lambda: [0])
     arm_seeds: dict[str, list[int]] = field(default_factory=dict)
-    """Seeds of arms that have others than `seeds`."""
+    """Seeds of arms that differ from `seeds`."""
     ds_config: str = "ds_configs/zero2_fp32.json"
     launch: list[str] = field(default_factory=list)
     """Words before a training script, such as [deepspeed, --num_gpus, "8"]; empty for this Python."""
     settings: Settings = field(default_factory=dict)
     """Settings of all runs, as a run file holds them."""
     assumed: Settings = field(default_factory=dict)
-    """What --plan takes of shards that are not made yet, by the names of PlanConfig; by default the embedded ones."""
+    """What --plan assumes of shards that are not made yet, by PlanConfig's names; the embedded ones by default."""
     steps: list[Step] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
     report: list[SectionSpec] = field(default_factory=list)
@@ -125,9 +125,10 @@ def read_spec(file: Path) -> Study:
     """Read a study file, and check its names: keys, settings, steps and arms.
 
     Raises:
-        UserError: no YAML, an unknown key, or a name that is nowhere defined.
+        UserError: the file is no YAML, or has an unknown key or an undefined name.
     """
-    values = _in_new_spelling(read_yaml(file, name=str(file)))
+    # The YAML of a stranger until _made has checked every name of it.
+    values: dict[str, Any] = _in_new_spelling(read_yaml(file, name=str(file)))
     base = _read_base(values.pop("base", None), file=file)
     if base is not None:
         values = _with_base(values, base, file)
@@ -147,16 +148,16 @@ def read_spec(file: Path) -> Study:
 
 
 def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, prefix: str = "") -> None:
-    """Check that settings have the names of a run's, and name the nearest where one has not.
+    """Check that settings have names that a run knows, and suggest the nearest one otherwise.
 
-    tyro would refuse them too, but arm by arm and in its own words, which know of flags and not of the file.
+    tyro would refuse them too, but arm by arm, and its messages name flags and not the file.
 
     Raises:
         UserError: the first name that a run does not have.
     """
     known = {one.name: one.type for one in fields(kind)}
     for key, value in settings.items():
-        name = key.replace("-", "_")
+        name = key.replace("-", "_")  # as on the command line, where both spellings are read
         if name not in known:
             right = nearest_name(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
             raise UserError(f"{where} has the setting {prefix}{key}, which {TRAIN} does not take; {right}.")
@@ -166,47 +167,49 @@ def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, pr
 
 
 def nearest_name(name: str, known: list[str]) -> str:
-    """Say what somebody may have meant, or all that there is."""
+    """Suggest the nearest known name, or list all of them."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"perhaps {close[0]} was meant" if close else f"known are {', '.join(known)}"
 
 
-def _in_new_spelling(values: dict[str, Any]) -> dict[str, Any]:
+def _in_new_spelling(values: dict[str, object]) -> dict[str, object]:
     """Rename the settings of runs, plans, steps and measures; what has the wrong form is refused later."""
 
-    def renamed(given: Any) -> Any:
+    def renamed(given: object) -> object:
         return with_new_keys(given) if isinstance(given, dict) else given
 
-    def with_flags(job: Any) -> Any:
+    def with_flags(job: object) -> object:
         return {**job, "flags": renamed(job["flags"])} if isinstance(job, dict) and "flags" in job else job
 
     values = {
         key: renamed(value) if key in ("settings", "assumed") else value for key, value in values.items()
     }
-    if isinstance(values.get("arms"), dict):
-        values["arms"] = {arm: renamed(settings) for arm, settings in values["arms"].items()}
+    if isinstance(arms := values.get("arms"), dict):
+        values["arms"] = {arm: renamed(settings) for arm, settings in arms.items()}
     for key in ("steps", "measures"):
-        if isinstance(values.get(key), list):
-            values[key] = [with_flags(job) for job in values[key]]
+        if isinstance(jobs := values.get(key), list):
+            values[key] = [with_flags(job) for job in jobs]
     return values
 
 
 def _read_base(name: Setting, *, file: Path) -> Study | None:
-    """Read the study that `base` names, another file beside it."""
+    """Read the study that `base` names, a file in the same folder."""
     if name is None:
         return None
     if not (file.parent / str(name)).is_file():
-        raise UserError(f"{file}: base is {name}, which is not beside it.")
+        raise UserError(f"{file}: base is {name}, which is not in the same folder.")
     base = read_spec(file.parent / str(name))
-    if base.base:  # one level: a folder shared by a chain of files would be hard to follow
+    if base.base:  # one level: a folder that a chain of files shares would be hard to follow
         raise UserError(f"{file}: base is {name}, which has a base itself; name that one.")
     return base
 
 
-def _with_base(values: dict[str, Any], base: Study, file: Path) -> dict[str, Any]:
-    """Take from its base what a study does not say of runs and steps; a step that is a name alone is the base's."""
+def _with_base(values: dict[str, object], base: Study, file: Path) -> dict[str, object]:
+    """Fill in what a study leaves to its base; a step that is only a name is the base's step of that name."""
     known = {step.name: vars(step) for step in base.steps}
     steps = list(known) if values.get("steps") is None else values["steps"]
+    if not isinstance(steps, list):
+        raise UserError(f"{file}: steps is {steps!r}; expected a list.")
     if missing := [one for one in steps if isinstance(one, str) and one not in known]:
         right = nearest_name(missing[0], list(known))
         raise UserError(f"{file}: steps has {missing[0]}, which is no step of {base.file.name}; {right}.")
@@ -214,8 +217,8 @@ def _with_base(values: dict[str, Any], base: Study, file: Path) -> dict[str, Any
     return {key: getattr(base, key) for key in INHERITED} | named | {"base": base}
 
 
-def _section(values: Any, file: Path) -> SectionSpec:
-    """Take an entry of the report apart; its kind's own arguments stand beside the names that all kinds have."""
+def _section(values: object, file: Path) -> SectionSpec:
+    """Split an entry of the report into the names that all kinds have and its kind's own arguments."""
     if not isinstance(values, dict):
         raise UserError(f"{file}: a section is {values!r}; expected names with values.")
     shared = {key: values[key] for key in ("section", "title", "paper") if key in values}
@@ -225,8 +228,8 @@ def _section(values: Any, file: Path) -> SectionSpec:
     )
 
 
-def _made(kind: type[Entry], values: Any, file: Path) -> Entry:
-    """Make one entry from what the file says."""
+def _made(kind: type[Entry], values: object, file: Path) -> Entry:
+    """Make one entry from the values in the file."""
     what, known = kind.__name__.lower(), {one.name for one in fields(kind)}
     if not isinstance(values, dict):
         raise UserError(f"{file}: a {what} is {values!r}; expected names with values.")
@@ -241,6 +244,7 @@ def _made(kind: type[Entry], values: Any, file: Path) -> Entry:
 
 
 def _check_steps(study: Study) -> None:
+    # Only on steps before it: a list in the order of work can have no cycle.
     before: list[str] = []
     for step in study.steps:
         for name in step.needs or []:

@@ -1,7 +1,7 @@
-"""What a comparison of paired runs can say: differences with intervals, a test at equal tokens, worth in tokens.
+"""Statistics of paired runs: differences with intervals, a test at equal tokens, the gain in tokens.
 
-Rows are seeds, columns steps. Arms are paired by seed: the same order of data and the same held-out samples. What a
-seed does to both arms alike then cancels in the difference, so that two or three seeds can show something.
+Rows are seeds, columns are steps. Arms are paired by seed, with the same data order and the same held-out samples. What
+a seed does to both arms then cancels in the difference, so that two or three seeds can show something.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
-"""The chance to see a difference that the smallest detectable one is stated for."""
+"""The chance of finding the smallest detectable difference."""
 
 
 def ema(values: Sequence[float], *, decay: float = 0.95) -> list[float]:
-    """Average exponentially, corrected for the start (paper, Figure 6: 0.95)."""
+    """Compute exponential moving averages, corrected for the start (paper, Figure 6: 0.95)."""
     averages, average = [], 0.0
     for count, value in enumerate(values, start=1):
         average = decay * average + (1 - decay) * value
@@ -37,7 +37,7 @@ class DifferenceCurve:
 
 
 def difference_curve(first: np.ndarray, second: np.ndarray) -> DifferenceCurve:
-    """Compare two arms (seeds, T) step by step; the interval is Student's, of each step alone."""
+    """Compare two arms (seeds, T) step by step, with Student's interval for each step alone."""
     differences = _paired(first, second)
     mean = differences.mean(0)
     half = _half_width(differences)
@@ -55,18 +55,20 @@ class PairedTest:
     high: float
     p_value: float
     smallest_detectable: float
-    """The difference that so many seeds, as noisy as these, would have found with a chance of 0.8."""
+    """The difference that as many seeds, as noisy as these, find with a chance of 0.8."""
 
     @property
     def verdict(self) -> str:
-        """lower, higher, or no difference seen: what the first arm's value is."""
+        """Describe the first arm's value: lower, higher, or no difference seen."""
         if not self.p_value < 1 - CONFIDENCE:  # not >=: nan, of a single seed, is no evidence either
             return "no difference seen"
         return "lower" if self.mean < 0 else "higher"
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Test whether two arms differ at one point: a value a seed, in the same order of seeds."""
+    """Test whether two arms differ at one point, given a value per seed in the same order of seeds."""
+    # Paired: seeds move a loss by more than most arms do, and both arms of a seed alike. Unpaired, that spread would
+    # hide the difference.
     differences = _paired(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
     count, mean = len(differences), float(differences.mean())
     half = float(_half_width(differences))
@@ -81,9 +83,9 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
 
 
 def corrected(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number, so that the chance of one false find among all is that of one test.
+    """Correct p-values for their number: the chance of any false find among all is then that of one test.
 
-    A test without a value (nan, of a single seed) keeps none, and counts.
+    A test without a p-value (nan, for a single seed) stays nan, and counts as a test.
 
     Source: Holm, https://www.jstor.org/stable/4615733.
     """
@@ -121,14 +123,14 @@ def smallest_detectable(deviation: float, *, num_seeds: int) -> float:
 
 @dataclass(frozen=True)
 class Worth:
-    """What a head start is worth at one loss, over paired seeds."""
+    """The gain of the first arm at one loss, in tokens that the second needs more, over paired seeds."""
 
     loss: float
     """The loss that both arms reach, the mean of the first arm's seeds."""
     first_tokens: int
-    """Where the first arm stands."""
+    """Tokens of the first arm at that loss."""
     extra_tokens: float
-    """What the second arm needs beyond that; nan if some seed does not reach the loss in its budget, or is_earlier."""
+    """Tokens that the second arm needs beyond these; nan if a seed does not reach the loss, or is_earlier."""
     low: float
     high: float
     factor: float
@@ -136,13 +138,13 @@ class Worth:
     num_reached: int
     """Seeds of the second arm that reach it."""
     is_earlier: bool
-    """Whether some seed of the second arm is below the loss where it is first measured, so how far is not known."""
+    """Whether a seed of the second arm is below the loss at its first measurement, so that the tokens are not known."""
 
 
 def worth_in_tokens(
     tokens: Sequence[int], first: np.ndarray, second: np.ndarray, *, at: Sequence[int]
 ) -> list[Worth]:
-    """Ask, at some columns, how many tokens the second arm needs to reach the first arm's loss.
+    """Compute, at some columns, how many tokens the second arm needs to reach the first arm's loss.
 
     Args:
         tokens: (T,) tokens trained at each column, the same for both arms.
@@ -159,7 +161,7 @@ def worth_in_tokens(
                 for losses, loss in zip(second, first[:, column], strict=True)
             ]
         )
-        # Below at its first point: it got there before anything was measured, and no line can say when.
+        # Below at its first point: it was reached before anything was measured, and no line can say when.
         is_earlier = bool(np.isneginf(needed).any())
         num_reached = int((~np.isnan(needed)).sum())
         if is_earlier:
@@ -183,10 +185,10 @@ def worth_in_tokens(
 
 
 def tokens_to_reach(tokens: Sequence[int], losses: Sequence[float], *, loss: float) -> float:
-    """Find the tokens at which a curve first is at or below a loss, between points by a line.
+    """Find the tokens at which a curve first reaches a loss, with lines between its points.
 
     Returns:
-        nan if it never is, minus infinity if it is below at its first point already.
+        nan if it never does, minus infinity if its first point is below already.
     """
     below = np.flatnonzero(np.asarray(losses) <= loss)
     if not len(below):
@@ -219,7 +221,7 @@ def _deviation(differences: np.ndarray) -> np.ndarray:
 
 def _half_width(differences: np.ndarray) -> np.ndarray:
     """Half of Student's interval of the mean over the first axis."""
-    # Student's and not the normal quantile: with three seeds 4.3 deviations and not 1.96.
+    # Student's and not the normal quantile: the deviation of few seeds is itself a guess. With three, 4.3 and not 1.96.
     count = len(differences)
     quantile = stats.t.ppf((1 + CONFIDENCE) / 2, max(1, count - 1))
     return quantile * _deviation(differences) / count**0.5

@@ -65,8 +65,8 @@ def test_prompts_of_another_kind_are_refused(model_folder, draw, tmp_path, capsy
     with pytest.raises(DataError, match="is no file; GenEval's is evaluation_metadata.jsonl"):
         read_benchmark("geneval", prompts=tmp_path, out=tmp_path / "out")
     (tmp_path / "captions.txt").write_text("a red cup\n")
-    with pytest.raises(DataError, match="line 1: wanted a JSON object with a prompt; found a red cup"):
+    with pytest.raises(DataError, match="line 1: expected a JSON object with a prompt; found a red cup"):
         read_benchmark("geneval", prompts=tmp_path / "captions.txt", out=tmp_path / "out")
     assert draw(model_folder, "--layout", "dpg", "--prompts", "a", "b", "--out", tmp_path / "out") == 2
-    assert "wants one --prompts path; found 2" in capsys.readouterr().err
+    assert "expects one --prompts path; found 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -61,7 +61,7 @@ def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
     coco = read_val2014(coco_folder)
     known = min(coco.pictures)
     for name, text, sentence in (
-        ("a.csv", "image_id,text\n1000,A bus.\n", "a.csv, row 1: val2014 has no picture 1000"),
+        ("a.csv", "image_id,text\n1000,A bus.\n", "a.csv, row 1: val2014 has no image 1000"),
         ("b.txt", "A bus that nobody described.\n" * 2, "b.txt, row 1: val2014 has no caption 'A bus that"),
         ("c.csv", f"image_id,title\n{known},A bus.\n", "c.csv: row 1 has the columns image_id, title; expected"),
         ("d.csv", f"image_id,text\n{known},A bus, red.\n", "d.csv: line 2 has 3 values for the 2 columns"),
@@ -77,7 +77,7 @@ def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
     with pytest.raises(DataError, match="gone.csv is no file"):
         listed_captions(coco, tmp_path / "gone.csv", num_samples=None)
     (tmp_path / "two.csv").write_text(f"image_id,text\n{known},A bus.\n{known},A tram.\n")
-    with pytest.raises(UserError, match="--num-samples is 3; wanted 2 to the 2 captions"):
+    with pytest.raises(UserError, match="--num-samples is 3; expected 2 to 2, the number of captions"):
         listed_captions(coco, tmp_path / "two.csv", num_samples=3)
 
 

@@ -109,7 +109,7 @@ def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files
     assert chosen[:10] != drawn_captions(coco, num_samples=10, seed=1).captions
     turned = replace(coco, captions=dict(reversed(captions.items())))
     assert chosen == drawn_captions(turned, num_samples=60, seed=0).captions
-    with pytest.raises(UserError, match="--num-samples is 121; wanted 2 to the 120 captions"):
+    with pytest.raises(UserError, match="--num-samples is 121; expected 2 to 120, the number of captions"):
         drawn_captions(coco, num_samples=121, seed=0)
 
 
@@ -202,7 +202,7 @@ def test_a_second_run_draws_and_computes_nothing_again_and_other_settings_are_re
     assert times == {path: path.stat().st_mtime_ns for path in (out / "model").iterdir()}
     for changed, sentence in (
         (["--guidance-scale", 3], "guidance_scale: 2.0 there, 3.0 asked"),
-        (["--list-seed", 1], "captions.jsonl is there and is another list"),
+        (["--list-seed", 1], "captions.jsonl holds another list of captions"),
         (["--batch-size", 3], "batch_size: 32 there, 3 asked"),
     ):
         capsys.readouterr()
@@ -260,7 +260,7 @@ def test_a_broken_picture_of_the_reference_is_named_before_anything_is_drawn(
         tmp_path / "out",
     ]
     assert call(model_folder, *words) == 3
-    assert f"{broken} cannot be read as a picture" in capsys.readouterr().err
+    assert f"{broken} cannot be read as an image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -322,13 +322,13 @@ def test_compare_refuses_other_protocols_and_says_which_line(
 
 
 def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
-    with pytest.raises(DataError, match="captions_val2014.json is missing; --coco wants a folder with"):
+    with pytest.raises(DataError, match="captions_val2014.json is missing; --coco expects a folder with"):
         read_val2014(tmp_path)
     coco = shutil.copytree(coco_folder, tmp_path / "coco")
     gone = sorted((coco / "val2014").iterdir())[5]
     gone.unlink()
     read = read_val2014(coco)
-    with pytest.raises(DataError, match=f"1 of the 24 pictures .* are missing, first .*{gone.name}"):
+    with pytest.raises(DataError, match=f"1 of the 24 images .* are missing, first .*{gone.name}"):
         coco_task(read, drawn_captions(read, num_samples=2, seed=0), image_size=32)
     file = coco / "annotations" / "captions_val2014.json"
     content = json.loads(file.read_text())

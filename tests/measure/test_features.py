@@ -56,7 +56,7 @@ def test_legacy_resize_leaves_resizing_to_the_network_as_clean_fid_does(inceptio
     with torch.inference_mode():
         wanted = twin(torch.from_numpy(pictures).permute(0, 3, 1, 2).float())
     np.testing.assert_array_equal(extract(pictures, extractor, batch_size=3), wanted.numpy())
-    with pytest.raises(ValueError, match="pictures of one size"):
+    with pytest.raises(ValueError, match="images of one size"):
         extract([pictures[0], pictures[0][:16]], extractor, batch_size=2)
 
 
@@ -93,7 +93,7 @@ def test_a_download_with_another_hash_is_not_kept(inception_file, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(features, "INCEPTION_URL", inception_file.as_uri())
     monkeypatch.setattr(features, "INCEPTION_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="wanted 0000"):
+    with pytest.raises(ValueError, match="expected 0000"):
         cached_inception()
     assert not (tmp_path / "cache").exists()
 
@@ -170,11 +170,11 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path):
     broken.write_bytes(b"\x89PNG but no more")
     with pytest.raises(ValueError, match="broken.png cannot be read"):
         extract([broken], extractor, batch_size=1)
-    with pytest.raises(ValueError, match="float64 .* wanted uint8"):
+    with pytest.raises(ValueError, match="float64 .* expected uint8"):
         extract(np.zeros((1, 8, 8, 3)), extractor, batch_size=1)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         extract([], extractor, batch_size=1)
-    with pytest.raises(ValueError, match="wanted one of inception, efficientnet_lite0"):
+    with pytest.raises(ValueError, match="expected one of inception, efficientnet_lite0"):
         load_features("vgg")
     with pytest.raises(ValueError, match="its own weights"):
         load_features("efficientnet_lite0", resize="legacy_tensorflow")

@@ -81,7 +81,7 @@ def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_
     captions = text_sequences(str(finished.data.shards), **settings)
     assert tokenizer.decode(captions.flatten()).count("picture") > 5
     (tmp_path / "short.txt").write_text("Short.")
-    with pytest.raises(DataError, match="one sequence takes 16"):
+    with pytest.raises(DataError, match="expected at least 16, which one sequence takes"):
         text_sequences(str(tmp_path / "short.txt"), **settings)
 
 

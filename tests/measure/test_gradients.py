@@ -57,6 +57,11 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
     norms = [float(parts[kind].norm()) for kind in ("text", "image", "special")]
     assert found.image.norm_share == pytest.approx(norms[1] / sum(norms), rel=1e-4)
 
+    # Image codes alone have no angle to a text that is not there.
+    alone = gradient_shares(model, ids[:, -17:-1].clamp(min=layout.first_image_id), batch_size=2)
+    assert (alone.text.tokens, alone.text.norm, alone.cosine_text_image) == (0, 0, None)
+    assert alone.image.norm_share == pytest.approx(1)
+
     written = json.loads(write_gradients(found, model=model, out=tmp_path / "gradients.json").read_text())
     assert set(written) == {"checkpoint", "text", "image", "special", "cosine_text_image"}
     shares = {"token_share", "loss_share", "norm_share"}

@@ -29,5 +29,5 @@ def test_a_picture_of_many_captions_is_in_one_half_and_a_broken_one_in_none(sour
 def test_fewer_pictures_are_the_first_of_more(source):
     drawn = heldout_halves(source, num_samples=12).drawn
     assert drawn == heldout_halves(source, num_samples=None).drawn[:12]
-    with pytest.raises(DataError, match=r"gives 18 held-out pictures; a distance needs at least 20"):
+    with pytest.raises(DataError, match=r"gives 18 held-out images; a distance needs at least 20"):
         heldout_halves(source, num_samples=9)

@@ -38,6 +38,14 @@ def test_copies_of_text_rows_are_nearer_to_text_than_text_and_noise():
     assert random_nearer(found.image, found.random) == 0
 
 
+@pytest.mark.parametrize(("num_image", "num_text"), [(1, 60), (60, 1)])
+def test_one_embedding_alone_is_refused(num_image, num_text):
+    with pytest.raises(
+        UserError, match=f"{num_image} image and {num_text} text embeddings; expected at least 2"
+    ):
+        nearness(torch.randn(num_image, 4), torch.randn(num_text, 4))
+
+
 def test_noise_is_as_near_as_noise():
     generator = torch.Generator().manual_seed(2)
     image, text = torch.randn(400, 16, generator=generator), torch.randn(60, 16, generator=generator)

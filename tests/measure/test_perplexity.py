@@ -103,5 +103,5 @@ def test_what_cannot_be_measured_is_refused(model, finished):
     with pytest.raises(UserError, match="say with --data.shards"):
         data_of(replace(model, run_dir=None), shards=None, mode=None)
     other = replace(model, layout=replace(model.layout, codebook_size=5))
-    with pytest.raises(DataError, match="has 1024 codes; the model of .* knows 5"):
+    with pytest.raises(DataError, match="has 1024 codes; the model of .* has 5"):
         measure_perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))

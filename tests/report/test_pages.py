@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -46,6 +48,28 @@ def test_a_runs_page_tells_its_last_step_and_escapes_words(run_dir):
 def test_a_run_without_a_recorded_step_has_a_page(run_dir):
     (run_dir / "metrics.jsonl").unlink()
     assert "step 0 of 4,\n0 tokens in 0.0 minutes" in write_report(run_dir).read_text()
+
+
+def test_a_split_of_one_image_has_no_number_under_shuffled_captions(run_dir):
+    losses = {"image_loss": 4.25, "image_loss_wrong_caption": None, "image_loss_empty_caption": 5.5}
+    row = {"step": 4, "split": "combinations", "num_pictures": 1, **losses}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", write_report(run_dir).read_text())
+    assert cells[5:] == ["combinations", "4.250", "", "5.500", "1"]
+
+
+def test_a_run_on_text_alone_has_a_page(tmp_path, call):
+    written = Path(__file__).parents[1] / "fixtures" / "written_by_0_1_0" / "language-model"
+    run_dir = shutil.copytree(written, tmp_path / "language-model")
+    manifest = json.loads((run_dir / "data_manifest.json").read_text())
+    assert manifest.get("codebook_size", 0) == 0
+    assert call("launchers/report.py", run_dir) == 0
+    page = (run_dir / "report.html").read_text()
+    assert "A language model: step" in page
+    assert f"Data: text of <code>{manifest['source']}</code>" in page
+    assert page.count("<svg") == 1 and "image loss" not in page  # the text loss alone
+    assert "Caption sensitivity" not in page and "codes per image" not in page
 
 
 def test_a_studys_page_escapes_words_and_names_what_failed(tmp_path):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import config_of
 
-from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
+from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig, PlanConfig
+from t2i.cost.plan import make_plan
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.sources.documents import open_documents
@@ -34,6 +35,7 @@ from t2i.study.spec import SectionSpec
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
 from t2i.train.build import starting_model
+from t2i.train.ds_config import read_ds_config
 from t2i.train.main import start_processes, train
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +290,28 @@ def test_prices_are_operations_over_speed_and_what_was_measured(made):
     lines = cost_lines(again, machines=[("h100-80gb", 8)], mfu=0.5)
     assert "took 0.6 minutes" in lines[0]
     assert "8 x h100-80gb, bf16" in lines[-1]
+
+
+def test_a_studys_cost_is_that_of_its_runs_plans_with_gradient_checkpointing_too(made):
+    study, out = made
+    took = {}
+    for is_checkpointed in (False, True):
+        model = {**study.settings["model"], "gradient_checkpointing": is_checkpointed}
+        changed = replace(study, settings={**study.settings, "model": model})
+        costs = run_costs(changed, out=out)[:1]
+        config = run_config(changed, arm="fast", seed=0, out=out)
+        plan = make_plan(
+            config.data,
+            model=config.model,
+            train=config.train,
+            ds_config=read_ds_config(ROOT / "ds_configs" / "zero2.json"),
+            plan=PlanConfig(gpu="a100-80gb", num_gpus=1, mfu=0.5),
+        )
+        took[is_checkpointed] = seconds_on(costs, gpu="a100-80gb", num_gpus=1, mfu=0.5)
+        assert took[is_checkpointed] == pytest.approx(plan.hours * 3600)
+        assert costs[0].flops == costs[0].tokens * plan.flops_a_token
+    # A step is three passes of equal products, and the forward one is done twice.
+    assert took[True] == pytest.approx(4 / 3 * took[False])
 
 
 def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):

@@ -80,7 +80,10 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
             ("arms: [pretrained]", "arms: [pretraind]"),
             "measures: near names arm pretraind; perhaps pretrained was meant",
         ),
-        (("title: Tiny", "title: Tiny\nbase: none.yaml"), "base is none.yaml, which is not beside it"),
+        (
+            ("title: Tiny", "title: Tiny\nbase: none.yaml"),
+            "base is none.yaml, which is not in the same folder",
+        ),
         (
             ("random: {}", "random: {model: {initial: random}}"),
             "random has the setting model.initial, .* perhaps model.init was meant",

@@ -108,7 +108,7 @@ def test_losses_by_place_are_compared_place_by_place(tmp_path, section):
         write_json(folder / "perplexity.json", {"splits": {"heldout": split}})
     found = section(made, "places", arms=["fast", "slow"]).found
     assert "fast: first row 1.500, last row 6.000" in found
-    assert "fast costs less than slow at 75% of the places" in found
+    assert "fast costs less than slow at 75% of the positions" in found
 
 
 def test_distances_are_those_of_the_newest_checkpoint(tmp_path, section):
@@ -166,7 +166,7 @@ def test_shares_of_gradients_are_images_to_text(tmp_path, section):
     write_json(tmp_path / "gradients.json", gradients)
     found = section(made, "shares", files={"fast": "{out}/gradients.json"})
     assert "fast: 3.5 image tokens" in found.found
-    assert "gradient norms 4.00 to 1" in found.found
+    assert "gradient norms of image to text 4.00" in found.found
     assert found.table[2][2:] == ["70.00%", "25.00%", "50.00%", "2", "1"]
 
 

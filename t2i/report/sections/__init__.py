@@ -1,1 +1,1 @@
-"""Sections of a study's report: each has its data, table, figure and sentence in one file."""
+"""Sections of a study's report; the data, table, figure and sentence of each are in one file."""

@@ -31,7 +31,7 @@ from t2i.study.statistics import (
 
 
 def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: str = "heldout") -> Section:
-    """Compare two arms: the paired difference along training, the test at its end, the worth in tokens."""
+    """Compare two arms: the paired difference during training, the test at its end, the gain in tokens."""
     first_name, second_name = arms
     runs, pair = _pair_of(study, out, arms, value=value, split=split)
     if pair is None:
@@ -40,7 +40,7 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
         )
     first, second = pair
     test = _test_at_end(first, second)
-    until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no level to reach
+    until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no target to reach
     worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
     baselines = image_baselines(runs[0]) if value == "image_loss" else {}
     figure = _draw_difference(
@@ -81,7 +81,7 @@ def _worth_row(one: Worth, *, num_seeds: int) -> list[str]:
 
 
 def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: float | None) -> str:
-    """Say what two arms' test found, where a loss rose again, and whether anything was learned at all.
+    """Describe the test of two arms, where a loss rose again, and whether an arm beats the unigram baseline.
 
     Args:
         unigram: the count-based baseline, in nats per code; None for a value that has none.
@@ -100,7 +100,7 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
     rises = _rise(first, names[0]) + _rise(second, names[1])
     if rises:
         sentence += f"{rises} At each run's lowest, {_lowest_difference(first, second)}."
-    # A difference between two arms that have not learned the codes' frequencies is one of warming up.
+    # Above the codes' frequencies nothing was learned about images, so a difference is one of warming up.
     if unigram and min(first.values[:, -1].mean(), second.values[:, -1].mean()) > unigram:
         why = "what was learned does not hold for held-out images" if rises else "images are not learned yet"
         sentence += f" Neither arm is below the unigram baseline ({unigram:.3f}): {why}."
@@ -108,7 +108,7 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
 
 
 def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str = "image_loss") -> Section:
-    """Put the tests of several comparisons beside one another, corrected for their number.
+    """Tabulate the tests of several comparisons, corrected for their number.
 
     Args:
         pairs: what each comparison is called -> its first and second arm.
@@ -122,6 +122,7 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
             tests[name] = _test_at_end(*pair)
     if not tests:
         return Section("Comparisons", "No pair of arms is finished.")
+    # Twenty tests at 5% find one difference where there is none; Holm's correction keeps that chance at 5% for all.
     holm = corrected([test.p_value for test in tests.values()])
     table = [["comparison", "arms", "difference", "p", "p, corrected", "detectable, 80% power"]]
     for (name, test), p_corrected in zip(tests.items(), holm, strict=True):
@@ -148,7 +149,7 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
 def sizes(
     study: Study, out: Path, *, pairs: list[list[str]], names: list[str], value: str = "image_loss"
 ) -> Section:
-    """Compare pairs of arms that were trained on different amounts of data: the gap against the size.
+    """Compare pairs of arms that were trained on different amounts of data: the difference against the size.
 
     Args:
         pairs: first and second arm of each size.
@@ -186,7 +187,7 @@ def sizes(
 def _pair_of(
     study: Study, out: Path, arms: list[str], *, value: str, split: str = "heldout"
 ) -> tuple[list[list[Run]], tuple[Curve, Curve] | None]:
-    """Read two arms: the runs of each, and their curves over the seeds and steps of both, None if there are none."""
+    """Read two arms: the runs of each, and their curves over common seeds and steps, None if there are none."""
     runs = [runs_of(study, arm=arm, out=out) for arm in arms]
     first, second = (curve(one, value=value, split=split) for one in runs)
     return runs, paired(first, second)
@@ -197,7 +198,7 @@ def _test_at_end(first: Curve, second: Curve) -> PairedTest:
 
 
 def _rise(one: Curve, name: str) -> str:
-    """Say where a held-out loss was lowest, if it ends above that in every seed; nothing if it does not."""
+    """Say where a held-out loss was lowest, if it ends higher in every seed; otherwise nothing."""
     lowest = int(one.values.mean(0).argmin())
     # In every seed: the mean of noisy curves nearly always ends a little above its lowest point.
     if not (one.values[:, -1] > one.values[:, lowest]).all():
@@ -207,7 +208,7 @@ def _rise(one: Curve, name: str) -> str:
 
 
 def _lowest_difference(first: Curve, second: Curve) -> str:
-    """Compare the lowest loss of each run, which stopping early would keep; chosen on the same held-out samples."""
+    """Compare the lowest loss of each run, as early stopping would keep it, chosen on the same held-out samples."""
     test = paired_test(first.values.min(1).tolist(), second.values.min(1).tolist())
     return f"{difference(test.mean, test.low, test.high)}, p = {p_value(test.p_value)}"
 
@@ -221,7 +222,7 @@ def _draw_difference(
     value: str,
     baselines: dict[str, float],
 ) -> Figure:
-    """Draw both arms beside baselines, the paired difference with its interval, and the worth in tokens."""
+    """Draw both arms beside baselines, the paired difference with its interval, and the gain in tokens."""
     figure, (both_axis, left, right) = panels(3)
     first = both[0]
     for one, name, (colour, dash) in zip(both, names, styles(), strict=False):
@@ -235,7 +236,7 @@ def _draw_difference(
             first.tokens, found.low, found.high, color=COLOURS[0], alpha=0.2, label="95% interval"
         )
     left.set(xlabel="tokens trained on", ylabel=f"{LABELS.get(value, value)}\n{names[0]} - {names[1]}")
-    # What is not reached in the budget has no number to draw; the table says so.
+    # A loss that is not reached has no number to draw; the table says so.
     reached = [one for one in worth if not math.isnan(one.extra_tokens)]
     right.axhline(0, color="0.5", linewidth=0.8)
     if reached:
@@ -256,9 +257,9 @@ def _draw_difference(
 
 
 def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Figure:
-    """Draw each test's mean difference with its interval, a line a comparison, the first on top."""
+    """Draw each test's mean difference with its interval, a line per comparison, the first on top."""
     figure, (axis,) = panels(1)
-    # As tall as it has lines: four comparisons and twenty are both read with the same letters.
+    # Height by the number of lines, so that four comparisons and twenty have letters of one size.
     figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
     axis.axvline(0, color="0.5", linewidth=0.8)
     for place, test in enumerate(tests.values()):
@@ -266,7 +267,7 @@ def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Figure:
         axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
     # Downwards, so that the figure has the order of the table.
     axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
-    axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean, 95% interval of each alone")
+    axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean and 95% interval of each alone")
     finish(axis)
     return figure
 

@@ -1,4 +1,4 @@
-"""Training curves, and how every run ended."""
+"""Training curves, and how each run ended."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from t2i.study.spec import Study
 from t2i.study.statistics import ema
 
 SMOOTHING = 0.95
-"""Decay of the averages that are drawn (paper, Figure 6)."""
+"""Decay of the moving averages (paper, Figure 6)."""
 
 
 def curves(
     study: Study, out: Path, *, arms: list[str], values: list[str], perplexity: bool = False
 ) -> Section:
-    """Draw training curves against tokens, raw and smoothed, a panel a value; the table has the last held-out ones."""
+    """Draw training curves against tokens, raw and smoothed, a panel per value; tabulate the last held-out values."""
     panels: dict[str, dict[str, Curve]] = {value: {} for value in values}
     table = [["arm", "seeds", *(f"held-out {value}" for value in values)]]
     baselines: dict[str, float] = {}
@@ -36,7 +36,7 @@ def curves(
                 panels[value][arm] = found
             cells.append(last(curve(runs, value=value, split="heldout")))
         table.append([arm, str(len(runs)), *cells])
-    # A value measured in training alone, such as the total loss, has no held-out column.
+    # A value that only training rows have, such as the total loss, has no held-out column.
     table = without_empty_columns(table)
     figure = _draw_curves(panels, decay=SMOOTHING, perplexity=perplexity, baselines=baselines)
     sentence = "; ".join(
@@ -51,7 +51,7 @@ def curves(
 
 
 def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Tabulate every run: how it ended, what was trainable, what it cost."""
+    """Tabulate every run: how it ended, its trainable parameters, its cost."""
     table = [
         [
             "run",
@@ -94,7 +94,7 @@ def _smoothed_end(one: Curve) -> float:
 def _draw_curves(
     values: dict[str, dict[str, Curve]], *, decay: float, perplexity: bool, baselines: dict[str, float]
 ) -> Figure:
-    """Draw each value's panel: every seed raw and pale, the mean of smoothed seeds on top."""
+    """Draw each value's panel: every seed raw and pale, with the mean of smoothed seeds on top."""
     figure, axes = panels(len(values))
     for axis, (value, arms) in zip(axes, values.items(), strict=True):
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):

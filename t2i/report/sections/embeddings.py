@@ -30,7 +30,7 @@ def alignment(study: Study, out: Path, *, folder: str) -> Section:
 
 
 def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "input") -> Section:
-    """Draw cosines of image embeddings to the nearest text one, beside those of text and random ones."""
+    """Draw cosines of image embeddings to the nearest text embedding, beside those of text and random ones."""
     models = read_each(files_in(files, out), read_nearest)
     found = {name: sides[rows] for name, sides in models.items() if rows in sides}
     if not found:
@@ -51,12 +51,12 @@ def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "inpu
         tokens = " ".join(repr(tokens[0]) for tokens in one.tokens[:4])
         table.append([name, *medians, f"{one.random_nearer:.1%}", tokens])
     shares = ", ".join(f"{one.random_nearer:.0%} ({name})" for name, one in found.items())
-    sentence = f"A random embedding is nearer to text than an image's in {shares}; 50% is what noise gives."
+    sentence = f"A random embedding is nearer to text than an image's in {shares}; noise gives 50%."
     return Section("Nearest text tokens", sentence, _draw_cosines(found), table)
 
 
 def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Section:
-    """Tabulate what image codes share with words: retrieval by bags of embeddings, nearness to text, CKA with training.
+    """Tabulate what image codes share with words: retrieval by bags of embeddings, nearness to text, CKA.
 
     Args:
         folder: of the alignment.
@@ -70,7 +70,7 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
             table.append([f"alignment, {direction}", name, f"{share:.2%}", f"{one.chance:.2%}"])
     for model, sides in read_each(files_in(files, out), read_nearest).items():
         for side, near in sides.items():
-            # Turned round so that in every row of this table more than the control is better.
+            # Inverted, so that in every row of this table a value above its control is better.
             nearer = f"{1 - near.random_nearer:.1%}"
             table.append([f"{model}: nearer to text than a random one", side, nearer, "50.0%"])
             if near.cka is not None:

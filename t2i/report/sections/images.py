@@ -1,4 +1,4 @@
-"""What images cost and look like: published numbers, reconstructions, places, captions, perplexity against FID."""
+"""Images: published numbers, reconstructions, loss by position, caption sensitivity, perplexity against FID."""
 
 import csv
 import math
@@ -38,13 +38,13 @@ def published(study: Study, out: Path) -> Section:
 
 
 def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
-    """Show images beside what the image tokenizer makes of them (Figure 2), as preparing the shards left them."""
+    """Show images and their reconstructions by the image tokenizer (Figure 2), as saved with the shards."""
     folder = in_folder(shards, out)
     if not (folder / RECONSTRUCTIONS).is_file():
         return Section("Reconstructions", f"{folder} has no {RECONSTRUCTIONS}.")
     manifest = read_manifest_file(folder / MANIFEST)
     sentence = (
-        f"Images of {manifest.source}, and the same after {manifest.codes_per_image} codes of"
+        f"Images of {manifest.source}, and the same decoded from {manifest.codes_per_image} codes of"
         f" {manifest.codebook_size}: the best that a model of these codes can draw."
     )
     title = "originals above, reconstructions below"
@@ -53,7 +53,7 @@ def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
 
 
 def places(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Draw image loss by place on the code grid, of the first held-out split of perplexity.json."""
+    """Draw image loss by position on the code grid, for the first held-out split of perplexity.json."""
     table = [["arm", "seeds", "text", "image", "special", "total", "bits per pixel"]]
     grids: dict[str, np.ndarray] = {}
     for arm in arms:
@@ -82,12 +82,12 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
     names = list(grids)
     if len(names) > 1:
         share = float((grids[names[0]] < grids[names[1]]).mean())
-        sentence += f". {names[0]} costs less than {names[1]} at {share:.0%} of the places"
+        sentence += f". {names[0]} costs less than {names[1]} at {share:.0%} of the positions"
     return Section("Loss by place", f"{sentence}.", _draw_places(grids, baselines=baselines), table)
 
 
 def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Draw what the matched caption is worth against a null and a shuffled one, in nats per image, along training."""
+    """Draw caption sensitivity: null and shuffled minus matched caption, in nats per image, during training."""
     keys = {"null": "image_loss_empty_caption", "shuffled": "image_loss_wrong_caption"}
     worth: dict[str, dict[str, Curve]] = {other: {} for other in keys}
     table = [
@@ -108,13 +108,14 @@ def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
         cells = [last(matched)]
         for other, panel in worth.items():
             found = curve(runs, value=keys[other], split="heldout")
-            assert found is not None, "held-out rows carry all three"
+            cells.append(last(found))
+            if found is None:  # a split of one image has no shuffled caption
+                continue
             # Per image and not per code: what a caption says is of the image as a whole.
             panel[arm] = Curve(
                 matched.steps, matched.tokens, (found.values - matched.values) * codes, matched.seeds
             )
-            cells.append(last(found))
-        table.append([arm, *cells, *(last(panel[arm]) for panel in worth.values())])
+        table.append([arm, *cells, *(last(panel.get(arm)) for panel in worth.values())])
     if len(table) == 1:
         return Section("Caption sensitivity", f"{', '.join(arms)} has no finished run.")
     sentence = "; ".join(
@@ -125,7 +126,7 @@ def conditioning(study: Study, out: Path, *, arms: list[str]) -> Section:
 
 
 def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Section:
-    """Draw a distance of scores.json against held-out image loss, a point a run, with their rank agreement.
+    """Draw a distance of scores.json against held-out image loss, a point per run, with their rank agreement.
 
     Args:
         measure: key of scores.json, such as fid.
@@ -145,7 +146,7 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
     runs = [point for found in points.values() for point in found]
     if len(runs) < 2:  # one point has no order
         return Section("Perplexity or distance", f"Fewer than two runs have {measure}.", table=table)
-    # Over runs, seeds of one arm compete with each other; over arms, their noise is averaged out. Both are told.
+    # Over runs, seeds of one arm compete with each other; over arms, their noise is averaged out. Both are reported.
     means = [tuple(np.mean(found, axis=0)) for found in points.values()]
     sentence = f"Kendall's tau of the orders by loss and by {measure}: {_tau(runs)} over {len(runs)} runs"
     if len(means) > 1:
@@ -204,7 +205,7 @@ def _show_file(path: Path, *, title: str) -> Figure:
 
 
 def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) -> Figure:
-    """Draw image loss by row and by column of the code grid, and where the first arm is better than the second.
+    """Draw image loss by row and column of the code grid, and where the first arm is better than the second.
 
     Args:
         losses: arm -> (side, side) nats per code, mean over seeds.
@@ -228,7 +229,7 @@ def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) 
 
 
 def _draw_conditioning(worth: dict[str, dict[str, Curve]]) -> Figure:
-    """Draw what a caption is worth in nats per image, a panel per kind of other caption."""
+    """Draw caption sensitivity in nats per image, a panel per kind of other caption."""
     figure, axes = panels(len(worth))
     for axis, (other, arms) in zip(axes, worth.items(), strict=True):
         axis.axhline(0, color="0.5", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""What is left of the language model: completions, forgetting, captions against text, text's share of training."""
+"""The language model: pre-training, completions, forgetting, captions against text, text's share of training."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from t2i.study.spec import Study
 
 
 def pretraining(study: Study, out: Path, *, folder: str) -> Section:
-    """Draw the held-out loss of a language model that the study trained itself, and say on what text.
+    """Draw the held-out loss of the study's own language model, and name the text that it was trained on.
 
     Args:
         folder: of its run, `{out}` being the study's.
@@ -54,7 +54,7 @@ def completions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
 
 
 def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
-    """Draw what text costs along training, over the text vocabulary and over all, against what images cost."""
+    """Draw held-out text loss and leaked probability during training, and text loss against image loss."""
     panels: dict[str, dict[str, Curve]] = {"text_loss_text_rows": {}, "leaked": {}}
     table = [["arm", "text before", "text after", "leaked after", "held-out image loss"]]
     paths: dict[str, tuple[Curve, Curve]] = {}
@@ -83,7 +83,7 @@ def forgetting(study: Study, out: Path, *, arms: list[str]) -> Section:
 
 
 def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
-    """Tabulate what captions cost beside ordinary text, of forgetting.json files measured on both."""
+    """Tabulate the perplexity of captions and ordinary text, from forgetting.json files measured on both."""
     table = [
         ["model", "text", "text, text vocabulary", "captions", "captions, text vocabulary", "tokens of each"]
     ]
@@ -108,7 +108,7 @@ def captions(study: Study, out: Path, *, files: dict[str, str]) -> Section:
 
 
 def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
-    """Tabulate the share of text in tokens, loss and gradient norm, of gradients.json files (sec. 2.2)."""
+    """Tabulate the share of text in tokens, loss and gradient norm, from gradients.json files (sec. 2.2)."""
     table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without embeddings"]]
     sentences = []
     for name, one in read_each(files_in(files, out), read_gradients).items():
@@ -119,15 +119,16 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
         # Sequences of images alone hold no text token.
         tokens = image.tokens / text.tokens if text.tokens else math.inf
         norm = image.norm / text.norm if text.norm else math.inf
+        cosine = "unknown" if one.cosine_text_image is None else f"{one.cosine_text_image:+.2f}"
         sentences.append(
-            f"{name}: {tokens:.1f} image tokens per text token, gradient norms {norm:.2f} to 1,"
-            f" cosine of the two {one.cosine_text_image:+.2f}"
+            f"{name}: {tokens:.1f} image tokens per text token, gradient norms of image to text {norm:.2f},"
+            f" cosine of the two {cosine}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
 
 
 def _draw_pretraining(one: Curve, *, baselines: dict[str, float]) -> Figure:
-    """Draw held-out text loss against tokens, beside what counting costs."""
+    """Draw held-out text loss against tokens, with count-based baselines."""
     figure, (axis,) = panels(1)
     axis.plot(one.tokens, one.values[0], color=COLOURS[0], marker="o", markersize=3)
     draw_baselines(axis, baselines)
@@ -142,7 +143,7 @@ def _draw_forgetting(
     *,
     baselines: dict[str, float],
 ) -> Figure:
-    """Draw the cost of held-out text and the leak along training, and what was kept against what was learned.
+    """Draw held-out text loss and leaked probability during training, and text loss against image loss.
 
     Args:
         values: value -> arm -> curve, with the range of seeds.

@@ -57,5 +57,5 @@ def _check(spec: SectionSpec, study: Study) -> None:
         raise UserError(f"{where}: no argument {unknown[0]!r}; {nearest_name(unknown[0], known)}.")
     try:
         inspect.signature(kind.make).bind(study, Path(), **spec.arguments)
-    except TypeError as error:  # one that has no default is not given
+    except TypeError as error:  # an argument without a default is missing
         raise UserError(f"{where}: {error}.") from error

@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of pictures, or of features, for `evaluate.load`."""
+"""Frechet distance between two sets of images, or of features, for `evaluate.load`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,22 +21,23 @@ CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions: picture files, or rows of features.
-    reference: the pictures or rows that they are compared with; their number may differ.
-    features: for pictures, `efficientnet_lite0` or `inception`.
+    predictions: image files, or rows of features.
+    reference: the images or rows that they are compared with; their number may differ.
+    features: for images, `efficientnet_lite0` or `inception`.
     inception: file of Inception's weights; by default it is downloaded once and hash-checked.
     resize: `clean` or `legacy_tensorflow`.
 
 Returns:
-    `fid` for pictures on Inception's features, `fd_` and their name on others, `frechet_distance` for given features;
-    n, n_reference, and a note where n is small.
+    `fid` for images on Inception's features, `fd_` and their name on others, `frechet_distance` for given features;
+    n, n_reference, and a note where n is too small.
 """
 
 
 class FrechetDistance(evaluate.Metric):
-    """Measure how far two sets are apart, each taken for a Gaussian of its features."""
+    """Measure the Frechet distance between Gaussians fitted to two sets of features."""
 
     def _info(self) -> evaluate.MetricInfo:
+        # Two forms: whoever has features of another network already need not have its images here.
         rows = datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))})
         files = datasets.Features({"predictions": datasets.Value("string")})
         return evaluate.MetricInfo(
@@ -50,6 +51,7 @@ class FrechetDistance(evaluate.Metric):
     def _compute(
         self,
         predictions: Sequence[str] | Sequence[Sequence[float]],
+        # Not evaluate's `references`, which must be as many as the predictions.
         reference: Sequence[str] | Sequence[Sequence[float]],
         features: str = "efficientnet_lite0",
         inception: str | None = None,

@@ -1,4 +1,4 @@
-"""Perplexity of texts under a t2i model or the language model that it began as, for `evaluate.load`."""
+"""Perplexity of texts under a t2i model or the language model that it started from, for `evaluate.load`."""
 
 import math
 
@@ -21,14 +21,14 @@ Args:
     device: where to compute; by default a GPU if there is one.
 
 Returns:
-    perplexities, one a text; mean_perplexity, their mean; perplexity, over all tokens together; num_tokens.
-    A text's first token has nothing before it and is not counted; a text longer than the model's positions is cut into
-    pieces.
+    perplexities, one per text; mean_perplexity, their mean; perplexity, over all tokens together; num_tokens.
+    The first token of a text is not counted, as nothing stands before it. A text longer than the model's positions is
+    cut into pieces.
 """
 
 
 class Perplexity(evaluate.Metric):
-    """Measure how well a model expects texts: the exponential of nats a token, over all rows of its vocabulary."""
+    """Measure perplexity: the exponential of nats per token, over the whole vocabulary."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -46,6 +46,7 @@ class Perplexity(evaluate.Metric):
         num_tokens = sum(count for _, count in sums)
         return {
             "perplexities": perplexities,
+            # evaluate's own perplexity reports this mean; papers report the one over all tokens.
             "mean_perplexity": sum(perplexities) / len(perplexities),
             "perplexity": math.exp(sum(nats for nats, _ in sums) / num_tokens),
             "num_tokens": num_tokens,
@@ -62,7 +63,7 @@ def _nats(text: str, model: PreTrainedModel, tokenizer: TextTokenizer) -> tuple[
     for piece in ids.split(model.config.max_position_embeddings):
         piece = piece[None].to(model.device)  # (1, S)
         labels = torch.nn.functional.pad(piece[:, 1:], (0, 1), value=IGNORED)
-        if piece.shape[1] > 1:
+        if piece.shape[1] > 1:  # a last piece of one token has nothing to predict
             losses, _ = token_losses(hidden_states(model, piece), labels, head=head_of(model))
             nats, count = nats + losses.double().sum().item(), count + piece.shape[1] - 1
     return nats, count
