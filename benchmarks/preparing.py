@@ -31,7 +31,7 @@ from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
-NUM_PICTURES, JPEG_SIDE = 2_048, 512
+NUM_IMAGES, JPEG_SIDE = 2_048, 512
 MOST_SECONDS = 300
 
 
@@ -85,12 +85,12 @@ def folders(*, rounds: int) -> list[side_by_side.Row]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"
-        write_pictures(folder)
+        write_images(folder)
         for _, (name, (processes, readers)) in itertools.product(range(rounds), ways.items()):
             seconds[name].append(prepared(folder, processes=processes, readers=readers))
     alone = seconds.pop("one process")
     targets = {"one process and a reader": ">= 1", "two processes": ">= 1.7"}
-    note = f"seconds; {NUM_PICTURES} JPEG files of {JPEG_SIDE} x {JPEG_SIDE}, the embedded tokenizer"
+    note = f"seconds; {NUM_IMAGES} JPEG files of {JPEG_SIDE} x {JPEG_SIDE}, the embedded tokenizer"
     return [
         side_by_side.compared(
             f"preparing: one process / {name}", alone, values, target=targets[name], note=note
@@ -99,11 +99,11 @@ def folders(*, rounds: int) -> list[side_by_side.Row]:
     ]
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """Write JPEG files of smooth noise, with captions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for index in range(NUM_PICTURES):
+    for index in range(NUM_IMAGES):
         # Smooth: pure noise makes JPEG files several times as large, and decoding them as slow.
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         coarse.resize((JPEG_SIDE, JPEG_SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg")
@@ -148,7 +148,7 @@ def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, r
         out=out,
         image_tokenizer=image_tokenizer,
         text_tokenizer=text_tokenizer,
-        config=PrepareConfig(unit_pairs=NUM_PICTURES // 8, workers=readers),
+        config=PrepareConfig(unit_pairs=NUM_IMAGES // 8, workers=readers),
         rank=rank,
         world_size=world_size,
     )

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-NUM_PICTURES = 24
+NUM_IMAGES = 24
 
 
 def picture(index):
@@ -25,32 +25,32 @@ def encoded(index, kind="PNG"):
     return buffer.getvalue()
 
 
-def write_pictures(folder):
+def write_images(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(NUM_PICTURES):
+    for index in range(NUM_IMAGES):
         (folder / f"{index:03d}.png").write_bytes(encoded(index))
 
 
 def text_folder(folder):
-    write_pictures(folder)
-    for index in range(NUM_PICTURES):
+    write_images(folder)
+    for index in range(NUM_IMAGES):
         (folder / f"{index:03d}.txt").write_text(caption(index))
     return str(folder)
 
 
 def rows(image=None):
-    named = [{"file_name": f"{index:03d}.png", "text": caption(index)} for index in range(NUM_PICTURES)]
+    named = [{"file_name": f"{index:03d}.png", "text": caption(index)} for index in range(NUM_IMAGES)]
     return named if image is None else [{image: encoded(i), **row} for i, row in enumerate(named)]
 
 
 def metadata_jsonl(folder):
-    write_pictures(folder)
+    write_images(folder)
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows())))
     return str(folder)
 
 
 def metadata_csv(folder):
-    write_pictures(folder)
+    write_images(folder)
     lines = ["file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows())]
     (folder / "metadata.csv").write_text("\n".join(lines))
     return str(folder)
@@ -65,7 +65,7 @@ def write_table(path, content, row_group_size=5):
 
 
 def metadata_parquet(folder):
-    write_pictures(folder)
+    write_images(folder)
     write_table(folder / "metadata.parquet", rows())
     return str(folder)
 
@@ -80,7 +80,7 @@ def write_tar(path, members):
             tar.addfile(entry, io.BytesIO(data))
 
 
-def small_picture(kind, mode):
+def small_image(kind, mode):
     """A picture of few bytes, with EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -102,7 +102,7 @@ def small_tars():
         with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
             facts = {"caption": "json says", "similarity": 0.5}
             contents = {
-                "png": small_picture("PNG", "L"),
+                "png": small_image("PNG", "L"),
                 "txt": b"a caption",
                 "json": json.dumps(facts).encode(),
             }
@@ -126,7 +126,7 @@ def resealed(content):
 
 def tar_members(indexes, kind="png"):
     for index in indexes:
-        facts = {"caption": f"json says {index}", "similarity": index / NUM_PICTURES, "width": 90}
+        facts = {"caption": f"json says {index}", "similarity": index / NUM_IMAGES, "width": 90}
         yield f"{index:09d}.{kind}", encoded(index, kind.upper())
         yield f"{index:09d}.txt", caption(index).encode()
         yield f"{index:09d}.json", json.dumps(facts).encode()
@@ -135,7 +135,7 @@ def tar_members(indexes, kind="png"):
 def tars(folder):
     """Write img2dataset's layout: two finished tars, one unfinished, and their parquet files of metadata."""
     for number, kind in enumerate(("png", "webp")):
-        half = range(number * NUM_PICTURES // 2, (number + 1) * NUM_PICTURES // 2)
+        half = range(number * NUM_IMAGES // 2, (number + 1) * NUM_IMAGES // 2)
         write_tar(folder / f"{number:05d}.tar", tar_members(half, kind))
         (folder / f"{number:05d}_stats.json").write_text("{}")
         write_table(folder / f"{number:05d}.parquet", [{"url": "http://x", "caption": "x"}])
@@ -168,7 +168,7 @@ def parquet_struct(folder):
 
 def coco(folder):
     """Write COCO's layout: 20 train pictures with one caption, 4 val pictures with one."""
-    for split, indexes in (("train2014", range(20)), ("val2014", range(20, NUM_PICTURES))):
+    for split, indexes in (("train2014", range(20)), ("val2014", range(20, NUM_IMAGES))):
         (folder / split).mkdir(parents=True)
         images, notes = [], []
         for index in indexes:

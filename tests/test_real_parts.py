@@ -60,7 +60,7 @@ def write_released(folder):
     state = {f"module.{name}": value for name, value in OpenLM(**sizes).state_dict().items()}
     torch.save({"epoch": 3, "name": "x", "state_dict": state}, folder / "epoch_3.pt")
     (folder / "open_lm.json").write_text(json.dumps(sizes))
-    neox = train_text_tokenizer(map(made.caption, range(made.NUM_PICTURES)), vocab_size=NUM_ROWS)
+    neox = train_text_tokenizer(map(made.caption, range(made.NUM_IMAGES)), vocab_size=NUM_ROWS)
     neox.tokenizer.save_pretrained(folder / "neox")
     torch.save(Released("movqgan", **SMALL["movqgan"]).state_dict(), folder / "movqgan.ckpt")
     return neox.num_tokens

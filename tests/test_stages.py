@@ -47,7 +47,7 @@ def score_heldout(checkpoint, out):
     return scores.to_json()
 
 
-def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):
+def test_images_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint, tmp_path):
     paths = draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=5))
     assert Image.open(paths[1]).text["caption"] == "picture 1"
     assert Image.open(paths[1]).text["seed"] == "5"
@@ -62,7 +62,7 @@ def test_pictures_carry_caption_and_settings_and_are_not_drawn_twice(checkpoint,
         draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(seed=6))
 
 
-def test_a_picture_that_cannot_be_written_ends_the_drawing(checkpoint, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_written_ends_the_drawing(checkpoint, tmp_path, monkeypatch):
     def full(path, picture, facts):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -71,7 +71,7 @@ def test_a_picture_that_cannot_be_written_ends_the_drawing(checkpoint, tmp_path,
         draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(), batch_size=3)
 
 
-def test_compiled_drawing_fills_the_last_batch_and_gives_the_same_pictures(checkpoint, tmp_path, monkeypatch):
+def test_compiled_drawing_fills_the_last_batch_and_gives_the_same_images(checkpoint, tmp_path, monkeypatch):
     real, shapes = torch.compile, []
 
     def without_inductor(step, *, fullgraph, **_):  # whose kernels take a minute to build
@@ -113,7 +113,7 @@ def test_an_export_opens_like_any_ckpt_and_is_never_overwritten(checkpoint, expo
         export(checkpoint, out=exported, command="again")
 
 
-def test_the_model_cards_lines_draw_pictures_without_t2i(exported, tmp_path):
+def test_the_model_cards_lines_draw_images_without_t2i(exported, tmp_path):
     card = (exported / "README.md").read_text()
     lines = card.split("```python\n")[1].split("```")[0]
     guard = (

@@ -42,7 +42,7 @@ LATENTS, PIXELS = 1e-4, 2e-4
 """The same for latents, relative to the largest or to 1, and for decoded pixels in [-1, 1]."""
 CODES = 0.99
 """Smallest share of equal codes. Rounding may change the code of a latent that lies between two codes."""
-PROOF_PICTURES = ("1F600", "1F34E", "1F3E0", "1F415")
+PROOF_IMAGES = ("1F600", "1F34E", "1F3E0", "1F415")
 """Images of the embedded dataset that are encoded for the check: a face, an apple, a house and a dog."""
 
 
@@ -157,7 +157,7 @@ def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayou
         CheckpointError: latents, codes or decoded images differ by more than rounding.
     """
     tokenizer = ImageTokenizer.load(folder)
-    pixels = to_pixels([openmoji.render(key) for key in PROOF_PICTURES])
+    pixels = to_pixels([openmoji.render(key) for key in PROOF_IMAGES])
     latents = source_latents(tensors, pixels, layout=layout)
     codes = source_codes(tensors, latents, layout=layout).flatten(1)  # (B, K)
     pictures = source_pixels(tensors, codes.view(-1, *latents.shape[2:]), layout=layout)

@@ -250,7 +250,7 @@ class VerifiedStream(Stream):
             info: FileInfo = shards[at].file_pairs[0][0]
             name, wanted = f"{self.name}/{info.basename}", info.hashes[HASH]
             if not verified.has(name, wanted=wanted):
-                fetch(self.place, self.folder, name, wanted=wanted)
+                fetch(self.place, self.folder, name, xxh64=wanted)
                 verified.add(name, wanted=wanted)
         verified.save()
 
@@ -259,7 +259,7 @@ class VerifiedStream(Stream):
     ) -> int:
         name, wanted = f"{self.name}/{raw_info.basename}", raw_info.hashes[HASH]
         if self.place:
-            fetch(self.place, self.folder, name, wanted=wanted)
+            fetch(self.place, self.folder, name, xxh64=wanted)
         else:
             check_file(self.folder, name, wanted=wanted, advice=self.advice)
         return int(raw_info.bytes)

@@ -72,17 +72,17 @@ class Watch:
         return time.monotonic() - self.seen[rank][1]
 
 
-def wait_for(owing: Callable[[], Iterable[int]], *, folder: Path) -> None:
+def wait_for(pending: Callable[[], Iterable[int]], *, folder: Path) -> None:
     """Wait until no rank has pending work.
 
     Args:
-        owing: returns the ranks with pending work.
+        pending: returns the ranks with pending work.
 
     Raises:
         LostRankError: one of them has no heartbeat any more.
     """
     watch, began = Watch(folder), time.monotonic()
-    while ranks := sorted(set(owing())):
+    while ranks := sorted(set(pending())):
         lost = [rank for rank in ranks if watch.silence_seconds(rank) > PATIENCE_SECONDS]
         if lost:
             raise LostRankError(

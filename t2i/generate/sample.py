@@ -20,7 +20,7 @@ from t2i.files import read_json, write_json
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.sampling_open_lm import sample_codes
 from t2i.runs.loading import OpenedModel
-from t2i.tokens.image import ImageTokenizer, pictures_of
+from t2i.tokens.image import ImageTokenizer, images_of
 from t2i.tokens.sequence import caption_room, prompt
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -90,7 +90,7 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
 
 def decode_images(image_tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
     """Decode codes (B, K) to images."""
-    pixels = pictures_of(image_tokenizer.decode(codes)).cpu().numpy()  # (B, H, W, 3)
+    pixels = images_of(image_tokenizer.decode(codes)).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(image) for image in pixels]
 
 

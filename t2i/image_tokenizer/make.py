@@ -31,7 +31,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     """
     if (out / "config.json").exists():
         raise UserError(f"--out {out} already holds a tokenizer; choose another.")
-    pictures = read_pictures(source, split="train", image_size=config.image_size)
+    pictures = read_images(source, split="train", image_size=config.image_size)
     model = train_image_tokenizer(pictures, config=config, out=out)
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
@@ -74,7 +74,7 @@ def measure_folder(
     tokenizer = ImageTokenizer.load(folder, device=device)
     # Called for its check, before minutes of reading.
     tokenizer.num_codes(image_size)
-    pictures = read_pictures(source, split=split, image_size=image_size, num_pictures=num_pictures)
+    pictures = read_images(source, split=split, image_size=image_size, num_pictures=num_pictures)
     extractor = load_features(FEATURES, device=device)
     measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
     step = max(1, len(pictures) // 32)
@@ -87,7 +87,7 @@ def measure_folder(
     return measures
 
 
-def read_pictures(
+def read_images(
     source: Source, *, split: str, image_size: int, num_pictures: int | None = None
 ) -> np.ndarray:
     """Decode the images of a split, or of "all", cropped and resized: uint8 (N, H, W, 3), without broken ones.

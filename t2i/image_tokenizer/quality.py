@@ -9,7 +9,7 @@ from torch import Tensor
 
 from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.features import FeatureExtractor, extract
-from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
+from t2i.tokens.image import ImageTokenizer, images_of, pixels_of
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
@@ -40,7 +40,7 @@ def evaluate_tokenizer(
     for start in range(0, len(pictures), batch_size):
         batch = torch.from_numpy(pictures[start : start + batch_size])
         codes.append(tokenizer.encode(pixels_of(batch)))
-        decoded = pictures_of(tokenizer.decode(codes[-1])).cpu()
+        decoded = images_of(tokenizer.decode(codes[-1])).cpu()
         # Clamped, because an image that comes back unchanged would have an infinite ratio.
         error = (decoded.float() - batch.float()).square().flatten(1).mean(1).clamp(min=1e-4)  # (B,)
         psnr.append(10 * (255**2 / error).log10())

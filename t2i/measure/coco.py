@@ -20,7 +20,7 @@ from t2i.measure.images import Pictures, read_image
 from t2i.measure.score import Task
 
 CAPTIONS_FILE = Path("annotations", "captions_val2014.json")
-PICTURES = "val2014"
+IMAGES = "val2014"
 NUM_SAMPLES = 30_000
 """Images that papers draw."""
 
@@ -56,25 +56,25 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
     """
     chosen = choice.captions
     # Each image once, though five captions may be drawn: repeated, it would count five times in the matched row.
-    own_ids = list(dict.fromkeys(caption.picture_id for caption in chosen))
-    places = {picture_id: place for place, picture_id in enumerate(coco.pictures)}
+    own_ids = list(dict.fromkeys(caption.image_id for caption in chosen))
+    places = {image_id: place for place, image_id in enumerate(coco.pictures)}
     sizes = _sizes(list(coco.pictures.values()))
     return Task(
         data="MS COCO val2014",
         captions={name_of(caption): caption.text for caption in chosen},
         captions_rule=choice.rule,
-        own=_pictures([coco.pictures[picture_id] for picture_id in own_ids], size=image_size),
+        own=_images([coco.pictures[image_id] for image_id in own_ids], size=image_size),
         # All of val2014: sampled anew for each list, the reference would move FID by more than most improvements.
         reference=Reference(
             name=f"all {len(coco.pictures):,} images of MS COCO val2014",
-            pictures=_pictures(list(coco.pictures.values()), size=image_size),
+            pictures=_images(list(coco.pictures.values()), size=image_size),
             # By names and sizes: hashing its 6 GB would take minutes before each measure.
             which={"pictures": sizes},
             crop=LANCZOS_CROP,
             image_size=image_size,
             cache=cache_folder() / "reference",
         ),
-        own_places=[places[picture_id] for picture_id in own_ids],
+        own_places=[places[image_id] for image_id in own_ids],
     )
 
 
@@ -86,10 +86,10 @@ def read_val2014(folder: Path) -> CaptionFile:
     """
     if not (folder / CAPTIONS_FILE).is_file():
         raise DataError(
-            f"{folder / CAPTIONS_FILE} is missing; --coco expects a folder with {CAPTIONS_FILE} and {PICTURES}/*.jpg"
+            f"{folder / CAPTIONS_FILE} is missing; --coco expects a folder with {CAPTIONS_FILE} and {IMAGES}/*.jpg"
             " (cocodataset.org)."
         )
-    return read_captions(folder, PICTURES)
+    return read_captions(folder, IMAGES)
 
 
 def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
@@ -102,7 +102,7 @@ def drawn_captions(coco: CaptionFile, *, num_samples: int, seed: int) -> Choice:
     total = sum(map(len, captions.values()))
     _check_count(num_samples, total=total)
     # By hashes of ids, not by a library's generator, whose stream may change with its version.
-    order = sorted(captions, key=lambda picture_id: hash_uniform("coco", seed, picture_id))
+    order = sorted(captions, key=lambda image_id: hash_uniform("coco", seed, image_id))
     most = max(map(len, captions.values()))
     rounds = [captions[each][turn] for turn in range(most) for each in order if turn < len(captions[each])]
     return Choice(rounds[:num_samples], DRAWN_RULE.format(seed=seed, num_samples=f"{num_samples:,}"))
@@ -122,17 +122,17 @@ def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -
     count = len(listed) if num_samples is None else num_samples
     _check_count(count, total=len(listed))
     ids = sorted(coco.captions, reverse=True)  # the first image by id overwrites those after it
-    by_text = {caption.text: picture_id for picture_id in ids for caption in coco.captions[picture_id]}
+    by_text = {caption.text: image_id for image_id in ids for caption in coco.captions[image_id]}
     captions = []
     for number, row in enumerate(listed[:count]):
-        picture_id = by_text.get(row.text) if row.picture_id is None else row.picture_id
-        if picture_id is None or picture_id not in coco.pictures:
-            wanted = f"caption {row.text!r:.80}" if picture_id is None else f"image {picture_id}"
+        image_id = by_text.get(row.text) if row.image_id is None else row.image_id
+        if image_id is None or image_id not in coco.pictures:
+            wanted = f"caption {row.text!r:.80}" if image_id is None else f"image {image_id}"
             raise DataError(f"{file}, row {number + 1}: val2014 has no {wanted}.")
-        captions.append(Caption(number, picture_id, row.text))
-    firsts = {caption.picture_id: caption.caption_id for caption in reversed(captions)}
+        captions.append(Caption(number, image_id, row.text))
+    firsts = {caption.image_id: caption.caption_id for caption in reversed(captions)}
     # Real images are compared once each, beside their first captions; the sort is stable otherwise.
-    captions.sort(key=lambda caption: firsts[caption.picture_id] != caption.caption_id)
+    captions.sort(key=lambda caption: firsts[caption.image_id] != caption.caption_id)
     return Choice(captions, LISTED_RULE.format(sha256=sha256_of(file), num_samples=f"{count:,}"))
 
 
@@ -143,7 +143,7 @@ def _check_count(num_samples: int, *, total: int) -> None:
 
 def name_of(caption: Caption) -> str:
     """Name the drawn image of a caption: the image id as COCO writes it, and the caption id."""
-    return f"{caption.picture_id:012d}_{caption.caption_id}"
+    return f"{caption.image_id:012d}_{caption.caption_id}"
 
 
 def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
@@ -159,7 +159,7 @@ def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _pictures(files: list[Path], *, size: int) -> Pictures:
+def _images(files: list[Path], *, size: int) -> Pictures:
     return Pictures(
         [partial(read_image, file) for file in files], crop=partial(centre_crop_lanczos, size=size)
     )

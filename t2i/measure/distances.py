@@ -7,7 +7,7 @@ import numpy as np
 
 from t2i.errors import DataError
 
-MIN_PICTURES = 10_000
+MIN_IMAGES = 10_000
 """The fewest images that FID's authors recommend; the bias below: https://arxiv.org/abs/1911.07023."""
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1_000
@@ -100,9 +100,9 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int
 
 
 def sample_size_note(key: str, *, n: int, dims: int) -> str:
-    """Warn of the bias of a Frechet distance of n images; empty for max(MIN_PICTURES, dims) images or more."""
+    """Warn of the bias of a Frechet distance of n images; empty for max(MIN_IMAGES, dims) images or more."""
     # With fewer images than features the covariance has no full rank, whatever the authors recommend.
-    enough = max(MIN_PICTURES, dims)
+    enough = max(MIN_IMAGES, dims)
     if n >= enough:
         return ""
     return (

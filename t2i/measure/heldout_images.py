@@ -23,7 +23,7 @@ from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.tokens.image import centre_crop_resize
 
 BICUBIC_CROP = "centre square of the shorter side, PIL bicubic"
-METER_PICTURES = 2_048
+METER_IMAGES = 2_048
 """Images of a split that caption sensitivity is measured on; a mean is settled long before a large split is read."""
 HALF_RULE = "held-out captions of {source}, by hash of the key"
 
@@ -97,7 +97,7 @@ def read_data_manifest(checkpoint: OpenedModel) -> Manifest:
 def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, CaptionMeter]:
     """Measure caption sensitivity per held-out split: image loss under three captions, in nats per code.
 
-    At most METER_PICTURES images of each split are read, evenly spread.
+    At most METER_IMAGES images of each split are read, evenly spread.
     """
     source = reopen_source(manifest)
     mode = checkpoint.model.config.sequence_mode
@@ -106,7 +106,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
     for split in HELDOUT_SPLITS:
         listed = [pair for pair in source.pairs if pair.split == split]
         # Spread and not the first: sources list images by folder or class, so the first are of few kinds.
-        spread = listed[:: max(1, len(listed) // METER_PICTURES)][:METER_PICTURES]
+        spread = listed[:: max(1, len(listed) // METER_IMAGES)][:METER_IMAGES]
         pairs = list(readable(spread))
         if len(pairs) < 2:  # no shuffled caption to compare with
             continue

@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2i.data.sources import UNREADABLE, Pair, read_picture
 from t2i.errors import DataError
-from t2i.tokens.image import ImageTokenizer, pictures_of, pixels_of
+from t2i.tokens.image import ImageTokenizer, images_of, pixels_of
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Reconstructions:
         # The model can draw nothing better than this round trip, so its distance is the best that a model can reach.
         for batch in batches(self.pictures, size=self.batch_size):
             pixels = pixels_of(torch.from_numpy(np.stack(batch)))
-            yield from pictures_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
+            yield from images_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
 
 
 def readable(pairs: Iterable[Pair]) -> Iterator[Pair]:

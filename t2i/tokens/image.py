@@ -58,7 +58,7 @@ def pixels_of(pictures: Tensor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pictures_of(pixels: Tensor) -> Tensor:
+def images_of(pixels: Tensor) -> Tensor:
     """Round pixels (B, 3, H, W) in [-1, 1] to uint8 images (B, H, W, 3)."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

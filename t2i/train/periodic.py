@@ -60,7 +60,7 @@ def periodic_work(
             every=config.eval_every,
             work=_text_losses(model, layout, data=data, num_sequences=amount)
             if inputs.manifest.is_text
-            else _picture_losses(model, layout, data=data, tokenizer=tokenizer, num_pictures=amount),
+            else _image_losses(model, layout, data=data, tokenizer=tokenizer, num_pictures=amount),
         )
     ]
     if config.eval_text:
@@ -77,7 +77,7 @@ def periodic_work(
     return found
 
 
-def _picture_losses(
+def _image_losses(
     model: PreTrainedModel,
     layout: VocabLayout,
     *,

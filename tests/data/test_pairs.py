@@ -33,7 +33,7 @@ def test_emoji_captions(key, caption):
     assert openmoji.caption_of(key) == caption
 
 
-def test_the_embedded_set_is_split_by_base_picture():
+def test_the_embedded_set_is_split_by_base_image():
     source = pairs.open_source("openmoji")
     counts = Counter(pair.split for pair in source.pairs)
     assert 3_800 < len(source.pairs) < 4_300
@@ -43,7 +43,7 @@ def test_the_embedded_set_is_split_by_base_picture():
     assert not heldout_bases & seen_bases
 
 
-def test_combinations_are_toned_variants_of_seen_pictures():
+def test_combinations_are_toned_variants_of_seen_images():
     source = pairs.open_source("openmoji")
     trained = {openmoji.base_of(pair.key) for pair in source.pairs if pair.split == "train"}
     combinations = [pair for pair in source.pairs if pair.split == "combinations"]
@@ -57,7 +57,7 @@ def test_emoji_are_drawn_on_white():
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((64, 64), "RGB", (255, 255, 255))
 
 
-def test_a_folder_with_captions_beside_pictures(tmp_path):
+def test_a_folder_with_captions_beside_images(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     picture(tmp_path / "c.jpg")
@@ -96,7 +96,7 @@ def test_transparency_becomes_white(tmp_path):
     assert pairs.read_picture((tmp_path / "a.png").read_bytes()).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_other_formats_and_huge_pictures_are_refused(tmp_path, monkeypatch):
+def test_other_formats_and_huge_images_are_refused(tmp_path, monkeypatch):
     picture(tmp_path / "a.bmp")
     with pytest.raises(OSError, match="cannot identify"):
         pairs.read_picture((tmp_path / "a.bmp").read_bytes())

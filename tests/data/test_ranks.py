@@ -96,7 +96,7 @@ def test_a_killed_ranks_work_is_done_again_and_no_other(tmp_path, arguments, alo
     assert contents(out) == alone
 
 
-def test_workers_read_the_same_pictures(tmp_path, arguments, alone):
+def test_workers_read_the_same_images(tmp_path, arguments, alone):
     config = PrepareConfig(unit_pairs=4, batch_size=3, views=2, workers=2)
     prepare(out=tmp_path / "shards", **{**arguments, "config": config})
     found = contents(tmp_path / "shards")
@@ -104,7 +104,7 @@ def test_workers_read_the_same_pictures(tmp_path, arguments, alone):
 
 
 @pytest.mark.parametrize("kind", ["tar_folder", "parquet_struct", "hub_parquet"])
-def test_workers_read_out_of_files_that_hold_many_pictures(kind, tmp_path, arguments):
+def test_workers_read_out_of_files_that_hold_many_images(kind, tmp_path, arguments):
     source = open_source(made.KINDS[kind](tmp_path / "source"))
     for workers in (0, 2):
         config = PrepareConfig(unit_pairs=12, workers=workers)

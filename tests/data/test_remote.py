@@ -131,7 +131,7 @@ def test_the_cache_stays_below_its_limit(bucket, tmp_path):
     for batch in islice(iter(StepLoader(replace(config, cache_limit=f"{limit}b"), **settings)), 12):
         keys.update(batch["key"])
         assert len(list(config.shards.rglob("*.mds"))) <= 6
-    assert len(keys) == made.NUM_PICTURES
+    assert len(keys) == made.NUM_IMAGES
 
 
 @pytest.mark.s3

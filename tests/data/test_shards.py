@@ -18,7 +18,7 @@ from t2i.data.shards import reader as shards
 from t2i.data.shards.baselines import code_floors
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, shifted, to_pixels
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize, images_of, shifted, to_pixels
 from t2i.tokens.sequence import decode_sequence
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -61,7 +61,7 @@ def prepared(tmp_path_factory, source, image_tokenizer, text_tokenizer):
     return out
 
 
-def test_every_pair_is_found_again_with_the_codes_of_its_picture(
+def test_every_pair_is_found_again_with_the_codes_of_its_image(
     prepared, source, image_tokenizer, text_tokenizer
 ):
     found = {s["key"]: s for split in ("train", "heldout") for s in shards.read_split(prepared, split)}
@@ -73,7 +73,7 @@ def test_every_pair_is_found_again_with_the_codes_of_its_picture(
         assert text_tokenizer.decode(torch.tensor(found[pair.key]["caption_ids"].astype(int))) == pair.caption
 
 
-def test_the_manifest_counts_and_broken_pictures_are_listed(prepared):
+def test_the_manifest_counts_and_broken_images_are_listed(prepared):
     manifest = shards.read_manifest(prepared)
     assert sum(manifest.counts.values()) == 40
     assert manifest.counts["train"] > manifest.counts["heldout"] > 0
@@ -123,7 +123,7 @@ def test_another_image_tokenizer_is_refused(prepared, image_tokenizer):
 
 
 def test_decoding_refuses_codes_outside_the_codebook(image_tokenizer):
-    assert pictures_of(image_tokenizer.decode(torch.zeros(2, 64, dtype=torch.long))).shape == (2, 64, 64, 3)
+    assert images_of(image_tokenizer.decode(torch.zeros(2, 64, dtype=torch.long))).shape == (2, 64, 64, 3)
     with pytest.raises(ValueError, match="found codes 1024 to 1024; expected 0 to"):
         image_tokenizer.decode(torch.full((1, 64), image_tokenizer.codebook_size))
     with pytest.raises(ValueError, match="do not fill a square"):
@@ -174,7 +174,7 @@ def test_the_order_does_not_depend_on_workers_and_resumes_in_mid_epoch(prepared,
     assert other != batches[:1]  # the parts are shuffled each in itself, so the order is another
 
 
-def test_captions_are_dropped_by_hash_and_pictures_kept(prepared, text_tokenizer):
+def test_captions_are_dropped_by_hash_and_images_kept(prepared, text_tokenizer):
     loader = loader_of(prepared, text_tokenizer, caption_dropout=0.5)
     layout = loader.streams[0].loader.dataset.layout
     batch = next(iter(loader))
@@ -206,12 +206,12 @@ def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
         )
 
 
-def test_views_shift_training_pictures_only(source):
+def test_views_shift_training_images_only(source):
     for pair in source.pairs[:12]:
         assert len(views(pair, PrepareConfig(views=4))) == (4 if pair.split == "train" else 1)
 
 
-def test_a_shift_moves_the_picture_and_repeats_its_edge():
+def test_a_shift_moves_the_image_and_repeats_its_edge():
     pixels = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
     moved = np.asarray(shifted(Image.fromarray(pixels), right=1, down=-2))
     assert (moved[:2, 1:] == pixels[2:, :3]).all()

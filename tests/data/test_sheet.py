@@ -12,7 +12,7 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_image_tokenizer, check_shards, read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ImageTokenizer, centre_crop_resize, pictures_of, to_pixels
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize, images_of, to_pixels
 from t2i.tokens.text import TextTokenizer
 
 
@@ -34,7 +34,7 @@ def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
     assert [row.caption for row in rows] == [made.caption(index) for index in (0, 8, 16)]  # a unit each
     crops = [centre_crop_resize(made.picture(index), size=64) for index in (0, 8, 16)]
     codes = tokenizers["image_tokenizer"].encode(to_pixels(crops))
-    decoded = pictures_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
+    decoded = images_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
     for row, crop, back, codes_of_one in zip(rows, crops, decoded, codes.tolist(), strict=True):
         assert (np.asarray(row.pictures[0]) == np.asarray(crop)).all()
         assert (np.asarray(row.pictures[1]) == back).all()
@@ -72,7 +72,7 @@ def test_shards_show_what_their_codes_and_ids_say(source, tokenizers, tmp_path):
     samples = list(read_split(tmp_path / "moved", "train", num_samples=6))
     assert [row.caption for row in rows] == [sample["caption"] for sample in samples]
     codes = torch.tensor(np.stack([sample["codes"] for sample in samples]).astype(int))
-    decoded = pictures_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
+    decoded = images_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
     assert all((np.asarray(row.pictures[0]) == back).all() for row, back in zip(rows, decoded, strict=True))
     own = ImageTokenizer.load(tmp_path / "moved" / "image_tokenizer")
     check_image_tokenizer(tmp_path / "moved", own)
@@ -81,7 +81,7 @@ def test_shards_show_what_their_codes_and_ids_say(source, tokenizers, tmp_path):
 def test_a_bit_that_flipped_in_a_shard_is_found(source, tokenizers, tmp_path):
     out = tmp_path / "shards"
     prepare(source, out=out, config=PrepareConfig(unit_pairs=8), **tokenizers)
-    assert check_shards(out) == {"train": made.NUM_PICTURES}
+    assert check_shards(out) == {"train": made.NUM_IMAGES}
     file = next(out.rglob("unit_000001/*.mds"))
     data = bytearray(file.read_bytes())
     data[-5] ^= 1

@@ -34,7 +34,7 @@ def tokenizers():
 @pytest.fixture(scope="module")
 def wanted(tokenizers):
     """The codes of every picture, by caption, without any source."""
-    images = [centre_crop_resize(made.picture(index), size=64) for index in range(made.NUM_PICTURES)]
+    images = [centre_crop_resize(made.picture(index), size=64) for index in range(made.NUM_IMAGES)]
     codes = tokenizers["image_tokenizer"].encode(to_pixels(images)).tolist()
     return {made.caption(index): row for index, row in enumerate(codes)}
 
@@ -58,7 +58,7 @@ def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, t
     source = open_source(name, heldout_share=0.2)
     out = tmp_path / "shards"
     manifest = prepare(source, out=out, config=CONFIG, **tokenizers)
-    assert sum(manifest.counts.values()) == made.NUM_PICTURES
+    assert sum(manifest.counts.values()) == made.NUM_IMAGES
     # Batches differ from those of `wanted`; one code in a hundred may tie otherwise.
     for sample in samples(out):
         codes = zip(sample["codes"].tolist(), wanted[sample["caption"]], strict=True)
@@ -95,12 +95,12 @@ def test_unfinished_and_broken_tars_are_reported_and_the_rest_is_used(tmp_path, 
     assert left_out == {"an unfinished tar (no _stats.json)": 1}
     assert "00002.tar has no 00002_stats.json" in caplog.text
     assert keys[0] == "some/00000/000000000"
-    assert len(keys) == made.NUM_PICTURES
+    assert len(keys) == made.NUM_IMAGES
     whole = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
     left_out, keys = left_out_of(open_source(str(folder)))
     assert left_out["a broken tar, from where it breaks"] == 1
-    assert made.NUM_PICTURES // 2 < len(keys) < made.NUM_PICTURES
+    assert made.NUM_IMAGES // 2 < len(keys) < made.NUM_IMAGES
 
 
 def test_img2datasets_plain_files_are_read_although_their_tables_lie_beside_them(tmp_path):
@@ -228,7 +228,7 @@ def test_annotations_of_another_schema_are_a_sentence(tmp_path):
         open_source(f"coco:{tmp_path}/coco")
 
 
-def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path):
+def test_val_captions_of_coco_are_held_out_and_an_image_never_in_both(tmp_path):
     source = open_source(made.coco(tmp_path / "coco"))
     assert {pair.split for pair in source.pairs if int(pair.key[:12]) >= 20} == {"heldout"}
     assert {pair.split for pair in source.pairs if int(pair.key[:12]) < 20} == {"train"}
@@ -242,11 +242,11 @@ def test_val_captions_of_coco_are_held_out_and_a_picture_never_in_both(tmp_path)
     source = open_source(f"coco:{tmp_path}/coco", heldout_share=0.5)
     assert source.left_out == {"annotations name an image that is not in its folder": 1}
     assert len(source.pairs) == 2 * 19
-    by_picture = {}
+    by_image = {}
     for pair in source.pairs:
-        by_picture.setdefault(pair.key[:12], set()).add(pair.split)
-    assert all(len(found) == 1 for found in by_picture.values())
-    assert set.union(*by_picture.values()) == {"train", "heldout"}
+        by_image.setdefault(pair.key[:12], set()).add(pair.split)
+    assert all(len(found) == 1 for found in by_image.values())
+    assert set.union(*by_image.values()) == {"train", "heldout"}
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -144,7 +144,7 @@ def opened(source):
                 assert pair.key.encode() and pair.caption.encode()
 
 
-def test_tables_of_pictures(tmp_path):
+def test_tables_of_images(tmp_path):
     made.write_table(tmp_path / "as.parquet", made.rows(image="image")[:4])
     whole = (tmp_path / "as.parquet").read_bytes()
 
@@ -158,7 +158,7 @@ def test_tables_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
-def test_metadata_beside_pictures(name, tmp_path):
+def test_metadata_beside_images(name, tmp_path):
     made.metadata_jsonl(tmp_path)
     made.write_table(tmp_path / "as.parquet", made.rows())
     whole = {
@@ -210,7 +210,7 @@ def test_tars(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_pictures(kind):
+def test_images(kind):
     whole = made.encoded(1, kind)
 
     @given(content=st.binary(max_size=60) | damaged_bytes(whole))

@@ -448,7 +448,7 @@ def test_shards_of_another_tokenizer_are_refused(shards, finished, tmp_path, obs
     observed(str(one.value).replace(str(tmp_path), ""))
 
 
-def bad_pictures():
+def bad_images():
     """Bytes of pictures that cannot be read, and of odd ones that can, by what they are."""
     jpeg, png = made.encoded(0, "JPEG"), made.encoded(1)
     bad = {
@@ -491,8 +491,8 @@ def broken_exif():
     injected="six files that cannot be read and seven odd ones among 40",
     expected="the bad are listed with a reason, the odd become RGB; too many bad ones end with exit 3",
 )
-def test_bad_pictures_are_listed_and_odd_ones_become_rgb(tmp_path, tokenizers, observed):
-    bad, odd = bad_pictures()
+def test_bad_images_are_listed_and_odd_ones_become_rgb(tmp_path, tokenizers, observed):
+    bad, odd = bad_images()
     folder = Path(made.text_folder(tmp_path / "pictures"))
     for name, content in {**bad, **odd}.items():
         (folder / f"{name}.jpg").write_bytes(content)

@@ -53,7 +53,7 @@ def write_seeds(folder: Path, target: str) -> None:
         for kind in ("JPEG", "PNG", "WEBP"):
             for mode in ("RGB", "L", "P", "RGBA"):
                 if (kind, mode) not in (("JPEG", "P"), ("JPEG", "RGBA")):
-                    (folder / f"{kind}-{mode}").write_bytes(made.small_picture(kind, mode))
+                    (folder / f"{kind}-{mode}").write_bytes(made.small_image(kind, mode))
         return
     for name, content in made.small_tars().items():
         (folder / name).write_bytes(content)

@@ -22,7 +22,7 @@ def draw(call):
     return partial(call, "launchers/sample.py")
 
 
-def test_genevals_scorer_finds_metadata_and_four_pictures_a_prompt(model_folder, draw, tmp_path):
+def test_genevals_scorer_finds_metadata_and_four_images_a_prompt(model_folder, draw, tmp_path):
     prompts, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "geneval"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert draw(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0

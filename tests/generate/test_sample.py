@@ -35,7 +35,7 @@ def test_a_file_that_is_no_list_is_not_taken_for_a_caption(model_folder, draw, t
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_somebody_else_are_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):
+def test_images_of_somebody_else_are_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):
     mine = tmp_path / "00001.png"
     mine.write_bytes(b"a photograph")
     (tmp_path / "holiday.png").write_bytes(b"another")

@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from t2i.measure import features
 
-NUM_PICTURES = 24
+NUM_IMAGES = 24
 
 
-def write_coco(folder: Path, *, num_pictures: int = NUM_PICTURES) -> Path:
+def write_coco(folder: Path, *, num_pictures: int = NUM_IMAGES) -> Path:
     """Write smooth JPEGs of many shapes, the first grey, the second CMYK; five captions each, ids out of order."""
     rng = np.random.default_rng(0)
     (folder / "val2014").mkdir(parents=True)
     (folder / "annotations").mkdir()
     images, annotations = [], []
-    for number, picture_id in enumerate(rng.permutation(900)[:num_pictures].tolist()):
-        name = f"COCO_val2014_{picture_id:012d}.jpg"
+    for number, image_id in enumerate(rng.permutation(900)[:num_pictures].tolist()):
+        name = f"COCO_val2014_{image_id:012d}.jpg"
         corners = Image.fromarray(rng.integers(0, 255, (3, 4, 3), dtype=np.uint8))
         picture = corners.resize((40 + number, 64 - number), Image.Resampling.BICUBIC)
         picture.convert({0: "L", 1: "CMYK"}.get(number, "RGB")).save(folder / "val2014" / name)
-        images.append({"id": picture_id, "file_name": name, "width": picture.width, "height": picture.height})
+        images.append({"id": image_id, "file_name": name, "width": picture.width, "height": picture.height})
         for turn in range(5):
-            caption = f"Sentence {turn} about\n picture {picture_id}. "
-            annotations.append({"id": 10 * picture_id + 4 - turn, "image_id": picture_id, "caption": caption})
+            caption = f"Sentence {turn} about\n picture {image_id}. "
+            annotations.append({"id": 10 * image_id + 4 - turn, "image_id": image_id, "caption": caption})
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
     (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
     return folder

@@ -24,14 +24,14 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_published_list_is_drawn_in_its_order_with_each_pictures_first_caption_first(
+def test_a_published_list_is_drawn_in_its_order_with_each_images_first_caption_first(
     name, coco_folder, tmp_path
 ):
     coco = read_val2014(coco_folder)
     ids = sorted(coco.pictures)[3:5]
     (tmp_path / name).write_text(LISTS[name].format(*ids))
     choice = listed_captions(coco, tmp_path / name, num_samples=None)
-    found = [(each.picture_id, each.text, each.caption_id) for each in choice.captions]
+    found = [(each.image_id, each.text, each.caption_id) for each in choice.captions]
     assert found == [(ids[0], "A bus.", 0), (ids[1], "A cat, a dog.", 1), (ids[0], "A tram.", 2)]
     assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() in choice.rule
     turned = LISTS[name].format(ids[0], ids[0])  # the first two rows are of one picture, but for one list
@@ -43,7 +43,7 @@ def test_a_published_list_is_drawn_in_its_order_with_each_pictures_first_caption
 
 
 @pytest.mark.parametrize("name", ["coco_captions.csv", "captions.txt"])
-def test_a_list_without_pictures_finds_them_by_their_captions(name, coco_folder, tmp_path):
+def test_a_list_without_images_finds_them_by_their_captions(name, coco_folder, tmp_path):
     coco = read_val2014(coco_folder)
     ids = sorted(coco.pictures)
     coco.captions[ids[7]][0] = replace(coco.captions[ids[7]][0], text="A bus, seen from here,")
@@ -54,7 +54,7 @@ def test_a_list_without_pictures_finds_them_by_their_captions(name, coco_folder,
     )  # of one column, as LlamaGen's: its commas are unquoted
     (tmp_path / name).write_text(f"{head}{other}\nA bus, seen  from here,\n")
     choice = listed_captions(coco, tmp_path / name, num_samples=None)
-    assert [each.picture_id for each in choice.captions] == [ids[9], ids[2]]
+    assert [each.image_id for each in choice.captions] == [ids[9], ids[2]]
 
 
 def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):

@@ -92,16 +92,16 @@ def slow_frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + sum((x**2).sum() for x in centred) - 2 * overlap)
 
 
-def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files_order(coco_folder, tmp_path):
+def test_the_list_takes_distinct_images_first_and_does_not_depend_on_the_files_order(coco_folder, tmp_path):
     coco = read_val2014(coco_folder)
     captions = coco.captions
     chosen = drawn_captions(coco, num_samples=60, seed=0).captions
-    ids = [caption.picture_id for caption in chosen]
+    ids = [caption.image_id for caption in chosen]
     assert len(set(ids[:24])) == 24 and ids[:24] == ids[24:48] == ids[:12] + ids[12:24]
     for turn in range(2):  # captions by id, whatever their order in the file
         for caption in chosen[24 * turn : 24 * turn + 24]:
-            same_picture = sorted(each.caption_id for each in captions[caption.picture_id])
-            assert caption.caption_id == same_picture[turn]
+            same_image = sorted(each.caption_id for each in captions[caption.image_id])
+            assert caption.caption_id == same_image[turn]
     assert (
         chosen[0].text.startswith("Sentence ") and "  " not in chosen[0].text and "\n" not in chosen[0].text
     )
@@ -113,14 +113,14 @@ def test_the_list_takes_distinct_pictures_first_and_does_not_depend_on_the_files
         drawn_captions(coco, num_samples=121, seed=0)
 
 
-def test_the_order_of_pictures_is_pinned():
+def test_the_order_of_images_is_pinned():
     """The list of everybody's 30,000 captions hangs on it: sha256 of coco, seed and id, joined by \\x1f."""
     coco = CaptionFile(pictures={}, captions={id_: [Caption(0, id_, "")] for id_ in range(50)})
     wanted = sorted(coco.captions, key=lambda id_: hashlib.sha256(f"coco\x1f0\x1f{id_}".encode()).digest())
-    assert [each.picture_id for each in drawn_captions(coco, num_samples=50, seed=0).captions] == wanted
+    assert [each.image_id for each in drawn_captions(coco, num_samples=50, seed=0).captions] == wanted
 
 
-def test_reference_pictures_are_cut_before_they_are_resized(coco_folder):
+def test_reference_images_are_cut_before_they_are_resized(coco_folder):
     files = sorted((coco_folder / "val2014").iterdir())
     modes = {Image.open(file).mode for file in files}
     assert modes == {"RGB", "L", "CMYK"}
@@ -243,7 +243,7 @@ def test_a_reference_is_kept_by_what_made_it(
     assert not [path for path in kept.iterdir() if path.name.startswith(".")]
 
 
-def test_a_broken_picture_of_the_reference_is_named_before_anything_is_drawn(
+def test_a_broken_image_of_the_reference_is_named_before_anything_is_drawn(
     model_folder, coco_folder, narrow_inception_file, call, tmp_path, capsys
 ):
     coco = shutil.copytree(coco_folder, tmp_path / "coco")
@@ -264,7 +264,7 @@ def test_a_broken_picture_of_the_reference_is_named_before_anything_is_drawn(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_draw_the_pictures_of_one(model_folder, coco_folder, call, tmp_path):
+def test_two_processes_draw_the_images_of_one(model_folder, coco_folder, call, tmp_path):
     words = [model_folder, "--coco", coco_folder, "--num-samples", 10, "--batch-size", 4]
     words += ["--features", "efficientnet_lite0", "--out"]
     assert call(*words, tmp_path / "one") == 0

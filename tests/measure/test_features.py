@@ -16,12 +16,12 @@ from t2i.measure.features import cached_inception, extract, kernel_key, load_fea
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
-def noise_pictures(num: int, *, seed: int = 0, size: int = 32) -> np.ndarray:
+def noise_images(num: int, *, seed: int = 0, size: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num, size, size, 3), dtype=np.uint8)
 
 
-def smooth_pictures(num: int, *, seed: int = 0) -> np.ndarray:
-    corners = noise_pictures(num, seed=seed, size=2)
+def smooth_images(num: int, *, seed: int = 0) -> np.ndarray:
+    corners = noise_images(num, seed=seed, size=2)
     return np.stack(
         [
             np.asarray(Image.fromarray(corner).resize((32, 32), Image.Resampling.BILINEAR))
@@ -38,7 +38,7 @@ def test_only_inception_features_give_fid_and_kid():
 
 def test_inception_features_are_those_of_clean_fid(inception_file):
     extractor = load_features("inception", weights=inception_file)
-    pictures = noise_pictures(3)
+    pictures = noise_images(3)
     resized = np.stack([build_resizer("clean")(picture) for picture in pictures])
     twin = InceptionV3W(str(inception_file.parent), download=False)
     with torch.inference_mode():
@@ -51,7 +51,7 @@ def test_inception_features_are_those_of_clean_fid(inception_file):
 
 def test_legacy_resize_leaves_resizing_to_the_network_as_clean_fid_does(inception_file):
     extractor = load_features("inception", weights=inception_file, resize="legacy_tensorflow")
-    pictures = noise_pictures(3)
+    pictures = noise_images(3)
     twin = InceptionV3W(str(inception_file.parent), download=False, resize_inside=True)
     with torch.inference_mode():
         wanted = twin(torch.from_numpy(pictures).permute(0, 3, 1, 2).float())
@@ -124,7 +124,7 @@ def test_efficientnet_is_there_without_a_network(monkeypatch):
 
 def test_features_do_not_depend_on_the_batch_and_keep_the_order():
     extractor = load_features("efficientnet_lite0")
-    pictures = np.concatenate([noise_pictures(3), smooth_pictures(2)])
+    pictures = np.concatenate([noise_images(3), smooth_images(2)])
     together = extract(pictures, extractor, batch_size=5)
     apart = extract(pictures, extractor, batch_size=2)
     assert together.shape == (5, 1280) and together.dtype == np.float32
@@ -133,9 +133,9 @@ def test_features_do_not_depend_on_the_batch_and_keep_the_order():
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_files_give_the_features_of_their_pictures(tmp_path):
+def test_files_give_the_features_of_their_images(tmp_path):
     extractor = load_features("efficientnet_lite0")
-    pictures = noise_pictures(2)
+    pictures = noise_images(2)
     paths = [tmp_path / f"{index}.png" for index in range(2)]
     for path, picture in zip(paths, pictures, strict=True):
         Image.fromarray(picture).save(path)
@@ -143,11 +143,11 @@ def test_files_give_the_features_of_their_pictures(tmp_path):
     np.testing.assert_array_equal(from_files, extract(pictures, extractor, batch_size=2))
 
 
-def test_efficientnet_tells_kinds_of_pictures_apart():
+def test_efficientnet_tells_kinds_of_images_apart():
     extractor = load_features("efficientnet_lite0")
     noise, smooth, other_noise = (
         statistics(extract(pictures, extractor, batch_size=12))
-        for pictures in (noise_pictures(12), smooth_pictures(12), noise_pictures(12, seed=1))
+        for pictures in (noise_images(12), smooth_images(12), noise_images(12, seed=1))
     )
     assert frechet_distance(noise, smooth) > 5 * frechet_distance(noise, other_noise)
 

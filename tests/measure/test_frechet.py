@@ -45,7 +45,7 @@ def test_frechet_distance_is_the_one_of_clean_fid(n, dims, rel):
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=rel)
 
 
-def test_frechet_distance_holds_with_many_fewer_pictures_than_features():
+def test_frechet_distance_holds_with_many_fewer_images_than_features():
     """Twin: tr (cov_a cov_b)^(1/2) is the sum of the singular values of A B^T, A and B centred and scaled."""
     a, b = gaussian_features(n=20, dims=200, seed=1), gaussian_features(n=30, dims=200, seed=2, shift=0.3)
     centred = [
@@ -68,7 +68,7 @@ def test_frechet_distance_is_symmetric_and_zero_for_equal_sets(n):
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
 
 
-def test_frechet_distance_of_pictures_that_are_all_the_same_is_that_of_the_means():
+def test_frechet_distance_of_images_that_are_all_the_same_is_that_of_the_means():
     a, b = statistics(np.zeros((5, 3))), statistics(np.full((5, 3), 2.0))
     assert frechet_distance(a, b) == 12.0
 

@@ -17,7 +17,7 @@ def source(tmp_path_factory):
     return open_source(f"coco:{coco}", heldout_share=0.9999)
 
 
-def test_a_picture_of_many_captions_is_in_one_half_and_a_broken_one_in_none(source):
+def test_an_image_of_many_captions_is_in_one_half_and_a_broken_one_in_none(source):
     halves = heldout_halves(source, num_samples=None)
     assert (len(halves.reference), len(halves.drawn)) == (14, 14)
     pairs = [*halves.reference, *halves.drawn]
@@ -26,7 +26,7 @@ def test_a_picture_of_many_captions_is_in_one_half_and_a_broken_one_in_none(sour
         pair.open()
 
 
-def test_fewer_pictures_are_the_first_of_more(source):
+def test_fewer_images_are_the_first_of_more(source):
     drawn = heldout_halves(source, num_samples=12).drawn
     assert drawn == heldout_halves(source, num_samples=None).drawn[:12]
     with pytest.raises(DataError, match=r"gives 18 held-out images; a distance needs at least 20"):

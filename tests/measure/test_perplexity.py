@@ -29,7 +29,7 @@ def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(model, fini
     assert measure_perplexity(model, config=config, batch_size=5) == results
 
 
-def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
+def test_every_kind_equals_a_twin_image_by_image(model, finished, results):
     costs = {"text": [], "image": [], "special": []}
     by_code = []
     layout = model.layout
@@ -72,7 +72,7 @@ def test_every_kind_equals_a_twin_picture_by_picture(model, finished, results):
     assert found["image_loss_by_column"][3] == pytest.approx(means[3::8].mean().item(), abs=1e-4)
 
 
-def test_bits_a_pixel_count_the_whole_picture():
+def test_bits_a_pixel_count_the_whole_image():
     # Four codes of log 2 nats, a bit each, over four pixels.
     assert by_place(torch.full((4,), math.log(2)), image_size=2).bits_per_pixel == pytest.approx(1)
     assert "image_loss_by_row" not in by_place(torch.ones(5), image_size=2).to_json()

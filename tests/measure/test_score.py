@@ -23,7 +23,7 @@ def images(count, *, seed):
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def pictures_of(arrays):
+def images_of(arrays):
     return Pictures(
         [lambda array=array: Image.fromarray(array) for array in arrays], crop=lambda image: image
     )
@@ -37,8 +37,8 @@ def task():
         data="a test",
         captions={name: f"caption {name}" for name in NAMES},
         captions_rule="all",
-        own=pictures_of(reference[OWN_PLACES]),
-        reference=Reference("twelve", pictures_of(reference), which={}, crop="none", image_size=32),
+        own=images_of(reference[OWN_PLACES]),
+        reference=Reference("twelve", images_of(reference), which={}, crop="none", image_size=32),
         own_places=OWN_PLACES,
     )
 

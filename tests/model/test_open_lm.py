@@ -10,7 +10,7 @@ from t2i.model.open_lm import decoding_open_lm, sampling_open_lm
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
-from t2i.model.open_lm.sampling_open_lm import choose_codes, picture_keys, sample_codes, waits
+from t2i.model.open_lm.sampling_open_lm import choose_codes, image_keys, sample_codes, waits
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
 
 # fp32 matrix products of other shapes differ in the last bits; logits here are about 1.
@@ -106,7 +106,7 @@ SETTINGS = {"image_ids": range(40, 56), "num_codes": 6, "empty_prompt": [7], "to
 
 def slow_codes(model, prompt, *, seed, guidance_scale, image_ids, num_codes, empty_prompt, top_k, top_p):
     """Run both whole sequences each step with all logits, and combine log-probabilities."""
-    keys = picture_keys(torch.tensor([seed]), num_codes=num_codes)
+    keys = image_keys(torch.tensor([seed]), num_codes=num_codes)
     found = []
     for step in range(num_codes):
         logits = [
@@ -134,7 +134,7 @@ def test_the_sampler_equals_a_slow_twin(guidance_scale):
     assert fast.tolist() == twin
 
 
-def test_a_seed_gives_the_same_picture_in_batches_of_1_and_7():
+def test_a_seed_gives_the_same_image_in_batches_of_1_and_7():
     model = tiny()
     together = sample_codes(model, PROMPTS, seeds=range(7), **SETTINGS)
     alone = [sample_codes(model, [p], seeds=[i], **SETTINGS)[0] for i, p in enumerate(PROMPTS)]
@@ -232,7 +232,7 @@ def test_bf16_is_sampled_by_the_plain_product():
 
 @pytest.mark.parametrize("axis", ["seed", "place", "code"])
 def test_waits_are_exponential_and_independent_along(axis):
-    keys = picture_keys(torch.arange(200 if axis == "seed" else 1), num_codes=200 if axis == "place" else 1)
+    keys = image_keys(torch.arange(200 if axis == "seed" else 1), num_codes=200 if axis == "place" else 1)
     codes = torch.arange(40_000 // keys.numel())
     found = waits(keys.flatten(), codes.expand(keys.numel(), -1)).double()
     found = found if axis == "code" else found.T.contiguous()
@@ -248,7 +248,7 @@ def test_waits_are_exponential_and_independent_along(axis):
 
 def test_draws_follow_the_kept_probabilities():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
-    keys = picture_keys(torch.arange(4000), num_codes=1)[:, 0]
+    keys = image_keys(torch.arange(4000), num_codes=1)[:, 0]
     counts = torch.bincount(choose_codes(logits, keys, temperature=1.0, top_k=3, top_p=0.7), minlength=4)
     # top-k keeps three, top-p the first two of them: 5 to 3. Four standard errors of 4,000 draws are 0.03.
     assert counts[2:].sum() == 0

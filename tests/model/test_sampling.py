@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from t2i.model.open_lm import sampling_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.open_lm.sampling_open_lm import choose, draw, picture_keys, sample_codes
+from t2i.model.open_lm.sampling_open_lm import choose, draw, image_keys, sample_codes
 
 NUM_TEXT_ROWS, CODEBOOK, NUM_CODES = 20, 9, 4
 PAD = NUM_TEXT_ROWS + 6
@@ -18,7 +18,7 @@ SHARE = 0.03
 
 def shares(probabilities, **settings):
     logits = torch.tensor(probabilities).log().repeat(DRAWS, 1)
-    keys = picture_keys(torch.arange(DRAWS), num_codes=1)[:, 0]
+    keys = image_keys(torch.arange(DRAWS), num_codes=1)[:, 0]
     given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
     return (torch.bincount(choose(logits, keys, **given), minlength=len(probabilities)) / DRAWS).tolist()
 

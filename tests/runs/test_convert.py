@@ -212,7 +212,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
 
 
 @pytest.mark.parametrize(("kind", "layout"), [("movqgan", MOVQGAN), ("llamagen", LLAMAGEN)])
-def test_image_tokenizers_are_proved_on_stored_pictures(kind, layout, tmp_path, monkeypatch, capsys):
+def test_image_tokenizers_are_proved_on_stored_images(kind, layout, tmp_path, monkeypatch, capsys):
     released = in_released_form(Released(kind, **SMALL[kind]))
     torch.save(released, tmp_path / "released.ckpt")
     tensors, _ = vq_tensors(released, layout=layout)

@@ -8,16 +8,16 @@ from safetensors.torch import save_file
 
 from t2i.config import ASSETS
 from t2i.errors import DataError
-from t2i.tokens.image import ImageTokenizer, check_round_trip, pictures_of, pixels_of, shifted
+from t2i.tokens.image import ImageTokenizer, check_round_trip, images_of, pixels_of, shifted
 
 
 def test_every_level_comes_back_and_what_lies_between_is_rounded():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
-    assert torch.equal(pictures_of(pixels_of(levels)), levels)
+    assert torch.equal(images_of(pixels_of(levels)), levels)
     assert pixels_of(levels).min() == -1 and pixels_of(levels).max() == 1
     pixels = torch.tensor([-1.2, -1, -0.9953, 0, 0.9938, 1, 1.2]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
     # 127.5 (x + 1) is -25.5, 0, 0.6, 127.5, 254.2, 255 and 280.5; torch rounds halves to even.
-    assert pictures_of(pixels)[0, 0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
+    assert images_of(pixels)[0, 0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
 
 
 def test_a_shift_moves_right_and_down():

@@ -63,7 +63,7 @@ def test_text_to_image_round_trip(caption_ids, codes):
 
 
 @given(captions, pictures)
-def test_image_only_keeps_only_the_picture(caption_ids, codes):
+def test_image_only_keeps_only_the_image(caption_ids, codes):
     ids = encode_sequence(caption_ids, codes, layout=LAYOUT, mode="image-only", seq_len=20)
     found_caption, found_codes = decode_sequence(ids, layout=LAYOUT)
     assert found_caption.numel() == 0
@@ -78,7 +78,7 @@ def test_text_only_keeps_only_the_caption(caption_ids):
     assert found_codes.numel() == 0
 
 
-def test_a_long_caption_loses_its_end_and_never_the_picture():
+def test_a_long_caption_loses_its_end_and_never_the_image():
     ids = encode_sequence(
         torch.arange(20), torch.tensor([3, 1, 2, 0]), layout=LAYOUT, mode="text-to-image", seq_len=14
     )
@@ -87,7 +87,7 @@ def test_a_long_caption_loses_its_end_and_never_the_picture():
     assert codes.tolist() == [3, 1, 2, 0]
 
 
-def test_a_sequence_too_short_for_the_picture_is_refused():
+def test_a_sequence_too_short_for_the_image_is_refused():
     with pytest.raises(ValueError, match=r"data\.seq_len is 9; one image needs 4 tokens plus 6 markers"):
         caption_room(mode="text-to-image", seq_len=9, num_codes=4)
 

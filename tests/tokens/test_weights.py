@@ -41,7 +41,7 @@ def converted(model, folder):
 
 
 @torch.inference_mode()
-def test_a_converted_tokenizer_gives_the_same_codes_and_pictures(released, pixels, tmp_path):
+def test_a_converted_tokenizer_gives_the_same_codes_and_images(released, pixels, tmp_path):
     tokenizer, tensors, layout = converted(released, tmp_path)
     latents = released.quant_conv(released.encoder(pixels))
     codes = released.codes(latents)

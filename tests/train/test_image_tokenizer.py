@@ -80,7 +80,7 @@ def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monk
         train_image_tokenizer(pictures, config=replace(TINY, lr=0.1), out=tmp_path / "stopped")
 
 
-def test_a_folder_of_pictures_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatch):
+def test_a_folder_of_images_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
     (tmp_path / "pictures").mkdir()
     for index, picture in enumerate(squares(150)):
@@ -102,7 +102,7 @@ def test_channels_must_suit_spatial_norms():
         build_vq_model(replace(TINY, channels=(32, 48)))
 
 
-def test_structural_similarity_is_one_for_equal_pictures_and_falls_with_noise():
+def test_structural_similarity_is_one_for_equal_images_and_falls_with_noise():
     rng = np.random.default_rng(0)
     pictures = torch.from_numpy(rng.integers(0, 255, (2, 16, 16, 3), dtype=np.uint8))
     noisy = (pictures.float() + 40 * torch.randn(pictures.shape)).clamp(0, 255).to(torch.uint8)

@@ -160,7 +160,7 @@ def _encode(
     if encoder.image_tokenizer is None:
         yield from (_given_row(pair, code_type) for pair in pairs)
         return
-    pictures = _pictures(pairs, encoder, broken=broken, left_out=left_out)
+    pictures = _images(pairs, encoder, broken=broken, left_out=left_out)
     # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
     # be the same whichever rank encodes the unit.
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
@@ -175,7 +175,7 @@ def _given_row(pair: Pair, code_type: str) -> Row:
     return Row(pair.key, pair.split, pair.caption, is_view=False, codes=pair.codes.astype(code_type))
 
 
-def _pictures(
+def _images(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
 ) -> Iterator[tuple[Pair, int, Image.Image]]:
     """Decode images and their views, with the number of the view."""

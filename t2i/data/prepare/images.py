@@ -88,7 +88,7 @@ def prepare(
         return _finished(out, arguments)
     _same_arguments(part, json.loads((part / ARGUMENTS).read_text()), arguments)
 
-    def owing() -> set[int]:
+    def pending() -> set[int]:
         return {index % world_size for index in range(len(units)) if not facts_file(part, index).exists()}
 
     with _signs(ranks, rank, world_size), decoding(config) as pool:
@@ -107,7 +107,7 @@ def prepare(
             if not out.exists() and not facts_file(part, index).exists():
                 write_unit(part, index, unit=units[index], encoder=encoder)
         if rank == 0:
-            wait_for(owing, folder=ranks)
+            wait_for(pending, folder=ranks)
             merged = _finish(part, len(units), source, encoder, arguments)
             part.rename(out)
             _sweep(out, part, merged)

@@ -19,7 +19,7 @@ from t2i.data.shards.manifest import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKE
 from t2i.data.shards.reader import read_split
 from t2i.data.sources import Pair, Source, Unit
 from t2i.errors import DataError, UserError
-from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, pictures_of, to_pixels
+from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, images_of, to_pixels
 from t2i.tokens.text import TextTokenizer
 
 TEXT_WIDTH, TEXT_COLUMNS, MARGIN = 420, 56, 8
@@ -56,7 +56,7 @@ def preview(
     Raises:
         DataError: no image of the source can be used.
     """
-    sampled = sample_pictures(source, config=config, num=num)
+    sampled = sample_images(source, config=config, num=num)
     if not sampled:
         raise DataError(f"no image of {source.name} can be used: all are broken or refused by filters.")
     codes = image_tokenizer.encode(to_pixels([image for _, image in sampled])).cpu()
@@ -89,7 +89,7 @@ def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
 
 def decode_codes(codes: torch.Tensor, tokenizer: ImageTokenizer) -> list[Image.Image]:
     """Decode codes (B, K) to images."""
-    return [Image.fromarray(picture) for picture in pictures_of(tokenizer.decode(codes)).cpu().numpy()]
+    return [Image.fromarray(picture) for picture in images_of(tokenizer.decode(codes)).cpu().numpy()]
 
 
 def draw_sheet(rows: list[Shown]) -> Image.Image:
@@ -140,7 +140,7 @@ def _facts(key: str, split: str, ids: list[int], codes: list[int]) -> str:
     return f"{key} [{split}]\n  {len(ids)} ids: {' '.join(map(str, ids))}\n  {len(codes)} codes: {some} ..."
 
 
-def sample_pictures(source: Source, *, config: PrepareConfig, num: int) -> list[tuple[Pair, Image.Image]]:
+def sample_images(source: Source, *, config: PrepareConfig, num: int) -> list[tuple[Pair, Image.Image]]:
     """Read the first usable images of units that are evenly spread over the source."""
     # Spread, because sources are often sorted: the first images of all would show one kind of them.
     units = source.units(config.unit_pairs)
@@ -161,13 +161,13 @@ def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, conf
     Returns:
         the share of the tokenizer's codes that equal those of float32.
     """
-    sampled = sample_pictures(source, config=config, num=NUM_COMPARED)
+    sampled = sample_images(source, config=config, num=NUM_COMPARED)
     batches = to_pixels([image for _, image in sampled]).split(config.batch_size)
     # In float32, so that a run on another device can be checked against these codes.
     exact = ImageTokenizer(tokenizer.model, folder=tokenizer.folder, device=tokenizer.model.device)
     pixels = torch.cat(batches)[:: max(1, len(sampled) // NUM_ROUND_TRIP)][:NUM_ROUND_TRIP]
     codes = exact.encode(pixels).cpu()
-    pictures, decoded = pictures_of(pixels), pictures_of(exact.decode(codes)).cpu()
+    pictures, decoded = images_of(pixels), images_of(exact.decode(codes)).cpu()
     save_file(
         {"pictures": pictures.contiguous(), "codes": codes, "decoded": decoded.contiguous()},
         part / ROUND_TRIP,

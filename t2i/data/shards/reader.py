@@ -41,7 +41,7 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
         )
     manifest = read_manifest_file(new)
     for name, wanted in manifest.files.items():
-        fetch(remote, folder, name, wanted=wanted)
+        fetch(remote, folder, name, xxh64=wanted)
     for split in manifest.counts:
         fetch(remote, folder, f"{split}/index.json")
     # The manifest last: a folder without one is not read, so that a download that was killed starts again.
@@ -81,7 +81,7 @@ def read_split(
         # memory for the reading that follows.
         if hashed != at:
             if remote:
-                fetch(remote, folder, shard.name, wanted=shard.xxh64)
+                fetch(remote, folder, shard.name, xxh64=shard.xxh64)
             else:
                 check_file(folder, shard.name, wanted=shard.xxh64, advice=advice)
             hashed = at

@@ -22,25 +22,25 @@ BACKOFF_SECONDS = 1.0
 TIMEOUT_SECONDS = 120.0
 
 
-def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, wanted: str = "") -> Path:
+def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, xxh64: str = "") -> Path:
     """Download REMOTE/NAME to folder/NAME, whole or not at all, unless it is there; return its path.
 
     Args:
         anew: download it in any case, to a temporary path beside it.
-        wanted: the expected hash; a file with another one is downloaded again. Empty for any.
+        xxh64: the expected hash; a file with another one is downloaded again. Empty for any.
 
     Raises:
         DataError: it cannot be downloaded, or arrives broken each time.
     """
     path = folder / name
-    if path.exists() and not anew and wanted in ("", file_hash(path)):
+    if path.exists() and not anew and xxh64 in ("", file_hash(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Aside under this process's name and then renamed: ranks of one machine may download the same file.
     coming = path.with_name(f".{path.name}.{os.getpid()}")
     url = f"{remote.rstrip('/')}/{name}"
     for attempt in range(1, NUM_ATTEMPTS + 1):
-        reason = _attempt(remote, url, coming, wanted)
+        reason = _attempt(remote, url, coming, xxh64)
         if not reason:
             return coming if anew else coming.replace(path)
         coming.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, wanted: s
     raise DataError(f"{url} could not be downloaded in {NUM_ATTEMPTS} attempts: {reason}.")
 
 
-def _attempt(remote: str, url: str, coming: Path, wanted: str) -> str:
+def _attempt(remote: str, url: str, coming: Path, xxh64: str) -> str:
     """Download once; return the reason if it failed and may succeed later, else an empty text.
 
     Raises:
@@ -65,8 +65,8 @@ def _attempt(remote: str, url: str, coming: Path, wanted: str) -> str:
         raise DataError(f"{url} cannot be downloaded: {error}") from error
     except (BotoCoreError, OSError) as error:  # TimeoutError is one
         return f"{type(error).__name__}: {error}"
-    found = file_hash(coming) if wanted else ""
-    return "" if found == wanted else f"it arrived with {HASH} {found}; expected {wanted}"
+    found = file_hash(coming) if xxh64 else ""
+    return "" if found == xxh64 else f"it arrived with {HASH} {found}; expected {xxh64}"
 
 
 @cache

@@ -10,10 +10,10 @@ from t2i.errors import DataError
 
 LISTS = (".txt", *TABLES)
 LIST_COLUMNS = ("caption", "text", "prompt")
-PICTURE_COLUMNS = ("image_id", "coco_id", "uid", "file_name")
+IMAGE_ID_COLUMNS = ("image_id", "coco_id", "uid", "file_name")
 """Columns that name a caption's image in published lists of COCO's captions; upper or lower case."""
 
-PICTURE_ID = re.compile(r"(\d+)(?:_mscoco_\d+)?|(?:.*[_/])?(\d+)\.(?:jpg|png|0)")
+IMAGE_ID = re.compile(r"(\d+)(?:_mscoco_\d+)?|(?:.*[_/])?(\d+)\.(?:jpg|png|0)")
 """Matches 391895, 391895.0, COCO_val2014_000000391895.jpg and 391895_mscoco_0."""
 
 
@@ -23,7 +23,7 @@ class Listed:
 
     text: str
     """On one line."""
-    picture_id: int | None
+    image_id: int | None
     """COCO's id of the image; None if the list has no column for it."""
 
 
@@ -55,7 +55,7 @@ def _rows(file: Path) -> Iterator[Listed]:
     for number, row in enumerate(read_table_rows(file), 1):
         columns = {str(name).strip().lower(): name for name in row}
         caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
-        picture = next((columns[name] for name in PICTURE_COLUMNS if name in columns), None)
+        picture = next((columns[name] for name in IMAGE_ID_COLUMNS if name in columns), None)
         text = "" if caption is None else " ".join(str(row[caption] or "").split())
         if not text:
             wanted = ", ".join(LIST_COLUMNS)
@@ -64,12 +64,12 @@ def _rows(file: Path) -> Iterator[Listed]:
                 f"{file}: row {number} has the columns {found}; expected a caption in one of {wanted}."
             )
         yield Listed(
-            text, None if picture is None else _picture_id(row[picture], where=f"{file}: row {number}")
+            text, None if picture is None else _image_id(row[picture], where=f"{file}: row {number}")
         )
 
 
-def _picture_id(value: object, *, where: str) -> int:
-    found = PICTURE_ID.fullmatch(str(value))
+def _image_id(value: object, *, where: str) -> int:
+    found = IMAGE_ID.fullmatch(str(value))
     if found is None:
         raise DataError(f"{where} names the image {value!r:.80}; expected a COCO image id such as 391895.")
     return int(found[1] or found[2])

@@ -16,7 +16,7 @@ class Caption:
     """One caption of one image."""
 
     caption_id: int
-    picture_id: int
+    image_id: int
     text: str
     """On one line."""
 
@@ -42,17 +42,17 @@ def list_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
     files = caption_files(folder)
     for name in files:
         content = read_captions(folder, name)
-        for picture_id, path in content.pictures.items():
+        for image_id, path in content.pictures.items():
             if file_inside(path.parent, path.name) is None:
                 left_out["annotations name an image that is not in its folder"] += 1
                 continue
-            for number, caption in enumerate(content.captions.get(picture_id, [])):
+            for number, caption in enumerate(content.captions.get(image_id, [])):
                 yield Entry(
-                    f"{picture_id:012d}-{number}",
+                    f"{image_id:012d}-{number}",
                     caption.text,
                     partial(read_image_file, path),
                     # COCO has five captions per image, which must stay in one split.
-                    group=str(picture_id),
+                    group=str(image_id),
                     split=_own_split(name, files),
                 )
 
@@ -64,7 +64,7 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
         DataError: it does not follow COCO's schema, or there is no folder with its images.
     """
     file = folder / "annotations" / f"captions_{name}.json"
-    home = _picture_folder(folder, name)
+    home = _image_folder(folder, name)
     content = read_json(file)
     check_keys(content, {"images": list, "annotations": list}, where=file)
     pictures: dict[int, Path] = {}
@@ -82,8 +82,8 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
         text = " ".join(note["caption"].split())
         captions.setdefault(note["image_id"], []).append(Caption(note["id"], note["image_id"], text))
     # Sorted by id, because the order of the keys and of the shards must not depend on the order in the file.
-    for of_picture in captions.values():
-        of_picture.sort(key=lambda caption: caption.caption_id)
+    for of_image in captions.values():
+        of_image.sort(key=lambda caption: caption.caption_id)
     return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
 
 
@@ -116,7 +116,7 @@ def _own_split(name: str, files: dict[str, Path]) -> str:
     return "heldout" if name.startswith("val") else "train"
 
 
-def _picture_folder(folder: Path, name: str) -> Path:
+def _image_folder(folder: Path, name: str) -> Path:
     candidates = (folder / name, folder / "images" / name)
     found = next((path for path in candidates if path.is_dir()), None)
     if found is None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
-from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, picture_bytes
+from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, image_bytes
 from t2i.data.sources.source import Entry, ReadEntries, read_picture
 from t2i.errors import DataError
 
@@ -78,7 +78,7 @@ def open_cell(cell: object) -> Image.Image:
 
         with xopen(cell["path"], "rb") as file:
             return read_picture(file.read())
-    return read_picture(picture_bytes(cell))
+    return read_picture(image_bytes(cell))
 
 
 def _flat(row: dict[str, object]) -> dict[str, object]:

@@ -66,10 +66,10 @@ def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
     Raises:
         ValueError: the cell holds no bytes.
     """
-    return read_picture(picture_bytes(_pictures(path, group, column)[place].as_py()))
+    return read_picture(image_bytes(_images(path, group, column)[place].as_py()))
 
 
-def picture_bytes(cell: object) -> bytes:
+def image_bytes(cell: object) -> bytes:
     """Return the bytes of a cell, which holds them or a struct of bytes and path."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
@@ -117,7 +117,7 @@ def _footer(path: Path) -> pq.FileMetaData:
 
 # Two groups: a task of pairs may begin in one and end in the next.
 @lru_cache(maxsize=2)
-def _pictures(path: Path, group: int, column: str) -> pa.ChunkedArray:
+def _images(path: Path, group: int, column: str) -> pa.ChunkedArray:
     """Read the images of one row group as an Arrow column."""
     with parquet_errors(path):
         return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)

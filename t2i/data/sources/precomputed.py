@@ -24,7 +24,7 @@ FACTS = "ids.json"
 
 
 @dataclass(frozen=True)
-class NoPicture:
+class NoImage:
     """Stands in for opening an image."""
 
     key: str
@@ -75,7 +75,7 @@ def read_ids(left_out: Counter[str], *, path: Path, facts: GivenIds, heldout_sha
         else:
             key = str(row.get("key") or f"{path.stem}/{place}")
             split = "heldout" if hash_uniform(key) < heldout_share else "train"
-            yield Pair(key, caption_text(row.get("caption")), split, open=NoPicture(key), codes=codes)
+            yield Pair(key, caption_text(row.get("caption")), split, open=NoImage(key), codes=codes)
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[dict[str, object]]:

@@ -21,7 +21,7 @@ from t2i.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-MAX_PICTURE_BYTES, MAX_TEXT_BYTES = 2**27, 2**20
+MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 2**27, 2**20
 """Larger members are left out, unread."""
 BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError)
 """What tarfile raises for invalid headers."""
@@ -107,8 +107,8 @@ def _entry(
     picture = next((parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts), None)
     if picture is None:
         return "no image beside the caption in a tar"
-    if picture.size > MAX_PICTURE_BYTES:
-        return f"a file over {MAX_PICTURE_BYTES} bytes in a tar"
+    if picture.size > MAX_IMAGE_BYTES:
+        return f"a file over {MAX_IMAGE_BYTES} bytes in a tar"
     caption_key = config.caption_key or ("txt" if "txt" in parts else "caption")
     facts: dict[str, object] = {}
     if config.pair_key or config.score_key or caption_key not in parts:

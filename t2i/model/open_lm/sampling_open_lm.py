@@ -99,9 +99,7 @@ def sample_codes(
     how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
     # After <image> come K codes and nothing else, so the text part of the LM head is never multiplied with.
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
-    keys = picture_keys(
-        torch.tensor(seeds, device=model.device), num_codes=num_codes
-    ).T.contiguous()  # (K, B)
+    keys = image_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes).T.contiguous()  # (K, B)
     # Asked by method, not by class, so that an export's class, loaded by remote code, is decoded the fast way too.
     begin = getattr(model, "begin_decoding", None)
     empty = empty_prompt if how.is_guided else None
@@ -249,7 +247,7 @@ def choose_codes(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int
     return order.gather(1, winner)[:, 0]
 
 
-def picture_keys(seeds: Tensor, *, num_codes: int) -> Tensor:
+def image_keys(seeds: Tensor, *, num_codes: int) -> Tensor:
     """Derive a key for each code of each image from its seed (B,): (B, K), int64.
 
     Keys are hashes, not states of a generator, so they are the same on every device and in every batch.
