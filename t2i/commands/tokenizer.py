@@ -73,7 +73,7 @@ def main() -> None:
                 image_size=command.image_size,
                 grid=part / "reconstructions.png",
                 split=command.split,
-                num_pictures=command.num_images,
+                num_images=command.num_images,
             )
             settings = {"tokenizer": str(command.tokenizer), "source": command.source, "split": command.split}
             settings["features"] = FEATURES

@@ -58,13 +58,13 @@ def measure_folder(
     image_size: int,
     grid: Path,
     split: str = "heldout",
-    num_pictures: int | None = None,
+    num_images: int | None = None,
 ) -> Reconstruction:
     """Measure a tokenizer folder on a source's images, and save a grid of originals above reconstructions.
 
     Args:
         split: a split of the source, or "all".
-        num_pictures: the number to measure, chosen by a hash of their keys; None for all.
+        num_images: the number to measure, chosen by a hash of their keys; None for all.
 
     Raises:
         UserError: the folder is not a tokenizer, or image_size is no multiple of its stride.
@@ -74,7 +74,7 @@ def measure_folder(
     tokenizer = ImageTokenizer.load(folder, device=device)
     # Called for its check, before minutes of reading.
     tokenizer.num_codes(image_size)
-    pictures = read_images(source, split=split, image_size=image_size, num_pictures=num_pictures)
+    pictures = read_images(source, split=split, image_size=image_size, num_images=num_images)
     extractor = load_features(FEATURES, device=device)
     measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
     step = max(1, len(pictures) // 32)
@@ -87,18 +87,16 @@ def measure_folder(
     return measures
 
 
-def read_images(
-    source: Source, *, split: str, image_size: int, num_pictures: int | None = None
-) -> np.ndarray:
+def read_images(source: Source, *, split: str, image_size: int, num_images: int | None = None) -> np.ndarray:
     """Decode the images of a split, or of "all", cropped and resized: uint8 (N, H, W, 3), without broken ones.
 
     Raises:
         DataError: none could be decoded.
     """
     pairs = [pair for pair in source.pairs if split in ("all", pair.split)]
-    if num_pictures is not None:
+    if num_images is not None:
         # By a hash: the same images each time, and not those that a sorted source begins with.
-        pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_pictures]
+        pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_images]
     pictures = []
     for pair in tqdm(pairs, unit="image", desc=f"read {split}"):
         try:

@@ -105,7 +105,7 @@ def load_features(
 
 
 def extract(
-    pictures: Iterable[np.ndarray | Path],
+    images: Iterable[np.ndarray | Path],
     extractor: FeatureExtractor,
     *,
     batch_size: int,
@@ -114,7 +114,7 @@ def extract(
     """Compute the features of images, with one batch in memory at a time.
 
     Args:
-        pictures: files, or uint8 RGB arrays (H, W, 3); one array (N, H, W, 3) does as well.
+        images: files, or uint8 RGB arrays (H, W, 3); one array (N, H, W, 3) does as well.
         batch_size: images that go through the network together.
         progress: show a bar; true on rank 0 only.
 
@@ -124,15 +124,15 @@ def extract(
     Raises:
         DataError: there are no images, or one cannot be used.
     """
-    total = len(pictures) if isinstance(pictures, Sized) else None
-    bar = tqdm(total=total, desc=f"{extractor.name} features", unit="picture", disable=not progress)
+    total = len(images) if isinstance(images, Sized) else None
+    bar = tqdm(total=total, desc=f"{extractor.name} features", unit="image", disable=not progress)
     features = []
     with (
         bar,
         torch.inference_mode(),
         ThreadPoolExecutor() as pool,
     ):  # PIL resizes without the interpreter lock
-        for batch in batches(pictures, size=batch_size):
+        for batch in batches(images, size=batch_size):
             # One image after another: sizes differ until they are resized.
             resized = list(pool.map(extractor.resizer, pool.map(_read, batch)))
             features.append(extractor.network(_pixels(resized).to(extractor.device)).float().cpu().numpy())

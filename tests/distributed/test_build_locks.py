@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import processes
 import pytest
 from torch.utils import cpp_extension
 
@@ -40,7 +41,7 @@ def test_an_old_lock_that_nobody_holds_is_removed_and_named(lock, caplog):
 
 
 def test_a_lock_that_a_living_process_holds_stays_however_old_and_goes_after_its_kill(lock, caplog):
-    holder = subprocess.Popen(
+    holder = processes.start(
         [sys.executable, "-c", "import sys; file = open(sys.argv[1]); print(flush=True); input()", str(lock)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -156,7 +156,7 @@ def test_a_jump_of_the_loss_is_met_as_asked(mode, shards, tmp_path, monkeypatch,
 def test_a_jump_that_comes_again_ends_the_run(shards, tmp_path, monkeypatch, observed):
     monkeypatch.setattr(faults, "loss_factor", spiking(times=99))
     config = settings_of(shards, tmp_path / "run", max_steps=30, save_every=20, spike="rewind")
-    with pytest.raises(NumericalError, match="it has done so 3 times of at most 3"):
+    with pytest.raises(NumericalError, match="it has rewound 3 times of at most 3"):
         train(config, ds_config_path=ds_config(tmp_path))
     assert checkpoints.choose_newest(config.run_dir).name == "step_000020"
     observed("exit 4, checkpoint of step 20 kept")

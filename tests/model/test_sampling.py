@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from t2i.model.open_lm import sampling_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.open_lm.sampling_open_lm import choose, draw, image_keys, sample_codes
+from t2i.model.open_lm.sampling_open_lm import choose_codes, draw, image_keys, sample_codes
 
 NUM_TEXT_ROWS, CODEBOOK, NUM_CODES = 20, 9, 4
 PAD = NUM_TEXT_ROWS + 6
@@ -20,7 +20,9 @@ def shares(probabilities, **settings):
     logits = torch.tensor(probabilities).log().repeat(DRAWS, 1)
     keys = image_keys(torch.arange(DRAWS), num_codes=1)[:, 0]
     given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
-    return (torch.bincount(choose(logits, keys, **given), minlength=len(probabilities)) / DRAWS).tolist()
+    return (
+        torch.bincount(choose_codes(logits, keys, **given), minlength=len(probabilities)) / DRAWS
+    ).tolist()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def seen(monkeypatch):
         return torch.zeros(len(codes), 3, 4, 4, dtype=torch.uint8)
 
     monkeypatch.setattr(sampling_open_lm, "sample_codes", spy)
-    monkeypatch.setattr(sampling_open_lm, "decode", decode)
+    monkeypatch.setattr(sampling_open_lm, "decode_codes", decode)
     return calls
 
 
