@@ -14,7 +14,7 @@ from t2i.env import extensions_folder
 
 logger = logging.getLogger(__name__)
 
-LOCK = "lock"
+BUILD_LOCK = "lock"
 """Torch's name of the file, beside what it builds."""
 STALE_SECONDS = 900
 """Age of the newest file of a build after which it counts as dead: one whole build takes eight minutes at most."""
@@ -25,7 +25,7 @@ def remove_stale(operators: Iterable[str]) -> None:
     if not _existence_is_the_lock():
         return
     for operator in operators:
-        for lock in extensions_folder().rglob(f"{operator}/{LOCK}"):
+        for lock in extensions_folder().rglob(f"{operator}/{BUILD_LOCK}"):
             if is_open_here(lock):
                 continue  # a build that is running: torch waits for it
             # The folder may be shared between machines, whose processes cannot be seen from here.

@@ -10,12 +10,12 @@ from t2i.files import write_whole
 
 METRICS = "metrics.jsonl"
 
-Value = float | str | list[str] | None
-MetricsRow = dict[str, Value]
+MetricValue = float | str | list[str] | None
+MetricsRow = dict[str, MetricValue]
 """One row: `step`, perhaps `split`, and numbers by their names; None where nothing was counted or it is not finite."""
 
 
-def step_of(row: Mapping[str, Value]) -> int:
+def step_of(row: Mapping[str, MetricValue]) -> int:
     """Return the step of a row."""
     step = row["step"]
     assert isinstance(step, int), f"step is {step!r}"

@@ -24,18 +24,18 @@ from t2i.train.metrics import MetricsWriter
 NUM_SAMPLED = 16
 """Held-out captions that are sampled every train.sample_every steps, always the same ones."""
 
-Work = Callable[[int, ShouldStop], list[MetricsRow]]
+PeriodicWork = Callable[[int, ShouldStop], list[MetricsRow]]
 """Takes the step, and a check that asks it to stop with Interrupted; returns rows of metrics.jsonl. All ranks call it.
 """
 
 
 @dataclass(frozen=True)
 class Periodic:
-    """Work between steps, such as a held-out loss."""
+    """PeriodicWork between steps, such as a held-out loss."""
 
     every: int
     """Steps between calls; 0 for never. It also runs after the last step."""
-    work: Work
+    work: PeriodicWork
     at_start: bool = False
     """It also runs before the first step."""
 
@@ -84,7 +84,7 @@ def _image_losses(
     data: DataConfig,
     tokenizer: TextTokenizer,
     num_pictures: int,
-) -> Work:
+) -> PeriodicWork:
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_rows(
             model,
@@ -101,7 +101,7 @@ def _image_losses(
 
 def _text_losses(
     model: PreTrainedModel, layout: VocabLayout, *, data: DataConfig, num_sequences: int
-) -> Work:
+) -> PeriodicWork:
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_text_rows(
             model, config=data, layout=layout, num_sequences=num_sequences, should_stop=should_stop
@@ -111,7 +111,7 @@ def _text_losses(
     return measure
 
 
-def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work:
+def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> PeriodicWork:
     """Measure forgetting: the loss on text sequences (N, S), and the probability that leaks to image codes."""
 
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
@@ -122,7 +122,7 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Work
     return measure
 
 
-def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> Work:
+def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> PeriodicWork:
     """Sample images of the same held-out captions each time: a PNG, and a copy for TensorBoard."""
     # Read once and kept: the same captions make the grids of a run comparable.
     heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)

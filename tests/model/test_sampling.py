@@ -93,7 +93,7 @@ def seen(monkeypatch):
         return torch.zeros(len(codes), 3, 4, 4, dtype=torch.uint8)
 
     monkeypatch.setattr(sampling_open_lm, "sample_codes", spy)
-    monkeypatch.setattr(sampling_open_lm, "decode_codes", decode)
+    monkeypatch.setattr(sampling_open_lm, "codes_to_pixels", decode)
     return calls
 
 

@@ -322,7 +322,7 @@ def draw(
         top_k=top_k,
         top_p=top_p,
     )
-    pixels = decode_codes(image_tokenizer, codes)
+    pixels = codes_to_pixels(image_tokenizer, codes)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -341,7 +341,7 @@ def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "t
 
 
 @torch.inference_mode()
-def decode_codes(image_tokenizer: Any, codes: Tensor) -> Tensor:
+def codes_to_pixels(image_tokenizer: Any, codes: Tensor) -> Tensor:
     """Decode codes (B, K) of square images to uint8 pixels (B, 3, H, W)."""
     side = round(codes.shape[1] ** 0.5)
     shape = (len(codes), side, side, image_tokenizer.config.vq_embed_dim)
