@@ -6,7 +6,7 @@ from pathlib import Path
 from t2i import errors
 from t2i.env import VARIABLES
 from t2i.runs import contents
-from t2i.runs.contents import Entry
+from t2i.runs.contents import Described
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "*Made by `make reference` from the code; edit it there.*"
@@ -66,7 +66,7 @@ def page(title: str, *parts: str) -> str:
     return "\n\n".join([f"# {title}", *parts, NOTE]) + "\n"
 
 
-def entries(of: tuple[Entry, ...], *, head: str) -> str:
+def entries(of: tuple[Described, ...], *, head: str) -> str:
     """Write a table of entries; what is there only at times says so."""
     rows = [(f"`{one.name}`", "" if one.is_always_there else "at times", one.text) for one in of]
     return table((head, "", "meaning"), rows)

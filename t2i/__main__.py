@@ -29,7 +29,7 @@ def dispatch() -> None:
     verb, *words = sys.argv[1 + len(ranks) :] or ["--help"]
     verb = verb.replace("_", "-") if verb.replace("_", "-") in VERBS else verb
     if verb in HELP:
-        print(overview())
+        print(list_of_verbs())
     elif verb == "--version":
         print(f"{PROGRAM} {t2i.__version__}")
     elif verb in VERBS:
@@ -41,7 +41,7 @@ def dispatch() -> None:
         raise UserError(f"t2i has no command {verb!r}; {meant}`t2i --help` lists them all.")
 
 
-def overview() -> str:
+def list_of_verbs() -> str:
     """Write one line per verb, each the first of its command's own help."""
     lines = [f"  {verb:14s} {first_line(verb)}" for verb in VERBS]
     return "\n".join(

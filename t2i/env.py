@@ -178,7 +178,7 @@ def problems_here() -> list[str]:
     return [problem for problem in found if problem]
 
 
-def describe() -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
     """Collect facts about this machine, one short text each."""
     facts = {
         "python": platform.python_version(),
@@ -211,7 +211,7 @@ def _accelerators() -> str:
 
 def describe_lines() -> list[str]:
     """Write the facts and the problems out, one to a line."""
-    facts = [f"{key:20s} {value}" for key, value in describe().items()]
+    facts = [f"{key:20s} {value}" for key, value in machine_facts().items()]
     return [*facts, *(f"{'problem':20s} {text}" for text in problems_here() or ["none"])]
 
 

@@ -66,11 +66,11 @@ def main() -> None:
     if command.check:
         check(command.check, sheet=command.sheet)
     elif command.out and command.source.startswith(PREFIX):
-        pack(command, command.out)
+        pack_documents(command, command.out)
     elif command.out:
-        encode(command, command.out)
+        encode_images(command, command.out)
     else:
-        look(command)
+        preview_source(command)
 
 
 def check(folder: Path, *, sheet: Path) -> None:
@@ -90,7 +90,7 @@ def check(folder: Path, *, sheet: Path) -> None:
     print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
 
 
-def pack(command: PrepareCommand, out: Path) -> None:
+def pack_documents(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.text import prepare_text
     from t2i.data.sources.documents import open_documents
     from t2i.tokens.text import TextTokenizer
@@ -106,7 +106,7 @@ def pack(command: PrepareCommand, out: Path) -> None:
     print(f"{out}: {counts} sequences of {command.seq_len} tokens.")
 
 
-def encode(command: PrepareCommand, out: Path) -> None:
+def encode_images(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.images import prepare
     from t2i.data.sources import open_source
     from t2i.distributed.heartbeat import place_in_job
@@ -137,7 +137,7 @@ def encode(command: PrepareCommand, out: Path) -> None:
         print(f"{manifest.codes_equal_float32:.1%} of the codes of a sample equal float32's.")
 
 
-def look(command: PrepareCommand) -> None:
+def preview_source(command: PrepareCommand) -> None:
     from t2i.data.prepare.preview import check_sheet, preview, save_sheet
     from t2i.data.sources import open_source
     from t2i.tokens.text import TextTokenizer

@@ -59,7 +59,7 @@ def main() -> None:
         raise UserError(
             f"--layout {command.layout} expects one --prompts path; found {len(command.prompts)}."
         )
-    from t2i.distributed.launch import join, leave
+    from t2i.distributed.launch import join, leave_job
     from t2i.generate.benchmarks import Benchmark, read_benchmark
     from t2i.generate.sample import draw_folder
     from t2i.runs.loading import open_model
@@ -86,4 +86,4 @@ def main() -> None:
         print(f"{len(work.captions)} images in {work.drawn}; each carries its caption and settings.")
         if work.sheets:
             print(f"{len(work.sheets)} sheets of them in {command.out}.")
-    leave(processes)
+    leave_job(processes)

@@ -80,7 +80,7 @@ class CompareCommand:
 
 
 def score_model(command: ScoreCommand) -> None:
-    from t2i.distributed.launch import join, leave
+    from t2i.distributed.launch import join, leave_job
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.protocol import DrawingFacts
     from t2i.measure.score import Drawing, draw_rows, score
@@ -115,7 +115,7 @@ def score_model(command: ScoreCommand) -> None:
     if processes.is_main_process:
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
         print_scores(scores, out=drawing.out)
-    leave(processes)
+    leave_job(processes)
 
 
 def task_of(command: ScoreCommand, checkpoint: "OpenedModel") -> "Task":

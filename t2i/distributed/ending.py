@@ -63,7 +63,7 @@ def ending(error: BaseException, *, rank: int, left: Left) -> Ending:
     )
 
 
-def look(peers: Peers, error: BaseException) -> Left:
+def look_around(peers: Peers, error: BaseException) -> Left:
     """Look what the other ranks left, for as long as the error is worth it."""
     if is_lost_connection(error):
         lost: LostRankError | None = peers.lost()
@@ -83,7 +83,7 @@ def leave(peers: Peers, error: BaseException, *, report: Callable[[BaseException
         LostRankError: in place of an error whose cause is another rank.
         SystemExit: another rank says it.
     """
-    found = ending(error, rank=peers.rank, left=look(peers, error))
+    found = ending(error, rank=peers.rank, left=look_around(peers, error))
     if found.notes:
         peers.note_failure(found.error)  # before any wait: others look for it meanwhile
     if found.reports:

@@ -138,7 +138,7 @@ def join() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
-def leave(processes: PartialState) -> None:
+def leave_job(processes: PartialState) -> None:
     """Close the process group that join opened."""
     if processes.num_processes > 1:
         processes.destroy_process_group()

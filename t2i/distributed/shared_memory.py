@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from t2i.env import SHARED_MEMORY
+
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
 PROCESSES = Path("/proc")
 STREAMING = re.compile(r"(\d{6})_\w+")
 LOCK = re.compile(r"(\d{6})_\w+_filelock")

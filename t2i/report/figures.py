@@ -30,7 +30,7 @@ LABELS = {
     "leaked": "probability outside\nthe text vocabulary",
 }
 
-SPLITS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
+SPLIT_LABELS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
 """Held-out splits, and their names in legends."""
 
 
@@ -87,7 +87,7 @@ def loss_curves(rows: list[Row], *, kind: str, baselines: dict[str, float]) -> s
         # The raw line stays visible: an average alone hides spikes, which are what one looks for.
         axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=0.8)
         axes.plot(steps, ema(values), color=COLOURS[0], label="training (EMA, 0.95)")
-    for colour, (split, label) in zip(COLOURS[1:], SPLITS.items(), strict=False):
+    for colour, (split, label) in zip(COLOURS[1:], SPLIT_LABELS.items(), strict=False):
         if points := _points(rows, key=key, split=split):
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=label)
     for style, (name, baseline) in zip(("-.", "--", ":", (0, (1, 4))), baselines.items(), strict=False):

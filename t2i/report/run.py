@@ -46,7 +46,7 @@ class DrawnImage:
 
 
 @dataclass(frozen=True)
-class Page:
+class RunPage:
     """All that the template shows; objects of JSON or YAML are as in their files."""
 
     name: str
@@ -91,14 +91,14 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _page(run_dir: Path) -> Page:
+def _page(run_dir: Path) -> RunPage:
     run = read_run(run_dir, seed=0)
     manifest = data_manifest(run)
     measured = _measured(run_dir)
     baselines = image_baselines([run])
     # A run that stopped before its first recorded step has a page too, for its settings and reason are looked for.
     last = next((row for row in reversed(run.rows) if row.split == TRAIN_ROWS), Row(0, TRAIN_ROWS, values={}))
-    return Page(
+    return RunPage(
         name=run_dir.name,
         status=read_status(run_dir),
         environment=read_optional_json(run_dir / ENVIRONMENT),

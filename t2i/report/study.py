@@ -31,7 +31,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Page:
+class StudyPage:
     """All that the templates show."""
 
     study: Study
@@ -63,7 +63,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     records = {job.name: read_record(out, job.name) for job in jobs}
-    page = Page(
+    page = StudyPage(
         study=study,
         parts=[
             _part(
@@ -84,7 +84,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     return to / "report.html"
 
 
-def rendered(page: Page, template: Path, *, is_html: bool) -> str:
+def rendered(page: StudyPage, template: Path, *, is_html: bool) -> str:
     """Fill a template."""
     # Captions, completions and arms' names are anybody's text, so HTML escapes them all. Markdown stays as it is: what
     # shows it decides which HTML it lets through.

@@ -12,7 +12,7 @@ from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, SAMPLES,
 
 
 @dataclass(frozen=True)
-class Entry:
+class Described:
     """A file, or a key."""
 
     name: str
@@ -21,32 +21,32 @@ class Entry:
     is_always_there: bool = True
 
 
-def sometimes(name: str, text: str) -> Entry:
+def sometimes(name: str, text: str) -> Described:
     """An entry that is there only under the condition that its text says."""
-    return Entry(name, text, is_always_there=False)
+    return Described(name, text, is_always_there=False)
 
 
 RUN_FOLDER = (
-    Entry(RESOLVED, "every setting of the run, and above them what follows on these ranks"),
-    Entry(DS_CONFIG, "DeepSpeed's JSON as it was given"),
-    Entry(ENVIRONMENT, "command, commit, Python, platform and package versions of the last start"),
-    Entry(
+    Described(RESOLVED, "every setting of the run, and above them what follows on these ranks"),
+    Described(DS_CONFIG, "DeepSpeed's JSON as it was given"),
+    Described(ENVIRONMENT, "command, commit, Python, platform and package versions of the last start"),
+    Described(
         STATUS,
         "state (running, done, stopped, failed), exit status, step, reason, and the command to run next",
     ),
-    Entry(METRICS, "every number of the run, one JSON object per line"),
+    Described(METRICS, "every number of the run, one JSON object per line"),
     sometimes(f"{METRICS}.rewound", "rows beyond the checkpoint that a later start resumed from"),
-    Entry("tensorboard/", f"TensorBoard's view of {METRICS}"),
-    Entry(f"{store.CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
-    Entry(store.LATEST, "name of the newest checkpoint"),
+    Described("tensorboard/", f"TensorBoard's view of {METRICS}"),
+    Described(f"{store.CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
+    Described(store.LATEST, "name of the newest checkpoint"),
     sometimes(f"{SAMPLES}/", "grids of sampled images and their captions, with train.sample_every"),
-    Entry("data_manifest.json", "manifest of the shards that the run reads"),
+    Described("data_manifest.json", "manifest of the shards that the run reads"),
     sometimes(
         "roundtrip.safetensors",
         "images, their codes and reconstructions, by which its image tokenizer is checked",
     ),
     sometimes("image_tokenizer/", "the image tokenizer, where the shards have one"),
-    Entry(LOCK, "held by the process that trains here"),
+    Described(LOCK, "held by the process that trains here"),
     sometimes("error*.txt", "traceback of the last failure; error_rankN.txt is rank N's"),
     sometimes("hang_rank*.txt", "stacks of a rank whose step did not end"),
     sometimes("STOP", "made by you: end after this step, saved"),
@@ -60,28 +60,28 @@ RUN_FOLDER = (
 )
 
 CHECKPOINT = (
-    Entry("config.json", "the model's configuration, with the vocabulary layout"),
-    Entry("generation_config.json", "defaults of transformers' generate()"),
-    Entry("model*.safetensors", "weights"),
+    Described("config.json", "the model's configuration, with the vocabulary layout"),
+    Described("generation_config.json", "defaults of transformers' generate()"),
+    Described("model*.safetensors", "weights"),
     sometimes("model.safetensors.index.json", "which file holds which weight, where there are several"),
     sometimes("*_open_lm.py", "the model's class, for from_pretrained where t2i is not installed"),
-    Entry("*token*.json", "the text tokenizer; some have vocab.json and merges.txt too"),
-    Entry("engine/", "DeepSpeed's state; sampling, scoring and export do not read it"),
-    Entry(store.MANIFEST, "size and hash of every file; written last"),
+    Described("*token*.json", "the text tokenizer; some have vocab.json and merges.txt too"),
+    Described("engine/", "DeepSpeed's state; sampling, scoring and export do not read it"),
+    Described(store.MANIFEST, "size and hash of every file; written last"),
 )
 
 SHARDS = (
-    Entry("train/", "MosaicML Streaming's MDS files: key, caption, caption_ids, codes"),
-    Entry("heldout/", "the same, never trained on"),
+    Described("train/", "MosaicML Streaming's MDS files: key, caption, caption_ids, codes"),
+    Described("heldout/", "the same, never trained on"),
     sometimes("combinations/", "of the embedded set: known emoji in held-out skin tones"),
-    Entry(
+    Described(
         shards.MANIFEST,
         "format version, source, split rule, counts, sizes, fingerprints of both tokenizers, hashes",
     ),
     sometimes(
         f"{shards.IMAGE_TOKENIZER}/", "the image tokenizer that made the codes; not with precomputed tokens"
     ),
-    Entry(f"{shards.TEXT_TOKENIZER}/", "the text tokenizer that made the caption ids"),
+    Described(f"{shards.TEXT_TOKENIZER}/", "the text tokenizer that made the caption ids"),
     sometimes(
         "roundtrip.safetensors",
         "eight images, codes and reconstructions: a run checks its tokenizer against them",
@@ -93,8 +93,8 @@ SHARDS = (
 
 EXPORT = (
     *(entry for entry in CHECKPOINT if entry.name not in ("engine/", store.MANIFEST)),
-    Entry("image_tokenizer/", "the image tokenizer, in diffusers' format"),
-    Entry("README.md", "model card: measured numbers, how to draw, and the command that made it"),
+    Described("image_tokenizer/", "the image tokenizer, in diffusers' format"),
+    Described("README.md", "model card: measured numbers, how to draw, and the command that made it"),
     sometimes("draw.py", "the sampler, where the model's class cannot draw by itself"),
     sometimes("data_manifest.json", "manifest of the shards that it was trained on"),
     sometimes("roundtrip.safetensors", "images and codes, by which the image tokenizer is checked"),
@@ -104,40 +104,40 @@ EXPORT = (
 )
 
 STEP_KEYS = (
-    Entry("step", "optimizer steps done"),
-    Entry("epoch", "passes over the data begun, from 0"),
-    Entry("samples", "sequences trained on so far"),
-    Entry("tokens", "tokens with a label so far, padding left out"),
-    Entry("padded", "positions of this step's micro-batches that are padding"),
-    Entry("loss", "mean over all tokens of the step, nats per token"),
-    Entry("text_loss", "mean over text tokens, nats per token; null without any"),
-    Entry("image_loss", "mean over image tokens, nats per code; null without any"),
-    Entry("special_loss", "mean over special tokens, nats per token; null without any"),
-    Entry("text_tokens", "text tokens of this step"),
-    Entry("image_tokens", "image tokens of this step"),
-    Entry("special_tokens", "special tokens of this step"),
+    Described("step", "optimizer steps done"),
+    Described("epoch", "passes over the data begun, from 0"),
+    Described("samples", "sequences trained on so far"),
+    Described("tokens", "tokens with a label so far, padding left out"),
+    Described("padded", "positions of this step's micro-batches that are padding"),
+    Described("loss", "mean over all tokens of the step, nats per token"),
+    Described("text_loss", "mean over text tokens, nats per token; null without any"),
+    Described("image_loss", "mean over image tokens, nats per code; null without any"),
+    Described("special_loss", "mean over special tokens, nats per token; null without any"),
+    Described("text_tokens", "text tokens of this step"),
+    Described("image_tokens", "image tokens of this step"),
+    Described("special_tokens", "special tokens of this step"),
     sometimes("z_loss", "mean squared log-partition, which train.z_loss weights; loss is without it"),
-    Entry("lr", "learning rate"),
-    Entry("grad_norm", "norm of the gradient before clipping; null if it is not finite"),
-    Entry(
+    Described("lr", "learning rate"),
+    Described("grad_norm", "norm of the gradient before clipping; null if it is not finite"),
+    Described(
         "spike_score",
         "robust deviations of the loss from the median of the last ones; null before there are enough",
     ),
-    Entry("spike", "whether spike_score is above train.spike_score"),
-    Entry("skipped", "whether the step changed no weight"),
+    Described("spike", "whether spike_score is above train.spike_score"),
+    Described("skipped", "whether the step changed no weight"),
     sometimes("skipped_keys", "keys of the step's samples, where it was skipped"),
-    Entry("tokens_per_second", "of all ranks, padding left out"),
-    Entry("flops_per_second", "estimated floating-point operations"),
+    Described("tokens_per_second", "of all ranks, padding left out"),
+    Described("flops_per_second", "estimated floating-point operations"),
     sometimes("mfu", "share of the GPUs' peak, where that is known"),
-    Entry("seconds", "time in steps so far"),
-    Entry("step_seconds", "time of this step"),
-    Entry("data_seconds", "of these, waiting for data"),
-    Entry("memory_bytes", "most memory that the first rank has held"),
+    Described("seconds", "time in steps so far"),
+    Described("step_seconds", "time of this step"),
+    Described("data_seconds", "of these, waiting for data"),
+    Described("memory_bytes", "most memory that the first rank has held"),
 )
 
 HELDOUT_KEYS = (
-    Entry("step", "optimizer steps done"),
-    Entry("split", "heldout or combinations; text for train.eval_text"),
+    Described("step", "optimizer steps done"),
+    Described("split", "heldout or combinations; text for train.eval_text"),
     sometimes("num_pictures", "images read"),
     sometimes("num_sequences", "sequences read, of documents"),
     sometimes("image_rows_only", "whether image losses are over the image vocabulary alone"),

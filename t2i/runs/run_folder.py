@@ -55,7 +55,7 @@ class Status:
     time: str = ""
 
 
-class Settings(Protocol):
+class RunSettings(Protocol):
     """All settings of a run, a dataclass. Only its run_dir is read here; the rest is written down."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -64,12 +64,12 @@ class Settings(Protocol):
     def run_dir(self) -> Path: ...
 
 
-def plain(config: Settings) -> dict[str, object]:
+def plain(config: RunSettings) -> dict[str, object]:
     """Turn settings into plain values, to be written as YAML and compared."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 
-def open_run(config: Settings, *, ds_config: DsConfig, heading: str = "") -> IO[str]:
+def open_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone, and return its lock, which the caller keeps open.
 
     Args:
@@ -107,7 +107,7 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def _refuse_other_science(config: Settings) -> None:
+def _refuse_other_science(config: RunSettings) -> None:
     if not (config.run_dir / RESOLVED).exists():
         return
     changed = changed_settings(read_settings(config.run_dir), plain(config), kind=type(config))

@@ -118,7 +118,7 @@ class Study:
         return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
 
 
-Entry = TypeVar("Entry", Step, Measure, Study)
+Made = TypeVar("Made", Step, Measure, Study)
 
 
 def read_spec(file: Path) -> Study:
@@ -228,7 +228,7 @@ def _section(values: object, file: Path) -> SectionSpec:
     )
 
 
-def _made(kind: type[Entry], values: object, file: Path) -> Entry:
+def _made(kind: type[Made], values: object, file: Path) -> Made:
     """Make one entry from the values in the file."""
     what, known = kind.__name__.lower(), {one.name for one in fields(kind)}
     if not isinstance(values, dict):

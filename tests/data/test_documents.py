@@ -120,7 +120,7 @@ def test_sources_that_are_none_are_refused(tmp_path, tokenizer):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(documents, "PACKAGES", ("numpy", "no_such_package"))
+    monkeypatch.setattr(documents, "DOCUMENTED_PACKAGES", ("numpy", "no_such_package"))
     with pytest.raises(DataError, match="reads no_such_package, which is not installed"):
         open_documents("text:docstrings")
 

@@ -416,7 +416,7 @@ def test_odd_file_names_are_only_names(tmp_path, monkeypatch, observed):
     expected="the token is in no output",
 )
 def test_tokens_are_never_said(monkeypatch, capfd, caplog, observed):
-    from t2i.env import describe
+    from t2i.env import machine_facts
     from t2i.runs.run_folder import environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
@@ -428,7 +428,7 @@ def test_tokens_are_never_said(monkeypatch, capfd, caplog, observed):
         caplog.text,
         *capfd.readouterr(),
         json.dumps(environment()),
-        json.dumps(describe()),
+        json.dumps(machine_facts()),
     ]
     assert not any("secretsecret" in text for text in said)
     observed("in no output, log, environment.json or t2i.env")

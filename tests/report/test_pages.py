@@ -10,7 +10,7 @@ from PIL import Image
 
 from t2i.report.run import write_report
 from t2i.report.sections.section import Section
-from t2i.report.study import HTML, MARKDOWN, Page, Part, rendered
+from t2i.report.study import HTML, MARKDOWN, Part, StudyPage, rendered
 from t2i.study.jobs import Record
 from t2i.study.spec import Study
 
@@ -75,7 +75,7 @@ def test_a_run_on_text_alone_has_a_page(tmp_path, call):
 def test_a_studys_page_escapes_words_and_names_what_failed(tmp_path):
     study = Study(tmp_path / "x.yaml", title=WORDS, question="Q", arms={"a": {"train": {"lr": 1.0}}})
     section = Section(WORDS, WORDS, table=[["arm"], [WORDS]], paper=WORDS)
-    page = Page(
+    page = StudyPage(
         study=study,
         parts=[Part(section, svg="<svg></svg>")],
         failed={"a-seed0": Record("failed", code=4), "b": Record("skipped", reason="needs a-seed0")},

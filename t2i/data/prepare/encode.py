@@ -53,7 +53,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedImage:
     """One image, or one shifted view of it, with its codes."""
 
     key: str
@@ -95,7 +95,7 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     write_json(facts_file(part, index), {"counts": counts, "broken": broken, "left_out": left_out})
 
 
-def columns_of(rows: Iterable[Row], encoder: Encoder) -> Iterator[Sample]:
+def columns_of(rows: Iterable[EncodedImage], encoder: Encoder) -> Iterator[Sample]:
     """Turn rows into the columns of a shard."""
     id_type = smallest_type(encoder.text_tokenizer.num_tokens)
     for row in rows:
@@ -154,7 +154,7 @@ def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterato
 
 def _encode(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
-) -> Iterator[Row]:
+) -> Iterator[EncodedImage]:
     """Encode a unit's images; list the broken ones and count those that filters refuse."""
     code_type = smallest_type(encoder.codebook_size)
     if encoder.image_tokenizer is None:
@@ -167,12 +167,12 @@ def _encode(
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
         for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
             key = view_key(pair.key, number)
-            yield Row(key, pair.split, pair.caption, is_view=number > 0, codes=row)
+            yield EncodedImage(key, pair.split, pair.caption, is_view=number > 0, codes=row)
 
 
-def _given_row(pair: Pair, code_type: str) -> Row:
+def _given_row(pair: Pair, code_type: str) -> EncodedImage:
     assert pair.codes is not None, "a source of ids has nothing else"
-    return Row(pair.key, pair.split, pair.caption, is_view=False, codes=pair.codes.astype(code_type))
+    return EncodedImage(pair.key, pair.split, pair.caption, is_view=False, codes=pair.codes.astype(code_type))
 
 
 def _images(

@@ -16,7 +16,7 @@ from t2i.errors import DataError
 PREFIX = "text:"
 """Prefix of a source of documents: text:docstrings, text:PATH, text:NAME."""
 
-PACKAGES = (
+DOCUMENTED_PACKAGES = (
     "accelerate", "datasets", "deepspeed", "diffusers", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas",
     "PIL", "scipy", "streaming", "sympy", "torch", "torchvision", "transformers",
 )  # fmt: skip
@@ -52,7 +52,7 @@ def open_documents(source: str) -> Documents:
     name = source.removeprefix(PREFIX)
     if name.split(":")[0] == "docstrings":
         chosen = name.removeprefix("docstrings").removeprefix(":")
-        packages = tuple(chosen.split(",")) if chosen else PACKAGES
+        packages = tuple(chosen.split(",")) if chosen else DOCUMENTED_PACKAGES
         folders = [_folder(package) for package in packages]
         if not chosen:
             folders.insert(0, Path(sysconfig.get_paths()["stdlib"]))
