@@ -175,8 +175,8 @@ def test_streaming_tells_machines_apart_though_it_is_imported_first(monkeypatch)
     ("names", "sentence"),
     [
         ({"RANK": "1"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"),
-        ({"LOCAL_RANK": "3"}, "LOCAL_RANK 3, LOCAL_WORLD_SIZE 1 and WORLD_SIZE 8 do not fit"),
-        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is the number of processes on each node"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK 3, LOCAL_WORLD_SIZE 1 and WORLD_SIZE 8 contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is the number of processes per node"),
     ],
 )
 def test_a_launch_that_does_not_fit_together_is_a_sentence(names, sentence, monkeypatch):

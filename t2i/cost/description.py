@@ -36,7 +36,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         "gradients": f"gradients, 1/{plan.asked.num_gpus}",
         "optimizer": f"fp32 weights and Adam, 1/{plan.asked.num_gpus}",
         "buckets": "buckets for reduction",
-        "logits": "a chunk's logits, LM head's gradient",
+        "logits": "logits of a chunk, head's gradient",
         "activations": f"activations of {plan.micro_batch} sequences",
     }
     rows = [(label, getattr(plain, name), getattr(checkpointed, name)) for name, label in names.items()]

@@ -69,7 +69,7 @@ def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
         ("f.jsonl", "A bus.\n", "f.jsonl: line 1 is not JSON"),
         ("g.txt", "", "g.txt lists no caption"),
         ("h.docx", "", "h.docx ends in .docx; expected a file that ends in .txt, .jsonl, .parquet"),
-        ("i.parquet", "", "i.parquet is no parquet file"),
+        ("i.parquet", "", "i.parquet is not a parquet file"),
     ):  # fmt: skip
         (tmp_path / name).write_text(text + text[text.find("\n") + 1 :])  # a list has two rows at least
         with pytest.raises(DataError, match=re.escape(sentence)):

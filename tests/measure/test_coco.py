@@ -336,7 +336,7 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
         ([], "holds list"),
         (
             {**content, "images": content["images"][1:]},
-            f"of picture {content['images'][0]['id']}, which is not",
+            f"names image {content['images'][0]['id']}, which is not",
         ),
         ({"images": content["images"]}, "annotations is None; expected list"),
     ):
