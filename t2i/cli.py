@@ -109,7 +109,7 @@ def _default(one: "Field[object]", given: object) -> object:
 def _help(kind: type, name: str) -> str:
     """Return a field's text and range for --help; a group has the text of its class."""
     hint = hints_of(kind)[name]
-    text = texts_of(kind).get(name) or (is_dataclass(hint) and hint.__doc__) or ""
+    text = as_typed(texts_of(kind).get(name) or (is_dataclass(hint) and hint.__doc__) or "")
     words = range_of(hint) if has_range(hint) else ""  # of tyro's own marks there are no words
     return f"{text} ({words})" if words else text
 

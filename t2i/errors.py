@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from t2i.verbs import as_typed
+
 
 class UserError(ValueError):
     """Wrong use or configuration."""
@@ -72,5 +74,6 @@ def run_command(command: Callable[[], None]) -> None:
 def _end(error: Exception, *, sentence: str) -> NoReturn:
     if os.environ.get("T2I_DEBUG") == "1":
         traceback.print_exception(error)
-    print(sentence, file=sys.stderr)
+    # Advice calls scripts; whoever typed a verb reads verbs.
+    print(as_typed(sentence), file=sys.stderr)
     sys.exit(exit_code(error))

@@ -89,6 +89,21 @@ def test_a_script_runs_the_same_command(verb, script):
     )
 
 
+def test_advice_names_the_command_as_it_was_typed(tmp_path):
+    words = ("--check", str(tmp_path))
+    typed = start("prepare", *words)
+    script = processes.run(
+        [sys.executable, "launchers/prepare.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (typed.returncode, script.returncode) == (3, 3)
+    assert typed.stderr.endswith("Make one with t2i prepare.\n")
+    assert script.stderr.endswith("Make one with launchers/prepare.py.\n")
+
+
 def test_the_console_command_is_declared():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, name = scripts["t2i"].partition(":")
