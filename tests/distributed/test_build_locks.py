@@ -1,5 +1,6 @@
 """A killed build's lock is removed before the next one waits for it; a lock that may be alive is left."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from t2i.distributed import build_locks
 
 
 @pytest.fixture
-def lock(tmp_path, monkeypatch):
+def lock(tmp_path, monkeypatch, caplog):
     """An old lock as torch before 2.14 leaves it, in the folder of an operator that is not built."""
+    caplog.set_level(
+        logging.INFO, logger="t2i"
+    )  # an earlier test may have run a command, which quiets the root
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
     file = tmp_path / "fused_adam" / "lock"
