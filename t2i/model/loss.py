@@ -127,11 +127,9 @@ def _chunk_gradient(
     weights = (1 + 2 * z_loss * found.partitions[:, None]) / found.sums  # (N, 1)
     weighted = rows.float() * weights  # (N, D)
     for (powers, largest), gradient in zip(tiles, head_gradient.split(_tile_rows(head)), strict=True):
-        # A tile's powers are relative to the maximum known at its time; the factor brings them to the final one. It has
-        # no name: one would keep a tile's (N, D) in memory while the next one's is made.
-        _add_product(
-            gradient, first=powers.T, second=(weighted * (largest - found.largest).exp()).to(head.dtype)
-        )
+        # The factor brings a tile's powers to the final maximum. A name would keep its (N, D) beside the next one's.
+        factor = (largest - found.largest).exp()  # (N, 1)
+        _add_product(gradient, first=powers.T, second=(weighted * factor).to(head.dtype))
     # The rest of the softmax's gradient: minus one at the target, of which there is one per position.
     head_gradient.index_add_(0, targets, rows.float(), alpha=-1)
     own = found.mixed.mul_(weights) - head[targets].float()
