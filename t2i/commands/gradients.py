@@ -45,7 +45,7 @@ def main() -> None:
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)
     path = write_gradients(results, model=model, out=command.out)
-    for kind, one in (("text", results.text), ("image", results.image), ("special", results.special)):
+    for kind, one in results.by_kind().items():
         print(
             f"{kind:8s} {one.token_share:7.2%} of tokens, {one.loss_share:7.2%} of the loss,"
             f" {one.norm_share:7.2%} of the gradients' norms ({one.norm:.4g}; layers {one.norm_layers:.4g})"

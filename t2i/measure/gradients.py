@@ -60,6 +60,10 @@ class GradientShares:
     cosine_text_image: float | None
     """Between the parts of text and image, which conflict below 0; None where either has no gradient."""
 
+    def by_kind(self) -> dict[str, KindShare]:
+        """Name the parts of text, image and special."""
+        return {"text": self.text, "image": self.image, "special": self.special}
+
 
 @dataclass(frozen=True)
 class _Part:

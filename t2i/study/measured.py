@@ -9,6 +9,7 @@ import numpy as np
 
 from t2i.errors import DataError
 from t2i.files import read_optional_json
+from t2i.measure.gradients import GradientShares, KindShare
 from t2i.measure.perplexity import PERPLEXITY
 from t2i.measure.protocol import SCORES
 from t2i.train.align import SUMMARY
@@ -77,29 +78,6 @@ class ForgettingResults:
 
 
 @dataclass(frozen=True)
-class GradientPart:
-    """The part of a gradient that one kind of token has."""
-
-    tokens: int
-    token_share: float
-    loss_share: float
-    norm: float
-    norm_share: float
-    norm_layers: float
-    """Norm without embeddings and LM head."""
-
-
-@dataclass(frozen=True)
-class GradientResults:
-    """The content of gradients.json."""
-
-    parts: dict[str, GradientPart]
-    """By text, image and special."""
-    cosine_text_image: float | None
-    """None where text or image has no gradient."""
-
-
-@dataclass(frozen=True)
 class SplitPerplexity:
     """One held-out split of perplexity.json."""
 
@@ -149,13 +127,15 @@ def read_forgetting(file: Path) -> ForgettingResults | None:
     return ForgettingResults(values["prompts"], models)
 
 
-def read_gradients(file: Path) -> GradientResults | None:
+def read_gradients(file: Path) -> GradientShares | None:
     """Read a gradients.json; None without the file."""
     values = read_optional_json(file)
     if not values:
         return None
-    parts = {kind: _picked(GradientPart, values[kind], file=file) for kind in ("text", "image", "special")}
-    return GradientResults(parts, values["cosine_text_image"])
+    text, image, special = (
+        _picked(KindShare, values[kind], file=file) for kind in ("text", "image", "special")
+    )
+    return GradientShares(text, image, special, values["cosine_text_image"])
 
 
 def read_perplexity(run_dir: Path) -> SplitPerplexity | None:

@@ -128,13 +128,14 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json, whole or not at all."""
-        # Absent rather than null, as readers of older versions expect it.
-        absent = {key for key, value in asdict(self).items() if value is None} | {
-            key for key in ("codes_per_image", "codebook_size", "image_size") if not getattr(self, key)
+        # Absent rather than null or 0, as readers of older versions expect it.
+        sizes = ("codes_per_image", "codebook_size", "image_size")
+        known = {
+            key: value
+            for key, value in asdict(self).items()
+            if value is not None and (value or key not in sizes)
         }
-        write_json(
-            folder / MANIFEST, {key: value for key, value in asdict(self).items() if key not in absent}
-        )
+        write_json(folder / MANIFEST, known)
 
 
 def read_manifest(folder: Path) -> Manifest:

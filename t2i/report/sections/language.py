@@ -112,10 +112,10 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
     table = [["model", "kind", "of tokens", "of the loss", "of the norms", "norm", "norm without embeddings"]]
     sentences = []
     for name, one in read_each(files_in(files, out), read_gradients).items():
-        for kind, part in one.parts.items():
+        for kind, part in one.by_kind().items():
             cells = [f"{share:.2%}" for share in (part.token_share, part.loss_share, part.norm_share)]
             table.append([name, kind, *cells, f"{part.norm:.4g}", f"{part.norm_layers:.4g}"])
-        image, text = one.parts["image"], one.parts["text"]
+        image, text = one.image, one.text
         # Sequences of images alone hold no text token.
         tokens = image.tokens / text.tokens if text.tokens else math.inf
         norm = image.norm / text.norm if text.norm else math.inf
