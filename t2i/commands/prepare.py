@@ -133,6 +133,8 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
         print(f"Look at {out / 'reconstructions.png'}.")
     for reason, count in (manifest.left_out or {}).items():
         print(f"left out: {count} times {reason}")
+    for reason, count in (manifest.unread or {}).items():
+        print(f"unread: {count} times {reason}")
     if command.dtype != "float32":
         print(f"{manifest.codes_equal_float32:.1%} of the codes of a sample equal float32's.")
 

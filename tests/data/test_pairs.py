@@ -65,7 +65,7 @@ def test_a_folder_with_captions_beside_images(tmp_path):
     (tmp_path / "b.txt").write_text(" \n")
     source = pairs.open_source(str(tmp_path))
     assert [(pair.key, pair.caption) for pair in source.pairs] == [("a.png", "a red square")]
-    assert sorted(source.left_out.values()) == [1, 1]
+    assert sorted(source.tally.left_out.values()) == [1, 1]
     assert source.pairs[0].open().size == (12, 8)
 
 
@@ -77,7 +77,7 @@ def test_an_imagefolder_with_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     source = pairs.open_source(str(tmp_path))
     assert [(pair.key, pair.caption) for pair in source.pairs] == [("a.png", "red"), ("b.png", "blue")]
-    assert sum(source.left_out.values()) == 2
+    assert sum(source.tally.left_out.values()) == 2
 
 
 def test_metadata_without_captions_names_the_columns(tmp_path):

@@ -1,7 +1,6 @@
 """Every kind of source: listed, prepared to the same codes, trained on; and what is left out, with the reason."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import expand, open_source, reopen_source
+from t2i.data.sources import Tally, expand, open_source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
@@ -82,9 +81,10 @@ def test_patterns_name_files_in_order(tmp_path):
 
 def left_out_of(source):
     """Read a source whole; count what was left out, and the keys kept."""
-    left_out = Counter(source.left_out)
-    keys = [pair.key for unit in source.units(8) for pair in unit(left_out)]
-    return left_out, keys
+    tally = Tally()
+    tally.add(source.tally)
+    keys = [pair.key for unit in source.units(8) for pair in unit(tally)]
+    return tally.left_out + tally.unread, keys
 
 
 def test_unfinished_and_broken_tars_are_reported_and_the_rest_is_used(tmp_path, caplog):
@@ -240,7 +240,7 @@ def test_val_captions_of_coco_are_held_out_and_an_image_never_in_both(tmp_path):
     (tmp_path / "coco" / "annotations" / "captions_val2014.json").unlink()
     (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000003.jpg").unlink()
     source = open_source(f"coco:{tmp_path}/coco", heldout_share=0.5)
-    assert source.left_out == {"annotations name an image that is not in its folder": 1}
+    assert source.tally.left_out == {"annotations name an image that is not in its folder": 2}
     assert len(source.pairs) == 2 * 19
     by_image = {}
     for pair in source.pairs:

@@ -1,7 +1,6 @@
 """Whatever bytes a stranger's file has, it is read or refused in a sentence: never another error."""
 
 import json
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from t2i.config import ASSETS
 from t2i.data.shards.integrity import check_listing, read_index, remake_command
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import open_source, read_picture
+from t2i.data.sources import Tally, open_source, read_picture
 from t2i.data.sources.source import UNREADABLE, caption_text
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.files import parse_json
@@ -140,7 +139,7 @@ def opened(source):
     """List all pairs of a source that may be broken."""
     with suppress(DataError):
         for unit in open_source(source).units(8):
-            for pair in unit(Counter()):
+            for pair in unit(Tally()):
                 assert pair.key.encode() and pair.caption.encode()
 
 

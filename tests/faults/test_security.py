@@ -10,7 +10,6 @@ import struct
 import tarfile
 import tracemalloc
 import zlib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from t2i.cli import flags_of
 from t2i.config import SourceConfig
 from t2i.convert.released import read_weights
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import open_source, read_picture
+from t2i.data.sources import Tally, open_source, read_picture
 from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.runs.loading import find, open_model
@@ -243,10 +242,10 @@ def test_tars_fill_no_memory(tmp_path, observed, monkeypatch):
 
 
 def left_out_of(path):
-    left_out = Counter()
+    tally = Tally()
     for unit in open_source(str(path)).units(8):
-        list(unit(left_out))
-    return left_out
+        list(unit(tally))
+    return tally.left_out + tally.unread
 
 
 def chunk(kind, content):
@@ -323,7 +322,7 @@ def test_lists_name_only_files_of_their_folder(tmp_path, observed):
     )
     source = open_source(str(folder))
     assert [pair.key for pair in source.pairs] == ["003.png"]
-    assert source.left_out == {"metadata names a file that is not in the folder": len(names) - 1}
+    assert source.tally.left_out == {"metadata names a file that is not in the folder": len(names) - 1}
     made.coco(tmp_path / "coco")
     file = next((tmp_path / "coco" / "annotations").glob("captions_train*.json"))
     content = json.loads(file.read_text())
@@ -331,7 +330,7 @@ def test_lists_name_only_files_of_their_folder(tmp_path, observed):
         image["file_name"] = name
     file.write_text(json.dumps(content))
     source = open_source(f"coco:{tmp_path / 'coco'}")
-    assert source.left_out == {"annotations name an image that is not in its folder": len(names) - 1}
+    assert source.tally.left_out == {"annotations name an image that is not in its folder": len(names) - 1}
     observed(f"{len(names) - 1} names left out of each")
 
 

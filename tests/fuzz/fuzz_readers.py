@@ -11,7 +11,6 @@ a result nor a refusal, at 2 GB of memory, or at 20 seconds for one input. What 
 import argparse
 import sys
 import tempfile
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +22,7 @@ with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.sou
     import made_sources as made
     from PIL import JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  read on first use
 
-    from t2i.data.sources import UNREADABLE, open_source, read_picture
+    from t2i.data.sources import UNREADABLE, Tally, open_source, read_picture
 
 
 def pictures(data: bytes) -> None:
@@ -37,7 +36,7 @@ def tars(data: bytes) -> None:
     for content in (made.resealed(data), data):
         TAR.write_bytes(content)
         for unit in open_source(str(TAR)).units(8):
-            for pair in unit(Counter()):
+            for pair in unit(Tally()):
                 assert pair.key.encode() and pair.caption.encode()
                 with suppress(*UNREADABLE):
                     pair.open()

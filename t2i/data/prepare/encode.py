@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from t2i.config import PrepareConfig
 from t2i.data.shards.integrity import Sample
-from t2i.data.sources import UNREADABLE, LeftOut, Pair, Unit
+from t2i.data.sources import UNREADABLE, LeftOut, Pair, Tally, Unit
 from t2i.errors import DataError
 from t2i.files import HASH, hash_uniform, write_json
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, shifted, to_pixels
@@ -81,10 +81,10 @@ def keys_file(part: Path, index: int) -> Path:
 
 def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     """Encode one unit and write its shard of each split, replacing a half-written one."""
-    left_out: Counter[str] = Counter()
+    tally = Tally()
     broken: list[dict[str, str]] = []
-    pairs = _first_of_each_key(unit(left_out), left_out)
-    rows = list(_encode(pairs, encoder, broken=broken, left_out=left_out))
+    pairs = _first_of_each_key(unit(tally), tally)
+    rows = list(_encode(pairs, encoder, broken=broken, tally=tally))
     counts = Counter(row.split for row in rows)
     for split in counts:
         wanted = (row for row in rows if row.split == split)
@@ -92,7 +92,7 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     hashes = [key_hash(row.key) for row in rows if not row.is_view]
     np.save(keys_file(part, index), np.array(hashes, dtype=np.uint64))
     # Last: a unit without this file is encoded again, whatever a killed process has left of it.
-    write_json(facts_file(part, index), {"counts": counts, "broken": broken, "left_out": left_out})
+    write_json(facts_file(part, index), {"counts": counts, "broken": broken, **vars(tally)})
 
 
 def columns_of(rows: Iterable[EncodedImage], encoder: Encoder) -> Iterator[Sample]:
@@ -142,25 +142,25 @@ def key_hash(key: str) -> int:
     return xxhash.xxh64_intdigest(key.encode())
 
 
-def _first_of_each_key(pairs: Iterable[Pair], left_out: Counter[str]) -> Iterator[Pair]:
+def _first_of_each_key(pairs: Iterable[Pair], tally: Tally) -> Iterator[Pair]:
     seen: set[str] = set()
     for pair in pairs:
         if pair.key in seen:
-            left_out[REPEATED] += 1
+            tally.left_out[REPEATED] += 1
             continue
         seen.add(pair.key)
         yield pair
 
 
 def _encode(
-    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
+    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], tally: Tally
 ) -> Iterator[EncodedImage]:
     """Encode a unit's images; list the broken ones and count those that filters refuse."""
     code_type = smallest_type(encoder.codebook_size)
     if encoder.image_tokenizer is None:
         yield from (_given_row(pair, code_type) for pair in pairs)
         return
-    pictures = _images(pairs, encoder, broken=broken, left_out=left_out)
+    pictures = _images(pairs, encoder, broken=broken, tally=tally)
     # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
     # be the same whichever rank encodes the unit.
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
@@ -176,13 +176,13 @@ def _given_row(pair: Pair, code_type: str) -> EncodedImage:
 
 
 def _images(
-    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], left_out: Counter[str]
+    pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], tally: Tally
 ) -> Iterator[tuple[Pair, int, Image.Image]]:
     """Decode images and their views, with the number of the view."""
     done = decode_all(pairs, config=encoder.config, pool=encoder.pool)
     for pair, decoded in tqdm(done, unit="pair", leave=False, disable=not encoder.shows_progress):
         if decoded.left_out:
-            left_out[decoded.left_out] += 1
+            tally.left_out[decoded.left_out] += 1
         if decoded.broken:
             broken.append({"key": pair.key, "reason": decoded.broken})
         yield from ((pair, number, image) for number, image in enumerate(decoded.pictures))

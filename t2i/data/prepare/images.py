@@ -202,8 +202,9 @@ def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, argume
     """Merge the units, store the tokenizers and a round trip, compute the baselines, write the manifest."""
     text_tokenizer = encoder.text_tokenizer
     merged = merge_units(part, num_units, encoder=encoder)
+    merged.tally.add(source.tally)
     if not merged.counts["train"]:
-        reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.left_out.items())
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.tally.left_out.items())
         raise DataError(
             f"no pair of {source.name} can be used for training: {len(merged.broken)} are broken, {reasons or '0'}"
             f" were left out; see {part / 'units'}."
@@ -222,7 +223,10 @@ def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, argume
         reading=_changed(source.config),
         counts={split: merged.counts[split] for split in SPLITS if merged.counts[split]},
         broken=len(merged.broken),
-        left_out=dict(sorted((source.left_out + merged.left_out).items())),
+        seen=merged.tally.seen,
+        left_out=dict(sorted(merged.tally.left_out.items())),
+        changed=dict(sorted(merged.tally.changed.items())),
+        unread=dict(sorted(merged.tally.unread.items())),
         codebook_size=encoder.codebook_size,
         image_size=images.image_size,
         codes_per_image=images.codes_per_image,

@@ -20,6 +20,7 @@ from t2i.data.prepare.encode import (
     write_rows,
 )
 from t2i.data.shards.integrity import Sample
+from t2i.data.sources import Tally
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Merged:
     """The totals of all units."""
 
     counts: Counter[str]
-    left_out: Counter[str]
+    tally: Tally
     broken: list[dict[str, str]]
     replaced: list[Path]
     """Unit folders that were written again without repeated keys."""
@@ -35,20 +36,27 @@ class Merged:
 
 def merge_units(part: Path, num_units: int, *, encoder: Encoder) -> Merged:
     """Write each split's index over its units; of a key in several units, keep the first."""
-    merged = Merged(Counter(), Counter(), [], [])
+    merged = Merged(Counter(), Tally(), [], [])
     # Found here and not before encoding, which would have to read every header of every tar.
     repeated = repeated_keys([np.load(keys_file(part, index)) for index in range(num_units)])
     names: dict[str, list[str]] = {}
     for index in range(num_units):
         facts = json.loads(facts_file(part, index).read_text())
-        merged.left_out.update(facts["left_out"])
+        merged.tally.add(
+            Tally(
+                facts["seen"],
+                Counter(facts["left_out"]),
+                Counter(facts["changed"]),
+                Counter(facts["unread"]),
+            )
+        )
         merged.broken.extend(facts["broken"])
         for split, count in facts["counts"].items():
             name = unit_name(index)
             if index in repeated:
                 merged.replaced.append(part / split / name)
                 name, num_left_out, count = _without(part, split, name, repeated[index], encoder)
-                merged.left_out[REPEATED] += num_left_out
+                merged.tally.left_out[REPEATED] += num_left_out
             if count:
                 names.setdefault(split, []).append(name)
                 merged.counts[split] += count

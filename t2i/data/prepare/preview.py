@@ -1,7 +1,6 @@
 """Draw images beside their captions on one sheet: of a source before it is prepared, or of shards."""
 
 import textwrap
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,7 @@ from t2i.config import PrepareConfig
 from t2i.data.prepare.encode import decode
 from t2i.data.shards.manifest import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKENIZER
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import Pair, Source, Unit
+from t2i.data.sources import Pair, Source, Tally, Unit
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, images_of, to_pixels
 from t2i.tokens.text import TextTokenizer
@@ -182,7 +181,7 @@ def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, conf
 
 
 def _usable(unit: Unit, config: PrepareConfig) -> Iterator[tuple[Pair, Image.Image]]:
-    for pair in unit(Counter()):
+    for pair in unit(Tally()):
         decoded = decode(pair, config=config)
         if decoded.pictures:
             yield pair, decoded.pictures[0]

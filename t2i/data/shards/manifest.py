@@ -38,7 +38,10 @@ OPTIONAL_KEYS: dict[str, Kind] = {
     "reading": dict,
     "prepare": dict,
     "broken": int,
+    "seen": int,
     "left_out": dict,
+    "changed": dict,
+    "unread": dict,
     "codes_equal_float32": (int, float),
     "versions": dict,
     "gathered_sha256": str,
@@ -87,7 +90,14 @@ class Manifest:
     prepare: dict[str, Any] | None = None
     """PrepareConfig's settings."""
     broken: int | None = None
+    seen: int | None = None
+    """Entries of the source; each was kept, left out or broken."""
     left_out: dict[str, int] | None = None
+    """Entries that became no sample, by reason."""
+    changed: dict[str, int] | None = None
+    """Entries that were kept otherwise than they are in the source, by what was changed."""
+    unread: dict[str, int] | None = None
+    """Files that were not read, or not to their end, by reason."""
     given_ids: bool | None = None
     """The codes are precomputed: there is no image tokenizer and no image."""
     codes_per_image: int = 0

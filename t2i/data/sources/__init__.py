@@ -4,7 +4,6 @@ Each file here reads one kind of source and lists its entries. `source.py` turns
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from t2i.data.sources.source import (
     Pair,
     ReadEntries,
     Source,
+    Tally,
     Unit,
     read_picture,
     sift,
@@ -40,6 +40,7 @@ __all__ = [
     "LeftOut",
     "Pair",
     "Source",
+    "Tally",
     "Unit",
     "open_source",
     "read_picture",
@@ -112,17 +113,14 @@ def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) ->
 def _openmoji(sieve: Sift) -> Source:
     captions, left_out = openmoji.captioned_keys()
 
-    def entries(left_out: Counter[str]) -> Iterator[Entry]:
+    def entries(tally: Tally) -> Iterator[Entry]:
+        tally.seen += len(captions) + left_out.total()
+        tally.left_out.update(left_out)
         for key, caption in captions.items():
             yield Entry(key, caption, partial(openmoji.render, key), split=openmoji.split_of(key))
 
     source = _listed(entries, sieve)
-    return replace(
-        source,
-        split_rule=openmoji.SPLIT_RULE,
-        licence=openmoji.LICENCE,
-        left_out=source.left_out + left_out,
-    )
+    return replace(source, split_rule=openmoji.SPLIT_RULE, licence=openmoji.LICENCE)
 
 
 def _coco(folder: Path, sieve: Sift) -> Source:
@@ -145,9 +143,9 @@ def _given(folder: Path, heldout_share: float, config: SourceConfig) -> Source:
 def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
     suffixes = {path.suffix for path in paths}
     if suffixes == {".tar"}:
-        left_out: Counter[str] = Counter()
-        reads = units_of_tars(paths, left_out, config=config)
-        return Source(units=partial(_sifted, reads, sieve), left_out=left_out)
+        tally = Tally()
+        reads = units_of_tars(paths, tally, config=config)
+        return Source(units=partial(_sifted, reads, sieve), tally=tally)
     if suffixes == {".parquet"}:
         return Source(
             units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve)
@@ -158,16 +156,16 @@ def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
 
 def _listed(read: ReadEntries, sieve: Sift) -> Source:
     """Make a source whose pairs are all listed now, like the files of a folder."""
-    left_out: Counter[str] = Counter()
-    pairs = list(sieve(left_out, read=read))
+    tally = Tally()
+    pairs = list(sieve(tally, read=read))
     if not pairs:
-        reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.items())
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in tally.left_out.items())
         raise DataError(
             f"--source names a folder without a usable pair: {reasons or 'it has no image'}. Expected images"
             f" ({', '.join(IMAGE_SUFFIXES)}) with .txt captions beside them, or metadata.jsonl (.csv, .parquet), .tar"
             " or .parquet files at its top. For COCO give coco:DIR."
         )
-    return Source(units=partial(_runs, pairs), left_out=left_out)
+    return Source(units=partial(_runs, pairs), tally=tally)
 
 
 def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
@@ -180,7 +178,7 @@ def _runs(pairs: Sequence[Pair], num_pairs: int) -> list[Unit]:
     return [partial(_run, pairs, start, start + num_pairs) for start in range(0, len(pairs), num_pairs)]
 
 
-def _run(pairs: Sequence[Pair], start: int, end: int, left_out: Counter[str]) -> Sequence[Pair]:
+def _run(pairs: Sequence[Pair], start: int, end: int, _: Tally) -> Sequence[Pair]:
     return pairs[start:end]
 
 

@@ -1,12 +1,11 @@
 """COCO as it unpacks: annotations/captions_*.json and the image folders."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from t2i.data.sources.source import Entry, file_inside, read_image_file
+from t2i.data.sources.source import Entry, Tally, file_inside, read_image_file
 from t2i.errors import DataError
 from t2i.files import Kind, check_keys, read_json
 
@@ -31,7 +30,7 @@ class CaptionFile:
     """Image id -> its captions, sorted by caption id."""
 
 
-def list_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
+def list_coco(tally: Tally, *, folder: Path) -> Iterator[Entry]:
     """List one entry per caption, in order of image and caption, with keys IMAGE-NUMBER.
 
     If there are train and val captions, the val images are heldout; otherwise a hash of the image's id decides.
@@ -43,10 +42,15 @@ def list_coco(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
     for name in files:
         content = read_captions(folder, name)
         for image_id, path in content.pictures.items():
-            if file_inside(path.parent, path.name) is None:
-                left_out["annotations name an image that is not in its folder"] += 1
+            captions = content.captions.get(image_id, [])
+            # An image without a caption is an entry too.
+            tally.seen += max(len(captions), 1)
+            if not captions:
+                tally.left_out["no caption"] += 1
+            elif file_inside(path.parent, path.name) is None:
+                tally.left_out["annotations name an image that is not in its folder"] += len(captions)
                 continue
-            for number, caption in enumerate(content.captions.get(image_id, [])):
+            for number, caption in enumerate(captions):
                 yield Entry(
                     f"{image_id:012d}-{number}",
                     caption.text,

@@ -1,11 +1,10 @@
 """Folders of images, with .txt captions beside them or with Hugging Face's imagefolder metadata."""
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, file_inside, read_image_file
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Tally, file_inside, read_image_file
 from t2i.data.sources.tables import read_table_rows
 from t2i.errors import DataError
 
@@ -13,13 +12,14 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
 
 
-def read_text_folder(left_out: Counter[str], *, folder: Path) -> Iterator[Entry]:
+def read_text_folder(tally: Tally, *, folder: Path) -> Iterator[Entry]:
     """List every image below `folder` with the .txt file of the same stem beside it."""
     # Sorted, because a file system lists files in any order, and units must be the same on every rank.
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+        tally.seen += 1
         caption_file = path.with_suffix(".txt")
         if not caption_file.is_file():
-            left_out["no .txt caption beside the image"] += 1
+            tally.left_out["no .txt caption beside the image"] += 1
             continue
         caption = caption_file.read_text(encoding="utf-8", errors="replace")
         yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_image_file, path))
@@ -30,7 +30,7 @@ def find_metadata(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: str) -> Iterator[Entry]:
+def read_image_folder(tally: Tally, *, metadata: Path, caption_key: str) -> Iterator[Entry]:
     """List the rows of imagefolder's metadata (file_name and a caption), in order of file_name.
 
     Raises:
@@ -47,9 +47,10 @@ def read_image_folder(left_out: Counter[str], *, metadata: Path, caption_key: st
         wanted = f"file_name and one of {', '.join(candidates)}"
         raise DataError(f"{metadata} has the columns {', '.join(columns)}; expected {wanted}.")
     for row in sorted(rows, key=lambda row: str(row.get("file_name"))):
+        tally.seen += 1
         # Metadata may come from a stranger: a name that leads out of the folder is left out.
         path = file_inside(folder, str(row.get("file_name")))
         if path is None:
-            left_out["metadata names a file that is not in the folder"] += 1
+            tally.left_out["metadata names a file that is not in the folder"] += 1
             continue
         yield Entry(str(row["file_name"]), row.get(column), partial(read_image_file, path), facts=row)

@@ -4,7 +4,6 @@ A unit is one of the dataset's own shards, usually a parquet file or a tar. A st
 pair holds its image's bytes.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from PIL import Image
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
 from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, image_bytes
-from t2i.data.sources.source import Entry, ReadEntries, read_picture
+from t2i.data.sources.source import Entry, ReadEntries, Tally, read_picture
 from t2i.errors import DataError
 
 if TYPE_CHECKING:
@@ -61,11 +60,12 @@ def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
 
 
 def read_shard(
-    left_out: Counter[str], *, rows: "IterableDataset", index: int, columns: dict[str, str]
+    tally: Tally, *, rows: "IterableDataset", index: int, columns: dict[str, str]
 ) -> Iterator[Entry]:
     """List one shard's rows; keys are from the column `key` or `__key__`, else SHARD/ROW."""
     shard = rows.shard(num_shards=rows.num_shards, index=index)
     for place, row in enumerate(shard):
+        tally.seen += 1
         key = next((row[name] for name in KEY_COLUMNS if name in row), f"{index:06d}/{place:06d}")
         cell = row.pop(columns["image"])
         yield Entry(str(key), row[columns["caption"]], partial(open_cell, cell), facts=_flat(row))

@@ -4,7 +4,6 @@ A unit is a run of whole row groups of one file. Listing reads only the small co
 group, which stays in memory while the other images of the group are opened.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
-from t2i.data.sources.source import Entry, ReadEntries, parquet_errors, read_picture
+from t2i.data.sources.source import Entry, ReadEntries, Tally, parquet_errors, read_picture
 from t2i.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
@@ -45,7 +44,7 @@ def units_of_tables(paths: list[Path], num_pairs: int, *, config: SourceConfig) 
 
 
 def read_row_groups(
-    left_out: Counter[str], *, path: Path, groups: tuple[int, ...], columns: dict[str, str]
+    tally: Tally, *, path: Path, groups: tuple[int, ...], columns: dict[str, str]
 ) -> Iterator[Entry]:
     """List the rows of some row groups; keys are from the column `key`, else FILE/GROUP/ROW."""
     small = [name for role, name in columns.items() if role != "image"]
@@ -54,6 +53,7 @@ def read_row_groups(
     for group in groups:
         with parquet_errors(path):
             rows = file.read_row_group(group, columns=small, use_threads=False).to_pylist()
+        tally.seen += len(rows)
         for place, row in enumerate(rows):
             key, at = row.get(KEY_COLUMN), f"{path.stem}/{group}/{place}"
             picture = partial(read_cell, path, group, place, columns["image"])

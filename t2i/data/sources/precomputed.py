@@ -6,7 +6,6 @@ DIR/*.jsonl (rows of ids, with an optional caption and key), DIR/*.parquet (the 
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from t2i.data.sources.source import GivenIds, Pair, Unit, caption_text
+from t2i.data.sources.source import GivenIds, Pair, Tally, Unit, caption_text
 from t2i.errors import DataError
 from t2i.files import hash_uniform
 
@@ -64,14 +63,15 @@ def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list
     return [partial(read_ids, path=path, facts=facts, heldout_share=heldout_share) for path in files]
 
 
-def read_ids(left_out: Counter[str], *, path: Path, facts: GivenIds, heldout_share: float) -> Iterator[Pair]:
+def read_ids(tally: Tally, *, path: Path, facts: GivenIds, heldout_share: float) -> Iterator[Pair]:
     """Read one file's sequences; keys are from the row, else FILE/ROW, and captions may be empty."""
     for place, row in enumerate(READERS[path.suffix](path)):
+        tally.seen += 1
         codes = np.asarray(row["ids"])
         if codes.shape != (facts.length,) or codes.dtype.kind not in "iu":
-            left_out[f"not {facts.length} integers"] += 1
+            tally.left_out[f"not {facts.length} integers"] += 1
         elif codes.min() < 0 or codes.max() >= facts.vocab_size:
-            left_out[f"an id outside 0 to {facts.vocab_size - 1}"] += 1
+            tally.left_out[f"an id outside 0 to {facts.vocab_size - 1}"] += 1
         else:
             key = str(row.get("key") or f"{path.stem}/{place}")
             split = "heldout" if hash_uniform(key) < heldout_share else "train"

@@ -75,8 +75,32 @@ class GivenIds:
     """Name of what made the ids; shards and models with the same name share their codes."""
 
 
-Unit = Callable[[Counter[str]], Iterable[Pair]]
-"""Reads a fixed run of pairs, which is prepared as a whole, and counts by reason what is left out."""
+@dataclass
+class Tally:
+    """What the entries of a source came to, counted while they are read."""
+
+    seen: int = 0
+    """Entries of the source, each counted where it is listed, before anything is decided about it."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Entries that became no pair, by reason."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Entries that were kept otherwise than they are in the source, by what was changed."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Files that were not read, or not to their end, by reason; what they hold is in no other count."""
+
+    def add(self, other: "Tally") -> None:
+        """Add the counts of another part of the source."""
+        self.seen += other.seen
+        for mine, theirs in (
+            (self.left_out, other.left_out),
+            (self.changed, other.changed),
+            (self.unread, other.unread),
+        ):
+            mine.update(theirs)
+
+
+Unit = Callable[[Tally], Iterable[Pair]]
+"""Reads a fixed run of pairs, which is prepared as a whole, and counts what its entries came to."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +114,8 @@ class Source:
     split_rule: str = ""
     licence: str = "not stated"
     """Licence of the images and credit for them."""
-    left_out: Counter[str] = field(default_factory=Counter)
-    """Number of entries left out before the units were made, by reason."""
+    tally: Tally = field(default_factory=Tally)
+    """What was counted before the units were made."""
     heldout_share: float = 0.0
     """The argument of open_source; the embedded dataset and COCO have their own split rules."""
     config: SourceConfig = field(default_factory=SourceConfig)
@@ -103,7 +127,7 @@ class Source:
         """Every pair in order, the first of each key; listed at first use, with no image decoded."""
         found: dict[str, Pair] = {}
         for unit in self.units(LISTED_UNIT):
-            for pair in unit(Counter()):
+            for pair in unit(Tally()):
                 found.setdefault(pair.key, pair)
         return list(found.values())
 
@@ -124,19 +148,17 @@ class Entry:
     """The split that the source itself gives; empty to choose by a hash."""
 
 
-ReadEntries = Callable[[Counter[str]], Iterator[Entry]]
-"""Reads a fixed run of entries, and counts by reason what is left out."""
+ReadEntries = Callable[[Tally], Iterator[Entry]]
+"""Reads a fixed run of entries, and counts what is left out."""
 
 
-def sift(
-    left_out: Counter[str], *, read: ReadEntries, heldout_share: float, config: SourceConfig
-) -> Iterator[Pair]:
+def sift(tally: Tally, *, read: ReadEntries, heldout_share: float, config: SourceConfig) -> Iterator[Pair]:
     """Turn entries into pairs: clean the caption, apply the filters, choose the split; count what is left out."""
-    for entry in read(left_out):
+    for entry in read(tally):
         caption = caption_text(entry.caption)
         reason = _reason(caption, entry.facts, config)
         if reason:
-            left_out[reason] += 1
+            tally.left_out[reason] += 1
             continue
         key = encodable(str(entry.facts[config.pair_key]) if config.pair_key else entry.key)
         # By a hash of the key, not at random: a pair keeps its split when the source grows or is read by other ranks.

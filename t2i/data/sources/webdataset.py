@@ -7,7 +7,6 @@ import io
 import itertools
 import logging
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from t2i.config import SourceConfig
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, read_picture
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, Tally, read_picture
 from t2i.errors import DataError
 from t2i.files import parse_json
 
@@ -41,7 +40,7 @@ class ListedFile(io.FileIO):
         return super().read(size)
 
 
-def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceConfig) -> list[ReadEntries]:
+def units_of_tars(paths: list[Path], tally: Tally, *, config: SourceConfig) -> list[ReadEntries]:
     """Make one unit per finished tar; count the unfinished ones and log their names."""
     # img2dataset writes NAME_stats.json last. If some tars have one, a tar without it is unfinished.
     stats = {path.name for folder in {path.parent for path in paths} for path in folder.glob("*_stats.json")}
@@ -49,28 +48,29 @@ def units_of_tars(paths: list[Path], left_out: Counter[str], *, config: SourceCo
     for path in paths:
         if stats and f"{path.stem}_stats.json" not in stats:
             logger.warning("%s has no %s_stats.json: unfinished, left out", path, path.stem)
-            left_out["an unfinished tar (no _stats.json)"] += 1
+            tally.unread["an unfinished tar (no _stats.json)"] += 1
         else:
             units.append(partial(read_tar, path=path, config=config))
     return units
 
 
-def read_tar(left_out: Counter[str], *, path: Path, config: SourceConfig) -> Iterator[Entry]:
+def read_tar(tally: Tally, *, path: Path, config: SourceConfig) -> Iterator[Entry]:
     """List the images of one tar in order, with keys FOLDER/TAR/KEY; of a broken tar, those before the break."""
     # With the folder's name: two downloads number their tars alike, and would lose pairs as repeated keys.
     prefix = f"{path.parent.absolute().name}/{path.stem}"
     try:
         with ListedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for key, members in itertools.groupby(_plain_members(tar), key=lambda member: _split(member)[0]):
+                tally.seen += 1
                 parts = {_split(member)[1]: member for member in members}
                 entry = _entry(tar, path, f"{prefix}/{key}", parts, config)
                 if isinstance(entry, Entry):
                     yield entry
                 else:
-                    left_out[entry] += 1
+                    tally.left_out[entry] += 1
     except BROKEN_TAR as error:
         logger.warning("%s: %s; the images before this place are used", path, error)
-        left_out["a broken tar, from where it breaks"] += 1
+        tally.unread["a broken tar, from where it breaks"] += 1
 
 
 def read_member(path: Path, offset: int, size: int) -> Image.Image:
