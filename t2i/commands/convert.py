@@ -2,6 +2,7 @@
 
 Examples:
   python launchers/convert.py open-lm --checkpoint open_lm_1b.pt --config open_lm_1b_old --out models/open_lm_1b
+  python launchers/convert.py gguf --checkpoint SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2
   python launchers/convert.py movqgan --checkpoint movqgan_270M.ckpt --out tokenizers/movqgan_270m
   python launchers/convert.py llamagen --checkpoint vq_ds16_c2i.pt --out tokenizers/llamagen_16
   python launchers/convert.py open-lm-back models/open_lm_1b --out back
@@ -29,6 +30,21 @@ class OpenLm:
     """open_lm's name of the model's config, or its file. Not needed for a folder or a known release."""
     text_tokenizer: str | None = None
     """Folder with tokenizer.json, or a hub name. Default: the folder's own, else EleutherAI/gpt-neox-20b."""
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """llama.cpp's GGUF file of a llama, qwen2 or qwen3 model -> a folder for --model.init."""
+
+    checkpoint: Path
+    """The .gguf file, quantised or not. The folder holds its weights in fp32."""
+    out: Path
+    """New folder."""
+    end_token: str | None = None
+    """Token that ends a document, such as <|endoftext|>. Default: the file's end token, which of a chat model ends a
+    turn."""
+    text_tokenizer: str | None = None
+    """Folder with tokenizer.json, or a hub name. Default: made from the file."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +78,11 @@ class OpenLmBack:
 
 
 def main() -> None:
-    kinds = OpenLm | Movqgan | Llamagen | OpenLmBack
-    command: OpenLm | Movqgan | Llamagen | OpenLmBack
+    kinds = OpenLm | Gguf | Movqgan | Llamagen | OpenLmBack
+    command: OpenLm | Gguf | Movqgan | Llamagen | OpenLmBack
     command = parse(kinds, description=__doc__ or "", has_run_file=False)  # type: ignore[arg-type]
     from t2i.convert.convert import convert_back, convert_open_lm, convert_vq
+    from t2i.convert.gguf import convert_gguf
     from t2i.convert.vq import LLAMAGEN, MOVQGAN
 
     if isinstance(command, OpenLmBack):
@@ -80,8 +97,16 @@ def main() -> None:
             out=command.out,
             tell=print,
         )
+    elif isinstance(command, Gguf):
+        convert_gguf(
+            command.checkpoint,
+            end_token=command.end_token,
+            text_tokenizer=command.text_tokenizer,
+            out=command.out,
+            tell=print,
+        )
     else:
         layout = MOVQGAN if isinstance(command, Movqgan) else LLAMAGEN
         convert_vq(command.checkpoint, layout=layout, out=command.out, tell=print)
-    flag = "--model.init" if isinstance(command, OpenLm) else "--image-tokenizer"
+    flag = "--model.init" if isinstance(command, OpenLm | Gguf) else "--image-tokenizer"
     print(f"{command.out} is ready for {flag}.")

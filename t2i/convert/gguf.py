@@ -1,0 +1,283 @@
+"""Convert a GGUF file, llama.cpp's format of quantised language models, to a folder for model.init.
+
+transformers reads the weights. The text tokenizer is made here from the file's own lists: transformers' reader takes
+the start token for the end token, and splits digits otherwise than many of these models do.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from t2i.convert.gguf_reference import Sizes, gguf_logits
+from t2i.errors import CheckpointError, UserError
+from t2i.files import new_folder
+from t2i.model.resize import never_generate
+from t2i.tokens.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+PAIRS_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
+"""Architectures that the proof knows, and how their files keep the pairs that positions turn."""
+
+SPECIAL_TOKEN, USER_TOKEN = 3, 4
+"""GGUF's types of tokens that text is never split into, and of added words that it is."""
+
+# llama.cpp's rules of splitting text before merges, by the name that a file gives.
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2 = ("gpt-2", "olmo", "mpt", "phi-2")
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+OWN_RULE = {"llama-bpe": LETTERS + r"\p{N}{1,3}" + REST, "qwen2": LETTERS + r"\p{N}" + REST}
+SPLITS = (*GPT2, *SINGLE_DIGITS, *OWN_RULE)
+
+PROBE = "It's 1,234.5 kilometres: naïve 中文 🙂\n\tend  of it."
+"""Text that a converted tokenizer must give back: digits, accents, wide characters and spaces."""
+NUM_PROOF_IDS = 24
+LOGITS = 2e-5
+"""Largest difference of logits that fp32 rounding explains, relative to the largest logit or to 5."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file's metadata, read and checked, and its tensors, not read yet."""
+
+    path: Path
+    reader: "GGUFReader"
+    values: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The model's class, such as llama."""
+        return str(self.values.get("general.architecture"))
+
+    def of_model(self, key: str) -> Any:
+        """Return a value of the architecture's own.
+
+        Raises:
+            CheckpointError: the file lacks it.
+        """
+        name = f"{self.architecture}.{key}"
+        if name not in self.values:
+            raise CheckpointError(f"{self.path} has no {name}, which a {self.architecture} model needs.")
+        return self.values[name]
+
+
+def convert_gguf(
+    checkpoint: Path, *, end_token: str | None, text_tokenizer: str | None, out: Path, tell: Tell
+) -> None:
+    """Convert a GGUF file to a folder for model.init, in fp32.
+
+    Args:
+        end_token: the token that ends a document; None for the file's own end token.
+        text_tokenizer: a folder or a hub name; None to make it from the file.
+
+    Raises:
+        UserError: `out` exists, no GGUF file, or an architecture, a quantisation or a tokenizer that is not supported.
+        CheckpointError: the file is broken, or the folder gives other logits than the file's own tensors.
+    """
+    with new_folder(out) as part:
+        file = open_gguf(checkpoint)
+        made = TextTokenizer.load(text_tokenizer).tokenizer if text_tokenizer else tokenizer_of(file)
+        model = _load(file)
+        set_ends(model, made, end_token=end_token, file=file)
+        model.save_pretrained(part)
+        made.save_pretrained(part)
+        tell(_names_of(file))
+        tell(prove_text(part))
+        tell(prove_logits(part, file=file))
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Read a file's metadata.
+
+    Raises:
+        UserError: the extra is not installed, there is no such file, or its architecture is not supported.
+        CheckpointError: it is no GGUF file, or is broken.
+    """
+    try:
+        # Here, because it is an extra.
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError(
+            "reading GGUF files needs the package gguf: install t2i with its extra, t2i[gguf]."
+        ) from error
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} is no file; expected a .gguf file.")
+    try:
+        reader = GGUFReader(path)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+    # Its reader has no errors of its own: whatever a broken header leads to.
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+        raise CheckpointError(f"{path} is no GGUF file, or is broken: {error}.") from error
+    file = GgufFile(path, reader, values)
+    if file.architecture not in PAIRS_NEIGHBOURS:
+        known = ", ".join(PAIRS_NEIGHBOURS)
+        raise UserError(f"{path} holds a model of class {file.architecture}; expected one of {known}.")
+    scaling = values.get(f"{file.architecture}.rope.scaling.type", "none")
+    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        # transformers' reader leaves them out, so that the model would be another beyond its first positions.
+        raise UserError(f"{path} scales its rotary positions; expected a model without such scaling.")
+    return file
+
+
+def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
+    """Make the text tokenizer from a file's vocabulary and merges.
+
+    Raises:
+        UserError: it is no byte-level BPE, or splits text by a rule that is not known here.
+    """
+    kind, rule = (file.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind != "gpt2" or rule not in SPLITS:
+        raise UserError(
+            f"{file.path} has a text tokenizer of kind {kind} that splits text by rule {rule}; expected kind gpt2 and"
+            f" one of {', '.join(SPLITS)}. Give the model's own folder or hub name by --text-tokenizer."
+        )
+    tokens: list[str] = file.values["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in file.values["tokenizer.ggml.merges"]]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
+    made.pre_tokenizer = _split_rule(str(rule))
+    made.decoder = decoders.ByteLevel()
+    kinds = file.values.get("tokenizer.ggml.token_type", [])
+    for kind_of, special in ((SPECIAL_TOKEN, True), (USER_TOKEN, False)):
+        added = [token for token, found in zip(tokens, kinds, strict=False) if found == kind_of]
+        made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
+    for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = file.values.get(f"tokenizer.ggml.{role}_token_id")
+        if number is not None:
+            setattr(tokenizer, f"{name}_token", tokens[number])
+    tokenizer.chat_template = file.values.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def set_ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, end_token: str | None, file: GgufFile
+) -> None:
+    """Name the end token in tokenizer and model, and keep ids that no token uses from being generated.
+
+    Raises:
+        UserError: the vocabulary lacks end_token, or has more ids than the model has embeddings.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if end_token is not None and end_token not in vocabulary:
+        raise UserError(f"--end-token {end_token} is not in the vocabulary of {file.path}.")
+    num_tokens, num_rows = max(vocabulary.values()) + 1, model.config.vocab_size
+    if num_tokens > num_rows:
+        raise UserError(f"the text tokenizer has {num_tokens} ids; {file.path} has {num_rows} embeddings.")
+    # A chat ends at the file's own end token, a document perhaps at another: generate() stops at both.
+    ends = [tokenizer.eos_token_id]
+    if end_token is not None:
+        tokenizer.eos_token = end_token
+        ends = list(dict.fromkeys([vocabulary[end_token], *ends]))
+    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, ends[0]
+    model.config.pad_token_id = tokenizer.pad_token_id
+    assert model.generation_config is not None
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    never_generate(model, list(range(num_tokens, num_rows)))
+
+
+def prove_text(folder: Path) -> str:
+    """Check that a written tokenizer gives text back; return a sentence.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    tokenizer = TextTokenizer.load(folder)
+    ids = tokenizer.encode(PROBE)
+    found = tokenizer.decode(ids)
+    if found != PROBE:
+        raise CheckpointError(
+            f"the converted text tokenizer turns {PROBE!r} into {found!r}; nothing written."
+        )
+    return f"checked: the text tokenizer gives a text of {len(PROBE)} characters back from {len(ids)} ids"
+
+
+@torch.inference_mode()
+def prove_logits(folder: Path, *, file: GgufFile) -> str:
+    """Compare a written folder's logits with a forward pass on the file's own tensors; return a sentence.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    # From GGUF's own names and order of heads, by another path than transformers' reader takes.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
+    wanted = gguf_logits(_tensors(file), ids, sizes=_sizes(file))
+    difference = (model(ids).logits - wanted).abs().max().item()
+    # `not <=`, so that nan fails too.
+    if not difference <= LOGITS * max(5, wanted.abs().max().item()):
+        raise CheckpointError(
+            f"the converted model gives logits that differ by {difference:.1e}; nothing written."
+        )
+    return (
+        f"checked: for {NUM_PROOF_IDS} tokens the written folder gives the logits of a forward pass on the file's own"
+        f" tensors (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
+    )
+
+
+def _load(file: GgufFile) -> PreTrainedModel:
+    """Load the weights with transformers' reader, dequantised to fp32.
+
+    Raises:
+        UserError: a quantisation that the package gguf cannot undo.
+        CheckpointError: tensors are missing or broken.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.path.parent, gguf_file=file.path.name, dtype=torch.float32, trust_remote_code=False
+        )
+    except NotImplementedError as error:
+        kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in file.reader.tensors}))
+        raise UserError(
+            f"{file.path} is quantised as {kinds}, which cannot be undone here: {error}"
+        ) from error
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file.path} cannot be read as {file.architecture}: {error}") from error
+    return cast(PreTrainedModel, model)
+
+
+def _split_rule(rule: str) -> pre_tokenizers.PreTokenizer:
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in OWN_RULE)
+    if rule in GPT2:
+        return whole
+    first = Regex(OWN_RULE.get(rule, r"\p{N}"))
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(first, behavior="isolated"), whole])
+
+
+def _tensors(file: GgufFile) -> dict[str, Tensor]:
+    from gguf import dequantize
+
+    return {
+        tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
+        for tensor in file.reader.tensors
+    }
+
+
+def _sizes(file: GgufFile) -> Sizes:
+    num_heads = file.of_model("attention.head_count")
+    return Sizes(
+        num_layers=file.of_model("block_count"),
+        num_heads=num_heads,
+        num_key_heads=file.values.get(f"{file.architecture}.attention.head_count_kv", num_heads),
+        norm_eps=file.of_model("attention.layer_norm_rms_epsilon"),
+        rope_base=file.values.get(f"{file.architecture}.rope.freq_base", 10_000.0),
+        pairs_neighbours=PAIRS_NEIGHBOURS[file.architecture],
+    )
+
+
+def _names_of(file: GgufFile) -> str:
+    name, licence = (file.values.get(f"general.{key}", "not stated") for key in ("name", "license"))
+    kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in file.reader.tensors}))
+    return f"{file.path.name}: {name}, class {file.architecture}, stored as {kinds}, licence {licence}"

@@ -1,0 +1,214 @@
+"""GGUF files, written here by llama.cpp's own package from tiny models, become folders for model.init."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from t2i.convert.gguf import convert_gguf
+from t2i.errors import CheckpointError, UserError
+from t2i.model.backbone import load_model
+from t2i.tokens.text import TextTokenizer
+
+END, TURN, PAD = "<|endoftext|>", "<|im_end|>", "<pad>"
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "rope_theta": 5e4,
+}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END, "<|im_start|>", TURN, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["a red block and a green block, 1234 blocks"] * 4, trainer)
+    return made
+
+
+@pytest.fixture
+def written(vocabulary, tmp_path):
+    """Write a tiny model of a class as a GGUF file, and return both."""
+
+    def write(kind="llama", *, changes=(), quantised=False):
+        torch.manual_seed(0)
+        num_rows = vocabulary.get_vocab_size() + 5
+        # transformers' reader knows no other width of Qwen3's heads.
+        heads = {"head_dim": 128} if kind == "qwen3" else {}
+        config = AutoConfig.for_model(
+            kind, **SIZES, **heads, vocab_size=num_rows, tie_word_embeddings=kind != "qwen3"
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        for name, value in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                torch.nn.init.normal_(value, 0.5, 0.2)
+        path = tmp_path / f"{kind}.gguf"
+        writer = gguf.GGUFWriter(path, kind)
+        metadata(writer, config)
+        tokens(writer, vocabulary, num_rows)
+        for change in changes:
+            change(writer)
+        for name, value in model.state_dict().items():
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            stored, data = stored_as(name, value.numpy(), kind)
+            if quantised and data.ndim == 2:
+                q8 = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(stored, gguf.quants.quantize(data, q8), raw_dtype=q8)
+            else:
+                writer.add_tensor(stored, data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return model.eval(), path
+
+    return write
+
+
+def metadata(writer, config):
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
+
+
+def tokens(writer, vocabulary, num_rows, rule="smollm"):
+    by_id = sorted(vocabulary.get_vocab(), key=vocabulary.token_to_id)
+    # Rows that no token uses, as in files whose number of rows is rounded up.
+    by_id += [f"[unused{number}]" for number in range(num_rows - len(by_id))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(by_id)
+    writer.add_token_types([3] * 4 + [1] * (len(by_id) - 4))
+    state = json.loads(vocabulary.to_str())
+    writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(3)
+
+
+def stored_as(name, value, kind):
+    """Name a tensor as GGUF does; llama's files keep the two halves of a head's pairs side by side."""
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight", value
+    if name == "lm_head.weight":
+        return "output.weight", value
+    if name == "model.norm.weight":
+        return "output_norm.weight", value
+    _, _, layer, *parts, end = name.split(".")  # model.layers.0.self_attn.q_proj.weight
+    part = ".".join(parts)
+    if kind == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+        heads = SIZES["num_attention_heads" if part.endswith("q_proj") else "num_key_value_heads"]
+        value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    return f"blk.{layer}.{NAMES[part]}.{end}", np.ascontiguousarray(value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_file_becomes_a_folder_with_the_logits_of_the_model_that_it_was_written_from(
+    written, tmp_path, kind
+):
+    model, path = written(kind)
+    said = []
+    convert_gguf(path, end_token=END, text_tokenizer=None, out=tmp_path / "made", tell=said.append)
+    made = load_model(tmp_path / "made", dtype=torch.float32).eval()
+    ids = torch.arange(3, 60, 5)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    assert "tiny" in said[0] and "checked" in said[1] and "checked" in said[2]
+
+
+def test_a_quantised_file_becomes_the_numbers_that_it_holds(written, tmp_path):
+    model, path = written(quantised=True)
+    convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    made = load_model(tmp_path / "made", dtype=torch.float32)
+    for (name, found), (_, value) in zip(made.named_parameters(), model.named_parameters(), strict=True):
+        # Q8_0 keeps 8 bits of each number: half a step of the largest of its 32, which is under 5 deviations.
+        assert (found - value).abs().max() <= 5 * value.std() / 254 + 1e-6, name
+
+
+def test_the_tokenizer_ends_documents_where_asked_and_splits_digits_as_the_file_says(written, tmp_path):
+    _, path = written()
+    convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "chat", tell=print)
+    convert_gguf(path, end_token=END, text_tokenizer=None, out=tmp_path / "text", tell=print)
+    chat, text = (TextTokenizer.load(tmp_path / name) for name in ("chat", "text"))
+    assert (chat.end_id, text.end_id) == (2, 0)
+    assert chat.tokenizer.bos_token == "<|im_start|>" and text.tokenizer.pad_token == PAD
+    assert [text.decode(number[None]) for number in text.encode("block 1234")][-4:] == list("1234")
+    # A space belongs to the word after it, but never to a digit.
+    assert text.decode(text.encode("block 1234")[-5][None]) == " "
+    ends = load_model(tmp_path / "text").generation_config
+    assert ends.eos_token_id == [0, 2] and len(ends.suppress_tokens or []) == 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "no gguf", "cut"])
+def test_what_is_no_whole_gguf_file_is_refused(written, tmp_path, kind):
+    _, path = written()
+    content = path.read_bytes()
+    other = tmp_path / "other.gguf"
+    if kind != "missing":
+        other.write_bytes(b"PK\3\4" * 100 if kind == "no gguf" else content[: len(content) // 2])
+    with pytest.raises((UserError, CheckpointError), match=r"other\.gguf"):
+        convert_gguf(other, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rotary"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rotary"),
+    ],
+)
+def test_scaled_positions_are_refused(written, tmp_path, change, said):
+    _, path = written(changes=[change])
+    with pytest.raises(UserError, match=said):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+
+
+def test_another_class_and_an_unknown_end_token_are_refused_by_name(written, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="class mamba; expected one of llama, qwen2, qwen3"):
+        convert_gguf(
+            tmp_path / "other.gguf", end_token=None, text_tokenizer=None, out=tmp_path / "a", tell=print
+        )
+    _, path = written()
+    with pytest.raises(UserError, match="--end-token </s>"):
+        convert_gguf(path, end_token="</s>", text_tokenizer=None, out=tmp_path / "a", tell=print)
