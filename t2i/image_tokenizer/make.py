@@ -100,7 +100,7 @@ def read_images(source: Source, *, split: str, image_size: int, num_images: int 
     pictures = []
     for pair in tqdm(pairs, unit="image", desc=f"read {split}"):
         try:
-            pictures.append(np.asarray(centre_crop_resize(pair.open(), size=image_size)))
+            pictures.append(np.asarray(centre_crop_resize(pair.open().image, size=image_size)))
         except UNREADABLE:
             continue
     if not pictures:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
+from PIL import Image
+
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import Manifest, read_manifest_file
@@ -127,4 +129,8 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
 
 def pictures(pairs: list[Pair], *, size: int) -> Pictures:
     """Line up pairs' images as the model sees them, size x size."""
-    return Pictures([pair.open for pair in pairs], crop=partial(centre_crop_resize, size=size))
+    return Pictures([partial(_image_of, pair) for pair in pairs], crop=partial(centre_crop_resize, size=size))
+
+
+def _image_of(pair: Pair) -> Image.Image:
+    return pair.open().image

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i.data.sources import UNREADABLE, Pair, read_picture
+from t2i.data.sources import UNREADABLE, Pair, decode_image
 from t2i.errors import DataError
 from t2i.tokens.image import ImageTokenizer, images_of, pixels_of
 
@@ -91,7 +91,7 @@ def read_image(path: Path) -> Image.Image:
         DataError: the file cannot be read, or is no image.
     """
     try:
-        return read_picture(path.read_bytes())
+        return decode_image(path.read_bytes()).image
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as an image ({error}).") from error
 

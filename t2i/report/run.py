@@ -145,7 +145,7 @@ def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
             caption=pair.caption,
             split=pair.split,
             # Cropped and resized as training saw it; beside the whole photograph the drawn one would look worse.
-            real=_data_url(centre_crop_resize(pair.open(), size=manifest.image_size)),
+            real=_data_url(centre_crop_resize(pair.open().image, size=manifest.image_size)),
             drawn=_data_url(Image.open(path)),
         )
         for pair, path in shown

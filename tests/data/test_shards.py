@@ -67,7 +67,7 @@ def test_every_pair_is_found_again_with_the_codes_of_its_image(
     found = {s["key"]: s for split in ("train", "heldout") for s in shards.read_split(prepared, split)}
     assert sorted(found) == [f"{index:02d}.png" for index in range(40)]
     for pair in source.pairs[:5]:
-        image = centre_crop_resize(pair.open(), size=64)
+        image = centre_crop_resize(pair.open().image, size=64)
         assert found[pair.key]["codes"].tolist() == image_tokenizer.encode(to_pixels([image]))[0].tolist()
         assert found[pair.key]["codes"].dtype == np.uint16
         assert text_tokenizer.decode(torch.tensor(found[pair.key]["caption_ids"].astype(int))) == pair.caption

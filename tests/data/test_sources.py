@@ -64,7 +64,7 @@ def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, t
         assert sum(a == b for a, b in codes) >= 0.99 * 64
     again = {pair.key: pair for pair in reopen_source(manifest).pairs}
     assert {sample["key"] for sample in samples(out)} == set(again)
-    assert all(pair.open().size == (90, 60) for pair in again.values())
+    assert all(pair.open().image.size == (90, 60) for pair in again.values())
     config = run_config(out, tmp_path / "run")
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
     assert [row["step"] for row in read_metrics(config.run_dir) if "split" not in row] == [1, 2]

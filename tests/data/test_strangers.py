@@ -14,8 +14,8 @@ from t2i.config import ASSETS
 from t2i.data.shards.integrity import check_listing, read_index, remake_command
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import Tally, open_source, read_picture
-from t2i.data.sources.source import UNREADABLE, caption_text
+from t2i.data.sources import UNREADABLE, Tally, decode_image, open_source
+from t2i.data.sources.source import caption_text
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.files import parse_json
 from t2i.runs import checkpoint_store as checkpoints
@@ -216,7 +216,7 @@ def test_images(kind):
     @often
     def check(content):
         with suppress(*UNREADABLE):
-            assert read_picture(content).mode == "RGB"
+            assert decode_image(content).image.mode == "RGB"
 
     check()
 

@@ -512,7 +512,7 @@ def test_bad_images_are_listed_and_odd_ones_become_rgb(tmp_path, tokenizers, obs
         sample["key"] for split in ("train", "heldout") for sample in read_split(tmp_path / "shards", split)
     }
     assert {f"{name}.jpg" for name in odd} <= kept
-    pictures = {pair.caption: pair.open() for pair in source.pairs if pair.caption in odd}
+    pictures = {pair.caption: pair.open().image for pair in source.pairs if pair.caption in odd}
     assert {image.mode for image in pictures.values()} == {"RGB"}
     assert pictures["turned"].size == (60, 90)
     observed(f"{len(listed)} listed, {len(odd)} odd ones kept")

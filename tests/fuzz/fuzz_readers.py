@@ -22,13 +22,13 @@ with atheris.instrument_imports(include=["PIL", "tarfile", "json", "t2i.data.sou
     import made_sources as made
     from PIL import JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  read on first use
 
-    from t2i.data.sources import UNREADABLE, Tally, open_source, read_picture
+    from t2i.data.sources import UNREADABLE, Tally, decode_image, open_source
 
 
 def pictures(data: bytes) -> None:
     """Decode one picture; open-source decoders below Pillow are not instrumented."""
     with suppress(*UNREADABLE):
-        assert read_picture(data).mode == "RGB"
+        assert decode_image(data).image.mode == "RGB"
 
 
 def tars(data: bytes) -> None:

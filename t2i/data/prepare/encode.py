@@ -256,7 +256,7 @@ def decode(pair: Pair, *, config: PrepareConfig) -> Decoded:
 
 def views(pair: Pair, config: PrepareConfig) -> list[Image.Image]:
     """Crop and resize a pair's image; a training pair also gets config.views - 1 shifted copies."""
-    image = centre_crop_resize(pair.open(), size=config.image_size)
+    image = centre_crop_resize(pair.open().image, size=config.image_size)
     made = [image]
     reach = config.image_size // 16
     for number in range(1, num_views(pair, config)):

@@ -15,11 +15,11 @@ from t2i.data.sources import openmoji
 from t2i.data.sources.coco import caption_files, has_both, list_coco
 from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
 from t2i.data.sources.hub import units_of_dataset
+from t2i.data.sources.image import UNREADABLE, OpenedImage, decode_image
 from t2i.data.sources.parquet import units_of_tables
 from t2i.data.sources.precomputed import read_facts, units_of_ids
 from t2i.data.sources.source import (
     IMAGE_SUFFIXES,
-    UNREADABLE,
     Entry,
     GivenIds,
     LeftOut,
@@ -28,7 +28,6 @@ from t2i.data.sources.source import (
     Source,
     Tally,
     Unit,
-    read_picture,
     sift,
 )
 from t2i.data.sources.webdataset import units_of_tars
@@ -38,12 +37,13 @@ __all__ = [
     "UNREADABLE",
     "GivenIds",
     "LeftOut",
+    "OpenedImage",
     "Pair",
     "Source",
     "Tally",
     "Unit",
+    "decode_image",
     "open_source",
-    "read_picture",
     "reopen_source",
 ]
 
@@ -117,7 +117,7 @@ def _openmoji(sieve: Sift) -> Source:
         tally.seen += len(captions) + left_out.total()
         tally.left_out.update(left_out)
         for key, caption in captions.items():
-            yield Entry(key, caption, partial(openmoji.render, key), split=openmoji.split_of(key))
+            yield Entry(key, caption, partial(openmoji.open_emoji, key), split=openmoji.split_of(key))
 
     source = _listed(entries, sieve)
     return replace(source, split_rule=openmoji.SPLIT_RULE, licence=openmoji.LICENCE)

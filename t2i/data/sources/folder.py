@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Tally, file_inside, read_image_file
+from t2i.data.sources.image import read_image_file
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Tally, file_inside
 from t2i.data.sources.tables import read_table_rows
 from t2i.errors import DataError
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
+from t2i.data.sources.image import OpenedImage, decode_image
 from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, image_bytes
-from t2i.data.sources.source import Entry, ReadEntries, Tally, read_picture
+from t2i.data.sources.source import Entry, ReadEntries, Tally
 from t2i.errors import DataError
 
 if TYPE_CHECKING:
@@ -71,14 +70,14 @@ def read_shard(
         yield Entry(str(key), row[columns["caption"]], partial(open_cell, cell), facts=_flat(row))
 
 
-def open_cell(cell: object) -> Image.Image:
+def open_cell(cell: object) -> OpenedImage:
     """Decode the image of a cell, which holds its bytes or a path that the dataset streams from."""
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
         from datasets.utils.file_utils import xopen  # here: importing it takes seconds
 
         with xopen(cell["path"], "rb") as file:
-            return read_picture(file.read())
-    return read_picture(image_bytes(cell))
+            return decode_image(file.read())
+    return decode_image(image_bytes(cell))
 
 
 def _flat(row: dict[str, object]) -> dict[str, object]:

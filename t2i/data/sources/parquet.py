@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from t2i.config import SourceConfig
 from t2i.data.sources.folder import CAPTION_COLUMNS
-from t2i.data.sources.source import Entry, ReadEntries, Tally, parquet_errors, read_picture
+from t2i.data.sources.image import OpenedImage, decode_image
+from t2i.data.sources.source import Entry, ReadEntries, Tally, parquet_errors
 from t2i.errors import DataError
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp")
@@ -60,13 +60,13 @@ def read_row_groups(
             yield Entry(at if key is None else str(key), row[columns["caption"]], picture, facts=row)
 
 
-def read_cell(path: Path, group: int, place: int, column: str) -> Image.Image:
+def read_cell(path: Path, group: int, place: int, column: str) -> OpenedImage:
     """Decode the image of one cell.
 
     Raises:
         ValueError: the cell holds no bytes.
     """
-    return read_picture(image_bytes(_images(path, group, column)[place].as_py()))
+    return decode_image(image_bytes(_images(path, group, column)[place].as_py()))
 
 
 def image_bytes(cell: object) -> bytes:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
 
+from t2i.data.sources.image import OpenedImage
 from t2i.data.sources.source import GivenIds, Pair, Tally, Unit, caption_text
 from t2i.errors import DataError
 from t2i.files import hash_uniform
@@ -28,7 +28,7 @@ class NoImage:
 
     key: str
 
-    def __call__(self) -> Image.Image:
+    def __call__(self) -> OpenedImage:
         """Refuse to open it.
 
         Raises:

@@ -1,8 +1,5 @@
 """The parts of a source: entries as they are found, pairs as they are used, and units of work."""
 
-import io
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,32 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from t2i.config import SourceConfig
+from t2i.data.sources.image import OpenedImage
 from t2i.errors import DataError
 from t2i.files import hash_uniform, is_inside
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_IMAGE_PIXELS = 64_000_000
-"""Larger images are refused as decompression bombs: a few bytes can claim billions of pixels."""
-
-UNREADABLE = (OSError, ValueError)
-"""What decoding a broken image may raise."""
-PILLOWS_OWN = (
-    SyntaxError,
-    EOFError,
-    KeyError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's decoders raise, beside UNREADABLE, for some broken files; they have no common base class."""
 
 LISTED_UNIT = 512
 """Pairs per unit when all pairs are listed."""
@@ -56,10 +34,12 @@ class Pair:
     caption: str
     split: str
     """train, heldout or combinations."""
-    open: Callable[[], Image.Image] = field(compare=False)
-    """Decode the image as RGB; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
+    open: Callable[[], OpenedImage] = field(compare=False)
+    """Decode the image; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
     group: str = ""
     """Pairs of one group show the same image; empty if the image has one caption."""
+    changed: tuple[str, ...] = ()
+    """What was lost or guessed when the caption was read, for Tally.changed once the pair is kept."""
     codes: np.ndarray | None = field(default=None, compare=False)
     """(K,) precomputed codes; None for an image."""
 
@@ -139,7 +119,7 @@ class Entry:
     key: str
     caption: object
     """A text, a list of texts of which the first is taken, or None."""
-    open: Callable[[], Image.Image]
+    open: Callable[[], OpenedImage]
     facts: Mapping[str, object] = field(default_factory=dict)
     """The other columns of the row, which pair_key and score_key choose from."""
     group: str = ""
@@ -184,19 +164,19 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def open_within(read: Callable[[], Image.Image], *, config: SourceConfig) -> Image.Image:
+def open_within(read: Callable[[], OpenedImage], *, config: SourceConfig) -> OpenedImage:
     """Decode an image and check its sides and its aspect ratio.
 
     Raises:
         LeftOut: one of them is outside the limits.
     """
-    image = read()
-    short, long = sorted(image.size)
+    opened = read()
+    short, long = sorted(opened.image.size)
     if short < config.min_side:
         raise LeftOut(f"a side below {config.min_side} pixels")
     if config.max_aspect and long > config.max_aspect * short:
         raise LeftOut(f"longer than {config.max_aspect:g} times its other side")
-    return image
+    return opened
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
@@ -219,41 +199,6 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise DataError(f"{path} is not a parquet file, or is broken: {error}.") from error
-
-
-def read_image_file(path: Path) -> Image.Image:
-    """Decode an image file as RGB."""
-    return read_picture(path.read_bytes())
-
-
-def read_picture(data: bytes) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes to RGB, with EXIF rotation applied, on white, the first frame.
-
-    Raises:
-        ValueError: more than MAX_IMAGE_PIXELS pixels, or broken bytes.
-        OSError: another format, or broken bytes.
-    """
-    try:
-        return _decode(data)
-    except UnidentifiedImageError as error:
-        # Pillow's own text holds an address in memory, which would differ from run to run in broken.jsonl.
-        raise UnidentifiedImageError("cannot identify JPEG, PNG or WebP") from error
-    except PILLOWS_OWN as error:
-        raise ValueError(f"a broken image ({type(error).__name__}: {error})") from error
-
-
-def _decode(data: bytes) -> Image.Image:
-    # Three formats only: Pillow would also try FITS, PDF or EPS on a file named .jpg.
-    image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    # By the header, before any pixel is decoded.
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels exceed the limit of {MAX_IMAGE_PIXELS}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> str:

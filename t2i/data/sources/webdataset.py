@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from t2i.config import SourceConfig
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, Tally, read_picture
+from t2i.data.sources.image import OpenedImage, decode_image
+from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, Tally
 from t2i.errors import DataError
 from t2i.files import parse_json
 
@@ -73,11 +72,11 @@ def read_tar(tally: Tally, *, path: Path, config: SourceConfig) -> Iterator[Entr
         tally.unread["a broken tar, from where it breaks"] += 1
 
 
-def read_member(path: Path, offset: int, size: int) -> Image.Image:
+def read_member(path: Path, offset: int, size: int) -> OpenedImage:
     """Decode the image at an offset of a tar."""
     with path.open("rb") as file:
         file.seek(offset)
-        return read_picture(file.read(size))
+        return decode_image(file.read(size))
 
 
 def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
