@@ -21,6 +21,9 @@ Refusal = type[UserError] | type[CheckpointError]
 REASON_CHARACTERS = 200
 """Characters that are quoted of a library's own error message."""
 
+HUB = "hf:"
+"""Prefix of a name on the Hugging Face hub: hf:USER/NAME. Any other name is a path on this machine."""
+
 HASH = "xxh64"
 """The hash in the index of shards. xxh64, because it is much faster than SHA-256; it protects from accidents only."""
 
@@ -124,6 +127,21 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     write_whole(path, json.dumps(value, indent=1))
+
+
+def hub_name(name: Path | str) -> str:
+    """Return what follows `hf:`, which is a name on the Hugging Face hub; empty for a path on this machine."""
+    # The prefix alone decides, never what exists here. A mistyped `runs/trian` has the form of a hub name too, and
+    # whoever owns that name there would supply the model.
+    text = str(name)
+    return text.removeprefix(HUB) if text.startswith(HUB) else ""
+
+
+def not_here(name: Path | str) -> str:
+    """Say that a path does not exist, and how a hub name is written; empty if it exists."""
+    if os.path.exists(name):  # noqa: PTH110  (Path.exists raises for a name that is too long)
+        return ""
+    return f"{name!s:.200} does not exist here; a name on the Hugging Face hub is written {HUB}USER/NAME"
 
 
 def is_inside(name: str) -> bool:

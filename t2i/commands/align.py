@@ -19,7 +19,7 @@ class AlignCommand:
     """The language model and the captioned images."""
 
     model: str
-    """Language model: a run, a checkpoint of it, an exported or converted folder, a hub name."""
+    """Language model: a run, a checkpoint of it, an exported or converted folder, hf:USER/NAME."""
     out: Path
     """Folder for rows.safetensors, metrics.jsonl and align.json."""
     data: DataConfig = field(default_factory=lambda: DataConfig(caption_dropout=0.0))

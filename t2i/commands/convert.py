@@ -29,7 +29,7 @@ class OpenLm:
     config: str | None = None
     """open_lm's name of the model's config, or its file. Not needed for a folder or a known release."""
     text_tokenizer: str | None = None
-    """Folder with tokenizer.json, or a hub name. Default: the folder's own, else EleutherAI/gpt-neox-20b."""
+    """Folder with tokenizer.json, or a hub name. Default: the folder's own, else hf:EleutherAI/gpt-neox-20b."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class OpenLmBack:
     """A CKPT's language model -> open_lm's state dict and json, bit for bit."""
 
     ckpt: tyro.conf.Positional[str]
-    """A converted folder, a run folder, a checkpoint, an exported folder or a hub name."""
+    """A converted folder, a run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     out: Path
     """New folder of open_lm.pt and open_lm.json."""
 

@@ -24,7 +24,7 @@ class ForgettingCommand:
     """The model, its reference and the text."""
 
     ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     text: str
     """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset name."""
     reference: str | None = None

@@ -22,7 +22,7 @@ class GradientsCommand:
     """The model and the held-out data."""
 
     ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
     shards: Path | None = None
     """Shard folder. Default: the run's own."""
     num_sequences: Annotated[int, Ge(1)] = 64

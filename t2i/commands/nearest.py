@@ -24,7 +24,7 @@ class NearestCommand:
     """The model, and an earlier one to compare with."""
 
     ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name, with image codes."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
     before: str | None = None
     """An earlier CKPT with the same codes; adds linear CKA between its image embeddings and today's."""
     num_shown: Annotated[int, Ge(0)] = 8

@@ -33,7 +33,7 @@ class PerplexityCommand:
     """The model and the held-out data."""
 
     ckpt: tyro.conf.Positional[str]
-    """A run folder, a checkpoint, an exported folder or a hub name."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     data: HeldoutData = field(default_factory=HeldoutData)
     batch_size: Annotated[int, Ge(1)] = 32
     """Sequences per batch."""

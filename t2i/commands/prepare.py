@@ -48,7 +48,7 @@ class PrepareCommand:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the image tokenizer. The manifest says which share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
-    """Folder with tokenizer.json, such as that of the model to start from, or a hub name."""
+    """Folder with tokenizer.json, such as that of the model to start from, or a hub name (hf:USER/NAME)."""
     heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
     """Share of images or documents that training never sees. openmoji and COCO have their own rules."""
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96

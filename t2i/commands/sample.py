@@ -27,7 +27,7 @@ class SampleCommand:
     """The model, the captions and the sampler."""
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    """A run folder, a checkpoint, an exported folder or a hub name."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     prompts: tuple[str, ...]
     """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption,
     text or prompt. With --layout: the benchmark's prompts."""

@@ -42,7 +42,7 @@ class ScoreCommand:
     """The model, the images and the features."""
 
     ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
-    """A run folder, a checkpoint, an exported folder or a hub name; or the word `compare`."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME); or the word `compare`."""
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None

@@ -78,7 +78,8 @@ class ModelConfig:
     """The model, and which of its parameters are trained."""
 
     init: str = "random"
-    """`random`, or a CKPT to start from: a run, one of its checkpoints, an exported or converted folder, a hub name."""
+    """`random`, or a CKPT to start from: a run, one of its checkpoints, an exported or converted folder,
+    or hf:USER/NAME of the Hugging Face hub."""
     new_embeddings: Annotated[str, Names(("random", "mean"), suffix=".safetensors")] = "random"
     """Initial embeddings and LM head of the image vocabulary: `random`, `mean` (of those of text), or a .safetensors
     file such as launchers/align.py makes."""

@@ -1,4 +1,4 @@
-"""Open a CKPT: a run folder, one of its checkpoints, an exported folder, or a hub name."""
+"""Open a CKPT: a run folder, one of its checkpoints, an exported folder, or a hub name (hf:USER/NAME)."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import UserError
-from t2i.files import sha256_of
+from t2i.files import HUB, hub_name, not_here, sha256_of
 from t2i.model.backbone import load_model, weight_files
 from t2i.runs.checkpoint_store import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
@@ -71,6 +71,11 @@ def find(name: str) -> tuple[Path, Path | None]:
     Raises:
         UserError: the name is not a CKPT.
     """
+    if hub := hub_name(name):
+        return _downloaded(hub), None
+    refusal = f"{name:.200} is no run folder, checkpoint or exported folder"
+    if missing := not_here(name):
+        raise UserError(f"{refusal}: {missing}.")
     path = Path(name)
     if (path / CHECKPOINTS).is_dir():
         folder = newest_readable(path)
@@ -81,13 +86,17 @@ def find(name: str) -> tuple[Path, Path | None]:
         # A run holds its image tokenizer and its measures once, two folders above each of its checkpoints.
         is_checkpoint = path.resolve().parent.name == CHECKPOINTS
         return path, path.resolve().parent.parent if is_checkpoint else None
-    refusal = f"{name} is no run folder, checkpoint, exported folder or hub name (USER/NAME)"
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{refusal}.")
+    raise UserError(f"{refusal}: it has neither {CHECKPOINTS}/ nor config.json.")
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder of a hub's model in the cache, downloaded if it is not there yet."""
     try:
-        return Path(snapshot_download(name)), None
+        return Path(snapshot_download(name))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{refusal}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"the hub gives no model {HUB}{name}: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def open_model(name: str, *, needs_images: bool, device: torch.device | str = "cpu") -> OpenedModel:

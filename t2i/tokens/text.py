@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2i.errors import UserError
+from t2i.files import HUB, hub_name, not_here
 
-NEOX = "EleutherAI/gpt-neox-20b"
+NEOX = "hf:EleutherAI/gpt-neox-20b"
 """Hub name of the tokenizer of every released open_lm model: 50,277 ids."""
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
@@ -29,17 +30,21 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, name: Path | str) -> "TextTokenizer":
-        """Open a folder with tokenizer.json, or a tokenizer of the hub.
+        """Open a folder with tokenizer.json, or a tokenizer of the hub (hf:USER/NAME).
 
         Raises:
-            UserError: neither the folder nor the hub has it.
+            UserError: the folder or the hub has none.
         """
         folder = Path(name)
         file = folder / "tokenizer.json"
-        if not file.is_file():
-            tokenizer = _from_hub(str(name))
+        if hub := hub_name(name):
+            tokenizer = _from_hub(hub)
+        elif not file.is_file():
+            raise UserError(f"{name} is no text tokenizer: {not_here(name) or 'it has no tokenizer.json'}.")
         elif (folder / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side=SIDE)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                folder, padding_side=SIDE, trust_remote_code=False
+            )
         else:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side=SIDE)
         return cls(_with_ends(tokenizer), name=str(name))
@@ -83,15 +88,14 @@ class TextTokenizer:
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
-    if Path(name).exists() or name.startswith((".", "/")) or name.count("/") > 1:
-        raise UserError(f"{name} is no text tokenizer: it has no tokenizer.json.")
     try:
-        return AutoTokenizer.from_pretrained(name, padding_side=SIDE)
-    except OSError as error:
-        raise UserError(
-            f"{name} is no folder with tokenizer.json, and the hub has no such tokenizer"
-            f" ({str(error).splitlines()[0]})."
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side=SIDE, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"the hub gives no text tokenizer {HUB}{name}: {why}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{HUB}{name} is a {type(tokenizer).__name__}; expected one with tokenizer.json.")
+    return tokenizer
 
 
 def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -191,11 +191,11 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
             out=tmp_path / "model",
             tell=print,
         )
-    with pytest.raises(UserError, match="the hub has no such tokenizer"):
+    with pytest.raises(UserError, match="the hub gives no text tokenizer hf:nobody/nothing"):
         convert_open_lm(
             home / "epoch_3.pt",
             config_name=str(home / "old.json"),
-            text_tokenizer="nobody/nothing",
+            text_tokenizer="hf:nobody/nothing",
             out=tmp_path / "model",
             tell=print,
         )

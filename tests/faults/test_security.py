@@ -424,7 +424,7 @@ def test_tokens_are_never_said(monkeypatch, capfd, caplog, observed):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     monkeypatch.setattr("sys.argv", ["launchers/train.py"])
     with caplog.at_level("DEBUG"), pytest.raises(UserError) as caught:
-        find("nobody/nothing")
+        find("hf:nobody/nothing")
     said = [
         str(caught.value),
         caplog.text,

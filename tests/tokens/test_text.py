@@ -35,7 +35,13 @@ def test_every_way_to_load_gives_the_same_ids_and_ends(neox, tmp_path, monkeypat
     shutil.copy(neox / "tokenizer.json", released)
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     (released / "tokenizer_config.json").write_text(json.dumps(names))
-    snapshot = tmp_path / "cache" / f"models--{NEOX.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot = (
+        tmp_path
+        / "cache"
+        / f"models--{NEOX.removeprefix('hf:').replace('/', '--')}"
+        / "snapshots"
+        / ("0" * 40)
+    )
     shutil.copytree(neox, snapshot)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
@@ -71,7 +77,13 @@ def test_a_saved_tokenizer_is_transformers_own(neox, tmp_path):
     assert again("a red apple")["input_ids"] == TextTokenizer.load(neox).encode("a red apple").tolist()
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/nowhere"])
-def test_what_is_neither_folder_nor_hub_name_is_refused(name):
-    with pytest.raises(UserError, match="is no text tokenizer: it has no tokenizer.json"):
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/nowhere", "somebody/something", "something"])
+def test_a_name_without_hf_is_never_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr("t2i.tokens.text.AutoTokenizer", None)
+    with pytest.raises(UserError, match=rf"{name} does not exist here; .* is written hf:USER/NAME\.$"):
         TextTokenizer.load(name)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no text tokenizer: it has no tokenizer\.json\.$"):
+        TextTokenizer.load(tmp_path)

@@ -17,7 +17,7 @@ from t2i.tokens.text import TextTokenizer
 _INPUTS = """
 Args:
     predictions: texts.
-    model_id: a run folder, a checkpoint, an exported folder, a hub name, or a converted language model's folder.
+    model_id: a run folder, a checkpoint, an exported or converted folder, or a hub name (hf:USER/NAME).
     device: where to compute; by default a GPU if there is one.
 
 Returns:

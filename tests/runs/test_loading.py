@@ -1,0 +1,43 @@
+"""Which names are paths and which are asked of the hub."""
+
+import pytest
+
+from t2i.errors import UserError
+from t2i.files import hub_name
+from t2i.runs import loading
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/trian", "./nowhere", "EleutherAI/pythia-70m", "pythia", "a/b/c", "x" * 5_000]
+)
+def test_a_mistyped_path_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "snapshot_download", None)
+    with pytest.raises(
+        UserError, match=r"does not exist here; a name on the Hugging Face hub is written hf:USER/NAME\.$"
+    ):
+        loading.find(name)
+
+
+def test_a_folder_that_is_no_model_is_not_taken_for_a_hub_name(tmp_path):
+    with pytest.raises(UserError, match=r"it has neither checkpoints/ nor config\.json\.$"):
+        loading.find(str(tmp_path))
+
+
+def test_hf_asks_the_hub_whatever_exists_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "something").mkdir(parents=True)
+    (tmp_path / "hf:").mkdir()
+    asked = []
+    monkeypatch.setattr(
+        loading, "snapshot_download", lambda name: asked.append(name) or str(tmp_path / "cache")
+    )
+    assert loading.find("hf:somebody/something") == (tmp_path / "cache", None)
+    assert asked == ["somebody/something"]
+    assert [hub_name(name) for name in ("./hf:a/b", "somebody/something", "hf:")] == ["", "", ""]
+
+
+def test_what_the_hub_does_not_give_is_said_in_one_sentence():
+    with pytest.raises(UserError, match="the hub gives no model hf:nobody/nothing: ") as caught:
+        loading.find("hf:nobody/nothing")
+    assert "\n" not in str(caught.value)
