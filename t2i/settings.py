@@ -208,7 +208,8 @@ def changed_settings(
         old, new = found.get(key, defaults.get(key)), wanted.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping) and is_dataclass(hints.get(key)):
             changed += changed_settings(old, new, kind=hints[key], prefix=f"{prefix}{key}.")
-        elif old != new:
+        # Names on the hub have a prefix since 0.1.0: the same model, written anew.
+        elif old != new and new != f"hf:{old}":
             changed.append(f"{prefix}{key} is {old} there, {new} here")
     return changed
 

@@ -195,7 +195,7 @@ def test_the_page_has_every_setting_with_its_resume_rule():
 
 
 FREE = {
-    "run_dir", "data.num_workers", "data.cache_limit", "model.gradient_checkpointing",
+    "run_dir", "data.num_workers", "data.cache_limit", "model.gradient_checkpointing", "model.trust_remote_code",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.deterministic", "train.spike", "train.spike_score", "train.hang_timeout_seconds",
     "train.sample_every", "train.eval_every", "train.eval_images", "train.eval_text",
@@ -218,6 +218,13 @@ def test_a_resume_compares_every_setting_but_those_that_may_change():
         else:
             assert key in FREE
     assert not compared & FREE
+
+
+def test_a_run_that_names_its_model_without_hf_resumes_with_it():
+    there, here = plain(RunConfig()), plain(RunConfig())
+    there["model"]["init"], here["model"]["init"] = "somebody/something", "hf:somebody/something"
+    assert not changed_settings(there, here, kind=RunConfig)
+    assert changed_settings(here, there, kind=RunConfig)
 
 
 def test_a_folder_from_before_a_setting_existed_has_its_default():

@@ -22,6 +22,8 @@ class AlignCommand:
     """Language model: a run, a checkpoint of it, an exported or converted folder, hf:USER/NAME."""
     out: Path
     """Folder for rows.safetensors, metrics.jsonl and align.json."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     data: DataConfig = field(default_factory=lambda: DataConfig(caption_dropout=0.0))
     align: AlignConfig = field(default_factory=AlignConfig)
     config: Path | None = None
@@ -35,7 +37,13 @@ def main() -> None:
     start_processes()
     from t2i.train.align import ROWS_FILE, align
 
-    run = AlignRun(run_dir=command.out, data=command.data, model=command.model, align=command.align)
+    run = AlignRun(
+        run_dir=command.out,
+        data=command.data,
+        model=command.model,
+        trust_remote_code=command.trust_remote_code,
+        align=command.align,
+    )
     for name, found in align(run).items():
         print(
             f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of images find their"

@@ -22,6 +22,8 @@ class ExportCommand:
     """A run folder, a checkpoint or an exported folder."""
     out: Path
     """New folder."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     push_to_hub: str | None = None
     """Also upload it to this hub repository (USER/NAME)."""
 
@@ -34,9 +36,10 @@ def main() -> None:
     if command.push_to_hub:
         check_repo(command.push_to_hub)
     export(
-        open_model(command.ckpt, needs_images=True),
+        open_model(command.ckpt, needs_images=True, trust_remote_code=command.trust_remote_code),
         out=command.out,
         command=own_command_line(),
+        trust_remote_code=command.trust_remote_code,
     )
     print(f"{command.out} draws images without t2i; its README.md says how.")
     if command.push_to_hub:

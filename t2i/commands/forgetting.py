@@ -39,6 +39,8 @@ class ForgettingCommand:
     """At most so many sequences are measured."""
     max_new_tokens: Annotated[int, Ge(1)] = 40
     """Tokens per completion."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
     """Results file. Default: forgetting.json in the run or model folder."""
 
@@ -54,6 +56,7 @@ def main() -> None:
         seq_len=command.seq_len,
         num_sequences=command.num_sequences,
         max_new_tokens=command.max_new_tokens,
+        trust_remote_code=command.trust_remote_code,
     )
     path = write_forgetting(results, ckpt=command.ckpt, out=command.out)
     for name, found in results.models.items():

@@ -27,6 +27,8 @@ class GradientsCommand:
     """Shard folder. Default: the run's own."""
     num_sequences: Annotated[int, Ge(1)] = 64
     """Held-out pairs that are measured."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
     """Results file. Default: gradients.json in the run or exported folder."""
 
@@ -40,7 +42,9 @@ def main() -> None:
     from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(command.ckpt, device=device, needs_images=False)
+    model = open_model(
+        command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
+    )
     config = data_of(model, shards=command.shards, mode=None)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)

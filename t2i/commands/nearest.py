@@ -8,6 +8,7 @@ Random embeddings are the control: image embeddings no nearer to text than these
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,8 @@ class NearestCommand:
     """An earlier CKPT with the same codes; adds linear CKA between its image embeddings and today's."""
     num_shown: Annotated[int, Ge(0)] = 8
     """So many codes are printed with their nearest tokens."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
     """Results file. Default: nearest.json in the run or exported folder."""
 
@@ -38,10 +41,9 @@ def main() -> None:
     from t2i.measure.embeddings import ROW_KINDS, compare_rows, write_nearest
     from t2i.runs.loading import open_model
 
-    model = open_model(command.ckpt, needs_images=False)
-    results = compare_rows(
-        model, before=open_model(command.before, needs_images=False) if command.before else None
-    )
+    open_one = partial(open_model, needs_images=False, trust_remote_code=command.trust_remote_code)
+    model = open_one(command.ckpt)
+    results = compare_rows(model, before=open_one(command.before) if command.before else None)
     path = write_nearest(results, model=model, out=command.out)
     for side, found in results.items():
         median = {kind: found.quantiles(kind)["0.50"] for kind in ROW_KINDS}

@@ -37,6 +37,8 @@ class PerplexityCommand:
     data: HeldoutData = field(default_factory=HeldoutData)
     batch_size: Annotated[int, Ge(1)] = 32
     """Sequences per batch."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
     """Results file. Default: perplexity.json in the run or exported folder."""
 
@@ -49,7 +51,9 @@ def main() -> None:
     from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(command.ckpt, device=device, needs_images=False)
+    model = open_model(
+        command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
+    )
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(model, config=config, batch_size=command.batch_size)
     path = write_perplexity(results, model=model, config=config, out=command.out)

@@ -37,6 +37,8 @@ class SampleCommand:
     """plain: 00000.png and so on. geneval: prompts from its .jsonl file. dpg: from its folder of .txt files."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images per batch and process."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -71,7 +73,12 @@ def main() -> None:
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
     processes = join()
     draw_folder(
-        open_model(command.ckpt, device=processes.device, needs_images=True),
+        open_model(
+            command.ckpt,
+            device=processes.device,
+            needs_images=True,
+            trust_remote_code=command.trust_remote_code,
+        ),
         work.captions,
         out=work.drawn,
         config=command.sample,

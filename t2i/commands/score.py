@@ -66,6 +66,8 @@ class ScoreCommand:
     """Control rows drawn beside the model's, each at full cost. Default: both; none with --coco."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images per batch and process."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -91,7 +93,12 @@ def score_model(command: ScoreCommand) -> None:
         raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     processes = join()
     rulers = rulers_of(command, processes)
-    checkpoint = open_model(command.ckpt, device=processes.device, needs_images=True)
+    checkpoint = open_model(
+        command.ckpt,
+        device=processes.device,
+        needs_images=True,
+        trust_remote_code=command.trust_remote_code,
+    )
     task = task_of(command, checkpoint)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls: tuple[Literal["shuffled", "untrained"], ...]

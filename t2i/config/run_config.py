@@ -80,6 +80,10 @@ class ModelConfig:
     init: str = "random"
     """`random`, or a CKPT to start from: a run, one of its checkpoints, an exported or converted folder,
     or hf:USER/NAME of the Hugging Face hub."""
+    # Never read from a model's own folder, which could otherwise give itself the permission.
+    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
+    """Run the Python code that the folder of model.init brings for its class. Read it first: it can do all that you
+    can."""
     new_embeddings: Annotated[str, Names(("random", "mean"), suffix=".safetensors")] = "random"
     """Initial embeddings and LM head of the image vocabulary: `random`, `mean` (of those of text), or a .safetensors
     file such as launchers/align.py makes."""

@@ -44,6 +44,8 @@ class AlignRun:
     """Captions are never dropped here, and sequences are text-to-image."""
     model: str
     """The language model, a CKPT."""
+    trust_remote_code: Annotated[bool, MAY_CHANGE] = False
+    """Run the Python code that the model's folder brings for its class."""
     align: AlignConfig = field(default_factory=AlignConfig)
 
 

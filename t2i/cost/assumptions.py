@@ -95,7 +95,7 @@ def model_config(
     model: PretrainedConfig
     if is_there(config.init):
         folder, _ = find(config.init)
-        model = read_model_config(folder)
+        model = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     else:
         model = random_model_config(config, num_text_tokens=data.text_tokens, seq_len=seq_len)
     if data.codebook_size:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from t2i.errors import UserError
 from t2i.measure.images import batches, read_image
+from t2i.model.foreign_folder import read_description
 from t2i.runs.loading import weights_sha256
 
 RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"
@@ -39,12 +40,14 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--clip {folder} is no CLIP folder of transformers: {', '.join(missing)} missing.")
-    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    read_description(folder)
+    plain = {"local_files_only": True, "trust_remote_code": False}
+    model = CLIPModel.from_pretrained(folder, **plain).eval().requires_grad_(False)
     return Clip(
         name=folder.resolve().name,
         weights_sha256=weights_sha256(folder),
         model=model.to(device),
-        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        tokenizer=AutoTokenizer.from_pretrained(folder, **plain),
         processor=CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
     )
 

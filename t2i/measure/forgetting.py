@@ -191,6 +191,7 @@ def measure_forgetting(
     seq_len: int,
     num_sequences: int,
     max_new_tokens: int,
+    trust_remote_code: bool = False,
 ) -> Forgetting:
     """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
     prompts = list(prompts)
@@ -198,7 +199,7 @@ def measure_forgetting(
     models = {}
     # One model in memory at a time: a model and its reference may each fill the device.
     for name, ckpt in ckpts.items():
-        opened = open_model(ckpt, device=device, needs_images=False)
+        opened = open_model(ckpt, device=device, needs_images=False, trust_remote_code=trust_remote_code)
         tokenizer, layout = opened.text_tokenizer, opened.layout
         costs = {}
         for kind, text in texts.items():

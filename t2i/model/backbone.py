@@ -4,16 +4,29 @@ A forward pass decides whether a backbone can be trained. A list of names would 
 release.
 """
 
-import json
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from t2i.config import ModelConfig
 from t2i.errors import UserError
+from t2i.model.foreign_folder import (
+    read_description,
+    read_generation,
+    refuse_own_code,
+    settle_generation,
+)
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
@@ -21,64 +34,96 @@ from t2i.tokens.vocab import VocabLayout
 HEAD_TOLERANCE = 1e-2
 """Maximum difference between logits and hidden states times LM head, relative to the largest logit."""
 
+UNUSABLE = (
+    ValueError,
+    OSError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What transformers raises for folders that it cannot load; they have no common base class."""
+
 
 def is_open_lm(folder: Path) -> bool:
     """Tell whether a folder holds a model of open_lm's class."""
     # By its own name: transformers has no open_lm, so AutoConfig would need remote code for it.
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    return bool(kind == OpenLMConfig.model_type)
+    return bool(read_description(folder).get("model_type") == OpenLMConfig.model_type)
 
 
-def read_model_config(folder: Path) -> PretrainedConfig:
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read config.json in its own class.
 
+    Args:
+        trust_remote_code: let the folder's own Python code run, where transformers does not know the model type.
+
     Raises:
-        UserError: transformers does not know the model type.
+        UserError: transformers does not know the model type, or it is the folder's own code, which is not trusted.
     """
-    if is_open_lm(folder):
-        return OpenLMConfig.from_pretrained(folder)
+    description = read_description(folder)
+    kind = description.get("model_type")
+    if kind == OpenLMConfig.model_type:
+        return cast(PretrainedConfig, OpenLMConfig.from_pretrained(folder))
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UNUSABLE as error:
+        refuse_own_code(folder, description)
         raise UserError(
-            f"{folder} is no language model that transformers knows: its config.json has model_type {kind!r}."
+            f"{folder} is no language model that transformers knows: its config.json has model_type {kind!r}"
+            f" ({_first_line(error)})."
         ) from error
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load a causal language model in its own class; dtype None for transformers' own choice.
 
     Raises:
-        UserError: no causal language model, weights that do not fit config.json, or logits that are more than hidden
-            states times LM head.
+        UserError: no causal language model, weights that do not fit config.json, code of its own, or logits that are
+            more than hidden states times LM head.
     """
-    given: dict[str, Any] = {"output_loading_info": True} | ({} if dtype is None else {"dtype": dtype})
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
     model: Any
     report: dict[str, Any]
-    if is_open_lm(folder):
-        model, report = OpenLMForCausalLM.from_pretrained(folder, **given)
-    else:
-        config = read_model_config(folder)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, **given)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{folder} is no causal language model: {str(error).splitlines()[0]}") from error
-        model, report = loaded
+    kind: Any = OpenLMForCausalLM if isinstance(config, OpenLMConfig) else AutoModelForCausalLM
+    if not (trust_remote_code or kind is OpenLMForCausalLM or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        refuse_own_code(folder, read_description(folder))
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            generation_config=read_generation(folder, config),
+            trust_remote_code=trust_remote_code,
+        )
+    except UserError:
+        raise
+    except UNUSABLE as error:
+        raise UserError(f"{folder} is no causal language model: {_first_line(error)}") from error
     # transformers only warns of missing weights, and initialises them randomly.
     strange = {key: names for key, names in report.items() if names}
     if strange:
         raise UserError(f"the weights of {folder} do not fit its config.json: {strange}.")
-    if not is_open_lm(folder):
+    settle_generation(model, name=str(folder))
+    if not isinstance(config, OpenLMConfig):
         check_head(model, name=str(folder))
     return cast(PreTrainedModel, model)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def made_of(config: PretrainedConfig) -> PreTrainedModel:
     """Make a randomly initialised model."""
     if isinstance(config, OpenLMConfig):
         return OpenLMForCausalLM(config)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

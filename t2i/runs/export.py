@@ -32,11 +32,12 @@ SAMPLER = "draw.py"
 CARD = Path(__file__).with_name("card.md")
 
 
-def export(checkpoint: OpenedModel, *, out: Path, command: str) -> None:
+def export(checkpoint: OpenedModel, *, out: Path, command: str, trust_remote_code: bool = False) -> None:
     """Write the exported folder, and check that it gives the same logits.
 
     Args:
         command: the command that made it, for the model card.
+        trust_remote_code: the model's class is code of its folder, which may run once more for the check.
 
     Raises:
         UserError: `out` exists.
@@ -44,7 +45,7 @@ def export(checkpoint: OpenedModel, *, out: Path, command: str) -> None:
     """
     with new_folder(out) as part:
         _write(checkpoint, part, name=out.name, command=command)
-        _check_logits(checkpoint.model, part)
+        _check_logits(checkpoint.model, part, trust_remote_code=trust_remote_code)
 
 
 def _write(checkpoint: OpenedModel, part: Path, *, name: str, command: str) -> None:
@@ -134,9 +135,10 @@ def push(folder: Path, *, repo: str) -> str:
 
 
 @torch.inference_mode()
-def _check_logits(model: PreTrainedModel, folder: Path) -> None:
+def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool) -> None:
     ids = torch.arange(24, device=model.device)[None] % model.config.vocab_size
-    again = load_model(folder, dtype=model.dtype).eval().to(model.device)
+    again = load_model(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+    again = again.eval().to(model.device)
     # Rounding may differ a little with the weights' layout in memory. A swapped or lost tensor differs by far more.
     difference = (model(ids).logits - again(ids).logits).abs().max().item()
     if difference > 1e-4:

@@ -99,21 +99,29 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
-def open_model(name: str, *, needs_images: bool, device: torch.device | str = "cpu") -> OpenedModel:
+def open_model(
+    name: str,
+    *,
+    needs_images: bool,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
     """Load a CKPT for sampling and measuring, without DeepSpeed and without pickles.
 
     Args:
         needs_images: the caller draws or encodes images. Otherwise any language model will do, and neither an image
             tokenizer is loaded nor the weights are hashed.
+        trust_remote_code: let a model whose class is Python code of its folder run that code.
 
     Raises:
-        UserError: it is not a CKPT, has no tokenizer, or has no image codes although images are needed.
+        UserError: it is not a CKPT, has no tokenizer, is code that is not trusted, or has no image codes although
+            images are needed.
         DataError: the image tokenizer beside it is not the one that the model was trained with.
     """
     folder, run_dir = find(name)
     # First, so that a folder without a tokenizer is refused before gigabytes of weights are read.
     text_tokenizer = TextTokenizer.load(folder)
-    model = load_model(folder).eval().to(device)
+    model = load_model(folder, trust_remote_code=trust_remote_code).eval().to(device)
     known = getattr(model.config, "vocab_layout", None)
     if known is not None:
         layout = VocabLayout(**known)

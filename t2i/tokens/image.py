@@ -4,12 +4,14 @@ MoVQGAN is VQModel with norm_type "spatial" (https://github.com/ai-forever/MoVQG
 """
 
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import VQModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,7 +96,7 @@ class ImageTokenizer:
             dtype: of the convolutions; torch.bfloat16 is faster on GPUs and changes some codes (code_agreement).
 
         Raises:
-            UserError: the folder is not a VQModel folder.
+            UserError: the folder is not a VQModel folder, or its weights are broken or more than tensors.
         """
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
@@ -104,7 +106,18 @@ class ImageTokenizer:
                 f"{folder} is no image tokenizer: its config.json is of {kind}; expected VQModel."
             )
         # The switch lets the decoder take codes. Older folders do not set it, and the weights do not depend on it.
-        model = VQModel.from_pretrained(folder, lookup_from_codebook=True)
+        try:
+            model = VQModel.from_pretrained(folder, lookup_from_codebook=True)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the image tokenizer {folder} cannot be loaded: {reason:.300}") from error
         return cls(model, folder=folder, device=device, dtype=dtype)
 
     def num_codes(self, image_size: int) -> int:

@@ -54,7 +54,9 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
     data = replace(run.data, mode="text-to-image", caption_dropout=0.0)
     folder = found_start(run.model)
     tokenizer = TextTokenizer.load(Path(folder))
-    start = loaded_start(folder, manifest=manifest, text_tokenizer=tokenizer)
+    start = loaded_start(
+        folder, manifest=manifest, text_tokenizer=tokenizer, trust_remote_code=run.trust_remote_code
+    )
     layout = start.layout
     if start.num_kept >= layout.vocab_size:
         raise UserError(f"model is {run.model}, which was trained on the codes of {data.shards} already.")

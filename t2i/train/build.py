@@ -107,7 +107,12 @@ def starting_model(
 ) -> Start:
     """Make or load the language model, as a control if asked, with the vocabulary that can be kept."""
     if config.init != "random":
-        start = loaded_start(config.init, manifest=manifest, text_tokenizer=text_tokenizer)
+        start = loaded_start(
+            config.init,
+            manifest=manifest,
+            text_tokenizer=text_tokenizer,
+            trust_remote_code=config.trust_remote_code,
+        )
     else:
         size = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
         start = _kept_rows(made_of(size), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
@@ -116,12 +121,14 @@ def starting_model(
     return start
 
 
-def loaded_start(name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
+def loaded_start(
+    name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer, trust_remote_code: bool
+) -> Start:
     """Load a CKPT with the vocabulary that can be kept."""
     folder, run_dir = find(name)
     return _kept_rows(
         # fp32 whatever the file holds: DeepSpeed's JSON says in which precision to train.
-        load_model(folder, dtype=torch.float32),
+        load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code),
         knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),
         manifest=manifest,
         text_tokenizer=text_tokenizer,
