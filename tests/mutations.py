@@ -67,6 +67,7 @@ NEAREST = ("tests/measure/test_embeddings.py",)
 FRECHET = ("tests/measure/test_distances.py",)
 SCORE = ("tests/measure/test_score.py", "tests/measure/test_coco.py")
 RECONSTRUCTION = ("tests/measure/test_reconstruction.py",)
+SHUFFLED = ("tests/measure/test_shuffled.py",)
 STATISTICS = ("tests/study/test_statistics.py",)
 ARMS = ("tests/study/test_arms.py",)
 SECTIONS = ("tests/study/test_sections.py",)
@@ -393,16 +394,16 @@ MUTATIONS = (
     # Measures.
     Mutation(
         "shuffled-caption-is-the-own",
-        "t2i/measure/heldout.py",
-        "half = len(own) // 2",
-        "half = 0",
-        "captions look useless: the shuffled one is the image's own",
-        HELDOUT,
+        "t2i/measure/shuffled.py",
+        "all(map(operator.ne, item, items[at]))",
+        "True",
+        "captions look useless: the shuffled one may be the image's own",
+        SHUFFLED,
     ),
     Mutation(
         "one-image-is-its-own-shuffled-caption",
         "t2i/measure/heldout.py",
-        'kinds = [kind for kind in CAPTIONS if kind != "wrong" or half > 0]',
+        'kinds = [kind for kind in CAPTIONS if kind != "wrong" or others]',
         "kinds = list(CAPTIONS)",
         "a split of one image reports its matched loss as the shuffled one",
         SENSITIVITY,
@@ -522,8 +523,8 @@ MUTATIONS = (
     Mutation(
         "other-captions-are-the-own",
         "t2i/measure/score.py",
-        "captions.roll(1, dims=0)",
-        "captions.roll(0, dims=0)",
+        'embedded["model"], captions[others]',
+        'embedded["model"], captions',
         "CLIP's score under other captions is that under the own ones",
         SCORE,
     ),

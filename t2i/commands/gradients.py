@@ -54,4 +54,6 @@ def main() -> None:
             f"{kind:8s} {one.token_share:7.2%} of tokens, {one.loss_share:7.2%} of the loss,"
             f" {one.norm_share:7.2%} of the gradients' norms ({one.norm:.4g}; layers {one.norm_layers:.4g})"
         )
-    print(f"cosine of text's gradient and image's: {results.cosine_text_image:+.3f}\nAll of it: {path}")
+    cosine = results.cosine_text_image
+    found = "unknown, as one of them is 0" if cosine is None else f"{cosine:+.3f}"
+    print(f"cosine of text's gradient and image's: {found}\nAll of it: {path}")

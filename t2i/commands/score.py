@@ -163,9 +163,12 @@ def print_scores(scores: "Scores", *, out: Path) -> None:
 
     print("\n".join(table(scores.rows.values(), measures=scores.measures)))
     for split, meter in (scores.facts.captions_heard or {}).items():
+        matched, shuffled, null = (
+            "unknown" if loss is None else f"{loss:.3f}" for loss in (meter.own, meter.wrong, meter.empty)
+        )
         print(
-            f"{split}: image loss {meter.own:.3f} nats per code, shuffled captions {meter.wrong:.3f},"
-            f" null caption {meter.empty:.3f} ({meter.num_pictures} images)"
+            f"{split}: image loss {matched} nats per code, shuffled captions {shuffled}, null caption {null}"
+            f" ({meter.num_pictures} images)"
         )
     one = scores.protocol
     print(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")

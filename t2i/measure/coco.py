@@ -75,6 +75,7 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
             cache=cache_folder() / "reference",
         ),
         own_places=[places[image_id] for image_id in own_ids],
+        image_ids=[caption.image_id for caption in chosen],
     )
 
 

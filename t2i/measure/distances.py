@@ -61,8 +61,10 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     # Sampling noise in means and covariances adds to the distance, on average by about 1 / n: it is biased upwards.
     overlap = np.sqrt(np.linalg.eigvalsh(_projected(a.cov, b.cov)).clip(min=0)).sum()
     difference = a.mean - b.mean  # (D,)
-    distance = difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
-    return max(float(distance), 0.0)  # rounding may leave -1e-9 for equal sets
+    distance = float(difference @ difference + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap)
+    if not np.isfinite(distance):
+        raise DataError("Features are too large for a distance: their squares are no float64.")
+    return max(distance, 0.0)  # rounding may leave -1e-9 for equal sets
 
 
 def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int) -> float:

@@ -70,15 +70,19 @@ def nearest_of(rows: Tensor, others: Tensor, *, count: int) -> tuple[Tensor, Ten
     return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])
 
 
-def linear_cka(first: Tensor, second: Tensor) -> float:
+def linear_cka(first: Tensor, second: Tensor) -> float | None:
     """Compare two sets of rows (N, D1) and (N, D2) of the same things: 1 for rotated copies, near 0 if unrelated.
+
+    Returns:
+        None where all rows of a set are one, such as embeddings that begin as a mean: they have no directions.
 
     Source: Kornblith et al. 2019, linear centred kernel alignment.
     """
     first, second = (rows.double() - rows.double().mean(0) for rows in (first, second))
     # By features (D1, D2), not by pairs (N, N): the value is the same, and codes are many more than dimensions.
     cross = (first.T @ second).norm() ** 2
-    return float(cross / ((first.T @ first).norm() * (second.T @ second).norm()))
+    both = float((first.T @ first).norm() * (second.T @ second).norm())
+    return float(cross) / both if both else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class SideNearness:
     nearest_tokens: list[list[str]]
     """Of each code, nearest first."""
     cka: float | None
-    """Linear CKA of image embeddings before and after; None without a model to compare with."""
+    """Linear CKA of image embeddings before and after; None without a model to compare with, or of equal rows."""
 
     @property
     def random_nearer(self) -> float:

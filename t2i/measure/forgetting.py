@@ -1,6 +1,5 @@
 """Forgetting: held-out text loss, probability that leaks to image codes, and completions."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError
 from t2i.files import write_json
+from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states
 from t2i.runs.loading import find, open_model
@@ -49,12 +49,12 @@ class TextCost:
     @property
     def perplexity(self) -> float:
         """Per token, over the whole vocabulary."""
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
     @property
     def perplexity_text_rows(self) -> float:
         """Per token, over the text vocabulary."""
-        return math.exp(self.loss_text_rows)
+        return perplexity_of(self.loss_text_rows)
 
     def to_json(self) -> dict[str, float]:
         """Give it the form of a cost in forgetting.json."""
@@ -72,7 +72,7 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
             documents or the held-out captions of images are read.
 
     Raises:
-        DataError: the text is shorter than one sequence, or its ids are of another tokenizer.
+        DataError: the text is shorter than one sequence, has no held-out part, or its ids are of another tokenizer.
     """
     folder = Path(text)
     if not (folder / MANIFEST).is_file():
@@ -80,6 +80,8 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
     elif (manifest := read_manifest(folder)).is_text:
         check_text_tokenizer(folder, manifest=manifest, tokenizer=tokenizer)
         samples = list(read_split(folder, "heldout"))
+        if not samples:
+            raise DataError(f"{text} has no held-out sequence; prepare it with a larger --heldout-share.")
         # Spread evenly: neighbours are of one document.
         samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]
         return torch.stack([torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples])

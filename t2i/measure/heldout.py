@@ -12,6 +12,7 @@ from t2i.data.shards.integrity import Sample
 from t2i.data.shards.reader import read_split
 from t2i.distributed.collectives import rank_and_size
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
+from t2i.measure.shuffled import unrelated
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.metrics_log import MetricsRow
@@ -32,7 +33,7 @@ class CaptionMeter:
     own: float | None
     """Under the matched caption; None for a split without images."""
     wrong: float | None
-    """Under the shuffled caption, that of another image; None with fewer than two images."""
+    """Under the shuffled caption, another text that is of another image; None if an image has none."""
     empty: float | None
     """Under the null caption."""
     text: float | None
@@ -90,11 +91,13 @@ def heldout_text_rows(
     batch_size: int = 32,
     should_stop: ShouldStop = never,
 ) -> list[MetricsRow]:
-    """Measure the held-out sequences of text shards; a row for metrics.jsonl.
+    """Measure the held-out sequences of text shards; a row for metrics.jsonl, none where nothing is held out.
 
     With several ranks, each takes whole batches. Sum and count are reduced once.
     """
-    samples = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
+    samples = list(read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote))
+    if not samples:  # prepared with nothing held out
+        return []
     ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)
     rank, world_size = rank_and_size()
     # Whole batches per rank: the last bits of a product depend on its shape, so any number of ranks gives one result.
@@ -132,12 +135,20 @@ def caption_meter(
         Interrupted: should_stop asked for it.
     """
     own = [torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples]
-    # Shuffled by half the split and not by one: neighbours may be captions of one image, or views of it. A fixed shift
-    # gives no image its matched caption, and the same pairs at every step, so that no new draw adds noise to the curve.
-    half = len(own) // 2
-    captions = {"own": own, "wrong": own[half:] + own[:half], "empty": [ids[:0] for ids in own]}
-    # One image has no other's caption: shifted by nothing, its matched loss would be reported as the shuffled one.
-    kinds = [kind for kind in CAPTIONS if kind != "wrong" or half > 0]
+    # Shifted by half the split and not by one: neighbours may be views of one image. A fixed shift gives the same pairs
+    # at every step, so that no new draw adds noise to the curve.
+    others = unrelated(
+        [tuple(ids.tolist()) for ids in own],
+        [sample["codes"].tobytes() for sample in samples],
+        shift=len(own) // 2,
+    )
+    captions = {
+        "own": own,
+        "wrong": [own[place] for place in others or []],
+        "empty": [ids[:0] for ids in own],
+    }
+    # Where all captions are one, its matched loss would be reported as the shuffled one.
+    kinds = [kind for kind in CAPTIONS if kind != "wrong" or others]
     rank, world_size = rank_and_size()
     starts = range(rank * batch_size, len(samples), world_size * batch_size)
 

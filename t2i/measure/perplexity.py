@@ -1,6 +1,7 @@
 """Held-out perplexity by kind of token, and image loss by position on the code grid."""
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -13,7 +14,7 @@ from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import fetch_shards, read_split
-from t2i.errors import DataError, UserError
+from t2i.errors import DataError, NumericalError, UserError
 from t2i.files import write_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
@@ -23,6 +24,7 @@ from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.sequence import Mode, next_token_labels
 
 PERPLEXITY = "perplexity.json"
+LARGEST_NATS = math.log(sys.float_info.max)
 
 
 def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> DataConfig:
@@ -206,4 +208,18 @@ def _cost(nats: float, count: float) -> TokenCost | None:
     """Divide a sum in nats by its tokens; None where no token was counted."""
     if not count:
         return None
-    return TokenCost(tokens=count, nats=nats / count, perplexity=math.exp(nats / count))
+    return TokenCost(tokens=count, nats=nats / count, perplexity=perplexity_of(nats / count))
+
+
+def perplexity_of(nats: float) -> float:
+    """Exponentiate a loss in nats per token.
+
+    Raises:
+        NumericalError: the loss or its exponential is not finite.
+    """
+    # JSON has no word for either, and what reads the file would stop at it.
+    if not nats < LARGEST_NATS:
+        raise NumericalError(
+            f"The loss is {nats:.4g} nats per token, which has no perplexity: the model diverged."
+        )
+    return math.exp(nats)

@@ -103,8 +103,9 @@ class ClipScores:
     rule: str
     """How it is computed, in words."""
     rows: dict[str, float]
-    other_captions: float
-    """Of the model's images under each other's captions: the control, a score that no caption can explain."""
+    other_captions: float | None
+    """Of the model's images under captions of other images: the control, a score that no caption can explain. None
+    where all captions are one."""
 
     def to_json(self) -> dict[str, object]:
         """Give them the form of entries of scores.json."""

@@ -34,6 +34,7 @@ from t2i.measure.protocol import (
     Scores,
     Subject,
 )
+from t2i.measure.shuffled import unrelated
 from t2i.model.backbone import made_of
 from t2i.runs.loading import OpenedModel
 
@@ -63,6 +64,8 @@ class Task:
     reference: Reference
     own_places: list[int] | None = None
     """Indices of these images in the reference; None where the reference has none of them."""
+    image_ids: list[int] | None = None
+    """The real image of each caption; None where each caption has its own."""
 
 
 @dataclass(frozen=True)
@@ -263,21 +266,24 @@ def _clip_scores(
     drawn: dict[str, list[Path]],
     clip: Clip,
 ) -> ClipScores:
-    captions = embed_captions(list(task.captions.values()), clip)  # (N, D)
+    texts = list(task.captions.values())
+    captions = embed_captions(texts, clip)  # (N, D)
+    others = unrelated(texts, task.image_ids or list(task.captions), shift=1)
     made: dict[str, Images] = {
         **drawn,
         # As many as its distance is of. Real images come in the order of their captions, so the two line up.
         "real": islice(task.own, rows["real"].n),
         "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
     }
-    scores = {}
-    for row, images in made.items():
-        embedded = embed_images(images, clip)  # (M, D), M <= N
-        scores[row] = clip_score(embedded, captions[: len(embedded)])
-        if row == "model":
-            # The control of a CLIP score: unrelated images and captions score well above 0 too.
-            others = clip_score(embedded, captions.roll(1, dims=0))
-    return ClipScores(clip.name, clip.weights_sha256, rule=CLIP_RULE, rows=scores, other_captions=others)
+    embedded = {row: embed_images(images, clip) for row, images in made.items()}  # (M, D), M <= N
+    return ClipScores(
+        clip.name,
+        clip.weights_sha256,
+        rule=CLIP_RULE,
+        rows={row: clip_score(images, captions[: len(images)]) for row, images in embedded.items()},
+        # The control of a CLIP score: unrelated images and captions score well above 0 too.
+        other_captions=clip_score(embedded["model"], captions[others]) if others else None,
+    )
 
 
 def _with_clip(row: RowScore, clip_score: float | None) -> RowScore:

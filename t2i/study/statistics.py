@@ -66,7 +66,11 @@ class PairedTest:
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Test whether two arms differ at one point, given a value per seed in the same order of seeds."""
+    """Test whether two arms differ at one point, given a value per seed in the same order of seeds.
+
+    Raises:
+        ValueError: the arms have different numbers of seeds, or none.
+    """
     # Paired: seeds move a loss by more than most arms do, and both arms of a seed alike. Unpaired, that spread would
     # hide the difference.
     differences = _paired(np.asarray(first, dtype=float), np.asarray(second, dtype=float))
@@ -134,7 +138,7 @@ class Worth:
     low: float
     high: float
     factor: float
-    """Tokens of the second arm over tokens of the first."""
+    """Tokens of the second arm over tokens of the first; nan where extra_tokens is, or where the first has none."""
     num_reached: int
     """Seeds of the second arm that reach it."""
     is_earlier: bool
@@ -176,7 +180,8 @@ def worth_in_tokens(
                 extra_tokens=float(extra.mean()),
                 low=float(extra.mean()) - half,
                 high=float(extra.mean()) + half,
-                factor=float((needed / tokens[column]).mean()),
+                # A loss that was measured before the first step took no tokens, of which nothing is a multiple.
+                factor=float((needed / tokens[column]).mean()) if tokens[column] else float("nan"),
                 num_reached=num_reached,
                 is_earlier=is_earlier,
             )
@@ -210,6 +215,8 @@ def rank_agreement(first: Sequence[float], second: Sequence[float]) -> float:
 def _paired(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     if first.shape != second.shape:
         raise ValueError(f"paired arms have shapes {first.shape} and {second.shape}; expected equal ones.")
+    if not len(first):
+        raise ValueError("paired arms have no seed; expected at least one.")
     return first - second
 
 

@@ -149,6 +149,13 @@ def test_floors_equal_a_counted_twin():
     )
 
 
+def test_a_single_code_per_image_costs_by_its_own_frequency_alone():
+    floors = code_floors({"train": np.array([[0], [0], [1]]), "heldout": np.array([[0]])}, codebook_size=2)
+    unigram = -np.log((2 + 1 / 2) / (3 + 1))
+    assert floors["heldout"]["bigram"] == floors["heldout"]["unigram"] == pytest.approx(unigram)
+    assert all(np.isfinite(cost) for split in floors.values() for cost in split.values())
+
+
 def loader_of(shard_folder: Path, tokenizer, **changes) -> StepLoader:
     config = DataConfig(shards=shard_folder, **{"seq_len": 90, **changes})
     layout = VocabLayout(num_text_rows=2048, num_text_tokens=2048, codebook_size=512)

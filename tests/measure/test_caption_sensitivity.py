@@ -50,6 +50,14 @@ def test_one_image_has_no_shuffled_caption_to_be_measured_under(measure, samples
     assert facts["captions_heard"]["heldout"]["wrong"] is None
 
 
+def test_images_of_one_caption_have_no_shuffled_one(measure, model):
+    config = data_of(model, shards=None, mode=None)
+    both = list(read_split(config.shards, "heldout", num_samples=2))
+    both[1]["caption_ids"] = both[0]["caption_ids"]
+    alike = measure(both)
+    assert (alike.num_pictures, alike.wrong) == (2, None)
+
+
 def test_no_image_has_no_loss(measure):
     assert measure([]) == CaptionMeter(num_pictures=0, own=None, wrong=None, empty=None, text=None)
 

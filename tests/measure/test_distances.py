@@ -101,6 +101,24 @@ def test_kernel_distance_of_small_sets_is_the_unbiased_mmd_of_the_whole_sets():
     assert kernel_distance(a, b + 0.5, seed=0) == pytest.approx(slow_kernel_distance(a, b + 0.5), rel=1e-9)
 
 
+@pytest.mark.parametrize("n", range(2, 11))
+def test_distances_of_two_to_ten_images_are_finite_and_those_of_the_slow_way(n):
+    a, b = np.random.default_rng(n).normal(size=(2, n, 40))
+    b += 0.5
+    assert kernel_distance(a, b, seed=0) == pytest.approx(slow_kernel_distance(a, b), rel=1e-9)
+    centred = [(x - x.mean(0)) / np.sqrt(n - 1) for x in (a, b)]
+    overlap = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((x**2).sum() for x in centred) - 2 * overlap
+    # Roots of eigenvalues of rank n - 1: 1e-10 is seen.
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(wanted, rel=1e-7)
+
+
+def test_features_whose_squares_are_no_numbers_are_refused():
+    features = statistics(np.array([[1e200], [-1e200]]))
+    with pytest.raises(ValueError, match="too large"):
+        frechet_distance(features, features)
+
+
 def test_kernel_distance_depends_on_its_seed_alone_and_leaves_the_global_generator_alone():
     a = gaussian_features(n=60, dims=8, seed=1)
     b = gaussian_features(n=40, dims=8, seed=2)

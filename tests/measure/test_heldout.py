@@ -38,7 +38,8 @@ def model_of(layout):
 def samples_of(count):
     rng = np.random.default_rng(1)
     return [
-        {"caption_ids": rng.integers(0, 18, 1 + index % 4), "codes": rng.integers(0, 9, 4)}
+        # The last id is the sample's own, so that no two captions are one.
+        {"caption_ids": np.append(rng.integers(0, 18, index % 4), index), "codes": rng.integers(0, 9, 4)}
         for index in range(count)
     ]
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
 import evaluate
 request = json.load(open(sys.argv[1]))
 frechet = evaluate.load("t2i/measure/metrics/frechet_distance")
@@ -30,7 +31,16 @@ for file in request["files"]:
     frechet.add(prediction=file)
 pictures = frechet.compute(reference=request["reference_files"], features="efficientnet_lite0")
 texts = perplexity.compute(predictions=request["texts"], model_id=request["model"], device="cpu")
-print(json.dumps([given, pictures, texts]))
+paths = frechet.compute(
+    predictions=list(map(Path, request["files"])), reference=list(map(Path, request["reference_files"]))
+)
+said = []
+for metric, others in ((frechet, {"reference": []}), (perplexity, {"model_id": "none"})):
+    try:
+        metric.compute(predictions=[], **others)
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps([given, pictures, texts, paths, said]))
 """
 
 
@@ -66,7 +76,7 @@ def request_and_answer(model_folder, tmp_path_factory):
 
 
 def test_frechet_distance_of_rows_is_ours_for_sets_of_different_size(request_and_answer):
-    request, (given, _, _) = request_and_answer
+    request, (given, *_) = request_and_answer
     wanted = frechet_distance(
         statistics(np.array(request["rows"])), statistics(np.array(request["reference_rows"]))
     )
@@ -76,7 +86,7 @@ def test_frechet_distance_of_rows_is_ours_for_sets_of_different_size(request_and
 
 
 def test_frechet_distance_of_files_names_its_features(request_and_answer):
-    request, (_, pictures, _) = request_and_answer
+    request, (_, pictures, _, paths, _) = request_and_answer
     extractor = load_features("efficientnet_lite0")
     made, real = (
         statistics(extract(map(Path, request[name]), extractor, batch_size=32))
@@ -85,10 +95,18 @@ def test_frechet_distance_of_files_names_its_features(request_and_answer):
     # float32 features of another process, whose number of threads may differ
     assert pictures["fd_efficientnet_lite0"] == pytest.approx(frechet_distance(made, real), rel=1e-4)
     assert "fid" not in pictures
+    assert paths == pictures  # files may be given as paths
+
+
+def test_without_predictions_there_is_a_sentence(request_and_answer):
+    assert request_and_answer[1][4] == [
+        "frechet_distance has no predictions; expected image files or rows of features.",
+        "perplexity has no predictions; expected texts.",
+    ]
 
 
 def test_perplexity_is_that_of_the_logits(request_and_answer):
-    request, (_, _, texts) = request_and_answer
+    request, (_, _, texts, *_) = request_and_answer
     tokenizer = TextTokenizer.load(Path(request["model"]))
     model = OpenLMForCausalLM.from_pretrained(request["model"]).eval()
     nats, perplexities = [], []

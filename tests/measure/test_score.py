@@ -1,5 +1,8 @@
 """Yardsticks beside a model's images: each compared with what it says, by features and captions that are known."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from t2i.measure.clip import Clip
 from t2i.measure.feature_cache import Reference
 from t2i.measure.features import FeatureExtractor
 from t2i.measure.images import Pictures
-from t2i.measure.protocol import DrawingFacts
+from t2i.measure.protocol import DrawingFacts, RowScore
 from t2i.measure.score import Drawing, Rulers, Task, draw_rows, score
 from t2i.runs.loading import open_model
 
@@ -60,6 +63,23 @@ def test_the_shuffled_row_is_drawn_from_the_captions_of_others(task, drawing, mo
     shuffled = drawn["draw shuffled"]
     assert [*shuffled] == [*NAMES] and sorted(shuffled.values()) == sorted(task.captions.values())
     assert all(shuffled[name] != task.captions[name] for name in NAMES)
+
+
+def test_no_image_is_scored_under_another_caption_of_itself(task, monkeypatch):
+    # Two captions of each of two images, side by side as in a list that goes on with second captions.
+    both = replace(task, captions=dict.fromkeys("abcd", ""), image_ids=[7, 7, 2, 2])
+    both.captions.update({name: f"caption {name}" for name in both.captions})
+    of_image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    monkeypatch.setattr(scoring, "embed_captions", lambda captions, clip: of_image)
+    monkeypatch.setattr(scoring, "embed_images", lambda arrays, clip: of_image)
+    checkpoint = SimpleNamespace(needed_image_tokenizer=lambda: None)
+    rows = {"real": RowScore("", n=2, measures={})}
+    clip = Clip("a test", "none", None, None, None)
+    found = scoring._clip_scores(rows, checkpoint, both, drawn={"model": []}, clip=clip)
+    assert (found.rows["model"], found.other_captions) == (100, 0)
+    alike = replace(both, captions=dict.fromkeys("abcd", "one caption"))
+    found = scoring._clip_scores(rows, checkpoint, alike, drawn={"model": []}, clip=clip)
+    assert found.other_captions is None and found.to_json()["clip_score_other_captions"] is None
 
 
 def mean_colours(arrays):

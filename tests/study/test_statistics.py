@@ -1,5 +1,7 @@
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,40 @@ from t2i.study.statistics import (
     tokens_to_reach,
     worth_in_tokens,
 )
+
+REPORTS = sorted((Path(__file__).parents[2] / "docs" / "study").glob("*/report.md"))
+
+
+def student_cdf(at, freedom):
+    """Integrate Student's density by Simpson's rule from 0, where the distribution is a half."""
+    x = np.linspace(0, at, 20_001)
+    norm = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+    density = norm * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    weights = np.r_[1, np.tile([4, 2], 9_999), 4, 1]
+    return 0.5 + float(density @ weights) * at / 20_000 / 3
+
+
+def student_quantile(freedom):
+    """Bisect for the 97.5% quantile."""
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if student_cdf(middle, freedom) > 0.975 else (middle, high)
+    return low
+
+
+def power(shift, count):
+    """Integrate the chance of a find over all deviations that `count` draws can have, with no non-central t."""
+    freedom = count - 1
+    x = np.linspace(
+        0, 15, 60_001
+    )  # of chi with at most 9 degrees of freedom, whose tail there is below 1e-40
+    chi = x ** (freedom - 1) * np.exp(-(x**2) / 2) / 2 ** (freedom / 2 - 1) / math.gamma(freedom / 2)
+    above = np.array(
+        [math.erfc(one / math.sqrt(2)) / 2 for one in student_quantile(freedom) * x / freedom**0.5 - shift]
+    )
+    weights = np.r_[1, np.tile([4, 2], 29_999), 4, 1]
+    return float((chi * above) @ weights) * 15 / 60_000 / 3
 
 
 def test_the_average_equals_the_weighted_sum_it_stands_for():
@@ -71,6 +107,25 @@ def test_the_paired_test_equals_scipys():
         paired_test(first, second[:4])
 
 
+@pytest.mark.parametrize("count", range(2, 11))
+def test_intervals_and_p_values_of_few_seeds_are_those_of_students_integral(count):
+    rng = np.random.default_rng(count)
+    first, second = rng.normal(size=(2, count))
+    found = paired_test(first, second)
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = sum(differences) / count
+    error = math.sqrt(sum((one - mean) ** 2 for one in differences) / (count - 1) / count)
+    half = student_quantile(count - 1) * error
+    assert (found.low, found.mean, found.high) == pytest.approx((mean - half, mean, mean + half), abs=1e-8)
+    assert found.p_value == pytest.approx(2 - 2 * student_cdf(abs(mean) / error, count - 1), abs=1e-8)
+
+
+def test_arms_without_a_seed_are_refused():
+    for compare in (paired_test, lambda a, b: difference_curve(np.ones((0, 3)), np.ones((0, 3)))):
+        with pytest.raises(ValueError, match="have no seed; expected at least one"):
+            compare([], [])
+
+
 def test_seeds_that_agree_exactly_decide_exactly():
     assert paired_test([1.0, 2.0], [1.0, 2.0]).verdict == "no difference seen"
     assert paired_test([1.0, 2.0], [2.0, 3.0]).p_value == 0.0
@@ -84,6 +139,42 @@ def test_the_smallest_detectable_difference_is_found_four_times_in_five(num_seed
     found = float((stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean())
     # Four standard errors of a share of 0.8 over 4,000 draws are 0.025.
     assert found == pytest.approx(0.8, abs=0.025)
+
+
+@pytest.mark.parametrize("count", range(2, 11))
+def test_the_smallest_detectable_difference_has_the_power_that_it_is_said_to_have(count):
+    shift = smallest_detectable(3.0, num_seeds=count) / 3 * math.sqrt(count)
+    # The search ends within 2e-12 of the shift, and the quantile above within 1e-9.
+    assert power(shift, count) == pytest.approx(0.8, abs=1e-7)
+
+
+def test_the_smallest_detectable_difference_of_few_seeds_is_what_was_published_elsewhere():
+    assert smallest_detectable(1.0, num_seeds=2) == pytest.approx(11.5499, abs=5e-5)
+    assert smallest_detectable(1.0, num_seeds=3) == pytest.approx(3.2640, abs=5e-5)
+    assert smallest_detectable(0.0, num_seeds=3) == 0
+    assert all(math.isnan(smallest_detectable(1.0, num_seeds=count)) for count in (0, 1))
+    assert math.isnan(paired_test([1.0], [0.0]).smallest_detectable)
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda file: file.parent.name)
+def test_the_published_reports_say_what_their_intervals_follow_to(report):
+    def detectable(low, high, count):
+        half = (float(high) - float(low)) / 2
+        return (
+            half / student_quantile(count - 1) * smallest_detectable(1.0, num_seeds=count) * math.sqrt(count)
+        )
+
+    interval, rounded = r"\(95%: ([+-][\d.]+) to ([+-][\d.]+)\)", 5e-4  # of two bounds with four decimals
+    sentence = rf"{interval}, paired t-test over (\d+) seeds: .*?(?:difference of|power is) ([\d.]+) nats"
+    found = re.findall(sentence, report.read_text())
+    for low, high, count, said in found:
+        assert float(said) == pytest.approx(detectable(low, high, int(count)), abs=rounded)
+    for low, high, said in re.findall(
+        rf"{interval} \| [\d.e-]+ \| [\d.e-]+ \| ([\d.]+) \|", report.read_text()
+    ):
+        # The table does not say how many seeds; the studies have two and three.
+        assert any(float(said) == pytest.approx(detectable(low, high, n), abs=rounded) for n in (2, 3))
+    assert len(found) >= 3
 
 
 def test_tokens_to_reach_equals_a_walk_along_the_curve():
@@ -121,6 +212,14 @@ def test_a_loss_that_was_passed_before_the_first_measurement_is_worth_nothing_kn
     first, second = worth_in_tokens(tokens, behind, ahead, at=[0, 1])
     assert (first.is_earlier, first.num_reached, math.isnan(first.extra_tokens)) == (True, 1, True)
     assert (second.is_earlier, second.extra_tokens) == (False, pytest.approx(-100))
+
+
+def test_what_was_measured_before_the_first_step_has_no_multiple():
+    ahead, behind = np.array([[3.0, 2.0, 1.0]]), np.array([[4.0, 2.5, 2.0]])
+    start, middle, _ = worth_in_tokens([0, 100, 200], ahead, behind, at=[0, 1, 2])
+    assert (start.first_tokens, start.extra_tokens) == (0, pytest.approx(200 / 3))
+    assert math.isnan(start.factor)
+    assert (middle.extra_tokens, middle.factor) == (100, 2)
 
 
 def test_orders_agree_from_one_to_minus_one():

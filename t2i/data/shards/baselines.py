@@ -55,5 +55,7 @@ class _Table:
 def _bigram(rows: np.ndarray, unigram: np.ndarray, table: _Table) -> float:
     """Return the mean cost of an image's codes: the first by unigram, each other after its predecessor."""
     first = float(-np.log(unigram[rows[:, 0]]).mean())
+    if rows.shape[1] == 1:  # a code that stands alone has no predecessor, and a mean over none is nan
+        return first
     others = table.cost(rows[:, :-1].ravel(), rows[:, 1:].ravel())
     return (first + others * (rows.shape[1] - 1)) / rows.shape[1]

@@ -1,5 +1,6 @@
 """Frechet distance between two sets of images, or of features, for `evaluate.load`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from t2i.errors import DataError
 from t2i.measure.distances import frechet_distance, sample_size_note, statistics
 from t2i.measure.features import extract, load_features, metric_key
 
@@ -21,7 +23,7 @@ CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions: image files, or rows of features.
+    predictions: image files (as texts or paths), or rows of features.
     reference: the images or rows that they are compared with; their number may differ.
     features: for images, `efficientnet_lite0` or `inception`.
     inception: file of Inception's weights; by default it is downloaded once and hash-checked.
@@ -48,6 +50,20 @@ class FrechetDistance(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1706.08500"],
         )
 
+    def add_batch(self, *, predictions: Sequence[object] | None = None, **others: object) -> None:
+        """Take a batch of images or rows.
+
+        Raises:
+            DataError: it is empty.
+        """
+        if predictions is None or not len(predictions):
+            raise DataError("frechet_distance has no predictions; expected image files or rows of features.")
+        super().add_batch(predictions=[_as_text(one) for one in predictions], **others)
+
+    def add(self, *, prediction: object = None, **others: object) -> None:
+        """Take one image or row."""
+        super().add(prediction=_as_text(prediction), **others)
+
     def _compute(
         self,
         predictions: Sequence[str] | Sequence[Sequence[float]],
@@ -72,3 +88,8 @@ class FrechetDistance(evaluate.Metric):
             "n_reference": len(real),
             "note": sample_size_note(key, n=len(made), dims=made.shape[1]),
         }
+
+
+def _as_text(one: object) -> object:
+    # evaluate knows texts and numbers; of a Path it says that references are missing.
+    return os.fspath(one) if isinstance(one, os.PathLike) else one

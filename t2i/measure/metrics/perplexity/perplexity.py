@@ -1,13 +1,12 @@
 """Perplexity of texts under a t2i model or the language model that it started from, for `evaluate.load`."""
 
-import math
-
 import datasets
 import evaluate
 import torch
 from transformers import PreTrainedModel
 
 from t2i.errors import DataError
+from t2i.measure.perplexity import perplexity_of
 from t2i.model.backbone import head_of, hidden_states
 from t2i.model.loss import token_losses
 from t2i.runs.loading import open_model
@@ -39,16 +38,18 @@ class Perplexity(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], model_id: str, device: str | None = None) -> dict[str, object]:
+        if not predictions:
+            raise DataError("perplexity has no predictions; expected texts.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         opened = open_model(model_id, needs_images=False, device=device)
         sums = [_nats(text, opened.model, opened.text_tokenizer) for text in predictions]
-        perplexities = [math.exp(nats / count) for nats, count in sums]
+        perplexities = [perplexity_of(nats / count) for nats, count in sums]
         num_tokens = sum(count for _, count in sums)
         return {
             "perplexities": perplexities,
             # evaluate's own perplexity reports this mean; papers report the one over all tokens.
             "mean_perplexity": sum(perplexities) / len(perplexities),
-            "perplexity": math.exp(sum(nats for nats, _ in sums) / num_tokens),
+            "perplexity": perplexity_of(sum(nats for nats, _ in sums) / num_tokens),
             "num_tokens": num_tokens,
         }
 
