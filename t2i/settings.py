@@ -49,6 +49,13 @@ class Names:
     suffix: str
 
 
+@dataclass(frozen=True)
+class FormerDefault:
+    """A default of earlier releases: a run that was begun under it resumes under today's."""
+
+    value: object
+
+
 def hints_of(kind: type) -> dict[str, Hint]:
     """Return the annotations of a dataclass with their metadata, by field."""
     hints = get_type_hints(kind, include_extras=True)
@@ -209,9 +216,18 @@ def changed_settings(
         if isinstance(old, Mapping) and isinstance(new, Mapping) and is_dataclass(hints.get(key)):
             changed += changed_settings(old, new, kind=hints[key], prefix=f"{prefix}{key}.")
         # Names on the hub have a prefix since 0.1.0: the same model, written anew.
-        elif old != new and new != f"hf:{old}":
+        elif (
+            old != new
+            and new != f"hf:{old}"
+            and not _both_are_defaults(hints.get(key), old, new, defaults.get(key))
+        ):
             changed.append(f"{prefix}{key} is {old} there, {new} here")
     return changed
+
+
+def _both_are_defaults(hint: Hint, old: object, new: object, default: object) -> bool:
+    marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
+    return new == default and FormerDefault(old) in marks
 
 
 def default_values(kind: type) -> dict[str, object]:

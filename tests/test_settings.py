@@ -117,7 +117,7 @@ def test_numbers_that_no_run_can_have_are_refused_together():
         (lambda: TrainConfig(lr=-1), r"^train\.lr is -1; expected a number >= 0\.$"),
         (lambda: TrainConfig(seed=10**20), r"^train\.seed is 1(0){20}; expected a whole number >= 0 and < 2\^63\.$"),
         (lambda: ModelConfig(trainable="half"), "model.trainable is 'half'; expected one of all, embeddings, norms"),
-        (lambda: ModelConfig(new_embeddings="rows.npy"), "random, mean or the path of a .safetensors file"),
+        (lambda: ModelConfig(new_embeddings="rows.npy"), "mean, own, random or the path of a .safetensors file"),
         (lambda: ModelConfig(lora_rank=2, trainable="norms"), "expected all with model.lora_rank 2"),
         (lambda: ModelConfig(control_init="moments"), "model.control_init is moments, but model.init is random"),
         (lambda: DataConfig(mode="images"), "data.mode is 'images'; expected one of text-to-image, image-only"),
@@ -134,9 +134,17 @@ def test_a_refusal_says_key_value_and_what_was_expected(make, sentence):
         make()
 
 
+def test_a_run_begun_under_a_former_default_resumes_under_todays():
+    wanted = plain(ModelConfig())
+    assert changed_settings({**wanted, "new_embeddings": "random"}, wanted, kind=ModelConfig) == []
+    assert changed_settings({**wanted, "new_embeddings": "mean"}, wanted, kind=ModelConfig)
+    asked = plain(ModelConfig(new_embeddings="own"))
+    assert changed_settings({**wanted, "new_embeddings": "random"}, asked, kind=ModelConfig)
+
+
 def test_choices_are_those_of_the_code_that_acts_on_them():
     assert set(get_args(Trainable)) == set(RECIPES)
-    assert set(get_args(ControlInit)) - {"none"} == set(CONTROLS)
+    assert set(get_args(ControlInit)) - {"none", "fresh"} == set(CONTROLS)
     assert get_args(NormType) == NORM_TYPES
     assert set(get_args(Mode)) == set(NUM_MARKERS)
     assert set(get_args(Gpu)) - {"cpu"} == set(GPUS)

@@ -4,17 +4,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from t2i.errors import UserError
-from t2i.settings import MAY_CHANGE, Names, check_values
+from t2i.settings import MAY_CHANGE, FormerDefault, Names, check_values
 
 EMBEDDED_SHARDS = Path("data/openmoji64")
 """Where the shards of the embedded images are made on first use."""
 
 Mode = Literal["text-to-image", "image-only", "text-only"]
 Trainable = Literal["all", "embeddings", "norms", "first-half", "feed-forward"]
-ControlInit = Literal["none", "within-tensors", "moments", "layer-order"]
+ControlInit = Literal["none", "fresh", "within-tensors", "moments", "layer-order"]
 Family = Literal["open_lm", "llama", "qwen2", "gpt_neox"]
 NormType = Literal[
     "default_layer_norm",
@@ -84,12 +84,21 @@ class ModelConfig:
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Run the Python code that the folder of model.init brings for its class. Read it first: it can do all that you
     can."""
-    new_embeddings: Annotated[str, Names(("random", "mean"), suffix=".safetensors")] = "random"
-    """Initial embeddings and LM head of the image vocabulary: `random`, `mean` (of those of text), or a .safetensors
-    file such as launchers/align.py makes."""
+    new_embeddings: Annotated[
+        str,
+        Names(("auto", "uniform", "mean", "own", "random"), suffix=".safetensors"),
+        FormerDefault("random"),
+    ] = "auto"
+    """Initial embeddings and LM head of the image vocabulary. `uniform`: where an image code costs what a uniform guess
+    over the vocabulary does. `mean`: at the mean of those of text. `own`: drawn with the mean and deviation of those.
+    `random`: drawn around zero, by open_lm's rule. Or a .safetensors file such as launchers/align.py makes. `auto`:
+    uniform for a loaded model, own with control_init fresh, random with init random."""
     control_init: ControlInit = "none"
-    """Control initialisation, which destroys what model.init knows: shuffle each tensor, redraw it with its moments, or
-    permute the layers."""
+    """Control initialisation, which destroys what model.init knows. `fresh`: the same architecture from scratch, drawn
+    by its class's own rule. Or shuffle each tensor, redraw it with its moments, or permute the layers."""
+    init_std: Annotated[float | None, Gt(0), Le(10)] = None
+    """Deviation of the weights that control_init fresh draws, for classes with an initializer_range. None: the one in
+    config.json, where a converted model may have transformers' default and not its own."""
     trainable: Trainable = "all"
     """Trainable parameters (paper, Figure 6): all; the embeddings and LM head; these and the norms; these two and the
     first half of the layers, or the feed-forward part of every layer."""
@@ -113,6 +122,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, group="model")
+        if self.init_std is not None and self.control_init != "fresh":
+            raise UserError(f"model.init_std is {self.init_std}; expected None unless control_init is fresh.")
         if self.control_init != "none" and self.init == "random":
             raise UserError(f"model.control_init is {self.control_init}, but model.init is random.")
         if self.lora_rank and self.trainable != "all":
@@ -121,6 +132,15 @@ class ModelConfig:
                 f"model.trainable is {self.trainable}; expected all with model.lora_rank {self.lora_rank}, which trains"
                 " adapters and new embeddings only."
             )
+
+    @property
+    def new_embeddings_kind(self) -> str:
+        """The word or file that new_embeddings stands for, which `auto` leaves to the start."""
+        if self.new_embeddings != "auto":
+            return self.new_embeddings
+        if self.init == "random":
+            return "random"
+        return "own" if self.control_init == "fresh" else "uniform"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ class AlignConfig:
     """Initial temperature that similarities are divided by; it is trained."""
     save_every: Annotated[int, Ge(1)] = 50
     """Steps between saves to resume from; held-out retrieval is measured at each."""
+    placement: Literal["uniform", "zero"] = "uniform"
+    """Where the aligned embeddings lie. `uniform`: around the mean of those of text, so that an image code costs what a
+    uniform guess does. `zero`: around zero."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the initial embeddings and the sample order."""
 

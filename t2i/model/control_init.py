@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from t2i.config import ControlInit
 from t2i.errors import UserError
 from t2i.model.trainable import layers_of
 
 
 @torch.no_grad()
-def control_init(model: nn.Module, *, kind: ControlInit, seed: int) -> None:
+def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
     """Turn a model's weights into a control, in place.
 
     Args:
@@ -68,4 +67,4 @@ CONTROLS: dict[str, Callable[[nn.Module, Generator], None]] = {
     "moments": _redraw,
     "layer-order": _move_layers,
 }
-"""Function for each choice of model.control_init except `none`."""
+"""Function for each choice of model.control_init except `none` and `fresh`, which needs no weights to begin with."""

@@ -1,5 +1,6 @@
 """Grow a language model's vocabulary by image codes; its own embeddings and LM head stay equal bit for bit."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast
 
@@ -14,14 +15,17 @@ from t2i.model.trainable import merge_lora
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
 
 
-def new_rows(
-    old: Tensor, *, count: int, kind: Literal["random", "mean"], generator: torch.Generator
-) -> Tensor:
+Kind = Literal["random", "own", "mean", "uniform"]
+"""How new embeddings are drawn, where they are not read from a file."""
+
+
+def new_rows(old: Tensor, *, count: int, kind: Kind, generator: torch.Generator) -> Tensor:
     """Make embeddings (count, D) to put after the embeddings `old` (V, D).
 
     Args:
         kind: "random": open_lm's initialisation, a normal of deviation D^-0.5 truncated at three deviations;
-            "mean": the mean of the old ones plus noise of a hundredth of their deviation.
+            "own": a normal of the mean and deviation of the old ones, per dimension; "mean" and "uniform": their mean
+            plus a hundredth of that deviation.
     """
     width = old.shape[1]
     if kind == "random":
@@ -29,17 +33,20 @@ def new_rows(
         rows = torch.empty(count, width)
         # Drawn in fp32 and cast, so that a seed gives the same values in every precision.
         return nn.init.trunc_normal_(rows, std=std, a=-3 * std, b=3 * std, generator=generator).to(old.dtype)
-    # Noise, because equal embeddings would get equal gradients and stay equal.
-    jitter = torch.randn(count, width, generator=generator) * old.float().std(0) * 0.01
-    return (old.float().mean(0) + jitter).to(old.dtype)
+    # Some noise in any case, because equal embeddings would get equal gradients and stay equal.
+    scale = 1.0 if kind == "own" else 0.01
+    noise = torch.randn(count, width, generator=generator) * old.float().std(0) * scale
+    return (old.float().mean(0) + noise).to(old.dtype)
 
 
-def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed: int) -> None:
+def grow_vocabulary(
+    model: PreTrainedModel, *, vocab_size: int, rows: str | Mapping[str, Tensor], seed: int
+) -> None:
     """Grow the embeddings and the LM head of any causal LM, in place, to vocab_size ids.
 
     Args:
-        rows: "random", "mean", or a .safetensors file with input_rows and, for an untied head, output_rows, each
-            (new ids, D).
+        rows: one of Kind, or input_rows and, for an untied head, output_rows, each (new ids, D), or a .safetensors
+            file of these.
 
     Raises:
         UserError: the vocabulary is larger already, or the file's tensors have another shape.
@@ -54,29 +61,38 @@ def grow_vocabulary(model: PreTrainedModel, *, vocab_size: int, rows: str, seed:
         raise UserError(
             f"the model has {len(old_input)} embeddings; expected <= {vocab_size}, those of the layout."
         )
-    # Asked before the resize, of the tensors themselves: config.tie_word_embeddings may say otherwise.
-    is_tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    is_tied = OUTPUT_ROWS not in ends_of(model)
     generator = torch.Generator().manual_seed(seed)
-    given = {}
-    if Path(rows).suffix == ".safetensors":
+    given = rows
+    if isinstance(rows, str) and Path(rows).suffix == ".safetensors":
         if not Path(rows).is_file():
             raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
         given = load_file(rows)
     # transformers makes the modules larger and keeps ties; its own values for the new ids are overwritten below.
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    sides = [(INPUT_ROWS, old_input, model.get_input_embeddings())]
-    if not is_tied:
-        sides.append((OUTPUT_ROWS, old_output, model.get_output_embeddings()))
-    for name, old, module in sides:
-        if given:
-            added = _given(given, name, rows, shape=(count, old.shape[1]))
-        else:
+    sides = [(INPUT_ROWS, old_input)] + ([] if is_tied else [(OUTPUT_ROWS, old_output)])
+    for (name, old), weight in zip(sides, ends_of(model).values(), strict=True):
+        if isinstance(given, str):
             # ModelConfig allows no other words.
-            kind = cast(Literal["random", "mean"], rows)
-            added = new_rows(old, count=count, kind=kind, generator=generator)
+            added = new_rows(old, count=count, kind=cast(Kind, given), generator=generator)
+        else:
+            added = _given(
+                given, name, rows if isinstance(rows, str) else "a mapping", shape=(count, old.shape[1])
+            )
         with torch.no_grad():
-            module.weight[: len(old)] = old  # (V0, D)
-            module.weight[len(old) :] = added  # (V - V0, D)
+            weight[: len(old)] = old  # (V0, D)
+            weight[len(old) :] = added  # (V - V0, D)
+
+
+def ends_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the input embeddings and, where it is not tied to them, the LM head, each (V, D)."""
+    # By the tensors themselves: config.tie_word_embeddings may say otherwise.
+    embedding, head = cast(
+        tuple[Tensor, Tensor],
+        (model.get_input_embeddings().weight, model.get_output_embeddings().weight),
+    )
+    ends = {INPUT_ROWS: embedding}
+    return ends if head is embedding else ends | {OUTPUT_ROWS: head}
 
 
 def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
@@ -86,7 +102,7 @@ def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
     model.generation_config.suppress_tokens = ids or None
 
 
-def _given(tensors: dict[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:
+def _given(tensors: Mapping[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:
     if name not in tensors:
         raise UserError(f"model.new_embeddings: {file} has no tensor {name}; it has {', '.join(tensors)}.")
     if tuple(tensors[name].shape) != shape:

@@ -19,7 +19,8 @@ from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import write_json
-from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, new_rows
+from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
+from t2i.model.uniform_start import Probe, shift_to_uniform
 from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
@@ -70,13 +71,18 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         seed=config.seed,
         tokenizer=tokenizer,
     )
-    _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
+    has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
     summary = {
         name: heldout_retrieval(side, heldout) | {"temperature": side.temperature}
         for name, side in sides.items()
     }
     if is_first:
-        save_file(_all_rows(sides, start=start, seed=config.seed), run.run_dir / ROWS_FILE)
+        # A finished alignment is left alone, also one whose embeddings were placed by an older rule.
+        if has_learned or not (run.run_dir / ROWS_FILE).exists():
+            rows = _all_rows(sides, start=start, config=config)
+            if config.placement == "uniform":
+                rows = _placed(rows, start=start, codes_per_image=manifest.codes_per_image, seed=config.seed)
+            save_file(rows, run.run_dir / ROWS_FILE)
         write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(config)})
         write_status(run.run_dir, state="done", step=config.max_steps, code=0)
     if lock is not None:
@@ -125,12 +131,13 @@ class _State:
 
 def _train(
     sides: dict[str, AlignedRows], *, config: AlignConfig, loader: StepLoader, heldout: Tensor, run_dir: Path
-) -> None:
+) -> bool:
+    """Train up to max_steps; tell whether there was a step left to take."""
     modules = nn.ModuleDict(sides)
     state = _State(modules, torch.optim.Adam(modules.parameters(), lr=config.lr), loader)
     first_step = _restore(run_dir / STATE_FILE, state)
     if first_step == config.max_steps:
-        return
+        return False
     writer = MetricsWriter(run_dir) if dist.get_rank() == 0 else None
     if writer:
         writer.start(step=first_step if first_step else -1)
@@ -147,6 +154,7 @@ def _train(
                 _save(run_dir / STATE_FILE, state, step=step)
     if writer:
         writer.close()
+    return True
 
 
 def _step(
@@ -193,18 +201,32 @@ def _restore(path: Path, state: _State) -> int:
     return int(saved["step"])
 
 
-def _all_rows(sides: dict[str, AlignedRows], *, start: Start, seed: int) -> dict[str, Tensor]:
-    """Put the aligned image embeddings among the other new ones, which are random as grow_vocabulary makes them."""
-    layout, generator = start.layout, torch.Generator().manual_seed(seed)
+def _all_rows(sides: dict[str, AlignedRows], *, start: Start, config: AlignConfig) -> dict[str, Tensor]:
+    """Put the aligned image embeddings among the other new ones, which are made as grow_vocabulary makes them."""
+    layout, generator = start.layout, torch.Generator().manual_seed(config.seed)
+    at_zero = config.placement == "zero"
     place = layout.first_image_id - start.num_kept
     rows = {}
     for name, side in sides.items():
         count = layout.vocab_size - start.num_kept
         rows[name] = new_rows(
-            side.get_buffer("text_rows").cpu(), count=count, kind="random", generator=generator
+            side.get_buffer("text_rows").cpu(),
+            count=count,
+            kind="random" if at_zero else "uniform",
+            generator=generator,
         )
-        rows[name][place : place + layout.codebook_size] = side.scaled().cpu()
+        rows[name][place : place + layout.codebook_size] = (
+            side.scaled() if at_zero else side.around_text()
+        ).cpu()
     return rows
+
+
+def _placed(rows: dict[str, Tensor], *, start: Start, codes_per_image: int, seed: int) -> dict[str, Tensor]:
+    """Grow start.model by new rows, and shift them until an image code costs what a uniform guess does."""
+    grow_vocabulary(start.model, vocab_size=start.layout.vocab_size, rows=rows, seed=seed)
+    probe = Probe.draw(start.layout, num_old=start.num_kept, codes_per_image=codes_per_image, seed=seed)
+    shift_to_uniform(start.model, probe)
+    return {name: weight.detach()[start.num_kept :].clone() for name, weight in ends_of(start.model).items()}
 
 
 def _device() -> torch.device:

@@ -1,6 +1,7 @@
 """The model to train: randomly initialised or loaded, with its vocabulary grown by the image codes."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,17 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
-from t2i.model.backbone import load_model, made_of, random_model_config
+from t2i.model.backbone import load_model, made_of, random_model_config, read_model_config
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
 from t2i.model.trainable import add_lora, set_trainable
+from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
 from t2i.runs.loading import DATA_MANIFEST, find
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ def build_model(
     )
     model, layout = start.model, start.layout
     if start.num_kept < layout.vocab_size and not manifest.is_text:
-        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings, seed=train.seed)
+        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings_kind, seed=train.seed)
+        if config.init != "random":
+            _begin_fairly(
+                start, config.new_embeddings_kind, codes_per_image=manifest.codes_per_image, seed=train.seed
+            )
         # Padding and unused ids have logits like any other, so generate() could choose them.
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
@@ -102,10 +110,49 @@ def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
 
 
+def _begin_fairly(start: Start, kind: str, *, codes_per_image: int, seed: int) -> None:
+    """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more."""
+    probe = Probe.draw(start.layout, num_old=start.num_kept, codes_per_image=codes_per_image, seed=seed)
+    if kind == "uniform":
+        shift_to_uniform(start.model, probe)
+    cost, uniform = code_cost(start.model, probe), uniform_cost(start.model)
+    # A nat more is usual: logits of a random start differ from one another by about one.
+    if not cost <= uniform + 1:
+        logger.warning(
+            "with model.new_embeddings %s an image code costs %.1f nats before the first step, and a uniform guess over"
+            " the vocabulary %.1f: the first steps pay that debt. `uniform` begins without it, where the model allows.",
+            kind,
+            cost,
+            uniform,
+        )
+
+
+def fresh_start(config: ModelConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
+    """Make a model of model.init's architecture, drawn by its class's own rule, with the vocabulary that can be kept.
+
+    Raises:
+        UserError: model.init_std is given, and the class takes no deviation.
+    """
+    folder, _ = find(config.init)
+    description = read_model_config(folder, trust_remote_code=config.trust_remote_code)
+    if config.init_std is not None:
+        if not hasattr(description, "initializer_range"):
+            raise UserError(
+                f"model.init_std is {config.init_std}; expected None, because {type(description).__name__} draws by a"
+                " rule without such a deviation."
+            )
+        description.initializer_range = config.init_std
+    return _kept_rows(
+        made_of(description), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer
+    )
+
+
 def starting_model(
     config: ModelConfig, *, seq_len: int, seed: int, manifest: Manifest, text_tokenizer: TextTokenizer
 ) -> Start:
     """Make or load the language model, as a control if asked, with the vocabulary that can be kept."""
+    if config.control_init == "fresh":
+        return fresh_start(config, manifest=manifest, text_tokenizer=text_tokenizer)
     if config.init != "random":
         start = loaded_start(
             config.init,

@@ -47,8 +47,12 @@ class AlignedRows(nn.Module):
     def scaled(self) -> Tensor:
         """Return image embeddings (codebook, D), scaled to the mean length of text embeddings."""
         # CLIP's loss normalises, so it says nothing of length; the language model expects that of its text.
-        rows = self.image_rows.detach()
-        return rows * (self.get_buffer("text_rows").norm(dim=-1).mean() / rows.norm(dim=-1).mean())
+        return _as_long(self.image_rows.detach(), self.get_buffer("text_rows"))
+
+    def around_text(self) -> Tensor:
+        """Return image embeddings (codebook, D) around the mean of text embeddings, as far from it as these."""
+        rows, text = self.image_rows.detach(), self.get_buffer("text_rows")
+        return text.mean(0) + _as_long(rows - rows.mean(0), text - text.mean(0))
 
 
 def contrastive_loss(image: Tensor, text: Tensor, *, log_scale: Tensor) -> Tensor:
@@ -92,6 +96,10 @@ def retrieval_accuracy(image: Tensor, text: Tensor) -> dict[str, float]:
         "text_to_image": _top_one(similarities.T),
         "chance": 1 / len(image),
     }
+
+
+def _as_long(rows: Tensor, text: Tensor) -> Tensor:
+    return rows * (text.norm(dim=-1).mean() / rows.norm(dim=-1).mean())
 
 
 def _bag(rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

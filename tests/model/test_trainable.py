@@ -168,7 +168,7 @@ def test_a_seed_scrambles_the_same_way_twice():
 
 def test_a_scrambling_that_is_none_is_refused():
     with pytest.raises(
-        UserError, match="model.control_init is 'layers'; expected one of none, within-tensors"
+        UserError, match="model.control_init is 'layers'; expected one of none, fresh, within-tensors"
     ):
         ModelConfig(init="runs/language-model", control_init="layers")
     with pytest.raises(UserError, match="is layer-order; expected a model of at least 2 layers, not 1"):

@@ -234,6 +234,69 @@ def test_the_class_is_what_transformers_loads(trained):
     assert type(model) is FAMILIES[family][0]
 
 
+def start_of(config, tokenizer):
+    model, layout = build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
+    return {name: value.detach() for name, value in model.named_parameters()}, layout
+
+
+def test_a_fresh_start_keeps_the_architecture_and_draws_it_anew_for_each_seed(finished, tokenizer, tmp_path):
+    start = made("qwen2", tmp_path / "language-model", tokenizer, rope_theta=5e4)
+
+    def fresh(seed, **model):
+        config = replace(finished.model, init=str(start), control_init="fresh", **model)
+        return start_of(replace(finished, model=config, train=replace(finished.train, seed=seed)), tokenizer)
+
+    (one, layout), (again, _), (other, _), (wide, _) = (
+        fresh(1),
+        fresh(1),
+        fresh(2),
+        fresh(1, init_std=0.1),
+    )
+    loaded, _ = start_of(replace(finished, model=replace(finished.model, init=str(start))), tokenizer)
+    name, rows = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    assert {key: value.shape for key, value in one.items()} == {
+        key: value.shape for key, value in loaded.items()
+    }
+    assert torch.equal(one[name], again[name]) and torch.equal(one[rows], again[rows])
+    assert not torch.equal(one[name], other[name]) and not torch.equal(one[name], loaded[name])
+    # Qwen2's own rule has a deviation of 0.02; new rows are drawn as the class draws its text rows.
+    new = slice(layout.num_text_rows, None)
+    for found, std in ((one, 0.02), (wide, 0.1)):
+        assert found[name].std().item() == pytest.approx(std, rel=0.1)
+        assert found[rows][new].std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_a_deviation_without_a_fresh_start_or_for_a_class_that_takes_none_is_refused(
+    finished, tokenizer, tmp_path
+):
+    with pytest.raises(UserError, match="model.init_std is 0.1; expected None unless control_init is fresh"):
+        replace(finished.model, init_std=0.1)
+    open_lm = replace(finished.model, init=str(finished.run_dir), control_init="fresh", init_std=0.1)
+    with pytest.raises(UserError, match="OpenLMConfig draws by a rule without such a deviation"):
+        start_of(replace(finished, model=open_lm), tokenizer)
+
+
+def test_an_image_code_of_a_loaded_model_begins_at_the_uniform_cost_and_a_debt_is_said(
+    finished, tokenizer, tmp_path, caplog
+):
+    start = made("llama", tmp_path / "language-model", tokenizer)
+    weights = load_model(start)
+    with torch.no_grad():
+        weights.lm_head.weight *= 60  # a model with opinions: its logits differ by several nats
+    weights.save_pretrained(start)
+    loaded = replace(finished.model, init=str(start))
+    start_of(replace(finished, model=loaded), tokenizer)
+    assert "an image code costs" not in caplog.text
+    start_of(replace(finished, model=replace(loaded, new_embeddings="mean")), tokenizer)
+    assert "with model.new_embeddings mean an image code costs" in caplog.text
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
     config = replace(finished, model=replace(finished.model, family=family))
