@@ -4,10 +4,12 @@ Each file here reads one kind of source and lists its entries. `source.py` turns
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from t2i.config import SourceConfig
 from t2i.data.shards.manifest import Manifest
@@ -17,12 +19,13 @@ from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_
 from t2i.data.sources.hub import units_of_dataset
 from t2i.data.sources.image import UNREADABLE, OpenedImage, decode_image
 from t2i.data.sources.parquet import units_of_tables
-from t2i.data.sources.precomputed import read_facts, units_of_ids
+from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
 from t2i.data.sources.source import (
     IMAGE_SUFFIXES,
     Entry,
     GivenIds,
     LeftOut,
+    Listed,
     Pair,
     ReadEntries,
     Source,
@@ -30,13 +33,16 @@ from t2i.data.sources.source import (
     Unit,
     sift,
 )
+from t2i.data.sources.splits import choose_share, with_splits
 from t2i.data.sources.webdataset import units_of_tars
+from t2i.distributed.heartbeat import place_in_job
 from t2i.errors import DataError, UserError
 
 __all__ = [
     "UNREADABLE",
     "GivenIds",
     "LeftOut",
+    "Listed",
     "OpenedImage",
     "Pair",
     "Source",
@@ -56,13 +62,14 @@ Sift = Callable[..., Iterator[Pair]]
 GLOB_CHARACTERS = frozenset("*?[")
 
 
-def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig = AS_IT_IS) -> Source:
+def open_source(name: str, *, heldout_share: float | None = None, config: SourceConfig = AS_IT_IS) -> Source:
     """Open a source without decoding its images.
 
     Args:
         name: `openmoji`, a folder, tar or parquet files (a path with braces and globs), `coco:DIR`, a Hugging Face
             dataset (USER/NAME, or hf: before any name or folder), or `ids:DIR`.
-        heldout_share: share of the images, chosen by a hash of the key, that training never sees.
+        heldout_share: share of the images, chosen by a hash of the key, that training never sees; None for 2%, or
+            for more of a small source.
         config: which columns are read, and which pairs are left out.
 
     Raises:
@@ -71,12 +78,14 @@ def open_source(name: str, *, heldout_share: float = 0.02, config: SourceConfig 
     """
     if not name:
         raise UserError("--source is empty; expected one of the sources that `--help` lists.")
-    sieve = partial(sift, heldout_share=heldout_share, config=config)
+    sieve = partial(sift, config=config)
     if name == "openmoji":
         source = _openmoji(sieve)
     else:
-        rule = f"sha256 of the key below {heldout_share} of its range is heldout"
-        source = replace(_open(name, sieve, heldout_share, config), heldout_share=heldout_share)
+        source = _open(name, sieve, config)
+        share = choose_share(source) if heldout_share is None else heldout_share
+        source = with_splits(source, heldout_share=share)
+        rule = f"sha256 of the key below {share} of its range is heldout"
         source = replace(source, split_rule=source.split_rule or rule)
     return replace(source, name=name, config=config)
 
@@ -87,16 +96,17 @@ def reopen_source(manifest: Manifest) -> Source:
     return open_source(manifest.source, heldout_share=manifest.heldout_share, config=config)
 
 
-def _open(name: str, sieve: Sift, heldout_share: float, config: SourceConfig) -> Source:
+def _open(name: str, sieve: Sift, config: SourceConfig) -> Source:
     kind, _, rest = name.partition(":")
     if kind == "coco":
         return _coco(Path(rest), sieve)
     # A folder of this name comes first: data/images is a hub name too.
     if kind == "hf" or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
         reads = units_of_dataset(rest if kind == "hf" else name, config=config)
-        return Source(units=partial(_sifted, reads, sieve))
+        listing = partial(_list_dataset, rest if kind == "hf" else name, len(reads))
+        return Source(units=partial(_sifted, reads, sieve), listing=listing, is_streamed=True)
     if kind == "ids":
-        return _given(Path(rest), heldout_share, config)
+        return _given(Path(rest), config)
     if not Path(name).is_dir():
         return _files(expand(name), sieve, config)
     folder = Path(name)
@@ -130,14 +140,15 @@ def _coco(folder: Path, sieve: Sift) -> Source:
     return source
 
 
-def _given(folder: Path, heldout_share: float, config: SourceConfig) -> Source:
+def _given(folder: Path, config: SourceConfig) -> Source:
     if config != AS_IT_IS:
         raise UserError(
             f"ids:{folder} takes no filters and no key settings; those are for sources of images."
         )
-    facts = read_facts(folder)
-    units = units_of_ids(folder, facts, heldout_share=heldout_share)
-    return Source(units=lambda num_pairs: units, given=facts)
+    facts, files = read_facts(folder), files_of_ids(folder)
+    units = [partial(read_ids, path=path, facts=facts) for path in files]
+    read = [*files, *sorted(folder.glob("*.txt"))]
+    return Source(units=lambda num_pairs: units, given=facts, listing=partial(_list_files, read))
 
 
 def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
@@ -145,10 +156,11 @@ def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
     if suffixes == {".tar"}:
         tally = Tally()
         reads = units_of_tars(paths, tally, config=config)
-        return Source(units=partial(_sifted, reads, sieve), tally=tally)
+        return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=partial(_list_files, paths))
     if suffixes == {".parquet"}:
         return Source(
-            units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve)
+            units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve),
+            listing=partial(_list_files, paths),
         )
     found = ", ".join(sorted(suffix or "no ending" for suffix in suffixes))
     raise DataError(f"--source names files with {found}; expected only .tar or only .parquet files.")
@@ -157,7 +169,9 @@ def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
 def _listed(read: ReadEntries, sieve: Sift) -> Source:
     """Make a source whose pairs are all listed now, like the files of a folder."""
     tally = Tally()
-    pairs = list(sieve(tally, read=read))
+    # Counted aloud after a while: a large folder on a shared disk takes minutes.
+    is_quiet = place_in_job()[0] > 0
+    pairs = list(tqdm(sieve(tally, read=read), desc="list", unit="pair", delay=2, disable=is_quiet))
     if not pairs:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in tally.left_out.items())
         raise DataError(
@@ -165,7 +179,24 @@ def _listed(read: ReadEntries, sieve: Sift) -> Source:
             f" ({', '.join(IMAGE_SUFFIXES)}) with .txt captions beside them, or metadata.jsonl (.csv, .parquet), .tar"
             " or .parquet files at its top. For COCO give coco:DIR."
         )
-    return Source(units=partial(_runs, pairs), tally=tally)
+    return Source(
+        units=partial(_runs, pairs),
+        tally=tally,
+        listing=lambda: (Listed(pair.key, pair.caption, pair.file) for pair in pairs),
+        num_pairs=len(pairs),
+    )
+
+
+def _list_files(paths: Iterable[Path]) -> list[Listed]:
+    """List files of many pairs, with their folder's name, as keys have it."""
+    return [Listed(f"{path.parent.absolute().name}/{path.name}", file=path) for path in paths]
+
+
+def _list_dataset(name: str, num_shards: int) -> list[Listed]:
+    """List a Hugging Face dataset: the files of a folder, or of one of the hub what it is called and its shards."""
+    if Path(name).is_dir():
+        return _list_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+    return [Listed(f"{name}/{shard}") for shard in range(num_shards)]
 
 
 def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:

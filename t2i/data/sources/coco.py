@@ -59,6 +59,7 @@ def list_coco(tally: Tally, *, folder: Path) -> Iterator[Entry]:
                     # COCO has five captions per image, which must stay in one split.
                     group=str(image_id),
                     split=_own_split(name, files),
+                    file=path,
                 )
 
 

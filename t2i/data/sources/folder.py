@@ -23,7 +23,7 @@ def read_text_folder(tally: Tally, *, folder: Path) -> Iterator[Entry]:
             tally.left_out["no .txt caption beside the image"] += 1
             continue
         caption = caption_file.read_text(encoding="utf-8", errors="replace")
-        yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_image_file, path))
+        yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_image_file, path), file=path)
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -54,4 +54,6 @@ def read_image_folder(tally: Tally, *, metadata: Path, caption_key: str) -> Iter
         if path is None:
             tally.left_out["metadata names a file that is not in the folder"] += 1
             continue
-        yield Entry(str(row["file_name"]), row.get(column), partial(read_image_file, path), facts=row)
+        yield Entry(
+            str(row["file_name"]), row.get(column), partial(read_image_file, path), facts=row, file=path
+        )

@@ -8,16 +8,14 @@ DIR/*.jsonl (rows of ids, with an optional caption and key), DIR/*.parquet (the 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from t2i.data.sources.image import OpenedImage
-from t2i.data.sources.source import GivenIds, Pair, Tally, Unit, caption_text
+from t2i.data.sources.source import GivenIds, Pair, Tally, caption_text
 from t2i.errors import DataError
-from t2i.files import hash_uniform
 
 FACTS = "ids.json"
 
@@ -51,8 +49,8 @@ def read_facts(folder: Path) -> GivenIds:
     return facts
 
 
-def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list[Unit]:
-    """Make one unit per file of sequences, in order of their names.
+def files_of_ids(folder: Path) -> list[Path]:
+    """List the files of sequences, each of which is one unit, in order of their names.
 
     Raises:
         DataError: there is none.
@@ -60,10 +58,10 @@ def units_of_ids(folder: Path, facts: GivenIds, *, heldout_share: float) -> list
     files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     if not files:
         raise DataError(f"ids:{folder} has no file of {', '.join(READERS)}.")
-    return [partial(read_ids, path=path, facts=facts, heldout_share=heldout_share) for path in files]
+    return files
 
 
-def read_ids(tally: Tally, *, path: Path, facts: GivenIds, heldout_share: float) -> Iterator[Pair]:
+def read_ids(tally: Tally, *, path: Path, facts: GivenIds) -> Iterator[Pair]:
     """Read one file's sequences; keys are from the row, else FILE/ROW, and captions may be empty."""
     for place, row in enumerate(READERS[path.suffix](path)):
         tally.seen += 1
@@ -74,8 +72,7 @@ def read_ids(tally: Tally, *, path: Path, facts: GivenIds, heldout_share: float)
             tally.left_out[f"an id outside 0 to {facts.vocab_size - 1}"] += 1
         else:
             key = str(row.get("key") or f"{path.stem}/{place}")
-            split = "heldout" if hash_uniform(key) < heldout_share else "train"
-            yield Pair(key, caption_text(row.get("caption")), split, open=NoImage(key), codes=codes)
+            yield Pair(key, caption_text(row.get("caption")), split="", open=NoImage(key), codes=codes)
 
 
 def _rows_of_jsonl(path: Path) -> Iterator[dict[str, object]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from t2i.config import SourceConfig
 from t2i.data.sources.image import OpenedImage
 from t2i.errors import DataError
-from t2i.files import hash_uniform, is_inside
+from t2i.files import is_inside
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -33,7 +33,7 @@ class Pair:
     """Unique within the source and stable over time."""
     caption: str
     split: str
-    """train, heldout or combinations."""
+    """train, heldout or combinations; empty while the share that is held out is not decided."""
     open: Callable[[], OpenedImage] = field(compare=False)
     """Decode the image; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
     group: str = ""
@@ -42,6 +42,8 @@ class Pair:
     """What was lost or guessed when the caption was read, for Tally.changed once the pair is kept."""
     codes: np.ndarray | None = field(default=None, compare=False)
     """(K,) precomputed codes; None for an image."""
+    file: Path | None = field(default=None, compare=False)
+    """The file that holds this image alone; None for one of a tar or table, or drawn."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,16 @@ class Tally:
             mine.update(theirs)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """One thing that is known of a source before its units are read: a pair, or a file of many."""
+
+    name: str
+    text: str = ""
+    """What is read of it, beside the file."""
+    file: Path | None = None
+
+
 Unit = Callable[[Tally], Iterable[Pair]]
 """Reads a fixed run of pairs, which is prepared as a whole, and counts what its entries came to."""
 
@@ -101,6 +113,12 @@ class Source:
     config: SourceConfig = field(default_factory=SourceConfig)
     given: GivenIds | None = None
     """Describes precomputed tokens; None for a source of images."""
+    listing: Callable[[], Iterable[Listed]] = tuple
+    """List what the source consists of, in order, so that a change of it is noticed."""
+    num_pairs: int | None = None
+    """Pairs of all units; None if they are only known once they are read."""
+    is_streamed: bool = False
+    """Reading further costs a download."""
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -126,14 +144,16 @@ class Entry:
     """Entries of one group show the same image and stay in one split; empty if the image has one caption."""
     split: str = ""
     """The split that the source itself gives; empty to choose by a hash."""
+    file: Path | None = None
+    """The file that holds this image alone."""
 
 
 ReadEntries = Callable[[Tally], Iterator[Entry]]
 """Reads a fixed run of entries, and counts what is left out."""
 
 
-def sift(tally: Tally, *, read: ReadEntries, heldout_share: float, config: SourceConfig) -> Iterator[Pair]:
-    """Turn entries into pairs: clean the caption, apply the filters, choose the split; count what is left out."""
+def sift(tally: Tally, *, read: ReadEntries, config: SourceConfig) -> Iterator[Pair]:
+    """Turn entries into pairs: clean the caption, apply the filters; count what is left out."""
     for entry in read(tally):
         caption = caption_text(entry.caption)
         reason = _reason(caption, entry.facts, config)
@@ -141,15 +161,14 @@ def sift(tally: Tally, *, read: ReadEntries, heldout_share: float, config: Sourc
             tally.left_out[reason] += 1
             continue
         key = encodable(str(entry.facts[config.pair_key]) if config.pair_key else entry.key)
-        # By a hash of the key, not at random: a pair keeps its split when the source grows or is read by other ranks.
-        is_heldout = hash_uniform(entry.group or key) < heldout_share
         has_limits = config.min_side > 0 or config.max_aspect > 0
         yield Pair(
             key=key,
             caption=caption,
-            split=entry.split or ("heldout" if is_heldout else "train"),
+            split=entry.split,
             open=partial(open_within, entry.open, config=config) if has_limits else entry.open,
             group=entry.group,
+            file=entry.file,
         )
 
 
