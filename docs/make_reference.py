@@ -51,6 +51,7 @@ def exit_statuses() -> str:
     known = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if "exit_code" in vars(kind)]
     rows = {0: "Done.", 1: "An error that nobody expected: please report it."}
     rows |= {kind.exit_code: inspect.cleandoc(kind.__doc__ or "").partition("\n")[0] for kind in known}
+    rows[errors.READER_GONE] = "Nobody reads what is printed any more, as after `t2i --help | head`."
     rows[errors.exit_code(KeyboardInterrupt())] = "A second Ctrl-C, or one where nothing is saved."
     return page(
         "Exit statuses",

@@ -45,6 +45,9 @@ class Stopped(Exception):
     exit_code = 75
 
 
+READER_GONE = 141
+"""Exit status where nobody reads what is printed any more: as of a program that SIGPIPE ends (128 + 13)."""
+
 EXPECTED = (UserError, NumericalError, CheckpointError, LostRankError, Stopped)
 
 
@@ -61,7 +64,9 @@ def run_command(command: Callable[[], None]) -> None:
     Tracebacks of expected errors are shown only when T2I_DEBUG=1.
     """
     try:
-        command()
+        _run_to_end(command)
+    except _ReaderGone:
+        sys.exit(READER_GONE)
     except EXPECTED as error:
         _end(error, sentence=str(error))
     except OSError as error:
@@ -69,6 +74,34 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; run the same command to resume.", file=sys.stderr)
         sys.exit(130)
+
+
+class _ReaderGone(Exception):
+    """Whoever read what this process prints reads no more, such as `head`."""
+
+
+def _run_to_end(command: Callable[[], None]) -> None:
+    """Run a command and hand over all that it printed."""
+    try:
+        try:
+            command()
+        finally:  # --help ends by an exception too
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_reader_gone():  # it was another pipe
+            raise
+        # The interpreter flushes again when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _ReaderGone from None
+
+
+def _is_reader_gone() -> bool:
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _end(error: Exception, *, sentence: str) -> NoReturn:

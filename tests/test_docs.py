@@ -49,7 +49,7 @@ def test_every_command_shown_has_flags_that_exist(page, monkeypatch):
         real(kind, **settings)
         raise Parsed
 
-    monkeypatch.setattr("t2i.cli.tyro.cli", parse_only)
+    monkeypatch.setattr("tyro.cli", parse_only)
     monkeypatch.chdir(ROOT)
     for name, words in commands(page):
         with pytest.raises(Parsed):

@@ -9,8 +9,9 @@ Then train with them: launchers/train.py --model.init MODEL --model.new-embeddin
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from t2i.cli import parse
+from t2i.cli import CKPT, parse
 from t2i.config import AlignConfig, AlignRun, DataConfig
 
 
@@ -18,7 +19,7 @@ from t2i.config import AlignConfig, AlignRun, DataConfig
 class AlignCommand:
     """The language model and the captioned images."""
 
-    model: str
+    model: Annotated[str, CKPT]
     """Language model: a run, a checkpoint of it, an exported or converted folder, hf:USER/NAME."""
     out: Path
     """Folder for rows.safetensors, metrics.jsonl and align.json."""

@@ -13,9 +13,7 @@ Each conversion checks what the new folder computes against the checkpoint itsel
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from t2i.cli import parse
+from t2i.cli import Ckpt, parse
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Llamagen:
 class OpenLmBack:
     """A CKPT's language model -> open_lm's state dict and json, bit for bit."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A converted folder, a run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     out: Path
     """New folder of open_lm.pt and open_lm.json."""

@@ -8,9 +8,7 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from t2i.cli import parse
+from t2i.cli import Ckpt, parse
 from t2i.verbs import own_command_line
 
 
@@ -18,7 +16,7 @@ from t2i.verbs import own_command_line
 class ExportCommand:
     """The checkpoint and the new folder."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A run folder, a checkpoint or an exported folder."""
     out: Path
     """New folder."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
+from t2i.cli import CKPT, Ckpt, parse
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -23,21 +22,21 @@ from t2i.cli import parse
 class ForgettingCommand:
     """The model, its reference and the text."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     text: str
     """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset name."""
-    reference: str | None = None
+    reference: Annotated[str | None, CKPT] = None
     """The language model before training, also a CKPT. Without it nothing is compared."""
     captions: Path | None = None
     """Image shards whose held-out captions are measured beside the text."""
     prompts: tuple[str, ...] = ()
     """Prompts to complete. Default: the paper's two (Table 1)."""
-    seq_len: Annotated[int, Ge(2)] = 96
+    seq_len: Annotated[int, Ge(2), Le(1_000_000)] = 96
     """Tokens per sequence, where the text is packed by this command."""
-    num_sequences: Annotated[int, Ge(1)] = 256
+    num_sequences: Annotated[int, Ge(1), Le(1_000_000_000)] = 256
     """At most so many sequences are measured."""
-    max_new_tokens: Annotated[int, Ge(1)] = 40
+    max_new_tokens: Annotated[int, Ge(1), Le(100_000)] = 40
     """Tokens per completion."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""

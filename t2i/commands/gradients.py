@@ -5,14 +5,14 @@ Examples:
   python eval/gradients.py runs/train/checkpoints/step_000200 --num-sequences 256
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
+from t2i.cli import Ckpt, parse
+from t2i.config import HeldoutData
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -21,11 +21,10 @@ from t2i.cli import parse
 class GradientsCommand:
     """The model and the held-out data."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
-    shards: Path | None = None
-    """Shard folder. Default: the run's own."""
-    num_sequences: Annotated[int, Ge(1)] = 64
+    data: HeldoutData = field(default_factory=HeldoutData)
+    num_sequences: Annotated[int, Ge(1), Le(1_000_000_000)] = 64
     """Held-out pairs that are measured."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
@@ -45,7 +44,7 @@ def main() -> None:
     model = open_model(
         command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
     )
-    config = data_of(model, shards=command.shards, mode=None)
+    config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)
     path = write_gradients(results, model=model, out=command.out)

@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
+from t2i.cli import CKPT, Ckpt, parse
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -24,11 +23,11 @@ from t2i.cli import parse
 class NearestCommand:
     """The model, and an earlier one to compare with."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
-    before: str | None = None
+    before: Annotated[str | None, CKPT] = None
     """An earlier CKPT with the same codes; adds linear CKA between its image embeddings and today's."""
-    num_shown: Annotated[int, Ge(0)] = 8
+    num_shown: Annotated[int, Ge(0), Le(1_000_000_000)] = 8
     """So many codes are printed with their nearest tokens."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""

@@ -9,33 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
-from t2i.config import Mode
+from t2i.cli import Ckpt, parse
+from t2i.config import HeldoutData
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
-
-
-@dataclass(frozen=True)
-class HeldoutData:
-    """The held-out data."""
-
-    shards: Path | None = None
-    """Shard folder. Default: the run's own."""
-    mode: Mode | None = None
-    """Form of the sequences. Default: the run's, else text-to-image."""
 
 
 @dataclass(frozen=True)
 class PerplexityCommand:
     """The model and the held-out data."""
 
-    ckpt: tyro.conf.Positional[str]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     data: HeldoutData = field(default_factory=HeldoutData)
-    batch_size: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Sequences per batch."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""

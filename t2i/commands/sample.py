@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
+from t2i.cli import Ckpt, parse
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 
@@ -26,7 +26,7 @@ from t2i.errors import UserError
 class SampleCommand:
     """The model, the captions and the sampler."""
 
-    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     prompts: tuple[str, ...]
     """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption,
@@ -35,7 +35,7 @@ class SampleCommand:
     """Folder for the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
     """plain: 00000.png and so on. geneval: prompts from its .jsonl file. dpg: from its folder of .txt files."""
-    batch_size: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from t2i.cli import parse
+from t2i.cli import Ckpt, parse
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 class ScoreCommand:
     """The model, the images and the features."""
 
-    ckpt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT")]
+    ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME); or the word `compare`."""
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
@@ -64,7 +64,7 @@ class ScoreCommand:
     """CLIP folder in transformers' layout, for the CLIP score. Default: none."""
     controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
     """Control rows drawn beside the model's, each at full cost. Default: both; none with --coco."""
-    batch_size: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""

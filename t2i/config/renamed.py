@@ -23,8 +23,10 @@ RENAMED = {
     "train.eval_pictures": "train.eval_images",
     "text_rows": "text_vocab_size",
     "num_pictures": "num_images",
+    "shards": "data.shards",
 }
-"""Old key -> new key; those without a group are flags of launchers/plan.py and launchers/tokenizer.py."""
+"""Old key -> new key; those without a group are flags of launchers/plan.py, launchers/tokenizer.py and
+eval/gradients.py."""
 
 
 def with_new_keys(

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 
-from t2i.config.run_config import DataConfig
-from t2i.settings import MAY_CHANGE, check_values
+from t2i.config.run_config import DataConfig, Mode
+from t2i.settings import MAY_CHANGE, OR_ZERO, check_values
 
 Gpu = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "l40s", "rtx4090", "rtx3090", "cpu"]
 
@@ -84,9 +84,12 @@ class PlanConfig:
 class SampleConfig:
     """How images are sampled from captions."""
 
-    guidance_scale: Annotated[float, Ge(0)] = 2.0
-    """Scale of classifier-free guidance; 1 for none."""
-    temperature: Annotated[float, Ge(0)] = 0.9
+    # The range keeps what it multiplies finite in 32 bits. What is useful is far below, and said.
+    guidance_scale: Annotated[float, Ge(0), Le(1_000)] = 2.0
+    """Scale of classifier-free guidance; 1 for none. Useful are 1.5 to 4; the 6 to 8 of diffusion models ruin images
+    here."""
+    # Logits of some hundreds, divided by less, would leave the range of 32 bits.
+    temperature: Annotated[float, Ge(0.001), Le(1_000), OR_ZERO] = 0.9
     """Sampling temperature; 0 for the most likely code each time."""
     top_k: Annotated[int, Ge(0)] = 50
     """Sample from the k most likely codes; 0 for all."""
@@ -104,6 +107,19 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class HeldoutData:
+    """The held-out data that a model is measured on."""
+
+    shards: Path | None = None
+    """Shard folder. Default: the run's own."""
+    mode: Mode | None = None
+    """Form of the sequences. Default: the run's, else text-to-image."""
+
+    def __post_init__(self) -> None:
+        check_values(self, group="data")
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """How an image tokenizer is built and trained."""
 
@@ -115,7 +131,8 @@ class TokenizerConfig:
     of 32."""
     latent_channels: Annotated[int, Ge(1), Le(1_000_000)] = 4
     """Width of a codebook vector (MoVQGAN: 4)."""
-    codebook_size: Annotated[int, Ge(2), Le(1_000_000_000)] = 1_024
+    # No more than the latents that k-means makes the first codebook from.
+    codebook_size: Annotated[int, Ge(2), Le(65_536)] = 1_024
     """Number of codes."""
     layers_per_block: Annotated[int, Ge(1), Le(1_000)] = 1
     """Residual blocks at each resolution of the encoder; the decoder has one more."""

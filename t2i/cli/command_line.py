@@ -1,0 +1,81 @@
+"""Read this process's command line, and keep other libraries quiet."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from t2i.cli.names import check_names, flag_names
+from t2i.cli.rules import REGISTRY, Refused
+from t2i.cli.run_file import run_file_flags
+from t2i.config.renamed import with_new_flags
+from t2i.settings import check_values
+from t2i.shipped import find_shipped
+from t2i.verbs import RANK_FLAG, as_typed
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
+    """Read this process's command line into a dataclass.
+
+    `--config FILE.yaml` is a file of settings, which flags override. The deepspeed launcher's `--local_rank=N` is
+    ignored.
+
+    Args:
+        has_run_file: False if --config is one of the command's own flags.
+
+    Raises:
+        UserError: an unknown flag or key, or a setting that is out of range or of another type.
+        SystemExit: a flag is missing, or has no value; tyro has reported it, and the status is 2.
+    """
+    quiet_libraries()
+    arguments = [word for word in sys.argv[1:] if not word.startswith(RANK_FLAG)]
+    file = _config_file(arguments) if has_run_file else None
+    # A run file as flags: one parser then checks types and names of both, and the last of two flags counts.
+    flags = run_file_flags(find_shipped(Path(file)), kind=kind) if file else []
+    command = read_flags(kind, [*flags, *arguments], description=as_typed(description))
+    check_values(command)
+    return command
+
+
+def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") -> T:
+    """Read flags into a dataclass, with a warning of old spellings.
+
+    Raises:
+        UserError: an unknown flag, or a setting that is out of range or of another type.
+        SystemExit: a flag is missing, or has no value; tyro has reported it.
+    """
+    renamed = with_new_flags(words)
+    check_names(renamed, known=flag_names(kind))
+    try:
+        return tyro.cli(kind, args=renamed, description=description, registry=REGISTRY)
+    except Refused as refused:
+        raise refused.error from None
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    """Find the FILE of `--config FILE` or `--config=FILE`; None if it is missing, which tyro reports."""
+    # By hand: the file's flags have to be known before tyro reads the whole line.
+    for place, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            return value or next(iter(arguments[place + 1 :]), None)
+    return None
+
+
+def quiet_libraries() -> None:
+    """Let other libraries log errors only, so that t2i's own lines can be read."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")  # some libraries log to the root itself
+    logging.getLogger("t2i").setLevel(logging.INFO)
+    for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # A filter, not a level: DeepSpeed sets its own level when it is imported, and plans are read from stdout.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

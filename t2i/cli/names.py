@@ -1,0 +1,68 @@
+"""Names of flags: those that a command has, and the nearest to one that it has not."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from typing import Annotated, get_args, get_origin
+
+import tyro
+
+from t2i.errors import UserError
+from t2i.settings import hints_of
+
+POSITIONAL = get_args(tyro.conf.Positional[str])[1]
+NOT_OURS = ("--help", "--tyro-")
+"""How flags begin that tyro itself knows, such as those that write completions for a shell."""
+LEAST_LIKENESS = 0.7
+"""Of difflib's ratio, for a name to be suggested: --outt is 0.86 like --out and 0.6 like --layout."""
+
+
+def flag_names(kind: type) -> set[str]:
+    """List the flags of a dataclass, or of each of a union's, as tyro names them: train.max-steps, no-compile."""
+    kinds = [kind] if is_dataclass(kind) else get_args(kind)
+    return {name.replace("_", "-") for one in kinds for name in _names(one, prefix="")}
+
+
+def _names(kind: type, *, prefix: str) -> Iterator[str]:
+    for name, hint in hints_of(kind).items():
+        is_marked = get_origin(hint) is Annotated
+        inner, marks = (get_args(hint)[0], hint.__metadata__) if is_marked else (hint, ())
+        if is_dataclass(inner):
+            is_flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _names(inner, prefix=prefix if is_flat else f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif POSITIONAL not in marks:
+            yield f"{prefix}{name}"
+            if inner is bool:
+                yield f"{prefix}no-{name}"
+
+
+def check_names(words: Sequence[str], *, known: set[str]) -> None:
+    """Refuse flags that a command does not have.
+
+    tyro would refuse them too, but among what else it misses, in a frame, and without the name that was meant.
+    """
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if any(name.startswith(NOT_OURS) for name in given):
+        return
+    unknown = [name for name in given if name[2:].replace("_", "-") not in known]
+    if unknown:
+        meant = " ".join(f"There is no flag {name}{nearest(name, known, form='--{}')}." for name in unknown)
+        raise UserError(f"{meant} `{sys.argv[0]} --help` lists all flags.")
+
+
+def nearest(name: str, known: set[str], *, form: str) -> str:
+    """Suggest known names for one that is not, such as train.max-steps for max-stps."""
+    wanted = name.removeprefix("--").replace("_", "-")
+    # Without the group too: who leaves it out is nearer to other groups' short names than to the right one.
+    ends = {one.rpartition(".")[2]: one for one in sorted(known)}
+    close = [
+        *([ends[wanted.rpartition(".")[2]]] if wanted.rpartition(".")[2] in ends else []),
+        *difflib.get_close_matches(wanted, sorted(known), n=2, cutoff=LEAST_LIKENESS),
+        *(
+            ends[one]
+            for one in difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=1, cutoff=LEAST_LIKENESS)
+        ),
+    ]
+    first = list(dict.fromkeys(close))[:2]
+    return f"; perhaps you meant {' or '.join(map(form.format, first))}" if first else ""
