@@ -23,8 +23,9 @@ VARIABLES = {
     "LOCAL_RANK": "this process's number on its machine, 0 by default; set by launchers",
     "LOCAL_WORLD_SIZE": "processes on each machine, LOCAL_SIZE or 1 by default; set by launchers",
     "LOCAL_SIZE": "the same, as the `deepspeed` launcher calls it",
-    "MASTER_ADDR": "machine of rank 0; set by launchers",
+    "MASTER_ADDR": "machine of rank 0; set by launchers. 127.84.50.73 where all ranks are on one machine",
     "MASTER_PORT": "port by which ranks find each other; set by launchers",
+    "GLOO_SOCKET_IFNAME": "lo by default where all ranks are on one machine, so that no other reaches them; gloo's own",
     "TORCHELASTIC_USE_AGENT_STORE": "set by torchrun, whose own process then holds the port",
     "TORCH_EXTENSIONS_DIR": "where DeepSpeed's C++ operators are built; by default in the Python environment",
     "DS_ACCELERATOR": "cpu by default where torch finds no GPU; DeepSpeed's own",
@@ -97,7 +98,9 @@ def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
     """
     # Before the collectives start: from there on, each of these ends with a traceback or a signal on some rank.
     problems = []
-    if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    # A single rank meets nobody, and torchrun's own process holds the port.
+    has_port = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.environ["WORLD_SIZE"] == "1"
+    if os.environ["RANK"] == "0" and not has_port:
         problems.append(port_problem(int(os.environ["MASTER_PORT"])))
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         problems.append(compiler_problem(operators_needed(ds_config)))
@@ -110,8 +113,11 @@ def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
 
 def port_problem(port: int) -> str:
     """Describe the problem if a port is taken, and name a free one; empty if there is none."""
-    if _is_free(port):
-        return ""
+    return "" if _is_free(port) else taken_port_advice(port)
+
+
+def taken_port_advice(port: int) -> str:
+    """Say that a port is taken, and name a free one."""
     other = next((free for free in range(port + 1, min(port + 100, 2**16)) if _is_free(free)), None)
     advice = f"deepspeed --master_port {other}" if other else "deepspeed --master_port with a free one"
     return (

@@ -1,6 +1,5 @@
 """Shards as training sequences, built when a sample is read, so that one shard set serves every vocabulary and mode."""
 
-import atexit
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo, Reader
-from streaming.base.shared import SharedMemory, prefix
+from streaming.base.shared import prefix
 from streaming.base.world import World
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from t2i.data.shards.integrity import HASH, Sample, Verified, check_file, read_i
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_sample
 from t2i.data.shards.remote import fetch
+from t2i.distributed.collectives import on_first_rank
+from t2i.distributed.shared_memory import new_number
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.tokens.sequence import encode_sequence
@@ -175,7 +177,7 @@ def open_dataset(
         UserError: Streaming refuses the settings, such as a cache_limit that is too small.
     """
     try:
-        return without_looks(
+        return under_own_number(
             lambda: SequenceDataset(
                 config,
                 layout=layout,
@@ -265,27 +267,14 @@ class VerifiedStream(Stream):
         return int(raw_info.bytes)
 
 
-def without_looks(open_dataset: Callable[[], Opened]) -> Opened:
-    """Open a dataset, and close the shared memory that Streaming opened while it searched for a free name.
-
-    Streaming keeps it open until the process ends, so that a hundred datasets reach the limit of open files.
-    """
-    looks: list[SharedMemory] = []
-
-    def look(name: str, create: bool, size: int = 0) -> SharedMemory:
-        memory = SharedMemory(name, create, size)
-        if not create:
-            looks.append(memory)
-        return memory
-
-    prefix.SharedMemory = look
+def under_own_number(open_dataset: Callable[[], Opened]) -> Opened:
+    """Open a dataset whose shared memory has a number that no other has, the same on all ranks."""
+    # Streaming counts up to the first number that is free and then takes it, so that of two runs that start at once
+    # one fails. It would also hold the memory of all data sets that it meets on the way open.
+    number = on_first_rank(new_number) if dist.is_initialized() else new_number()
+    before = prefix._each_prefix_int
+    prefix._each_prefix_int = lambda: iter([number])
     try:
-        dataset = open_dataset()
+        return open_dataset()
     finally:
-        prefix.SharedMemory = SharedMemory
-    for memory in looks:
-        # The other ranks of a machine open the first rank's memory in the same way, and need it.
-        if memory is not dataset._locals_shm:
-            atexit.unregister(memory.cleanup)
-            memory.cleanup()
-    return dataset
+        prefix._each_prefix_int = before

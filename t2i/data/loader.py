@@ -1,11 +1,11 @@
 """Batches of whole optimizer steps from shards: deterministic, resumable in mid-epoch, on any number of ranks."""
 
-import ctypes
 import json
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TypedDict
 
 import torch
@@ -15,12 +15,10 @@ from t2i.config import DataConfig
 from t2i.data.dataset import open_dataset
 from t2i.data.shards.integrity import LookAhead
 from t2i.data.shards.manifest import Manifest, read_manifest
+from t2i.distributed.signals import die_with
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-
-PR_SET_PDEATHSIG = 1
-"""An option of Linux's prctl: the signal that a process gets when its parent dies."""
 
 
 class Batch(TypedDict):
@@ -73,7 +71,7 @@ class _Stream:
             drop_last=True,
             persistent_workers=config.num_workers > 0,
             # Signals are for the rank, which still needs its loader while it saves.
-            worker_init_fn=live_with_rank,
+            worker_init_fn=partial(live_with_rank, parent=os.getpid()),
             # Its own generator. Otherwise each start of the loader would draw from the process's random state,
             # and a resumed run would draw once more than an uninterrupted one.
             generator=torch.Generator().manual_seed(seed),
@@ -202,13 +200,11 @@ def text_stream(config: DataConfig) -> DataConfig:
     return replace(whole, shards=config.replay_shards, mode="text-only")
 
 
-def live_with_rank(worker: int) -> None:
+def live_with_rank(worker: int, *, parent: int) -> None:
     """Have a loader's process ignore signals and die with its rank."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # A rank that is killed cannot stop its loader, and an orphan would hold shared memory and memory.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with(parent)
 
 
 def _sentences(loader: StreamingDataLoader) -> Iterator[Batch]:

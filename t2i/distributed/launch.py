@@ -13,7 +13,15 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from t2i.config import DsConfig
-from t2i.env import extensions_folder, keep_memory, operators_built, operators_needed, use_own_tools
+from t2i.distributed.rendezvous import meeting_place
+from t2i.env import (
+    extensions_folder,
+    keep_memory,
+    operators_built,
+    operators_needed,
+    taken_port_advice,
+    use_own_tools,
+)
 from t2i.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,14 +40,11 @@ def start_processes() -> None:
     import deepspeed  # here: it takes six seconds, which `join` can do without, and must follow DS_ACCELERATOR
 
     try:
-        deepspeed.init_distributed(dist_backend=None, verbose=False)
+        deepspeed.init_distributed(dist_backend=None, verbose=False, init_method=meeting_place())
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        port = int(os.environ["MASTER_PORT"])
-        raise UserError(
-            f"another job uses port {port} of this machine; add --master_port {port + 1} after `deepspeed`."
-        ) from error
+        raise UserError(taken_port_advice(int(os.environ["MASTER_PORT"]))) from error
     # Once, however often this is called in one process. NCCL's group is left alone: closing it may wait for lost ranks.
     atexit.unregister(_close_gloo)
     atexit.register(_close_gloo)
@@ -135,7 +140,7 @@ def join() -> PartialState:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         # With it, accelerate would open a process group of one rank, at whatever MASTER_PORT says.
         os.environ.pop("LOCAL_RANK", None)
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE, init_method=meeting_place())
 
 
 def leave_job(processes: PartialState) -> None:

@@ -1,31 +1,43 @@
-"""Remove shared memory that killed runs left behind, found by name, if no process uses it.
+"""Remove shared memory that killed runs of t2i left behind, if no process uses it.
 
-Streaming keeps /dev/shm/NNNNNN_* and lock files NNNNNN_*_filelock among the temporary files, DeepSpeed's CPU reduction
+Streaming keeps /dev/shm/NUMBER_* and lock files NUMBER_*_filelock among the temporary files, DeepSpeed's CPU reduction
 deepspeed_allreduce_buffer_* of 69 MB per rank. A clean exit leaves some of them too. A full /dev/shm kills processes
 with SIGBUS.
+
+Other programs use both libraries, and people name files as they like. So t2i chooses what its files are called: numbers
+that begin with MARK, and an address of the loopback network that is its own. Nothing else is touched.
 """
 
 import logging
 import os
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from t2i.distributed.rendezvous import LOOPBACK
 from t2i.env import SHARED_MEMORY
 
 logger = logging.getLogger(__name__)
 
 PROCESSES = Path("/proc")
-STREAMING = re.compile(r"(\d{6})_\w+")
-LOCK = re.compile(r"(\d{6})_\w+_filelock")
-DEEPSPEED = re.compile(r"(deepspeed_allreduce_buffer_.+)_\d+")
+MARK, MORE_DIGITS = "845073", 12
+"""How t2i's numbers of Streaming's files begin (T2I in ASCII), and how many digits of chance follow."""
+STREAMING = re.compile(rf"({MARK}\d{{{MORE_DIGITS}}})_\w+")
+LOCK = re.compile(rf"({MARK}\d{{{MORE_DIGITS}}})_\w+_filelock")
+DEEPSPEED = re.compile(rf"(deepspeed_allreduce_buffer_\d+_{re.escape(LOOPBACK)}_\d+)_\d+")
 MIN_AGE_SECONDS = 60.0
 """Younger files may belong to a run that is just starting."""
 INITIAL_PIDS, INITIAL_IPC = "pid:[4026531836]", "ipc:[4026531839]"
 """Linux's names of the host's own namespaces."""
+
+
+def new_number() -> int:
+    """Draw the number of a data set's files: no other has it, and `sweep` knows it for t2i's."""
+    return int(f"{MARK}{secrets.randbelow(10**MORE_DIGITS):0{MORE_DIGITS}d}")
 
 
 def sweep() -> list[Path]:

@@ -1,7 +1,9 @@
 """Requests to stop or save: signals, the loss of the launcher, files in the run folder. Handlers only set a flag."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ PARENT_SECONDS = 0.5
 """Interval of checks that the launcher is alive."""
 
 BEFORE_A_STEP = "Stopped before the first step of this start. Run the same command to resume."
+
+PR_SET_PDEATHSIG = 1
+"""An option of Linux's prctl: the signal that a process gets when its parent dies."""
 
 DEEPSPEED, TORCHRUN = b"deepspeed.launcher.launch", b"torchrun"
 """Words in the command lines of launchers, by which they are recognised."""
@@ -116,12 +121,21 @@ class Requests:
         return self.reads_files and (self.run_dir / name).exists()
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, which may have happened already."""
+    # A process that is killed cannot end its children, and an orphan would hold memory and shared memory.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def launchers() -> dict[int, int]:
     """List the processes whose parent's loss means stop, with these parents: this rank and `deepspeed`'s launcher."""
     # The `deepspeed` command forwards no signal: killed, it leaves its launcher and the ranks behind. A process
     # without a launcher watches nothing, so that the shell that started it may be closed.
     parent = os.getppid()
-    command = _command(parent)
+    command = command_of(parent)
     if DEEPSPEED in command:
         return {os.getpid(): parent, parent: parent_of(parent)}
     return {os.getpid(): parent} if TORCHRUN in command else {}
@@ -137,7 +151,8 @@ def parent_of(pid: int) -> int:
     return int(fields[1])
 
 
-def _command(pid: int) -> bytes:
+def command_of(pid: int) -> bytes:
+    """Read a process's command line; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):

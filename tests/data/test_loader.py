@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from streaming.base.shared import prefix
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.loader import StepLoader, num_text_sequences, num_trained_on
@@ -178,3 +179,18 @@ def test_baselines_by_place_and_by_pair_equal_a_counted_twin():
     assert found["position_unigram"] == pytest.approx(np.mean(by_place))
     assert found["bigram"] == pytest.approx(np.mean(by_pair))
     assert found["uniform"] == pytest.approx(np.log(7))
+
+
+def test_two_runs_that_start_at_once_take_no_name_from_each_other(folder, tokenizer, monkeypatch):
+    shared, kept = prefix.SharedMemory, []
+
+    def meets_nobody(name, create, size=0):
+        if not create:
+            raise FileNotFoundError(name)  # as each of two runs sees it that look before either has begun
+        kept.append(shared(name, create, size))
+        return kept[-1]
+
+    monkeypatch.setattr(prefix, "SharedMemory", meets_nobody)
+    loaders = [loader_of(folder, tokenizer) for _ in range(2)]
+    keys = [next(iter(loader))["key"] for loader in loaders]
+    assert keys[0] == keys[1] and len(kept) == 2

@@ -1,5 +1,6 @@
 """Preparation by several ranks that share a folder: the same result for any number, a lost rank's work done again."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import made_sources as made
 import processes
+import psutil
 import pytest
 
 from t2i.config import ASSETS, PrepareConfig
@@ -119,6 +121,29 @@ def test_a_worker_that_dies_is_told_of(tmp_path, arguments, monkeypatch):
     monkeypatch.setattr(encode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="one of 1 decoding processes died"):
         prepare(out=tmp_path / "shards", **{**arguments, "config": PrepareConfig(workers=1)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_die_with_the_preparation(number):
+    own, other = processes.FORK.Pipe()
+    preparation = processes.fork(decode_until_killed, other)
+    other.close()
+    workers = [psutil.Process(pid) for pid in own.recv()]
+    assert len(workers) == 2 and all(worker.is_running() for worker in workers)
+    os.kill(preparation.pid, number)
+    preparation.join()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
+def decode_until_killed(pipe):
+    from t2i.data.prepare.encode import decoding
+
+    # Multiprocessing lets its own daemons have no children; a preparation is none.
+    multiprocessing.current_process()._config["daemon"] = False
+    with decoding(PrepareConfig(workers=2)) as pool:
+        pool.submit(os.getpid).result()
+        pipe.send(list(pool._processes))
+        signal.pause()
 
 
 def test_a_later_rank_with_other_arguments_is_refused(tmp_path, arguments):

@@ -720,7 +720,8 @@ def test_a_taken_port_is_said_with_a_free_one(observed, monkeypatch, tmp_path):
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(
             UserError, match=rf"port {port}, .* Start with deepspeed --master_port \d+"
@@ -741,6 +742,7 @@ def test_a_missing_compiler_is_said(observed, monkeypatch, tmp_path):
     monkeypatch.setattr(env.shutil, "which", lambda tool: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(
         UserError, match=r"g\+\+ and ninja not found.*deepspeed_shm_comm, fused_adam.*apt-get"

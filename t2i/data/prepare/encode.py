@@ -27,6 +27,7 @@ from tqdm import tqdm
 from t2i.config import PrepareConfig
 from t2i.data.shards.integrity import Sample
 from t2i.data.sources import UNREADABLE, LeftOut, Pair, Tally, Unit
+from t2i.distributed.signals import die_with
 from t2i.errors import DataError
 from t2i.files import HASH, hash_uniform, write_json
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, shifted, to_pixels
@@ -209,7 +210,9 @@ def decoding(config: PrepareConfig) -> Iterator[Executor | None]:
     # Forked, as a DataLoader's are: spawned ones would each import torch and diffusers. They use neither torch nor
     # a GPU: CUDA does not survive a fork.
     context = get_context("fork")
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_leave_signals) as pool:
+    with ProcessPoolExecutor(
+        config.workers, mp_context=context, initializer=_live_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         yield pool
 
 
@@ -283,6 +286,7 @@ def _decode_task(task: list[Pair], config: PrepareConfig) -> list[Decoded]:
     return [decode(pair, config=config) for pair in task]
 
 
-def _leave_signals() -> None:
+def _live_with_parent(parent: int) -> None:
     """Ignore Ctrl-C, which the terminal sends to all processes: the parent handles it and ends these."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
