@@ -14,8 +14,9 @@ from torch import Tensor
 from t2i.convert.released import check_fit, plain_names
 from t2i.errors import CheckpointError, UserError
 from t2i.files import read_json, read_yaml
+from t2i.model.open_lm.attention_open_lm import ROTARY_BASE
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
-from t2i.model.open_lm.modeling_open_lm import ROTARY_BASE, OpenLMForCausalLM
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 
 SIZES = {
     "open_lm_11m_v2": (96, 8, 4),

@@ -29,11 +29,13 @@ from t2i.model.foreign_folder import (
 )
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.sampling_open_lm import begin_any, body_of
 from t2i.tokens.vocab import VocabLayout
 
 HEAD_TOLERANCE = 1e-2
 """Maximum difference between logits and hidden states times LM head, relative to the largest logit."""
-
+LOW_PRECISION_TOLERANCE = 0.1
+"""The same for hidden states in half precision, which round at every layer."""
 UNUSABLE = (
     ValueError,
     OSError,
@@ -129,7 +131,7 @@ def made_of(config: PretrainedConfig) -> PreTrainedModel:
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Compute the last hidden states (B, S, D) of ids (B, S); the LM head turns them into logits."""
     # No logits here: (B, S, V) would be most of a step's memory, so model/loss.py computes them in chunks.
-    return cast(Tensor, model.base_model(input_ids, use_cache=False).last_hidden_state)
+    return cast(Tensor, body_of(model)(input_ids, use_cache=False).last_hidden_state)
 
 
 def head_of(model: PreTrainedModel) -> Tensor:
@@ -156,18 +158,52 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
     """
     if model.get_output_embeddings() is None:
         raise UserError(f"{name} ({type(model).__name__}) has no LM head that computes logits.")
-    was_training = model.training
-    model.eval()
     ids = torch.arange(8)[None] % model.config.vocab_size  # (1, 8): which ids does not matter
-    logits = model(ids, use_cache=False).logits.float()
-    product = (hidden_states(model, ids) @ head_of(model).T).float()
-    model.train(was_training)
+    try:
+        logits = model(ids, use_cache=False).logits.float()
+        product = (hidden_states(model, ids) @ head_of(model).T).float()
+    except UNUSABLE as error:
+        raise UserError(
+            f"{name} ({type(model).__name__}) does not compute logits as a causal language model: {_first_line(error)}"
+        ) from error
     difference = (logits - product).abs().max().item()
     # "not <=" instead of ">", so that nan is refused too.
     if not difference <= HEAD_TOLERANCE * max(1.0, logits.abs().max().item()):
         raise UserError(
             f"the logits of {name} ({type(model).__name__}) are not hidden states times LM head: they differ by"
             f" {difference:.1e}. Models with a bias there, or with scaled or capped logits, cannot be trained here."
+        )
+
+
+@torch.inference_mode()
+def check_decoding(model: PreTrainedModel, *, name: str) -> None:
+    """Compare hidden states read id by id, from padded rows, with those of whole rows: what the sampler relies on.
+
+    Raises:
+        UserError: the model's class does not continue from a cache, or gives other values then.
+    """
+    if hasattr(model, "begin_decoding"):  # open_lm's own, which takes other steps
+        return
+    rows = torch.arange(1, 19).view(2, 9).to(model.device) % model.config.vocab_size  # (2, 9)
+    padding, kind = 2, type(model).__name__  # of the second row, on the left
+    try:
+        hidden, decoder = begin_any(
+            model, [rows[0, :6].tolist(), rows[1, padding:6].tolist()], empty_prompt=None, num_codes=3
+        )
+        found = torch.stack([hidden, *(decoder(ids) for ids in rows[:, 6:].T)], dim=1)  # (2, 4, D)
+        wanted = [hidden_states(model, row[None])[0, -4:] for row in (rows[0], rows[1, padding:])]
+    except UNUSABLE as error:
+        raise UserError(
+            f"{name} ({kind}) cannot be drawn from: the class does not continue from padded prompts with a KV cache"
+            f" ({_first_line(error)}). Choose a transformer, such as those of Llama's, Qwen2's or GPT-NeoX's class."
+        ) from error
+    scale = torch.stack(wanted).float().abs().max().item()
+    difference = (found - torch.stack(wanted)).float().abs().max().item()
+    tolerance = HEAD_TOLERANCE if model.dtype == torch.float32 else LOW_PRECISION_TOLERANCE
+    if not difference <= tolerance * max(1.0, scale):
+        raise UserError(
+            f"{name} ({kind}) cannot be drawn from: continued from padded prompts with a KV cache, its hidden states"
+            f" differ by {difference:.1e} from those of whole sequences. Choose a model of another class."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import UserError
 from t2i.files import HUB, hub_name, not_here, sha256_of
-from t2i.model.backbone import load_model, weight_files
+from t2i.model.backbone import check_decoding, load_model, weight_files
 from t2i.runs.checkpoint_store import CHECKPOINTS, newest_readable
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
@@ -134,6 +134,7 @@ def open_model(
     opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
     if not needs_images:
         return opened
+    check_decoding(model, name=str(folder))
     image_tokenizer = ImageTokenizer.load(opened.home / IMAGE_TOKENIZER, device=device)
     if (opened.home / ROUND_TRIP).is_file():
         # Codes have a meaning under one image tokenizer only. Another one of the same shape would draw noise.

@@ -11,7 +11,13 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
-from t2i.model.backbone import load_model, made_of, random_model_config, read_model_config
+from t2i.model.backbone import (
+    check_decoding,
+    load_model,
+    made_of,
+    random_model_config,
+    read_model_config,
+)
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.resize import grow_vocabulary, never_generate, split_rows
@@ -56,6 +62,8 @@ def build_model(
         config, seq_len=data.seq_len, seed=train.seed, manifest=manifest, text_tokenizer=text_tokenizer
     )
     model, layout = start.model, start.layout
+    if config.init != "random" and not manifest.is_text and data.mode != "text-only":
+        check_decoding(model, name=config.init)  # now: after days of training it would be too late
     if start.num_kept < layout.vocab_size and not manifest.is_text:
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings_kind, seed=train.seed)
         if config.init != "random":

@@ -7,9 +7,10 @@ import torch
 
 from t2i.errors import UserError
 from t2i.model.open_lm import decoding_open_lm, sampling_open_lm
+from t2i.model.open_lm.attention_open_lm import rotary_angles, rotate
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
-from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM, rotary_angles, rotate
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.sampling_open_lm import choose_codes, image_keys, sample_codes, waits
 from t2i.model.resize import grow_vocabulary, merged_state_dict, split_rows
 

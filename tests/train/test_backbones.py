@@ -19,6 +19,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -310,3 +312,19 @@ def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
     assert type(model) is FAMILIES[family][0]
     assert len(model.get_input_embeddings().weight) == layout.vocab_size
     assert model.config.num_hidden_layers == finished.model.num_layers
+
+
+def test_a_class_that_cannot_be_drawn_from_is_refused_before_training(finished, tokenizer, tmp_path):
+    start = tmp_path / "language-model"
+    sizes = {"vocab_size": tokenizer.num_tokens, "hidden_size": 32, "num_hidden_layers": 1}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(start)
+    tokenizer.tokenizer.save_pretrained(start)
+    config = replace(finished, model=replace(finished.model, init=str(start)))
+    with pytest.raises(UserError, match=r"language-model \(MambaForCausalLM\) cannot be drawn from: "):
+        build_model(
+            config.model,
+            data=config.data,
+            train=config.train,
+            manifest=read_manifest(config.data.shards),
+            text_tokenizer=tokenizer,
+        )

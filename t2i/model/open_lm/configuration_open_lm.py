@@ -14,6 +14,7 @@ NORM_TYPES = (
     "rms_norm",
 )
 POSITION_TYPES = ("rotary", "head_rotary", "none")
+BASE_CLASS = "modeling_open_lm.OpenLMModel"
 
 
 class OpenLMConfig(PretrainedConfig):
@@ -93,4 +94,6 @@ class OpenLMConfig(PretrainedConfig):
         self.sequence_mode = sequence_mode
         self.sequence_length = sequence_length
         self.image_rows_only = image_rows_only
+        # Saving a model adds its own class to the map; AutoModel and feature extraction need the one without LM head.
+        kwargs["auto_map"] = {**(kwargs.get("auto_map") or {}), "AutoModel": BASE_CLASS}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)

@@ -4,6 +4,7 @@ B batch, S new positions, T all positions so far, H heads, D width, V vocabulary
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,73 +12,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
+from .attention_open_lm import Attention, Remember, attention_mask_of, make_norm, positions_of, rotary_angles
 from .configuration_open_lm import OpenLMConfig
 from .decoding_open_lm import begin_decoding
 from .sampling_open_lm import draw
 
-ROTARY_BASE = 10_000.0
-"""Base of the rotary frequencies, open_lm's constant."""
-
-
-def make_norm(config: OpenLMConfig) -> nn.Module:
-    """Build the norm that config.norm_type names, over the last dimension D."""
-    if config.norm_type == "rms_norm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-    has_gain = config.norm_type != "no_wb_layer_norm"
-    has_bias = has_gain and not config.norm_type.startswith("gain_only")
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=has_gain, bias=has_bias)
-
-
-def rotary_angles(positions: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Compute cos and sin (B, 1, S, head_dim) in fp32 for positions (B, S)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[..., None] * ROTARY_BASE**-exponents  # (B, S, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads (B, H, S, head_dim) by halves, in fp32, and return them in their own dtype."""
-    first, second = heads.float().chunk(2, dim=-1)
-    return (heads.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one fused projection (rows q, k, v in whole blocks)."""
-
-    def __init__(self, config: OpenLMConfig, layer: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.layer = layer
-        self.num_heads = config.num_attention_heads
-        self.in_proj = nn.Linear(width, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = make_norm(config) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config) if config.qk_norm else nn.Identity()
-
-    def forward(
-        self,
-        hidden: Tensor,
-        *,
-        mask: Tensor | None,
-        angles: tuple[Tensor, Tensor] | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        query, key, value = self.in_proj(hidden).chunk(3, dim=-1)  # (B, S, D) each
-        # The norms come before the split into heads: open_lm normalises over all heads together.
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for part in (self.q_norm(query), self.k_norm(key), value)
-        )  # (B, H, S, head_dim)
-        if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer)
-        # Without a mask SDPA can use its fastest kernels. One new position sees all, so nothing is to be hidden.
-        is_causal = mask is None and query.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+Outputs = TypeVar("Outputs", bound=ModelOutput)
 
 
 class FeedForward(nn.Module):
@@ -106,10 +48,19 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None, cache: Cache | None
-    ) -> Tensor:
-        hidden = hidden + self.attention(self.attention_norm(hidden), mask=mask, angles=angles, cache=cache)
-        return hidden + self.feed_forward(self.ffn_norm(hidden))
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        angles: tuple[Tensor, Tensor] | None,
+        remember: Remember | None,
+        is_eager: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        normalised = self.attention_norm(hidden)
+        mixed, weights = self.attention(
+            normalised, mask=mask, angles=angles, remember=remember, is_eager=is_eager
+        )
+        hidden = hidden + mixed
+        return hidden + self.feed_forward(self.ffn_norm(hidden)), weights
 
 
 class OpenLMPreTrainedModel(PreTrainedModel):
@@ -170,31 +121,55 @@ class OpenLMModel(OpenLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: object,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[object, ...]:
         """Compute normalised hidden states (B, S, D).
 
         Args:
-            attention_mask: (B, T), nonzero where a key may be attended to; None if all may.
+            attention_mask: (B, T), nonzero where a key may be attended to, or None if all may. Or (B, 1, S, T) for any
+                order: booleans, or numbers that are added to the scores.
             position_ids: (B, S); by default counted from the mask, else from the cache's length.
             past_key_values: any cache with get_seq_length() and update(key, value, layer).
+            output_attentions: return the weights (B, H, S, T) of every layer too, computed without SDPA.
+            output_hidden_states: return the input of every layer too, and the normalised output (B, S, D).
         """
+        config = self.config
+        wants_weights = config.output_attentions if output_attentions is None else output_attentions
+        wants_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        is_eager = wants_weights or config._attn_implementation == "eager"
         hidden = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
         hidden = self.post_embed_norm(hidden)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask = _mask(attention_mask, hidden, past=past)
-        angles = self.angles(_positions(position_ids, attention_mask, hidden, past=past))
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        # transformers' caches of fixed size return more positions than are written, so they always need a mask.
+        is_exact = not isinstance(past_key_values, Cache) or isinstance(past_key_values, DynamicCache)
+        mask = attention_mask_of(attention_mask, hidden, past=past, is_needed=is_eager or not is_exact)
+        angles = self.angles(positions_of(position_ids, attention_mask, hidden, past=past))
+        remember = None if past_key_values is None else _into(past_key_values, past=past, like=hidden)
+        states: list[Tensor] = []
+        all_weights: list[Tensor | None] = []
         for layer in self.layers:
+            states.append(hidden)
             # Without a cache: a checkpointed layer runs twice, and would append its keys twice.
             if self.gradient_checkpointing and self.training:
-                hidden = torch.utils.checkpoint.checkpoint(
-                    layer, hidden, mask, angles, None, use_reentrant=False
+                hidden, weights = torch.utils.checkpoint.checkpoint(
+                    layer, hidden, mask, angles, None, is_eager, use_reentrant=False
                 )
             else:
-                hidden = layer(hidden, mask, angles, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+                hidden, weights = layer(hidden, mask, angles, remember, is_eager)
+            all_weights.append(weights)
+        hidden = self.norm(hidden)
+        outputs = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden) if wants_states else None,
+            attentions=tuple(all_weights) if wants_weights else None,
+        )
+        return _as_asked(outputs, self.config, return_dict)
 
 
 class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
@@ -236,14 +211,18 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: object,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[object, ...]:
         """Compute logits (B, S, V), or of the last logits_to_keep positions only.
 
         Args:
             labels: (B, S), shifted inside as transformers does; -100 is not counted.
+            logits_to_keep: how many of the last positions, 0 for all; or their indices.
+            num_items_in_batch: the loss is the sum over this number instead of the mean, as transformers' Trainer asks.
             cache: the name of past_key_values in newer releases of transformers.
         """
         outputs = self.model(
@@ -253,40 +232,48 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
             past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
         )
-        logits = self.output(outputs.last_hidden_state[:, -logits_to_keep:])  # (B, S, V); -0 keeps all
+        kept = (
+            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        )  # -0 keeps all
+        logits = self.output(outputs.last_hidden_state[:, kept])  # (B, S, V)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        answer = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return _as_asked(answer, self.config, return_dict)
 
 
-def _mask(attention_mask: Tensor | None, hidden: Tensor, *, past: int) -> Tensor | None:
-    """Build a boolean mask (B, 1, S, T), or None where SDPA's is_causal does the same."""
-    num_new = hidden.shape[1]
-    if attention_mask is None and (past == 0 or num_new == 1):
-        return None
-    total = past + num_new
-    queries = torch.arange(past, total, device=hidden.device)[:, None]
-    keys = torch.arange(total, device=hidden.device)[None]
-    mask = (keys <= queries)[None, None]  # (1, 1, S, T)
-    if attention_mask is not None:
-        # A padded query sees itself, or its softmax would be over nothing and give nan.
-        mask = (mask & attention_mask[:, None, None, :total].bool()) | (keys == queries)
-    return mask
+def _into(cache: Cache, *, past: int, like: Tensor) -> Remember:
+    """Make the function that writes new keys and values into a cache, behind the `past` positions that it holds."""
+    if not isinstance(cache, Cache):
+        return cache.update
+    # A static cache of transformers 4 writes at position 0 unless it is told where.
+    places = {"cache_position": torch.arange(past, past + like.shape[1], device=like.device)}
+    return lambda key, value, layer: cache.update(key, value, layer, places)
 
 
-def _positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor, *, past: int
-) -> Tensor:
-    """Return positions (B, S): as given, else counted from the mask, else from the cache's length."""
-    num_new = hidden.shape[1]
-    if position_ids is not None:
-        return position_ids
-    if attention_mask is not None:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past : past + num_new]
-    return torch.arange(past, past + num_new, device=hidden.device)[None]
+def _as_asked(
+    outputs: Outputs, config: OpenLMConfig, return_dict: bool | None
+) -> Outputs | tuple[object, ...]:
+    """Return outputs as they are, or as a tuple if the call or config.json asks for one."""
+    is_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return outputs if is_dict else outputs.to_tuple()
 
 
 OpenLMConfig.register_for_auto_class()
+OpenLMModel.register_for_auto_class("AutoModel")
 OpenLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

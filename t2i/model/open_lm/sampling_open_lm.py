@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 MOST_STEPS = 256
 """Maximum number of compiled steps per process, over all shapes and settings."""
@@ -94,8 +94,10 @@ def sample_codes(
             Afterwards the weights must not change. Codes differ where rounding decides.
 
     Raises:
-        ValueError: a compiled step of a model that is not open_lm's.
+        ValueError: no prompt, or a compiled step of a model that is not open_lm's.
     """
+    if not len(prompts):
+        raise ValueError("there is no caption to draw; expected at least one")
     how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
     # After <image> come K codes and nothing else, so the text part of the LM head is never multiplied with.
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
@@ -110,7 +112,7 @@ def sample_codes(
             f"{type(model).__name__} samples with transformers' own KV cache, which is not compiled here"
         )
     else:
-        hidden, decoder = _begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
+        hidden, decoder = begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
     to_logits = product(head, num_rows=len(prompts))
     # The first code is sampled from the prompts' hidden states, so K codes take K - 1 steps.
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
@@ -184,7 +186,7 @@ def _packed_by_onednn(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call
         products.fp32_precision = before
 
 
-def _begin_any(
+def begin_any(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
@@ -199,27 +201,38 @@ def _begin_any(
     return decoder(ids), decoder
 
 
+def body_of(model: PreTrainedModel) -> Any:
+    """Return the part of a causal LM that computes hidden states, without the LM head."""
+    # transformers' own name for it, base_model, is the whole model in some classes, such as Gemma 3's.
+    if model.base_model is not model:
+        return model.base_model
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else model
+
+
 class PlainDecoder:
-    """Continue from the ids read so far, with the model's own forward and transformers' KV cache."""
+    """Continue from the ids read so far, with the model's own forward and KV cache."""
 
     def __init__(self, model: PreTrainedModel, mask: Tensor) -> None:
-        self.model, self.mask = model, mask  # (R, T)
+        self.body, self.mask = body_of(model), mask  # (R, T)
         # Counted from each row's first real id, as in training, where prompts are not padded on the left.
         self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (R, T)
-        self.cache = DynamicCache()
+        # None: the model makes its own. Layers with a sliding window or a convolution need other caches than the rest.
+        self.cache: Any = None
+        self.length = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Read ids (R, S), or (R,) for one more per row, and return the last hidden states (R, D)."""
         ids = ids.view(len(self.mask), -1)
-        past = self.cache.get_seq_length()
-        total = past + ids.shape[1]
-        outputs = self.model.base_model(
+        past, self.length = self.length, self.length + ids.shape[1]
+        outputs = self.body(
             ids,
-            attention_mask=self.mask[:, :total],
-            position_ids=self.positions[:, past:total],
+            attention_mask=self.mask[:, : self.length],
+            position_ids=self.positions[:, past : self.length].contiguous(),  # XGLM takes no view
             past_key_values=self.cache,
             use_cache=True,
         )
+        self.cache = outputs.past_key_values
         return outputs.last_hidden_state[:, -1]
 
 
@@ -275,7 +288,7 @@ def _scramble(numbers: Tensor) -> Tensor:
 
 def draw(
     model: PreTrainedModel,
-    captions: Sequence[str],
+    captions: str | Sequence[str],
     *,
     tokenizer: Any,
     image_tokenizer: Any,
@@ -289,17 +302,20 @@ def draw(
 
     Args:
         model: a causal LM whose config.json has vocab_layout and codes_per_image.
+        captions: several, or one as a text.
         tokenizer: the text tokenizer of the model's folder.
         image_tokenizer: the diffusers VQModel of its image_tokenizer folder.
 
     Raises:
-        ValueError: the model has no image codes.
+        ValueError: the model has no image codes, or there is no caption.
     """
     from PIL import Image  # here: sample_codes of an exported folder works without Pillow
 
     config = model.config
     if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
+    # A text is a sequence of letters too, each of which would become an image.
+    captions = [captions] if isinstance(captions, str) else list(captions)
     # Captions are truncated as in training: longer sequences would use positions that were never trained.
     length = config.sequence_length or config.max_position_embeddings
     room = length - config.codes_per_image - len(MARKERS)
