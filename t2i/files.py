@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,9 +176,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        readable(part)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def readable(folder: Path) -> None:
+    """Give every file of a folder the mode that a new file has here; safetensors makes files for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as probe:
+        # Asked of a new file: the umask itself can be read only by setting it, for all threads.
+        (Path(probe) / "new").touch()
+        mode = (Path(probe) / "new").stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def hash_uniform(*parts: object) -> float:

@@ -144,9 +144,9 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
     lines = card.text.split("```python\n")[1].split("```")[0]
     (own,) = re.findall(r"captions = .*", lines)
     program = WITHOUT_T2I + lines.replace(own, f"captions = {captions}")
-    subprocess_of(sys.executable, "-c", program, cwd=exported, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    for index, caption in enumerate(captions):
-        drawn = pixels(exported / f"{caption}.png")
+    subprocess_of(sys.executable, "-c", program, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    for index in range(len(captions)):
+        drawn = pixels(tmp_path / f"{index}.png")
         assert drawn.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
         # The same codes, decoded by the same tokenizer in batches of the same shape.
         np.testing.assert_array_equal(drawn, pixels(tmp_path / "drawn" / f"{index:05d}.png"))

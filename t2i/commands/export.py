@@ -8,7 +8,10 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from t2i.cli import Ckpt, parse
+from t2i.errors import UserError
 from t2i.verbs import own_command_line
 
 
@@ -24,6 +27,8 @@ class ExportCommand:
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     push_to_hub: str | None = None
     """Also upload it to this hub repository (USER/NAME)."""
+    private: bool = False
+    """Make that repository a private one, if it does not exist yet."""
 
 
 def main() -> None:
@@ -31,6 +36,8 @@ def main() -> None:
     from t2i.runs.export import check_repo, export, push
     from t2i.runs.loading import open_model
 
+    if command.private and not command.push_to_hub:
+        raise UserError("--private is for --push-to-hub USER/NAME, which is not given.")
     if command.push_to_hub:
         check_repo(command.push_to_hub)
     export(
@@ -38,7 +45,8 @@ def main() -> None:
         out=command.out,
         command=own_command_line(),
         trust_remote_code=command.trust_remote_code,
+        repo=command.push_to_hub,
     )
     print(f"{command.out} draws images without t2i; its README.md says how.")
     if command.push_to_hub:
-        print(push(command.out, repo=command.push_to_hub))
+        print(push(command.out, repo=command.push_to_hub, is_private=command.private))

@@ -25,7 +25,7 @@ from t2i.files import new_folder, sha256_of
 from t2i.model.backbone import is_open_lm, weight_files
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.resize import never_generate
+from t2i.model.resize import end_at, never_generate
 from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
@@ -120,8 +120,7 @@ def convert_vq(checkpoint: Path, *, layout: SourceLayout, out: Path, tell: Tell)
 
 def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> None:
     """Set generate() to end at the tokenizer's end token and never choose an id that no token uses."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(tokenizer.tokenizer, name))
+    end_at(model, tokenizer.tokenizer)
     never_generate(model, list(range(tokenizer.num_tokens, model.config.vocab_size)))
 
 

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from t2i.errors import UserError
 from t2i.model.trainable import merge_lora
@@ -100,6 +100,22 @@ def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
     # In the generation config, not in the logits: these stay those of open_lm.
     assert model.generation_config is not None
     model.generation_config.suppress_tokens = ids or None
+
+
+def end_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generate() end at the tokenizer's end token, in both config files; more end tokens of a chat model stay."""
+    generation, end = model.generation_config, tokenizer.eos_token_id
+    assert generation is not None
+    known = generation.eos_token_id
+    if end is None:
+        return
+    # A class's own default may be any other token: Llama's is id 2.
+    if end not in (known if isinstance(known, list) else [known]):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(generation, name, getattr(tokenizer, name))
+        model.config.bos_token_id = tokenizer.bos_token_id
+    # Not the padding: for a Llama, it would freeze that id's embedding from the next load on.
+    model.config.eos_token_id = generation.eos_token_id
 
 
 def _given(tensors: Mapping[str, Tensor], name: str, file: str, *, shape: tuple[int, int]) -> Tensor:

@@ -78,8 +78,11 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: the folder holds no run.
     """
-    if not (run_dir / RESOLVED).is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no {RESOLVED}.")
+    for name in (RESOLVED, ENVIRONMENT):  # an exported folder has only the first
+        if not (run_dir / name).is_file():
+            raise UserError(
+                f"{run_dir} is no run folder: it has no {name}. An exported folder has its numbers in README.md."
+            )
     template = jinja2.Template(
         TEMPLATE.read_text(),
         autoescape=True,  # captions are anybody's text

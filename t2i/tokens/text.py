@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ NEOX = "hf:EleutherAI/gpt-neox-20b"
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 """Ids 0 and 1 of GPT-NeoX-20B's tokenizer and of those trained here."""
 
-SIDE = "left"
-"""Padding side for a batch of prompts: a causal model continues from the last position."""
+OPTIONS: dict[str, Any] = {
+    # For a batch of prompts: a causal model continues from the last position.
+    "padding_side": "left",
+    # The class's default has token_type_ids too, which no causal model here takes and generate() refuses.
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+"""What every tokenizer here is opened with, whatever its files say; a saved one keeps it."""
 
 
 class TextTokenizer:
@@ -42,11 +48,9 @@ class TextTokenizer:
         elif not file.is_file():
             raise UserError(f"{name} is no text tokenizer: {not_here(name) or 'it has no tokenizer.json'}.")
         elif (folder / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                folder, padding_side=SIDE, trust_remote_code=False
-            )
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **OPTIONS)
         else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side=SIDE)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **OPTIONS)
         return cls(_with_ends(tokenizer), name=str(name))
 
     @property
@@ -89,7 +93,7 @@ class TextTokenizer:
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side=SIDE, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **OPTIONS)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         raise UserError(f"the hub gives no text tokenizer {HUB}{name}: {why}") from error

@@ -20,7 +20,7 @@ from t2i.model.backbone import (
 )
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
-from t2i.model.resize import grow_vocabulary, never_generate, split_rows
+from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
 from t2i.model.trainable import add_lora, set_trainable
 from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
 from t2i.runs.loading import DATA_MANIFEST, find
@@ -74,6 +74,7 @@ def build_model(
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
+    end_at(model, text_tokenizer.tokenizer)
     if train.image_vocab_only and manifest.is_text:
         raise UserError(
             "train.image_vocab_only is set; expected shards with image codes, but these hold text only."

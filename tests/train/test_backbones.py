@@ -168,10 +168,10 @@ def test_an_exported_folder_draws_with_its_own_script_and_without_t2i(trained, t
     card = (out / "README.md").read_text()
     assert "from draw import draw" in card
     assert "trust_remote_code" not in card
-    code = card.split("```python\n")[1].split("```")[0].replace("picture.save", "print")
-    hidden = f"import sys\nsys.modules['t2i'] = None\nsys.path.insert(0, '.')\n{code}\nprint(len(images))"
+    code = card.split("```python\n")[1].split("```")[0]
+    hidden = f"import sys\nsys.modules['t2i'] = None\n{code}\nprint(len(images))"
     done = processes.run(
-        [sys.executable, "-c", hidden], cwd=out, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", hidden], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.stdout.strip().endswith("2"), done.stderr[-2000:]
 

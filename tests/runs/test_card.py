@@ -1,0 +1,121 @@
+"""An exported folder and its card: what others need to use it, and nothing that a stranger's text could add to it."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, GenerationConfig
+
+from t2i.commands.export import main as export_main
+from t2i.data.shards.reader import read_split
+from t2i.errors import UserError
+from t2i.report.run import write_report
+from t2i.runs import export as exporting
+from t2i.runs.card import as_code, as_text, licences, stated_licence
+from t2i.runs.loading import open_model
+
+
+@pytest.fixture(scope="module")
+def opened(finished):
+    return open_model(str(finished.run_dir), needs_images=True)
+
+
+@pytest.fixture(scope="module")
+def exported(opened, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "tiny_model"
+    before = os.umask(0o027)
+    exporting.export(opened, out=out, command="a test")
+    os.umask(before)
+    return out
+
+
+def test_every_file_has_the_mode_of_a_new_file(exported):
+    assert {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_generation_ends_at_the_tokenizers_end_and_takes_all_that_it_gives(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    config = json.loads((exported / "config.json").read_text())
+    generation = GenerationConfig.from_pretrained(exported)
+    assert config["eos_token_id"] == generation.eos_token_id == tokenizer.eos_token_id == 0
+    assert generation.pad_token_id == tokenizer.pad_token_id
+    assert list(tokenizer("a red apple")) == ["input_ids", "attention_mask"]
+
+
+def test_the_card_names_every_python_file_and_the_runs_own_captions(exported, finished):
+    card = (exported / "README.md").read_text()
+    for file in exported.glob("*.py"):
+        assert file.name in card
+    captions = [sample["caption"] for sample in read_split(finished.data.shards, "heldout", num_samples=2)]
+    assert f"captions = {captions!r}" in card
+    assert "folder = 'tiny_model'" in card
+    assert not re.search("emoji|grinning", card)
+
+
+def test_the_licences_of_starting_weights_are_carried_through_every_start(opened, tmp_path, monkeypatch):
+    homes = [tmp_path / name for name in ("first", "second", "third")]
+    for home, init in zip(homes, ["random", *map(str, homes)], strict=False):
+        home.mkdir()
+        (home / "resolved.yaml").write_text(yaml.safe_dump({"model": {"init": init}}))
+    (homes[0] / "README.md").write_text("---\nlicense: cc-by-sa-4.0\n---\n# A model\n")
+    (homes[1] / "data_manifest.json").write_text(json.dumps({"licence": "CC0"}))
+    found = licences(opened, {"model": {"init": str(homes[2])}})
+    starts = {
+        name.removeprefix("starting weights: "): value for name, value in found.items() if "weights" in name
+    }
+    assert starts == dict(zip(map(str, reversed(homes)), ["not stated", "CC0", "cc-by-sa-4.0"], strict=True))
+
+
+def test_an_embedded_image_tokenizer_has_its_licence():
+    from t2i.config import ASSETS
+
+    assert stated_licence(ASSETS / "image_tokenizer") == "cc-by-sa-4.0"
+
+
+EVIL = "a`b`\n# heading <script>alert(1)</script> ![x](http://x) | cell\n```\n"
+
+
+def test_a_strangers_words_stay_words(opened, exported, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    for name in ("scores.json", "data_manifest.json"):
+        values = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        values |= {"source": EVIL, "licence": EVIL, "counts": {"train": EVIL}}
+        if name == "data_manifest.json":
+            (folder / name).write_text(json.dumps(values))
+    from t2i.runs.card import model_card
+
+    card = model_card(opened, folder=folder, name=EVIL, command=EVIL)
+    outside = "".join(card.split("```")[::2])
+    assert "<script" not in re.sub(r"`[^`]*`|\\<", "", outside)
+    assert "\n# heading" not in card
+    assert ModelCard(card).data.library_name == "transformers"
+    assert card.count("\n```") == 2
+    assert as_code("a`b\nc") == "`a'b c`"
+    assert as_text("[a](b)\n<i>") == r"\[a\](b) \<i\>"
+
+
+def test_an_export_can_be_pushed_as_a_private_repository(monkeypatch, tmp_path):
+    made = []
+    api = SimpleNamespace(
+        create_repo=lambda repo, **how: made.append((repo, how)), upload_folder=lambda **_: "address"
+    )
+    monkeypatch.setattr(exporting, "HfApi", lambda endpoint: api)
+    assert exporting.push(tmp_path, repo="a/b", is_private=True) == "address"
+    assert made == [("a/b", {"exist_ok": True, "private": True})]
+    monkeypatch.setattr(sys, "argv", ["export", "runs/x", "--out", str(tmp_path / "out"), "--private"])
+    with pytest.raises(UserError, match="--private is for --push-to-hub"):
+        export_main()
+
+
+def test_a_report_of_an_export_is_refused_in_a_sentence(exported):
+    with pytest.raises(
+        UserError, match=r"is no run folder: it has no .*environment\.json\. An exported folder has"
+    ):
+        write_report(exported)
