@@ -8,8 +8,6 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from t2i.cli import Ckpt, parse
 from t2i.errors import UserError
 from t2i.verbs import own_command_line
