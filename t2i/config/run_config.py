@@ -15,6 +15,7 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 Mode = Literal["text-to-image", "image-only", "text-only"]
 Trainable = Literal["all", "embeddings", "norms", "first-half", "feed-forward"]
 ControlInit = Literal["none", "fresh", "within-tensors", "moments", "layer-order"]
+ImageWeights = Literal["none", "feed-forward", "all", "lora"]
 Family = Literal["open_lm", "llama", "qwen2", "gpt_neox"]
 NormType = Literal[
     "default_layer_norm",
@@ -104,6 +105,10 @@ class ModelConfig:
     first half of the layers, or the feed-forward part of every layer."""
     lora_rank: Annotated[int, Ge(0), Le(1_000_000)] = 0
     """Rank of LoRA adapters on every matrix of the layers; only they and the new embeddings are trained. 0 for none."""
+    image_weights: ImageWeights = "none"
+    """Weights of their own for image positions: a copy of every layer's feed-forward part; of every matrix and norm; or
+    a LoRA of lora_rank. The language model is frozen, so text logits stay bit for bit what they were. Attention is
+    shared."""
     family: Family = "open_lm"
     """Architecture of a randomly initialised model; norm_type and qk_norm are for open_lm only."""
     # The defaults are of the demo, which trains on two CPU cores.
@@ -126,11 +131,31 @@ class ModelConfig:
             raise UserError(f"model.init_std is {self.init_std}; expected None unless control_init is fresh.")
         if self.control_init != "none" and self.init == "random":
             raise UserError(f"model.control_init is {self.control_init}, but model.init is random.")
+        if self.image_weights != "none":
+            self._check_image_weights()
         if self.lora_rank and self.trainable != "all":
             # Adapters say themselves what is trained, so a second answer could only contradict.
             raise UserError(
                 f"model.trainable is {self.trainable}; expected all with model.lora_rank {self.lora_rank}, which trains"
                 " adapters and new embeddings only."
+            )
+
+    def _check_image_weights(self) -> None:
+        kind = self.image_weights
+        if self.init == "random" or self.control_init != "none":
+            raise UserError(
+                f"model.image_weights is {kind}, which keeps a language model as it is; expected model.init to name"
+                " one, and model.control_init none."
+            )
+        if self.trainable != "all":
+            raise UserError(
+                f"model.trainable is {self.trainable}; expected all with model.image_weights {kind}, which says itself"
+                " what is trained."
+            )
+        if (kind == "lora") != (self.lora_rank > 0):
+            raise UserError(
+                f"model.image_weights is {kind} and model.lora_rank {self.lora_rank}; expected a rank with lora, and 0"
+                " with the others."
             )
 
     @property

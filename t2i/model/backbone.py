@@ -29,6 +29,7 @@ from t2i.model.foreign_folder import (
 )
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.modeling_routed import RoutedConfig, RoutedForCausalLM
 from t2i.model.open_lm.sampling_open_lm import begin_any, body_of
 from t2i.tokens.vocab import VocabLayout
 
@@ -36,6 +37,11 @@ HEAD_TOLERANCE = 1e-2
 """Maximum difference between logits and hidden states times LM head, relative to the largest logit."""
 LOW_PRECISION_TOLERANCE = 0.1
 """The same for hidden states in half precision, which round at every layer."""
+OURS: dict[str, tuple[Any, Any]] = {
+    OpenLMConfig.model_type: (OpenLMConfig, OpenLMForCausalLM),
+    RoutedConfig.model_type: (RoutedConfig, RoutedForCausalLM),
+}
+"""Configuration and class of the model types that transformers does not have."""
 UNUSABLE = (
     ValueError,
     OSError,
@@ -67,8 +73,8 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Pretr
     """
     description = read_description(folder)
     kind = description.get("model_type")
-    if kind == OpenLMConfig.model_type:
-        return cast(PretrainedConfig, OpenLMConfig.from_pretrained(folder))
+    if kind in OURS:
+        return cast(PretrainedConfig, OURS[kind][0].from_pretrained(folder))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:
@@ -91,8 +97,8 @@ def load_model(
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     model: Any
     report: dict[str, Any]
-    kind: Any = OpenLMForCausalLM if isinstance(config, OpenLMConfig) else AutoModelForCausalLM
-    if not (trust_remote_code or kind is OpenLMForCausalLM or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    kind: Any = OURS.get(config.model_type, (None, AutoModelForCausalLM))[1]
+    if not (trust_remote_code or config.model_type in OURS or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         refuse_own_code(folder, read_description(folder))
     try:
         model, report = kind.from_pretrained(

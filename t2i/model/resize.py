@@ -152,7 +152,9 @@ class JoinedHead(_JoinedRows):
     """A bias-free LM head whose new part is its own parameter."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.weight)
+        # Two products: one of more rows might round the logits of text otherwise than the language model did.
+        parts = (nn.functional.linear(hidden, rows) for rows in (self.old, self.new))
+        return torch.cat(list(parts), dim=-1)
 
 
 def split_rows(model: PreTrainedModel, *, num_old: int) -> None:

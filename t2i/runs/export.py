@@ -16,6 +16,7 @@ from t2i.files import new_folder
 from t2i.model.backbone import load_model
 from t2i.model.open_lm import sampling_open_lm
 from t2i.model.resize import end_at
+from t2i.model.routing import check_text
 from t2i.runs.card import MEASURED, SAMPLER, model_card
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
@@ -39,8 +40,9 @@ def export(
 
     Raises:
         UserError: `out` exists.
-        CheckpointError: the folder, when loaded, gives other logits.
+        CheckpointError: the folder, when loaded, gives other logits, or text weights that must not change have.
     """
+    check_text(checkpoint.model, name=str(checkpoint.folder))
     with new_folder(out) as part:
         _write(checkpoint, part)
         card = model_card(checkpoint, folder=part, name=out.name, command=command, repo=repo)
@@ -89,7 +91,8 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
 
 @torch.inference_mode()
 def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool) -> None:
-    ids = torch.arange(24, device=model.device)[None] % model.config.vocab_size
+    # Over the whole vocabulary: a routed model has other weights for its last ids.
+    ids = torch.linspace(0, model.config.vocab_size - 1, 24, device=model.device).long()[None]
     again = load_model(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     again = again.eval().to(model.device)
     # Rounding may differ a little with the weights' layout in memory. A swapped or lost tensor differs by far more.

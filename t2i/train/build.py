@@ -20,7 +20,9 @@ from t2i.model.backbone import (
 )
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
+from t2i.model.routing import route
 from t2i.model.trainable import add_lora, set_trainable
 from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
 from t2i.runs.loading import DATA_MANIFEST, find
@@ -74,6 +76,8 @@ def build_model(
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
+    if config.image_weights != "none":
+        model = _routed(model, config, manifest=manifest, layout=layout)
     end_at(model, text_tokenizer.tokenizer)
     if train.image_vocab_only and manifest.is_text:
         raise UserError(
@@ -85,8 +89,28 @@ def build_model(
     _check_positions(model, seq_len=data.seq_len, name=config.init)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    choose_learned(model, config, train=train, num_kept=start.num_kept)
+    if config.image_weights == "none":
+        choose_learned(model, config, train=train, num_kept=start.num_kept)
     return model, layout
+
+
+def _routed(
+    model: PreTrainedModel, config: ModelConfig, *, manifest: Manifest, layout: VocabLayout
+) -> RoutedForCausalLM:
+    """Route a grown model's image positions through weights of their own.
+
+    Raises:
+        UserError: the shards have no images, or the model cannot be routed.
+    """
+    if manifest.is_text:
+        raise UserError(
+            f"model.image_weights is {config.image_weights}; expected shards with image codes, but these hold text"
+            " only."
+        )
+    routed = route(model, kind=config.image_weights, rank=config.lora_rank, layout=layout)
+    # Text is generated as before: no code or marker may be chosen, however likely training made it.
+    never_generate(routed, list(range(layout.num_text_tokens, layout.vocab_size)))
+    return routed
 
 
 def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainConfig, num_kept: int) -> None:

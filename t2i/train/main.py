@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import torch
 import torch.distributed as dist
 
 from t2i.config import DsConfig, RunConfig
@@ -22,6 +23,7 @@ from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine, operators_needed
 from t2i.errors import Stopped, exit_code
+from t2i.model.routing import check_precision
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import State, make_folder, open_run, write_status
 from t2i.train.build import build_model
@@ -86,6 +88,8 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
                 loader.look_ahead()
             per_rank = num_sequences // world_size
             warn_of_slow_bf16(model, ds_config, tokens=per_rank * data_config.seq_len)
+            is_bf16 = ds_config.get("bf16", {}).get("enabled", False)
+            check_precision(model, dtype=torch.bfloat16 if is_bf16 else torch.float32)
             learner = Learner(model, layout=layout, z_loss=train_config.z_loss)
             engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
             writer = MetricsWriter(run_dir) if is_first else None

@@ -1,0 +1,261 @@
+"""A language model whose image positions have weights of their own, and whose text stays bit for bit what it was.
+
+In the layers, positions that hold an image code or a marker go through weights that were trained on images. Positions
+that hold text go through the language model's own. Attention is shared, so image positions read the keys of text. Text
+logits come from a product of their own, so that a larger head cannot change how they are rounded.
+
+This file is uploaded with exported models, so it imports only torch and transformers. B batch, S sequence, D width,
+N = B S positions, V vocabulary.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+# All files of the class, though not all are used here: transformers copies no others.
+from .attention_open_lm import Attention  # noqa: F401
+from .configuration_open_lm import OpenLMConfig
+from .decoding_open_lm import begin_decoding  # noqa: F401
+from .modeling_open_lm import OpenLMForCausalLM
+from .sampling_open_lm import body_of, draw
+
+FEED_FORWARD_NAMES = ("feed_forward", "mlp")
+"""Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""
+
+
+class RoutedConfig(PretrainedConfig):
+    """Describe a routed model: the language model's own configuration, and which weights image positions have.
+
+    Args:
+        text_config: configuration of the language model, its vocabulary grown; attributes that are not here are read
+            there.
+        image_weights: "feed-forward": a copy of that part of every layer; "all": of every matrix and norm; "lora": a
+            low-rank addition to every matrix.
+        image_rank: rank of that addition.
+        num_text_rows: ids from here on are image codes and markers.
+        text_hash: hash of the language model's weights, which never change.
+    """
+
+    model_type = "t2i_routed"
+    is_composition = True
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        image_weights: str = "feed-forward",
+        image_rank: int = 0,
+        num_text_rows: int = 0,
+        text_hash: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(text_config, PretrainedConfig):
+            values = dict(text_config or {"model_type": OpenLMConfig.model_type})
+            kind = values.pop("model_type")
+            text_config = (
+                OpenLMConfig(**values)
+                if kind == OpenLMConfig.model_type
+                else AutoConfig.for_model(kind, **values)
+            )
+        self.text_config = text_config
+        self.image_weights, self.image_rank = image_weights, image_rank
+        self.num_text_rows, self.text_hash = num_text_rows, text_hash
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
+        """Return the language model's configuration, from which transformers takes the sizes of a cache."""
+        return self.text_config
+
+    def __getattr__(self, name: str) -> Any:
+        # Not auto_map: the language model's names its own class.
+        if name.startswith("__") or name == "auto_map" or "text_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.text_config, name)
+
+
+class Route:
+    """Which positions of the present pass are image positions: set by the embeddings, read by every routed module."""
+
+    def __init__(self, num_text_rows: int) -> None:
+        self.num_text_rows = num_text_rows
+        self.has_text, self.has_image = True, False
+        self.text = self.image = torch.empty(0, dtype=torch.long)
+
+    def look(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Sort the positions of ids (B, S) by kind; a hook that runs before they are embedded."""
+        is_image = inputs[0].flatten() >= self.num_text_rows
+        self.text, self.image = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+        self.has_text, self.has_image = len(self.text) > 0, len(self.image) > 0
+
+
+class Routed(nn.Module):
+    """A module of the language model for text positions, and its copy for image positions."""
+
+    def __init__(self, text: Any, route: Route) -> None:
+        super().__init__()
+        self.text, self.image, self.route = text, copy.deepcopy(text), route
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        route = self.route
+        # Text alone goes through the very call of the language model: a gathered product may be rounded otherwise.
+        if not route.has_image:
+            return self.text(hidden)
+        if not route.has_text:
+            return self.image(hidden)
+        rows = hidden.flatten(0, 1)  # (N, ...): each position is multiplied once, as in the plain model
+        image = self.image(rows[route.image])
+        out = image.new_empty(len(rows), *image.shape[1:])
+        out = out.index_copy(0, route.image, image).index_copy(0, route.text, self.text(rows[route.text]))
+        return out.unflatten(0, hidden.shape[:2])
+
+    @property
+    def weight(self) -> Tensor:
+        """The language model's weight; some classes ask a layer for its dtype."""
+        return cast(Tensor, self.text.weight)
+
+
+class RoutedAddition(nn.Module):
+    """A matrix of the language model for all positions, and a low-rank addition at image positions."""
+
+    def __init__(self, text: Any, route: Route, rank: int) -> None:
+        super().__init__()
+        is_linear = isinstance(text, nn.Linear)
+        width, out = text.weight.shape[::-1] if is_linear else text.weight.shape
+        like = {"device": text.weight.device, "dtype": text.weight.dtype}
+        self.text, self.route = text, route
+        self.down = nn.Linear(width, rank, bias=False, **like)
+        self.up = nn.Linear(rank, out, bias=False, **like)
+        # Zero, so that the model first computes what it did before.
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.text(hidden)
+        if not self.route.has_image:
+            return out
+        added = self.up(self.down(hidden.flatten(0, 1)[self.route.image])).to(out.dtype)
+        return out.flatten(0, 1).index_add(0, self.route.image, added).unflatten(0, hidden.shape[:2])
+
+    @property
+    def weight(self) -> Tensor:
+        """The language model's weight; some classes ask a layer for its dtype."""
+        return cast(Tensor, self.text.weight)
+
+
+class RoutedHead(nn.Linear):
+    """An LM head that computes text logits by the product that the language model's own head was."""
+
+    def __init__(self, weight: nn.Parameter, num_text_rows: int) -> None:
+        super().__init__(1, 1, bias=False, device="meta")
+        self.weight, self.num_text_rows = weight, num_text_rows
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        text, image = self.weight[: self.num_text_rows], self.weight[self.num_text_rows :]
+        return torch.cat([F.linear(hidden, text), F.linear(hidden, image)], dim=-1)
+
+
+class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any causal language model, with image weights of its own beside it."""
+
+    config_class = RoutedConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    draw = draw
+
+    def __init__(self, config: RoutedConfig, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        text = config.text_config
+        if language_model is None:
+            language_model = (
+                OpenLMForCausalLM(text)
+                if isinstance(text, OpenLMConfig)
+                else AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+            )
+        self.language_model = language_model
+        self.route = Route(config.num_text_rows)
+        self.watcher = self.get_input_embeddings().register_forward_pre_hook(self.route.look)
+        self._tied_weights_keys = _below("language_model", language_model._tied_weights_keys)
+        head = language_model.get_output_embeddings()
+        language_model.set_output_embeddings(RoutedHead(head.weight, config.num_text_rows))
+        add_image_weights(language_model, self.route, kind=config.image_weights, rank=config.image_rank)
+        self.generation_config = copy.deepcopy(language_model.generation_config)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Draw nothing: the language model is whole, and image weights are copies."""
+        self.tie_weights()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The part that computes hidden states."""
+        return body_of(self.language_model)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the module that maps ids to (B, S, D)."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it, and look at what the new one is given."""
+        self.watcher.remove()
+        self.language_model.set_input_embeddings(value)
+        self.watcher = value.register_forward_pre_hook(self.route.look)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the bias-free LM head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the bias-free LM head."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def prepare_inputs_for_generation(self, *inputs: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare a step of generate() as the language model does."""
+        return self.language_model.prepare_inputs_for_generation(*inputs, **kwargs)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Compute logits (B, S, V) as the language model's class does; ids are needed, for they say what is image."""
+        return self.language_model(input_ids, **kwargs)
+
+
+def add_image_weights(model: PreTrainedModel, route: Route, *, kind: str, rank: int) -> None:
+    """Put routed modules into every layer of a language model, in place.
+
+    Raises:
+        ValueError: a layer has no part of this kind.
+    """
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    body = body_of(model)
+    for owner in [*layers, body] if kind == "all" else layers:
+        for name, module in list(owner.named_modules() if owner is not body else owner.named_children()):
+            own = list(module.parameters(recurse=False))
+            is_matrix = isinstance(module, nn.Linear | Conv1D)
+            is_norm = bool(own) and all(value.dim() == 1 for value in own)
+            if kind == "feed-forward" and name in FEED_FORWARD_NAMES:
+                made: nn.Module = Routed(module, route)
+            elif kind == "all" and (is_norm or (is_matrix and owner is not body)):
+                made = Routed(module, route)
+            elif kind == "lora" and is_matrix:
+                made = RoutedAddition(module, route, rank)
+            else:
+                continue
+            parent, _, last = name.rpartition(".")
+            setattr(owner.get_submodule(parent), last, made)
+    if not any(isinstance(module, Routed | RoutedAddition) for module in model.modules()):
+        raise ValueError(f"the layers of {type(model).__name__} have no {kind} part to route")
+
+
+def _below(prefix: str, keys: Any) -> Any:
+    """Put a prefix before transformers' list, or in newer releases mapping, of tied weights."""
+    if isinstance(keys, dict):
+        return {f"{prefix}.{name}": f"{prefix}.{source}" for name, source in keys.items()}
+    return [f"{prefix}.{name}" for name in keys or ()]
+
+
+RoutedConfig.register_for_auto_class()
+RoutedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
