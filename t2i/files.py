@@ -151,6 +151,18 @@ def is_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
+def is_file(name: Path | str) -> bool:
+    """Tell whether a name is that of a file; a text that no file can be named, such as a long one, is not."""
+    return os.path.isfile(name)  # noqa: PTH113  (Path.is_file raises for a name that is too long)
+
+
+def lines_of(text: str) -> list[str]:
+    """Split text into lines, which end at LF, CR or CR LF: the one rule for every list that is a file."""
+    # Not str.splitlines, which also ends lines at nine characters that captions hold, such as U+2028.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
 def _reason(broken: Exception) -> str:
     text = " ".join(str(broken).split()) or type(broken).__name__
     return text[:REASON_CHARACTERS].rstrip(".")

@@ -6,11 +6,12 @@ Examples:
   python launchers/sample.py runs/train --layout geneval --prompts evaluation_metadata.jsonl --out geneval
   torchrun --nproc-per-node 8 launchers/sample.py runs/train --layout dpg --prompts dpg_bench/prompts --out dpg
 
-The layouts draw four images per prompt, in the folders that GenEval's and DPG-Bench's own scorers read. Run the
-same command to resume.
+Images are numbered; other captions or settings add theirs after those that --out holds. The layouts draw four images
+per prompt, in the folders that GenEval's and DPG-Bench's own scorers read. Run the same command to resume.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,7 +35,8 @@ class SampleCommand:
     out: Path
     """Folder for the PNG files."""
     layout: Literal["plain", "geneval", "dpg"] = "plain"
-    """plain: 00000.png and so on. geneval: prompts from its .jsonl file. dpg: from its folder of .txt files."""
+    """plain: 00000.png and so on, after those that are there. geneval: prompts from its .jsonl file. dpg: from its
+    folder of .txt files."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     trust_remote_code: bool = False
@@ -44,15 +46,16 @@ class SampleCommand:
 
 def captions_of(prompts: tuple[str, ...]) -> list[str]:
     from t2i.data.sources.caption_list import LISTS, read_caption_list
+    from t2i.files import is_file
 
+    if not prompts:
+        raise UserError("--prompts names no caption.")
     if len(prompts) == 1:
         path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1
-        if path.suffix in LISTS or (is_word and path.is_file()):
+        if path.suffix in LISTS or (is_word and is_file(path)):
             return [row.text for row in read_caption_list(path)]
-    captions = [prompt for prompt in prompts if prompt]
-    if not captions:
-        raise UserError("--prompts names no caption.")
-    return captions
+    # An empty one is the null caption: dropped, it would shift the numbers of the others.
+    return list(prompts)
 
 
 def main() -> None:
@@ -63,34 +66,45 @@ def main() -> None:
         )
     from t2i.distributed.launch import join, leave_job
     from t2i.generate.benchmarks import Benchmark, read_benchmark
-    from t2i.generate.sample import draw_folder
+    from t2i.generate.beside import SETTINGS, named_beside
+    from t2i.generate.sample import draw_folder, drawing_settings
     from t2i.runs.loading import open_model
 
-    if command.layout == "plain":
-        names = {f"{index:05d}": caption for index, caption in enumerate(captions_of(command.prompts))}
-        work = Benchmark(captions=names, drawn=command.out, metadata={}, sheets={})
-    else:
+    work, record = Benchmark(captions={}, drawn=command.out, metadata={}, sheets={}), SETTINGS
+    texts = captions_of(command.prompts) if command.layout == "plain" else []
+    if command.layout != "plain":
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
     processes = join()
+    opened = open_model(
+        command.ckpt,
+        device=processes.device,
+        needs_images=True,
+        trust_remote_code=command.trust_remote_code,
+    )
+    if texts:
+        settings_of = partial(
+            drawing_settings, opened=opened, config=command.sample, batch_size=command.batch_size
+        )
+        names, record = named_beside(texts, out=command.out, settings_of=settings_of)
+        work = replace(work, captions=names)
+    processes.wait_for_everyone()  # else the first image of a quick rank would move the numbers of a slow one
     draw_folder(
-        open_model(
-            command.ckpt,
-            device=processes.device,
-            needs_images=True,
-            trust_remote_code=command.trust_remote_code,
-        ),
+        opened,
         work.captions,
         out=work.drawn,
         config=command.sample,
         batch_size=command.batch_size,
         rank=processes.process_index,
         world_size=processes.num_processes,
+        record=record,
     )
     processes.wait_for_everyone()
     if processes.is_main_process:
         work.write_metadata()
         work.write_sheets()
-        print(f"{len(work.captions)} images in {work.drawn}; each carries its caption and settings.")
+        first, last = next(iter(work.captions)), list(work.captions)[-1]
+        which = f"{first}.png to {last}.png" if last != first else f"{first}.png"
+        print(f"{len(work.captions)} images in {work.drawn}, {which}; each carries its caption and settings.")
         if work.sheets:
             print(f"{len(work.sheets)} sheets of them in {command.out}.")
     leave_job(processes)

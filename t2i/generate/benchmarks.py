@@ -16,8 +16,8 @@ from typing import Literal
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.files import write_whole
-from t2i.generate.sample import grid
+from t2i.files import is_file, lines_of, write_whole
+from t2i.generate.grid import grid
 
 PER_PROMPT = 4
 """Images per prompt in both benchmarks."""
@@ -65,9 +65,10 @@ def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
 
 
 def _geneval(file: Path, out: Path) -> Benchmark:
-    if not file.is_file():
+    if not is_file(file):
         raise DataError(f"--prompts {file} is no file; GenEval's is evaluation_metadata.jsonl.")
-    rows = [line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = file.read_text(encoding="utf-8", errors="replace")
+    rows = [line for line in lines_of(text) if line.strip()]
     if not rows:
         raise DataError(
             f"--prompts {file} is empty; GenEval's evaluation_metadata.jsonl has a JSON object per line."

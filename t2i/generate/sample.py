@@ -1,8 +1,11 @@
 """Captions to PNG files: fixed batches, a seed per caption, nothing drawn twice."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,17 +20,25 @@ from transformers import PreTrainedModel
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.files import read_json, write_json
+from t2i.generate.beside import SETTINGS
+from t2i.generate.grid import grid
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.sampling_open_lm import sample_codes
 from t2i.runs.loading import OpenedModel
+from t2i.settings import MAX_WHOLE
 from t2i.tokens.image import ImageTokenizer, images_of
 from t2i.tokens.sequence import caption_room, prompt
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
-SETTINGS = "settings.json"
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 32
 """Captions drawn together unless the caller says otherwise."""
+MOST_GUIDANCE = 5.0
+"""Guidance above it ruins images: hidden states are led out of what the LM head was trained on."""
+HASHES = {"weights": "other weights", "captions_sha256": "other captions"}
+"""Settings whose values say nothing to a reader, and what is said where they differ."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
     """
     if opened.model.config.sequence_mode == "text-only":
         raise UserError(f"{opened.folder} was trained on text alone; it draws no images.")
+    _warn_of_guidance(settings.guidance_scale)
     if settings.compile and not hasattr(opened.model, "begin_decoding"):
         kind = type(opened.model).__name__
         raise UserError(
@@ -57,6 +69,18 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
     return Drawer(
         opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings
     )
+
+
+@functools.cache  # once per process, though a score draws several rows
+def _warn_of_guidance(scale: float) -> None:
+    # By the variable: whoever draws a share of the images says nothing of what all do.
+    if scale > MOST_GUIDANCE and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "--guidance-scale is %g: above %g images become garish and lose their shapes. Useful are 1.5 to 4; the 6"
+            " to 8 of diffusion models are another scale.",
+            scale,
+            MOST_GUIDANCE,
+        )
 
 
 def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | None = None) -> Tensor:
@@ -68,7 +92,7 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
     layout, model, settings = drawer.layout, drawer.model, drawer.settings
     num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
     # Captions are cut to what a sequence had room for in training: later positions were never trained.
-    room = caption_room(mode=mode, seq_len=trained_seq_len(model), num_codes=num_codes)
+    room = _room(model)
     texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
     start = settings.seed if first_seed is None else first_seed
     return sample_codes(
@@ -79,13 +103,34 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
         image_ids=layout.image_rows,
         num_codes=num_codes,
         # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
-        seeds=[start + index for index in range(len(captions))],
+        seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
         guidance_scale=settings.guidance_scale,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         is_compiled=settings.compile,
     )
+
+
+def _room(model: PreTrainedModel) -> int:
+    """Count the tokens of a caption that a sequence had room for in training."""
+    config = model.config
+    return caption_room(
+        mode=config.sequence_mode, seq_len=trained_seq_len(model), num_codes=config.codes_per_image
+    )
+
+
+def _warn_of_long_captions(drawer: Drawer, captions: Iterable[str]) -> None:
+    room = _room(drawer.model)
+    long = [text for text in captions if len(drawer.text_tokenizer.encode(text)) > room]
+    if long and drawer.model.config.sequence_mode == "text-to-image":
+        logger.warning(
+            "%d captions have more than the %d tokens that the model was trained with, and are cut there; the first"
+            " begins %r.",
+            len(long),
+            room,
+            long[0][:60],
+        )
 
 
 def decode_images(image_tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
@@ -104,6 +149,7 @@ def draw_folder(
     rank: int = 0,
     world_size: int = 1,
     description: str = "draw",
+    record: str = SETTINGS,
 ) -> list[Path]:
     """Draw every caption to out/NAME.png and return all paths in order; images that exist are kept.
 
@@ -111,6 +157,7 @@ def draw_folder(
 
     Args:
         captions: file names without ending (which may name folders inside `out`), and their captions.
+        record: file in `out` for the settings.
 
     Raises:
         UserError: the model cannot draw so, or `out` holds images of other weights, captions or settings.
@@ -118,17 +165,12 @@ def draw_folder(
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected a number >= 1.")
     drawer = drawer_of(opened, settings=config)
-    settings = {
-        "weights": opened.weights,
-        # `compile` is left out where it is off: folders from before there was such a setting can be continued.
-        **{key: value for key, value in asdict(config).items() if key != "compile" or value},
-        # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
-        "batch_size": batch_size,
-        "captions_sha256": captions_sha256(captions),
-    }
+    settings = drawing_settings(captions, opened=opened, config=config, batch_size=batch_size)
     names = list(captions)
     paths = [out / f"{name}.png" for name in names]
-    _claim_folder(out, paths, settings=settings)
+    _claim_folder(out / record, paths, settings=settings)
+    if rank == 0:
+        _warn_of_long_captions(drawer, captions.values())
     facts = {"checkpoint": str(opened.folder.resolve()), **settings}
 
     def write(images: list[Image.Image], start: int) -> None:
@@ -154,6 +196,20 @@ def draw_folder(
     return paths
 
 
+def drawing_settings(
+    captions: dict[str, str], *, opened: OpenedModel, config: SampleConfig, batch_size: int
+) -> dict[str, object]:
+    """Return all that decides the images of a drawing, as plain JSON."""
+    return {
+        "weights": opened.weights,
+        # `compile` is left out where it is off: folders from before there was such a setting can be continued.
+        **{key: value for key, value in asdict(config).items() if key != "compile" or value},
+        # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
+        "batch_size": batch_size,
+        "captions_sha256": captions_sha256(captions),
+    }
+
+
 def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int) -> list[Image.Image]:
     """Draw the batch of all `texts` that begins at `start`."""
     batch = texts[start : start + batch_size]
@@ -164,18 +220,20 @@ def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int
     return decode_images(drawer.image_tokenizer, codes[: len(batch)])
 
 
-def _claim_folder(out: Path, paths: list[Path], *, settings: dict[str, object]) -> None:
-    """Make the folders, and see that images in them are of these settings.
+def _claim_folder(record: Path, paths: list[Path], *, settings: dict[str, object]) -> None:
+    """Make the folders, and see that images in them are of these settings, which `record` holds.
 
     Raises:
         UserError: they are not, or it is not known what they are of.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    record.parent.mkdir(parents=True, exist_ok=True)
     there = next((path for path in paths if path.exists()), None)
     # Settings are written before any image, so an image without them is somebody else's and would be scored as ours.
-    if there is not None and not (out / SETTINGS).exists():
-        raise UserError(f"{there} was not drawn here: {out} has no {SETTINGS}. Choose another --out.")
-    _same_settings(out / SETTINGS, settings)
+    if there is not None and not record.exists():
+        raise UserError(
+            f"{there} was not drawn here: {record.parent} has no {record.name}. Choose another --out."
+        )
+    _same_settings(record, settings, num_images=len(paths))
     for folder in {path.parent for path in paths}:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -199,28 +257,11 @@ def draw_grid(drawer: Drawer, captions: Sequence[str], *, columns: int = 8) -> I
     return grid(images, columns=columns)
 
 
-def grid(images: Sequence[Image.Image], *, columns: int) -> Image.Image:
-    """Lay images of one size out in rows, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for image, (x, y) in zip(images, _places(columns), strict=False):
-        sheet.paste(image, (x * width, y * height))
-    return sheet
-
-
-def _places(columns: int) -> Iterator[tuple[int, int]]:
-    y = 0
-    while True:
-        yield from ((x, y) for x in range(columns))
-        y += 1
-
-
-def _same_settings(file: Path, settings: dict[str, object]) -> None:
+def _same_settings(file: Path, settings: dict[str, object], *, num_images: int) -> None:
     if file.exists():
         found = read_json(file)
         changed = [
-            f"{key}: {found.get(key)} there, {settings[key]} asked"
+            HASHES.get(key, f"{key}: {found.get(key)} there, {settings[key]} asked")
             for key in settings
             if found.get(key) != settings[key]
         ]
@@ -229,7 +270,9 @@ def _same_settings(file: Path, settings: dict[str, object]) -> None:
                 f"{file.parent} holds images of other settings ({'; '.join(changed)}). Choose another --out."
             )
         return
-    write_json(file, settings)  # each rank writes the same, and whichever is last is kept
+    write_json(
+        file, {**settings, "images": num_images}
+    )  # each rank writes the same, and whichever is last is kept
 
 
 def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import UserError
-from t2i.files import read_optional_json
+from t2i.files import lines_of, read_optional_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
@@ -171,7 +171,7 @@ def _commands(run_dir: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
+    return lines_of(path.read_text()) if path.is_file() else []
 
 
 def _data_url(image: Image.Image) -> str:

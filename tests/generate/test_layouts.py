@@ -24,7 +24,8 @@ def draw(call):
 
 def test_genevals_scorer_finds_metadata_and_four_images_a_prompt(model_folder, draw, tmp_path):
     prompts, out = tmp_path / "evaluation_metadata.jsonl", tmp_path / "geneval"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = [{**ROWS[0], "tag": "two\u2028objects"}, ROWS[1]]  # a line all the same
+    prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert draw(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
     found = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir() and path.name.isdigit()):
@@ -33,7 +34,7 @@ def test_genevals_scorer_finds_metadata_and_four_images_a_prompt(model_folder, d
         assert sorted(path.name for path in samples) == ["0000.png", "0001.png", "0002.png", "0003.png"]
         assert {Image.open(path).text["caption"] for path in samples} == {found[folder.name]["prompt"]}
         assert len({path.read_bytes() for path in samples}) == 4
-    assert found == {"00000": ROWS[0], "00001": ROWS[1]}
+    assert found == {"00000": rows[0], "00001": rows[1]}
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     assert draw(model_folder, "--layout", "geneval", "--prompts", prompts, "--out", out) == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}

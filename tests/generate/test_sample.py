@@ -35,14 +35,13 @@ def test_a_file_that_is_no_list_is_not_taken_for_a_caption(model_folder, draw, t
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_somebody_else_are_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):
+def test_images_of_somebody_else_are_kept_and_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):
     mine = tmp_path / "00001.png"
     mine.write_bytes(b"a photograph")
     (tmp_path / "holiday.png").write_bytes(b"another")
-    assert draw(model_folder, "--prompts", "a cat", "a dog", "--out", tmp_path) == 2
-    assert f"{mine} was not drawn here" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00001.png", "holiday.png"]
-    assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 0
+    assert draw(model_folder, "--prompts", "a cat", "a dog", "--out", tmp_path) == 0
+    assert "00002.png to 00003.png" in capsys.readouterr().out
+    assert mine.read_bytes() == b"a photograph"
     (tmp_path / "settings.json").write_text("[]")
     assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 3
     assert "settings.json holds list; expected an object of keys" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Published lists of captions: a column of a table, or the lines of a text file."""
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from pathlib import Path
 
 from t2i.data.sources.tables import TABLES, read_table_rows
 from t2i.errors import DataError
+from t2i.files import is_file, lines_of
+
+logger = logging.getLogger(__name__)
 
 LISTS = (".txt", *TABLES)
 LIST_COLUMNS = ("caption", "text", "prompt")
@@ -33,7 +37,7 @@ def read_caption_list(file: Path) -> list[Listed]:
     Raises:
         DataError: the file is missing or of another type, or a row has no caption or no valid image id.
     """
-    if file.suffix not in LISTS or not file.is_file():
+    if file.suffix not in LISTS or not is_file(file):
         found = "is no file" if file.suffix in LISTS else f"ends in {file.suffix or 'nothing'}"
         raise DataError(f"the caption list {file} {found}; expected a file that ends in {', '.join(LISTS)}.")
     listed = list(_lines(file) if file.suffix == ".txt" else _rows(file))
@@ -45,9 +49,12 @@ def read_caption_list(file: Path) -> list[Listed]:
 def _lines(file: Path) -> Iterator[Listed]:
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark first, which would be part of the first caption.
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}.") from error
+    empty = sum(not line.strip() for line in lines)
+    if empty:
+        logger.warning("%s: %d empty lines are no captions, and are not counted.", file, empty)
     yield from (Listed(" ".join(line.split()), None) for line in lines if line.strip())
 
 

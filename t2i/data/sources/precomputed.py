@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from t2i.data.sources.image import OpenedImage
 from t2i.data.sources.source import GivenIds, Pair, Tally, caption_text
 from t2i.errors import DataError
+from t2i.files import lines_of
 
 FACTS = "ids.json"
 
@@ -101,7 +102,7 @@ def _rows_of_npy(path: Path) -> Iterator[dict[str, object]]:
     # Mapped, because a file may be larger than memory. Never as a pickle, which could run code.
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     file = path.with_suffix(".txt")
-    captions = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [""] * len(array)
+    captions = lines_of(file.read_text(encoding="utf-8")) if file.is_file() else [""] * len(array)
     if len(captions) != len(array):
         raise DataError(f"{file} has {len(captions)} lines; {path.name} has {len(array)} rows.")
     yield from ({"ids": ids, "caption": caption} for ids, caption in zip(array, captions, strict=True))
