@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 
 from t2i.cli import parse
 from t2i.config import ASSETS, SourceConfig, TokenizerConfig
@@ -30,6 +30,8 @@ class Train:
     """Folder of the tokenizer, in diffusers format."""
     source: str = "openmoji"
     """Any source of images that prepare takes."""
+    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
+    """Share of images that it is measured on and not trained on. openmoji and COCO have their own rules."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
 
@@ -45,11 +47,13 @@ class Evaluate:
     source: str = "openmoji"
     """Any source of images that prepare takes."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
+    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
+    """Share of images that are held out, as where the tokenizer was trained."""
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which images of the source; all, if the tokenizer was not trained on them."""
     num_images: Annotated[int, Ge(2)] = 5_000
     """At most so many, chosen by the hash of their key."""
-    image_size: Annotated[int, Ge(1), Le(16_384)] = 64
+    image_size: Annotated[int, Ge(16), Le(16_384)] = 64
     """Pixels per side, a multiple of the pixels per code. Released tokenizers were trained at 256."""
 
 
@@ -60,7 +64,7 @@ def main() -> None:
     from t2i.image_tokenizer.make import FEATURES, make_tokenizer, measure_folder
     from t2i.measure.features import metric_key
 
-    source = open_source(command.source, config=command.reading)
+    source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     if isinstance(command, Train):
         measures = make_tokenizer(
             source, out=command.out, config=command.tokenizer, command=own_command_line()

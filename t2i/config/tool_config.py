@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 
 from t2i.config.run_config import DataConfig, Mode
+from t2i.errors import UserError
 from t2i.settings import MAY_CHANGE, OR_ZERO, check_values
 
 Gpu = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "l40s", "rtx4090", "rtx3090", "cpu"]
@@ -123,8 +124,9 @@ class HeldoutData:
 class TokenizerConfig:
     """How an image tokenizer is built and trained."""
 
-    image_size: Annotated[int, Ge(1), Le(16_384)] = 64
-    """Pixels per side."""
+    # Structural similarity looks through a window of 11 pixels.
+    image_size: Annotated[int, Ge(16), Le(16_384)] = 64
+    """Pixels per side, a multiple of what a code covers."""
     # Four levels: 64 pixels per side become 8 x 8 codes.
     channels: tuple[Annotated[int, Ge(32), Le(1_000_000), MultipleOf(32)], ...] = (32, 32, 64, 96)
     """Channels per resolution, finest first. A code covers 2^(levels - 1) pixels per side. Spatial norms need multiples
@@ -143,8 +145,8 @@ class TokenizerConfig:
     lr: Annotated[float, Ge(0)] = 1e-3
     """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
     # k-means on the latents of an autoencoder that is trained already gives a codebook that is used.
-    continuous_share: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the steps that train the autoencoder before the codebook is used."""
+    continuous_share: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of the steps that train the autoencoder before the codebook is used; the last step always uses it."""
     edge_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the L1 loss of image gradients, at full and half size, beside the L1 loss of pixels."""
     colour_weight: Annotated[float, Ge(0)] = 4.0
@@ -164,3 +166,11 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if not self.channels:
+            raise UserError("--channels is empty; expected a number per resolution.")
+        covered = 2 ** (len(self.channels) - 1)
+        if self.image_size % covered:
+            raise UserError(
+                f"--image-size is {self.image_size}; expected a multiple of {covered}, the pixels per side of a code"
+                f" with {len(self.channels)} --channels."
+            )

@@ -1,6 +1,7 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,13 @@ from t2i.files import hash_uniform
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
 from t2i.measure.features import load_features, metric_key
+from t2i.measure.heldout_images import how_to_hold_out
+from t2i.measure.images import readable
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
 FEATURES = "efficientnet_lite0"
+LEAST_IMAGES = 2
+"""Images that a Frechet distance can be measured on at all."""
 
 
 def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
@@ -28,9 +33,13 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
 
     Raises:
         UserError: `out` holds a finished tokenizer, or the state of a training with other settings.
+        DataError: there are no images to train on, or too few to measure it on.
     """
     if (out / "config.json").exists():
         raise UserError(f"--out {out} already holds a tokenizer; choose another.")
+    # Before hours of training: without held-out images nothing could be said of its result.
+    heldout = (pair for pair in source.pairs if pair.split == "heldout")
+    _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
     pictures = read_images(source, split="train", image_size=config.image_size)
     model = train_image_tokenizer(pictures, config=config, out=out)
     # Aside: while `out` has no config.json, the same command resumes the training.
@@ -68,13 +77,14 @@ def measure_folder(
 
     Raises:
         UserError: the folder is not a tokenizer, or image_size is no multiple of its stride.
-        DataError: no image of the split could be decoded.
+        DataError: fewer than LEAST_IMAGES of the split could be decoded.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = ImageTokenizer.load(folder, device=device)
     # Called for its check, before minutes of reading.
     tokenizer.num_codes(image_size)
     pictures = read_images(source, split=split, image_size=image_size, num_images=num_images)
+    _check_enough(len(pictures), source=source, split=split)
     extractor = load_features(FEATURES, device=device)
     measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
     step = max(1, len(pictures) // 32)
@@ -106,6 +116,16 @@ def read_images(source: Source, *, split: str, image_size: int, num_images: int 
     if not pictures:
         raise DataError(f"{source.name} has no {split} image that can be decoded.")
     return np.stack(pictures)
+
+
+def _check_enough(found: int, *, source: Source, split: str) -> None:
+    """Refuse to measure on fewer than LEAST_IMAGES."""
+    if found < LEAST_IMAGES:
+        hint = how_to_hold_out(source, count=LEAST_IMAGES, again="") if split == "heldout" else ""
+        raise DataError(
+            f"{source.name} has {found} {split} images that can be decoded; a tokenizer is measured on at least"
+            f" {LEAST_IMAGES}. {hint}".rstrip()
+        )
 
 
 def _card(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
-from t2i.errors import DataError, UserError
+from t2i.errors import DataError, NumericalError, UserError
 from t2i.tokens.image import pixels_of
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
 
     Raises:
         UserError: `out` holds the state of a training with other settings.
+        NumericalError: a loss is not finite.
     """
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -135,7 +136,7 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)
-    num_continuous = round(config.max_steps * config.continuous_share)
+    num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
     batches = _batches(pictures, config, generator)
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     for step in bar:
@@ -144,6 +145,10 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
         _set_lr(optimizer, config, step)
         pixels = next(batches)
         loss, latents = _step_loss(model, pixels, codebook if step >= num_continuous else None, config)
+        if not torch.isfinite(loss):
+            raise NumericalError(
+                f"The loss of step {step} is {loss.item()}. A smaller --lr, or smaller weights, may help."
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

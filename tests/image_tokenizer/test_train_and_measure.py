@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from PIL import Image
 
 from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
-from t2i.errors import DataError, UserError
+from t2i.errors import DataError, NumericalError, UserError
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.quality import structural_similarity
@@ -28,6 +29,58 @@ TINY = TokenizerConfig(
 def squares(count=24):
     rng = np.random.default_rng(0)
     return np.broadcast_to(rng.integers(0, 255, (count, 1, 1, 3), dtype=np.uint8), (count, 16, 16, 3)).copy()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty images, of which a share of 2% holds out none or one."""
+    (tmp_path / "images").mkdir()
+    for index in range(40):
+        Image.new("RGB", (16, 16), (6 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
+    return str(tmp_path / "images")
+
+
+def test_a_folder_without_held_out_images_is_refused_before_training_with_a_share_that_suffices(
+    folder, tmp_path
+):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="a tokenizer is measured on at least 2") as refusal:
+        make_tokenizer(open_source(folder, heldout_share=0.001), out=out, config=TINY, command="test")
+    assert not out.exists()
+    share = float(re.search(r"`--heldout-share ([\d.]+)`", str(refusal.value))[1])
+    made = make_tokenizer(open_source(folder, heldout_share=share), out=out, config=TINY, command="test")
+    assert made.num_pictures >= 2
+
+
+def test_sizes_that_no_code_covers_are_refused_with_the_settings():
+    with pytest.raises(
+        UserError, match="--image-size is 60; expected a multiple of 8, the pixels per side of a code"
+    ):
+        TokenizerConfig(image_size=60)
+    with pytest.raises(UserError, match="--channels is empty"):
+        TokenizerConfig(channels=())
+    with pytest.raises(UserError, match="--image-size is 8; expected a whole number from 16"):
+        TokenizerConfig(image_size=8)  # structural similarity could not be measured
+
+
+def test_the_last_step_always_uses_the_codebook(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    start = image_tokenizer._start_codebook
+    monkeypatch.setattr(image_tokenizer, "_start_codebook", lambda *args: begun.append(1) or start(*args))
+    for steps, share in ((1, 0.6), (3, 0.9)):
+        train_image_tokenizer(
+            squares(),
+            config=replace(TINY, max_steps=steps, continuous_share=share),
+            out=tmp_path / str(steps),
+        )
+    assert len(begun) == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+    with pytest.raises(NumericalError, match="The loss of step 0 is inf"):
+        train_image_tokenizer(squares(), config=replace(TINY, edge_weight=1e300), out=tmp_path)
 
 
 def test_kmeans_finds_separate_clusters():
