@@ -1,7 +1,7 @@
 """A plan as text, which says what is counted and what is estimated."""
 
 from t2i.cost.assumptions import is_there
-from t2i.cost.plan import SHARE_LEFT_FREE, Plan
+from t2i.cost.plan import SHARE_LEFT_FREE, START_SECONDS, Plan
 
 
 def describe(plan: Plan) -> list[str]:
@@ -53,17 +53,27 @@ def _time_lines(plan: Plan) -> list[str]:
     device, asked, hours = plan.device, plan.asked, plan.hours
     each, in_all = plan.tokens_per_second / asked.num_gpus, plan.tokens_per_second
     cost = (
-        f"; {hours * asked.num_gpus * asked.price:,.0f} dollars at {asked.price:g} per {device.unit}-hour"
+        f"; {_amount(hours * asked.num_gpus * asked.price)} dollars at {asked.price:g} per {device.unit}-hour"
         if asked.price
         else ""
     )
+    bound = (
+        [
+            f"  bound by starting kernels and reading samples, {plan.least_seconds:.2g} s per step, a guess; the"
+            f" products take {plan.product_seconds:.2g} s"
+        ]
+        if plan.least_seconds > plan.product_seconds
+        else []
+    )
+    time = f"{hours:,.1f} hours = {hours / 24:,.2f} days" if hours >= 1 else f"{hours * 60:.0f} minutes"
     return [
         f"time, estimated for {asked.mfu:.0%} of {device.peak_flops / 1e12:.4g} TFLOP/s per {device.unit}"
         f" ({device.source})",
         f"  {plan.flops_a_token / 1e9:.3g} GFLOP per token; {each:,.0f} tokens/s per {device.unit},"
         f" {in_all:,.0f} in total, padding included; {plan.step_seconds:.3g} s per step",
-        f"  {hours:,.1f} hours = {hours / 24:,.2f} days; {hours * asked.num_gpus:,.1f} {device.unit}-hours{cost}",
-        "  not counted: start-up, waiting for data, held-out losses, sample grids, checkpoints, repeated steps",
+        *bound,
+        f"  {time}, with {START_SECONDS} s to start; {_amount(hours * asked.num_gpus)} {device.unit}-hours{cost}",
+        "  not counted: waiting for data, held-out losses, sample grids, checkpoints, repeated steps",
     ]
 
 
@@ -76,6 +86,11 @@ def _disk_lines(plan: Plan) -> list[str]:
         f"disk     shards {plan.data.shard_bytes / 1e9:.3g} GB, {origin};"
         f" a checkpoint {size:.3g} GB, {kept} at a time {kept * size:.3g} GB, estimated"
     ]
+
+
+def _amount(value: float) -> str:
+    """Write hours or dollars, of which a small run takes hundredths."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _gib(size: float) -> str:

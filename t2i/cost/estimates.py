@@ -14,6 +14,13 @@ from t2i.model.trainable import add_lora, set_trainable
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's default of reduce_bucket_size, in elements."""
 
+# Kernels of open_lm's forward and backward pass, counted on a model of 24 layers: 2,013.
+LAUNCHES_PER_LAYER, LAUNCHES_OUTSIDE = 80, 100
+LAUNCH_SECONDS = 1e-5
+"""Time that PyTorch takes to start a kernel, autograd included; a guess."""
+SAMPLE_SECONDS = 5e-4
+"""Time to read a sample from its shard and build its sequence, in the training process; a guess."""
+
 LOGIT_BYTES = {4: 4, 2: 6}
 """Bytes per logit of a chunk, by the bytes per weight: fp32, plus a copy in lower precision if there is one."""
 
@@ -169,6 +176,20 @@ def flops_a_token(
     learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
+
+
+def least_step_seconds(
+    model: PretrainedConfig, *, sequences: int, accumulation: int, num_workers: int
+) -> float:
+    """Estimate the least time of a step on a GPU, whatever its products take: starting kernels, reading samples.
+
+    Args:
+        sequences: of one rank.
+        accumulation: micro-batches per step.
+        num_workers: loader processes per rank; with none, samples are read between steps.
+    """
+    kernels = accumulation * (LAUNCHES_PER_LAYER * model.num_hidden_layers + LAUNCHES_OUTSIDE)
+    return LAUNCH_SECONDS * kernels + (0.0 if num_workers else SAMPLE_SECONDS * sequences)
 
 
 def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:

@@ -21,11 +21,14 @@ from t2i.cost.estimates import (
     count_parameters,
     estimate_memory,
     flops_a_token,
+    least_step_seconds,
     weight_bytes,
 )
 from t2i.data.batching import accumulation, global_batch
 from t2i.errors import UserError
 
+START_SECONDS = 60
+"""Importing, opening the model and the data, the first steps; a guess."""
 SHARE_LEFT_FREE = 0.08
 """Share of a device's memory for CUDA's context, NCCL's buffers and fragmentation; a guess."""
 
@@ -54,7 +57,10 @@ class Plan:
     """Memory without (False) and with (True) gradient checkpointing, at this micro-batch."""
     largest_micro_batch: dict[bool, int]
     flops_a_token: float
-    tokens_per_second: float
+    product_seconds: float
+    """Seconds of a step's products, by the assumed utilisation."""
+    least_seconds: float
+    """Seconds that a step takes at least, whatever its products take; 0 on a CPU, where they decide."""
     checkpoint_bytes: float
 
     @property
@@ -65,12 +71,17 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Seconds per optimizer step."""
-        return self.tokens_a_step / self.tokens_per_second
+        return max(self.product_seconds, self.least_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second on all devices, including padding."""
+        return self.tokens_a_step / self.step_seconds
 
     @property
     def hours(self) -> float:
-        """Hours of the optimizer steps alone."""
-        return self.max_steps * self.step_seconds / 3600
+        """Hours from the command to its last step, without measures and checkpoints."""
+        return (START_SECONDS + self.max_steps * self.step_seconds) / 3600
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,18 @@ def make_plan(
             for flag in (False, True)
         },
         flops_a_token=work.flops_per_token,
-        tokens_per_second=plan.num_gpus * plan.mfu * device.peak_flops / work.executed_flops_per_token,
+        product_seconds=sequences
+        * seq_len
+        * work.executed_flops_per_token
+        / (plan.num_gpus * plan.mfu * device.peak_flops),
+        least_seconds=0.0
+        if plan.gpu == "cpu"
+        else least_step_seconds(
+            work.model,
+            sequences=sequences // plan.num_gpus,
+            accumulation=steps,
+            num_workers=data.num_workers,
+        ),
         checkpoint_bytes=checkpoint_bytes(work.counts, element_bytes=element),
     )
 

@@ -4,17 +4,42 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from t2i.config import ASSETS, Gpu, PlanConfig, RunConfig
 from t2i.cost.assumptions import known_data
 from t2i.cost.devices import find_device
-from t2i.cost.estimates import checkpoint_bytes, weight_bytes
-from t2i.cost.plan import work_of
-from t2i.data.batching import global_batch
+from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, weight_bytes
+from t2i.cost.plan import START_SECONDS, work_of
+from t2i.data.batching import accumulation, global_batch
 from t2i.files import read_json
 from t2i.study.jobs import read_record, run_config, run_name, step_config
 from t2i.study.spec import TRAIN, Study
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What decides how long a run's steps take at least."""
+
+    model: PretrainedConfig
+    steps: int
+    sequences: int
+    """Per step."""
+    micro_batch: int
+    num_workers: int
+
+    def least_seconds(self, *, num_gpus: int) -> float:
+        """Estimate the least time of all steps on so many GPUs."""
+        per_rank = -(-self.sequences // num_gpus)
+        each = least_step_seconds(
+            self.model,
+            sequences=per_rank,
+            accumulation=accumulation(per_rank, micro_batch=self.micro_batch)[0],
+            num_workers=self.num_workers,
+        )
+        return self.steps * each
 
 
 @dataclass(frozen=True)
@@ -28,6 +53,7 @@ class RunCost:
     """Of forward and backward passes, as MFU counts them."""
     executed_flops: float
     """With what gradient checkpointing computes again."""
+    shape: StepShape
     disk_bytes: float
     """Size of the checkpoints that it keeps."""
     took_seconds: float | None
@@ -36,7 +62,8 @@ class RunCost:
 
 def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     """Count every training run, including those among the steps; runs that are done have their time."""
-    element = weight_bytes(read_ds_config(Path(study.ds_config)))
+    ds_config = read_ds_config(Path(study.ds_config))
+    element, micro_batch = weight_bytes(ds_config), ds_config["train_micro_batch_size_per_gpu"]
     # Shards of a study are made by its own steps, so they are seldom there when the plan is asked for.
     assumed: dict[str, Any] = dict(study.assumed)
     plan = replace(_embedded(), **assumed)
@@ -44,7 +71,10 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     runs |= {
         run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
     }
-    return [_cost(name, config, plan=plan, element_bytes=element, out=out) for name, config in runs.items()]
+    return [
+        _cost(name, config, plan=plan, element_bytes=element, micro_batch=micro_batch, out=out)
+        for name, config in runs.items()
+    ]
 
 
 def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: float) -> list[str]:
@@ -78,10 +108,14 @@ def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> 
     """Estimate the time of all runs, one after another, on num_gpus GPUs in bf16 or on this `cpu` in fp32."""
     device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
     # One after another on all devices: side by side, on fewer each, they would take as long in all.
-    return sum(one.executed_flops for one in costs) / (device.peak_flops * num_gpus * mfu)
+    products = (one.executed_flops / (device.peak_flops * num_gpus * mfu) for one in costs)
+    least = (0.0 if gpu == "cpu" else one.shape.least_seconds(num_gpus=num_gpus) for one in costs)
+    return sum(START_SECONDS + max(pair) for pair in zip(products, least, strict=True))
 
 
-def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, out: Path) -> RunCost:
+def _cost(
+    name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int, micro_batch: int, out: Path
+) -> RunCost:
     known, seq_len = known_data(config.data.shards, plan=plan), config.data.seq_len
     work = work_of(
         config.data, model=config.model, known=known, image_vocab_only=config.train.image_vocab_only
@@ -95,6 +129,7 @@ def _cost(name: str, config: RunConfig, *, plan: PlanConfig, element_bytes: int,
         tokens=tokens,
         flops=tokens * work.flops_per_token,
         executed_flops=tokens * work.executed_flops_per_token,
+        shape=StepShape(work.model, config.train.max_steps, sequences, micro_batch, config.data.num_workers),
         disk_bytes=config.train.keep_last * checkpoint_bytes(work.counts, element_bytes=element_bytes),
         took_seconds=record.seconds if record.state == "done" else None,
     )

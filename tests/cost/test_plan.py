@@ -106,6 +106,30 @@ def test_the_papers_plan():
     assert "models/open_lm_1b is not here" in text and "data/pairs256 is not made yet" in text
 
 
+def test_a_small_run_is_bound_by_starting_kernels_and_takes_its_minute_to_start(shards):
+    config = RunConfig(data=DataConfig(shards=shards, seq_len=90))
+    plan = plan_of(config, ds_config=ZERO2, plan=PlanConfig())
+    assert plan.product_seconds < plan.least_seconds == plan.step_seconds
+    micro_batches, sequences = -(-34 // 8), 34
+    kernels = micro_batches * (6 * 80 + 100)
+    assert plan.least_seconds == pytest.approx(kernels * 1e-5 + sequences * 5e-4)
+    assert plan.tokens_per_second == pytest.approx(sequences * 90 / plan.least_seconds)
+    assert plan.hours * 3600 == pytest.approx(60 + 1_600 * plan.least_seconds)
+    text = "\n".join(describe(plan))
+    assert (
+        "bound by starting kernels" in text
+        and " 0.0 hours" not in text
+        and "2 minutes, with 60 s to start" in text
+    )
+    beside = plan_of(
+        replace(config, data=replace(config.data, num_workers=2)), ds_config=ZERO2, plan=PlanConfig()
+    )
+    assert beside.least_seconds == pytest.approx(kernels * 1e-5)
+    assert "bound by" not in "\n".join(
+        describe(plan_of(paper(), ds_config=ZERO2, plan=PlanConfig(num_gpus=64)))
+    )
+
+
 def test_gradient_checkpointing_takes_a_quarter_of_the_useful_products():
     config = paper()
     recomputing = replace(config, model=replace(config.model, gradient_checkpointing=True))

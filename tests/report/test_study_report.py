@@ -280,8 +280,12 @@ def test_prices_are_operations_over_speed_and_what_was_measured(made):
     attention = 12 * 2 * 32 * 90  # layers, width, sequence
     assert costs[0].flops == 6 * 720 * (6 * counted + attention)
     assert costs[0].took_seconds is None
+    large = replace(costs[0], executed_flops=1e18)
+    seconds = seconds_on([large], gpu="a100-80gb", num_gpus=2, mfu=0.5)
+    assert seconds == pytest.approx(60 + 1e18 / 312e12)
+    # Whose products take a hundredth of the time that starting their kernels does: 2 layers, 4 sequences a rank.
     seconds = seconds_on(costs[:1], gpu="a100-80gb", num_gpus=2, mfu=0.5)
-    assert seconds == pytest.approx(costs[0].flops / 312e12)
+    assert seconds == pytest.approx(60 + 6 * ((2 * 80 + 100) * 1e-5 + 4 * 5e-4))
     record = {"state": "done", "code": 0, "seconds": 33.0, "command": []}
     (out / "jobs" / "fast-seed0.json").write_text(json.dumps(record))
     again = run_costs(study, out=out)
@@ -294,7 +298,7 @@ def test_prices_are_operations_over_speed_and_what_was_measured(made):
 
 def test_a_studys_cost_is_that_of_its_runs_plans_with_gradient_checkpointing_too(made):
     study, out = made
-    took = {}
+    took, executed = {}, {}
     for is_checkpointed in (False, True):
         model = {**study.settings["model"], "gradient_checkpointing": is_checkpointed}
         changed = replace(study, settings={**study.settings, "model": model})
@@ -309,9 +313,12 @@ def test_a_studys_cost_is_that_of_its_runs_plans_with_gradient_checkpointing_too
         )
         took[is_checkpointed] = seconds_on(costs, gpu="a100-80gb", num_gpus=1, mfu=0.5)
         assert took[is_checkpointed] == pytest.approx(plan.hours * 3600)
+        executed[is_checkpointed] = costs[0].executed_flops
         assert costs[0].flops == costs[0].tokens * plan.flops_a_token
     # A step is three passes of equal products, and the forward one is done twice.
-    assert took[True] == pytest.approx(4 / 3 * took[False])
+    assert executed[True] == pytest.approx(4 / 3 * executed[False])
+    # So small a run is bound by starting kernels, and takes a minute to start.
+    assert took[True] == took[False] > 60
 
 
 def test_a_run_that_ends_in_nan_is_shown_and_stops_no_section(made):
