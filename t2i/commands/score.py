@@ -46,7 +46,7 @@ class ScoreCommand:
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None
-    """Captions drawn: by default 30,000 of COCO, or half of the held-out ones."""
+    """Captions drawn: by default 30,000 of COCO, or half of the held-out ones, of which there must be so many."""
     list_seed: Annotated[int, Ge(0)] = 0
     """Seed of the choice of COCO captions."""
     captions: Path | None = None
@@ -63,7 +63,8 @@ class ScoreCommand:
     clip: Path | None = None
     """CLIP folder in transformers' layout, for the CLIP score. Default: none."""
     controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
-    """Control rows drawn beside the model's, each at full cost. Default: both; none with --coco."""
+    """Rows drawn beside the model's, each at its full cost: untrained, by the same architecture before training;
+    shuffled, again by other seeds, which shows what chance does to a distance. Default: untrained; none with --coco."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     trust_remote_code: bool = False
@@ -102,7 +103,7 @@ def score_model(command: ScoreCommand) -> None:
     task = task_of(command, checkpoint)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
     controls: tuple[Literal["shuffled", "untrained"], ...]
-    controls = () if command.coco else ("shuffled", "untrained")
+    controls = () if command.coco else ("untrained",)
     drawing = Drawing(
         out=command.out or folder,
         config=command.sample,

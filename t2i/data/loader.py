@@ -50,9 +50,15 @@ class _Stream:
         num_samples = manifest.counts.get("train", 0)
         num_kept = num_trained_on(manifest, subsample_every=config.subsample_every)
         if num_kept < a_step:
+            fits = num_kept // world_size * world_size
+            smaller = (
+                f" `--train.global-batch-tokens {fits * config.seq_len}` makes a step of {fits}."
+                if fits
+                else f" {world_size} ranks need as many."
+            )
             raise UserError(
                 f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
-                " (train.global_batch_tokens / data.seq_len)."
+                f" (train.global_batch_tokens / data.seq_len).{smaller} `--views` of prepare makes more of few images."
             )
         dataset = open_dataset(
             config,

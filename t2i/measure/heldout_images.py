@@ -4,9 +4,11 @@ The held-out pairs are read again from their source and cut into two halves. One
 the captions of the other are drawn.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from PIL import Image
 
@@ -14,7 +16,7 @@ from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import Manifest, read_manifest_file
 from t2i.data.sources import Pair, Source, reopen_source
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import HELDOUT_SPLITS, CaptionMeter, caption_meter
@@ -25,6 +27,9 @@ from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.tokens.image import centre_crop_resize
 
 BICUBIC_CROP = "centre square of the shorter side, PIL bicubic"
+# A covariance of fewer has so low a rank that the distance says more of the sample than of the model.
+LEAST_IMAGES = 20
+"""Held-out images that a distance needs, half of them for the reference."""
 METER_IMAGES = 2_048
 """Images of a split that caption sensitivity is measured on; a mean is settled long before a large split is read."""
 HALF_RULE = "held-out captions of {source}, by hash of the key"
@@ -45,7 +50,8 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
         num_samples: images per half; None for as many as there are.
 
     Raises:
-        DataError: fewer than 20 held-out images can be read, or fewer are asked for.
+        DataError: fewer than LEAST_IMAGES held-out images can be read.
+        UserError: fewer than half of them are asked for, or more than there are.
     """
     pairs: dict[str, Pair] = {}
     for pair in source.pairs:
@@ -55,17 +61,62 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
     # By hash, so that the halves stay what they are when the source lists its images in another order.
     ordered = sorted(pairs.values(), key=lambda pair: hash_uniform("halves", pair.key))
     found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
+    if len(found) < max(LEAST_IMAGES, 2 * (num_samples or 0)):
+        found = list(readable(ordered))  # all that there are, to say how many
     half = len(found) // 2
-    # A covariance of fewer has so low a rank that the distance says more of the sample than of the model.
-    if half < 10:
-        raise DataError(f"{source.name} gives {len(found)} held-out images; a distance needs at least 20.")
+    if len(found) < LEAST_IMAGES:
+        raise DataError(
+            f"{source.name} has {len(found)} held-out images; a distance needs at least {LEAST_IMAGES}."
+            f" {how_to_hold_out(source, count=LEAST_IMAGES)}".rstrip()
+        )
+    if num_samples is not None and not LEAST_IMAGES // 2 <= num_samples <= half:
+        raise UserError(
+            f"--num-samples is {num_samples:,}; expected {LEAST_IMAGES // 2} to {half:,}, half of the"
+            f" {len(found):,} held-out images of {source.name}. The other half is the reference."
+        )
     # Equal halves: the bias of a distance depends on both sizes, so rows compare only with n the same.
     return Halves(reference=found[half : 2 * half], drawn=found[:half])
 
 
+def how_to_hold_out(
+    source: Source, *, count: int, again: str = ": prepare again with it, into a new folder"
+) -> str:
+    """Say with which share a source has at least `count` held-out images; empty if its split has another rule.
+
+    Args:
+        again: what to do with the flag.
+    """
+    placed = {hash_uniform(pair.group or pair.key): pair.split for pair in source.pairs}
+    if any((place < source.heldout_share) != (split == "heldout") for place, split in placed.items()):
+        return ""
+    # A tenth more: some may be broken. The places are those that decide the split, so the share is no guess.
+    places, wanted = sorted(placed), count + -(-count // 10)
+    if len(places) <= wanted:
+        return f"It has {len(places)} images in all, which is too few to hold so many out: add images."
+    share = min(math.floor(places[wanted - 1] * 100 + 1) / 100, 0.99)
+    return f"Of its {len(places):,} images `--heldout-share {share:g}` holds out enough{again}."
+
+
+def source_of(manifest: Manifest) -> Source:
+    """Open the source that a model's shards were prepared from.
+
+    Raises:
+        DataError: it is not there.
+    """
+    try:
+        return reopen_source(manifest)
+    except DataError as error:
+        # The flag in the reader's own sentence was one of `prepare`, perhaps in another folder.
+        raise DataError(
+            f"The model's images are read again from the source that its shards were prepared from, {manifest.source},"
+            f" which cannot be read in {Path.cwd()}. Run this command in the folder where `prepare` ran, with the"
+            f" images in their place. ({error})"
+        ) from error
+
+
 def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     """Make the task of scoring on a manifest's held-out images; num_samples as in heldout_halves."""
-    halves = heldout_halves(reopen_source(manifest), num_samples=num_samples)
+    halves = heldout_halves(source_of(manifest), num_samples=num_samples)
     source, size = manifest.source, manifest.image_size
     reference = Reference(
         name=f"{len(halves.reference)} held-out images of {source}",
@@ -101,7 +152,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
 
     At most METER_IMAGES images of each split are read, evenly spread.
     """
-    source = reopen_source(manifest)
+    source = source_of(manifest)
     mode = checkpoint.model.config.sequence_mode
     config = DataConfig(mode=mode, seq_len=trained_seq_len(checkpoint.model))
     meters = {}

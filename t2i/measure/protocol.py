@@ -13,7 +13,7 @@ ROWS = {
     "reconstructions": "the captions' own images through the image tokenizer",
     "model": "drawn from the captions",
     "matched": "drawn, against the captions' own images alone",
-    "shuffled": "drawn from the same captions in another order",
+    "shuffled": "drawn again from the same captions, by other seeds",
     "untrained": "drawn by the same architecture, randomly initialised",
 }
 

@@ -102,7 +102,8 @@ def draw_rows(
     if listed.is_file() and listed.read_text() != caption_lines(task.captions):
         raise UserError(f"{listed} holds another list of captions. Choose another --out.")
     names = list(task.captions)
-    # Shifted by one: the same captions, so the distribution stays, and no image is drawn from its matched one.
+    # Shifted by one, so that each caption has the seed of another. A distance sees the set alone: what it differs by
+    # is the chance of one drawing.
     moved = [task.captions[name] for name in names[1:] + names[:1]]
     rows = {"model": (checkpoint, task.captions)}
     if "shuffled" in drawing.controls:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,10 @@ import jinja2
 from PIL import Image
 
 from t2i.data.shards.manifest import Manifest
-from t2i.data.sources import reopen_source
-from t2i.errors import UserError
+from t2i.errors import DataError, UserError
 from t2i.files import lines_of, read_optional_json
 from t2i.measure.heldout import HELDOUT_SPLITS
-from t2i.measure.heldout_images import heldout_halves
+from t2i.measure.heldout_images import heldout_halves, source_of
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
 from t2i.runs.run_folder import (
@@ -30,6 +30,8 @@ from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, r
 from t2i.tokens.image import centre_crop_resize
 from t2i.verbs import command_line
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
 NUM_IMAGES = 24
 
@@ -40,8 +42,9 @@ class DrawnImage:
 
     caption: str
     split: str
+    """Empty where the real images are gone."""
     real: str
-    """As a data URL: the page is one file."""
+    """As a data URL: the page is one file. Empty where the real images are gone."""
     drawn: str
 
 
@@ -69,6 +72,8 @@ class RunPage:
     samples: list[tuple[int, str]]
     """Steps and the grids drawn at them, as data URLs."""
     sample_captions: list[str]
+    samples_are_held_out: bool
+    """False where nothing is held out, so that training images' captions are drawn."""
     commands: list[str]
 
 
@@ -125,6 +130,7 @@ def _page(run_dir: Path) -> RunPage:
         images=_images(measured / "model", manifest) if measured and manifest else [],
         samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
+        samples_are_held_out=manifest is None or bool(manifest.counts.get("heldout")),
         commands=_commands(run_dir),
     )
 
@@ -139,9 +145,13 @@ def _measured(run_dir: Path) -> Path | None:
 def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
     """Pair drawn images with the real ones of their captions, evenly spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
-    pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
     # Every n-th and never the best: a page of chosen images says nothing of the others.
     step = max(1, len(drawn) // NUM_IMAGES)
+    try:
+        pairs = heldout_halves(source_of(manifest), num_samples=len(drawn)).drawn
+    except (DataError, UserError) as error:
+        logger.warning("The page shows drawn images alone. %s", error)
+        return [_drawn_alone(path) for path in drawn[::step][:NUM_IMAGES]]
     shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
     return [
         DrawnImage(
@@ -153,6 +163,11 @@ def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
         )
         for pair, path in shown
     ]
+
+
+def _drawn_alone(path: Path) -> DrawnImage:
+    image = Image.open(path)
+    return DrawnImage(str(image.info.get("caption", "")), split="", real="", drawn=_data_url(image))
 
 
 def _spread(folder: Path) -> list[Path]:

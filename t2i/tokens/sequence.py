@@ -17,6 +17,8 @@ from t2i.tokens.vocab import VocabLayout
 IGNORED = -100
 """Label of a position that the loss does not count."""
 
+USUAL_CAPTION = 30
+"""Tokens of a caption (paper sec. 2.1)."""
 NUM_MARKERS = {"text-to-image": 6, "image-only": 4, "text-only": 4}
 
 
@@ -26,10 +28,15 @@ def caption_room(*, mode: Mode, seq_len: int, num_codes: int) -> int:
     Raises:
         UserError: seq_len is too small for the image codes.
     """
-    room = seq_len - NUM_MARKERS[mode] - (0 if mode == "text-only" else num_codes)
+    markers, codes = NUM_MARKERS[mode], 0 if mode == "text-only" else num_codes
+    room = seq_len - markers - codes
     if room < 0:
+        needed = f"one image has {codes} codes, and " if codes else ""
+        captioned = -(-(markers + codes + USUAL_CAPTION) // 8) * 8
+        usual = f" `--data.seq-len {captioned}` leaves room for captions." if mode == "text-to-image" else ""
         raise UserError(
-            f"data.seq_len is {seq_len}; one image needs {num_codes} tokens plus {NUM_MARKERS[mode]} markers"
+            f"data.seq_len is {seq_len}; expected at least {markers + codes}: {needed}{markers} markers surround it."
+            f"{usual}"
         )
     return room
 

@@ -1,5 +1,6 @@
 """Periodic work between steps: held-out losses, forgetting of text, and images of held-out captions."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, TrainConfig
+from t2i.data.loader import num_trained_on
 from t2i.data.shards.reader import read_split
 from t2i.generate.sample import Drawer, draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
@@ -21,8 +23,13 @@ from t2i.train.engine import Learner
 from t2i.train.inputs import Inputs
 from t2i.train.metrics import MetricsWriter
 
+logger = logging.getLogger(__name__)
+
 NUM_SAMPLED = 16
 """Held-out captions that are sampled every train.sample_every steps, always the same ones."""
+
+MANY_TIMES = 100
+"""Times that a run trains on each sample, above which it is warned of; tens are usual for few images."""
 
 PeriodicWork = Callable[[int, ShouldStop], list[MetricsRow]]
 """Takes the step, and a check that asks it to stop with Interrupted; returns rows of metrics.jsonl. All ranks call it.
@@ -54,6 +61,8 @@ def periodic_work(
         writer: the first rank's; None on the others.
     """
     model, layout = learner.model, learner.layout
+    if writer:
+        _say_what_is_small(config, data=data, inputs=inputs)
     amount, tokenizer = config.eval_images, inputs.text_tokenizer
     found = [
         Periodic(
@@ -75,6 +84,29 @@ def periodic_work(
         work = _samples(drawer, data=data, writer=writer)
         found.append(Periodic(every=config.sample_every, work=work))
     return found
+
+
+def _say_what_is_small(config: TrainConfig, *, data: DataConfig, inputs: Inputs) -> None:
+    """Warn where there is nothing to measure on, or where the run would learn its few images by heart."""
+    counts = inputs.manifest.counts
+    if not counts.get("heldout"):
+        logger.warning(
+            "%s holds nothing out, so there is no held-out loss and no score. Prepare with `--heldout-share 0.1`, say.",
+            data.shards,
+        )
+    samples = num_trained_on(inputs.manifest, subsample_every=data.subsample_every)
+    trained = config.max_steps * config.global_batch_tokens / data.seq_len
+    if samples and trained > MANY_TIMES * samples:
+        steps = max(1, round(MANY_TIMES * samples * data.seq_len / config.global_batch_tokens))
+        logger.warning(
+            "%d steps train on each of %d samples %.0f times: expect the held-out loss to rise long before the end."
+            " `--train.max-steps %d` trains %d times on each; `--views` of prepare makes more of few images.",
+            config.max_steps,
+            samples,
+            trained / samples,
+            steps,
+            MANY_TIMES,
+        )
 
 
 def _image_losses(
@@ -125,8 +157,15 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Peri
 def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> PeriodicWork:
     """Sample images of the same held-out captions each time: a PNG, and a copy for TensorBoard."""
     # Read once and kept: the same captions make the grids of a run comparable.
-    heldout = read_split(data.shards, "heldout", num_samples=NUM_SAMPLED, remote=data.remote)
-    captions = [sample["caption"] for sample in heldout]
+    captions = _captions(data, split="heldout")
+    if not captions:
+        captions = _captions(data, split="train")
+        if writer:
+            logger.warning(
+                "%s holds nothing out, so samples are drawn from captions of training images: they do not show what"
+                " the model draws of others.",
+                data.shards,
+            )
 
     def sample(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         # The first rank alone: an image depends on its own seed, so more ranks would only draw it again.
@@ -141,6 +180,11 @@ def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) 
         return []
 
     return sample
+
+
+def _captions(data: DataConfig, *, split: str) -> list[str]:
+    samples = read_split(data.shards, split, num_samples=NUM_SAMPLED, remote=data.remote)
+    return [sample["caption"] for sample in samples]
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """Held-out pictures cut in two: no picture on both sides, and none that cannot be read."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 from measure.conftest import write_coco
+from PIL import Image
 
 from t2i.data.sources import open_source
-from t2i.errors import DataError
-from t2i.measure.heldout_images import heldout_halves
+from t2i.errors import DataError, UserError
+from t2i.measure.heldout_images import heldout_halves, source_of
 
 
 @pytest.fixture(scope="module")
@@ -29,5 +33,41 @@ def test_an_image_of_many_captions_is_in_one_half_and_a_broken_one_in_none(sourc
 def test_fewer_images_are_the_first_of_more(source):
     drawn = heldout_halves(source, num_samples=12).drawn
     assert drawn == heldout_halves(source, num_samples=None).drawn[:12]
-    with pytest.raises(DataError, match=r"gives 18 held-out images; a distance needs at least 20"):
-        heldout_halves(source, num_samples=9)
+    for count in (9, 15, 5_000):
+        sentence = rf"^--num-samples is {count:,}; expected 10 to 14, half of the 29 held-out images of coco:"
+        with pytest.raises(UserError, match=sentence):
+            heldout_halves(source, num_samples=count)
+
+
+def made_folder(folder, *, count):
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"number {index}")
+    return str(folder)
+
+
+@pytest.mark.parametrize("count", [23, 60, 200])
+def test_too_few_held_out_images_are_a_sentence_with_a_share_that_suffices(tmp_path, count):
+    name = made_folder(tmp_path / "images", count=count)
+    with pytest.raises(DataError) as refusal:
+        heldout_halves(open_source(name, heldout_share=0.02), num_samples=None)
+    assert "held-out images; a distance needs at least 20." in str(refusal.value)
+    share = float(re.search(r"`--heldout-share ([\d.]+)`", str(refusal.value))[1])
+    halves = heldout_halves(open_source(name, heldout_share=share), num_samples=None)
+    assert 10 <= len(halves.drawn) <= 16  # enough, and not most of the images
+
+
+def test_a_folder_of_too_few_images_in_all_says_so(tmp_path):
+    source = open_source(made_folder(tmp_path / "images", count=20), heldout_share=0.5)
+    with pytest.raises(DataError, match="It has 20 images in all, which is too few to hold so many out"):
+        heldout_halves(source, num_samples=None)
+
+
+def test_a_source_that_is_elsewhere_is_not_blamed_on_a_flag_that_nobody_gave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manifest = SimpleNamespace(source="src40", heldout_share=0.1, reading={})
+    with pytest.raises(
+        DataError, match=r"prepared from, src40, which cannot be read in .*Run this command in the folder"
+    ):
+        source_of(manifest)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,7 +90,11 @@ def test_a_long_caption_loses_its_end_and_never_the_image():
 
 
 def test_a_sequence_too_short_for_the_image_is_refused():
-    with pytest.raises(ValueError, match=r"data\.seq_len is 9; one image needs 4 tokens plus 6 markers"):
+    sentence = (
+        "data.seq_len is 9; expected at least 10: one image has 4 codes, and 6 markers surround it."
+        " `--data.seq-len 40` leaves room for captions."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         caption_room(mode="text-to-image", seq_len=9, num_codes=4)
 
 
