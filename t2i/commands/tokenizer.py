@@ -30,8 +30,9 @@ class Train:
     """Folder of the tokenizer, in diffusers format."""
     source: str = "openmoji"
     """Any source of images that prepare takes."""
-    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
-    """Share of images that it is measured on and not trained on. openmoji and COCO have their own rules."""
+    heldout_share: Annotated[float | None, Ge(0), Lt(1)] = None
+    """Share of images that it is measured on and not trained on. Default: 2%, or more of a small source. openmoji and
+    COCO have their own rules."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
 
@@ -47,8 +48,8 @@ class Evaluate:
     source: str = "openmoji"
     """Any source of images that prepare takes."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
-    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
-    """Share of images that are held out, as where the tokenizer was trained."""
+    heldout_share: Annotated[float | None, Ge(0), Lt(1)] = None
+    """Share of images that are held out, as where the tokenizer was trained. Default: 2%, or more of a small source."""
     split: Literal["heldout", "train", "all"] = "heldout"
     """Which images of the source; all, if the tokenizer was not trained on them."""
     num_images: Annotated[int, Ge(2)] = 5_000
