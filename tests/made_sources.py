@@ -225,3 +225,29 @@ KINDS = {
         hub_tars,
     )
 }
+
+
+def accounted(name, *, heldout_share=0.0, **settings):
+    """Read a source whole; check that each entry was kept, left out or broken; return captions by key, and the tally.
+
+    Broken images are in the tally as left out, by their error.
+    """
+    from t2i.config import SourceConfig
+    from t2i.data.sources import UNREADABLE, Tally, open_source
+
+    source = open_source(str(name), heldout_share=heldout_share, config=SourceConfig(**settings))
+    tally, kept = Tally(), {}
+    tally.add(source.tally)
+    for unit in source.units(8):
+        for pair in unit(tally):
+            try:
+                opened = pair.open()
+            except UNREADABLE as reason:
+                tally.left_out[str(reason)] += 1
+                continue
+            assert pair.key not in kept
+            assert opened.image.mode == "RGB"
+            kept[pair.key] = pair.caption
+            tally.changed.update(pair.changed + opened.changed)
+    assert tally.seen == len(kept) + tally.left_out.total(), (kept, tally)
+    return kept, tally

@@ -32,9 +32,9 @@ class PrepareCommand:
     """The source, the tokenizers and the shards."""
 
     source: str = "openmoji"
-    """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, coco:DIR,
-    a Hugging Face dataset (USER/NAME, or hf: before any name), or ids:DIR of precomputed tokens. For text-only
-    training: text:docstrings, text:FILE.txt, text:FOLDER or text:NAME of a Hugging Face dataset."""
+    """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, a .csv or
+    .jsonl that names images, coco:DIR, a Hugging Face dataset (hf:USER/NAME or hf:FOLDER), or ids:DIR of precomputed
+    tokens. For text-only training: text:docstrings, text:FILE.txt, text:FOLDER or text:hf:USER/NAME."""
     out: Path | None = None
     """New shard folder."""
     check: Path | None = None

@@ -1,7 +1,7 @@
 """Settings of shards: which pairs of a source are read, and how they are encoded."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -18,10 +18,16 @@ class SourceConfig:
 
     # Empty for keys whose default depends on the kind of source, which is known only once it is opened.
     caption_key: str = ""
-    """Column or JSON key of the caption, or its file extension in a tar. Empty: `txt` in tars, else `text` or
-    `caption`."""
+    """Column or JSON key of the caption, or its file extension in folders and tars. Empty: `txt` there, else `text` or
+    `caption`. `label`: in folders without captions, the name of the folder that an image is in."""
+    captions: Literal["first", "all"] = "first"
+    """Of several captions of one image: the first, or a pair of each. With `all` each line of a .txt is a caption; with
+    `first` its lines become one."""
+    caption_encoding: str = "cp1252"
+    """Encoding of captions that are neither UTF-8 nor marked as UTF-16, such as gbk or shift_jis. They are counted."""
     image_key: str = ""
-    """Column of the images in parquet and Hugging Face datasets. Empty: one of their usual names."""
+    """Column of the images in parquet and Hugging Face datasets, or of their names in metadata. Empty: one of their
+    usual names."""
     pair_key: str = ""
     """Column or JSON key that identifies a pair, such as url; later pairs with the same value are left out. Empty: a
     pair is identified by its position."""
@@ -29,7 +35,8 @@ class SourceConfig:
     """Split of a Hugging Face dataset."""
     hub_subset: str = ""
     """Subset (configuration) of a Hugging Face dataset; empty for its default."""
-    min_side: Annotated[int, Ge(0)] = 0
+    # 2: images of one pixel count visits of web pages; many are in sets that were gathered from the web.
+    min_side: Annotated[int, Ge(0)] = 2
     """Minimum length of an image's shorter side, in pixels."""
     max_aspect: Annotated[float, Ge(1), OR_ZERO] = 0.0
     """Maximum ratio of the longer side to the shorter; 0 for any."""
@@ -46,6 +53,13 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        try:
+            "a".encode(self.caption_encoding)
+        except LookupError as error:
+            raise UserError(
+                f"--caption-encoding is {self.caption_encoding!r}; expected one that Python knows, such as cp1252,"
+                " gbk or shift_jis."
+            ) from error
         if 0 < self.max_caption < self.min_caption:
             raise UserError(
                 f"--max-caption is {self.max_caption}; expected at least --min-caption {self.min_caption}."

@@ -110,10 +110,11 @@ def test_sources_that_are_none_are_refused(tmp_path, tokenizer):
         open_documents(f"text:{tmp_path}")
     with pytest.raises(DataError, match="does not exist"):
         open_documents("text:./nowhere.txt")
-    with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
-        open_documents("text:nowhere.txt")
+    for name in ("nowhere.txt", "my/documants"):
+        with pytest.raises(DataError, match=rf"{name} does not exist here; .* written hf:USER/NAME"):
+            open_documents(f"text:{name}")
     with pytest.raises(DataError, match="the Hugging Face dataset nobody/nothing cannot be opened"):
-        list(open_documents("text:nobody/nothing").texts)
+        list(open_documents("text:hf:nobody/nothing").texts)
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(DataError, match="do not fill one sequence of 16"):
         prepare(tmp_path, tmp_path / "out", tokenizer)

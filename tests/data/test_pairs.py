@@ -82,7 +82,7 @@ def test_an_imagefolder_with_metadata(tmp_path):
 
 def test_metadata_without_captions_names_the_columns(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 1}')
-    with pytest.raises(DataError, match="file_name, label; expected file_name and one of text, caption"):
+    with pytest.raises(DataError, match=r"file_name, label; expected one of text, caption \(--caption-key\)"):
         pairs.open_source(str(tmp_path))
 
 

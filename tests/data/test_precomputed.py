@@ -91,7 +91,7 @@ def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):
     with pytest.raises(DataError, match=r"c\.txt has 1 lines; c\.npy has 12 rows"):
         prepared(folder, tmp_path / "lines")
     (folder / "a.jsonl").write_text('{"caption": "no ids"}')
-    with pytest.raises(DataError, match=r"a\.jsonl: line 1 has no ids"):
+    with pytest.raises(DataError, match=r"a\.jsonl: row 1 has no ids"):
         prepared(folder, tmp_path / "none")
     (folder / "ids.json").write_text('{"vocab_size": 5}')
     with pytest.raises(DataError, match=r"ids\.json cannot be used .* expected \{.vocab_size"):

@@ -456,7 +456,7 @@ def bad_images():
         "no bytes": b"",
         "text": b"no picture",
         "PNG with a broken chunk": png[:40] + b"\xff\xff\xff\xff" + png[44:],
-        "GIF": encoded(made.picture(2), "GIF"),
+        "TGA": encoded(made.picture(2), "TGA"),
         "JPEG with broken EXIF": broken_exif(),
     }
     turned = Image.Exif()
@@ -466,7 +466,7 @@ def bad_images():
         "16 bits": encoded(Image.fromarray(np.full((60, 90), 40_000, np.uint16)), "PNG"),
         "animated": encoded(made.picture(4), "WEBP", save_all=True, append_images=[made.picture(5)]),
         "turned": encoded(made.picture(6), "JPEG", exif=turned),
-        "one pixel": encoded(Image.new("RGB", (1, 1), "red"), "PNG"),
+        "two pixels": encoded(Image.new("RGB", (2, 2), "red"), "PNG"),
         "palette with transparency": encoded(made.picture(7).convert("P"), "PNG", transparency=0),
         "grey": encoded(made.picture(8).convert("L"), "PNG"),
     }

@@ -321,7 +321,11 @@ def test_lists_name_only_files_of_their_folder(tmp_path, observed):
     )
     source = open_source(str(folder))
     assert [pair.key for pair in source.pairs] == ["003.png"]
-    assert source.tally.left_out == {"metadata names a file that is not in the folder": len(names) - 1}
+    assert source.tally.left_out == {
+        "metadata names a file that is not in the folder": len(names) - 2,
+        "a row that names no file": 1,
+        "an image that the metadata does not name": made.NUM_IMAGES - 1,
+    }
     made.coco(tmp_path / "coco")
     file = next((tmp_path / "coco" / "annotations").glob("captions_train*.json"))
     content = json.loads(file.read_text())

@@ -3,7 +3,6 @@
 Each file here reads one kind of source and lists its entries. `source.py` turns entries into pairs.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,17 +13,17 @@ from tqdm import tqdm
 from t2i.config import SourceConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import openmoji
+from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.coco import caption_files, has_both, list_coco
-from t2i.data.sources.folder import find_metadata, read_image_folder, read_text_folder
-from t2i.data.sources.hub import units_of_dataset
-from t2i.data.sources.image import UNREADABLE, OpenedImage, decode_image
+from t2i.data.sources.folder import METADATA, find_metadata, read_image_folder, read_text_folder
+from t2i.data.sources.hub import is_saved, units_of_dataset
+from t2i.data.sources.image import IMAGE_SUFFIXES, UNREADABLE, OpenedImage, decode_image
 from t2i.data.sources.parquet import units_of_tables
+from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
 from t2i.data.sources.source import (
-    IMAGE_SUFFIXES,
     Entry,
     GivenIds,
-    LeftOut,
     Listed,
     Pair,
     ReadEntries,
@@ -37,6 +36,7 @@ from t2i.data.sources.splits import choose_share, with_splits
 from t2i.data.sources.webdataset import units_of_tars
 from t2i.distributed.heartbeat import place_in_job
 from t2i.errors import DataError, UserError
+from t2i.files import HUB, hub_name
 
 __all__ = [
     "UNREADABLE",
@@ -54,23 +54,29 @@ __all__ = [
 ]
 
 AS_IT_IS = SourceConfig()
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LISTS = (".csv", ".tsv", ".jsonl")
+"""Endings of tables that name image files. A .parquet file has the images themselves."""
 
 Sift = Callable[..., Iterator[Pair]]
 """`sift` with its rules filled in; takes a reader."""
 
-GLOB_CHARACTERS = frozenset("*?[")
 
-
-def open_source(name: str, *, heldout_share: float | None = None, config: SourceConfig = AS_IT_IS) -> Source:
+def open_source(
+    name: str,
+    *,
+    heldout_share: float | None = None,
+    config: SourceConfig = AS_IT_IS,
+    has_bare_keys: bool = False,
+) -> Source:
     """Open a source without decoding its images.
 
     Args:
-        name: `openmoji`, a folder, tar or parquet files (a path with braces and globs), `coco:DIR`, a Hugging Face
-            dataset (USER/NAME, or hf: before any name or folder), or `ids:DIR`.
+        name: `openmoji`, a folder, tar or parquet files (a path with braces and globs), a .csv, .tsv or .jsonl that
+            names images, `coco:DIR`, a Hugging Face dataset (`hf:` and USER/NAME or a folder), or `ids:DIR`.
         heldout_share: share of the images, chosen by a hash of the key, that training never sees; None for 2%, or
             for more of a small source.
         config: which columns are read, and which pairs are left out.
+        has_bare_keys: whether the column `key` of a table is the whole key, as it was in 0.1.
 
     Raises:
         DataError: the source does not exist, or has no usable pair.
@@ -79,45 +85,55 @@ def open_source(name: str, *, heldout_share: float | None = None, config: Source
     if not name:
         raise UserError("--source is empty; expected one of the sources that `--help` lists.")
     sieve = partial(sift, config=config)
+    kind, _, rest = name.partition(":")
     if name == "openmoji":
         source = _openmoji(sieve)
+    elif kind == "coco":
+        source = _coco(Path(rest), sieve)
+    elif kind == "ids":
+        source = _given(Path(rest), config)
+    elif hub_name(name) or is_saved(Path(name)):
+        reads = units_of_dataset(name.removeprefix(HUB), config=config, has_bare_keys=has_bare_keys)
+        listing = partial(_list_dataset, name.removeprefix(HUB), len(reads))
+        source = Source(units=partial(_sifted, reads, sieve), listing=listing, is_streamed=True)
+    elif Path(name).is_dir():
+        source = _folder(Path(name), sieve, config, has_bare_keys)
     else:
-        source = _open(name, sieve, config)
+        source = _files(name, expand(name), sieve, config, has_bare_keys)
+    if name != "openmoji":
         share = choose_share(source) if heldout_share is None else heldout_share
-        source = with_splits(source, heldout_share=share)
         rule = f"sha256 of the key below {share} of its range is heldout"
-        source = replace(source, split_rule=source.split_rule or rule)
+        source = replace(with_splits(source, heldout_share=share), split_rule=source.split_rule or rule)
     return replace(source, name=name, config=config)
 
 
 def reopen_source(manifest: Manifest) -> Source:
     """Open a manifest's source with the settings that it was prepared with."""
     config = SourceConfig(**manifest.reading or {})
-    return open_source(manifest.source, heldout_share=manifest.heldout_share, config=config)
+    # Manifests of 0.1 do not count what was seen. Their held-out images are found by the keys that they had.
+    is_old = manifest.seen is None
+    name = manifest.source
+    if is_old and name.count("/") == 1 and ":" not in name and not Path(name).exists():
+        name = f"{HUB}{name}"
+    return open_source(name, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old)
 
 
-def _open(name: str, sieve: Sift, config: SourceConfig) -> Source:
-    kind, _, rest = name.partition(":")
-    if kind == "coco":
-        return _coco(Path(rest), sieve)
-    # A folder of this name comes first: data/images is a hub name too.
-    if kind == "hf" or (HUB_NAME.fullmatch(name) and not Path(name).exists()):
-        reads = units_of_dataset(rest if kind == "hf" else name, config=config)
-        listing = partial(_list_dataset, rest if kind == "hf" else name, len(reads))
-        return Source(units=partial(_sifted, reads, sieve), listing=listing, is_streamed=True)
-    if kind == "ids":
-        return _given(Path(rest), config)
-    if not Path(name).is_dir():
-        return _files(expand(name), sieve, config)
-    folder = Path(name)
-    metadata = find_metadata(folder)
-    if metadata:
-        return _listed(partial(read_image_folder, metadata=metadata, caption_key=config.caption_key), sieve)
+def _folder(folder: Path, sieve: Sift, config: SourceConfig, has_bare_keys: bool) -> Source:
+    table = find_metadata(folder)
+    if table:
+        return _named(table, sieve, config)
     # img2dataset's layout of plain files has 00000.parquet, which holds no images, beside the folder 00000.
     tables = [path for path in folder.glob("*.parquet") if not path.with_suffix("").is_dir()]
     # Sorted: the order of units, and so the shards, must not depend on the file system.
     files = sorted(folder.glob("*.tar")) or sorted(tables)
-    return _files(files, sieve, config) if files else _listed(partial(read_text_folder, folder=folder), sieve)
+    if files:
+        return _files(str(folder), files, sieve, config, has_bare_keys)
+    return _listed(partial(read_text_folder, folder=folder, caption_key=config.caption_key), sieve, folder)
+
+
+def _named(table: Path, sieve: Sift, config: SourceConfig) -> Source:
+    read = partial(read_image_folder, table=table, caption_key=config.caption_key, image_key=config.image_key)
+    return _listed(read, sieve, table)
 
 
 def _openmoji(sieve: Sift) -> Source:
@@ -129,55 +145,67 @@ def _openmoji(sieve: Sift) -> Source:
         for key, caption in captions.items():
             yield Entry(key, caption, partial(openmoji.open_emoji, key), split=openmoji.split_of(key))
 
-    source = _listed(entries, sieve)
+    source = _listed(entries, sieve, Path())
     return replace(source, split_rule=openmoji.SPLIT_RULE, licence=openmoji.LICENCE)
 
 
 def _coco(folder: Path, sieve: Sift) -> Source:
-    source = _listed(partial(list_coco, folder=folder), sieve)
+    source = _listed(partial(list_coco, folder=folder), sieve, folder)
     if has_both(caption_files(folder)):
         return replace(source, split_rule="images of captions_val*.json are heldout, all others train")
     return source
 
 
 def _given(folder: Path, config: SourceConfig) -> Source:
-    if config != AS_IT_IS:
+    if replace(config, caption_encoding=AS_IT_IS.caption_encoding) != AS_IT_IS:
         raise UserError(
             f"ids:{folder} takes no filters and no key settings; those are for sources of images."
         )
-    facts, files = read_facts(folder), files_of_ids(folder)
-    units = [partial(read_ids, path=path, facts=facts) for path in files]
-    read = [*files, *sorted(folder.glob("*.txt"))]
-    return Source(units=lambda num_pairs: units, given=facts, listing=partial(_list_files, read))
+    if not folder.is_dir():
+        raise DataError(f"--source ids:{folder} is not a folder.")
+    facts, tally = read_facts(folder), Tally()
+    files = files_of_ids(folder, tally)
+    read = partial(read_ids, facts=facts, encoding=config.caption_encoding)
+    units = [partial(read, path=path) for path in files]
+    listing = partial(_list_files, [*files, *sorted(folder.glob("*.txt"))])
+    return Source(units=lambda num_pairs: units, given=facts, tally=tally, listing=listing)
 
 
-def _files(paths: list[Path], sieve: Sift, config: SourceConfig) -> Source:
-    suffixes = {path.suffix for path in paths}
+def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, has_bare_keys: bool) -> Source:
+    prefixes = key_prefixes(paths, pattern=pattern)
+    suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".tar"}:
         tally = Tally()
-        reads = units_of_tars(paths, tally, config=config)
+        reads = units_of_tars(prefixes, tally, config=config)
         return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=partial(_list_files, paths))
     if suffixes == {".parquet"}:
+        read = partial(units_of_tables, prefixes, config=config, has_bare_keys=has_bare_keys)
         return Source(
-            units=lambda num_pairs: _sifted(units_of_tables(paths, num_pairs, config=config), sieve),
-            listing=partial(_list_files, paths),
+            units=lambda num_pairs: _sifted(read(num_pairs), sieve), listing=partial(_list_files, paths)
         )
+    if len(paths) == 1 and suffixes <= set(LISTS):
+        return _named(paths[0], sieve, config)
     found = ", ".join(sorted(suffix or "no ending" for suffix in suffixes))
-    raise DataError(f"--source names files with {found}; expected only .tar or only .parquet files.")
+    raise DataError(
+        f"--source names {len(paths)} files with {found}; expected only .tar or only .parquet files, or one of"
+        f" {', '.join(LISTS)} that names images. An archive such as .zip or .tar.gz must be unpacked first."
+    )
 
 
-def _listed(read: ReadEntries, sieve: Sift) -> Source:
+def _listed(read: ReadEntries, sieve: Sift, place: Path) -> Source:
     """Make a source whose pairs are all listed now, like the files of a folder."""
     tally = Tally()
     # Counted aloud after a while: a large folder on a shared disk takes minutes.
     is_quiet = place_in_job()[0] > 0
     pairs = list(tqdm(sieve(tally, read=read), desc="list", unit="pair", delay=2, disable=is_quiet))
     if not pairs:
-        reasons = "; ".join(f"{count} times {reason}" for reason, count in tally.left_out.items())
+        reasons = "; ".join(
+            f"{count} times {reason}" for reason, count in (tally.left_out + tally.unread).items()
+        )
         raise DataError(
-            f"--source names a folder without a usable pair: {reasons or 'it has no image'}. Expected images"
+            f"--source {place} is without a usable pair: {reasons or 'it has no image'}. Expected images"
             f" ({', '.join(IMAGE_SUFFIXES)}) with .txt captions beside them, or metadata.jsonl (.csv, .parquet), .tar"
-            " or .parquet files at its top. For COCO give coco:DIR."
+            f" or .parquet files at its top.{_advice(place)} For COCO give coco:DIR."
         )
     return Source(
         units=partial(_runs, pairs),
@@ -199,6 +227,14 @@ def _list_dataset(name: str, num_shards: int) -> list[Listed]:
     return [Listed(f"{name}/{shard}") for shard in range(num_shards)]
 
 
+def _advice(folder: Path) -> str:
+    """Name the folder that has what this one lacks, if there is one."""
+    below = next((path for name in METADATA for path in sorted(folder.glob(f"*/{name}"))), None)
+    if below:
+        return f" {below.relative_to(folder)} is not at its top: give {below.parent}, or {HUB}{folder}."
+    return " If the names of folders are the captions, give --caption-key label."
+
+
 def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:
     """Make one unit per file or part of a file; its entries are listed when it is read."""
     return [partial(sieve, read=read) for read in reads]
@@ -211,38 +247,3 @@ def _runs(pairs: Sequence[Pair], num_pairs: int) -> list[Unit]:
 
 def _run(pairs: Sequence[Pair], start: int, end: int, _: Tally) -> Sequence[Pair]:
     return pairs[start:end]
-
-
-def expand(pattern: str) -> list[Path]:
-    """List the files that a pattern names, each once: braces in their order, globs sorted.
-
-    Raises:
-        DataError: a part of the pattern matches no file.
-    """
-    files: list[Path] = []
-    for one in braces(pattern):
-        path = Path(one)
-        has_glob = not GLOB_CHARACTERS.isdisjoint(one)
-        found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if has_glob else [path]
-        if not found or not all(file.is_file() for file in found):
-            raise DataError(
-                f"--source {one} is not `openmoji`, an existing file or folder, coco:DIR, ids:DIR, or a Hugging Face"
-                " dataset (USER/NAME, or hf: before any name)."
-            )
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def braces(pattern: str) -> Iterator[str]:
-    """Expand a pattern's braces; numbers are padded like the first one, and the first braces vary slowest."""
-    match = re.search(r"\{([^{}]+)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if ends:
-        choices = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from braces(pattern[: match.start()] + choice + pattern[match.end() :])

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from t2i.data.sources.folder import file_inside
 from t2i.data.sources.image import read_image_file
-from t2i.data.sources.source import Entry, Tally, file_inside
+from t2i.data.sources.source import Entry, Tally
 from t2i.errors import DataError
 from t2i.files import Kind, check_keys, read_json
 

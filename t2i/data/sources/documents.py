@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import logging
 import re
 import sysconfig
 import warnings
@@ -11,10 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from t2i.data.sources.folder import list_files
+from t2i.data.sources.source import Tally
 from t2i.errors import DataError
+from t2i.files import hub_name, not_here
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "text:"
-"""Prefix of a source of documents: text:docstrings, text:PATH, text:NAME."""
+"""Prefix of a source of documents: text:docstrings, text:PATH, text:hf:USER/NAME."""
 
 DOCUMENTED_PACKAGES = (
     "accelerate", "datasets", "deepspeed", "diffusers", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas",
@@ -44,7 +50,7 @@ def open_documents(source: str) -> Documents:
 
     Args:
         source: `text:` followed by `docstrings`, `docstrings:PACKAGE,PACKAGE`, a text file (each paragraph is a
-            document), a folder of .txt files, or the name of a Hugging Face dataset.
+            document), a folder of .txt files, or hf:USER/NAME, a Hugging Face dataset.
 
     Raises:
         DataError: the file does not exist, or a package is not installed.
@@ -63,13 +69,20 @@ def open_documents(source: str) -> Documents:
     if path.is_file():
         return Documents(source, _paragraphs(_read(path)))
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
+        tally = Tally()
+        files = [file for file in list_files(path, tally) if file.suffix == ".txt"]
+        if tally.unread:
+            logger.warning(
+                "%s: not read: %s",
+                path,
+                ", ".join(f"{count} times {why}" for why, count in tally.unread.items()),
+            )
         if not files:
             raise DataError(f"--source {source}: {path} holds no .txt file.")
         return Documents(source, (_read(file).strip() for file in files))
-    if name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".txt":
-        raise DataError(f"--source {source}: {path} does not exist.")
-    return Documents(source, _dataset_texts(name))
+    if not hub_name(name):
+        raise DataError(f"--source {source}: {not_here(name)}.")
+    return Documents(source, _dataset_texts(hub_name(name)))
 
 
 def prose(text: str) -> str:
@@ -123,7 +136,7 @@ def _dataset_texts(name: str) -> Iterator[str]:
     from datasets import load_dataset  # here: importing it takes seconds, and files do not need it
 
     try:
-        rows: Any = load_dataset(name, split="train", streaming=True)
+        rows: Any = load_dataset(name, split="train", streaming=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(f"the Hugging Face dataset {name} cannot be opened: {error}") from error
     for row in rows:
@@ -131,7 +144,12 @@ def _dataset_texts(name: str) -> Iterator[str]:
             raise DataError(
                 f"--source text:{name} has the columns {', '.join(row)}; expected one named text."
             )
-        yield str(row["text"])
+        if not isinstance(row["text"], str | None):
+            raise DataError(
+                f"--source text:{name} has {row['text']!r:.80} in its column text; expected text."
+            )
+        if row["text"]:
+            yield row["text"]
 
 
 def documentation_strings(path: Path) -> list[str]:

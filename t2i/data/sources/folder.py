@@ -1,29 +1,63 @@
-"""Folders of images, with .txt captions beside them or with Hugging Face's imagefolder metadata."""
+"""Folders of images, with .txt captions beside them or with a table that names them, such as imagefolder's metadata."""
 
+import os
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i.data.sources.image import read_image_file
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, Tally, file_inside
-from t2i.data.sources.tables import read_table_rows
+from t2i.data.sources.caption import TextFile
+from t2i.data.sources.image import IMAGE_SUFFIXES, is_image_file, read_image_file
+from t2i.data.sources.source import Entry, Tally
+from t2i.data.sources.tables import choose_column, is_url, read_table_rows
 from t2i.errors import DataError
+from t2i.files import is_inside
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
+NAME_COLUMNS = ("file_name",)
+LABEL = "label"
+"""The value of --caption-key that makes the names of class folders captions."""
 
 
-def read_text_folder(tally: Tally, *, folder: Path) -> Iterator[Entry]:
-    """List every image below `folder` with the .txt file of the same stem beside it."""
-    # Sorted, because a file system lists files in any order, and units must be the same on every rank.
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        tally.seen += 1
-        caption_file = path.with_suffix(".txt")
-        if not caption_file.is_file():
-            tally.left_out["no .txt caption beside the image"] += 1
+def read_text_folder(tally: Tally, *, folder: Path, caption_key: str) -> Iterator[Entry]:
+    """List every image below `folder` with the caption file of the same stem beside it.
+
+    Args:
+        caption_key: ending of the caption files, else txt; `label` for the name of the folder that an image is in.
+    """
+    ending = f".{caption_key or 'txt'}".lower()
+    captions: dict[Path, Path] = {}
+    images: list[Path] = []
+    for path in list_files(folder, tally):
+        stem = path.name[: -len(ending)]
+        if path.name.lower().endswith(ending) and captions.setdefault(path.with_name(stem), path) == path:
             continue
-        caption = caption_file.read_text(encoding="utf-8", errors="replace")
-        yield Entry(path.relative_to(folder).as_posix(), caption, partial(read_image_file, path), file=path)
+        if is_image_file(path):
+            images.append(path)
+        else:
+            tally.unread[other_kind(path)] += 1
+    has_labels = caption_key == LABEL and not captions
+    for path in images:
+        tally.seen += 1
+        key, opened = path.relative_to(folder).as_posix(), partial(read_image_file, path)
+        if has_labels:
+            yield Entry(key, None if path.parent == folder else path.parent.name, opened, file=path)
+            continue
+        file = captions.get(path.with_suffix(""))
+        if file is None:
+            tally.left_out[f"no {ending} caption beside the image"] += 1
+            continue
+        try:
+            caption = TextFile(file.read_bytes())
+        except OSError as error:
+            tally.left_out[f"a caption file that cannot be read ({error.strerror})"] += 1
+            continue
+        yield Entry(key, caption, opened, file=path)
+    stems = {path.with_suffix("") for path in images}
+    alone = sum(stem not in stems for stem in captions)
+    tally.seen += alone
+    if alone:
+        tally.left_out["no image beside the caption"] += alone
 
 
 def find_metadata(folder: Path) -> Path | None:
@@ -31,29 +65,121 @@ def find_metadata(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def read_image_folder(tally: Tally, *, metadata: Path, caption_key: str) -> Iterator[Entry]:
-    """List the rows of imagefolder's metadata (file_name and a caption), in order of file_name.
+def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key: str) -> Iterator[Entry]:
+    """List the rows of a table that names images (file_name and a caption), in order of their names.
+
+    Several rows of one image are captions of it: their keys are NAME, NAME#1, ..., and they stay in one split.
 
     Raises:
-        DataError: the metadata is broken, or a column is missing.
+        DataError: the table is broken, or a column is missing.
     """
-    folder = metadata.parent
+    folder = table.parent
     # Not by `datasets`: here a broken line has a number, the caption `007` stays text, and no second copy
     # of the table is written to a cache.
-    rows = list(read_table_rows(metadata))
+    rows = list(read_table_rows(table))
+    if not rows:
+        raise DataError(f"{table} has no rows.")
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    candidates = (caption_key,) if caption_key else CAPTION_COLUMNS
-    column = next((name for name in candidates if name in columns), None)
-    if column is None or "file_name" not in columns:
-        wanted = f"file_name and one of {', '.join(candidates)}"
-        raise DataError(f"{metadata} has the columns {', '.join(columns)}; expected {wanted}.")
-    for row in sorted(rows, key=lambda row: str(row.get("file_name"))):
-        tally.seen += 1
-        # Metadata may come from a stranger: a name that leads out of the folder is left out.
-        path = file_inside(folder, str(row.get("file_name")))
-        if path is None:
-            tally.left_out["metadata names a file that is not in the folder"] += 1
+    text = choose_column(
+        columns, asked=caption_key, usual=CAPTION_COLUMNS, where=str(table), flag="--caption-key"
+    )
+    name = choose_column(columns, asked=image_key, usual=NAME_COLUMNS, where=str(table), flag="--image-key")
+    num_rows: dict[Path, int] = {}
+    tally.seen += len(rows)
+    for row in sorted(rows, key=lambda row: str(row.get(name))):
+        # The table may come from a stranger: a name that leads out of the folder is left out.
+        found = _named_file(folder, row.get(name))
+        if isinstance(found, str):
+            tally.left_out[found] += 1
             continue
+        number = num_rows.get(found, 0)
+        num_rows[found] = number + 1
+        key = str(row[name])
         yield Entry(
-            str(row["file_name"]), row.get(column), partial(read_image_file, path), facts=row, file=path
+            f"{key}#{number}" if number else key,
+            row.get(text),
+            partial(read_image_file, found),
+            facts=row,
+            # The key of the first row: an image keeps its split when captions are added.
+            group=key,
+            file=found,
         )
+    _count_others(tally, folder, table=table, named=num_rows)
+
+
+def list_files(folder: Path, tally: Tally) -> list[Path]:
+    """List the regular files below a folder, sorted; count what is not read, such as links that lead out of it."""
+    root = os.path.realpath(folder)
+    found: list[Path] = []
+    pending = [folder]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    reason = _refusal(entry, root)
+                    if reason:
+                        tally.unread[reason] += 1
+                    else:
+                        (pending if entry.is_dir() else found).append(Path(entry.path))
+        except OSError as error:
+            tally.unread[f"a folder that cannot be read ({error.strerror})"] += 1
+    # A file system lists files in any order, and units must be the same on every rank.
+    return sorted(found)
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """Find a file by the name that a list gives it; None if it does not exist or lies outside the folder."""
+    try:
+        path = folder / name
+        if not is_inside(name) or not path.is_file() or not _is_below(path.parent, folder):
+            return None
+        return path if not path.is_symlink() or _is_below(path, folder) else None
+    except (OSError, ValueError):
+        # The file system refuses the name, for example because it is too long.
+        return None
+
+
+# A folder of a million images has few folders, and each look-up asks the disk for every part of the path.
+@lru_cache(maxsize=4_096)
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def other_kind(path: Path) -> str:
+    """Describe a file that is neither an image nor a caption, for Tally.unread."""
+    return f"a file of another kind ({path.suffix.lower() or 'no ending'})"
+
+
+def _named_file(folder: Path, name: object) -> Path | str:
+    """Find the file that a row names, or return the reason that it is not read."""
+    if name is None or name == "":
+        return "a row that names no file"
+    if is_url(name):
+        return "a row that names an address; images are not downloaded (img2dataset does that)"
+    return file_inside(folder, str(name)) or "metadata names a file that is not in the folder"
+
+
+def _refusal(entry: os.DirEntry[str], root: str) -> str:
+    """Return the reason that a file or folder is not read; empty if it is."""
+    if entry.name.startswith(".") or entry.name == "__MACOSX":
+        return "a hidden file or folder"
+    if entry.is_symlink():
+        target = os.path.realpath(entry.path)
+        if os.path.commonpath([root, target]) != root:
+            return "a link that leads out of the folder"
+        if Path(target).is_dir():
+            return "a link to a folder"
+        return "" if Path(target).is_file() else "a link to nothing"
+    return "" if entry.is_dir() or entry.is_file() else "neither a file nor a folder"
+
+
+def _count_others(tally: Tally, folder: Path, *, table: Path, named: dict[Path, int]) -> None:
+    """Count the files of the folder that the table does not name."""
+    for path in list_files(folder, tally):
+        if path in named or path == table:
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            tally.seen += 1
+            tally.left_out["an image that the metadata does not name"] += 1
+        else:
+            tally.unread[other_kind(path)] += 1

@@ -1,86 +1,176 @@
-"""Hugging Face datasets, streamed: only what is read is downloaded.
+"""Hugging Face datasets, from the hub or a folder, streamed: only what is read is downloaded.
 
 A unit is one of the dataset's own shards, usually a parquet file or a tar. A stream cannot go back to an image, so a
 pair holds its image's bytes.
 """
 
+import re
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from t2i.config import SourceConfig
+from t2i.data.sources.caption import LeftOut
+from t2i.data.sources.cell import FIRST_IMAGE, open_cell
 from t2i.data.sources.folder import CAPTION_COLUMNS
 from t2i.data.sources.image import OpenedImage, decode_image
-from t2i.data.sources.parquet import IMAGE_COLUMNS, choose_column, image_bytes
-from t2i.data.sources.source import Entry, ReadEntries, Tally
+from t2i.data.sources.parquet import IMAGE_COLUMNS, named_class
+from t2i.data.sources.source import LISTED_UNIT, Entry, ReadEntries, Tally, key_text
+from t2i.data.sources.tables import choose_column
 from t2i.errors import DataError
+from t2i.files import is_inside, read_optional_json
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 KEY_COLUMNS = ("key", "__key__")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files that `save_to_disk` writes: for one split, and for several."""
+REFUSED = (OSError, ValueError, KeyError, TypeError, RuntimeError, StopIteration, pa.ArrowException)
+"""What `datasets` raises, beside its own errors, for folders and names that it cannot open."""
 
 
-def units_of_dataset(name: str, *, config: SourceConfig) -> list[ReadEntries]:
-    """Open a dataset by its name or folder, and make one unit per shard.
+def is_saved(folder: Path) -> bool:
+    """Tell whether `datasets` made this folder by save_to_disk."""
+    return (folder / SAVED).is_file() or (folder / SAVED_SPLITS).is_file()
+
+
+def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = False) -> list[ReadEntries]:
+    """Open a dataset by its folder, or by its name on the hub, and make one unit per shard.
+
+    Args:
+        has_bare_keys: whether the column `key` is the whole key, as it was in 0.1.
 
     Raises:
         DataError: the dataset cannot be opened, or lacks a column.
     """
     # Imported here: it takes two seconds, and most sources are not from the hub.
+    from datasets import ClassLabel
     from datasets import Image as ImageFeature
-    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
+    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
+        raise DataError(f"--source hf:{name} is neither a folder nor of the form hf:USER/NAME.")
     try:
-        rows = load_dataset(name, config.hub_subset or None, split=config.hub_split, streaming=True)
+        rows = _rows(name, config)
         features = dict(rows.features or next(iter(rows)))
-    except (OSError, ValueError, StopIteration) as error:
-        raise DataError(f"the Hugging Face dataset {name} cannot be opened: {error}") from error
+    except DataError:
+        raise
+    except (*REFUSED, DatasetsError) as error:
+        raise DataError(f"the Hugging Face dataset {name} cannot be opened: {_sentence(error)}") from error
     names = list(features)
-    pictures = tuple(column for column in names if isinstance(features[column], ImageFeature))
-    where = f"the dataset {name}"
-    columns = {
-        "image": choose_column(
-            names, asked=config.image_key, usual=pictures or IMAGE_COLUMNS, where=where, flag="--image-key"
-        ),
-        "caption": choose_column(
-            names,
-            asked=config.caption_key,
-            usual=(*CAPTION_COLUMNS, "txt"),
-            where=where,
-            flag="--caption-key",
-        ),
-    }
+    images = tuple(column for column in names if isinstance(features[column], ImageFeature))
+    choose = partial(choose_column, names, where=f"the dataset {name}")
+    image = choose(asked=config.image_key, usual=images or IMAGE_COLUMNS, flag="--image-key")
+    caption = choose(asked=config.caption_key, usual=(*CAPTION_COLUMNS, "txt"), flag="--caption-key")
+    kind = features[caption]
+    labels = tuple(kind.names) if isinstance(kind, ClassLabel) else ()
     # Undecoded: the dataset would decode with any of Pillow's formats, and one broken image would end the stream.
-    if columns["image"] in pictures:
-        rows = rows.cast_column(columns["image"], ImageFeature(decode=False))
-    shards = range(rows.num_shards)
-    return [partial(read_shard, rows=rows, index=index, columns=columns) for index in shards]
+    read = partial(
+        read_shard,
+        name=name,
+        rows=rows.decode(False),
+        columns=(image, caption),
+        labels=labels,
+        has_bare_keys=has_bare_keys,
+    )
+    return [partial(read, index=index) for index in range(rows.num_shards)]
 
 
 def read_shard(
-    tally: Tally, *, rows: "IterableDataset", index: int, columns: dict[str, str]
+    tally: Tally,
+    *,
+    name: str,
+    rows: "IterableDataset",
+    index: int,
+    columns: tuple[str, str],
+    labels: tuple[str, ...],
+    has_bare_keys: bool,
 ) -> Iterator[Entry]:
-    """List one shard's rows; keys are from the column `key` or `__key__`, else SHARD/ROW."""
-    shard = rows.shard(num_shards=rows.num_shards, index=index)
-    for place, row in enumerate(shard):
-        tally.seen += 1
-        key = next((row[name] for name in KEY_COLUMNS if name in row), f"{index:06d}/{place:06d}")
-        cell = row.pop(columns["image"])
-        yield Entry(str(key), row[columns["caption"]], partial(open_cell, cell), facts=_flat(row))
+    """List one shard's rows; keys are SHARD/KEY by the column `key` or `__key__`, else SHARD/ROW."""
+    from datasets.exceptions import DatasetsError
+
+    image, caption = columns
+    try:
+        for place, row in enumerate(rows.shard(num_shards=rows.num_shards, index=index)):
+            tally.seen += 1
+            own = next((row[column] for column in KEY_COLUMNS if row.get(column) is not None), None)
+            key = f"{index:06d}/{place:06d}" if own is None else key_text(own)
+            if own is not None and not has_bare_keys:
+                key = f"{index:06d}/{key}"
+            cell = row.pop(image)
+            yield Entry(
+                key,
+                named_class(row.get(caption), labels),
+                partial(open_own_cell, cell, name),
+                facts=_flat(row),
+            )
+    except (*REFUSED, DatasetsError) as error:
+        raise DataError(f"shard {index} of the dataset {name} cannot be read: {_sentence(error)}") from error
 
 
-def open_cell(cell: object) -> OpenedImage:
-    """Decode the image of a cell, which holds its bytes or a path that the dataset streams from."""
-    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-        from datasets.utils.file_utils import xopen  # here: importing it takes seconds
+def open_own_cell(cell: object, name: str) -> OpenedImage:
+    """Decode the image of a cell, which holds its bytes or a path in the dataset.
 
-        with xopen(cell["path"], "rb") as file:
-            return decode_image(file.read())
-    return decode_image(image_bytes(cell))
+    Raises:
+        LeftOut: the path leads out of the dataset.
+    """
+    if isinstance(cell, list) and cell:
+        opened = open_own_cell(cell[0], name)
+        return OpenedImage(opened.image, (*opened.changed, FIRST_IMAGE)) if len(cell) > 1 else opened
+    if not isinstance(cell, dict) or cell.get("bytes") is not None or not cell.get("path"):
+        return open_cell(cell)
+    path = str(cell["path"])
+    # A stranger's table may name any file of this machine, or any address.
+    if not _is_own(path, name):
+        raise LeftOut("a path that leads out of the dataset, in place of image bytes")
+    from datasets.utils.file_utils import xopen  # here: importing it takes seconds
+
+    with xopen(path, "rb") as file:
+        return decode_image(file.read())
 
 
-def _flat(row: dict[str, object]) -> dict[str, object]:
+def _rows(name: str, config: SourceConfig) -> "IterableDataset":
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    folder = Path(name)
+    if not is_saved(folder):
+        return load_dataset(
+            name, config.hub_subset or None, split=config.hub_split, streaming=True, trust_remote_code=False
+        )
+    if (folder / SAVED_SPLITS).is_file():
+        splits = read_optional_json(folder / SAVED_SPLITS).get("splits")
+        if not isinstance(splits, list) or config.hub_split not in splits or not is_inside(config.hub_split):
+            raise DataError(f"{folder} has the splits {splits}; expected one of these as --hub-split.")
+        folder /= config.hub_split
+    for file in read_optional_json(folder / SAVED).get("_data_files") or []:
+        if not isinstance(file, dict) or not is_inside(str(file.get("filename"))):
+            raise DataError(f"{folder / SAVED} names {file!r:.80}; expected files of its folder.")
+    rows = load_from_disk(folder)
+    assert isinstance(rows, Dataset), "one split was chosen"
+    return rows.with_format(None).to_iterable_dataset(num_shards=max(1, len(rows) // LISTED_UNIT))
+
+
+def _is_own(path: str, name: str) -> bool:
+    """Tell whether a path is one of the dataset's own files, or in one of its archives (zip://FILE::ARCHIVE)."""
+    file = path.rpartition("::")[2]
+    folder = Path(name)
+    if folder.is_dir():
+        return "://" not in file and Path(file).resolve().is_relative_to(folder.resolve())
+    return file.startswith(f"hf://datasets/{name}@") and ".." not in Path(file).parts
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, RuntimeError) and "script" in str(error):
+        return f"it is loaded by a Python script of its own, which is never run ({error})."
+    return str(error) or type(error).__name__
+
+
+def _flat(row: dict[str, Any]) -> dict[str, object]:
     """Merge a WebDataset row's json into the row, so that its keys are read like columns."""
     inner = row.get("json")
     return {**inner, **row} if isinstance(inner, dict) else row

@@ -1,6 +1,7 @@
 """Images of strangers: decoded from bytes to 8-bit RGB, by a few named formats, with a word on what was changed."""
 
 import io
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -12,6 +13,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Pillow would also try FITS, PDF or EPS on a file named .jpg."""
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".jfif", ".jpe", ".gif", ".bmp", ".tif", ".tiff", ".avif"
+)  # fmt: skip
+"""Endings of images; of several members of one key in a tar, the first by this order is used."""
+MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8|BM....\0{4}|....ftypavi[fs]", re.DOTALL)
+"""How images begin. Without TIFF, as which cameras' raw files begin too: Pillow would read their thumbnails."""
+NEVER_IMAGES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger images are refused as decompression bombs: a few bytes can claim billions of pixels."""
 
@@ -44,6 +52,18 @@ class OpenedImage:
     """RGB, 8 bits per channel."""
     changed: tuple[str, ...] = ()
     """What was lost or guessed on the way, for Tally.changed."""
+
+
+def is_image_file(path: Path) -> bool:
+    """Tell whether a file is one to be decoded: by its ending, else by its first bytes."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES or suffix in NEVER_IMAGES:
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return MAGIC.match(file.read(16)) is not None
+    except OSError:
+        return False
 
 
 def read_image_file(path: Path) -> OpenedImage:

@@ -2,27 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from t2i.config import SourceConfig
+from t2i.data.sources.caption import CaptionLine, LeftOut, encodable, read_captions
 from t2i.data.sources.image import OpenedImage
-from t2i.errors import DataError
-from t2i.files import is_inside
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 LISTED_UNIT = 512
 """Pairs per unit when all pairs are listed."""
-
-
-class LeftOut(ValueError):
-    """An image was refused by a filter; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +128,7 @@ class Entry:
 
     key: str
     caption: object
-    """A text, a list of texts of which the first is taken, or None."""
+    """What read_captions takes."""
     open: Callable[[], OpenedImage]
     facts: Mapping[str, object] = field(default_factory=dict)
     """The other columns of the row, which pair_key and score_key choose from."""
@@ -153,34 +145,42 @@ ReadEntries = Callable[[Tally], Iterator[Entry]]
 
 
 def sift(tally: Tally, *, read: ReadEntries, config: SourceConfig) -> Iterator[Pair]:
-    """Turn entries into pairs: clean the caption, apply the filters; count what is left out."""
+    """Turn entries into pairs: clean the captions, apply the filters; count what is left out."""
     for entry in read(tally):
-        caption = caption_text(entry.caption)
-        reason = _reason(caption, entry.facts, config)
-        if reason:
-            tally.left_out[reason] += 1
+        try:
+            captions = read_captions(
+                entry.caption, takes_all=config.captions == "all", encoding=config.caption_encoding
+            )
+        except LeftOut as reason:
+            tally.left_out[str(reason)] += 1
             continue
-        key = encodable(str(entry.facts[config.pair_key]) if config.pair_key else entry.key)
-        has_limits = config.min_side > 0 or config.max_aspect > 0
-        yield Pair(
-            key=key,
-            caption=caption,
-            split=entry.split,
-            open=partial(open_within, entry.open, config=config) if has_limits else entry.open,
-            group=entry.group,
-            file=entry.file,
-        )
+        # With all captions each is an entry; the reader counted one.
+        tally.seen += len(captions) - 1
+        for number, caption in enumerate(captions):
+            refusal = _reason(caption.text, entry.facts, config)
+            if refusal:
+                tally.left_out[refusal] += 1
+            else:
+                yield _pair(entry, caption, number, config)
 
 
-def caption_text(value: object) -> str:
-    """Return a caption as one line: the first of a list, the empty text for None."""
-    first = (value[0] if value else "") if isinstance(value, list | tuple) else value
-    return " ".join(encodable(str(first or "")).replace("\x00", "").split())
+def _pair(entry: Entry, caption: CaptionLine, number: int, config: SourceConfig) -> Pair:
+    key = key_text(entry.facts[config.pair_key] if config.pair_key else entry.key)
+    return Pair(
+        # The first has the key that it would have alone.
+        key=f"{key}#{number}" if number else key,
+        caption=caption.text,
+        split=entry.split,
+        open=partial(open_within, entry.open, config=config),
+        group=entry.group or (key if config.captions == "all" else ""),
+        changed=caption.changed,
+        file=entry.file,
+    )
 
 
-def encodable(text: str) -> str:
-    """Escape what UTF-8 cannot hold, such as half of a surrogate pair, or a file name in another encoding."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+def key_text(value: object) -> str:
+    """Return a key as text that UTF-8 can hold."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else encodable(str(value))
 
 
 def open_within(read: Callable[[], OpenedImage], *, config: SourceConfig) -> OpenedImage:
@@ -198,32 +198,8 @@ def open_within(read: Callable[[], OpenedImage], *, config: SourceConfig) -> Ope
     return opened
 
 
-def file_inside(folder: Path, name: str) -> Path | None:
-    """Find a file by the name that a list gives it; None if it does not exist or lies outside the folder."""
-    try:
-        return folder / name if is_inside(name) and (folder / name).is_file() else None
-    except (OSError, ValueError):
-        # The file system refuses the name, for example because it is too long.
-        return None
-
-
-@contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
-    """Turn pyarrow's errors into a DataError.
-
-    Raises:
-        DataError: the file is not parquet, or is broken.
-    """
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
-        raise DataError(f"{path} is not a parquet file, or is broken: {error}.") from error
-
-
 def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> str:
     """Return the reason that an entry is left out; empty if it is kept."""
-    if not caption:
-        return "no caption"
     if len(caption) < config.min_caption:
         return f"a caption below {config.min_caption} characters"
     if config.max_caption and len(caption) > config.max_caption:
@@ -231,9 +207,19 @@ def _reason(caption: str, facts: Mapping[str, object], config: SourceConfig) -> 
     if config.pair_key and facts.get(config.pair_key) is None:
         return f"no {config.pair_key}"
     if config.score_key:
-        score = facts.get(config.score_key)
-        if not isinstance(score, int | float):
+        score = _number(facts.get(config.score_key))
+        if score is None:
             return f"no number in {config.score_key}"
         if config.min_score is not None and not score >= config.min_score:
             return f"{config.score_key} below {config.min_score:g}"
     return ""
+
+
+def _number(value: object) -> float | None:
+    """Read a number, which a table of separated values has as text; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | bytes | Decimal):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None

@@ -1,19 +1,21 @@
-"""img2dataset's WebDataset tars (KEY.jpg, KEY.txt and KEY.json side by side), read in place and never extracted.
+"""img2dataset's WebDataset tars (KEY.jpg, KEY.txt and KEY.json, in any order), read in place and never extracted.
 
-A tar is one unit. Listing reads only its headers. An image is read from its offset when it is opened.
+A tar is one unit. Listing reads its headers, then its captions. An image is read from its offset when it is opened.
 """
 
 import io
-import itertools
 import logging
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from t2i.config import SourceConfig
-from t2i.data.sources.image import OpenedImage, decode_image
-from t2i.data.sources.source import IMAGE_SUFFIXES, Entry, ReadEntries, Tally
+from t2i.data.sources.caption import LeftOut, TextFile, mark_of
+from t2i.data.sources.image import IMAGE_SUFFIXES, OpenedImage, decode_image
+from t2i.data.sources.source import Entry, ReadEntries, Tally
 from t2i.errors import DataError
 from t2i.files import parse_json
 
@@ -39,48 +41,103 @@ class ListedFile(io.FileIO):
         return super().read(size)
 
 
-def units_of_tars(paths: list[Path], tally: Tally, *, config: SourceConfig) -> list[ReadEntries]:
-    """Make one unit per finished tar; count the unfinished ones and log their names."""
-    # img2dataset writes NAME_stats.json last. If some tars have one, a tar without it is unfinished.
-    stats = {path.name for folder in {path.parent for path in paths} for path in folder.glob("*_stats.json")}
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a file lies in its tar."""
+
+    offset: int
+    size: int
+
+
+def units_of_tars(prefixes: dict[Path, str], tally: Tally, *, config: SourceConfig) -> list[ReadEntries]:
+    """Make one unit per finished tar; count the unfinished ones and log their names.
+
+    Args:
+        prefixes: the tars in order, and what their keys begin with.
+    """
+    # img2dataset writes NAME_stats.json last. If some tars of a folder have one, a tar without it is unfinished.
+    stats = {path for folder in {path.parent for path in prefixes} for path in folder.glob("*_stats.json")}
+    finished = {path.parent for path in stats}
     units: list[ReadEntries] = []
-    for path in paths:
-        if stats and f"{path.stem}_stats.json" not in stats:
+    for path, prefix in prefixes.items():
+        if path.parent in finished and path.with_name(f"{path.stem}_stats.json") not in stats:
             logger.warning("%s has no %s_stats.json: unfinished, left out", path, path.stem)
             tally.unread["an unfinished tar (no _stats.json)"] += 1
         else:
-            units.append(partial(read_tar, path=path, config=config))
+            units.append(partial(read_tar, path=path, prefix=prefix, config=config))
     return units
 
 
-def read_tar(tally: Tally, *, path: Path, config: SourceConfig) -> Iterator[Entry]:
-    """List the images of one tar in order, with keys FOLDER/TAR/KEY; of a broken tar, those before the break."""
-    # With the folder's name: two downloads number their tars alike, and would lose pairs as repeated keys.
-    prefix = f"{path.parent.absolute().name}/{path.stem}"
+def read_tar(tally: Tally, *, path: Path, prefix: str, config: SourceConfig) -> Iterator[Entry]:
+    """List the images of one tar in order, with keys PREFIX/KEY; of a broken tar, those before the break."""
+    caption = config.caption_key.lower() or "txt"
+    with path.open("rb") as file:
+        for stem, parts in _groups(tally, path, caption).items():
+            images = [parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts]
+            tally.seen += max(1, len(images))
+            if len(images) > 1:
+                tally.left_out["another image of the same key in a tar"] += len(images) - 1
+            try:
+                if not images:
+                    raise LeftOut("no image beside the caption in a tar")
+                yield _entry(file, path, f"{prefix}/{stem}", images[0], parts, config)
+            except LeftOut as reason:
+                tally.left_out[str(reason)] += 1
+
+
+def read_member(path: Path, member: Member) -> OpenedImage:
+    """Decode the image at an offset of a tar."""
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        return decode_image(file.read(member.size))
+
+
+def _groups(tally: Tally, path: Path, caption: str) -> dict[str, dict[str, Member]]:
+    """List the members of each key, in the order of the keys: by their endings."""
+    endings = sorted(
+        {caption, "txt", "json", *(suffix[1:] for suffix in IMAGE_SUFFIXES)}, key=len, reverse=True
+    )
+    groups: dict[str, dict[str, Member]] = {}
+    others: list[PurePosixPath] = []
     try:
         with ListedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in itertools.groupby(_plain_members(tar), key=lambda member: _split(member)[0]):
-                tally.seen += 1
-                parts = {_split(member)[1]: member for member in members}
-                entry = _entry(tar, path, f"{prefix}/{key}", parts, config)
-                if isinstance(entry, Entry):
-                    yield entry
+            for member in _files_of(tar, tally):
+                name = PurePosixPath(member.name)
+                ending = next((one for one in endings if name.name.lower().endswith(f".{one}")), "")
+                if (
+                    any(part.startswith(".") and part != ".." for part in name.parts)
+                    or "__MACOSX" in name.parts
+                ):
+                    tally.unread["a hidden file in a tar"] += 1
+                elif not ending:
+                    others.append(name)
                 else:
-                    tally.left_out[entry] += 1
+                    stem = name.with_name(name.name[: -len(ending) - 1]).as_posix()
+                    groups.setdefault(stem, {})[ending] = Member(member.offset_data, member.size)
     except BROKEN_TAR as error:
         logger.warning("%s: %s; the images before this place are used", path, error)
         tally.unread["a broken tar, from where it breaks"] += 1
+    # WebDataset ends a key at the first dot: A.seg.png is a part of the sample that A.jpg and A.txt belong to.
+    for stem in [stem for stem in groups if "." in PurePosixPath(stem).name]:
+        is_whole = groups[stem].keys() & {caption, "txt", "json"} and groups[stem].keys() - {
+            caption,
+            "txt",
+            "json",
+        }
+        if not is_whole and _first_dot(PurePosixPath(stem)) in groups:
+            del groups[stem]
+    for name in others:
+        if _first_dot(name) not in groups:
+            tally.unread[f"a file of another kind in a tar ({name.suffix.lower() or 'no ending'})"] += 1
+    return groups
 
 
-def read_member(path: Path, offset: int, size: int) -> OpenedImage:
-    """Decode the image at an offset of a tar."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return decode_image(file.read(size))
+def _first_dot(name: PurePosixPath) -> str:
+    return name.with_name(name.name.partition(".")[0]).as_posix()
 
 
-def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Iterate over the regular files, without links, devices and sparse files."""
+def _files_of(tar: tarfile.TarFile, tally: Tally) -> Iterator[tarfile.TarInfo]:
+    """Iterate over the regular files; count links, devices and sparse files."""
     end = -1
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header, which a million would make large
@@ -88,38 +145,40 @@ def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             # A forged size can lead tarfile back to an earlier header, so that listing would never end.
             raise tarfile.ReadError("its members go backwards")
         end = member.offset
-        if member.isreg() and not member.issparse():
+        # A name of dots alone is a folder's.
+        if member.isreg() and not member.issparse() and PurePosixPath(member.name).name not in ("", ".."):
             yield member
-
-
-def _split(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Split a member's name at the first dot of its base name, as WebDataset does: ("a/b", "seg.png")."""
-    name = PurePosixPath(member.name)
-    stem, _, suffix = name.name.partition(".")
-    return (name.parent / stem).as_posix(), suffix.lower()
+        elif not member.isdir():
+            tally.unread["a link or device in a tar"] += 1
 
 
 def _entry(
-    tar: tarfile.TarFile, path: Path, key: str, parts: dict[str, tarfile.TarInfo], config: SourceConfig
-) -> Entry | str:
-    """Build the entry of one key's members, or return the reason that there is none."""
-    picture = next((parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts), None)
-    if picture is None:
-        return "no image beside the caption in a tar"
-    if picture.size > MAX_IMAGE_BYTES:
-        return f"a file over {MAX_IMAGE_BYTES} bytes in a tar"
-    caption_key = config.caption_key or ("txt" if "txt" in parts else "caption")
+    file: BinaryIO, path: Path, key: str, image: Member, parts: dict[str, Member], config: SourceConfig
+) -> Entry:
+    """Build the entry of one key's members.
+
+    Raises:
+        LeftOut: a member is too large, or its .json cannot be read.
+    """
+    if image.size > MAX_IMAGE_BYTES:
+        raise LeftOut(f"a file over {MAX_IMAGE_BYTES} bytes in a tar")
+    ending = config.caption_key.lower() or "txt"
     facts: dict[str, object] = {}
-    if config.pair_key or config.score_key or caption_key not in parts:
+    if "json" in parts and (config.pair_key or config.score_key or ending not in parts):
+        text = _bytes(file, parts["json"])
         try:
-            facts = parse_json(_text(tar, parts["json"]), where=key) if "json" in parts else {}
-        except DataError:
-            return "a .json that cannot be read in a tar"
-    caption = _text(tar, parts[caption_key]) if caption_key in parts else facts.get(caption_key)
-    return Entry(key, caption, partial(read_member, path, picture.offset_data, picture.size), facts=facts)
+            facts = parse_json(text.decode(mark_of(text) or "utf-8", "surrogateescape"), where=key)
+        except (DataError, UnicodeError):
+            raise LeftOut("a .json that cannot be read in a tar") from None
+    if ending in parts and ending != "json":
+        caption: object = TextFile(_bytes(file, parts[ending]))
+    else:
+        caption = facts.get(config.caption_key or "caption")
+    return Entry(key, caption, partial(read_member, path, image), facts=facts)
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = tar.extractfile(member)
-    assert file is not None, "only regular files come here"
-    return file.read(MAX_TEXT_BYTES).decode("utf-8", errors="replace")
+def _bytes(file: BinaryIO, member: Member) -> bytes:
+    if member.size > MAX_TEXT_BYTES:
+        raise LeftOut(f"a text over {MAX_TEXT_BYTES} bytes in a tar")
+    file.seek(member.offset)
+    return file.read(member.size)
