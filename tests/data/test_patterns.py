@@ -1,8 +1,12 @@
 """Patterns of file names, and keys that are unique in whatever they name."""
 
+from dataclasses import replace
+
 import made_sources as made
 import pytest
 
+from t2i.data.shards.manifest import Manifest, TextMaker
+from t2i.data.sources import reopen_source
 from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.errors import DataError, UserError
 
@@ -77,3 +81,17 @@ def test_two_downloads_of_the_same_names_lose_nothing(has_keys, tmp_path):
     assert alone.keys() <= kept.keys()
     # As long as they are alone, the keys do not depend on the way that they are named.
     assert alone.keys() == made.accounted(tmp_path / "seta")[0].keys()
+
+
+def test_shards_of_0_1_find_their_images_by_the_keys_that_they_had(tmp_path):
+    rows = [{**row, "key": f"{place:09d}"} for place, row in enumerate(made.rows(image="image"))]
+    made.write_table(tmp_path / "keyed" / "a.parquet", rows)
+    made.write_table(tmp_path / "plain" / "a.parquet", made.rows(image="image"))
+    for name, old, new in (("keyed", "000000007", "keyed/a/000000007"), ("plain", "a/1/2", "plain/a/1/2")):
+        manifest = Manifest(
+            source=str(tmp_path / name), heldout_share=0.1, counts={}, text_tokenizer=TextMaker("", "", 1),
+            floors_nats={}, files={}, arguments={}, seen=24,
+        )  # fmt: skip
+        assert reopen_source(manifest).pairs[7].key == new
+        # They count nothing as seen.
+        assert reopen_source(replace(manifest, seen=None)).pairs[7].key == old

@@ -67,6 +67,7 @@ def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
         ("d.csv", f"image_id,text\n{known},A bus, red.\n", "d.csv: line 2 has 3 values for the 2 columns"),
         ("e.tsv", "image_id\ttext\nfirst\tA bus.\n", "e.tsv: row 1 names the image 'first'; expected a COCO image id"),
         ("f.jsonl", "A bus.\n", "f.jsonl: line 1 is not JSON"),
+        ("f.jsonl", '{"caption": {"en": "A bus."}}\n', "f.jsonl: row 1 cannot be used: a caption that is an object"),
         ("g.txt", "", "g.txt lists no caption"),
         ("h.docx", "", "h.docx ends in .docx; expected a file that ends in .txt, .jsonl, .parquet"),
         ("i.parquet", "", "i.parquet is not a parquet file"),

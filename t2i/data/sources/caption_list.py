@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2i.data.sources.caption import LeftOut, read_captions
 from t2i.data.sources.tables import TABLES, read_table_rows
 from t2i.errors import DataError
 from t2i.files import is_file, lines_of
@@ -63,13 +64,16 @@ def _rows(file: Path) -> Iterator[Listed]:
         columns = {str(name).strip().lower(): name for name in row}
         caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
         picture = next((columns[name] for name in IMAGE_ID_COLUMNS if name in columns), None)
-        text = "" if caption is None else " ".join(str(row[caption] or "").split())
-        if not text:
+        if caption is None or row[caption] in ("", None):
             wanted = ", ".join(LIST_COLUMNS)
             found = ", ".join(map(str, row))
             raise DataError(
                 f"{file}: row {number} has the columns {found}; expected a caption in one of {wanted}."
             )
+        try:
+            text = read_captions(row[caption], takes_all=False, encoding="utf-8")[0].text
+        except LeftOut as reason:
+            raise DataError(f"{file}: row {number} cannot be used: {reason}.") from reason
         yield Listed(
             text, None if picture is None else _image_id(row[picture], where=f"{file}: row {number}")
         )
