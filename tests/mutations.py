@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "caption-takes-a-markers-place",
         "t2i/tokens/sequence.py",
-        "room = seq_len - NUM_MARKERS[mode]",
-        "room = seq_len - NUM_MARKERS[mode] + 1",
+        "    markers, codes = NUM_MARKERS[mode], 0 if",
+        "    markers, codes = NUM_MARKERS[mode] - 1, 0 if",
         "a long caption pushes </doc> out of the sequence",
         TOKENS_SEQUENCE,
     ),

@@ -6,8 +6,9 @@ import made_sources as made
 import pytest
 
 from t2i.config import SourceConfig
-from t2i.data.sources.caption import FIRST_CAPTION, JOINED_LINES, LeftOut, TextFile, lines_of, read_captions
+from t2i.data.sources.caption import FIRST_CAPTION, JOINED_LINES, LeftOut, TextFile, read_captions
 from t2i.errors import UserError
+from t2i.files import lines_of
 
 GUESSED = "a caption that is not UTF-8, read as cp1252"
 ENCODED = {

@@ -1,8 +1,9 @@
 """Captions as sources have them: bytes, texts or lists of these, made lines of text, or refused by their type."""
 
 import codecs
-import re
 from dataclasses import dataclass
+
+from t2i.files import lines_of
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -88,12 +89,6 @@ def decode_text(data: bytes, *, encoding: str) -> tuple[str, tuple[str, ...]]:
 def mark_of(data: bytes) -> str:
     """Return the encoding that a byte order mark tells; empty without one."""
     return next((name for mark, name in MARKS if data.startswith(mark)), "")
-
-
-def lines_of(text: str) -> list[str]:
-    """Split a text at line ends alone; str.splitlines would also split at characters that captions may hold."""
-    lines = re.split(r"\r\n|\n|\r", text)
-    return lines if lines[-1] else lines[:-1]
 
 
 def encodable(text: str) -> str:

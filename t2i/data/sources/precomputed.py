@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from t2i.data.sources.caption import NO_CAPTION, CaptionLine, LeftOut, lines_of, mark_of, read_captions
+from t2i.data.sources.caption import NO_CAPTION, CaptionLine, LeftOut, mark_of, read_captions
 from t2i.data.sources.folder import list_files, other_kind
 from t2i.data.sources.image import OpenedImage
 from t2i.data.sources.source import GivenIds, Pair, Tally, key_text
 from t2i.data.sources.tables import choose_column, parquet_errors, read_table_rows
 from t2i.errors import DataError
-from t2i.files import check_keys, read_json
+from t2i.files import check_keys, lines_of, read_json
 
 FACTS = "ids.json"
 MAX_VOCABULARY, MAX_LENGTH = 2**31, 1_000_000
