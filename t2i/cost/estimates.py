@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import DsConfig, Trainable
+from t2i.config import DsConfig, ImageWeights, Trainable
 from t2i.model.backbone import made_of
 from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
+from t2i.model.routing import num_idle, route
 from t2i.model.trainable import add_lora, set_trainable
 
 DEFAULT_BUCKET = 500_000_000
@@ -63,19 +64,27 @@ def weight_bytes(ds_config: DsConfig) -> int:
 
 
 def count_parameters(
-    config: PretrainedConfig, *, recipe: Trainable = "all", lora_rank: int = 0, num_kept: int = 0
+    config: PretrainedConfig,
+    *,
+    recipe: Trainable = "all",
+    lora_rank: int = 0,
+    image_weights: ImageWeights = "none",
+    num_kept: int = 0,
 ) -> Counts:
     """Count a model's parameters without allocating them.
 
     Args:
         recipe: the trainable parameters, as in model.trainable.
         lora_rank: rank of LoRA adapters; 0 for none.
-        num_kept: with adapters, the number of embeddings that stay frozen.
+        image_weights: weights of their own for image positions, of rank lora_rank if they are LoRA.
+        num_kept: with adapters or image weights, the number of embeddings that stay frozen.
     """
     # The run's own code on torch's meta device, so that no formula here can differ from the model.
     with torch.device("meta"):
         model = made_of(config)
-        if lora_rank:
+        if image_weights != "none":
+            model = route(model, kind=image_weights, rank=lora_rank, num_text_rows=num_kept)
+        elif lora_rank:
             split_rows(model, num_old=num_kept)
             add_lora(model, rank=lora_rank)
         else:
@@ -92,7 +101,8 @@ def counts_of(model: PreTrainedModel) -> Counts:
     return Counts(
         total=sum(value.numel() for value in values),
         learned=sum(value.numel() for value in values if value.requires_grad),
-        in_products=sum(value.numel() for value in products),
+        # A position passes the language model's copy of a matrix, or that of images, and not both.
+        in_products=sum(value.numel() for value in products) - num_idle(model),
         learned_in_products=sum(value.numel() for value in products if value.requires_grad),
         learned_in_head=sum(
             value.numel() for value in model.get_output_embeddings().parameters() if value.requires_grad

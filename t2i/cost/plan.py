@@ -105,7 +105,11 @@ def work_of(data: DataConfig, *, model: ModelConfig, known: Data, image_vocab_on
     """
     described = model_config(model, data=known, seq_len=data.seq_len, image_rows_only=image_vocab_only)
     counts = count_parameters(
-        described, recipe=model.trainable, lora_rank=model.lora_rank, num_kept=num_text_rows(described)
+        described,
+        recipe=model.trainable,
+        lora_rank=model.lora_rank,
+        image_weights=model.image_weights,
+        num_kept=num_text_rows(described),
     )
     flops = flops_a_token(described, counts=counts, seq_len=data.seq_len, replay_ratio=data.replay_ratio)
     # A forward pass is a third of a step's products, and checkpointing does it twice. MFU leaves the second out, so

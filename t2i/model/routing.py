@@ -8,15 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.errors import CheckpointError, UserError
-from t2i.model.open_lm.modeling_routed import RoutedConfig, RoutedForCausalLM
+from t2i.model.open_lm.modeling_routed import Routed, RoutedConfig, RoutedForCausalLM
 from t2i.model.resize import split_rows
-from t2i.tokens.vocab import VocabLayout
 
 IMAGE_PARTS = ("image", "down", "up")
 """Names, in modeling_routed.py, of the modules that only image positions pass."""
 
 
-def route(model: PreTrainedModel, *, kind: str, rank: int, layout: VocabLayout) -> RoutedForCausalLM:
+def route(model: PreTrainedModel, *, kind: str, rank: int, num_text_rows: int) -> RoutedForCausalLM:
     """Give a grown language model image weights, split its embeddings, and freeze all that text passes.
 
     Raises:
@@ -36,17 +35,22 @@ def route(model: PreTrainedModel, *, kind: str, rank: int, layout: VocabLayout) 
             text_config=copy.deepcopy(model.config),
             image_weights=kind,
             image_rank=rank,
-            num_text_rows=layout.num_text_rows,
+            num_text_rows=num_text_rows,
         )
         try:
             routed = RoutedForCausalLM(config, model)
         except ValueError as error:
             raise UserError(f"model.image_weights is {kind}: {error}.") from error
-        config.text_hash = text_hash(routed)
-    split_rows(routed, num_old=layout.num_text_rows)
+    split_rows(routed, num_old=num_text_rows)
     for name, value in routed.named_parameters():
         value.requires_grad_(is_of_images(name))
     return routed
+
+
+def num_idle(model: PreTrainedModel) -> int:
+    """Count the weights of matrices that an image position does not pass, because it has a copy of its own."""
+    copied = (module.text for module in model.modules() if isinstance(module, Routed))
+    return sum(value.numel() for text in copied for value in text.parameters() if value.dim() == 2)
 
 
 def is_of_images(name: str) -> bool:

@@ -22,7 +22,7 @@ from t2i.model.control_init import control_init
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
-from t2i.model.routing import route
+from t2i.model.routing import route, text_hash
 from t2i.model.trainable import add_lora, set_trainable
 from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
 from t2i.runs.loading import DATA_MANIFEST, find
@@ -107,7 +107,10 @@ def _routed(
             f"model.image_weights is {config.image_weights}; expected shards with image codes, but these hold text"
             " only."
         )
-    routed = route(model, kind=config.image_weights, rank=config.lora_rank, layout=layout)
+    routed = route(
+        model, kind=config.image_weights, rank=config.lora_rank, num_text_rows=layout.num_text_rows
+    )
+    routed.config.text_hash = routed.config.text_hash or text_hash(routed)
     # Text is generated as before: no code or marker may be chosen, however likely training made it.
     never_generate(routed, list(range(layout.num_text_tokens, layout.vocab_size)))
     return routed

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 from t2i.cli import flags_of
 from t2i.config import EMBEDDED_SHARDS, DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
@@ -421,3 +422,18 @@ def test_the_command_plans_for_this_machine(shards, monkeypatch, capsys):
     assert "timed here" in printed
     assert "tokens/s per process" in printed
     assert "7 steps" in printed
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("feed-forward", 0), ("all", 0), ("lora", 4)])
+def test_image_weights_are_counted_and_take_no_more_products(kind, rank):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, intermediate_size=96, vocab_size=600, tie_word_embeddings=False)
+    plain = count_parameters(config)
+    counts = count_parameters(config, image_weights=kind, lora_rank=rank, num_kept=500)
+    attention, feed_forward, new_rows = 2 * 4 * 64 * 64, 2 * 3 * 64 * 96, 2 * 100 * 64
+    # Four matrices of width 64 to 64, two of 64 to 96 and one back; each has two thin ones beside it.
+    thin = 2 * rank * (4 * (64 + 64) + 3 * (64 + 96))
+    added = {"feed-forward": feed_forward, "all": attention + feed_forward + 5 * 64, "lora": thin}[kind]
+    assert counts.total == plain.total + added
+    assert counts.learned == added + new_rows
+    assert counts.in_products == plain.in_products + (thin if kind == "lora" else 0)

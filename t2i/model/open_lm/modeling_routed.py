@@ -66,6 +66,7 @@ class RoutedConfig(PretrainedConfig):
         self.image_weights, self.image_rank = image_weights, image_rank
         self.num_text_rows, self.text_hash = num_text_rows, text_hash
         super().__init__(**kwargs)
+        self.tie_word_embeddings = text_config.tie_word_embeddings
 
     def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
         """Return the language model's configuration, from which transformers takes the sizes of a cache."""
