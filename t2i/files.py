@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,42 @@ def check_keys(
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    # Aside and then renamed, which is atomic. The name holds host and process, so that several writers on a shared
-    # disk do not mix their files: one of them is kept whole.
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with _aside(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file's bytes whole or not at all."""
+    with _aside(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yield a place beside a file to write to, which becomes the file if there was no error.
+
+    Raises:
+        OSError: it cannot be written, and names the file.
+    """
+    # Renamed, which is atomic. The name holds host and process, so that several writers on a shared disk do not mix
+    # their files: one of them is kept whole.
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # On a full disk a write names no file, and a copy names the file that it reads first.
+        is_of_another = error.filename2 is None and error.filename not in (None, str(temporary))
+        if is_of_another or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

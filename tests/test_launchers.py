@@ -122,7 +122,7 @@ def test_a_value_that_no_sampler_can_have_is_a_sentence():
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused():
     done = run("launchers/prepare.py", "--out", "b", "--heldout-share", "1")
-    sentence = "--heldout-share is 1.0; expected a number >= 0 and < 1."
+    sentence = "--heldout-share is 1.0; expected a number >= 0 and < 1 or None."
     assert (done.returncode, done.stderr.strip()) == (2, sentence)
 
 

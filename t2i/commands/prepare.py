@@ -49,8 +49,9 @@ class PrepareCommand:
     """Precision of the image tokenizer. The manifest says which share of codes equals float32's."""
     text_tokenizer: Path = ASSETS / "text_tokenizer"
     """Folder with tokenizer.json, such as that of the model to start from, or a hub name (hf:USER/NAME)."""
-    heldout_share: Annotated[float, Ge(0), Lt(1)] = 0.02
-    """Share of images or documents that training never sees. openmoji and COCO have their own rules."""
+    heldout_share: Annotated[float | None, Ge(0), Lt(1)] = None
+    """Share of images or documents that training never sees; None for 2%, or for more of fewer than 1,200 images: 24 of
+    them, at most a third. openmoji and COCO have their own rules."""
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
     """Tokens per sequence of documents; training needs the same data.seq_len."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
@@ -75,13 +76,17 @@ def main() -> None:
 
 def check(folder: Path, *, sheet: Path) -> None:
     from t2i.data.prepare.preview import check_sheet, save_sheet, show_shards
+    from t2i.data.shards.accounts import account_lines
     from t2i.data.shards.manifest import read_manifest
     from t2i.data.shards.reader import check_shards
 
     check_sheet(sheet)
     for split, count in check_shards(folder).items():
         print(f"{split}: {count} samples, all readable and in range")
-    if not read_manifest(folder).has_image_tokenizer:
+    manifest = read_manifest(folder)
+    for line in account_lines(folder, manifest):
+        print(line)
+    if not manifest.has_image_tokenizer:
         return
     rows = show_shards(folder, num=NUM_SHOWN)
     save_sheet(rows, sheet)
@@ -93,6 +98,7 @@ def check(folder: Path, *, sheet: Path) -> None:
 def pack_documents(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.text import prepare_text
     from t2i.data.sources.documents import open_documents
+    from t2i.data.sources.splits import USUAL_SHARE
     from t2i.tokens.text import TextTokenizer
 
     manifest = prepare_text(
@@ -100,14 +106,16 @@ def pack_documents(command: PrepareCommand, out: Path) -> None:
         out=out,
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         seq_len=command.seq_len,
-        heldout_share=command.heldout_share,
+        heldout_share=USUAL_SHARE if command.heldout_share is None else command.heldout_share,
     )
     counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
     print(f"{out}: {counts} sequences of {command.seq_len} tokens.")
 
 
 def encode_images(command: PrepareCommand, out: Path) -> None:
+    from t2i.data.prepare.advice import advice_lines
     from t2i.data.prepare.images import prepare
+    from t2i.data.shards.accounts import account_lines
     from t2i.data.sources import open_source
     from t2i.distributed.heartbeat import place_in_job
     from t2i.env import keep_memory
@@ -131,16 +139,18 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
     print(f"{out}: {counts}; {manifest.broken} broken.")
     if source.given is None:
         print(f"Look at {out / 'reconstructions.png'}.")
-    for reason, count in (manifest.left_out or {}).items():
-        print(f"left out: {count} times {reason}")
-    for reason, count in (manifest.unread or {}).items():
-        print(f"unread: {count} times {reason}")
+    for line in (
+        *account_lines(out, manifest),
+        *advice_lines(manifest, is_share_chosen=command.heldout_share is None),
+    ):
+        print(line)
     if command.dtype != "float32":
         print(f"{manifest.codes_equal_float32:.1%} of the codes of a sample equal float32's.")
 
 
 def preview_source(command: PrepareCommand) -> None:
-    from t2i.data.prepare.preview import check_sheet, preview, save_sheet
+    from t2i.data.prepare.preview import LookedAt, check_sheet, preview, save_sheet
+    from t2i.data.shards.accounts import reason_lines
     from t2i.data.sources import open_source
     from t2i.tokens.text import TextTokenizer
 
@@ -148,9 +158,12 @@ def preview_source(command: PrepareCommand) -> None:
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     if source.given:
         raise UserError(f"{command.source} has no images to preview.")
+    looked = LookedAt()
+    looked.tally.add(source.tally)
     rows = preview(
         source,
         num=command.preview,
+        looked=looked,
         image_tokenizer=load_image_tokenizer(command),
         text_tokenizer=TextTokenizer.load(command.text_tokenizer),
         config=command.shards,
@@ -158,6 +171,14 @@ def preview_source(command: PrepareCommand) -> None:
     save_sheet(rows, command.sheet)
     for row in rows:
         print(f"{row.caption}\n  {row.facts}")
+    for kind, reasons in (
+        ("left out", looked.tally.left_out),
+        ("broken", looked.broken),
+        ("kept, but changed", looked.tally.changed),
+        ("files not read to their end", looked.tally.unread),
+    ):
+        for line in reason_lines(kind, reasons):
+            print(line)
     print(f"Crops and their codes decoded, beside their captions: {command.sheet}. Nothing else was written.")
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig
 from t2i.data.loader import num_text_sequences, text_stream
 from t2i.data.prepare.images import prepare
+from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import check_listing
 from t2i.data.shards.manifest import (
     IMAGE_TOKENIZER,
@@ -79,6 +80,8 @@ def _check_fit(data: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer
         return
     caption_room(mode=data.mode, seq_len=data.seq_len, num_codes=manifest.codes_per_image)
     warn_of_other_tokenizer(tokenizer, manifest)
+    if said := truncation(data, manifest, tokenizer):
+        logger.warning(said)
 
 
 def manifest_of(data: DataConfig) -> Manifest:

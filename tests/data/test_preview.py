@@ -7,7 +7,7 @@ import torch
 
 from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.data.prepare.images import prepare
-from t2i.data.prepare.preview import check_sheet, draw_sheet, preview, save_sheet, show_shards
+from t2i.data.prepare.preview import LookedAt, check_sheet, draw_sheet, preview, save_sheet, show_shards
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_image_tokenizer, check_shards, read_split
 from t2i.data.sources import open_source
@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 
 def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
-    rows = preview(source, num=3, config=PrepareConfig(unit_pairs=8), **tokenizers)
+    rows = preview(source, num=3, config=PrepareConfig(unit_pairs=8), looked=LookedAt(), **tokenizers)
     assert [row.caption for row in rows] == [made.caption(index) for index in (0, 8, 16)]  # a unit each
     crops = [centre_crop_resize(made.picture(index), size=64) for index in (0, 8, 16)]
     codes = tokenizers["image_tokenizer"].encode(to_pixels(crops))
@@ -44,11 +44,11 @@ def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
     assert draw_sheet(rows).size == (8 + 2 * 104 + 420, 8 + 3 * 104)
     with pytest.raises(DataError, match="no image of .* can be used"):
         filtered = open_source(source.name, config=SourceConfig(min_side=1_000))
-        preview(filtered, num=3, config=PrepareConfig(), **tokenizers)
+        preview(filtered, num=3, config=PrepareConfig(), looked=LookedAt(), **tokenizers)
 
 
 def test_a_sheet_replaces_a_sheet_and_nothing_else(source, tokenizers, tmp_path):
-    rows = preview(source, num=1, config=PrepareConfig(), **tokenizers)
+    rows = preview(source, num=1, config=PrepareConfig(), looked=LookedAt(), **tokenizers)
     sheet = tmp_path / "sheet.png"
     for _ in range(2):
         check_sheet(sheet)

@@ -215,7 +215,9 @@ def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):
 
 def test_views_shift_training_images_only(source):
     for pair in source.pairs[:12]:
-        assert len(views(pair, PrepareConfig(views=4))) == (4 if pair.split == "train" else 1)
+        assert len(views(pair, pair.open().image, PrepareConfig(views=4))) == (
+            4 if pair.split == "train" else 1
+        )
 
 
 def test_a_shift_moves_the_image_and_repeats_its_edge():

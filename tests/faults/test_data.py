@@ -27,6 +27,7 @@ import tyro
 from PIL import Image
 from streaming import MDSWriter
 from streaming.base.storage.download import LocalDownloader
+from tqdm import tqdm
 
 from t2i import env
 from t2i.commands.prepare import PrepareCommand
@@ -695,7 +696,9 @@ def test_every_column_that_is_written_may_be_read(tokenizers):
     from t2i.data.shards.integrity import COLUMNS
 
     kinds = column_kinds(
-        Encoder(**tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, shows_progress=False)
+        Encoder(
+            **tokenizers, config=PrepareConfig(), codebook_size=1024, pool=None, progress=tqdm(disable=True)
+        )
     )
     assert all(kind in COLUMNS[name] for name, kind in kinds.items())
 

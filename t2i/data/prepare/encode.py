@@ -1,6 +1,6 @@
 """Encode one unit of a preparation: its pairs become one shard file per split, each written aside and then renamed.
 
-Files of a unit in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys.npy (hashes of its keys) and
+Files of a unit in OUT.part/: SPLIT/unit_000003/ (one shard file), units/000003.keys (hashes of its keys) and
 units/000003.json. The last is written last, so that its presence means that the unit is complete.
 """
 
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 from streaming import MDSWriter
 from tqdm import tqdm
@@ -29,7 +31,7 @@ from t2i.data.shards.integrity import Sample
 from t2i.data.sources import UNREADABLE, LeftOut, Pair, Tally, Unit
 from t2i.distributed.signals import die_with
 from t2i.errors import DataError
-from t2i.files import HASH, hash_uniform, write_json
+from t2i.files import HASH, hash_uniform, write_bytes_whole, write_json
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, shifted, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -50,7 +52,8 @@ class Encoder:
     config: PrepareConfig
     pool: Executor | None
     """Processes that decode images; None to decode them in this process."""
-    shows_progress: bool
+    progress: "tqdm[NoReturn]"
+    """Counts pairs."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,12 @@ class EncodedImage:
     key: str
     split: str
     caption: str
+    caption_ids: np.ndarray
+    """(T,) ids of the text tokenizer."""
     is_view: bool
     """A shifted copy, which follows its image."""
     codes: np.ndarray
+    """(K,)"""
 
 
 def unit_name(index: int) -> str:
@@ -77,7 +83,7 @@ def facts_file(part: Path, index: int) -> Path:
 
 def keys_file(part: Path, index: int) -> Path:
     """Name the file that holds the hashes of a unit's keys."""
-    return part / "units" / f"{index:06d}.keys.npy"
+    return part / "units" / f"{index:06d}.keys"
 
 
 def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
@@ -90,17 +96,24 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     for split in counts:
         wanted = (row for row in rows if row.split == split)
         write_rows(part, split, unit_name(index), rows=columns_of(wanted, encoder), encoder=encoder)
-    hashes = [key_hash(row.key) for row in rows if not row.is_view]
-    np.save(keys_file(part, index), np.array(hashes, dtype=np.uint64))
+    hashes = np.array([key_hash(row.key) for row in rows if not row.is_view], dtype=np.uint64)
+    write_bytes_whole(keys_file(part, index), hashes.tobytes())
+    tokens = Counter(len(row.caption_ids) for row in rows if not row.is_view)
+    facts = {"counts": counts, "caption_tokens": tokens, "broken": broken, **vars(tally)}
     # Last: a unit without this file is encoded again, whatever a killed process has left of it.
-    write_json(facts_file(part, index), {"counts": counts, "broken": broken, **vars(tally)})
+    write_json(facts_file(part, index), facts)
+
+
+def read_keys(part: Path, index: int) -> NDArray[np.uint64]:
+    """Read the hashes of a unit's keys, one per image that was kept."""
+    return np.fromfile(keys_file(part, index), dtype=np.uint64)
 
 
 def columns_of(rows: Iterable[EncodedImage], encoder: Encoder) -> Iterator[Sample]:
     """Turn rows into the columns of a shard."""
     id_type = smallest_type(encoder.text_tokenizer.num_tokens)
     for row in rows:
-        ids = encoder.text_tokenizer.encode(row.caption).numpy().astype(id_type)
+        ids = row.caption_ids.astype(id_type)
         if not row.caption:
             # MDS has no empty arrays. caption_ids_of drops this id again.
             ids = np.zeros(1, id_type)
@@ -159,7 +172,11 @@ def _encode(
     """Encode a unit's images; list the broken ones and count those that filters refuse."""
     code_type = smallest_type(encoder.codebook_size)
     if encoder.image_tokenizer is None:
-        yield from (_given_row(pair, code_type) for pair in pairs)
+        for pair in pairs:
+            encoder.progress.update()
+            tally.changed.update(pair.changed)
+            assert pair.codes is not None, "a source of ids has nothing else"
+            yield _row(pair, pair.codes.astype(code_type), encoder.text_tokenizer)
         return
     pictures = _images(pairs, encoder, broken=broken, tally=tally)
     # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
@@ -167,21 +184,23 @@ def _encode(
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
         for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
-            key = view_key(pair.key, number)
-            yield EncodedImage(key, pair.split, pair.caption, is_view=number > 0, codes=row)
+            yield _row(pair, row, encoder.text_tokenizer, number=number)
 
 
-def _given_row(pair: Pair, code_type: str) -> EncodedImage:
-    assert pair.codes is not None, "a source of ids has nothing else"
-    return EncodedImage(pair.key, pair.split, pair.caption, is_view=False, codes=pair.codes.astype(code_type))
+def _row(pair: Pair, codes: np.ndarray, tokenizer: TextTokenizer, *, number: int = 0) -> EncodedImage:
+    ids = tokenizer.encode(pair.caption).numpy()
+    key = view_key(pair.key, number)
+    return EncodedImage(key, pair.split, pair.caption, ids, is_view=number > 0, codes=codes)
 
 
 def _images(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], tally: Tally
 ) -> Iterator[tuple[Pair, int, Image.Image]]:
     """Decode images and their views, with the number of the view."""
-    done = decode_all(pairs, config=encoder.config, pool=encoder.pool)
-    for pair, decoded in tqdm(done, unit="pair", leave=False, disable=not encoder.shows_progress):
+    for pair, decoded in decode_all(pairs, config=encoder.config, pool=encoder.pool):
+        encoder.progress.update()
+        if decoded.pictures:
+            tally.changed.update((*pair.changed, *decoded.changed))
         if decoded.left_out:
             tally.left_out[decoded.left_out] += 1
         if decoded.broken:
@@ -195,6 +214,8 @@ class Decoded:
 
     pictures: list[Image.Image]
     """The image and its shifted views; empty if it was not usable."""
+    changed: tuple[str, ...] = ()
+    """What was lost or guessed when it was decoded."""
     left_out: str = ""
     """Why a filter refused it."""
     broken: str = ""
@@ -250,16 +271,17 @@ def decode_all(
 def decode(pair: Pair, *, config: PrepareConfig) -> Decoded:
     """Decode one pair's image and make its views, or return the reason that it cannot be used."""
     try:
-        return Decoded(views(pair, config))
+        opened = pair.open()
+        return Decoded(views(pair, opened.image, config), opened.changed)
     except LeftOut as reason:
         return Decoded([], left_out=str(reason))
     except UNREADABLE as error:
         return Decoded([], broken=f"{type(error).__name__}: {error}")
 
 
-def views(pair: Pair, config: PrepareConfig) -> list[Image.Image]:
+def views(pair: Pair, image: Image.Image, config: PrepareConfig) -> list[Image.Image]:
     """Crop and resize a pair's image; a training pair also gets config.views - 1 shifted copies."""
-    image = centre_crop_resize(pair.open().image, size=config.image_size)
+    image = centre_crop_resize(image, size=config.image_size)
     made = [image]
     reach = config.image_size // 16
     for number in range(1, num_views(pair, config)):

@@ -5,53 +5,35 @@ Rank i modulo the number of ranks encodes unit i. A unit depends only on the sou
 shards.
 """
 
-import json
 import logging
-import shutil
-from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from t2i.config import PrepareConfig, SourceConfig
+from t2i.config import PrepareConfig
+from t2i.data.prepare.arguments import Arguments, arguments_of, check_same_arguments, given_ids
 from t2i.data.prepare.encode import Encoder, decoding, facts_file, write_unit
-from t2i.data.prepare.merge import Merged, merge_units
-from t2i.data.prepare.preview import write_round_trip
-from t2i.data.shards.baselines import code_floors
-from t2i.data.shards.manifest import (
-    BROKEN,
-    FORMAT_VERSION,
-    IMAGE_TOKENIZER,
-    SPLITS,
-    TEXT_TOKENIZER,
-    Maker,
-    Manifest,
-    TextMaker,
-    read_manifest,
-    side_files,
+from t2i.data.prepare.finish import finish
+from t2i.data.prepare.listing import Listing, check_same_listing, list_source
+from t2i.data.prepare.part_folder import (
+    ARGUMENTS,
+    RANKS,
+    claimed,
+    is_done,
+    place_of,
+    publish,
+    read_arguments,
+    saying_full_disk,
 )
-from t2i.data.shards.reader import read_split
-from t2i.data.sources import GivenIds, Source
+from t2i.data.shards.manifest import Manifest, read_manifest
+from t2i.data.sources import Source, Unit
 from t2i.distributed.heartbeat import signs_of_life, wait_for
-from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
-
-ARGUMENTS = "arguments.json"
-WORKING = ("units", "ranks", "writing")
-"""Folders of OUT.part that are removed from OUT."""
-
-Arguments = dict[str, object]
-"""Everything that determines the content of the shards, by name."""
-
-FLOOR_CODES = 2**24
-"""Codes per split, from evenly spread images, that the count-based baselines are computed on."""
 
 
 def prepare(
@@ -72,229 +54,106 @@ def prepare(
         image_tokenizer: None for a source of precomputed codes only.
 
     Raises:
-        UserError: `out` was begun with other arguments, or precomputed codes were asked for views.
-        DataError: no image of the source could be read.
+        UserError: `out` was begun with other arguments, another process works there, or precomputed codes were asked
+            for views.
+        DataError: no image of the source could be read, or the source has changed since `out` was begun.
+        CheckpointError: the disk is full.
         LostRankError: a rank with pending units has no heartbeat.
     """
-    arguments = _arguments(source, image_tokenizer, text_tokenizer, config)
-    units = source.units(config.unit_pairs)
+    listing = list_source(source)
+    arguments = arguments_of(source, image_tokenizer, text_tokenizer, config) | {
+        "listed": listing.fingerprint
+    }
+    out = place_of(out)
     part = out.with_name(out.name + ".part")
-    ranks = part / "ranks"
-    if not out.exists() and rank == 0:
-        _begin(part, arguments)
-    if rank > 0:
-        wait_for(lambda: [] if out.exists() or (part / ARGUMENTS).exists() else [0], folder=ranks)
-    if out.exists():
-        return _finished(out, arguments)
-    _same_arguments(part, json.loads((part / ARGUMENTS).read_text()), arguments)
-
-    def pending() -> set[int]:
-        return {index % world_size for index in range(len(units)) if not facts_file(part, index).exists()}
-
-    with _signs(ranks, rank, world_size), decoding(config) as pool:
-        encoder = Encoder(
-            image_tokenizer,
-            image_tokenizer.codebook_size if image_tokenizer else _given(source).vocab_size,
-            text_tokenizer,
-            config,
-            pool,
-            shows_progress=rank == 0,
-        )
-        # By index rather than first come, first served: ranks then need no locks, only a folder, and
-        # another number of ranks can resume.
-        mine = range(rank, len(units), world_size)
-        for index in tqdm(mine, unit="unit", desc="encode", disable=rank > 0):
-            if not out.exists() and not facts_file(part, index).exists():
-                write_unit(part, index, unit=units[index], encoder=encoder)
+    with saying_full_disk(part):
+        if not is_done(out) and rank == 0:
+            _begin(part, arguments, listing)
+        if rank > 0:
+            wait_for(lambda: [] if is_done(out) or (part / ARGUMENTS).exists() else [0], folder=part / RANKS)
+        if is_done(out):
+            manifest = read_manifest(out)
+            check_same(out, manifest.arguments, arguments, listing=listing)
+            logger.info("%s is already prepared", out)
+            return manifest
+        check_same(part, read_arguments(part), arguments, listing=listing)
+        with claimed(part, rank=rank), signs_of_life(part / RANKS, rank=rank), decoding(config) as pool:
+            encoder = Encoder(
+                image_tokenizer,
+                image_tokenizer.codebook_size if image_tokenizer else given_ids(source).vocab_size,
+                text_tokenizer,
+                config,
+                pool,
+                progress=tqdm(unit="pair", desc="encode", disable=rank > 0),
+            )
+            units = source.units(config.unit_pairs)
+            with encoder.progress:
+                _encode_units(
+                    part, out, units, num_pairs=source.num_pairs, encoder=encoder, ranks=(rank, world_size)
+                )
+            if rank == 0 and not is_done(part):
+                _wait_for_units(part, len(units), world_size)
+                finish(part, len(units), source=source, encoder=encoder, arguments=arguments)
         if rank == 0:
-            wait_for(pending, folder=ranks)
-            merged = _finish(part, len(units), source, encoder, arguments)
-            part.rename(out)
-            _sweep(out, part, merged)
+            publish(part, out)
         else:
-            wait_for(lambda: [] if out.exists() else [0], folder=ranks)
+            wait_for(lambda: [] if is_done(out) else [0], folder=part / RANKS)
     return read_manifest(out)
 
 
-def _arguments(
-    source: Source,
-    image_tokenizer: ImageTokenizer | None,
-    text_tokenizer: TextTokenizer,
-    config: PrepareConfig,
-) -> Arguments:
-    """Collect everything that determines the content of the shards."""
-    common = {
-        "format_version": FORMAT_VERSION,
-        "source": source.name,
-        "heldout_share": source.heldout_share,
-        "reading": _changed(source.config),
-        "unit_pairs": config.unit_pairs,
-        "image_tokenizer": _maker(source, image_tokenizer).fingerprint,
-        "text_tokenizer": text_tokenizer.fingerprint(),
-    }
-    if image_tokenizer is None:
-        if config.views != 1:
-            raise UserError(
-                f"views is {config.views}; {source.name} has precomputed codes, which cannot be shifted."
-            )
-        return common
-    # Called for its check: it refuses an image size that is no multiple of the tokenizer's stride.
-    image_tokenizer.num_codes(config.image_size)
-    return {
-        **common,
-        "image_size": config.image_size,
-        "views": config.views,
-        "batch_size": config.batch_size,
-        "dtype": str(image_tokenizer.dtype).removeprefix("torch."),
-    }
+def check_same(folder: Path, found: Arguments, wanted: Arguments, *, listing: Listing) -> None:
+    """Check that a folder was made of the same source with the same arguments.
+
+    Raises:
+        UserError: an argument differs.
+        DataError: the source has changed.
+    """
+    # The source first: the share that is held out may follow from its size.
+    if (
+        "listed" in found
+        and found.get("source") == wanted["source"]
+        and found.get("reading") == wanted["reading"]
+    ):
+        check_same_listing(folder, found["listed"], listing, source=str(wanted["source"]))
+    # Shards of older versions do not say what their source consisted of.
+    known = {"listed": wanted["listed"], **found} if is_done(folder) else found
+    check_same_arguments(folder, known, wanted)
 
 
-def _maker(source: Source, image_tokenizer: ImageTokenizer | None) -> Maker:
-    """Name what made the codes."""
-    if image_tokenizer is not None:
-        return Maker(str(image_tokenizer.folder), image_tokenizer.fingerprint())
-    given = _given(source)
-    # There are no weights to hash, so the name that ids.json gives stands for them.
-    return Maker(given.made_by, f"ids:{given.made_by}:{given.vocab_size}:{given.length}")
-
-
-def _given(source: Source) -> GivenIds:
-    assert source.given is not None, "a source of images needs an image tokenizer"
-    return source.given
-
-
-def _changed(config: SourceConfig) -> dict[str, object]:
-    """Return the settings that differ from the defaults."""
-    defaults = asdict(SourceConfig())
-    return {key: value for key, value in asdict(config).items() if value != defaults[key]}
-
-
-def _begin(part: Path, arguments: Arguments) -> None:
+def _begin(part: Path, arguments: Arguments, listing: Listing) -> None:
     (part / "units").mkdir(parents=True, exist_ok=True)
-    if not (part / ARGUMENTS).exists():
+    if not (part / ARGUMENTS).exists() and not is_done(part):
+        listing.write(part)
         write_json(part / ARGUMENTS, arguments)
 
 
-def _finished(out: Path, arguments: Arguments) -> Manifest:
-    manifest = read_manifest(out)
-    _same_arguments(out, manifest.arguments, arguments)
-    logger.info("%s is already prepared", out)
-    return manifest
+def _encode_units(
+    part: Path,
+    out: Path,
+    units: Sequence[Unit],
+    *,
+    num_pairs: int | None,
+    encoder: Encoder,
+    ranks: tuple[int, int],
+) -> None:
+    """Encode this rank's units that nobody has encoded yet."""
+    rank, world_size = ranks
+    # By index rather than first come, first served: ranks then need no locks, only a folder, and another number of
+    # ranks can resume.
+    mine = [index for index in range(rank, len(units), world_size) if not facts_file(part, index).exists()]
+    if num_pairs is not None:
+        encoder.progress.reset(round(num_pairs * len(mine) / len(units)))
+    for place, index in enumerate(mine):
+        encoder.progress.set_postfix_str(f"unit {place + 1} of {len(mine)}")
+        # In this order: the facts of units are removed after the manifest was written.
+        if not facts_file(part, index).exists() and not is_done(part) and not is_done(out):
+            write_unit(part, index, unit=units[index], encoder=encoder)
+        if num_pairs is None:
+            encoder.progress.total = round(encoder.progress.n * len(mine) / (place + 1))
 
 
-def _same_arguments(folder: Path, found: Arguments, wanted: Arguments) -> None:
-    changed = [
-        f"{key}: {found.get(key)} there, {wanted[key]} here"
-        for key in wanted
-        if found.get(key) != wanted[key]
-    ]
-    if changed:
-        begun = folder.name.endswith(".part")
-        advice = "Remove it to begin anew, or choose another --out" if begun else "Choose another --out"
-        raise UserError(f"{folder} was made with other arguments ({'; '.join(changed)}). {advice}.")
+def _wait_for_units(part: Path, num_units: int, world_size: int) -> None:
+    def pending() -> set[int]:
+        return {index % world_size for index in range(num_units) if not facts_file(part, index).exists()}
 
-
-def _signs(folder: Path, rank: int, world_size: int) -> AbstractContextManager[None]:
-    return signs_of_life(folder, rank=rank) if world_size > 1 else nullcontext()
-
-
-def _finish(part: Path, num_units: int, source: Source, encoder: Encoder, arguments: Arguments) -> Merged:
-    """Merge the units, store the tokenizers and a round trip, compute the baselines, write the manifest."""
-    text_tokenizer = encoder.text_tokenizer
-    merged = merge_units(part, num_units, encoder=encoder)
-    merged.tally.add(source.tally)
-    if not merged.counts["train"]:
-        reasons = "; ".join(f"{count} times {reason}" for reason, count in merged.tally.left_out.items())
-        raise DataError(
-            f"no pair of {source.name} can be used for training: {len(merged.broken)} are broken, {reasons or '0'}"
-            f" were left out; see {part / 'units'}."
-        )
-    (part / BROKEN).write_text("".join(json.dumps(entry) + "\n" for entry in merged.broken))
-    _check_broken(merged, part=part, config=encoder.config)
-    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
-    images = _keep_image_tokenizer(part, source, encoder)
-    # The baselines settle long before this many codes, and all codes of a large set do not fit in memory.
-    num_pictures = FLOOR_CODES // images.codes_per_image
-    Manifest(
-        source=source.name,
-        licence=source.licence,
-        split_rule=source.split_rule,
-        heldout_share=source.heldout_share,
-        reading=_changed(source.config),
-        counts={split: merged.counts[split] for split in SPLITS if merged.counts[split]},
-        broken=len(merged.broken),
-        seen=merged.tally.seen,
-        left_out=dict(sorted(merged.tally.left_out.items())),
-        changed=dict(sorted(merged.tally.changed.items())),
-        unread=dict(sorted(merged.tally.unread.items())),
-        codebook_size=encoder.codebook_size,
-        image_size=images.image_size,
-        codes_per_image=images.codes_per_image,
-        given_ids=encoder.image_tokenizer is None,
-        codes_equal_float32=images.codes_equal_float32,
-        image_tokenizer=_maker(source, encoder.image_tokenizer),
-        text_tokenizer=TextMaker(
-            text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
-        ),
-        floors_nats=code_floors(
-            {split: _codes(part, split, num_pictures=num_pictures) for split in merged.counts},
-            codebook_size=encoder.codebook_size,
-        ),
-        files=side_files(part),
-        arguments=arguments,
-        prepare=asdict(encoder.config),
-    ).write(part)
-    return merged
-
-
-def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
-    """Refuse a source with more broken images than config.max_broken: something else must be wrong."""
-    # A broken image has no views, so images are counted without theirs.
-    num_views = merged.counts["train"] - merged.counts["train"] // config.views
-    num_broken, num_pairs = len(merged.broken), len(merged.broken) + merged.counts.total() - num_views
-    if num_broken > config.max_broken * num_pairs:
-        usual = Counter(entry["reason"].split(":")[0] for entry in merged.broken).most_common(3)
-        reasons = ", ".join(f"{count} times {reason}" for reason, count in usual)
-        raise DataError(
-            f"{num_broken} of {num_pairs} images are broken ({reasons}; listed in {part / BROKEN}); expected at most"
-            f" {config.max_broken:.0%}. Run again with a larger --max-broken to resume from here."
-        )
-
-
-def _codes(part: Path, split: str, *, num_pictures: int) -> np.ndarray:
-    return np.stack([sample["codes"] for sample in read_split(part, split, num_samples=num_pictures)])
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The manifest's entries on images and their codes."""
-
-    codes_per_image: int
-    image_size: int = 0
-    codes_equal_float32: float | None = None
-
-
-def _keep_image_tokenizer(part: Path, source: Source, encoder: Encoder) -> _Images:
-    """Copy the image tokenizer beside the shards and store a round trip; precomputed codes have neither."""
-    # A copy, so that a shard folder or a bucket is enough to train from.
-    tokenizer, config = encoder.image_tokenizer, encoder.config
-    if tokenizer is None:
-        return _Images(_given(source).length)
-    (part / IMAGE_TOKENIZER).mkdir(exist_ok=True)
-    for path in tokenizer.folder.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copyfile(path, part / IMAGE_TOKENIZER / path.name)
-    return _Images(
-        codes_per_image=tokenizer.num_codes(config.image_size),
-        image_size=config.image_size,
-        codes_equal_float32=write_round_trip(part, source, tokenizer, config),
-    )
-
-
-def _sweep(out: Path, part: Path, merged: Merged) -> None:
-    """Remove what only the preparation needed."""
-    # After the rename: a kill in here leaves a complete OUT with some files too many.
-    (out / ARGUMENTS).unlink()
-    replaced = [out / path.relative_to(part) for path in merged.replaced]
-    for folder in (*(out / name for name in WORKING), *replaced):
-        shutil.rmtree(folder, ignore_errors=True)
+    wait_for(pending, folder=part / RANKS)

@@ -1,8 +1,10 @@
 """Draw images beside their captions on one sheet: of a source before it is prepared, or of shards."""
 
+import io
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from t2i.config import PrepareConfig
 from t2i.data.prepare.encode import decode
+from t2i.data.shards.accounts import most_frequent
 from t2i.data.shards.manifest import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKENIZER
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import Pair, Source, Tally, Unit
+from t2i.data.sources import Pair, Source, Tally
 from t2i.errors import DataError, UserError
+from t2i.files import write_bytes_whole
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, code_agreement, images_of, to_pixels
 from t2i.tokens.text import TextTokenizer
 
@@ -42,6 +46,15 @@ class Shown:
     """Key, ids and codes, to be printed."""
 
 
+@dataclass(frozen=True)
+class LookedAt:
+    """What was found while images were looked for; the rest of the source is not counted."""
+
+    tally: Tally = field(default_factory=Tally)
+    broken: Counter[str] = field(default_factory=Counter)
+    """Broken images by reason."""
+
+
 def preview(
     source: Source,
     *,
@@ -49,15 +62,20 @@ def preview(
     image_tokenizer: ImageTokenizer,
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
+    looked: LookedAt,
 ) -> list[Shown]:
     """Show usable images as the model will see them: the crop, its reconstruction, and the caption's ids.
+
+    Args:
+        looked: counts what was found on the way.
 
     Raises:
         DataError: no image of the source can be used.
     """
-    sampled = sample_images(source, config=config, num=num)
+    sampled = sample_images(source, config=config, num=num, looked=looked)
     if not sampled:
-        raise DataError(f"no image of {source.name} can be used: all are broken or refused by filters.")
+        reasons = "; ".join(most_frequent(looked.tally.left_out + looked.broken)) or "it has none"
+        raise DataError(f"no image of --source {source.name} can be used: {reasons}.")
     codes = image_tokenizer.encode(to_pixels([image for _, image in sampled])).cpu()
     decoded = decode_codes(codes, image_tokenizer)
     return [
@@ -139,19 +157,33 @@ def _facts(key: str, split: str, ids: list[int], codes: list[int]) -> str:
     return f"{key} [{split}]\n  {len(ids)} ids: {' '.join(map(str, ids))}\n  {len(codes)} codes: {some} ..."
 
 
-def sample_images(source: Source, *, config: PrepareConfig, num: int) -> list[tuple[Pair, Image.Image]]:
-    """Read the first usable images of units that are evenly spread over the source."""
+def sample_images(
+    source: Source, *, config: PrepareConfig, num: int, looked: LookedAt
+) -> list[tuple[Pair, Image.Image]]:
+    """Read usable images that are evenly spread over the source's units, and over each of these."""
     # Spread, because sources are often sorted: the first images of all would show one kind of them.
     units = source.units(config.unit_pairs)
     spread = units[:: max(1, len(units) // num)]
     quota = -(-num // max(1, len(spread)))
     found: dict[str, tuple[Pair, Image.Image]] = {}
-    # The units between come last, for sources whose spread units have too few usable images.
-    for unit in (*spread, *units):
+    # All units come last, for sources whose spread units have too few usable images.
+    plan = [(unit, quota, looked) for unit in spread] + [(unit, num, LookedAt()) for unit in units]
+    for unit, most, counted in plan:
         if len(found) >= num:
             break
-        found.update({pair.key: (pair, image) for pair, image in islice(_usable(unit, config), quota)})
+        pairs: Iterable[Pair] = unit(counted.tally)
+        if not source.is_streamed:
+            pairs = _spread_first(list(pairs), num=most)
+        usable = _usable((pair for pair in pairs if pair.key not in found), config, counted)
+        found.update({pair.key: (pair, image) for pair, image in islice(usable, most)})
     return list(found.values())[:num]
+
+
+def _spread_first(pairs: list[Pair], *, num: int) -> list[Pair]:
+    """Put `num` evenly spread pairs before the others."""
+    step = max(1, len(pairs) // num)
+    order = sorted(range(len(pairs)), key=lambda place: place % step > 0)
+    return [pairs[place] for place in order]
 
 
 def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, config: PrepareConfig) -> float:
@@ -160,28 +192,36 @@ def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, conf
     Returns:
         the share of the tokenizer's codes that equal those of float32.
     """
-    sampled = sample_images(source, config=config, num=NUM_COMPARED)
+    sampled = sample_images(source, config=config, num=NUM_COMPARED, looked=LookedAt())
     batches = to_pixels([image for _, image in sampled]).split(config.batch_size)
     # In float32, so that a run on another device can be checked against these codes.
     exact = ImageTokenizer(tokenizer.model, folder=tokenizer.folder, device=tokenizer.model.device)
     pixels = torch.cat(batches)[:: max(1, len(sampled) // NUM_ROUND_TRIP)][:NUM_ROUND_TRIP]
     codes = exact.encode(pixels).cpu()
     pictures, decoded = images_of(pixels), images_of(exact.decode(codes)).cpu()
-    save_file(
-        {"pictures": pictures.contiguous(), "codes": codes, "decoded": decoded.contiguous()},
-        part / ROUND_TRIP,
-    )
+    tensors = {"pictures": pictures.contiguous(), "codes": codes, "decoded": decoded.contiguous()}
+    # Not by save_file: its files cannot be read by other users, and it reports a full disk as an error of its own.
+    write_bytes_whole(part / ROUND_TRIP, save(tensors))
     rows = torch.stack([pictures, decoded])  # (2, N, H, W, 3)
     grid = rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
-    Image.fromarray(grid.numpy()).save(part / RECONSTRUCTIONS)
+    buffer = io.BytesIO()
+    Image.fromarray(grid.numpy()).save(buffer, "PNG")
+    write_bytes_whole(part / RECONSTRUCTIONS, buffer.getvalue())
     if tokenizer.dtype == exact.dtype:
         return 1.0
     agreed = [code_agreement(tokenizer, exact, batch) * len(batch) for batch in batches]
     return sum(agreed) / len(sampled)
 
 
-def _usable(unit: Unit, config: PrepareConfig) -> Iterator[tuple[Pair, Image.Image]]:
-    for pair in unit(Tally()):
+def _usable(
+    pairs: Iterable[Pair], config: PrepareConfig, looked: LookedAt
+) -> Iterator[tuple[Pair, Image.Image]]:
+    for pair in pairs:
         decoded = decode(pair, config=config)
+        if decoded.left_out:
+            looked.tally.left_out[decoded.left_out] += 1
+        if decoded.broken:
+            looked.broken[decoded.broken] += 1
         if decoded.pictures:
+            looked.tally.changed.update((*pair.changed, *decoded.changed))
             yield pair, decoded.pictures[0]

@@ -39,6 +39,7 @@ OPTIONAL_KEYS: dict[str, Kind] = {
     "prepare": dict,
     "broken": int,
     "seen": int,
+    "caption_tokens": dict,
     "left_out": dict,
     "changed": dict,
     "unread": dict,
@@ -92,6 +93,8 @@ class Manifest:
     broken: int | None = None
     seen: int | None = None
     """Entries of the source; each was kept, left out or broken."""
+    caption_tokens: dict[str, int] | None = None
+    """How many pairs have a caption of so many ids of the text tokenizer."""
     left_out: dict[str, int] | None = None
     """Entries that became no sample, by reason."""
     changed: dict[str, int] | None = None

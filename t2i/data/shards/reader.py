@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from t2i.data.shards.accounts import broken_reasons, check_accounts
 from t2i.data.shards.integrity import (
     Sample,
     check_file,
@@ -21,7 +22,7 @@ from t2i.data.shards.integrity import (
     read_sample,
     remake_advice,
 )
-from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest, read_manifest_file
+from t2i.data.shards.manifest import BROKEN, MANIFEST, Manifest, read_manifest, read_manifest_file
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
@@ -105,10 +106,15 @@ def check_shards(folder: Path) -> dict[str, int]:
     """Hash every file and read every sample of a shard folder; return the number of samples per split.
 
     Raises:
-        DataError: a hash, a count or a sample differs from what the manifest or an index says.
+        DataError: a hash, a count or a sample differs from what the manifest or an index says, or an entry of the
+            source is not accounted for.
     """
     manifest = read_manifest(folder)
     check_listing(folder, manifest)
+    check_accounts(manifest, where=folder)
+    num_broken = broken_reasons(folder).total() if manifest.broken is not None else None
+    if num_broken != manifest.broken:
+        raise DataError(f"{folder / BROKEN} lists {num_broken} images; expected {manifest.broken}.")
     for split, count in manifest.counts.items():
         for sample in tqdm(read_split(folder, split), total=count, unit="sample", desc=split):
             check_sample(sample, manifest=manifest, where=folder / split)

@@ -1,0 +1,139 @@
+"""OUT.part/, where shards are made: who works in it, what is said of a full disk, and how it becomes OUT."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from t2i.data.shards.manifest import MANIFEST, SPLITS
+from t2i.errors import CheckpointError, UserError
+from t2i.files import read_json
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS = "arguments.json"
+RANKS = "ranks"
+"""Heartbeats and locks of the ranks."""
+WORKING = ("units", RANKS, "writing")
+"""Folders of OUT.part that are removed before it becomes OUT."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def place_of(out: Path) -> Path:
+    """Find where the shards come to lie: behind a link, on the disk that it leads to.
+
+    Raises:
+        UserError: something else is there.
+    """
+    out = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    if not out.exists() or (out / MANIFEST).is_file():
+        return out
+    if not out.is_dir() or any(out.iterdir()):
+        raise UserError(f"--out {out} exists and is no shard folder; choose another name.")
+    if out.is_mount():
+        # OUT.part is renamed to OUT, and nothing can be renamed to the top of a disk.
+        raise UserError(f"--out {out} is the top of a disk; name a folder below it: --out {out / 'shards'}.")
+    return out
+
+
+def is_done(folder: Path) -> bool:
+    """Tell whether a folder's manifest, which is written last, is there."""
+    return (folder / MANIFEST).is_file()
+
+
+@contextmanager
+def claimed(part: Path, *, rank: int) -> Iterator[None]:
+    """Keep a second preparation out of a folder.
+
+    Raises:
+        UserError: another process works there as the same rank.
+    """
+    (part / RANKS).mkdir(parents=True, exist_ok=True)
+    # By lockf, not flock: a decoding process that outlives this one must not hold its lock.
+    with (part / RANKS / f"{rank}.lock").open("a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            raise UserError(
+                f"{part} is being written by {lock.read() or 'another process'}. Wait for it, or choose another --out."
+            ) from error
+        except OSError as error:
+            # Some network disks have no locks at all.
+            logger.warning(
+                "%s cannot be locked (%s): nothing keeps a second preparation out.", part, error.strerror
+            )
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def saying_full_disk(part: Path) -> Iterator[None]:
+    """Say of a full disk which folder is on it: the errors of most writes name no file.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise CheckpointError(
+            f"{part} cannot be written: {error.strerror}. Free some space, and run the same command to resume."
+        ) from error
+
+
+def publish(part: Path, out: Path) -> None:
+    """Remove what only the preparation needed, and rename a complete OUT.part to OUT.
+
+    A kill at any place leaves a folder of which this can be done again: its manifest says that it is complete.
+    """
+    try:
+        for split in SPLITS:
+            _keep_listed_units(part / split)
+        for name in WORKING:
+            shutil.rmtree(part / name, ignore_errors=True)
+        (part / ARGUMENTS).unlink(missing_ok=True)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except FileNotFoundError:
+        # The lock is let go of before this, because some disks rename no folder with an open file in it. So a second
+        # process may have done the same in between.
+        if not is_done(out):
+            raise
+
+
+def _keep_listed_units(folder: Path) -> None:
+    """Remove the units that a split's index does not list, and the units' own indexes."""
+    index = folder / "index.json"
+    listed = set()
+    if index.is_file():
+        shards = read_json(index)["shards"]
+        listed = {PurePosixPath(shard["raw_data"]["basename"]).parts[0] for shard in shards}
+    for unit in folder.iterdir() if folder.is_dir() else ():
+        if unit.is_dir() and unit.name not in listed:
+            shutil.rmtree(unit)
+    # Streaming's own merge_index would count the samples of units with an index twice.
+    for of_unit in folder.glob("*/index.json"):
+        of_unit.unlink()
+    if folder.is_dir() and not listed:
+        folder.rmdir()
+
+
+def read_arguments(part: Path) -> dict[str, object]:
+    """Read what a preparation was begun with; that of a complete one is in its manifest."""
+    if is_done(part):
+        arguments: dict[str, object] = read_json(part / MANIFEST)["arguments"]
+        return arguments
+    return json.loads((part / ARGUMENTS).read_text())  # type: ignore[no-any-return]  # we wrote it
