@@ -1,6 +1,7 @@
 """Finish a preparation: merge the units, store the tokenizers and a round trip, and write the manifest last of all."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from t2i.errors import DataError
 from t2i.files import copy_whole, write_whole
 from t2i.tokens.text import TextTokenizer
 
+logger = logging.getLogger(__name__)
+
 FLOOR_CODES = 2**24
 """Codes per split, from evenly spread images, that the count-based baselines are computed on."""
 
@@ -49,6 +52,10 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
     images = _keep_image_tokenizer(part, source, encoder)
     # The baselines settle long before this many codes, and all codes of a large set do not fit in memory.
     num_images = FLOOR_CODES // images.codes_per_image
+    codes = {
+        split: _codes(part, split, num_images=num_images) for split in merged.counts if merged.counts[split]
+    }
+    _warn_of_equal_images(codes["train"], source=source)
     manifest = Manifest(
         source=source.name,
         licence=source.licence,
@@ -73,10 +80,7 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
         text_tokenizer=TextMaker(
             text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
         ),
-        floors_nats=code_floors(
-            {split: _codes(part, split, num_images=num_images) for split in merged.counts},
-            codebook_size=encoder.codebook_size,
-        ),
+        floors_nats=code_floors(codes, codebook_size=encoder.codebook_size),
         files=side_files(part),
         arguments=arguments,
         prepare=asdict(encoder.config),
@@ -88,7 +92,7 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
 def save_text_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Store the text tokenizer beside the shards."""
     # The library's own writer reports a full disk as a bare Exception. A file of that size finds out before it.
-    room = folder / "room"
+    room = folder / ".room"
     room.write_bytes(tokenizer.tokenizer.backend_tokenizer.to_str(pretty=True).encode() * 2)
     room.unlink()
     tokenizer.tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
@@ -120,6 +124,16 @@ def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
         raise DataError(
             f"{num_broken} of {num_images} images are broken ({reasons}; listed in {part / BROKEN}); expected at most"
             f" {config.max_broken:.0%}. Run again with a larger --max-broken to resume from here."
+        )
+
+
+def _warn_of_equal_images(codes: np.ndarray, *, source: Source) -> None:
+    """Say that there is nothing to tell apart: losses will fall to zero and measures compare equal with equal."""
+    if len(codes) == 1:
+        logger.warning("--source %s has only one pair to train on.", source.name)
+    elif (codes == codes[0]).all():
+        logger.warning(
+            "all %d images of --source %s have the same codes: are they equal?", len(codes), source.name
         )
 
 

@@ -103,6 +103,9 @@ def publish(part: Path, out: Path) -> None:
             _keep_listed_units(part / split)
         for name in WORKING:
             shutil.rmtree(part / name, ignore_errors=True)
+        # What a killed process had only begun to write.
+        for begun in part.rglob(".*"):
+            begun.unlink()
         (part / ARGUMENTS).unlink(missing_ok=True)
         if out.exists():
             out.rmdir()

@@ -1,0 +1,411 @@
+"""A preparation that is killed, runs out of disk, meets another one, or whose source changed: nothing is ever mixed."""
+
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import made_sources as made
+import processes
+import pytest
+from streaming import StreamingDataset
+from streaming.base.util import merge_index
+
+from t2i.config import ASSETS, DataConfig, PrepareConfig
+from t2i.data.prepare import images
+from t2i.data.prepare.advice import advice_lines
+from t2i.data.prepare.images import prepare
+from t2i.data.shards.accounts import account_lines, check_accounts, most_frequent, num_pairs
+from t2i.data.shards.captions import truncation
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.reader import check_shards
+from t2i.data.sources import open_source
+from t2i.errors import DataError, UserError
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+
+KILLED = 99
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer():
+    return TextTokenizer.load(ASSETS / "text_tokenizer")
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer():
+    return ImageTokenizer.load(ASSETS / "image_tokenizer")
+
+
+@pytest.fixture
+def of_ids(tmp_path, text_tokenizer):
+    """Arguments of prepare: codes in three units, of which two repeat keys of the first."""
+    folder = tmp_path / "ids"
+    folder.mkdir()
+    (folder / "ids.json").write_text(json.dumps({"vocab_size": 9, "length": 2, "made_by": "a test"}))
+    for name, keys in {"a": "abcd", "b": "cdef", "c": "ab"}.items():
+        write_ids(folder / f"{name}.jsonl", keys)
+    return {
+        "source": open_source(f"ids:{folder}", heldout_share=0.7),
+        "image_tokenizer": None,
+        "text_tokenizer": text_tokenizer,
+        "config": PrepareConfig(),
+    }
+
+
+def write_ids(file, keys):
+    rows = ({"ids": [ord(key) % 9, 1], "caption": f"{key} thing", "key": key} for key in keys)
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def of_images(tmp_path, image_tokenizer, text_tokenizer):
+    """Make arguments of prepare for a folder of 24 captioned images; takes what differs."""
+
+    def arguments(heldout_share=0.2, **changes):
+        folder = tmp_path / "images"
+        if not folder.exists():
+            made.text_folder(folder)
+        return {
+            "source": open_source(str(folder), heldout_share=heldout_share),
+            "out": tmp_path / "shards",
+            "image_tokenizer": image_tokenizer,
+            "text_tokenizer": text_tokenizer,
+            "config": PrepareConfig(unit_pairs=8, **changes),
+        }
+
+    return arguments
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def watch_changes(folder, *, do):
+    """Call do(event) before each change of a file below a folder, for the rest of this process."""
+
+    def hook(event, details):
+        is_change = event in CHANGES or (event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR))
+        if is_change and str(details[0]).startswith(str(folder)):
+            do(event)
+
+    sys.addaudithook(hook)
+
+
+def prepare_and_die(place, folder, arguments):
+    """Prepare, and die before the change of this number; with 0, only count the changes."""
+    count = itertools.count(1)
+    watch_changes(folder, do=lambda _: os._exit(KILLED) if next(count) == place else None)
+    prepare(**arguments)
+    os.write(os.open(folder.with_name("count"), os.O_CREAT | os.O_WRONLY), str(next(count) - 1).encode())
+
+
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_any_change_of_a_file_ends_in_the_same_bytes(step, tmp_path, of_ids):
+    whole = tmp_path / "0"
+    processes.fork(prepare_and_die, 0, whole, of_ids | {"out": whole / "out"}).join(60)
+    num_changes = int((tmp_path / "count").read_text())
+    assert num_changes > 60
+    for place in range(1, num_changes + 1, step):
+        arguments = of_ids | {"out": tmp_path / str(place) / "out"}
+        killed = processes.fork(prepare_and_die, place, tmp_path / str(place), arguments)
+        killed.join(60)
+        assert killed.exitcode == KILLED
+        prepare(**arguments)
+        assert contents(arguments["out"]) == contents(whole / "out"), place
+        assert list(arguments["out"].parent.iterdir()) == [arguments["out"]]
+    assert check_shards(whole / "out") == read_manifest(whole / "out").counts
+
+
+def prepare_on_full_disks(folder, step, arguments, told):
+    """Prepare on a disk that is full from some change on, which is freed then; put what was said into a queue."""
+    room = itertools.repeat(True)
+
+    def fill(event):
+        if event in ("open", "os.mkdir") and not next(room, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    watch_changes(folder, do=fill)
+    for place in itertools.count(0, step):
+        room = itertools.repeat(True, place)
+        out = folder / str(place) / "out"
+        try:
+            prepare(**arguments, out=out)
+            break
+        except OSError as error:
+            said = str(error)
+        room = itertools.repeat(True)
+        prepare(**arguments, out=out)
+        told.put((place, said, contents(out) == contents(folder.with_name("whole"))))
+    told.put(None)
+
+
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_full_disk_is_said_of_the_folder_that_is_written(step, tmp_path, of_ids):
+    prepare(**of_ids, out=tmp_path / "whole")
+    told = processes.FORK.Queue()
+    process = processes.fork(prepare_on_full_disks, tmp_path / "disk", step, of_ids, told)
+    results = list(iter(lambda: told.get(timeout=120), None))
+    process.join(60)
+    assert len(results) > 30 / step
+    for place, said, is_same in results:
+        part = tmp_path / "disk" / str(place) / "out.part"
+        assert said.startswith(f"{part} cannot be written: No space left on device. Free some"), said
+        assert is_same, place
+
+
+def test_a_second_preparation_of_the_same_folder_is_refused_by_name(tmp_path, of_ids, monkeypatch):
+    arguments = of_ids | {"out": tmp_path / "shards"}
+    begun, may_end = processes.FORK.Event(), processes.FORK.Event()
+    write = images.write_unit
+
+    def wait(part, index, **settings):
+        begun.set()
+        may_end.wait(60)
+        write(part, index, **settings)
+
+    monkeypatch.setattr(images, "write_unit", wait)
+    first = processes.fork(prepare, **arguments)
+    assert begun.wait(60)
+    with pytest.raises(
+        UserError, match=rf"shards\.part is being written by process {first.pid} on .* another --out"
+    ):
+        prepare(**arguments)
+    may_end.set()
+    first.join(60)
+    assert first.exitcode == 0
+    check_shards(tmp_path / "shards")
+
+
+def test_disks_without_locks_or_modes_serve(tmp_path, of_ids, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for name in ("lockf", "flock"):
+        monkeypatch.setattr(fcntl, name, refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    prepare(**of_ids, out=tmp_path / "shards")
+    assert "shards.part cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_folder_is_renamed_when_no_file_in_it_is_open(tmp_path, of_ids, monkeypatch):
+    rename = Path.rename
+
+    def refuse_open(path, target):
+        if any(is_open_below(one, path) for one in Path("/proc/self/fd").iterdir()):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_open)
+    prepare(**of_ids, out=tmp_path / "shards")
+    check_shards(tmp_path / "shards")
+
+
+def is_open_below(descriptor, path):
+    try:
+        return path in descriptor.readlink().parents
+    except FileNotFoundError:  # that of the listing
+        return False
+
+
+def test_an_empty_folder_and_a_link_are_places_for_shards_and_others_are_not(tmp_path, of_ids, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other_disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other_disk" / "shards")
+    for name in ("empty", "link"):
+        prepare(**of_ids, out=tmp_path / name)
+        check_shards(tmp_path / name)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other_disk" / "shards").is_dir()
+    with pytest.raises(UserError, match="ids exists and is no shard folder; choose another name"):
+        prepare(**of_ids, out=tmp_path / "ids")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(UserError, match="top of a disk; name a folder below it: --out .*disk/shards"):
+        prepare(**of_ids, out=tmp_path / "disk")
+
+
+def test_every_file_has_the_mode_of_the_umask(tmp_path, of_images):
+    before = os.umask(0o027)
+    try:
+        prepare(**of_images())
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "shards").rglob("*") if path.is_file()
+    }
+    assert {name for name, mode in modes.items() if mode != 0o640} == set()
+
+
+def test_streamings_own_tools_read_shards(tmp_path, of_images):
+    prepare(**of_images())
+    shards = tmp_path / "shards"
+    counts = read_manifest(shards).counts
+    before = (shards / "train" / "index.json").read_bytes()
+    merge_index(str(shards / "train"))
+    assert (shards / "train" / "index.json").read_bytes() == before
+    for split in ("train", "heldout"):
+        shutil.copytree(shards / split, tmp_path / "both" / split)
+    merge_index(str(tmp_path / "both"))
+    dataset = StreamingDataset(local=str(tmp_path / "both"), batch_size=1)
+    assert len({sample["key"] for sample in dataset}) == sum(counts.values()) == made.NUM_IMAGES
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_source_that_changed_is_refused_with_what_changed(is_begun, tmp_path, of_images, monkeypatch):
+    arguments = of_images()
+    write = images.write_unit
+
+    def die(part, index, **settings):
+        if index == 1:
+            raise KeyboardInterrupt
+        write(part, index, **settings)
+
+    if is_begun:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(images, "write_unit", die)
+            prepare(**arguments)
+    else:
+        prepare(**arguments)
+    folder = tmp_path / "images"
+    for name in ("000.png", "001.png", "002.png"):
+        (folder / name).unlink()
+    for index in range(50, 60):
+        (folder / f"{index:03d}.png").write_bytes(made.encoded(1))
+        (folder / f"{index:03d}.txt").write_text("new")
+    (folder / "010.txt").write_text("another caption")
+    what = r"3 removed, 10 added \(such as 050\.png\), 1 changed \(such as 010\.png\)\."
+    advice = (
+        "remove .*shards.part to begin anew" if is_begun else "choose another --out, or move .*shards away"
+    )
+    with pytest.raises(DataError, match=f"images has changed since .*: {what} .*{advice}"):
+        prepare(**of_images())
+    assert is_begun or check_shards(tmp_path / "shards")
+
+
+def test_an_image_of_another_size_or_time_is_noticed(tmp_path, of_images, caplog):
+    prepare(**of_images())
+    image = tmp_path / "images" / "003.png"
+    os.utime(image, (1, 1))
+    prepare(**of_images())
+    assert (
+        "1 files of --source" in caplog.text
+        and "(such as 003.png) have another time of change" in caplog.text
+    )
+    image.write_bytes(made.encoded(3) + b"more")
+    with pytest.raises(DataError, match=r"1 changed \(such as 003\.png\)"):
+        prepare(**of_images())
+
+
+def test_a_file_of_many_pairs_that_changed_is_noticed(tmp_path, of_ids):
+    prepare(**of_ids, out=tmp_path / "shards")
+    write_ids(tmp_path / "ids" / "d.jsonl", "xyz")
+    grown = of_ids | {"source": open_source(of_ids["source"].name, heldout_share=0.7)}
+    with pytest.raises(DataError, match=r"1 added \(such as ids/d\.jsonl\)"):
+        prepare(**grown, out=tmp_path / "shards")
+
+
+def test_each_entry_is_accounted_for(tmp_path, of_images, monkeypatch):
+    of_images()
+    (tmp_path / "images" / "005.png").write_bytes(b"no image")
+    (tmp_path / "images" / "007.txt").write_text(" ")
+    manifest = prepare(**of_images(views=2))
+    assert (manifest.seen, manifest.broken, manifest.left_out) == (made.NUM_IMAGES, 1, {"no caption": 1})
+    assert num_pairs(manifest.counts, views=2) == made.NUM_IMAGES - 2
+    lines = account_lines(tmp_path / "shards", manifest)
+    assert lines[0].endswith("shards/manifest.json):") and lines[1] == "  1 times no caption"
+    assert lines[2].endswith("shards/broken.jsonl):") and "1 times UnidentifiedImageError" in lines[3]
+    with pytest.raises(
+        DataError, match="22 pairs kept, 1 left out and 1 broken are 24; expected the 25 entries"
+    ):
+        check_accounts(replace(manifest, seen=25), where=tmp_path)
+    (tmp_path / "shards" / "broken.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"broken\.jsonl lists 0 images; expected 1"):
+        check_shards(tmp_path / "shards")
+
+
+def test_an_entry_that_a_reader_loses_is_missed(tmp_path, of_images):
+    arguments = of_images()
+    first = arguments["source"].units(8)[0]
+    lossy = replace(arguments["source"], units=lambda num: [lambda tally: list(first(tally))[1:]])
+    with pytest.raises(
+        DataError, match="7 pairs kept, 0 left out and 0 broken are 7; expected the 24 entries"
+    ):
+        prepare(**arguments | {"source": lossy})
+
+
+def test_the_most_frequent_reasons_come_first_and_the_rest_is_counted():
+    reasons = {f"reason {place}": place for place in range(1, 14)}
+    lines = most_frequent(reasons)
+    assert lines[0] == "13 times reason 13" and lines[-1] == "3 more reasons" and len(lines) == 11
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_heldout"), [(1, 0), (2, 0), (20, 6), (60, 20), (71, 23), (200, 24), (900, 24)]
+)
+def test_a_small_source_holds_out_what_can_be_measured(num_images, num_heldout, tmp_path):
+    pairs = held_out(tmp_path, range(num_images))
+    assert sum(pairs.values()) == num_heldout and len(pairs) == num_images
+
+
+def held_out(folder, indexes):
+    """Tell for each key of a source of ids whether it is held out by default."""
+    folder.mkdir(exist_ok=True)
+    (folder / "ids.json").write_text(json.dumps({"vocab_size": 9, "length": 2, "made_by": "a test"}))
+    rows = ({"ids": [1, 2], "key": str(index)} for index in indexes)
+    (folder / "only.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {pair.key: pair.split == "heldout" for pair in open_source(f"ids:{folder}").pairs}
+
+
+def test_a_grown_source_moves_no_image_from_training_to_what_is_held_out(tmp_path):
+    before = held_out(tmp_path, range(72))
+    for size in (73, 100, 400, 1_199, 1_500):
+        after = held_out(tmp_path, range(size))
+        assert all(before[key] for key, is_held in after.items() if is_held and key in before)
+        before = after
+
+
+def test_what_cannot_be_measured_is_said(tmp_path, of_images, caplog):
+    manifest = prepare(**of_images(heldout_share=0.0))
+    said = list(advice_lines(manifest, is_share_chosen=False))
+    assert said[0].startswith("Captions have up to 5 text tokens; --data.seq-len 75 truncates none")
+    assert said[1].startswith("0 of 24 pairs are held out (--heldout-share 0). Scores need at least 20")
+    grown = replace(manifest, counts={"train": 90, "heldout": 10})
+    assert "use --heldout-share 0.24 and another --out" in list(advice_lines(grown, is_share_chosen=False))[1]
+    with pytest.raises(
+        DataError, match=r"no pair of --source .*: of 24, .* 24 held out by --heldout-share 0\.999"
+    ):
+        prepare(**of_images(heldout_share=0.999999) | {"out": tmp_path / "none"})
+
+
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_equal_images_are_said(num_images, tmp_path, of_images, caplog):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(num_images):
+        (folder / f"{index}.png").write_bytes(made.encoded(1))
+        (folder / f"{index}.txt").write_text("the same")
+    manifest = prepare(**of_images(heldout_share=0.0))
+    assert manifest.counts == {"train": num_images}
+    sentence = "only one pair to train on" if num_images == 1 else "all 5 images of .* have the same codes"
+    assert re.search(sentence, caplog.text)
+
+
+def test_a_run_says_how_many_captions_it_truncates(tmp_path, of_images, text_tokenizer):
+    of_images()
+    (tmp_path / "images" / "004.txt").write_text("word " * 300)
+    manifest = prepare(**of_images())
+    assert sum(manifest.caption_tokens.values()) == made.NUM_IMAGES
+    longest = max(map(int, manifest.caption_tokens))
+    config = DataConfig(shards=tmp_path / "shards", seq_len=90)
+    said = truncation(config, manifest, text_tokenizer)
+    assert f"1 of 24 captions are longer (up to {longest})" in said
+    enough = replace(config, seq_len=longest + 70)
+    assert f"--data.seq-len {enough.seq_len} keeps all" in said
+    assert not truncation(enough, manifest, text_tokenizer)
