@@ -6,6 +6,7 @@ The reference pages are made from these tables, and tests hold them against real
 from dataclasses import dataclass
 
 from t2i.data.shards import manifest as shards
+from t2i.data.sources.listing import LISTING
 from t2i.runs import checkpoint_store as store
 from t2i.runs.metrics_log import METRICS
 from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, SAMPLES, STATUS
@@ -86,6 +87,7 @@ SHARDS = (
         "roundtrip.safetensors",
         "eight images, codes and reconstructions: a run checks its tokenizer against them",
     ),
+    sometimes(LISTING, "what the source consisted of, as hashes: a source that changed is noticed"),
     sometimes(shards.BROKEN, "images that could not be read, each with the reason"),
     sometimes(shards.RECONSTRUCTIONS, "images beside what their codes decode to"),
     sometimes("verified.json", "shards that a run has hashed, by size and time of change"),

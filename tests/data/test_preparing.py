@@ -21,11 +21,14 @@ from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.prepare import images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
+from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.accounts import account_lines, check_accounts, most_frequent, num_pairs
 from t2i.data.shards.captions import truncation
+from t2i.data.shards.integrity import remake_command
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_shards
-from t2i.data.sources import open_source
+from t2i.data.sources import open_source, reopen_source
+from t2i.data.sources.documents import open_documents
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -321,9 +324,7 @@ def test_each_entry_is_accounted_for(tmp_path, of_images, monkeypatch):
     lines = account_lines(tmp_path / "shards", manifest)
     assert lines[0].endswith("shards/manifest.json):") and lines[1] == "  1 times no caption"
     assert lines[2].endswith("shards/broken.jsonl):") and "1 times UnidentifiedImageError" in lines[3]
-    with pytest.raises(
-        DataError, match="22 pairs kept, 1 left out and 1 broken are 24; expected the 25 entries"
-    ):
+    with pytest.raises(DataError, match="22 kept, 1 left out and 1 broken are 24; expected the 25 entries"):
         check_accounts(replace(manifest, seen=25), where=tmp_path)
     (tmp_path / "shards" / "broken.jsonl").write_text("")
     with pytest.raises(DataError, match=r"broken\.jsonl lists 0 images; expected 1"):
@@ -334,9 +335,7 @@ def test_an_entry_that_a_reader_loses_is_missed(tmp_path, of_images):
     arguments = of_images()
     first = arguments["source"].units(8)[0]
     lossy = replace(arguments["source"], units=lambda num: [lambda tally: list(first(tally))[1:]])
-    with pytest.raises(
-        DataError, match="7 pairs kept, 0 left out and 0 broken are 7; expected the 24 entries"
-    ):
+    with pytest.raises(DataError, match="7 kept, 0 left out and 0 broken are 7; expected the 24 entries"):
         prepare(**arguments | {"source": lossy})
 
 
@@ -409,3 +408,54 @@ def test_a_run_says_how_many_captions_it_truncates(tmp_path, of_images, text_tok
     enough = replace(config, seq_len=longest + 70)
     assert f"--data.seq-len {enough.seq_len} keeps all" in said
     assert not truncation(enough, manifest, text_tokenizer)
+
+
+def test_a_relative_source_is_found_from_any_folder(tmp_path, of_images, monkeypatch):
+    arguments = of_images()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    prepare(**arguments | {"source": open_source("images", heldout_share=0.2)})
+    manifest = read_manifest(tmp_path / "shards")
+    monkeypatch.chdir("elsewhere")
+    assert manifest.source == "images"
+    assert [pair.key for pair in reopen_source(manifest).pairs] == [
+        pair.key for pair in arguments["source"].pairs
+    ]
+    assert f"--source {tmp_path}/images" in remake_command(tmp_path / "shards", manifest)
+    # Typed otherwise, it is the same source.
+    prepare(**arguments | {"source": open_source("../images", heldout_share=0.2)})
+    (tmp_path / "images").rename(tmp_path / "elsewhere" / "images")  # a project that was moved
+    assert reopen_source(manifest).pairs[0].open().image.size == (90, 60)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match="the source of the shards cannot be read again.* it was prepared as --source images"
+    ):
+        reopen_source(manifest)
+
+
+def test_a_source_that_changed_is_warned_of_when_its_images_are_read_again(tmp_path, of_images, caplog):
+    prepare(**of_images())
+    (tmp_path / "images" / "003.png").unlink()
+    reopen_source(read_manifest(tmp_path / "shards"))
+    assert "images has changed since its shards were made (24 entries" in caplog.text
+
+
+def test_documents_that_changed_are_refused_and_doubles_are_counted(tmp_path, text_tokenizer):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(60):
+        (folder / f"{index}.txt").write_text(f"Document number {index // 2} tells of many small things.")
+
+    def pack():
+        documents = open_documents(f"text:{folder}")
+        return prepare_text(
+            documents, out=tmp_path / "out", text_tokenizer=text_tokenizer, seq_len=8, heldout_share=0.3
+        )
+
+    manifest = pack()
+    assert (manifest.seen, manifest.left_out) == (60, {"a document that was there before": 30})
+    assert check_shards(tmp_path / "out") == manifest.counts
+    assert pack() == manifest
+    (folder / "7.txt").unlink()
+    with pytest.raises(DataError, match=r"has changed since .*/out was made: 1 removed\."):
+        pack()

@@ -116,9 +116,9 @@ def test_workers_read_out_of_files_that_hold_many_images(kind, tmp_path, argumen
 
 
 def test_a_worker_that_dies_is_told_of(tmp_path, arguments, monkeypatch):
-    from t2i.data.prepare import encode
+    from t2i.data.prepare import decode
 
-    monkeypatch.setattr(encode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(decode, "decode", lambda pair, config: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="one of 1 decoding processes died"):
         prepare(out=tmp_path / "shards", **{**arguments, "config": PrepareConfig(workers=1)})
 
@@ -136,7 +136,7 @@ def test_workers_die_with_the_preparation(number):
 
 
 def decode_until_killed(pipe):
-    from t2i.data.prepare.encode import decoding
+    from t2i.data.prepare.decode import decoding
 
     # Multiprocessing lets its own daemons have no children; a preparation is none.
     multiprocessing.current_process()._config["daemon"] = False

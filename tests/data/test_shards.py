@@ -12,7 +12,7 @@ from PIL import Image
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.loader import StepLoader
 from t2i.data.prepare import images as preparing
-from t2i.data.prepare.encode import views
+from t2i.data.prepare.decode import views
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import reader as shards
 from t2i.data.shards.baselines import code_floors

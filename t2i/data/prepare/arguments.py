@@ -1,11 +1,14 @@
 """What determines the content of shards: a folder that was begun or made is used again only with the same."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from t2i.config import PrepareConfig, SourceConfig
-from t2i.data.shards.manifest import FORMAT_VERSION, Maker
+from t2i.data.shards.manifest import FORMAT_VERSION, Maker, TextMaker
 from t2i.data.sources import GivenIds, Source
+from t2i.data.sources.listing import Listing, check_same_listing
+from t2i.data.sources.place import absolute_source
 from t2i.errors import UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -19,6 +22,8 @@ def arguments_of(
     image_tokenizer: ImageTokenizer | None,
     text_tokenizer: TextTokenizer,
     config: PrepareConfig,
+    *,
+    listing: Listing,
 ) -> Arguments:
     """Collect everything that determines the content of the shards.
 
@@ -27,7 +32,7 @@ def arguments_of(
     """
     common: Arguments = {
         "format_version": FORMAT_VERSION,
-        "source": source.name,
+        **source_arguments(source.name, listing),
         "heldout_share": source.heldout_share,
         "reading": changed_from_defaults(source.config),
         "unit_pairs": config.unit_pairs,
@@ -51,30 +56,55 @@ def arguments_of(
     }
 
 
-def check_same_arguments(folder: Path, found: Arguments, wanted: Arguments) -> None:
-    """Check that a folder was made with the same arguments.
+def source_arguments(name: str, listing: Listing) -> Arguments:
+    """Name a source: as it was typed, as it is found from any folder, and what it consists of."""
+    return {"source": name, "source_path": absolute_source(name), "listed": listing.fingerprint}
+
+
+def check_same(folder: Path, found: Arguments, wanted: Arguments, *, listing: Listing) -> None:
+    """Check that a folder was made of the same source with the same arguments.
 
     Raises:
-        UserError: it was not; each difference is named.
+        UserError: an argument differs; each difference is named.
+        DataError: the source has changed.
     """
+    is_same_source = found.get("source") == wanted["source"] or _path(found) == _path(wanted)
+    # The source first: the share that is held out may follow from its size.
+    if is_same_source and "listed" in found and found.get("reading") == wanted.get("reading"):
+        check_same_listing(folder, found["listed"], listing, source=str(wanted["source"]))
+    # Shards of older versions do not say what their source consisted of. A half-made folder must.
+    is_begun = folder.name.endswith(".part")
+    known = found if is_begun else {"listed": wanted["listed"], **found}
+    # The same folder may be typed in two ways, and a project may be moved with its images.
+    compared = wanted.keys() - {"source_path"} - ({"source"} if is_same_source else set())
     changed = [
-        f"{key}: {found.get(key)} there, {wanted[key]} here"
+        f"{key}: {known.get(key)} there, {wanted[key]} here"
         for key in wanted
-        if found.get(key) != wanted[key]
+        if key in compared and known.get(key) != wanted[key]
     ]
     if changed:
-        begun = folder.name.endswith(".part")
-        advice = "Remove it to begin anew, or choose another --out" if begun else "Choose another --out"
+        advice = "Remove it to begin anew, or choose another --out" if is_begun else "Choose another --out"
         raise UserError(f"{folder} was made with other arguments ({'; '.join(changed)}). {advice}.")
+
+
+def _path(arguments: Arguments) -> str:
+    return os.path.normpath(str(arguments.get("source_path", arguments.get("source"))))
 
 
 def maker_of(source: Source, image_tokenizer: ImageTokenizer | None) -> Maker:
     """Name what made the codes."""
     if image_tokenizer is not None:
-        return Maker(str(image_tokenizer.folder), image_tokenizer.fingerprint())
+        return Maker(str(image_tokenizer.folder.absolute()), image_tokenizer.fingerprint())
     given = given_ids(source)
     # There are no weights to hash, so the name that ids.json gives stands for them.
     return Maker(given.made_by, f"ids:{given.made_by}:{given.vocab_size}:{given.length}")
+
+
+def text_maker_of(tokenizer: TextTokenizer) -> TextMaker:
+    """Name what made the caption ids: a folder, or a tokenizer of the hub."""
+    folder = Path(tokenizer.name)
+    name = str(folder.absolute()) if folder.is_dir() else tokenizer.name
+    return TextMaker(name, tokenizer.fingerprint(), tokenizer.num_tokens)
 
 
 def given_ids(source: Source) -> GivenIds:

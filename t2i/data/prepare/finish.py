@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from t2i.config import PrepareConfig
-from t2i.data.prepare.arguments import Arguments, changed_from_defaults, given_ids, maker_of
+from t2i.data.prepare.arguments import Arguments, changed_from_defaults, given_ids, maker_of, text_maker_of
 from t2i.data.prepare.encode import Encoder
 from t2i.data.prepare.merge import Merged, merge_units
 from t2i.data.prepare.preview import write_round_trip
@@ -21,7 +21,6 @@ from t2i.data.shards.manifest import (
     SPLITS,
     TEXT_TOKENIZER,
     Manifest,
-    TextMaker,
     side_files,
 )
 from t2i.data.shards.reader import read_split
@@ -77,9 +76,7 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
         given_ids=encoder.image_tokenizer is None,
         codes_equal_float32=images.codes_equal_float32,
         image_tokenizer=maker_of(source, encoder.image_tokenizer),
-        text_tokenizer=TextMaker(
-            text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
-        ),
+        text_tokenizer=text_maker_of(text_tokenizer),
         floors_nats=code_floors(codes, codebook_size=encoder.codebook_size),
         files=side_files(part),
         arguments=arguments,

@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2i.config import PrepareConfig
-from t2i.data.prepare.arguments import Arguments, arguments_of, check_same_arguments, given_ids
-from t2i.data.prepare.encode import Encoder, decoding, facts_file, write_unit
+from t2i.data.prepare.arguments import Arguments, arguments_of, check_same, given_ids
+from t2i.data.prepare.decode import decoding
+from t2i.data.prepare.encode import Encoder, facts_file, write_unit
 from t2i.data.prepare.finish import finish
-from t2i.data.prepare.listing import Listing, check_same_listing, list_source
 from t2i.data.prepare.part_folder import (
     ARGUMENTS,
     RANKS,
@@ -28,6 +28,7 @@ from t2i.data.prepare.part_folder import (
 )
 from t2i.data.shards.manifest import Manifest, read_manifest
 from t2i.data.sources import Source, Unit
+from t2i.data.sources.listing import Listing, list_source
 from t2i.distributed.heartbeat import signs_of_life, wait_for
 from t2i.files import write_json
 from t2i.tokens.image import ImageTokenizer
@@ -61,9 +62,7 @@ def prepare(
         LostRankError: a rank with pending units has no heartbeat.
     """
     listing = list_source(source)
-    arguments = arguments_of(source, image_tokenizer, text_tokenizer, config) | {
-        "listed": listing.fingerprint
-    }
+    arguments = arguments_of(source, image_tokenizer, text_tokenizer, config, listing=listing)
     out = place_of(out)
     part = out.with_name(out.name + ".part")
     with saying_full_disk(part):
@@ -99,25 +98,6 @@ def prepare(
         else:
             wait_for(lambda: [] if is_done(out) else [0], folder=part / RANKS)
     return read_manifest(out)
-
-
-def check_same(folder: Path, found: Arguments, wanted: Arguments, *, listing: Listing) -> None:
-    """Check that a folder was made of the same source with the same arguments.
-
-    Raises:
-        UserError: an argument differs.
-        DataError: the source has changed.
-    """
-    # The source first: the share that is held out may follow from its size.
-    if (
-        "listed" in found
-        and found.get("source") == wanted["source"]
-        and found.get("reading") == wanted["reading"]
-    ):
-        check_same_listing(folder, found["listed"], listing, source=str(wanted["source"]))
-    # Shards of older versions do not say what their source consisted of.
-    known = {"listed": wanted["listed"], **found} if is_done(folder) else found
-    check_same_arguments(folder, known, wanted)
 
 
 def _begin(part: Path, arguments: Arguments, listing: Listing) -> None:

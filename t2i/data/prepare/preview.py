@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
 from t2i.config import PrepareConfig
-from t2i.data.prepare.encode import decode
+from t2i.data.prepare.decode import decode
 from t2i.data.shards.accounts import most_frequent
 from t2i.data.shards.manifest import IMAGE_TOKENIZER, RECONSTRUCTIONS, TEXT_TOKENIZER
 from t2i.data.shards.reader import read_split

@@ -14,11 +14,17 @@ import numpy as np
 from streaming import MDSWriter
 from tqdm import tqdm
 
+from t2i.data.prepare.arguments import Arguments, check_same, source_arguments, text_maker_of
+from t2i.data.prepare.finish import save_text_tokenizer
+from t2i.data.prepare.part_folder import RANKS, claimed, is_done, place_of, publish, saying_full_disk
+from t2i.data.shards.accounts import check_accounts
 from t2i.data.shards.baselines import code_floors
-from t2i.data.shards.manifest import TEXT_TOKENIZER, Manifest, TextMaker, read_manifest, side_files
+from t2i.data.shards.manifest import Manifest, read_manifest, side_files
 from t2i.data.shards.reader import read_split
+from t2i.data.sources import Tally
 from t2i.data.sources.documents import Documents
-from t2i.errors import DataError, UserError
+from t2i.data.sources.listing import make_listing
+from t2i.errors import DataError
 from t2i.files import HASH, hash_uniform
 from t2i.tokens.text import TextTokenizer
 
@@ -57,29 +63,51 @@ def prepare_text(
         UserError: `out` was made with other arguments.
         DataError: the documents of a split do not fill one sequence.
     """
+    listing = make_listing(documents.listing())
     arguments: dict[str, object] = {
-        "source": documents.name,
+        **source_arguments(documents.name, listing),
         "seq_len": seq_len,
         "heldout_share": heldout_share,
         "text_tokenizer": text_tokenizer.fingerprint(),
     }
-    if out.exists():
+    out = place_of(out)
+    if is_done(out):
         manifest = read_manifest(out)
-        if manifest.arguments != arguments:
-            raise UserError(
-                f"{out} was made with {manifest.arguments}; now given {arguments}. Choose another --out."
-            )
+        check_same(out, manifest.arguments, arguments, listing=listing)
         return manifest
     part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    packs, digest = _write(documents, part, text_tokenizer, seq_len=seq_len, heldout_share=heldout_share)
+    with saying_full_disk(part), claimed(part, rank=0):
+        for old in part.iterdir():
+            if old.is_dir() and old.name != RANKS:
+                shutil.rmtree(old)
+        listing.write(part)
+        _pack(
+            documents, part, text_tokenizer, arguments=arguments, seq_len=seq_len, heldout_share=heldout_share
+        )
+    publish(part, out)
+    return read_manifest(out)
+
+
+def _pack(
+    documents: Documents,
+    part: Path,
+    text_tokenizer: TextTokenizer,
+    *,
+    arguments: Arguments,
+    seq_len: int,
+    heldout_share: float,
+) -> None:
+    """Write the shards and the manifest into an empty folder."""
+    packs, tally, digest = _write(
+        documents, part, text_tokenizer, seq_len=seq_len, heldout_share=heldout_share
+    )
     for split, pack in packs.items():
         if not pack.num_sequences:
             raise DataError(
-                f"{documents.name}: {pack.num_documents} {split} documents do not fill one sequence of {seq_len}."
+                f"{documents.name}: {pack.num_documents} {split} documents do not fill one sequence of {seq_len}"
+                f" tokens. Use a smaller --seq-len, or another --heldout-share than {heldout_share:g}."
             )
-    text_tokenizer.tokenizer.save_pretrained(part / TEXT_TOKENIZER)
+    save_text_tokenizer(text_tokenizer, part)
     manifest = Manifest(
         source=documents.name,
         versions=documents.versions,
@@ -88,18 +116,16 @@ def prepare_text(
         heldout_share=heldout_share,
         counts={split: packs[split].num_sequences for split in TEXT_SPLITS},
         documents={split: packs[split].num_documents for split in TEXT_SPLITS},
+        seen=tally.seen,
+        left_out=dict(tally.left_out),
         sequence_tokens=seq_len,
-        text_tokenizer=TextMaker(
-            text_tokenizer.name, text_tokenizer.fingerprint(), text_tokenizer.num_tokens
-        ),
+        text_tokenizer=text_maker_of(text_tokenizer),
         floors_nats=text_floors(part, num_tokens=text_tokenizer.num_tokens),
         files=side_files(part),
         arguments=arguments,
     )
+    check_accounts(manifest, where=part)
     manifest.write(part)
-    # The folder appears under its name only when it is complete.
-    part.rename(out)
-    return manifest
 
 
 def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
@@ -116,12 +142,13 @@ def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]
 
 def _write(
     documents: Documents, part: Path, tokenizer: TextTokenizer, *, seq_len: int, heldout_share: float
-) -> tuple[dict[str, _Pack], str]:
-    """Write both splits; return per split what was packed, and the hash of all documents."""
+) -> tuple[dict[str, _Pack], Tally, str]:
+    """Write both splits; return per split what was packed, what was left out, and the hash of all documents."""
     kind = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     columns = {"key": "str", "caption_ids": f"ndarray:{kind}"}
     packs = {split: _Pack(seq_len) for split in TEXT_SPLITS}
     seen: set[bytes] = set()
+    tally = Tally()
     digest = hashlib.sha256()
     # Once, because the look-up builds the whole vocabulary.
     end_id = tokenizer.end_id
@@ -133,7 +160,9 @@ def _write(
         for text in tqdm(documents.texts, unit="document", desc="pack"):
             # Sixteen bytes per document are kept, not its text, which may not fit in memory.
             key = hashlib.sha256(text.encode()).digest()[:16]
+            tally.seen += 1
             if key in seen:
+                tally.left_out["a document that was there before"] += 1
                 continue
             seen.add(key)
             digest.update(key)
@@ -143,4 +172,4 @@ def _write(
             for sequence in packs[split].add(ids):
                 name = f"{split}-{packs[split].num_sequences:08d}"
                 writers[split].write({"key": name, "caption_ids": np.array(sequence, dtype=kind)})
-    return packs, digest.hexdigest()
+    return packs, tally, digest.hexdigest()

@@ -23,18 +23,21 @@ def check_accounts(manifest: Manifest, *, where: Path) -> None:
     Raises:
         DataError: the sum differs; the message has the numbers.
     """
-    if manifest.seen is None or manifest.left_out is None or manifest.broken is None:
+    if manifest.seen is None or manifest.left_out is None:
         return
-    views = (manifest.prepare or {}).get("views", 1)
-    kept, left_out = num_pairs(manifest.counts, views=views), sum(manifest.left_out.values())
+    views, broken = (manifest.prepare or {}).get("views", 1), manifest.broken or 0
+    kept, left_out = (
+        num_pairs(manifest.documents or manifest.counts, views=views),
+        sum(manifest.left_out.values()),
+    )
     if manifest.counts.get("train", 0) % views:
         raise DataError(
             f"{where} has {manifest.counts['train']} train samples; expected a multiple of {views} views."
         )
-    total = kept + left_out + manifest.broken
+    total = kept + left_out + broken
     if total != manifest.seen:
         raise DataError(
-            f"{where}: {kept} pairs kept, {left_out} left out and {manifest.broken} broken are {total}; expected the"
+            f"{where}: {kept} kept, {left_out} left out and {broken} broken are {total}; expected the"
             f" {manifest.seen} entries of {manifest.source}. This is an error of t2i: please report it."
         )
     if manifest.caption_tokens is not None and sum(manifest.caption_tokens.values()) != kept:

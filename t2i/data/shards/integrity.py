@@ -194,7 +194,8 @@ def remake_advice(folder: Path, manifest: Manifest) -> str:
 
 def remake_command(folder: Path, manifest: Manifest) -> str:
     """Return the command that prepares a shard folder as it was made."""
-    flags: dict[str, object] = {"source": manifest.source, "out": folder}
+    source = manifest.arguments.get("source_path", manifest.source)
+    flags: dict[str, object] = {"source": source, "out": folder}
     if manifest.is_text:
         flags |= {"seq-len": manifest.sequence_tokens}
     else:

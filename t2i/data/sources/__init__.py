@@ -3,6 +3,7 @@
 Each file here reads one kind of source and lists its entries. `source.py` turns entries into pairs.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,13 +12,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2i.config import SourceConfig
-from t2i.data.shards.manifest import Manifest
+from t2i.data.shards.manifest import MANIFEST, Manifest
 from t2i.data.sources import openmoji
 from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.coco import caption_files, has_both, list_coco
 from t2i.data.sources.folder import METADATA, find_metadata, read_image_folder, read_text_folder
 from t2i.data.sources.hub import is_saved, units_of_dataset
 from t2i.data.sources.image import IMAGE_SUFFIXES, UNREADABLE, OpenedImage, decode_image
+from t2i.data.sources.listing import list_source
 from t2i.data.sources.parquet import units_of_tables
 from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
@@ -52,6 +54,8 @@ __all__ = [
     "open_source",
     "reopen_source",
 ]
+
+logger = logging.getLogger(__name__)
 
 AS_IT_IS = SourceConfig()
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -108,14 +112,37 @@ def open_source(
 
 
 def reopen_source(manifest: Manifest) -> Source:
-    """Open a manifest's source with the settings that it was prepared with."""
+    """Open a manifest's source with the settings that it was prepared with, and say if it has changed since.
+
+    Raises:
+        DataError: it is neither where it was nor at the same name from here.
+    """
     config = SourceConfig(**manifest.reading or {})
     # Manifests of 0.1 do not count what was seen. Their held-out images are found by the keys that they had.
     is_old = manifest.seen is None
     name = manifest.source
     if is_old and name.count("/") == 1 and ":" not in name and not Path(name).exists():
         name = f"{HUB}{name}"
-    return open_source(name, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old)
+    opened = partial(
+        open_source, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old
+    )
+    try:
+        source = opened(str(manifest.arguments.get("source_path", name)))
+    except DataError as error:
+        try:
+            source = opened(name)  # a project may have been moved with its images
+        except DataError:
+            raise DataError(
+                f"the source of the shards cannot be read again. {error} (The shards' {MANIFEST} names it: it was"
+                f" prepared as --source {manifest.source}.)"
+            ) from error
+    listed = manifest.arguments.get("listed")
+    if listed and listed != (now := list_source(source).fingerprint):
+        logger.warning(
+            "%s has changed since its shards were made (%s then, %s now); what is there now is used.",
+            source.name, listed, now,
+        )  # fmt: skip
+    return replace(source, name=manifest.source)
 
 
 def _folder(folder: Path, sieve: Sift, config: SourceConfig, has_bare_keys: bool) -> Source:

@@ -7,13 +7,13 @@ import logging
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from t2i.data.sources.folder import list_files
-from t2i.data.sources.source import Tally
+from t2i.data.sources.source import Listed, Tally
 from t2i.errors import DataError
 from t2i.files import hub_name, not_here
 
@@ -43,6 +43,13 @@ class Documents:
     texts: Iterable[str]
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that were read; empty for other sources."""
+    files: Sequence[Path] = ()
+    """The files that were listed; empty for packages and datasets."""
+
+    def listing(self) -> Iterator[Listed]:
+        """List what the documents are read from, so that a change of it is noticed."""
+        yield from (Listed(package, version) for package, version in self.versions.items())
+        yield from (Listed(f"{path.parent.name}/{path.name}", file=path) for path in self.files)
 
 
 def open_documents(source: str) -> Documents:
@@ -67,7 +74,7 @@ def open_documents(source: str) -> Documents:
         )
     path = Path(name)
     if path.is_file():
-        return Documents(source, _paragraphs(_read(path)))
+        return Documents(source, _paragraphs(_read(path)), files=[path])
     if path.is_dir():
         tally = Tally()
         files = [file for file in list_files(path, tally) if file.suffix == ".txt"]
@@ -79,7 +86,7 @@ def open_documents(source: str) -> Documents:
             )
         if not files:
             raise DataError(f"--source {source}: {path} holds no .txt file.")
-        return Documents(source, (_read(file).strip() for file in files))
+        return Documents(source, (_read(file).strip() for file in files), files=files)
     if not hub_name(name):
         raise DataError(f"--source {source}: {not_here(name)}.")
     return Documents(source, _dataset_texts(hub_name(name)))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from t2i.data.sources import Listed, Source
+from t2i.data.sources.source import Listed, Source
 from t2i.errors import DataError
 from t2i.files import write_bytes_whole
 
