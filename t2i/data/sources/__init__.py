@@ -123,9 +123,7 @@ def reopen_source(manifest: Manifest) -> Source:
     name = manifest.source
     if is_old and name.count("/") == 1 and ":" not in name and not Path(name).exists():
         name = f"{HUB}{name}"
-    opened = partial(
-        open_source, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old
-    )
+    opened = partial(open_source, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old)
     try:
         source = opened(str(manifest.arguments.get("source_path", name)))
     except DataError as error:
