@@ -14,6 +14,7 @@ class Zero(TypedDict, total=False):
 
     stage: int
     overlap_comm: bool
+    round_robin_gradients: bool
     reduce_bucket_size: int
     """Elements."""
 

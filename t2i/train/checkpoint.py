@@ -22,8 +22,13 @@ from t2i.runs.metrics_log import METRICS, read_metrics
 from t2i.runs.run_folder import write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP
-from t2i.train.deepspeed_internals import group_sizes, moments_of, save_engine, why_it_failed
-from t2i.train.deepspeed_state import load_engine, load_from_other_ranks, random_states
+from t2i.train.deepspeed_internals import (
+    group_sizes,
+    moments_of,
+    save_engine,
+    why_it_failed,
+)
+from t2i.train.deepspeed_state import load_state, random_states
 from t2i.train.guards import check_ranks_agree, optimizer_bits
 from t2i.train.inputs import Inputs
 from t2i.train.progress import Progress
@@ -205,10 +210,7 @@ class Saver:
                 f"{folder} {told}; this version of t2i makes groups of {groups}. Resume with the version that wrote it,"
                 f" or start a run from its weights: --model.init {folder} --run-dir NEW."
             )
-        if facts.world_size == dist.get_world_size():
-            load_engine(self.engine, folder)
-        else:
-            load_from_other_ranks(self.engine, folder, found=facts.world_size)
+        load_state(self.engine, folder, num_ranks=facts.world_size)
         return Progress(**facts.progress)
 
 

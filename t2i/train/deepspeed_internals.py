@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -16,12 +16,15 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from t2i.config import DsConfig
 from t2i.distributed import faults
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.checkpoint_manifest import SealedFile
 
 MADE_FOR = "0.19.8"
+MODEL_STATES = "mp_rank_00_model_states.pt"
+"""DeepSpeed's file of the weights."""
 NORM_PART = 2**20
 """Values of a gradient whose squares are summed at a time."""
 SEALERS = 2
@@ -183,6 +186,44 @@ def reading_universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         engine._config.load_universal_checkpoint = False
 
 
+@dataclass(frozen=True)
+class StateKind:
+    """What decides how DeepSpeed lays out the state that it saves."""
+
+    num_ranks: int
+    precision: Literal["bf16", "fp32"]
+    adam: Literal["torch's Adam", "DeepSpeed's Adam"]
+    is_round_robin: bool = False
+    """Parameters are dealt out to ranks in another order (round_robin_gradients)."""
+
+    def __str__(self) -> str:
+        return f"{self.num_ranks} {'rank' if self.num_ranks == 1 else 'ranks'} in {self.precision} with {self.adam}"
+
+
+def kind_of(ds_config: DsConfig, *, num_ranks: int) -> StateKind:
+    """Tell how the state of a run with this JSON is laid out."""
+    has_bf16 = ds_config.get("bf16", {}).get("enabled", False)
+    has_torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
+    return StateKind(
+        num_ranks,
+        precision="bf16" if has_bf16 else "fp32",
+        adam="torch's Adam" if has_torch_adam else "DeepSpeed's Adam",
+        is_round_robin=ds_config.get("zero_optimization", {}).get("round_robin_gradients", False),
+    )
+
+
+def saved_ds_config(folder: Path) -> DsConfig:
+    """Read the JSON with which a checkpoint was made, from DeepSpeed's own state."""
+    file = min((folder / "engine").glob("*_optim_states.pt"))
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["ds_config"]  # type: ignore[no-any-return]
+
+
+def saved_module(folder: Path) -> dict[str, Tensor]:
+    """Read all weights of a checkpoint under the names that they have in training, frozen ones included."""
+    state = torch.load(folder / "engine" / MODEL_STATES, map_location="cpu", weights_only=True, mmap=True)
+    return state["module"]  # type: ignore[no-any-return]
+
+
 def step_without_update(engine: deepspeed.DeepSpeedEngine) -> None:
     """Take the engine's step so that it drops the gradients and leaves the weights as they are."""
     # By DeepSpeed's own path for an overflow, which clears the gradients and counts a skipped step.
@@ -223,6 +264,17 @@ def group_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:
 def adam_of(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     """Return the optimizer of this rank's shards, which ZeRO's optimizer wraps."""
     return engine.optimizer.optimizer  # type: ignore[no-any-return]
+
+
+def count_steps_as(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let the optimizer have its count of steps in the type that it takes, whichever Adam counted them."""
+    adam = adam_of(engine)
+    for value, state in adam.state.items():
+        # torch's counts in tensors where its fused pass runs, DeepSpeed's in whole numbers.
+        if isinstance(adam, torch.optim.Adam):
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=value.device)
+        else:
+            state["step"] = int(state["step"])
 
 
 def moments_of(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Loading DeepSpeed's part of a checkpoint, converted if the number of ranks differs; and random states."""
+"""Loading DeepSpeed's part of a checkpoint, converted if the machine's settings differ; and random states."""
 
 import logging
 import os
@@ -14,18 +14,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.errors import CheckpointError
 from t2i.runs.trust import only_plain_values
-from t2i.train.deepspeed_internals import reading_universal
+from t2i.train.deepspeed_internals import (
+    count_steps_as,
+    kind_of,
+    reading_universal,
+    saved_ds_config,
+    saved_module,
+)
 
 logger = logging.getLogger(__name__)
 
 CONVERTED = ".universal"
-"""Folder, beside the checkpoints, of the one that is being converted for another number of ranks."""
+"""Folder, beside the checkpoints, of the one that is being converted."""
 CONVERTER = """
 from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 from t2i.runs.trust import pickle_enums_by_value
@@ -50,19 +55,29 @@ class ClientState(TypedDict):
     """One per rank."""
 
 
-def load_from_other_ranks(engine: deepspeed.DeepSpeedEngine, folder: Path, *, found: int) -> None:
-    """Load what another number of ranks saved, through DeepSpeed's universal format.
+def load_state(engine: deepspeed.DeepSpeedEngine, folder: Path, *, num_ranks: int) -> None:
+    """Load DeepSpeed's state, converted if the run that saved it had other ranks, another precision or another Adam.
+
+    Args:
+        num_ranks: of the run that saved it.
 
     Raises:
-        CheckpointError: the conversion failed.
+        CheckpointError: the state is damaged, or the conversion failed.
     """
+    with only_plain_values(folder / "engine"):
+        saved = kind_of(saved_ds_config(folder), num_ranks=num_ranks)
+    own = kind_of(engine.config, num_ranks=dist.get_world_size())
+    if saved == own:
+        load_engine(engine, folder)
+        return
     # Converted when it is needed, not at each save: that would double a save's time and size.
     converted = folder.with_name(CONVERTED)
-    logger.info("converting %s, made by %d ranks, for %d", folder, found, dist.get_world_size())
+    logger.info("converting %s, made by %s, for %s", folder, saved, own)
     on_first_rank(lambda: convert(folder / "engine", converted / "engine"))
     with reading_universal(engine):
         load_engine(engine, converted)
-    load_frozen(engine.module.model, folder)
+    count_steps_as(engine)
+    load_frozen(engine.module, folder)
     dist.barrier()  # until every rank has read it
     on_first_rank(lambda: shutil.rmtree(converted))
 
@@ -100,10 +115,12 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     restore_random_states(client_state)
 
 
-def load_frozen(model: torch.nn.Module, folder: Path) -> None:
+def load_frozen(module: torch.nn.Module, folder: Path) -> None:
     """Copy the frozen parameters, which the universal format leaves out."""
-    saved = load_file(folder / "model.safetensors")
-    for name, value in model.named_parameters():
+    # Not from model.safetensors: there adapters are merged into the matrices, and split embeddings are joined.
+    with only_plain_values(folder / "engine"):
+        saved = saved_module(folder)
+    for name, value in module.named_parameters():
         if not value.requires_grad:
             value.data.copy_(saved[name])
 

@@ -1,14 +1,18 @@
 """The DeepSpeed engine: its JSON decides about the machine, the run's settings about the result."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypedDict
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.config import DsConfig, TrainConfig
 from t2i.data.batching import accumulation
+from t2i.errors import UserError
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
 from t2i.tokens.vocab import VocabLayout
@@ -70,6 +74,25 @@ def make_engine(
 
     Args:
         per_rank: sequences per step of each rank.
+
+    Raises:
+        UserError: DeepSpeed refuses its JSON.
+    """
+    whole = whole_ds_config(ds_config, config=config, per_rank=per_rank)
+    groups = parameter_groups(learner, config=config)
+    with _refusals():
+        engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=whole)
+    measure_in_parts(engine.optimizer)
+    if config.l2_sp:
+        pull_to_start(adam_of(engine), share=config.l2_sp)
+    return engine
+
+
+def whole_ds_config(ds_config: DsConfig, *, config: TrainConfig, per_rank: int) -> dict[str, object]:
+    """Add to DeepSpeed's JSON what the run decides; check that DeepSpeed takes it, which costs no weight.
+
+    Raises:
+        UserError: it does not.
     """
     steps, micro_batch = accumulation(per_rank, micro_batch=ds_config["train_micro_batch_size_per_gpu"])
     chosen = ds_config.get("optimizer", {}).get("params", {})
@@ -92,13 +115,31 @@ def make_engine(
         "gradient_clipping": config.grad_clip,
         "optimizer": optimizer,
     }
-    engine, *_ = deepspeed.initialize(
-        model=learner, model_parameters=parameter_groups(learner, config=config), config=whole
-    )
-    measure_in_parts(engine.optimizer)
-    if config.l2_sp:
-        pull_to_start(adam_of(engine), share=config.l2_sp)
-    return engine
+    with _refusals():
+        deepspeed.DeepSpeedConfig(whole)
+    return whole
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what DeepSpeed says of its JSON into a user's error."""
+    try:
+        yield
+    except UserError:
+        raise
+    # All that its checks of settings raise, pydantic's errors among them. Errors of the machine are others.
+    except (
+        DeepSpeedConfigError,
+        AssertionError,
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:
+        said = " ".join(str(error).partition("For further information")[0].split())
+        raise UserError(
+            f"DeepSpeed refuses the JSON of --ds_config: {said or type(error).__name__}"
+        ) from error
 
 
 def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:

@@ -29,7 +29,7 @@ from t2i.runs.run_folder import State, make_folder, open_run, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import Learner, make_engine
+from t2i.train.engine import Learner, make_engine, whole_ds_config
 from t2i.train.inputs import read_inputs
 from t2i.train.loop import EndConditions, Trainer
 from t2i.train.metrics import MetricsWriter, Speed
@@ -67,6 +67,8 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         with _job(
             run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
         ) as peers:
+            per_rank = num_sequences // world_size
+            whole_ds_config(ds_config, config=train_config, per_rank=per_rank)  # before minutes of work
             inputs = read_inputs(data_config, init=model_config.init, global_batch=num_sequences)
             model, layout = build_model(
                 replace(model_config, init=inputs.start),
@@ -86,7 +88,6 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             # One rank hashes the coming shards in a thread; remote ones are hashed as they are downloaded.
             if is_first and not data_config.remote:
                 loader.look_ahead()
-            per_rank = num_sequences // world_size
             warn_of_slow_bf16(model, ds_config, tokens=per_rank * data_config.seq_len)
             is_bf16 = ds_config.get("bf16", {}).get("enabled", False)
             check_precision(model, dtype=torch.bfloat16 if is_bf16 else torch.float32)

@@ -118,7 +118,7 @@ def test_two_ranks_go_on_as_one(shards, whole, half, tmp_path, observed, caplog)
     )
     with caplog.at_level("INFO", logger="t2i"):
         train(config, ds_config_path=ds_config(tmp_path))
-    assert "made by 2 ranks, for 1" in caplog.text
+    assert "made by 2 ranks in fp32 with torch's Adam, for 1 rank in fp32" in caplog.text
     same_but_for_rounding(whole, half, observed)
     assert not (half / "checkpoints" / ".universal").exists()
 
@@ -141,7 +141,7 @@ def test_one_rank_goes_on_as_two(shards, tmp_path, observed):
     forget_after(run_dir, step=4)
     job = Job(shards, run_dir, train__save_every=4, train__keep_last=9, **LEARN).run()
     assert job.code == 0, job.said()[-3000:]
-    assert "made by 1 ranks, for 2" in job.said()
+    assert "made by 1 rank in fp32 with torch's Adam, for 2 ranks in fp32" in job.said()
     same_but_for_rounding(config.run_dir, run_dir, observed)
 
 

@@ -24,7 +24,6 @@ from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
-from t2i.train.ds_config import read_ds_config
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
@@ -148,33 +147,6 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
         train(config, ds_config_path=DS_CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"zero_optimization": {"stage": 0}}, r"stage is 0; expected 1 or 2"),
-        ({"zero_optimization": {"stage": 3}}, r"stage is 3; expected 1 or 2"),
-        (
-            {
-                "zero_optimization": {"stage": 1},
-                "bf16": {"enabled": True},
-                "data_types": {"grad_accum_dtype": "fp32"},
-            },
-            r"stage is 1 with bf16 and grad_accum_dtype fp32; expected stage 2",
-        ),
-        ({"fp16": {"enabled": True}}, r"enables fp16"),
-        ({"train_micro_batch_size_per_gpu": "auto"}, r"is 'auto'; expected a whole number"),
-        ({"optimizer": None}, r"sets the optimizer"),
-        ({"optimizer": {"params": 1}}, r"sets the optimizer"),
-        ({"zero_optimization": 2}, r"zero_optimization is 2; expected an object"),
-        ({"bf16": True}, r"bf16 is True; expected an object"),
-    ],
-)
-def test_a_ds_config_that_cannot_work_is_refused(tmp_path, changes, sentence):
-    (tmp_path / "bad.json").write_text(json.dumps({**json.loads(DS_CONFIG.read_text()), **changes}))
-    with pytest.raises(UserError, match=sentence):
-        read_ds_config(tmp_path / "bad.json")
-
-
 def test_micro_batches_are_few_and_no_larger_than_asked():
     for per_rank in range(1, 40):
         for micro_batch in range(1, 40):
@@ -190,7 +162,7 @@ def test_a_second_run_in_the_folder_with_other_science_is_refused(finished):
 
 def test_a_ds_config_that_claims_a_number_of_the_run_is_refused(finished, tmp_path):
     (tmp_path / "bad.json").write_text('{"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1}')
-    with pytest.raises(UserError, match=r"gradient_clipping, which --train\.grad_clip decides"):
+    with pytest.raises(UserError, match=r"gradient_clipping is decided by --train\.grad_clip"):
         train(replace(finished, run_dir=tmp_path / "run"), ds_config_path=tmp_path / "bad.json")
     assert not (tmp_path / "run").exists()  # a mistake leaves no folder
 

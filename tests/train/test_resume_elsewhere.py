@@ -1,0 +1,65 @@
+"""A run resumes with another DeepSpeed JSON: another precision, another Adam. Weights and moments are converted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import config_of
+
+from t2i.runs.metrics_log import read_metrics
+from t2i.train.main import train
+
+ROOT = Path(__file__).parents[2]
+FP32 = json.loads((ROOT / "ds_configs" / "zero2_fp32.json").read_text())
+BF16 = {**FP32, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+DEEPSPEEDS_ADAM = {**FP32, "optimizer": {"params": {"torch_adam": False}}}
+ROUND_ROBIN = {**FP32, "zero_optimization": {**FP32["zero_optimization"], "round_robin_gradients": True}}
+
+
+def run(config, ds_config, *, folder, steps):
+    """Train up to a step and return the losses of all steps."""
+    folder.mkdir(exist_ok=True)
+    (folder / "ds.json").write_text(json.dumps(ds_config))
+    settings = replace(config.train, max_steps=steps, warmup_steps=1, save_every=2, eval_every=0)
+    config = replace(config, run_dir=folder / "run", train=settings)
+    train(config, ds_config_path=folder / "ds.json")
+    return [row["loss"] for row in read_metrics(config.run_dir)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    return run(config_of(shards, None), FP32, folder=tmp_path_factory.mktemp("undisturbed"), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("made", "resumed", "tolerance"),
+    [
+        # bf16 has 8 bits, and two of four steps are taken in it.
+        (FP32, BF16, 1e-3),
+        (BF16, FP32, 1e-3),
+        (FP32, DEEPSPEEDS_ADAM, 1e-6),
+        (DEEPSPEEDS_ADAM, FP32, 1e-6),
+        (FP32, ROUND_ROBIN, 1e-6),
+    ],
+    ids=["fp32-bf16", "bf16-fp32", "torch-deepspeed", "deepspeed-torch", "round-robin"],
+)
+def test_a_run_resumes_with_another_json(made, resumed, tolerance, undisturbed, shards, tmp_path, caplog):
+    config = config_of(shards, None)
+    run(config, made, folder=tmp_path, steps=2)
+    with caplog.at_level("INFO", logger="t2i"):
+        found = run(config, resumed, folder=tmp_path, steps=4)
+    assert "made by 1 rank in " in caplog.text and "resuming at step 2 of 4" in caplog.text
+    assert found == pytest.approx(undisturbed, rel=tolerance)
+
+
+def test_frozen_weights_beside_adapters_come_along(shards, tmp_path):
+    config = config_of(shards, None)
+    config = replace(config, model=replace(config.model, lora_rank=2))
+    whole = run(config, FP32, folder=tmp_path / "whole", steps=4)
+    run(config, FP32, folder=tmp_path / "run", steps=2)
+    found = run(config, DEEPSPEEDS_ADAM, folder=tmp_path / "run", steps=4)
+    assert found == pytest.approx(whole, rel=1e-6)
+    # The converted copy is gone.
+    assert {path.name for path in (tmp_path / "run" / "run" / "checkpoints").iterdir()} >= {"step_000004"}
+    assert not (tmp_path / "run" / "run" / "checkpoints" / ".universal").exists()
