@@ -29,7 +29,7 @@ def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: 
     """
     samples = list(read_split(config.shards, "heldout", num_samples=num_sequences))
     if not samples:
-        raise DataError(f"{config.shards} has no held-out pairs.")
+        raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
     return stack_sequences(samples, layout=model.layout, config=config, captions=captions)

@@ -150,7 +150,7 @@ def measure_perplexity(
             model, ids, batch_size=batch_size, image_size=manifest.image_size or None
         )
     if not results:
-        raise DataError(f"{config.shards} has no held-out split.")
+        raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     return results
 
 

@@ -17,7 +17,7 @@ from t2i.config import AlignConfig, AlignRun, DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.shards.reader import read_split
-from t2i.errors import UserError
+from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
 from t2i.model.uniform_start import Probe, shift_to_uniform
@@ -42,12 +42,18 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
 
     Raises:
         UserError: more pairs per step than the data has, or a model that was trained on these codes already.
+        DataError: too few held-out pairs to measure retrieval among.
     """
     manifest, config = manifest_of(run.data), run.align
     count = num_trained_on(manifest, subsample_every=run.data.subsample_every)
     if count < config.num_pairs:
         raise UserError(
             f"align.num_pairs is {config.num_pairs}; expected <= {count}, the training pairs of {run.data.shards}."
+        )
+    if (heldout_count := manifest.counts.get("heldout", 0)) < 2:
+        raise DataError(
+            f"{run.data.shards} holds out {heldout_count} pairs; retrieval is measured among at least 2. Prepare with a"
+            " larger --heldout-share."
         )
     is_first = dist.get_rank() == 0
     lock = open_run(run, ds_config={}) if is_first else None

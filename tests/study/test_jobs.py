@@ -90,6 +90,10 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
         ),
         (
             ("seq_len: 90", "seq_len: long"),
+            "arm pretrained: data.seq_len is 'long'; expected a whole number from 1 to 1,000,000",
+        ),
+        (
+            ("seq_len: 90", "seq_len: [90, 91]"),
             "arm pretrained has settings that launchers/train.py does not take",
         ),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),

@@ -121,6 +121,9 @@ def test_distances_are_those_of_the_newest_checkpoint(tmp_path, section):
     found = section(made, "agreement", arms=["fast"], measure="fd")
     assert column(found, "fd") == ["1", "2", "3"]
     assert "+1.00 over 3 runs" in found.found  # both orders alike; the first distances fall
+    for file in tmp_path.rglob("scores.json"):  # distances that are all one have no order
+        write_json(file, {"fd": 1.0, "n": 20, "features": "some"})
+    assert "unknown over 3 runs" in section(made, "agreement", arms=["fast"], measure="fd").found
 
 
 def test_forgetting_goes_from_the_first_to_the_last_measure(tmp_path, section):
@@ -168,6 +171,9 @@ def test_shares_of_gradients_are_images_to_text(tmp_path, section):
     assert "fast: 3.5 image tokens" in found.found
     assert "gradient norms of image to text 4.00" in found.found
     assert found.table[2][2:] == ["70.00%", "25.00%", "50.00%", "2", "1"]
+    write_json(tmp_path / "gradients.json", {**gradients, "text": part(0, 0.0), "cosine_text_image": None})
+    found = section(made, "shares", files={"fast": "{out}/gradients.json"})
+    assert "fast: no text token" in found.found and "inf" not in found.found
 
 
 def nearest_file(tmp_path, **random_nearer):

@@ -8,19 +8,21 @@ import pytest
 from conftest import ROOT, config_of
 from PIL import Image
 
-from t2i.config import ASSETS, DataConfig, PrepareConfig, TrainConfig
+from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig, PrepareConfig, TrainConfig
 from t2i.data.loader import StepLoader
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
+from t2i.measure.gradients import heldout_sequences
 from t2i.measure.heldout_images import heldout_halves, source_of
 from t2i.report.run import write_report
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import periodic
+from t2i.train.align import align
 from t2i.train.main import train
 
 COUNT = 20
@@ -63,6 +65,14 @@ def test_a_run_with_nothing_held_out_draws_captions_of_training_and_says_so(smal
         DataError, match="has 0 held-out images; a distance needs at least 20. It has 20 images in all"
     ):
         heldout_halves(source_of(read_manifest(small)), num_samples=None)
+
+
+def test_what_needs_held_out_pairs_says_how_to_have_them(small, tmp_path, one_process):
+    run = AlignRun(tmp_path / "aligned", data=DataConfig(small), model="none", align=AlignConfig(num_pairs=8))
+    with pytest.raises(DataError, match="holds out 0 pairs; .* Prepare with a larger --heldout-share"):
+        align(run)
+    with pytest.raises(DataError, match="has no held-out pairs; prepare with a larger --heldout-share"):
+        heldout_sequences(None, config=DataConfig(small), num_sequences=4)
 
 
 def test_a_step_of_more_sequences_than_there_are_names_the_value_that_fits(small):

@@ -3,7 +3,6 @@
 import csv
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.dates
@@ -158,10 +157,8 @@ def agreement(study: Study, out: Path, *, arms: list[str], measure: str) -> Sect
 
 def _tau(points: Sequence[tuple[float, ...]]) -> str:
     losses, distances = zip(*points, strict=True)
-    # Tau of equal values is nan, which a sentence should not say.
-    if all(one == two for one, two in pairwise(losses)):
-        return "unknown"
-    return f"{rank_agreement(losses, distances):+.2f}"
+    tau = rank_agreement(losses, distances)
+    return "unknown" if math.isnan(tau) else f"{tau:+.2f}"  # of equal losses, or of equal distances
 
 
 def _draw_published(rows: list[dict[str, str]]) -> Figure:

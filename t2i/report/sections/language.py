@@ -116,13 +116,13 @@ def shares(study: Study, out: Path, *, files: dict[str, str]) -> Section:
             cells = [f"{share:.2%}" for share in (part.token_share, part.loss_share, part.norm_share)]
             table.append([name, kind, *cells, f"{part.norm:.4g}", f"{part.norm_layers:.4g}"])
         image, text = one.image, one.text
-        # Sequences of images alone hold no text token.
-        tokens = image.tokens / text.tokens if text.tokens else math.inf
-        norm = image.norm / text.norm if text.norm else math.inf
+        if not text.norm:  # sequences of images alone
+            sentences.append(f"{name}: no text token, so all of the gradient is of images and markers")
+            continue
         cosine = "unknown" if one.cosine_text_image is None else f"{one.cosine_text_image:+.2f}"
         sentences.append(
-            f"{name}: {tokens:.1f} image tokens per text token, gradient norms of image to text {norm:.2f},"
-            f" cosine of the two {cosine}"
+            f"{name}: {image.tokens / text.tokens:.1f} image tokens per text token, gradient norms of image to text"
+            f" {image.norm / text.norm:.2f}, cosine of the two {cosine}"
         )
     return Section("The share of text", f"{'; '.join(sentences) or 'Not measured'}.", table=table)
 
