@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from t2i.convert.gguf_reference import Sizes, gguf_logits
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
+from t2i.model.foreign_folder import refuse_adapters
 from t2i.model.resize import never_generate
 from t2i.tokens.text import TextTokenizer
 
@@ -234,9 +235,15 @@ def _load(file: GgufFile) -> PreTrainedModel:
         UserError: a quantisation that the package gguf cannot undo.
         CheckpointError: tensors are missing or broken.
     """
+    # transformers looks at what else lies there: adapters, and code for generate() unless its settings are given.
+    refuse_adapters(file.path.parent)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            file.path.parent, gguf_file=file.path.name, dtype=torch.float32, trust_remote_code=False
+            file.path.parent,
+            gguf_file=file.path.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            generation_config=GenerationConfig(),
         )
     except NotImplementedError as error:
         kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in file.reader.tensors}))

@@ -73,9 +73,9 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Pretr
     """
     description = read_description(folder)
     kind = description.get("model_type")
-    if kind in OURS:
-        return cast(PretrainedConfig, OURS[kind][0].from_pretrained(folder))
     try:
+        if kind in OURS:
+            return cast(PretrainedConfig, OURS[kind][0].from_pretrained(folder))
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:
         refuse_own_code(folder, description)
@@ -127,11 +127,21 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def made_of(config: PretrainedConfig) -> PreTrainedModel:
-    """Make a randomly initialised model."""
+def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Make a randomly initialised model.
+
+    Raises:
+        UserError: the configuration is of no causal language model, or of code that is not trusted.
+    """
     if isinstance(config, OpenLMConfig):
         return OpenLMForCausalLM(config)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    try:
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except UNUSABLE as error:
+        raise UserError(
+            f"a {config.model_type} model cannot be made as a causal language model: {_first_line(error)}"
+        ) from error
+    return cast(PreTrainedModel, made)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -164,6 +174,8 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
     """
     if model.get_output_embeddings() is None:
         raise UserError(f"{name} ({type(model).__name__}) has no LM head that computes logits.")
+    was_training = model.training
+    model.eval()
     ids = torch.arange(8)[None] % model.config.vocab_size  # (1, 8): which ids does not matter
     try:
         logits = model(ids, use_cache=False).logits.float()
@@ -172,6 +184,7 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
         raise UserError(
             f"{name} ({type(model).__name__}) does not compute logits as a causal language model: {_first_line(error)}"
         ) from error
+    model.train(was_training)
     difference = (logits - product).abs().max().item()
     # "not <=" instead of ">", so that nan is refused too.
     if not difference <= HEAD_TOLERANCE * max(1.0, logits.abs().max().item()):

@@ -29,13 +29,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         UserError: it is no JSON, names attention kernels of the hub, or the folder holds adapters of another model.
     """
     config = read_json(folder / "config.json", error=UserError)
-    if (folder / ADAPTER).exists():
-        base = read_json(folder / ADAPTER, error=UserError).get("base_model_name_or_path")
-        # transformers would load that base, from the hub too, in place of the folder's own weights.
-        raise UserError(
-            f"{folder} holds adapters of {base!r} ({ADAPTER}); expected a whole model. Merge them into that model"
-            " (peft: merge_and_unload) and give the merged folder."
-        )
+    refuse_adapters(folder)
     for name in attention_names(config):
         if name not in _attention_here():
             # A name with a slash would be fetched from the hub and run, and so would a flash attention that is missing.
@@ -44,6 +38,21 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f" {', '.join(_attention_here())}. Remove the key attn_implementation from it."
             )
     return config
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Refuse a folder with adapters, whose base transformers would load in place of the weights that lie there.
+
+    Raises:
+        UserError: there are any.
+    """
+    if not (folder / ADAPTER).exists():
+        return
+    base = read_json(folder / ADAPTER, error=UserError).get("base_model_name_or_path")
+    raise UserError(
+        f"{folder} holds adapters of {base!r} ({ADAPTER}); expected a whole model. Merge them into that model (peft:"
+        " merge_and_unload) and give the merged folder."
+    )
 
 
 def attention_names(values: object, *, is_named: bool = False) -> Iterator[str]:

@@ -17,7 +17,7 @@ import yaml
 from t2i.config import DsConfig
 from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.errors import CheckpointError, UserError
-from t2i.files import read_optional_json, write_json, write_whole
+from t2i.files import read_optional_json, read_yaml, write_json, write_whole
 from t2i.runs.checkpoint_store import last_step
 from t2i.settings import changed_settings
 from t2i.verbs import command_line, own_command_line
@@ -97,7 +97,7 @@ def open_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:
     """Read a run's resolved.yaml, in today's spelling of its keys."""
-    found = yaml.safe_load((run_dir / RESOLVED).read_text())
+    found = read_yaml(run_dir / RESOLVED, name=str(run_dir / RESOLVED))
     settings = with_new_keys(found, is_said=False)
     if settings != found:
         # One warning, not one per key: nobody typed these keys, and a resumed run writes the new ones.

@@ -13,6 +13,7 @@ from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.model.backbone import (
     check_decoding,
+    check_head,
     load_model,
     made_of,
     random_model_config,
@@ -178,9 +179,9 @@ def fresh_start(config: ModelConfig, *, manifest: Manifest, text_tokenizer: Text
                 " rule without such a deviation."
             )
         description.initializer_range = config.init_std
-    return _kept_rows(
-        made_of(description), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer
-    )
+    model = made_of(description, trust_remote_code=config.trust_remote_code)
+    check_head(model, name=config.init)  # a loaded model has passed it
+    return _kept_rows(model, knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
 
 
 def starting_model(

@@ -212,3 +212,15 @@ def test_another_class_and_an_unknown_end_token_are_refused_by_name(written, tmp
     _, path = written()
     with pytest.raises(UserError, match="--end-token </s>"):
         convert_gguf(path, end_token="</s>", text_tokenizer=None, out=tmp_path / "a", tell=print)
+
+
+def test_what_else_lies_beside_a_file_is_neither_run_nor_loaded(written, tmp_path):
+    _, path = written("llama")
+    code = path.parent / "custom_generate" / "generate.py"
+    code.parent.mkdir()
+    code.write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    convert_gguf(path, out=tmp_path / "made", end_token=END, text_tokenizer=None, tell=print)
+    assert not (tmp_path / "ran").exists()
+    (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/other"}')
+    with pytest.raises(UserError, match="holds adapters of 'somebody/other'"):
+        convert_gguf(path, out=tmp_path / "again", end_token=END, text_tokenizer=None, tell=print)
