@@ -96,3 +96,83 @@ def test_wrong_ids_are_counted_and_wrong_files_named(folder, tmp_path):
     (folder / "ids.json").write_text('{"vocab_size": 5}')
     with pytest.raises(DataError, match=r"ids\.json cannot be used .* expected \{.vocab_size"):
         open_source(f"ids:{folder}")
+
+
+def npy(shape, *, descr="<i4", data=b""):
+    """An array's file whose header claims a shape, whatever data follows."""
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+BROKEN = {
+    "a.npy": [
+        (npy((10**12, 10)), "is not an array of numpy's, or is broken"),
+        (npy((2, 10), data=b"\0" * 79), "is not an array of numpy's, or is broken"),
+        (npy((10**12, 0)), "is not an array|has the shape"),
+        (npy((2, 9), data=b"\0" * 72), r"has the shape \(2, 9\); expected \(N, 10\), as ids.json says"),
+        (npy((10,), data=b"\0" * 40), r"has the shape \(10,\)"),
+        (npy((), data=b"\0" * 4), r"has the shape \(\)"),
+        (npy((1, 10), descr="|O", data=b"\x80\x04N."), "is not an array of numpy's, or is broken"),
+        (b"", "is not an array of numpy's, or is broken"),
+        (b"PK\x03\x04", "is not an array of numpy's, or is broken"),
+        (b"PK\x05\x06" + b"\0" * 18, "has several arrays"),
+    ],
+    "a.jsonl": [
+        (b"[1, 2]", "line 1 holds list; expected an object of keys"),
+        (b'{"ids": [1', "line 1 is not JSON"),
+        (b"[" * 100_000, "line 1 is not JSON"),
+        (b'{"id": [1]}', "row 1 has no ids"),
+    ],
+    "a.parquet": [(b"PAR1", "is not a parquet file, or is broken")],
+    "ids.json": [
+        (b"[]", "cannot be used"),
+        (b'{"vocab_size": "9", "length": 10, "made_by": "x"}', "vocab_size is '9'; expected int"),
+        (b'{"vocab_size": 0, "length": 10, "made_by": "x"}', "vocab_size is 0; expected 1 to 2,147,483,648"),
+        (
+            b'{"vocab_size": 9, "length": 1000000000000, "made_by": "x"}',
+            "length is 1000000000000; expected 1 to",
+        ),
+        (b'{"vocab_size": 9, "length": 10, "made_by": "x", "why": 1}', "cannot be used"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), [(n, *case) for n in BROKEN for case in BROKEN[n]])
+def test_a_broken_or_forged_file_is_a_sentence(name, content, sentence, tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(FACTS))
+    (tmp_path / "whole.jsonl").write_text(json.dumps({"ids": [1] * 10}))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        made.accounted(f"ids:{tmp_path}")
+
+
+def test_odd_rows_are_left_out_and_their_captions_are_text(tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(FACTS))
+    good = [1] * 10
+    rows = [
+        *(
+            {"ids": ids}
+            for ids in ([[1, 2], [3]], "1" * 10, None, {"a": 1}, [2**70] * 10, [True] * 10, [None] * 10)
+        ),
+        *(
+            {"ids": good, "caption": caption}
+            for caption in ({"en": "a"}, 7, [], float("nan"), None, "", "a\nb")
+        ),
+        {"ids": good, "key": {"a": 1}},
+        {"ids": good, "key": 5},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept, tally = made.accounted(f"ids:{tmp_path}", opens=False)
+    assert kept == {"a/9": "", "a/10": "", "a/11": "", "a/12": "", "a/13": "a b", "a/14": "", "5": ""}
+    assert tally.left_out["not 10 integers"] == 7
+
+
+def test_the_lines_of_captions_end_at_line_ends_alone(tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(FACTS))
+    np.save(tmp_path / "a.npy", np.ones((3, 10), np.int64))
+    (tmp_path / "a.txt").write_bytes("a\u2028b\r\n\r\ncaf".encode() + b"\xe9\r\n")
+    (tmp_path / "notes.txt").touch()
+    kept, tally = made.accounted(f"ids:{tmp_path}", opens=False)
+    assert list(kept.values()) == ["a b", "", "café"]
+    assert tally.changed == {"a caption that is not UTF-8, read as cp1252": 1}
+    assert tally.unread == {"a file of another kind (.txt)": 1}
