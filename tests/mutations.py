@@ -660,8 +660,8 @@ MUTATIONS = (
     Mutation(
         "gradient-ratio-is-inverted",
         "t2i/report/sections/language.py",
-        "image.norm / text.norm if",
-        "text.norm / image.norm if",
+        "{image.norm / text.norm:.2f}",
+        "{text.norm / image.norm:.2f}",
         "the report gives text the images' share of the gradient",
         SECTIONS,
     ),

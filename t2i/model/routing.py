@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.errors import CheckpointError, UserError
-from t2i.model.open_lm.modeling_routed import Routed, RoutedConfig, RoutedForCausalLM
+from t2i.model.open_lm.configuration_routed import RoutedConfig
+from t2i.model.open_lm.modeling_routed import Routed, RoutedForCausalLM
 from t2i.model.resize import split_rows
 
 IMAGE_PARTS = ("image", "down", "up")

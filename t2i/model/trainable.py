@@ -17,9 +17,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import Trainable
 from t2i.errors import UserError
-
-FEED_FORWARD_NAMES = ("feed_forward", "mlp")
-"""Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""
+from t2i.model.open_lm.modeling_routed import FEED_FORWARD_NAMES
 
 ADAPTER = "default"
 SCALE = 2.0

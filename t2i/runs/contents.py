@@ -66,6 +66,7 @@ CHECKPOINT = (
     Described("model*.safetensors", "weights"),
     sometimes("model.safetensors.index.json", "which file holds which weight, where there are several"),
     sometimes("*_open_lm.py", "the model's class, for from_pretrained where t2i is not installed"),
+    sometimes("*_routed.py", "the same, of a model with image weights"),
     Described("*token*.json", "the text tokenizer; some have vocab.json and merges.txt too"),
     Described("engine/", "DeepSpeed's state; sampling, scoring and export do not read it"),
     Described(store.MANIFEST, "size and hash of every file; written last"),

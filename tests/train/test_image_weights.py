@@ -18,8 +18,9 @@ from t2i.config import ASSETS, ModelConfig
 from t2i.errors import CheckpointError, UserError
 from t2i.model.backbone import load_model
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
-from t2i.model.open_lm.modeling_routed import RoutedConfig, RoutedForCausalLM
+from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.open_lm.sampling_open_lm import prompt_ids, sample_codes
 from t2i.model.routing import check_precision, is_of_images, text_hash
 from t2i.runs.export import export

@@ -14,69 +14,20 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 # All files of the class, though not all are used here: transformers copies no others.
 from .attention_open_lm import Attention  # noqa: F401
 from .configuration_open_lm import OpenLMConfig
+from .configuration_routed import RoutedConfig
 from .decoding_open_lm import begin_decoding  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM
 from .sampling_open_lm import body_of, draw
 
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
 """Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""
-
-
-class RoutedConfig(PretrainedConfig):
-    """Describe a routed model: the language model's own configuration, and which weights image positions have.
-
-    Args:
-        text_config: configuration of the language model, its vocabulary grown; attributes that are not here are read
-            there.
-        image_weights: "feed-forward": a copy of that part of every layer; "all": of every matrix and norm; "lora": a
-            low-rank addition to every matrix.
-        image_rank: rank of that addition.
-        num_text_rows: ids from here on are image codes and markers.
-        text_hash: hash of the language model's weights, which never change.
-    """
-
-    model_type = "t2i_routed"
-    is_composition = True
-
-    def __init__(
-        self,
-        text_config: dict[str, Any] | PretrainedConfig | None = None,
-        image_weights: str = "feed-forward",
-        image_rank: int = 0,
-        num_text_rows: int = 0,
-        text_hash: str = "",
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(text_config, PretrainedConfig):
-            values = dict(text_config or {"model_type": OpenLMConfig.model_type})
-            kind = values.pop("model_type")
-            text_config = (
-                OpenLMConfig(**values)
-                if kind == OpenLMConfig.model_type
-                else AutoConfig.for_model(kind, **values)
-            )
-        self.text_config = text_config
-        self.image_weights, self.image_rank = image_weights, image_rank
-        self.num_text_rows, self.text_hash = num_text_rows, text_hash
-        super().__init__(**kwargs)
-        self.tie_word_embeddings = text_config.tie_word_embeddings
-
-    def get_text_config(self, *_: Any, **__: Any) -> PretrainedConfig:
-        """Return the language model's configuration, from which transformers takes the sizes of a cache."""
-        return self.text_config
-
-    def __getattr__(self, name: str) -> Any:
-        # Not auto_map: the language model's names its own class.
-        if name.startswith("__") or name == "auto_map" or "text_config" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.text_config, name)
 
 
 class Route:
@@ -94,25 +45,12 @@ class Route:
         self.has_text, self.has_image = len(self.text) > 0, len(self.image) > 0
 
 
-class Routed(nn.Module):
-    """A module of the language model for text positions, and its copy for image positions."""
+class ByKind(nn.Module):
+    """A module of the language model that image positions do not merely pass."""
 
     def __init__(self, text: Any, route: Route) -> None:
         super().__init__()
-        self.text, self.image, self.route = text, copy.deepcopy(text), route
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        route = self.route
-        # Text alone goes through the very call of the language model: a gathered product may be rounded otherwise.
-        if not route.has_image:
-            return self.text(hidden)
-        if not route.has_text:
-            return self.image(hidden)
-        rows = hidden.flatten(0, 1)  # (N, ...): each position is multiplied once, as in the plain model
-        image = self.image(rows[route.image])
-        out = image.new_empty(len(rows), *image.shape[1:])
-        out = out.index_copy(0, route.image, image).index_copy(0, route.text, self.text(rows[route.text]))
-        return out.unflatten(0, hidden.shape[:2])
+        self.text, self.route = text, route
 
     @property
     def weight(self) -> Tensor:
@@ -120,17 +58,33 @@ class Routed(nn.Module):
         return cast(Tensor, self.text.weight)
 
 
-class RoutedAddition(nn.Module):
+class Routed(ByKind):
+    """A module of the language model for text positions, and its copy for image positions."""
+
+    def __init__(self, text: Any, route: Route) -> None:
+        super().__init__(text, route)
+        self.image = copy.deepcopy(text)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        route = self.route
+        # Text alone goes through the very call of the language model: a gathered product may be rounded otherwise.
+        if not (route.has_image and route.has_text):
+            return self.image(hidden) if route.has_image else self.text(hidden)
+        rows = hidden.flatten(0, 1)  # (N, ...): each position is multiplied once, as in the plain model
+        image = self.image(rows[route.image])
+        out = image.new_empty(len(rows), *image.shape[1:])
+        out = out.index_copy(0, route.image, image).index_copy(0, route.text, self.text(rows[route.text]))
+        return out.unflatten(0, hidden.shape[:2])
+
+
+class RoutedAddition(ByKind):
     """A matrix of the language model for all positions, and a low-rank addition at image positions."""
 
     def __init__(self, text: Any, route: Route, rank: int) -> None:
-        super().__init__()
-        is_linear = isinstance(text, nn.Linear)
-        width, out = text.weight.shape[::-1] if is_linear else text.weight.shape
-        like = {"device": text.weight.device, "dtype": text.weight.dtype}
-        self.text, self.route = text, route
-        self.down = nn.Linear(width, rank, bias=False, **like)
-        self.up = nn.Linear(rank, out, bias=False, **like)
+        super().__init__(text, route)
+        shape = text.weight.shape if isinstance(text, Conv1D) else text.weight.shape[::-1]
+        like = {"bias": False, "device": text.weight.device, "dtype": text.weight.dtype}
+        self.down, self.up = nn.Linear(shape[0], rank, **like), nn.Linear(rank, shape[1], **like)
         # Zero, so that the model first computes what it did before.
         nn.init.zeros_(self.up.weight)
 
@@ -140,11 +94,6 @@ class RoutedAddition(nn.Module):
             return out
         added = self.up(self.down(hidden.flatten(0, 1)[self.route.image])).to(out.dtype)
         return out.flatten(0, 1).index_add(0, self.route.image, added).unflatten(0, hidden.shape[:2])
-
-    @property
-    def weight(self) -> Tensor:
-        """The language model's weight; some classes ask a layer for its dtype."""
-        return cast(Tensor, self.text.weight)
 
 
 class RoutedHead(nn.Linear):
@@ -258,5 +207,4 @@ def _below(prefix: str, keys: Any) -> Any:
     return [f"{prefix}.{name}" for name in keys or ()]
 
 
-RoutedConfig.register_for_auto_class()
 RoutedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
