@@ -51,7 +51,7 @@ class PrepareCommand:
     """Folder with tokenizer.json, such as that of the model to start from, or a hub name (hf:USER/NAME)."""
     heldout_share: Annotated[float | None, Ge(0), Lt(1)] = None
     """Share of images or documents that training never sees; None for 2%, or for more of fewer than 1,200 images: 24 of
-    them, at most a third. openmoji and COCO have their own rules."""
+    them, at most 40%. openmoji and COCO have their own rules."""
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
     """Tokens per sequence of documents; training needs the same data.seq_len."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)

@@ -21,6 +21,7 @@ from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.prepare import images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
+from t2i.data.prepare.preview import LookedAt, sample_images
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.accounts import account_lines, check_accounts, most_frequent, num_pairs
 from t2i.data.shards.captions import truncation
@@ -322,8 +323,8 @@ def test_each_entry_is_accounted_for(tmp_path, of_images, monkeypatch):
     assert (manifest.seen, manifest.broken, manifest.left_out) == (made.NUM_IMAGES, 1, {"no caption": 1})
     assert num_pairs(manifest.counts, views=2) == made.NUM_IMAGES - 2
     lines = account_lines(tmp_path / "shards", manifest)
-    assert lines[0].endswith("shards/manifest.json):") and lines[1] == "  1 times no caption"
-    assert lines[2].endswith("shards/broken.jsonl):") and "1 times UnidentifiedImageError" in lines[3]
+    assert lines[0].endswith("shards/manifest.json):") and lines[1] == "  1 time no caption"
+    assert lines[2].endswith("shards/broken.jsonl):") and "1 time UnidentifiedImageError" in lines[3]
     with pytest.raises(DataError, match="22 kept, 1 left out and 1 broken are 24; expected the 25 entries"):
         check_accounts(replace(manifest, seen=25), where=tmp_path)
     (tmp_path / "shards" / "broken.jsonl").write_text("")
@@ -346,7 +347,7 @@ def test_the_most_frequent_reasons_come_first_and_the_rest_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("num_images", "num_heldout"), [(1, 0), (2, 0), (20, 6), (60, 20), (71, 23), (200, 24), (900, 24)]
+    ("num_images", "num_heldout"), [(1, 0), (2, 0), (20, 8), (50, 20), (60, 24), (200, 24), (900, 24)]
 )
 def test_a_small_source_holds_out_what_can_be_measured(num_images, num_heldout, tmp_path):
     pairs = held_out(tmp_path, range(num_images))
@@ -363,8 +364,8 @@ def held_out(folder, indexes):
 
 
 def test_a_grown_source_moves_no_image_from_training_to_what_is_held_out(tmp_path):
-    before = held_out(tmp_path, range(72))
-    for size in (73, 100, 400, 1_199, 1_500):
+    before = held_out(tmp_path, range(60))
+    for size in (61, 73, 100, 400, 1_199, 1_500):
         after = held_out(tmp_path, range(size))
         assert all(before[key] for key, is_held in after.items() if is_held and key in before)
         before = after
@@ -459,3 +460,16 @@ def test_documents_that_changed_are_refused_and_doubles_are_counted(tmp_path, te
     (folder / "7.txt").unlink()
     with pytest.raises(DataError, match=r"has changed since .*/out was made: 1 removed\."):
         pack()
+
+
+def test_progress_counts_pairs_and_knows_their_number_before_the_first_unit_is_done(of_images, capsys):
+    prepare(**of_images())
+    said = capsys.readouterr().err
+    assert "| 0/24 [" in said and "| 24/24 [" in said
+    assert said.index("unit 1 of 3") < said.index("unit 2 of 3") < said.index("unit 3 of 3")
+
+
+def test_a_preview_is_spread_over_a_source_of_one_unit(of_images):
+    source = of_images()["source"]
+    found = sample_images(source, config=PrepareConfig(), num=3, looked=LookedAt())
+    assert [pair.key for pair, _ in found] == ["000.png", "008.png", "016.png"]

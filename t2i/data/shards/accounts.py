@@ -63,7 +63,7 @@ def broken_reasons(folder: Path) -> Counter[str]:
 def most_frequent(reasons: Mapping[str, int], *, most: int = MOST_REASONS) -> list[str]:
     """Write out the most frequent reasons: "3 times no caption"."""
     ordered = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
-    lines = [f"{count:,} times {reason}" for reason, count in ordered[:most]]
+    lines = [f"{count:,} time{'s' * (count != 1)} {reason}" for reason, count in ordered[:most]]
     return lines + ([f"{len(ordered) - most:,} more reasons"] if len(ordered) > most else [])
 
 

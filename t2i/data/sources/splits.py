@@ -15,7 +15,8 @@ from t2i.files import hash_uniform
 USUAL_SHARE = 0.02
 LEAST_HELDOUT = 24
 """Held-out images of a small source. A score needs 20, and some may be broken."""
-MOST_OF_SMALL = 1 / 3
+MOST_OF_SMALL = 0.4
+"""With 50 images, 20 are held out."""
 SMALL = round(LEAST_HELDOUT / USUAL_SHARE)
 """Images below which a source is small."""
 
