@@ -10,15 +10,18 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_sources as made
 import processes
 import pytest
+from huggingface_hub import HfApi
 from streaming import StreamingDataset
 from streaming.base.util import merge_index
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data.prepare import images
+from t2i.data import sources
+from t2i.data.prepare import decode, images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
 from t2i.data.prepare.preview import LookedAt, sample_images
@@ -30,7 +33,8 @@ from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_shards
 from t2i.data.sources import open_source, reopen_source
 from t2i.data.sources.documents import open_documents
-from t2i.errors import DataError, UserError
+from t2i.data.sources.listing import make_listing
+from t2i.errors import CheckpointError, DataError, UserError
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
@@ -473,3 +477,49 @@ def test_a_preview_is_spread_over_a_source_of_one_unit(of_images):
     source = of_images()["source"]
     found = sample_images(source, config=PrepareConfig(), num=3, looked=LookedAt())
     assert [pair.key for pair, _ in found] == ["000.png", "008.png", "016.png"]
+
+
+def test_a_source_that_changes_while_it_is_prepared_is_refused(tmp_path, of_ids, monkeypatch):
+    write = images.write_unit
+
+    def change(part, index, **settings):
+        write(part, index, **settings)
+        write_ids(tmp_path / "ids" / "b.jsonl", "cdefgh")
+
+    monkeypatch.setattr(images, "write_unit", change)
+    with pytest.raises(
+        DataError, match=r"has changed since .*\.part was begun: 1 changed \(such as ids/b\.jsonl\)"
+    ):
+        prepare(**of_ids, out=tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_dataset_of_another_commit_is_another_source(monkeypatch):
+    found = []
+    for commit in ("one", "one", "two"):
+        monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, sha=commit: SimpleNamespace(sha=sha))
+        found.append(make_listing(sources._list_dataset("user/name", 2)).fingerprint)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("caption_tokens", {"long": 1}), ("left_out", {"no caption": "1"}), ("prepare", {"views": 0})],
+)
+def test_counts_of_a_forged_manifest_are_refused(key, value, tmp_path, of_ids):
+    prepare(**of_ids, out=tmp_path / "shards")
+    file = tmp_path / "shards" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(DataError, match=f"manifest.json: {key} says .*; expected a whole number"):
+        read_manifest(tmp_path / "shards")
+
+
+def test_processes_that_cannot_be_started_are_not_blamed_on_the_shards_disk(tmp_path, of_images, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(decode, "ProcessPoolExecutor", refuse)
+    with pytest.raises(
+        CheckpointError, match="2 decoding processes cannot be started: No space left .* /dev/shm"
+    ):
+        prepare(**of_images(workers=2))

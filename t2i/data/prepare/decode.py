@@ -16,7 +16,7 @@ from PIL import Image
 from t2i.config import PrepareConfig
 from t2i.data.sources import UNREADABLE, LeftOut, Pair
 from t2i.distributed.signals import die_with
-from t2i.errors import DataError
+from t2i.errors import CheckpointError, DataError
 from t2i.files import hash_uniform
 from t2i.tokens.image import centre_crop_resize, shifted
 
@@ -40,16 +40,27 @@ class Decoded:
 
 @contextmanager
 def decoding(config: PrepareConfig) -> Iterator[Executor | None]:
-    """Start config.workers decoding processes; yield None if there are none."""
+    """Start config.workers decoding processes; yield None if there are none.
+
+    Raises:
+        CheckpointError: there is no room for their semaphores.
+    """
     if not config.workers:
         yield None
         return
     # Forked, as a DataLoader's are: spawned ones would each import torch and diffusers. They use neither torch nor
     # a GPU: CUDA does not survive a fork.
     context = get_context("fork")
-    with ProcessPoolExecutor(
-        config.workers, mp_context=context, initializer=_live_with_parent, initargs=(os.getpid(),)
-    ) as pool:
+    try:
+        pool = ProcessPoolExecutor(
+            config.workers, mp_context=context, initializer=_live_with_parent, initargs=(os.getpid(),)
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{config.workers} decoding processes cannot be started: {error.strerror}. They need room in /dev/shm;"
+            " --workers 0 needs none."
+        ) from error
+    with pool:
         yield pool
 
 

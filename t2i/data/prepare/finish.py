@@ -25,6 +25,7 @@ from t2i.data.shards.manifest import (
 )
 from t2i.data.shards.reader import read_split
 from t2i.data.sources import Source
+from t2i.data.sources.listing import check_same_listing, list_source
 from t2i.errors import DataError
 from t2i.files import copy_whole, write_whole
 from t2i.tokens.text import TextTokenizer
@@ -83,6 +84,8 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
         prepare=asdict(encoder.config),
     )
     check_accounts(manifest, where=part)
+    # Files that were replaced while others were read; what was only added is noticed by the next preparation.
+    check_same_listing(part, arguments["listed"], list_source(source), source=source.name)
     manifest.write(part)
 
 

@@ -182,6 +182,7 @@ def read_manifest_file(path: Path) -> Manifest:
     present = {key: expected for key, expected in OPTIONAL_KEYS.items() if values.get(key) is not None}
     check_keys(values, KEYS | kind | present, where=path)
     _check_names(values["counts"], values["files"], where=path)
+    _check_tallies(values, where=path)
     known = {one.name for one in fields(Manifest)}
     text, image = values["text_tokenizer"], values.get("image_tokenizer")
     return Manifest(
@@ -193,6 +194,20 @@ def read_manifest_file(path: Path) -> Manifest:
         text_tokenizer=TextMaker(text["name"], text["fingerprint"], text["num_tokens"]),
         image_tokenizer=None if image is None else Maker(image["name"], image["fingerprint"]),
     )
+
+
+def _check_tallies(values: dict[str, Any], *, where: Path) -> None:
+    """Check that what is counted by reason, or by length, is counted."""
+    for name in ("left_out", "changed", "unread", "documents", "caption_tokens"):
+        for reason, count in (values.get(name) or {}).items():
+            is_length = name != "caption_tokens" or reason.isdecimal()
+            if not is_length or type(count) is not int or count < 0:
+                raise DataError(
+                    f"{where}: {name} says {reason!r:.80} {count!r:.80}; expected a whole number >= 0."
+                )
+    views = (values.get("prepare") or {}).get("views", 1)
+    if type(views) is not int or views < 1:
+        raise DataError(f"{where}: prepare says views {views!r:.80}; expected a whole number >= 1.")
 
 
 def _check_names(counts: dict[str, object], files: dict[str, object], *, where: Path) -> None:

@@ -17,7 +17,7 @@ from t2i.data.sources import openmoji
 from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.coco import caption_files, has_both, list_coco
 from t2i.data.sources.folder import METADATA, find_metadata, read_image_folder, read_text_folder
-from t2i.data.sources.hub import is_saved, units_of_dataset
+from t2i.data.sources.hub import is_saved, revision_of, units_of_dataset
 from t2i.data.sources.image import IMAGE_SUFFIXES, UNREADABLE, OpenedImage, decode_image
 from t2i.data.sources.listing import list_source
 from t2i.data.sources.parquet import units_of_tables
@@ -246,10 +246,11 @@ def _list_files(paths: Iterable[Path]) -> list[Listed]:
 
 
 def _list_dataset(name: str, num_shards: int) -> list[Listed]:
-    """List a Hugging Face dataset: the files of a folder, or of one of the hub what it is called and its shards."""
+    """List a Hugging Face dataset: the files of a folder, or of one of the hub its revision and shards."""
     if Path(name).is_dir():
         return _list_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
-    return [Listed(f"{name}/{shard}") for shard in range(num_shards)]
+    revision = revision_of(name)
+    return [Listed(f"{name}/{shard}", text=revision) for shard in range(num_shards)]
 
 
 def _advice(folder: Path) -> str:

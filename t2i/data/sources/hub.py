@@ -39,6 +39,16 @@ def is_saved(folder: Path) -> bool:
     return (folder / SAVED).is_file() or (folder / SAVED_SPLITS).is_file()
 
 
+def revision_of(name: str) -> str:
+    """Ask the hub for the commit that a dataset is at; empty where the hub cannot be asked."""
+    from huggingface_hub import HfApi  # here: most sources are not from the hub
+
+    try:
+        return HfApi().dataset_info(name).sha or ""
+    except (OSError, ValueError):
+        return ""
+
+
 def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = False) -> list[ReadEntries]:
     """Open a dataset by its folder, or by its name on the hub, and make one unit per shard.
 
