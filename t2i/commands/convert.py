@@ -2,6 +2,7 @@
 
 Examples:
   python launchers/convert.py open-lm --checkpoint open_lm_1b.pt --config open_lm_1b_old --out models/open_lm_1b
+  python launchers/convert.py open-lm --checkpoint epoch_9.pt --config mine.json params.txt --out models/mine
   python launchers/convert.py gguf --checkpoint SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2
   python launchers/convert.py movqgan --checkpoint movqgan_270M.ckpt --out tokenizers/movqgan_270m
   python launchers/convert.py llamagen --checkpoint vq_ds16_c2i.pt --out tokenizers/llamagen_16
@@ -12,6 +13,7 @@ Each conversion checks what the new folder computes against the checkpoint itsel
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from t2i.cli import Ckpt, parse
 
@@ -24,8 +26,11 @@ class OpenLm:
     """open_lm's .pt or .safetensors file, or a Hugging Face folder that open_lm wrote."""
     out: Path
     """New folder."""
-    config: str | None = None
-    """open_lm's name of the model's config, or its file. Not needed for a folder or a known release."""
+    config: tuple[str, ...] = ()
+    """open_lm's name of the model's config, or its JSON; and the run's params.txt, where some settings were flags. Not
+    needed for a folder or a known release."""
+    positions: Literal["rotary", "head_rotary", "none"] | None = None
+    """How positions are encoded, where neither config nor params.txt says it."""
     text_tokenizer: str | None = None
     """Folder with tokenizer.json, or a hub name. Default: the folder's own, else hf:EleutherAI/gpt-neox-20b."""
 
@@ -90,10 +95,11 @@ def main() -> None:
     if isinstance(command, OpenLm):
         convert_open_lm(
             command.checkpoint,
-            config_name=command.config,
+            config_names=command.config,
             text_tokenizer=command.text_tokenizer,
             out=command.out,
             tell=print,
+            positions=command.positions,
         )
     elif isinstance(command, Gguf):
         convert_gguf(

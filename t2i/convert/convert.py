@@ -1,19 +1,28 @@
 """Convert released weights to our folders and back. A folder appears only after it has been checked."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2i.convert.open_lm import (
     RELEASED_CONFIGS,
+    has_frequencies,
     load_open_lm,
-    open_lm_config,
     open_lm_state,
     open_lm_tensors,
+    with_frequencies,
+)
+from t2i.convert.open_lm_config import (
+    POSITIONS,
+    Positions,
+    config_of,
+    decide_positions,
+    open_lm_config,
     read_config,
+    read_values,
 )
 from t2i.convert.open_lm_reference import open_lm_logits
 from t2i.convert.released import RELEASES, only_tensors, read_weights
@@ -32,6 +41,8 @@ from t2i.tokens.text import NEOX, TextTokenizer
 
 OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
 NUM_PROOF_IDS = 24
+MEMORY_FACTOR = 2.5
+"""Most memory of a conversion, relative to the files: they are held, written, and read again."""
 LOGITS = 2e-5
 """Largest difference of logits that fp32 rounding explains, relative to the largest logit or to 5."""
 
@@ -56,34 +67,51 @@ def identify(checkpoint: Path, *, tell: Tell) -> set[str]:
 
 
 def convert_open_lm(
-    checkpoint: Path, *, config_name: str | None, text_tokenizer: str | None, out: Path, tell: Tell
+    checkpoint: Path,
+    *,
+    config_names: Sequence[str],
+    text_tokenizer: str | None,
+    out: Path,
+    tell: Tell,
+    positions: Positions | None = None,
 ) -> None:
     """Convert an open_lm checkpoint to a folder for model.init.
 
     Args:
         checkpoint: a file, or a Hugging Face folder written by open_lm.
-        config_name: a published name or a file; None for that of the folder, or of a known release.
+        config_names: the published name or the file of its config, and a run's params.txt; none for that of the
+            folder, or of a known release.
         text_tokenizer: a folder or a hub name; None for that of the folder, else GPT-NeoX-20B's.
+        positions: how positions are encoded, where no config says it.
 
     Raises:
-        UserError: `out` exists, or checkpoint, config and tokenizer do not belong together.
+        UserError: `out` exists, nobody says how positions are encoded, or checkpoint, config and tokenizer do
+            not belong together.
         CheckpointError: the checkpoint may run code, does not fit the config, or the folder gives other logits.
     """
     with new_folder(out) as part:
-        if config_name:
+        if config_names:
             # Called for its check: a wrong name is refused before gigabytes are hashed.
-            read_config(config_name)
+            config_of(read_values(config_names), source=" ".join(config_names))
+        tell(memory_needed(checkpoint))
         releases = identify(checkpoint, tell=tell)
-        config = read_config(_config_name(config_name, checkpoint=checkpoint, releases=releases))
+        tensors = open_lm_tensors(read_weights(checkpoint))
+        config = _config(
+            config_names, tensors=tensors, positions=positions, checkpoint=checkpoint, releases=releases
+        )
         own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
         tokenizer = TextTokenizer.load(text_tokenizer or own)
         _check_rows(tokenizer, config=config)
-        tensors = open_lm_tensors(read_weights(checkpoint))
         model = load_open_lm(tensors, config=config, source=checkpoint)
         prepare_generation(model, tokenizer)
         model.save_pretrained(part)
         tokenizer.tokenizer.save_pretrained(part)
-        tell(prove_logits(part, tensors=only_tensors(tensors)))
+        del model  # the proof holds the written folder's weights beside the checkpoint's
+        proof = only_tensors(tensors)
+        if config.positional_embedding_type != "none" and not has_frequencies(tensors):
+            proof = with_frequencies(proof, config=config)
+            tell(f"the file does not show its positions: {positions}, as --positions says, is not proven")
+        tell(prove_logits(part, tensors=proof))
 
 
 def convert_back(ckpt: str, *, out: Path) -> None:
@@ -133,7 +161,15 @@ def prove_logits(folder: Path, *, tensors: dict[str, Tensor]) -> str:
     """
     # The release's own steps are written a second time, from its own names. Shapes alone would let swapped queries
     # and keys pass.
-    model = OpenLMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = OpenLMForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    for part in (
+        *model.model.layers,
+        model.model.tok_embeddings,
+        model.model.post_embed_norm,
+        model.model.norm,
+    ):
+        in_fp32_while_used(part)
+    in_fp32_while_used(model.output)
     ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
     wanted = open_lm_logits(tensors, ids, config=model.config)
     difference = (model(ids).logits - wanted).abs().max().item()
@@ -173,18 +209,57 @@ def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayou
     return f"checked: {len(pixels)} images, in the written folder and by the release's own steps: {found}"
 
 
-def _config_name(given: str | None, *, checkpoint: Path, releases: set[str]) -> str:
-    # Shapes cannot tell the configs of a release apart: they differ in how positions are rotated.
+def in_fp32_while_used(part: nn.Module) -> None:
+    """Let a part of a model compute in fp32, and hold its weights in fp32 only meanwhile."""
+    # The whole model in fp32 would need twice the memory of a file in bf16, beside the file.
+    stored = {name: value.data for name, value in part.named_parameters()}
+
+    def widen(module: nn.Module, inputs: tuple[object, ...]) -> None:
+        for value in module.parameters():
+            value.data = value.data.float()
+
+    def restore(module: nn.Module, inputs: tuple[object, ...], outputs: object) -> None:
+        for name, value in module.named_parameters():
+            value.data = stored[name]
+
+    part.register_forward_pre_hook(widen)
+    part.register_forward_hook(restore)
+
+
+def memory_needed(checkpoint: Path) -> str:
+    """Say how much memory a conversion needs, before it reads anything."""
+    size = sum(file.stat().st_size for file in weight_files(checkpoint))
+    needed = MEMORY_FACTOR * size / 1e9 + 1  # GB; the libraries take the last one
+    return f"the weights take {size / 1e9:.1f} GB; converting needs about {needed:.0f} GB of memory"
+
+
+def _config(
+    given: Sequence[str],
+    *,
+    tensors: Mapping[str, object],
+    positions: Positions | None,
+    checkpoint: Path,
+    releases: set[str],
+) -> OpenLMConfig:
+    """Read the checkpoint's config, and decide what it leaves out about positions."""
     right = next((RELEASED_CONFIGS[name] for name in releases if name in RELEASED_CONFIGS), None)
-    if right and given and read_config(given).to_dict() != read_config(right).to_dict():
-        raise UserError(f"--config {given} is wrong for this release; expected {right}.")
     own = checkpoint / "config.json"
-    name = given or right or (str(own) if own.is_file() else None)
-    if name is None:
+    names = given or ((right,) if right else (str(own),) if own.is_file() else ())
+    if not names:
         raise UserError(
             "give --config NAME|FILE: the checkpoint is not a known release and has no config.json."
         )
-    return name
+    source, values = " ".join(names), read_values(names)
+    # Shapes cannot tell the configs of a release apart: they differ in how positions are rotated.
+    if right and given and config_of(values, source=source).to_dict() != read_config(right).to_dict():
+        raise UserError(f"--config {source} is wrong for this release; expected {right}.")
+    values[POSITIONS] = decide_positions(
+        stated=values.get(POSITIONS),
+        given=positions,
+        has_frequencies=has_frequencies(tensors),
+        source=source,
+    )
+    return config_of(values, source=source)
 
 
 def _check_rows(tokenizer: TextTokenizer, *, config: OpenLMConfig) -> None:

@@ -46,22 +46,26 @@ def _attention(tensors: Mapping[str, Tensor], name: str, hidden: Tensor, *, conf
         query = _norm(tensors, f"{name}.q_norm", query, config=config)
         key = _norm(tensors, f"{name}.k_norm", key, config=config)
     query, key, value = (part.unflatten(-1, (config.num_attention_heads, -1)) for part in (query, key, value))
-    if config.positional_embedding_type != "none":
+    # By the file's own frequencies, not by the config: a wrong guess there must not prove itself.
+    frequencies = tensors.get(f"{name}.pos_embed.inv_freq")
+    if frequencies is not None:
         # rotary rotates by the position. head_rotary rotates by the index of the head: a mistake in open_lm's early
         # releases, whose weights were trained with it.
         axis = 1 if config.positional_embedding_type == "rotary" else 2
-        query, key = _turn(query, axis=axis), _turn(key, axis=axis)
+        query, key = (_turn(part, axis=axis, frequencies=frequencies) for part in (query, key))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
     return _product(tensors, f"{name}.out_proj", mixed.flatten(2))
 
 
-def _turn(heads: Tensor, *, axis: int) -> Tensor:
+def _turn(heads: Tensor, *, axis: int, frequencies: Tensor) -> Tensor:
     """Rotate each pair (d, d + head_dim / 2) of heads (B, S, H, head_dim) by an angle that grows along `axis`."""
     half = heads.shape[-1] // 2
     steps = torch.arange(heads.shape[axis]).view([-1 if dim == axis else 1 for dim in range(4)])
-    angles = steps * 10_000 ** (-torch.arange(half) / half)
+    # Frequencies of a file in low precision are rounded; our classes, and the training's tables in fp32, are exact.
+    is_exact = frequencies.dtype == torch.float32
+    angles = steps * (frequencies if is_exact else 10_000 ** (-torch.arange(half) / half))
     first, second = heads[..., :half], heads[..., half:]
     return torch.cat(
         [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1

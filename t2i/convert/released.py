@@ -1,13 +1,16 @@
 """Released weights: recognised by their hash, read without running code, checked by name and shape."""
 
+import argparse
+import pathlib
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +30,15 @@ RELEASES = {
     ),
 }
 """SHA-256 of a released file -> its hub repository and file name."""
+
+SCALAR: Callable[..., Any] = np.float64(0).__reduce__()[0]  # type: ignore[assignment]
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))),
+]
+"""Classes that training files hold beside tensors: a run's settings, paths, a best loss. They hold plain values."""
 
 Value = TypeVar("Value")
 
@@ -58,7 +70,8 @@ def _read_pickle(file: Path) -> dict[str, object]:
     try:
         # weights_only, because an ordinary pickle may run any code. mmap spares a copy of the file in memory, which
         # torch can do for its zip format only.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # Not a pickle at all, such as a web page saved under this name.
         if "Unsupported operand" in str(error):

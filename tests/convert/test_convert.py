@@ -58,7 +58,7 @@ def home(tmp_path_factory):
 def converted(home):
     convert_open_lm(
         home / "epoch_3.pt",
-        config_name=str(home / "old.json"),
+        config_names=[str(home / "old.json")],
         text_tokenizer=str(home / "tokenizer"),
         out=home / "model",
         tell=print,
@@ -95,7 +95,7 @@ def test_a_tied_model_is_taken_back_with_both_names(home, tmp_path):
     (tmp_path / "tied.json").write_text(json.dumps(OLD | {"weight_tying": True}))
     convert_open_lm(
         tmp_path / "tied.pt",
-        config_name=str(tmp_path / "tied.json"),
+        config_names=[str(tmp_path / "tied.json")],
         text_tokenizer=str(home / "tokenizer"),
         out=tmp_path / "model",
         tell=print,
@@ -151,8 +151,8 @@ def test_the_1b_release_is_not_converted_with_the_config_of_the_new_positions(ho
     told = []
     arguments = {"text_tokenizer": str(home / "tokenizer"), "out": tmp_path / "model", "tell": told.append}
     with pytest.raises(UserError, match=r"new\.json is wrong for this release; expected .*old\.json"):
-        convert_open_lm(home / "epoch_3.pt", config_name=str(home / "new.json"), **arguments)
-    convert_open_lm(home / "epoch_3.pt", config_name=None, **arguments)
+        convert_open_lm(home / "epoch_3.pt", config_names=[str(home / "new.json")], **arguments)
+    convert_open_lm(home / "epoch_3.pt", config_names=(), **arguments)
     assert told[-2] == f"epoch_3.pt: SHA-256 {digest}, known release {name}"
 
 
@@ -163,7 +163,7 @@ def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
     renamed = {f"model.{name.removeprefix('module.')}": value for name, value in state.items()}
     torch.save(renamed, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({"model_type": "openlm", "params_args_dict": OLD}))
-    convert_open_lm(folder, config_name=None, text_tokenizer=None, out=tmp_path / "model", tell=print)
+    convert_open_lm(folder, config_names=(), text_tokenizer=None, out=tmp_path / "model", tell=print)
     assert (
         OpenLMForCausalLM.from_pretrained(tmp_path / "model").config.positional_embedding_type
         == "head_rotary"
@@ -173,7 +173,7 @@ def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
 
 def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monkeypatch):
     arguments = {
-        "config_name": str(home / "old.json"),
+        "config_names": [str(home / "old.json")],
         "text_tokenizer": str(home / "tokenizer"),
         "tell": print,
     }
@@ -181,12 +181,12 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
         convert_open_lm(home / "epoch_3.pt", out=converted, **arguments)
     with pytest.raises(UserError, match="give --config"):
         convert_open_lm(
-            home / "epoch_3.pt", config_name=None, text_tokenizer=None, out=tmp_path / "model", tell=print
+            home / "epoch_3.pt", config_names=(), text_tokenizer=None, out=tmp_path / "model", tell=print
         )
     with pytest.raises(UserError, match=r"has 2048 ids; the model has 432 embeddings"):
         convert_open_lm(
             home / "epoch_3.pt",
-            config_name=str(home / "old.json"),
+            config_names=[str(home / "old.json")],
             text_tokenizer=str(ASSETS / "text_tokenizer"),
             out=tmp_path / "model",
             tell=print,
@@ -194,7 +194,7 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
     with pytest.raises(UserError, match="the hub gives no text tokenizer hf:nobody/nothing"):
         convert_open_lm(
             home / "epoch_3.pt",
-            config_name=str(home / "old.json"),
+            config_names=[str(home / "old.json")],
             text_tokenizer="hf:nobody/nothing",
             out=tmp_path / "model",
             tell=print,
