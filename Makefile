@@ -24,13 +24,23 @@ help:
 
 install: $(VENV)/.installed
 
+# An environment holds the path of its folder, so one that was moved or renamed is made anew.
+MADE_IN := $(shell cat "$(VENV)/.installed" 2>/dev/null)
+ifneq ($(MADE_IN),)
+ifneq ($(MADE_IN),$(CURDIR))
+.PHONY: $(VENV)/.installed
+MOVED := --clear
+endif
+endif
+
 $(VENV)/.installed: pyproject.toml
+	$(if $(MOVED),@echo "$(VENV) was made in $(MADE_IN). It is made anew here.")
 	@echo "Installing t2i, its dependencies and its development tools into $(VENV)."
-	@echo "It takes 2 to 5 minutes, mostly downloads, and 7.3 GB of disk. pip is silent meanwhile."
+	@echo "It takes 2 to 5 minutes, mostly downloads, and 7.3 GB of disk. pip says what it is at."
 	@echo "4 GB of that serve NVIDIA GPUs. Without one, README.md (\"Set up\") says how to leave them out."
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	touch $@
+	$(PYTHON) -m venv $(MOVED) $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --editable '.[dev]'
+	@echo "$(CURDIR)" > $@
 
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
@@ -90,7 +100,7 @@ docs: install
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
 # gpu.py needs a GPU and is run by hand.
-BENCHMARKS ?= sampling training_step padding loading preparing scoring waiting growth
+BENCHMARKS ?= sampling training_step precision padding loading preparing scoring waiting growth
 bench: install
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py; done

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from t2i.runs.run_folder import commit
+from t2i.runs.run_folder import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
@@ -125,7 +125,7 @@ def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = Non
     # A number without its machine, load and commit cannot be compared with the next one.
     facts = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": git_commit(),
         "machine": machine(),
         "load": [round(value, 1) for value in os.getloadavg()],
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),

@@ -107,7 +107,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-def engine_of(**settings: bool) -> "DeepSpeedEngine":
+def engine_of(path: Path = DS_CONFIG, **settings: bool) -> "DeepSpeedEngine":
     """Build t2i's own engine and loss; settings are of the model's configuration."""
     # Here, as the process of --memory for another candidate must not hold DeepSpeed.
     from t2i.distributed.launch import start_processes
@@ -116,12 +116,12 @@ def engine_of(**settings: bool) -> "DeepSpeedEngine":
 
     start_processes()
     learner = Learner(OpenLMForCausalLM(OpenLMConfig(**SIZES, **settings)).train(), layout=LAYOUT)
-    return make_engine(learner, config=TrainConfig(), ds_config=read_ds_config(DS_CONFIG), per_rank=SEQUENCES)
+    return make_engine(learner, config=TrainConfig(), ds_config=read_ds_config(path), per_rank=SEQUENCES)
 
 
-def through_deepspeed(**settings: bool) -> Callable[[], None]:
+def through_deepspeed(path: Path = DS_CONFIG, **settings: bool) -> Callable[[], None]:
     """Build t2i's own step."""
-    engine = engine_of(**settings)
+    engine = engine_of(path, **settings)
     ids, labels = batch()
     count = (labels >= 0).sum()
 

@@ -59,6 +59,8 @@ def exit_statuses() -> str:
         " traceback, which a run also writes to `error.txt`. The `deepspeed` command has a status of its own where it"
         " was signalled itself, so scripts read `status.json` in the run folder.",
         table(("status", "meaning"), [(str(code), rows[code]) for code in sorted(rows)]),
+        "What is missing has the status of what it is: images, captions and shards 3, everything else that a command"
+        " line names 2.",
     )
 
 

@@ -10,13 +10,13 @@ from t2i.verbs import as_typed
 
 
 class UserError(ValueError):
-    """Wrong use or configuration."""
+    """Wrong use or configuration; a model, a checkpoint or a file of settings is not there."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """Images, captions or shards cannot be used as they are."""
+    """Images, captions or shards are not there, or cannot be used as they are."""
 
     exit_code = 3
 
@@ -69,6 +69,10 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(READER_GONE)
     except EXPECTED as error:
         _end(error, sentence=str(error))
+    except ModuleNotFoundError as error:
+        # The system's Python, usually. Packages that only some commands need are asked for by themselves.
+        advice = "run `make install` and use .venv/bin/python, or `pip install` t2i"
+        _end(error, sentence=f"{error}, which t2i needs: {advice}.")
     except OSError as error:
         _end(error, sentence=f"{error.filename}: {error.strerror}." if error.filename else str(error))
     except KeyboardInterrupt:

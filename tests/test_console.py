@@ -89,6 +89,29 @@ def test_a_script_runs_the_same_command(verb, script):
     )
 
 
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_a_script_under_a_python_without_t2i_names_what_installs_it(script):
+    done = processes.run([sys.executable, "-S", "-E", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "No module named 't2i'. Run `make install`, then use .venv/bin/python.\n"
+
+
+def test_a_package_that_is_missing_is_a_sentence():
+    done = processes.run(
+        [sys.executable, "-S", "-E", "-m", "t2i", "train"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "which t2i needs: run `make install`" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("made_in", "is_made"), [("", False), (str(ROOT), False), ("/elsewhere", True)])
+def test_an_environment_of_another_folder_is_made_anew(made_in, is_made, tmp_path):
+    (tmp_path / ".installed").write_text(made_in)
+    command = ["make", "--dry-run", "install", f"VENV={tmp_path}"]
+    said = processes.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (f"-m venv --clear {tmp_path}" in said) == is_made
+    assert ("pip install" in said) == is_made
+
+
 def test_advice_names_the_command_as_it_was_typed(tmp_path):
     words = ("--check", str(tmp_path))
     typed = start("prepare", *words)

@@ -44,3 +44,14 @@ def test_a_signal_after_the_first_step_began_ends_nothing_by_itself(tmp_path):
         requests.begin()
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.should_stop()
+
+
+@pytest.mark.parametrize("launcher", [b"bash", b"python -m deepspeed.launcher.launch"])
+def test_ctrl_c_is_answered_at_once_and_a_launchers_traceback_is_explained(launcher, monkeypatch, capfd):
+    monkeypatch.setattr("t2i.distributed.signals.command_of", lambda pid: launcher)
+    monkeypatch.setenv("RANK", "0")
+    flag = StopFlag(raises=False)
+    flag.note(signal.SIGINT)
+    said = capfd.readouterr().err
+    assert "the run ends after this step, and saves. Ctrl-C again ends it at once." in said
+    assert ("KeyboardInterrupt here is the `deepspeed` command's own" in said) == (b"deepspeed" in launcher)

@@ -48,18 +48,7 @@ class _Stream:
     ) -> None:
         manifest = read_manifest(config.shards)
         num_samples = manifest.counts.get("train", 0)
-        num_kept = num_trained_on(manifest, subsample_every=config.subsample_every)
-        if num_kept < a_step:
-            fits = num_kept // world_size * world_size
-            smaller = (
-                f" `--train.global-batch-tokens {fits * config.seq_len}` makes a step of {fits}."
-                if fits
-                else f" {world_size} ranks need as many."
-            )
-            raise UserError(
-                f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
-                f" (train.global_batch_tokens / data.seq_len).{smaller} `--views` of prepare makes more of few images."
-            )
+        check_amount(config, manifest=manifest, a_step=a_step, world_size=world_size)
         dataset = open_dataset(
             config,
             layout=layout,
@@ -127,16 +116,11 @@ class StepLoader:
         seed: int,
         tokenizer: TextTokenizer,
     ) -> None:
-        if global_batch % world_size:
-            raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
         self.global_batch = global_batch
-        num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
-        amounts = [(config, global_batch - num_text)]
-        if num_text:
-            amounts.append((text_stream(config), num_text))
+        parts = parts_of_a_step(config, global_batch=global_batch, world_size=world_size)
         self.streams = [
             _Stream(one, layout=layout, a_step=amount, world_size=world_size, seed=seed, tokenizer=tokenizer)
-            for one, amount in amounts
+            for one, amount in parts
         ]
 
     def look_ahead(self) -> None:
@@ -175,6 +159,42 @@ class StepLoader:
         """Resume from a saved position."""
         for stream, position in zip(self.streams, json.loads(state), strict=True):
             stream.go_on_from(position)
+
+
+def parts_of_a_step(
+    config: DataConfig, *, global_batch: int, world_size: int
+) -> list[tuple[DataConfig, int]]:
+    """List the shard sets of a run, with how many sequences of each step are theirs.
+
+    Raises:
+        UserError: the ranks cannot share a step evenly.
+    """
+    if global_batch % world_size:
+        raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
+    num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
+    parts = [(config, global_batch - num_text)]
+    return [*parts, (text_stream(config), num_text)] if num_text else parts
+
+
+def check_amount(config: DataConfig, *, manifest: Manifest, a_step: int, world_size: int) -> None:
+    """Check that the shards have enough training sequences for one step.
+
+    Raises:
+        UserError: they have fewer.
+    """
+    num_kept = num_trained_on(manifest, subsample_every=config.subsample_every)
+    if num_kept >= a_step:
+        return
+    fits = num_kept // world_size * world_size
+    smaller = (
+        f" `--train.global-batch-tokens {fits * config.seq_len}` makes a step of {fits}."
+        if fits
+        else f" {world_size} ranks need as many."
+    )
+    raise UserError(
+        f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
+        f" (train.global_batch_tokens / data.seq_len).{smaller} `--views` of prepare makes more of few images."
+    )
 
 
 def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:

@@ -1,7 +1,10 @@
 """Who says an error: however many ranks meet it, the job says it once, and each rank ends with its exit status."""
 
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -12,6 +15,9 @@ from t2i.errors import EXPECTED, LostRankError, NumericalError, Stopped, exit_co
 
 SHARED = (NumericalError, Stopped, KeyboardInterrupt)
 """What every rank raises alike: reduced over ranks before it is raised, or sent to all of them by the launcher."""
+
+SAY_SECONDS = 30.0
+"""Time that the first rank of a machine has to say an error before the other ranks end as well."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,23 @@ class Ending:
     """Leaves its traceback in the run folder, where other ranks look for who failed."""
     reports: bool
     """Writes status.json."""
+
+
+@contextmanager
+def said_once_per_machine() -> Iterator[None]:
+    """Let an error that all ranks of a machine meet before they know each other be said by the first of them.
+
+    Raises:
+        SystemExit: this is another rank; its launcher has ended it, or the first rank is silent for too long.
+    """
+    try:
+        yield
+    except EXPECTED as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        # Were this rank the first to end, its launcher would end the one that is about to say why.
+        time.sleep(SAY_SECONDS)
+        sys.exit(exit_code(error))
 
 
 def is_lost_connection(error: BaseException) -> bool:

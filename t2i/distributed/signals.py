@@ -55,10 +55,21 @@ class StopFlag:
         # Nothing is to be saved yet, and compilers, which may run for minutes, poll no flag.
         if self.raises:
             raise Stopped(BEFORE_A_STEP)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            # Not by print or logging, which this signal may have interrupted.
+            os.write(2, f"\n{_interrupted()}\n".encode())
 
     def is_set(self) -> bool:
         """Tell whether a signal has arrived."""
         return self.is_noted
+
+
+def _interrupted() -> str:
+    """Say what Ctrl-C does; where the `deepspeed` command met it too, that its traceback is none of the run's."""
+    said = "Ctrl-C: the run ends after this step, and saves. Ctrl-C again ends it at once."
+    if DEEPSPEED not in command_of(os.getppid()):
+        return said
+    return f"{said} A KeyboardInterrupt here is the `deepspeed` command's own; the ranks still save."
 
 
 @contextmanager

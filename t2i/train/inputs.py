@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig
-from t2i.data.loader import num_text_sequences, text_stream
+from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig, RunConfig
+from t2i.data.batching import global_batch
+from t2i.data.loader import check_amount, num_text_sequences, parts_of_a_step, text_stream
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import check_listing
@@ -22,6 +23,7 @@ from t2i.data.shards.reader import check_image_tokenizer, fetch_shards
 from t2i.data.sources import open_source
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.errors import UserError
+from t2i.files import hub_name, not_here
 from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
@@ -42,6 +44,29 @@ class Inputs:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer | None
     """None for text shards and precomputed tokens, which have no image tokenizer."""
+
+
+def check_before_start(config: RunConfig, *, world_size: int) -> None:
+    """Refuse inputs that are not there or do not fit, from their small files alone.
+
+    Before DeepSpeed is started, which takes seconds, and minutes where it first compiles its operators.
+
+    Raises:
+        DataError: there are no such shards.
+        UserError: they are too few for a step, or model.init or a file of embeddings does not exist.
+    """
+    data, model = config.data, config.model
+    size = global_batch(config.train.global_batch_tokens, seq_len=data.seq_len, world_size=world_size)
+    for one, a_step in parts_of_a_step(data, global_batch=size, world_size=world_size):
+        # Remote shards are downloaded first, and the embedded ones made.
+        if not one.remote and (one.shards != EMBEDDED_SHARDS or one.shards.exists()):
+            manifest = read_manifest(one.shards)
+            check_amount(one, manifest=manifest, a_step=a_step, world_size=world_size)
+    if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
+        raise UserError(f"model.init: {missing}.")
+    rows = Path(model.new_embeddings)
+    if rows.suffix == ".safetensors" and not rows.is_file():
+        raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
 
 
 def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
@@ -120,6 +145,7 @@ def prepare_embedded(out: Path) -> None:
     """Make the shards of the embedded images at `out`, unless shards are there."""
     if out.exists():
         return
+    logger.info("preparing the embedded images at %s: once, some minutes on a CPU", out)
     prepare(
         open_source("openmoji"),
         out=out,

@@ -16,7 +16,7 @@ from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import MetricsRow
 from t2i.train.checkpoint import Saver
 from t2i.train.guards import MAX_SKIPPED, check_updates
-from t2i.train.metrics import MetricsWriter, short
+from t2i.train.metrics import MetricsWriter, measured, short
 from t2i.train.periodic import Periodic
 from t2i.train.progress import Progress
 from t2i.train.step import Stepper
@@ -163,6 +163,8 @@ class Trainer:
                 return False
         self.progress.owed = []
         self.log(rows)
+        for row in rows:
+            logger.info("%s", measured(row))
         return True
 
     def save(self, *, must_succeed: bool) -> None:

@@ -16,8 +16,9 @@ from t2i.data.batching import global_batch
 from t2i.data.loader import StepLoader
 from t2i.distributed import build_locks, faults
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
-from t2i.distributed.ending import leave
+from t2i.distributed.ending import leave, said_once_per_machine
 from t2i.distributed.health import Peers, Watchdog
+from t2i.distributed.heartbeat import place_in_job
 from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
 from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
@@ -30,7 +31,7 @@ from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine, whole_ds_config
-from t2i.train.inputs import read_inputs
+from t2i.train.inputs import check_before_start, read_inputs
 from t2i.train.loop import EndConditions, Trainer
 from t2i.train.metrics import MetricsWriter, Speed
 from t2i.train.periodic import periodic_work
@@ -51,8 +52,10 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         UserError, DataError, NumericalError, CheckpointError, LostRankError, Stopped: see t2i.errors.
     """
     run_dir, data_config, model_config, train_config = config.run_dir, config.data, config.model, config.train
-    ds_config = read_ds_config(ds_config_path)
-    make_folder(run_dir)  # first of all: a folder that cannot be made should fail at once
+    with said_once_per_machine():
+        ds_config = read_ds_config(ds_config_path)
+        check_before_start(config, world_size=place_in_job()[1])
+        make_folder(run_dir)  # a folder that cannot be made should fail at once
     with stop_flag() as flag:
         # Before any library is used: some read their seeds and switches only once.
         make_repeatable(train_config.deterministic, seed=train_config.seed)

@@ -114,6 +114,24 @@ def why_skipped(loss: float | None, *, is_spike: bool) -> str:
     return f"its loss of {loss:.3f} is a spike" if is_spike else "its gradient was not finite"
 
 
+SHOWN = {
+    "image_loss": "image loss {}",
+    "image_loss_wrong_caption": "under shuffled captions {}",
+    "image_loss_empty_caption": "under the null caption {}",
+    "text_loss": "text loss {}",
+}
+"""Losses of a held-out row that the terminal shows, in this order."""
+
+
+def measured(row: MetricsRow) -> str:
+    """Say in one line what a held-out row holds, for the terminal."""
+    values = [
+        text.format(short(value)) for key, text in SHOWN.items() if isinstance(value := row.get(key), float)
+    ]
+    images = f" on {row['num_pictures']} images" if "num_pictures" in row else ""
+    return f"step {step_of(row)}, {row['split']}{images}: {', '.join(values)}"
+
+
 def short(value: float | None) -> str:
     """Write a loss for a progress bar."""
     return "-" if value is None else f"{value:.3f}"

@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from t2i.distributed import ending as endings
-from t2i.distributed.ending import Ending, Left, ending, leave
+from t2i.distributed.ending import Ending, Left, ending, leave, said_once_per_machine
 from t2i.errors import CheckpointError, DataError, LostRankError, NumericalError, Stopped, UserError
 
 LOST, KILLED = LostRankError("Rank 1 failed: no such picture."), LostRankError("Lost rank 1.")
@@ -144,3 +144,15 @@ def test_only_a_bug_of_the_first_rank_points_to_its_traceback(tmp_path, capsys):
 )
 def test_errors_of_collectives_are_told_from_others(error, wanted):
     assert endings.is_lost_connection(error) is wanted
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_an_error_of_all_ranks_before_they_meet_is_said_by_the_first_of_a_machine(local_rank, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr("t2i.distributed.ending.SAY_SECONDS", 0.0)
+    with pytest.raises((DataError, SystemExit)) as caught, said_once_per_machine():
+        raise DataError("no shards")
+    if local_rank == "0":
+        assert str(caught.value) == "no shards"
+    else:
+        assert caught.value.code == 3

@@ -12,7 +12,7 @@ from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
 FP32 = json.loads((ROOT / "ds_configs" / "zero2_fp32.json").read_text())
-BF16 = {**FP32, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+BF16 = json.loads((ROOT / "ds_configs" / "zero2_bf16_cpu.json").read_text())
 DEEPSPEEDS_ADAM = {**FP32, "optimizer": {"params": {"torch_adam": False}}}
 ROUND_ROBIN = {**FP32, "zero_optimization": {**FP32["zero_optimization"], "round_robin_gradients": True}}
 

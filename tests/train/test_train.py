@@ -25,6 +25,7 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
 from t2i.train.main import train
+from t2i.train.metrics import measured
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
@@ -145,6 +146,14 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
     (config.run_dir / "data_manifest.json").write_text(json.dumps({**manifest, "source": "another"}))
     with pytest.raises(UserError, match="started with other shards"):
         train(config, ds_config_path=DS_CONFIG)
+
+
+def test_heldout_losses_are_shown_with_their_step_and_number_of_images(finished):
+    row = next(row for row in read_metrics(finished.run_dir) if row.get("split") == "heldout")
+    line = measured(row)
+    assert line.startswith("step 6, heldout on 4 images: image loss 8.")
+    assert f"under shuffled captions {row['image_loss_wrong_caption']:.3f}" in line
+    assert f"text loss {row['text_loss']:.3f}" in line
 
 
 def test_micro_batches_are_few_and_no_larger_than_asked():
