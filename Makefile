@@ -4,15 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 OUT ?= runs/demo
+SECONDS ?= 60
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest mutations faults bench docs reference smollm2
+.PHONY: help install demo lint test test-slow test-s3 test-newest mutations fuzz faults bench docs reference smollm2
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
 	@echo "make mutations one-line mistakes in a copy of the code, and whether tests notice them (a quarter of an hour)"
+	@echo "make fuzz      random sources with a known truth, read and compared, then damaged; SECONDS=N, by default $(SECONDS)"
 	@echo "make test-slow drawing by a step that torch's compiler made (a minute)"
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
@@ -67,6 +69,9 @@ test: install
 
 mutations: install
 	$(BIN)/python tests/mutations.py
+
+fuzz: install
+	$(BIN)/python tests/fuzz/fuzz_sources.py --seconds $(SECONDS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not fault"

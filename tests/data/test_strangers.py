@@ -6,6 +6,7 @@ from pathlib import Path
 
 import made_sources as made
 import pytest
+from fuzz.fuzz_sources import check
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -244,3 +245,9 @@ def test_run_files(content, tmp_path):
     file.write_bytes(content)
     with suppress(UserError):
         assert all(isinstance(word, str) for word in flags_of(file))
+
+
+@pytest.mark.parametrize("first", range(0, 120, 40))
+def test_random_sources_are_read_as_they_were_made(first, tmp_path):
+    for seed in range(first, first + 40):
+        check(seed, tmp_path / str(seed))

@@ -6,6 +6,7 @@ DIR/*.jsonl (rows of ids, with an optional caption and key), DIR/*.parquet (the 
 """
 
 import itertools
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,17 @@ from t2i.errors import DataError
 from t2i.files import check_keys, lines_of, read_json
 
 FACTS = "ids.json"
+UNREADABLE_ARRAY = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+)
+"""What numpy raises for files that are broken or forged."""
 MAX_VOCABULARY, MAX_LENGTH = 2**31, 1_000_000
 
 
@@ -144,15 +156,7 @@ def _rows_of_npy(path: Path, length: int) -> Iterator[dict[str, object]]:
         # Mapped, because a file may be larger than memory; a header that claims more than the file has is refused
         # then. Never as a pickle, which could run code.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        SyntaxError,
-        TypeError,
-        OverflowError,
-        zipfile.BadZipFile,
-    ) as error:
+    except UNREADABLE_ARRAY as error:
         raise DataError(f"{path} is not an array of numpy's, or is broken: {error}.") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != length:
         found = f"the shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
