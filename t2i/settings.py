@@ -9,7 +9,7 @@ The check of its value, the differences that stop a resume, --help and docs/sett
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -201,25 +201,36 @@ def may_change(hint: Hint) -> bool:
 
 
 def changed_settings(
-    found: Mapping[str, object], wanted: Mapping[str, object], *, kind: type, prefix: str = ""
+    found: Mapping[str, object],
+    wanted: Mapping[str, object],
+    *,
+    kind: type,
+    by_content: Collection[str] = (),
+    prefix: str = "",
 ) -> list[str]:
     """List the settings of `kind` that differ and may not change on resume, in words.
 
     A setting that is not in `found`, because it is newer than the run, counts as its default there.
+
+    Args:
+        by_content: full keys of paths that may be others; their content is compared elsewhere.
     """
     changed = []
     hints, defaults = hints_of(kind), default_values(kind)
     for key in {**found, **wanted}:
-        if may_change(hints.get(key)):
+        if may_change(hints.get(key)) or f"{prefix}{key}" in by_content:
             continue
         old, new = found.get(key, defaults.get(key)), wanted.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping) and is_dataclass(hints.get(key)):
-            changed += changed_settings(old, new, kind=hints[key], prefix=f"{prefix}{key}.")
+            changed += changed_settings(
+                old, new, kind=hints[key], by_content=by_content, prefix=f"{prefix}{key}."
+            )
         # Names on the hub have a prefix since 0.1.0: the same model, written anew.
         elif (
             old != new
             and new != f"hf:{old}"
             and not _both_are_defaults(hints.get(key), old, new, defaults.get(key))
+            and not _are_one_place(old, new)
         ):
             changed.append(f"{prefix}{key} is {old} there, {new} here")
     return changed
@@ -228,6 +239,13 @@ def changed_settings(
 def _both_are_defaults(hint: Hint, old: object, new: object, default: object) -> bool:
     marks = hint.__metadata__ if get_origin(hint) is Annotated else ()
     return new == default and FormerDefault(old) in marks
+
+
+def _are_one_place(old: object, new: object) -> bool:
+    """Tell whether two settings are paths, with a slash, of one file or folder that is there."""
+    paths = [Path(text) for text in (old, new) if isinstance(text, str) and "/" in text and "\0" not in text]
+    # Without a slash it may be a word, such as `random`.
+    return len(paths) == 2 and all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
 def default_values(kind: type) -> dict[str, object]:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from t2i.runs.checkpoint_store import STEPS, last_step
+from t2i.runs.checkpoint_store import committed, last_step
 from t2i.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -189,8 +189,8 @@ def steps_lost(run_dir):
 
 def forget_after(run_dir, *, step):
     """Take a run's later checkpoints away, as if it had died before."""
-    for folder in (run_dir / "checkpoints").glob(STEPS):
-        if int(folder.name.removeprefix("step_")) > step:
+    for found, folder in committed(run_dir).items():
+        if found > step:
             folder.rename(run_dir / f"was_{folder.name}")
 
 

@@ -677,8 +677,8 @@ MUTATIONS = (
     Mutation(
         "the-oldest-checkpoint-is-opened",
         "t2i/runs/checkpoint_store.py",
-        "reverse=True):\n        try:\n            verify(folder, weights_only=True)",
-        "reverse=False):\n        try:\n            verify(folder, weights_only=True)",
+        "for folder in reversed(committed(run_dir).values()):\n            try:",
+        "for folder in committed(run_dir).values():\n            try:",
         "drawing and measures read the run's first checkpoint",
         CHECKPOINTS,
     ),

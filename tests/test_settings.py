@@ -37,6 +37,7 @@ from t2i.errors import UserError
 from t2i.model.control_init import CONTROLS
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES
 from t2i.model.trainable import RECIPES
+from t2i.runs.metrics_log import append_metrics
 from t2i.runs.run_folder import RESOLVED, open_run, plain, read_settings
 from t2i.settings import changed_settings, expected, hints_of, key_of
 from t2i.study.jobs import Job, jobs_of, read_study, run_config
@@ -374,6 +375,7 @@ def test_a_folder_of_the_last_release_resumes_and_has_the_new_names_then(tmp_pat
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / RESOLVED).write_text(OLD_FOLDER.read_text())
+    append_metrics(run_dir, {"step": 1})
     config = replace(OF_OLD_FOLDER, run_dir=run_dir)
     assert read_settings(run_dir)["data"]["subsample_every"] == 2  # as reports read it
     with pytest.raises(

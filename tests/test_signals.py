@@ -6,12 +6,15 @@ from contextlib import suppress
 
 import pytest
 
+from t2i.distributed.run_id import OwnFolder
 from t2i.distributed.signals import SAVE, STOP, Requests, StopFlag, stop_flag
 from t2i.errors import Stopped
 
 
 def test_one_rank_looks_for_files_and_grants_them(tmp_path):
-    first, other = (Requests(StopFlag(), tmp_path, reads_files=is_first) for is_first in (True, False))
+    first, other = (
+        Requests(StopFlag(), OwnFolder.at(tmp_path), reads_files=is_first) for is_first in (True, False)
+    )
     assert not first.should_stop() and not first.should_save()
     (tmp_path / STOP).touch()
     assert (first.should_stop(), other.should_stop(), first.should_save()) == (True, False, False)
@@ -24,7 +27,7 @@ def test_one_rank_looks_for_files_and_grants_them(tmp_path):
 
 
 def test_a_file_breaks_off_no_measure_and_a_signal_does(tmp_path):
-    requests = Requests(StopFlag(), tmp_path, reads_files=True)
+    requests = Requests(StopFlag(), OwnFolder.at(tmp_path), reads_files=True)
     (tmp_path / STOP).touch()
     assert requests.should_stop() and not requests.is_signalled()
     requests.begin()
@@ -40,7 +43,7 @@ def test_a_stop_that_an_import_caught_is_not_forgotten():
 
 def test_a_signal_after_the_first_step_began_ends_nothing_by_itself(tmp_path):
     with stop_flag() as flag:
-        requests = Requests(flag, tmp_path, reads_files=False)
+        requests = Requests(flag, OwnFolder.at(tmp_path), reads_files=False)
         requests.begin()
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.should_stop()

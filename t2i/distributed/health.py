@@ -16,7 +16,8 @@ from statistics import median
 
 import torch.distributed as dist
 
-from t2i.errors import LostRankError, exit_code
+from t2i.distributed.run_id import OwnFolder
+from t2i.errors import LostRankError, Stopped, exit_code
 
 ERROR, STEP = "error.txt", "step"
 SEARCH_SECONDS = 3.0
@@ -42,26 +43,36 @@ def hang_file(run_dir: Path, rank: int) -> Path:
 class Peers:
     """The processes of all ranks; made by all ranks together."""
 
-    run_dir: Path
+    folder: OwnFolder
     rank: int
     places: list[tuple[str, int]]
     """Host name and process id of each rank."""
 
     @classmethod
-    def meet(cls, run_dir: Path) -> "Peers":
+    def meet(cls, folder: OwnFolder) -> "Peers":
         """Exchange hosts and process ids, and remove the error files of an earlier start of this run."""
         rank = dist.get_rank()
-        for file in (error_file(run_dir, rank), hang_file(run_dir, rank)):
+        for file in (error_file(folder.path, rank), hang_file(folder.path, rank)):
             file.unlink(missing_ok=True)
         places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
-        return cls(run_dir, rank, places)
+        return cls(folder, rank, places)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.folder.path
 
     def note_failure(self, error: BaseException) -> None:
-        """Write this rank's traceback into the run folder."""
+        """Write why this rank ends into the run folder, with its traceback unless it was asked to."""
+        was_asked = isinstance(error, Stopped | KeyboardInterrupt)
+        if was_asked and len(self.places) == 1:
+            return  # no other rank looks for it, and the user knows
         with suppress(OSError):  # a full disk must not hide the error
             head = f"exit {exit_code(error)}: {' '.join(str(error).split()) or type(error).__name__}"
-            error_file(self.run_dir, self.rank).write_text(f"{head}\n{traceback.format_exc()}")
+            if self.folder.is_own():
+                trace = "" if was_asked else traceback.format_exc()
+                error_file(self.run_dir, self.rank).write_text(f"{head}\n{trace}")
 
     def lost(self) -> LostRankError:
         """Find out which rank is lost; the error has that rank's exit status if it left one."""

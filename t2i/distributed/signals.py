@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2i.distributed.run_id import OwnFolder
 from t2i.errors import Stopped
 
 STOP, SAVE = "STOP", "SAVE"
@@ -101,11 +102,16 @@ class Requests:
     """Requests to a run while it trains: signals to this rank, files in its folder, and a step to stop at."""
 
     flag: StopFlag
-    run_dir: Path
+    folder: OwnFolder
     reads_files: bool
     """Whether this rank looks for the files; one does, because on a shared disk ranks see them at different times."""
     stop_at: int | None = None
     """Stop after this step; None for the run's last step."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.folder.path
 
     def begin(self) -> None:
         """Have requests wait for the end of the current step from now on."""
@@ -116,8 +122,9 @@ class Requests:
         return self.flag.is_set()
 
     def should_stop(self) -> bool:
-        """Tell whether this rank was asked to stop after the current step."""
-        return self.is_signalled() or self._has(STOP)
+        """Tell whether this rank was asked to stop after the current step, or has lost the run's folder."""
+        # The last save then refuses on all ranks together: only the first one looks at the folder.
+        return self.is_signalled() or self._has(STOP) or (self.reads_files and not self.folder.is_own())
 
     def should_save(self) -> bool:
         """Tell whether this rank was asked to save."""

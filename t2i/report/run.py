@@ -25,6 +25,7 @@ from t2i.runs.run_folder import (
     Status,
     read_settings,
     read_status,
+    report_command,
 )
 from t2i.study.results import TRAIN_ROWS, Row, data_manifest, image_baselines, read_run
 from t2i.tokens.image import centre_crop_resize
@@ -182,7 +183,7 @@ def _commands(run_dir: Path) -> list[str]:
     commands = [read_optional_json(run_dir / ENVIRONMENT)["command"]]
     if _measured(run_dir):
         commands.append(command_line("score", str(run_dir)))
-    return [*commands, command_line("report", str(run_dir))]
+    return [*commands, report_command(run_dir)]
 
 
 def _lines(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ DeepSpeed's own save writes in place, and its load starts silently from step 0 i
 only a part (engine/) of a folder with one manifest of sizes and hashes.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -12,28 +13,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from t2i.distributed import faults
+from t2i.distributed.run_id import RUN_ID, read_run_id
 from t2i.errors import CheckpointError
 from t2i.files import file_hash
 from t2i.runs.checkpoint_manifest import (
+    CHECKPOINTS,
     MANIFEST,
     CheckpointManifest,
     Facts,
     SealedFile,
+    committed,
+    is_made_by,
+    named_step,
     read_checkpoint_manifest,
+    step_folder,
 )
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS, LATEST, STAGING = "checkpoints", "latest", ".saving"
+LATEST, STAGING = "latest", ".saving"
 TRASH = ".trash-"
 """Prefix of a checkpoint that is being removed."""
-STEPS = "step_" + 6 * "[0-9]"
-"""Glob of the names of complete checkpoints; the last one in sorted order is the newest."""
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Name the folder of one step's checkpoint."""
-    return run_dir / CHECKPOINTS / f"step_{step:06d}"
+BAD, OTHER = ".bad", ".other-run"
+"""Endings of what was set aside: damaged checkpoints, and those of other runs."""
+MOST_LOOKS = 100
+"""Times that a reader looks for a checkpoint in a run that removes one after the other."""
 
 
 def begin(run_dir: Path) -> Path:
@@ -101,24 +105,38 @@ def commit(
     _sync(final.parent)
     faults.reach("latest", step=step)
     _point_to(final)
-    _drop_old(final.parent, keep_last=keep_last, keep_every=keep_every)
+    _drop_old(final, run_id=facts.run_id, keep_last=keep_last, keep_every=keep_every)
     return final
 
 
 def _point_to(folder: Path) -> None:
     """Have `latest` name a checkpoint's folder, if it does not yet."""
     latest, text = folder.parents[1] / LATEST, f"{CHECKPOINTS}/{folder.name}\n"
-    if not latest.exists() or latest.read_bytes() != text.encode():
+    if latest.exists() and latest.read_bytes() == text.encode():
+        return
+    try:
         _replace(latest, text)
+    except OSError as error:  # a help for people; t2i itself reads the names of the folders
+        logger.warning("%s cannot be written: %s.", latest, error.strerror)
 
 
-def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
-    for old in sorted(folder.glob(STEPS))[:-keep_last]:
-        if keep_every and int(old.name.removeprefix("step_")) % keep_every == 0:
+def _drop_old(newest: Path, *, run_id: str, keep_last: int, keep_every: int) -> None:
+    """Remove the run's own checkpoints before `newest`, except those to keep."""
+    run_dir, num_kept = newest.parents[1], 1
+    for step, old in reversed(committed(run_dir).items()):
+        # Never what is of a later step or of another run: this run has made nothing in its place.
+        if old == newest or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
+            continue
+        num_kept += 1
+        if num_kept <= keep_last or (keep_every and step % keep_every == 0):
             continue
         trash = old.with_name(TRASH + old.name)
-        # Renamed first, so that nobody takes a half-removed folder for a checkpoint.
-        old.rename(trash)
+        try:
+            # Renamed first, so that nobody takes a half-removed folder for a checkpoint.
+            old.rename(trash)
+        except OSError as error:  # some file systems refuse while another process reads a file in it
+            logger.warning("%s cannot be removed yet: %s. The next save tries again.", old, error.strerror)
+            continue
         # In a thread, because removing gigabytes takes seconds. begin() removes what a killed process leaves.
         threading.Thread(target=shutil.rmtree, args=(trash, True), name=trash.name).start()
 
@@ -126,11 +144,6 @@ def _drop_old(folder: Path, *, keep_last: int, keep_every: int) -> None:
 def discard(run_dir: Path) -> None:
     """Remove what a failed save has written, to free its space."""
     shutil.rmtree(run_dir / CHECKPOINTS / STAGING, ignore_errors=True)
-
-
-def bytes_of(folder: Path) -> int:
-    """Return the total size of a checkpoint's files."""
-    return sum(file.bytes for file in read_checkpoint_manifest(folder).files.values())
 
 
 def verify(folder: Path, *, weights_only: bool = False) -> CheckpointManifest:
@@ -157,32 +170,65 @@ def verify(folder: Path, *, weights_only: bool = False) -> CheckpointManifest:
     return manifest
 
 
-def choose_newest(run_dir: Path) -> Path | None:
-    """Find the newest whole checkpoint and have `latest` name it; None if the run has none yet.
+def make_way(run_dir: Path, *, step: int) -> bool:
+    """Tell whether the run has its checkpoint of a step; anything else of that name is set aside."""
+    folder = step_folder(run_dir, step)
+    if folder.is_dir() and is_made_by(folder, read_run_id(run_dir)):
+        return True
+    if os.path.lexists(folder):
+        _set_aside_other(folder)
+    return False
 
-    A damaged checkpoint is set aside as .bad.
+
+def choose_newest(run_dir: Path) -> Path | None:
+    """Find the newest whole checkpoint of the run and have `latest` name it; None if the run has none yet.
+
+    A damaged checkpoint is set aside as .bad, and one of another run as .other-run.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: there are checkpoints, but none of this run is whole.
     """
+    run_id = read_run_id(run_dir)
+    others = []
     # By the names of the folders, not by `latest`: a process may have died between the rename and `latest`.
-    for folder in sorted((run_dir / CHECKPOINTS).glob(STEPS), reverse=True):
+    for folder in reversed(committed(run_dir).values()):
         try:
+            if read_checkpoint_manifest(folder).facts.run_id != run_id:
+                others.append(folder)
+                continue
             verify(folder)
         except CheckpointError as error:
             logger.warning("setting a bad checkpoint aside: %s", error)
-            folder.rename(_free_name(folder.with_suffix(".bad")))
+            folder.rename(_free_name(folder.with_name(folder.name + BAD)))
             continue
+        for other in others:
+            _set_aside_other(other)
         _point_to(folder)
         return folder
     # An error rather than None, which would silently start the run again from step 0.
-    bad = sorted((run_dir / CHECKPOINTS).glob("step_??????.bad*"), reverse=True)
+    aside = (run_dir / CHECKPOINTS).glob(f"step_*{BAD}*")
+    bad = {step: path for path in aside if (step := named_step(_before_bad(path))) is not None}
     if bad:
-        listed = " ".join(map(_why_bad, bad))
+        listed = " ".join(_why_bad(bad[step]) for step in sorted(bad, reverse=True))
         raise CheckpointError(
             f"no checkpoint of {run_dir} is whole: {listed} Start again in another --run-dir."
         )
+    if others:
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint of its own, and {others[0]} is of another run: its manifest has another id"
+            f" than {run_dir / RUN_ID}. To start a run from its weights: --model.init {others[0]} --run-dir NEW."
+        )
     return None
+
+
+def _set_aside_other(folder: Path) -> None:
+    aside = _free_name(folder.with_name(folder.name + OTHER))
+    folder.rename(aside)
+    logger.warning("%s is no checkpoint of this run; it is now %s.", folder, aside.name)
+
+
+def _before_bad(folder: Path) -> Path:
+    return folder.with_name(folder.name.partition(BAD)[0])
 
 
 def _why_bad(folder: Path) -> str:
@@ -190,7 +236,7 @@ def _why_bad(folder: Path) -> str:
         verify(folder)
     except CheckpointError as error:
         return str(error)
-    return f"{folder} was set aside, but is whole; rename it to {folder.name.partition('.')[0]} to use it."
+    return f"{folder} was set aside, but is whole; rename it to {_before_bad(folder).name} to use it."
 
 
 def newest_readable(run_dir: Path) -> Path | None:
@@ -200,38 +246,52 @@ def newest_readable(run_dir: Path) -> Path | None:
         CheckpointError: there are checkpoints, but the weights of none are whole.
     """
     # Unlike choose_newest it renames nothing: only training holds the run's lock, and the run may be training.
-    reasons = []
-    for folder in sorted((run_dir / CHECKPOINTS).glob(STEPS), reverse=True):
-        try:
-            verify(folder, weights_only=True)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        return folder
-    if reasons:
-        raise CheckpointError(f"no checkpoint of {run_dir} is whole: {' '.join(reasons)}")
-    return None
+    run_id = read_run_id(run_dir)
+    for _ in range(MOST_LOOKS):
+        reasons = []
+        for folder in reversed(committed(run_dir).values()):
+            try:
+                manifest = verify(folder, weights_only=True)
+            except CheckpointError as error:
+                if not folder.is_dir():
+                    break  # the run removed it meanwhile, and so has a newer one
+                reasons.append(str(error))
+                continue
+            # A folder without an id may be a copy of a part of a run.
+            if run_id and manifest.facts.run_id != run_id:
+                reasons.append(f"{folder} is of another run.")
+                continue
+            return folder
+        else:
+            if reasons:
+                raise CheckpointError(f"no checkpoint of {run_dir} is whole: {' '.join(reasons)}")
+            return None
+    raise CheckpointError(
+        f"{run_dir} is training, and removes its checkpoints faster than they can be read. Keep more of them there"
+        " (--train.keep-last), or read again when it has ended."
+    )
 
 
 def last_step(run_dir: Path) -> int:
-    """Read the step of the newest checkpoint from its name; 0 if there is none."""
-    names = sorted(path.name for path in (run_dir / CHECKPOINTS).glob(STEPS))
-    return int(names[-1].removeprefix("step_")) if names else 0
+    """Find the step of the run's newest checkpoint, by names and manifests; 0 if there is none."""
+    run_id = read_run_id(run_dir)
+    own = (step for step, folder in reversed(committed(run_dir).items()) if is_made_by(folder, run_id))
+    return next(own, 0)
 
 
 def _free_name(path: Path) -> Path:
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}{number}")
-    return free
+    names = (path.name + str(number or "") for number in (0, *range(2, 10_000)))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync files, but know no sync of a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+            raise
     finally:
         os.close(descriptor)
 

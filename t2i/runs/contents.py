@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from t2i.data.shards import manifest as shards
 from t2i.data.sources.listing import LISTING
+from t2i.distributed.run_id import RUN_ID
 from t2i.runs import checkpoint_store as store
+from t2i.runs.checkpoint_manifest import CHECKPOINTS, MANIFEST
 from t2i.runs.metrics_log import METRICS
-from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, RESOLVED, SAMPLES, STATUS
+from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, REPLAY_MANIFEST, RESOLVED, SAMPLES, STATUS
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,22 @@ RUN_FOLDER = (
         STATUS,
         "state (running, done, stopped, failed), exit status, step, reason, and the command to run next",
     ),
+    sometimes(RUN_ID, "id of this run, which its checkpoints carry; not in folders of version 0.1.0"),
     Described(METRICS, "every number of the run, one JSON object per line"),
     sometimes(f"{METRICS}.rewound", "rows beyond the checkpoint that a later start resumed from"),
     Described("tensorboard/", f"TensorBoard's view of {METRICS}"),
-    Described(f"{store.CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
+    Described(f"{CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
     Described(store.LATEST, "name of the newest checkpoint"),
     sometimes(f"{SAMPLES}/", "grids of sampled images and their captions, with train.sample_every"),
     Described("data_manifest.json", "manifest of the shards that the run reads"),
+    sometimes(REPLAY_MANIFEST, "manifest of data.replay_shards"),
     sometimes(
         "roundtrip.safetensors",
         "images, their codes and reconstructions, by which its image tokenizer is checked",
     ),
     sometimes("image_tokenizer/", "the image tokenizer, where the shards have one"),
     Described(LOCK, "held by the process that trains here"),
-    sometimes("error*.txt", "traceback of the last failure; error_rankN.txt is rank N's"),
+    sometimes("error*.txt", "why the last start failed, with its traceback; error_rankN.txt is rank N's"),
     sometimes("hang_rank*.txt", "stacks of a rank whose step did not end"),
     sometimes("STOP", "made by you: end after this step, saved"),
     sometimes("SAVE", "made by you: save a checkpoint after this step"),
@@ -69,7 +73,7 @@ CHECKPOINT = (
     sometimes("*_routed.py", "the same, of a model with image weights"),
     Described("*token*.json", "the text tokenizer; some have vocab.json and merges.txt too"),
     Described("engine/", "DeepSpeed's state; sampling, scoring and export do not read it"),
-    Described(store.MANIFEST, "size and hash of every file; written last"),
+    Described(MANIFEST, "the run's id, size and hash of every file, and a hash of itself; written last"),
 )
 
 SHARDS = (
@@ -95,7 +99,7 @@ SHARDS = (
 )
 
 EXPORT = (
-    *(entry for entry in CHECKPOINT if entry.name not in ("engine/", store.MANIFEST)),
+    *(entry for entry in CHECKPOINT if entry.name not in ("engine/", MANIFEST)),
     Described("image_tokenizer/", "the image tokenizer, in diffusers' format"),
     Described("README.md", "model card: measured numbers, how to draw, and the command that made it"),
     sometimes("draw.py", "the sampler, where the model's class cannot draw by itself"),

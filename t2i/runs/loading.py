@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,19 +15,25 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
-from t2i.errors import UserError
+from t2i.distributed.run_id import read_run_id
+from t2i.errors import CheckpointError, UserError
 from t2i.files import HUB, hub_name, not_here, sha256_of
 from t2i.model.backbone import check_decoding, load_model, weight_files
-from t2i.runs.checkpoint_store import CHECKPOINTS, newest_readable
+from t2i.runs.checkpoint_manifest import CHECKPOINTS, has_manifest
+from t2i.runs.checkpoint_store import newest_readable, verify
+from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
 DATA_MANIFEST = "data_manifest.json"
 """Copy of the manifest of the shards that the model was trained on."""
+MOST_TRIES = 5
+"""Checkpoints that are tried one after the other, while the run that makes them removes them."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,16 @@ class OpenedModel:
         return int(codes_per_side * self.needed_image_tokenizer().downscale)
 
 
+class _RemovedError(CheckpointError):
+    """A checkpoint was removed while it was read, as a run that trains removes old ones."""
+
+
 def find(name: str) -> tuple[Path, Path | None]:
-    """Resolve a CKPT to its Hugging Face folder, and its run folder or None.
+    """Resolve a CKPT to its Hugging Face folder, and its run folder or None; what a checkpoint holds is verified.
 
     Raises:
         UserError: the name is not a CKPT.
+        CheckpointError: the checkpoint is damaged, or of another run than the folder around it.
     """
     if hub := hub_name(name):
         return _downloaded(hub), None
@@ -82,10 +95,14 @@ def find(name: str) -> tuple[Path, Path | None]:
         if folder is None:
             raise UserError(f"{path} has no checkpoint yet.")
         return folder, path
+    if _is_checkpoint(path):
+        run_id = verify(path, weights_only=True).facts.run_id
+        run_dir = _run_around(path)
+        if run_dir and (wanted := read_run_id(run_dir)) and run_id != wanted:
+            raise CheckpointError(f"{path} is of another run than {run_dir}. Move it out of there to use it.")
+        return path, run_dir
     if (path / "config.json").is_file():
-        # A run holds its image tokenizer and its measures once, two folders above each of its checkpoints.
-        is_checkpoint = path.resolve().parent.name == CHECKPOINTS
-        return path, path.resolve().parent.parent if is_checkpoint else None
+        return path, None
     raise UserError(f"{refusal}: it has neither {CHECKPOINTS}/ nor config.json.")
 
 
@@ -97,6 +114,20 @@ def _downloaded(name: str) -> Path:
         raise UserError(
             f"the hub gives no model {HUB}{name}: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Tell a checkpoint, wherever it was copied to, from another Hugging Face folder."""
+    # By more than its manifest, which may be what is missing.
+    has_engine = (path / "engine").is_dir() and (path / "config.json").is_file()
+    return path.is_dir() and (has_engine or _run_around(path) is not None or has_manifest(path))
+
+
+def _run_around(path: Path) -> Path | None:
+    """Return the run folder that a checkpoint lies in; None if it lies elsewhere."""
+    # A run holds its image tokenizer and its measures once, two folders above each of its checkpoints.
+    folder = path.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS and (folder.parent / RESOLVED).is_file() else None
 
 
 def open_model(
@@ -117,8 +148,51 @@ def open_model(
         UserError: it is not a CKPT, has no tokenizer, is code that is not trusted, or has no image codes although
             images are needed.
         DataError: the image tokenizer beside it is not the one that the model was trained with.
+        CheckpointError: a checkpoint is damaged, or was removed while it was read.
     """
-    folder, run_dir = find(name)
+    # Of a run that is training the next one will do; of a checkpoint that was named itself there is no other.
+    num_tries = MOST_TRIES if (Path(name) / CHECKPOINTS).is_dir() else 1
+    while True:
+        folder, run_dir = find(name)
+        num_tries -= 1
+        try:
+            with reading(folder):
+                opened = _read(
+                    folder, run_dir, needs_images=needs_images, trust_remote_code=trust_remote_code
+                )
+                return _with_images(opened) if needs_images else opened
+        except _RemovedError:
+            if not num_tries:
+                raise
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Read a folder inside the block, and say so if it was removed meanwhile.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    try:
+        yield
+    # What transformers, safetensors and Python raise at a file that is gone.
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if folder.is_dir():
+            raise
+        raise _RemovedError(
+            f"{folder} was removed while it was read, as a run that trains removes old checkpoints. Run the same"
+            " command again."
+        ) from error
+
+
+def _read(
+    folder: Path,
+    run_dir: Path | None,
+    *,
+    needs_images: bool,
+    device: torch.device | str,
+    trust_remote_code: bool,
+) -> OpenedModel:
     # First, so that a folder without a tokenizer is refused before gigabytes of weights are read.
     text_tokenizer = TextTokenizer.load(folder)
     model = load_model(folder, trust_remote_code=trust_remote_code).eval().to(device)
@@ -131,16 +205,18 @@ def open_model(
         )
     else:
         layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
-    opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
-    if not needs_images:
-        return opened
-    check_decoding(model, name=str(folder))
-    image_tokenizer = ImageTokenizer.load(opened.home / IMAGE_TOKENIZER, device=device)
+    return OpenedModel(folder, run_dir, model, text_tokenizer, layout)
+
+
+def _with_images(opened: OpenedModel) -> OpenedModel:
+    """Add the image tokenizer, checked, and the hash of the weights."""
+    check_decoding(opened.model, name=str(opened.folder))
+    image_tokenizer = ImageTokenizer.load(opened.home / IMAGE_TOKENIZER, device=opened.model.device)
     if (opened.home / ROUND_TRIP).is_file():
         # Codes have a meaning under one image tokenizer only. Another one of the same shape would draw noise.
         check_round_trip(image_tokenizer, opened.home / ROUND_TRIP)
     # Hashed now, not when a result names it: a run that is training may remove this checkpoint meanwhile.
-    return replace(opened, image_tokenizer=image_tokenizer, weights=weights_sha256(folder))
+    return replace(opened, image_tokenizer=image_tokenizer, weights=weights_sha256(opened.folder))
 
 
 def weights_sha256(folder: Path) -> str:

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import logging
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from t2i.files import write_whole
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -42,27 +44,70 @@ def append_metrics(run_dir: Path, *rows: MetricsRow) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[MetricsRow]:
-    """Read metrics.jsonl, without a last line that was cut off."""
+    """Read metrics.jsonl, without a last line that was cut off; a warning counts other lines that are no rows."""
     path = run_dir / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            # Only the last line can be cut off, by a machine that lost power.
-            if number != len(lines) - 1:
-                raise
-    return rows
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows = [_parsed(line) for line in lines]
+    # Of the last line nothing is said: a machine lost power, or it is being written now.
+    torn = [number for number, row in enumerate(rows[:-1], 1) if row is None]
+    if torn:
+        logger.warning(
+            "%s: %d of %d lines are no rows and are left out; the first is line %d.",
+            *(path, len(torn), len(lines) - 1, torn[0]),
+        )
+    return [row for row in rows if row is not None]
 
 
 def rewind_metrics(run_dir: Path, *, step: int) -> None:
     """Move the rows after `step` to metrics.jsonl.rewound."""
-    rows = read_metrics(run_dir)
-    # The steps after it are done again, and no figure may show a step twice. Nothing is thrown away.
-    later = [row for row in rows if step_of(row) > step]
-    if not (run_dir / METRICS).exists():
+    path = run_dir / METRICS
+    if not path.exists():
         return
-    with (run_dir / f"{METRICS}.rewound").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in later)
-    write_whole(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows if step_of(row) <= step))
+    # The steps after it are done again, and no figure may show a step twice. Nothing is thrown away.
+    end = next((end for end, row in _rows_from_the_end(path) if row and step_of(row) <= step), 0)
+    with path.open("r+b") as file:
+        file.seek(end)
+        later = file.read()
+        if not later:
+            return
+        with (run_dir / f"{METRICS}.rewound").open("ab") as rewound:
+            rewound.write(later[: later.rfind(b"\n") + 1])  # without a line that was cut off
+        file.truncate(end)
+
+
+def rows_of_step(run_dir: Path, step: int) -> Iterator[MetricsRow]:
+    """Read the rows of a step that is among the last ones, from the end of metrics.jsonl, last row first."""
+    for _, row in _rows_from_the_end(run_dir / METRICS):
+        if row and step_of(row) < step:
+            return
+        if row and step_of(row) == step:
+            yield row
+
+
+def has_step(run_dir: Path) -> bool:
+    """Tell whether a training step was recorded; what is measured before the first one is of step 0."""
+    return any(row and step_of(row) > 0 for _, row in _rows_from_the_end(run_dir / METRICS))
+
+
+def _rows_from_the_end(path: Path) -> Iterator[tuple[int, MetricsRow | None]]:
+    """Yield each line's end in the file and its row, the last line first; None for a line that is no row."""
+    # Not read as a whole: a long run has millions of rows, and a resume needs the last few.
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = len(text)
+        while end:
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            line = text[start:end]
+            yield end, _parsed(line) if line.endswith(b"\n") else None
+            end = start
+
+
+def _parsed(line: bytes) -> MetricsRow | None:
+    """Parse one line; None if it is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    # A bool is an int in Python, but true is no step.
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -1,6 +1,7 @@
 """The files of a run folder that explain the run: its settings, its machine, its status."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
@@ -16,9 +17,11 @@ import yaml
 
 from t2i.config import DsConfig
 from t2i.config.renamed import LAST_RELEASE, with_new_keys
+from t2i.distributed.run_id import give_run_id
 from t2i.errors import CheckpointError, UserError
 from t2i.files import read_optional_json, read_yaml, write_json, write_whole
-from t2i.runs.checkpoint_store import last_step
+from t2i.runs.checkpoint_store import CHECKPOINTS, last_step
+from t2i.runs.metrics_log import has_step
 from t2i.settings import changed_settings
 from t2i.verbs import command_line, own_command_line
 
@@ -31,11 +34,22 @@ RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, LOCK = (
     "status.json",
     ".lock",
 )
+REPLAY_MANIFEST = "replay_manifest.json"
+"""Copy of the manifest of data.replay_shards."""
+BY_CONTENT = {
+    "data.shards": "data_manifest.json",
+    "data.remote": "data_manifest.json",
+    "data.replay_shards": REPLAY_MANIFEST,
+}
+"""Settings that a resumed run knows by what is there, not by the path, once it has this copy to compare with."""
 SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the file of their captions, one per line."""
 
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
 
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+"""What file systems without file locks say when they are asked for one."""
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -51,7 +65,8 @@ class Status:
     reason: str = ""
     """The error that ended the run."""
     next: str = ""
-    """Command to run next: to resume, or to make the report of a run that is done."""
+    """Command to run next: to resume, or to make the report of a run that is done; empty where none is known to help.
+    """
     time: str = ""
 
 
@@ -82,7 +97,11 @@ def open_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> 
     make_folder(run_dir)
     lock = _lock(run_dir)
     try:
-        _refuse_other_science(config)
+        if has_begun(run_dir):
+            _refuse_other_science(config)
+        # A run of version 0.1.0 has no id, and neither have its checkpoints.
+        if not (run_dir / RESOLVED).exists() or not has_begun(run_dir):
+            give_run_id(run_dir)
         write_status(run_dir, state="running", step=last_step(run_dir))
         comment = f"# {heading}\n" if heading else ""
         write_whole(run_dir / RESOLVED, comment + yaml.safe_dump(plain(config), sort_keys=False))
@@ -107,10 +126,17 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     return settings
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Tell whether a run has made a step; until then it may be given other settings."""
+    return any((run_dir / CHECKPOINTS).glob("step_*")) or has_step(run_dir)
+
+
 def _refuse_other_science(config: RunSettings) -> None:
     if not (config.run_dir / RESOLVED).exists():
         return
-    changed = changed_settings(read_settings(config.run_dir), plain(config), kind=type(config))
+    by_content = {key for key, copy in BY_CONTENT.items() if (config.run_dir / copy).exists()}
+    found = read_settings(config.run_dir)
+    changed = changed_settings(found, plain(config), kind=type(config), by_content=by_content)
     if changed:
         listed = "; ".join(changed)
         raise UserError(
@@ -143,6 +169,14 @@ def _lock(run_dir: Path) -> IO[str]:
         raise UserError(
             f"run folder {run_dir} is in use by {lock.read() or 'another process'}; choose another --run-dir."
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning(
+            "%s cannot be locked (%s): nothing keeps a second process from training there at the same time.",
+            lock.name,
+            error.strerror,
+        )
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")
     lock.flush()
@@ -172,17 +206,30 @@ def git_commit() -> str:
 
 
 def write_status(
-    run_dir: Path, *, state: State, step: int, code: int | None = None, reason: str = ""
+    run_dir: Path,
+    *,
+    state: State,
+    step: int,
+    code: int | None = None,
+    reason: str = "",
+    next_command: str | None = None,
 ) -> None:
     """Write status.json.
 
     Args:
         code: the exit status, once the run has ended.
+        next_command: None for the report of a run that is done, else for this very command.
     """
-    status = Status(
-        state, code, step, reason, next=_next_command(run_dir, state), time=time.strftime("%FT%T%z")
-    )
+    if next_command is None:
+        next_command = report_command(run_dir) if state == "done" else own_command_line()
+    status = Status(state, code, step, reason, next_command, time=time.strftime("%FT%T%z"))
     write_json(run_dir / STATUS, dataclasses.asdict(status))
+
+
+def report_command(run_dir: Path) -> str:
+    """Write out the command that makes the report of a run."""
+    # A name that begins with a dash would be taken for a flag.
+    return command_line("report", f"./{run_dir}" if str(run_dir).startswith("-") else str(run_dir))
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -196,7 +243,3 @@ def read_status(run_dir: Path) -> Status | None:
     return (
         Status(**{key: value for key, value in found.items() if key in known}) if "state" in found else None
     )
-
-
-def _next_command(run_dir: Path, state: str) -> str:
-    return command_line("report", str(run_dir)) if state == "done" else own_command_line()

@@ -1,6 +1,5 @@
 """The model to train: randomly initialised or loaded, with its vocabulary grown by the image codes."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
+from t2i.files import read_json
 from t2i.model.backbone import (
     check_decoding,
     check_head,
@@ -26,7 +26,7 @@ from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
 from t2i.model.routing import route, text_hash
 from t2i.model.trainable import add_lora, set_trainable
 from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
-from t2i.runs.loading import DATA_MANIFEST, find
+from t2i.runs.loading import DATA_MANIFEST, find, reading
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -210,9 +210,11 @@ def loaded_start(
 ) -> Start:
     """Load a CKPT with the vocabulary that can be kept."""
     folder, run_dir = find(name)
-    return _kept_rows(
+    with reading(folder):
         # fp32 whatever the file holds: DeepSpeed's JSON says in which precision to train.
-        load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code),
+        model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return _kept_rows(
+        model,
         knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),
         manifest=manifest,
         text_tokenizer=text_tokenizer,
@@ -244,5 +246,5 @@ def _knows_codes(home: Path, manifest: Manifest) -> bool:
     if not file.is_file():
         return False
     # By fingerprint of the tokenizer's weights: two tokenizers may share a name and mean other images by a code.
-    trained_on = json.loads(file.read_text()).get("image_tokenizer", {})
-    return bool(trained_on.get("fingerprint") == manifest.code_maker.fingerprint)
+    trained_on = read_json(file).get("image_tokenizer")
+    return isinstance(trained_on, dict) and trained_on.get("fingerprint") == manifest.code_maker.fingerprint

@@ -9,17 +9,19 @@ import torch.distributed as dist
 
 from t2i.config import TrainConfig
 from t2i.data.loader import StepLoader
-from t2i.data.shards.manifest import MANIFEST
+from t2i.data.shards.manifest import MANIFEST, are_same_shards
 from t2i.distributed import faults
 from t2i.distributed.collectives import of_all_ranks, on_first_rank
+from t2i.distributed.run_id import OwnFolder
 from t2i.errors import CheckpointError, UserError
+from t2i.files import write_whole
 from t2i.model.resize import merged_state_dict
 from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.checkpoint_manifest import Facts, SealedFile, read_checkpoint_manifest
+from t2i.runs.checkpoint_manifest import CheckpointManifest, Facts, SealedFile, read_checkpoint_manifest
 from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.metrics_log import METRICS, read_metrics
-from t2i.runs.run_folder import write_status
+from t2i.runs.metrics_log import METRICS, rows_of_step
+from t2i.runs.run_folder import REPLAY_MANIFEST, STATUS, has_begun, write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP
 from t2i.train.deepspeed_internals import (
@@ -29,7 +31,7 @@ from t2i.train.deepspeed_internals import (
     why_it_failed,
 )
 from t2i.train.deepspeed_state import load_state, random_states
-from t2i.train.guards import check_ranks_agree, optimizer_bits
+from t2i.train.guards import check_finite, check_ranks_agree, optimizer_bits
 from t2i.train.inputs import Inputs
 from t2i.train.progress import Progress
 
@@ -52,7 +54,7 @@ class Saver:
         inputs: Inputs,
     ) -> None:
         self.config = config
-        self.run_dir = run_dir
+        self.run_dir, self.folder = run_dir, OwnFolder.at(run_dir)
         self.engine = engine
         self.loader = loader
         self.inputs = inputs
@@ -66,11 +68,12 @@ class Saver:
 
         Raises:
             CheckpointError: on every rank, if the save failed and had to succeed, or the one before failed too.
-            NumericalError: ranks hold different weights.
+            NumericalError: weights are not finite, or ranks hold different ones.
         """
         # A checkpoint is never overwritten: the folder of this step holds this step.
-        if checkpoints.step_folder(self.run_dir, progress.step).exists():
+        if on_first_rank(lambda: self._is_saved(progress.step)):
             return
+        check_finite(self.engine, progress, run_dir=self.run_dir)
         # Only the first rank's weights are saved, so a rank that drifted away would go unnoticed.
         check_ranks_agree(self.engine.module)
         # One rank writes, all ask: were only one to raise, the others would wait for it in the next collective.
@@ -91,13 +94,17 @@ class Saver:
             )
         logger.warning("%s Training continues until the next save.", sentence)
 
+    def _is_saved(self, step: int) -> bool:
+        self.folder.check()
+        return checkpoints.make_way(self.run_dir, step=step)
+
     def _begin(self, step: int) -> None:
         """Write the weights into a new folder, if the disk has room for a checkpoint as large as the last one."""
         staging, model = checkpoints.begin(self.run_dir), self.engine.module.model
         # Checked beforehand: a large save would fail only after minutes, on a disk that others are writing to.
-        last = sorted((self.run_dir / checkpoints.CHECKPOINTS).glob(checkpoints.STEPS))[-1:]
+        last = checkpoints.last_step(self.run_dir)
         free = shutil.disk_usage(self.run_dir).free
-        if last and free < (needed := checkpoints.bytes_of(last[0])):
+        if last and free < (needed := self._manifest(last).num_bytes()):
             raise CheckpointError(
                 f"disk full: a checkpoint needs {_size(needed)}, {_size(free)} are free at {self.run_dir}."
             )
@@ -105,6 +112,9 @@ class Saver:
         # Merged: transformers knows neither LoRA adapters nor embeddings in two parts.
         model.save_pretrained(staging, state_dict=merged_state_dict(model))
         self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
+
+    def _manifest(self, step: int) -> CheckpointManifest:
+        return read_checkpoint_manifest(checkpoints.step_folder(self.run_dir, step))
 
     def _write(self, progress: Progress) -> str:
         """Write on all ranks and commit on the first; return why it failed, the same on every rank, or ""."""
@@ -124,6 +134,7 @@ class Saver:
         step, settings = progress.step, self.config
         num_learned, num_all = num_parameters(self.engine.module.model)
         facts = Facts(
+            run_id=self.folder.run_id,
             progress=vars(progress),
             loader=self.loader.state_dict(),
             world_size=dist.get_world_size(),
@@ -138,11 +149,15 @@ class Saver:
             self.run_dir,
             step=step,
             facts=facts,
-            keep_last=settings.keep_last,
+            # What was saved before a streak of skipped steps stays: the streak may be what ends the run.
+            keep_last=settings.keep_last + progress.skipped_in_a_row,
             keep_every=settings.keep_every,
             sealed=sealed,
         )
-        write_status(self.run_dir, state="running", step=step)
+        try:
+            write_status(self.run_dir, state="running", step=step)
+        except OSError as error:  # the checkpoint is there all the same
+            logger.warning("%s cannot be written: %s.", self.run_dir / STATUS, error.strerror or error)
 
     def restore(self) -> Progress | None:
         """Load the newest complete checkpoint on every rank; None if there is none.
@@ -151,7 +166,8 @@ class Saver:
             UserError: the shards are not those that the run started with.
             CheckpointError: none of several is complete, or it does not fit.
         """
-        folder = on_first_rank(self._find_start)
+        on_first_rank(self._keep_inputs)
+        folder = self.newest()
         if folder is None:
             if (self.run_dir / METRICS).exists():
                 logger.info("starting from step 0: this run stopped before its first checkpoint")
@@ -165,26 +181,50 @@ class Saver:
         logger.info("resuming at step %d of %d", progress.step, self.config.max_steps)
         return progress
 
-    def _find_start(self) -> Path | None:
-        """Choose a checkpoint, and copy what sampling and measuring need into the run folder."""
-        run_dir, shards, image_tokenizer = self.run_dir, self.inputs.shards, self.inputs.image_tokenizer
-        manifest = shards / MANIFEST
-        # Copies: the shards may be gone when someone samples from the run.
-        if not (run_dir / DATA_MANIFEST).exists():
-            if image_tokenizer is not None:
-                shutil.copytree(image_tokenizer.folder, run_dir / IMAGE_TOKENIZER, dirs_exist_ok=True)
-                shutil.copyfile(shards / ROUND_TRIP, run_dir / ROUND_TRIP)
-            shutil.copyfile(manifest, run_dir / DATA_MANIFEST)  # last: it says that the rest is there
-        elif (run_dir / DATA_MANIFEST).read_bytes() != manifest.read_bytes():
-            raise UserError(
-                f"{run_dir} was started with other shards than {shards} holds now: its"
-                f" {DATA_MANIFEST} differs. Choose another --run-dir."
-            )
-        folder = checkpoints.choose_newest(run_dir)
-        if folder is not None:
-            check_owner(folder)  # DeepSpeed's state is pickled, and reading a pickle can run code
-            check_plain(folder / "engine")
-        return folder
+    def newest(self) -> Path | None:
+        """Choose the newest whole checkpoint of this run, the same on every rank; None if there is none.
+
+        Raises:
+            CheckpointError: none of several is whole, or another user may have written it.
+        """
+
+        def choose() -> Path | None:
+            folder = checkpoints.choose_newest(self.run_dir)
+            if folder is not None:
+                check_owner(folder)  # DeepSpeed's state is pickled, and reading a pickle can run code
+                check_plain(folder / "engine")
+            return folder
+
+        return on_first_rank(choose)
+
+    def _keep_inputs(self) -> None:
+        """Copy what sampling and measuring need into the run folder; after the first step, compare it instead."""
+        run_dir, inputs = self.run_dir, self.inputs
+        kept = {DATA_MANIFEST: inputs.shards} | ({REPLAY_MANIFEST: inputs.replay} if inputs.replay else {})
+        is_begun = has_begun(run_dir)
+        for name, shards in kept.items():
+            if is_begun and (run_dir / name).exists():
+                if not are_same_shards(run_dir / name, shards / MANIFEST):
+                    raise UserError(
+                        f"{run_dir} was started with other shards than {shards} holds now: its {name} differs. Choose"
+                        " another --run-dir."
+                    )
+                continue
+            # Copies: the shards may be gone when someone samples from the run.
+            if name == DATA_MANIFEST:
+                self._keep_image_tokenizer()
+            write_whole(
+                run_dir / name, (shards / MANIFEST).read_text()
+            )  # last: it says that the rest is there
+
+    def _keep_image_tokenizer(self) -> None:
+        folder, round_trip = self.run_dir / IMAGE_TOKENIZER, self.run_dir / ROUND_TRIP
+        # Those of a start that was refused before its first step may be others.
+        shutil.rmtree(folder, ignore_errors=True)
+        round_trip.unlink(missing_ok=True)
+        if self.inputs.image_tokenizer is not None:
+            shutil.copytree(self.inputs.image_tokenizer.folder, folder)
+            shutil.copyfile(self.inputs.shards / ROUND_TRIP, round_trip)
 
     def load(self, folder: Path) -> Progress:
         """Load weights, optimizer and random states of a complete checkpoint, but not the loader's position.
@@ -211,11 +251,16 @@ class Saver:
                 f" or start a run from its weights: --model.init {folder} --run-dir NEW."
             )
         load_state(self.engine, folder, num_ranks=facts.world_size)
-        return Progress(**facts.progress)
+        try:
+            return Progress(**facts.progress)
+        except TypeError as error:
+            raise CheckpointError(
+                f"the manifest of {folder} has other keys than expected: {error}."
+            ) from error
 
 
 def _is_measured(run_dir: Path, step: int) -> bool:
-    return any("split" in row and row["step"] == step for row in read_metrics(run_dir))
+    return any("split" in row for row in rows_of_step(run_dir, step))
 
 
 def _size(count: float) -> str:

@@ -3,6 +3,7 @@
 Made for 0.19.8 (MADE_FOR) and ZeRO stages 1 and 2 only, which ds_config.py checks.
 """
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -173,6 +174,18 @@ def why_it_failed(write: Callable[[], object]) -> str:
             raise
         return f"{str(error).splitlines()[0]} (a full disk?)."
     return ""
+
+
+@contextmanager
+def names_as_they_are(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Let loads within this block take the name of a checkpoint's folder literally."""
+    # DeepSpeed takes it for a pattern: it does not find lr[1e-3], and for lr[12] it reads what is in lr1.
+    search = engine._get_all_ckpt_names
+    engine._get_all_ckpt_names = lambda folder, tag: search(glob.escape(folder), tag)
+    try:
+        yield
+    finally:
+        del engine._get_all_ckpt_names
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from t2i.runs.trust import only_plain_values
 from t2i.train.deepspeed_internals import (
     count_steps_as,
     kind_of,
+    names_as_they_are,
     reading_universal,
     saved_ds_config,
     saved_module,
@@ -32,9 +33,11 @@ logger = logging.getLogger(__name__)
 CONVERTED = ".universal"
 """Folder, beside the checkpoints, of the one that is being converted."""
 CONVERTER = """
+import os, sys
 from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 from t2i.runs.trust import pickle_enums_by_value
 pickle_enums_by_value()
+os.chdir(sys.argv.pop(1))
 main(parse_arguments())
 """
 
@@ -90,9 +93,12 @@ def convert(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target.parent, ignore_errors=True)
     target.parent.mkdir()
-    # In its own process: the converter forks workers, which would inherit this rank's threads and connections.
-    command = [sys.executable, "-c", CONVERTER, "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    # In its own process: the converter forks workers, which would inherit this rank's threads and connections. From
+    # within the folder that holds both: it takes paths for patterns, and anything may be in the name of a run.
+    parent = source.parents[1]
+    command = [sys.executable, "-c", CONVERTER, str(parent.absolute()), "--inject_missing_state"]
+    command += ["--input_folder", str(source.relative_to(parent))]
+    command += ["--output_folder", str(target.relative_to(parent))]
     # Without these the converter would take itself for a rank of this job and wait for the others.
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ranks}
@@ -108,7 +114,7 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         CheckpointError: DeepSpeed finds nothing there, or finds more than tensors and plain values.
     """
     # DeepSpeed unpickles without restriction, and a pickle from elsewhere can run code.
-    with only_plain_values(folder / "engine"):
+    with only_plain_values(folder / "engine"), names_as_they_are(engine):
         loaded, client_state = engine.load_checkpoint(str(folder), tag="engine")
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")

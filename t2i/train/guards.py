@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t2i.distributed.collectives import of_all_ranks
 from t2i.errors import NumericalError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import METRICS
@@ -46,12 +47,35 @@ def check_updates(progress: Progress, *, run_dir: Path) -> None:
     step = progress.step
     # The same on every rank without asking: a skip is decided from numbers summed over ranks.
     if progress.skipped_in_a_row == MAX_SKIPPED:
-        last = checkpoints.step_folder(run_dir, checkpoints.last_step(run_dir))
         raise NumericalError(
             f"The loss or gradient was not finite in steps {step - MAX_SKIPPED + 1} to {step}, or spiked; none of them"
             f" changed the weights. Their samples are named in {run_dir / METRICS}. Last checkpoint:"
-            f" {last if last.exists() else 'none'}. Try a smaller train.lr."
+            f" {_last_checkpoint(run_dir)}. Try a smaller train.lr."
         )
+
+
+def check_finite(engine: deepspeed.DeepSpeedEngine, progress: Progress, *, run_dir: Path) -> None:
+    """Check all weights and Adam's moments, on every rank together, before they are saved.
+
+    Raises:
+        NumericalError: some are not finite; no later step can change that.
+    """
+    parameters = dict(engine.module.named_parameters())
+    values = [*parameters.values(), *moments_of(engine)]
+    # One read from the device for all tensors.
+    are_finite = torch.stack([value.isfinite().all() for value in values]).tolist()
+    names = [*parameters, *["Adam's moments"] * (len(values) - len(parameters))]
+    found = of_all_ranks([name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite])
+    if found:
+        raise NumericalError(
+            f"After step {progress.step} the values of {found[0]} are not finite, and no step can mend that. Nothing is"
+            f" saved. Last checkpoint: {_last_checkpoint(run_dir)}. Try a smaller train.lr."
+        )
+
+
+def _last_checkpoint(run_dir: Path) -> str:
+    step = checkpoints.last_step(run_dir)
+    return str(checkpoints.step_folder(run_dir, step)) if step else "none"
 
 
 def check_ranks_agree(module: nn.Module) -> None:

@@ -44,6 +44,8 @@ class Inputs:
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer | None
     """None for text shards and precomputed tokens, which have no image tokenizer."""
+    replay: Path | None = None
+    """Text shards that are replayed; None without."""
 
 
 def check_before_start(config: RunConfig, *, world_size: int) -> None:
@@ -92,10 +94,12 @@ def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
         image_tokenizer = tokenizer = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER)
         # It encodes a few images again, which takes seconds; the other ranks have the same files.
         on_first_rank(lambda: check_image_tokenizer(data.shards, tokenizer))
-    if num_text_sequences(data, global_batch=global_batch, world_size=dist.get_world_size()):
+    replays = num_text_sequences(data, global_batch=global_batch, world_size=dist.get_world_size()) > 0
+    if replays:
         mixed = text_stream(data)  # the replayed text
         check_text_use(mixed, manifest=manifest_of(mixed), tokenizer=text_tokenizer)
-    return Inputs(data.shards, manifest, start, text_tokenizer, image_tokenizer)
+    replay = data.replay_shards if replays else None
+    return Inputs(data.shards, manifest, start, text_tokenizer, image_tokenizer, replay)
 
 
 def _check_fit(data: DataConfig, *, manifest: Manifest, tokenizer: TextTokenizer) -> None:

@@ -14,6 +14,7 @@ from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import MetricsRow
+from t2i.runs.run_folder import SAMPLES, report_command
 from t2i.train.checkpoint import Saver
 from t2i.train.guards import MAX_SKIPPED, check_updates
 from t2i.train.metrics import MetricsWriter, measured, short
@@ -72,14 +73,32 @@ class Trainer:
             if self.writer:
                 # Rows beyond the checkpoint are set aside: their steps are taken again. -1 keeps not even step 0.
                 self.writer.start(step=restored.step if restored else -1)
+            if restored and restored.step >= self.config.max_steps and not restored.owed:
+                logger.info(
+                    "this run is done; for more steps, run the same command with a larger --train.max-steps than %d",
+                    restored.step,
+                )
             at_start = [place for place, work in enumerate(self.periodic) if work.at_start]
             self.requests.begin()
             self._steps(owed=self.progress.owed if restored else at_start)
+            if self.writer:
+                self._say_end()
         finally:
             self.watchdog.close()
             self.stepper.loader.close()
             if self.writer:
                 self.writer.close()
+
+    def _say_end(self) -> None:
+        step, losses, samples = self.progress.step, self.progress.losses, self.run_dir / SAMPLES
+        logger.info(
+            "done: step %d%s. Checkpoints: %s%s. Next: %s",
+            step,
+            f", loss {losses[-1]:.3f}" if losses else "",
+            self.run_dir / checkpoints.CHECKPOINTS,
+            f"; sampled images: {samples}" if samples.is_dir() else "",
+            report_command(self.run_dir),
+        )
 
     def _steps(self, *, owed: list[int]) -> None:
         config, progress = self.config, self.progress
@@ -127,9 +146,12 @@ class Trainer:
         Raises:
             NumericalError: there is no checkpoint, or the run was rewound too often.
         """
-        step = checkpoints.last_step(self.run_dir)
+        # Verified anew: a disk may have failed since it was saved.
+        self.watchdog.arm("rewind", times=BETWEEN_STEPS)
+        folder = self.saver.newest()
+        step = checkpoints.named_step(folder) if folder else 0
         times = self.progress.rewinds + 1
-        if step == 0 or times > MAX_SKIPPED:
+        if folder is None or step is None or times > MAX_SKIPPED:
             raise NumericalError(
                 f"The loss spiked in step {self.progress.step}, and the run cannot rewind to the checkpoint of step"
                 f" {step}: it has rewound {times - 1} times of at most {MAX_SKIPPED}. Look at the samples named in"
@@ -141,7 +163,7 @@ class Trainer:
             step,
         )
         # The loader keeps its position: the batches since the checkpoint are not read a second time.
-        self.progress = self.saver.load(checkpoints.step_folder(self.run_dir, step))
+        self.progress = self.saver.load(folder)
         self.progress.rewinds = times
         if self.writer:
             self.writer.rewind(step=step)
@@ -163,8 +185,9 @@ class Trainer:
                 return False
         self.progress.owed = []
         self.log(rows)
-        for row in rows:
-            logger.info("%s", measured(row))
+        if self.writer:
+            for row in rows:
+                logger.info("%s", measured(row))
         return True
 
     def save(self, *, must_succeed: bool) -> None:

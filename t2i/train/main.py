@@ -20,13 +20,14 @@ from t2i.distributed.ending import leave, said_once_per_machine
 from t2i.distributed.health import Peers, Watchdog
 from t2i.distributed.heartbeat import place_in_job
 from t2i.distributed.launch import make_repeatable, prepare_environment, start_processes, warn_of_building
+from t2i.distributed.run_id import OwnFolder, read_run_id
 from t2i.distributed.shared_memory import sweep
 from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine, operators_needed
-from t2i.errors import Stopped, exit_code
+from t2i.errors import DataError, Stopped, UserError, exit_code
 from t2i.model.routing import check_precision
 from t2i.runs.checkpoint_store import last_step
-from t2i.runs.run_folder import State, make_folder, open_run, write_status
+from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.ds_config import read_ds_config
@@ -98,7 +99,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
             writer = MetricsWriter(run_dir) if is_first else None
             speed = Speed(model, data=data_config, device=engine.device, is_half=engine.bfloat16_enabled())
-            requests = Requests(flag, run_dir, reads_files=is_first, stop_at=stop_at)
+            requests = Requests(flag, peers.folder, reads_files=is_first, stop_at=stop_at)
             watchdog = Watchdog(
                 peers, seconds=train_config.hang_timeout_seconds, on_hang=lambda error: _report(peers, error)
             )
@@ -131,8 +132,15 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
     """Lock the run folder while the block runs, and record how it ended; an error of all ranks is reported once."""
     # One rank opens, all learn of its error: a lock that is taken ends the job with one sentence.
     locks: list[IO[str]] = []
-    on_first_rank(lambda: locks.append(open_folder()))
-    peers = Peers.meet(run_dir)
+
+    def open_first() -> tuple[str, str]:
+        """Return the run's id, and the command that the run's status named before this start."""
+        before = _next_before(run_dir)
+        locks.append(open_folder())
+        return read_run_id(run_dir), before
+
+    run_id, before = on_first_rank(open_first)
+    peers = Peers.meet(OwnFolder(run_dir, run_id))
     try:
         faults.reach("setup", step=0)
         yield peers
@@ -140,16 +148,37 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
             write_status(run_dir, state="done", step=last_step(run_dir), code=0)
     except (Exception, KeyboardInterrupt) as error:
         flag.is_leaving = True  # the launcher may send SIGTERM to a rank that is ending already
-        leave(peers, error, report=lambda error: _report(peers, error))
+        leave(peers, error, report=lambda error: _report(peers, error, before=before))
     finally:
         for lock in locks:
             lock.close()
 
 
-def _report(peers: Peers, error: BaseException) -> None:
-    """Write status.json; a disk that refuses must not hide the error."""
+def _next_before(run_dir: Path) -> str:
+    """Read which command the status names; empty if there is none, or the run has not made a step."""
+    with suppress(DataError):
+        if has_begun(run_dir) and (status := read_status(run_dir)):
+            return status.next
+    return ""
+
+
+def _report(peers: Peers, error: BaseException, *, before: str = "") -> None:
+    """Write status.json; a disk that refuses must not hide the error.
+
+    Args:
+        before: the command that the status named before this start.
+    """
     state: State = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
+    # A command that was refused would be refused again.
+    next_command = before if isinstance(error, UserError) else None
     with suppress(OSError):
-        step = last_step(peers.run_dir)
-        write_status(peers.run_dir, state=state, step=step, code=exit_code(error), reason=reason)
+        if peers.folder.is_own():
+            write_status(
+                peers.run_dir,
+                state=state,
+                step=last_step(peers.run_dir),
+                code=exit_code(error),
+                reason=reason,
+                next_command=next_command,
+            )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import counts_of, flops_a_token
+from t2i.distributed.run_id import OwnFolder
 from t2i.runs.metrics_log import METRICS, MetricsRow, append_metrics, rewind_metrics, step_of
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.folder = run_dir, OwnFolder.at(run_dir)
         self.waiting: list[MetricsRow] = []
         self.events: SummaryWriter | None = None
 
@@ -44,6 +45,8 @@ class MetricsWriter:
 
     def write(self, row: MetricsRow) -> None:
         """Write one row; `split` names its group in TensorBoard."""
+        if not self.folder.is_own():
+            return  # another run's metrics are there now; this run ends at its next save
         rows = [*self.waiting, row]
         try:
             append_metrics(self.run_dir, *rows)

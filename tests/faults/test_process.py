@@ -1,6 +1,5 @@
 """Processes that die, hang, fail or are asked to stop: under the real launcher, two ranks of a tiny model."""
 
-import json
 import os
 import random
 import re
@@ -55,10 +54,10 @@ def test_two_ranks_prove_themselves_that_they_resume_bit_for_bit(proof, whole):
 
 def test_the_proof_names_the_first_difference(whole, tmp_path):
     other = copy_run(whole, tmp_path / "run")
-    manifest = checkpoints.step_folder(other, 8) / "manifest.json"
-    facts = json.loads(manifest.read_text())
-    facts["optimizer_bits"][1] += 1
-    manifest.write_text(json.dumps(facts))
+    folder = checkpoints.step_folder(other, 8)
+    manifest = checkpoints.read_checkpoint_manifest(folder)
+    manifest.facts.optimizer_bits[1] += 1
+    (folder / "manifest.json").write_text(manifest.text())
     assert verify.first_difference(other, whole, step=8).startswith("Adam's moments differ after 8 steps")
     metrics = other / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"samples": 24', '"samples": 25'))
@@ -452,7 +451,7 @@ def test_changed_science_is_refused_and_a_changed_machine_is_not(finished, tmp_p
 )
 def test_times_of_files_do_not_matter(finished, tmp_path, observed):
     run_dir = copy_run(finished.run_dir, tmp_path / "run")
-    for age, folder in enumerate(sorted((run_dir / "checkpoints").glob(checkpoints.STEPS))):
+    for age, folder in enumerate(checkpoints.committed(run_dir).values()):
         for path in (folder, *folder.rglob("*")):
             os.utime(path, (1e9 - age, 1e9 - age))
     assert checkpoints.choose_newest(run_dir).name == "step_000006"

@@ -26,6 +26,7 @@ from t2i.data.shards.reader import read_split
 from t2i.data.sources import Tally, decode_image, open_source
 from t2i.data.sources import webdataset as reading
 from t2i.errors import CheckpointError, DataError, UserError
+from t2i.runs.checkpoint_manifest import SealedFile, read_checkpoint_manifest
 from t2i.runs.loading import find, open_model
 from t2i.runs.trust import check_owner
 from t2i.train.main import train
@@ -116,10 +117,9 @@ def test_columns_of_pickles_are_never_read(shards, tmp_path, observed):
 def forge(folder, name, content):
     """Put a file into a checkpoint and make its manifest agree."""
     (folder / name).write_bytes(content)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"][name] = {"bytes": len(content), "xxh64": xxhash.xxh64_hexdigest(content)}
-    path.write_text(json.dumps(manifest))
+    manifest = read_checkpoint_manifest(folder)
+    manifest.files[name] = SealedFile(len(content), xxhash.xxh64_hexdigest(content))
+    (folder / "manifest.json").write_text(manifest.text())
 
 
 @pytest.fixture

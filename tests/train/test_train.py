@@ -143,7 +143,8 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
     config = replace(finished, run_dir=tmp_path / "run")
     shutil.copytree(finished.run_dir, config.run_dir)
     manifest = json.loads((config.run_dir / "data_manifest.json").read_text())
-    (config.run_dir / "data_manifest.json").write_text(json.dumps({**manifest, "source": "another"}))
+    manifest["files"]["train/index.json"] = "0" * 16
+    (config.run_dir / "data_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="started with other shards"):
         train(config, ds_config_path=DS_CONFIG)
 
