@@ -157,10 +157,13 @@ def open_model(
         num_tries -= 1
         try:
             with reading(folder):
-                opened = _read(
-                    folder, run_dir, needs_images=needs_images, trust_remote_code=trust_remote_code
+                return _read(
+                    folder,
+                    run_dir,
+                    needs_images=needs_images,
+                    device=device,
+                    trust_remote_code=trust_remote_code,
                 )
-                return _with_images(opened) if needs_images else opened
         except _RemovedError:
             if not num_tries:
                 raise
@@ -205,7 +208,8 @@ def _read(
         )
     else:
         layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
-    return OpenedModel(folder, run_dir, model, text_tokenizer, layout)
+    opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
+    return _with_images(opened) if needs_images else opened
 
 
 def _with_images(opened: OpenedModel) -> OpenedModel:
