@@ -1,12 +1,19 @@
 """The errors that end a command, each with its exit status."""
 
+import errno
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from t2i.verbs import as_typed
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""What a disk says that takes no more."""
+WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos", "I/O error")
+"""Words of torch's and safetensors' errors when the disk fails; they wrap the system's error, without its number."""
 
 
 class UserError(ValueError):
@@ -58,6 +65,25 @@ def exit_code(error: BaseException) -> int:
     return getattr(error, "exit_code", CheckpointError.exit_code if isinstance(error, OSError) else 1)
 
 
+def disk_reason(error: Exception) -> str:
+    """Say in one sentence what the disk refused; empty for an error that has nothing to do with a disk."""
+    if isinstance(error, OSError):
+        if error.errno is None and not isinstance(error, shutil.Error):
+            return str(error)  # a library's own, which says what it is about
+        place, reason = error.filename, error.strerror or str(error)
+        # shutil.copytree collects the errors of all files in one; the first one's is enough.
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+            _, place, reason = error.args[0][0]
+        # A copy names its source first, but it is the target's disk that has no room.
+        elif error.errno in NO_ROOM and error.filename2:
+            place = error.filename2
+        return f"{place or 'The disk'}: {reason}."
+    # By name: this file is read first, also by a Python that has no package but its own.
+    is_writers = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    is_writers = is_writers and any(word in str(error) for word in WRITER_WORDS)
+    return f"{str(error).splitlines()[0]} (a full disk?)." if is_writers else ""
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a launcher's main function, and turn expected errors into a sentence and an exit status.
 
@@ -73,8 +99,10 @@ def run_command(command: Callable[[], None]) -> None:
         # The system's Python, usually. Packages that only some commands need are asked for by themselves.
         advice = "run `make install` and use .venv/bin/python, or `pip install` t2i"
         _end(error, sentence=f"{error}, which t2i needs: {advice}.")
-    except OSError as error:
-        _end(error, sentence=f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except Exception as error:
+        if not (sentence := disk_reason(error)):
+            raise
+        _end(CheckpointError(sentence), sentence=sentence)
     except KeyboardInterrupt:
         print("Interrupted. Finished work is kept; run the same command to resume.", file=sys.stderr)
         sys.exit(130)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 import yaml
 
+from t2i.disk import put_in_place, share
 from t2i.errors import CheckpointError, DataError, UserError
 
 Kind = type | tuple[type, ...] | dict[str, Any]
@@ -25,6 +25,9 @@ REASON_CHARACTERS = 200
 HUB = "hf:"
 """Prefix of a name on the Hugging Face hub: hf:USER/NAME. Any other name is a path on this machine."""
 
+MOST_JSON_BYTES, MOST_YAML_BYTES = 2**30, 2**24
+"""Larger files are not read: parsed, they would take many times their size of memory. The index of a billion images has
+less."""
 HASH = "xxh64"
 """The hash in the index of shards. xxh64, because it is much faster than SHA-256; it protects from accidents only."""
 
@@ -59,11 +62,9 @@ def read_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
     Raises:
         error: it cannot be read, or holds something else.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as failed:
-        raise error(f"{path} cannot be read: {failed.strerror}.") from failed
-    return parse_json(text, where=path, error=error)
+    return parse_json(
+        _bytes_of(path, name=str(path), limit=MOST_JSON_BYTES, error=error), where=path, error=error
+    )
 
 
 def read_optional_json(path: Path, *, error: Refusal = DataError) -> dict[str, Any]:
@@ -85,14 +86,28 @@ def read_yaml(path: Path, *, name: str) -> dict[str, Any]:
         UserError: it cannot be read, or holds something else.
     """
     try:
-        values = yaml.load(path.read_bytes(), Loader=_NoAliases)  # a SafeLoader
-    except OSError as failed:
-        raise UserError(f"{name} cannot be read: {failed.strerror}.") from failed
+        text = _bytes_of(path, name=name, limit=MOST_YAML_BYTES, error=UserError)
+        values = yaml.load(text, Loader=_NoAliases)  # a SafeLoader
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as broken:
         raise UserError(f"{name} is not YAML: {_reason(broken)}.") from broken
     if not isinstance(values, dict):
         raise UserError(f"{name} holds {type(values).__name__}; expected a mapping of keys.")
     return values
+
+
+def _bytes_of(path: Path, *, name: str, limit: int, error: Refusal) -> bytes:
+    """Read a file that has at most so many bytes."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise error(f"{name} has {size:,} bytes; expected at most {limit:,}.")
+        return path.read_bytes()
+    except OSError as failed:
+        if isinstance(failed, CheckpointError):
+            raise
+        raise error(f"{name} cannot be read: {failed.strerror}.") from failed
 
 
 def check_keys(
@@ -123,18 +138,18 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_bytes_whole(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    with _aside(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def copy_whole(source: Path, path: Path) -> None:
     """Copy a file's bytes whole or not at all."""
-    with _aside(path) as temporary:
+    with whole_file(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Yield a place beside a file to write to, which becomes the file if there was no error.
 
     Raises:
@@ -145,15 +160,16 @@ def _aside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         yield temporary
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         # On a full disk a write names no file, and a copy names the file that it reads first.
         is_of_another = error.filename2 is None and error.filename not in (None, str(temporary))
         if is_of_another or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -219,21 +235,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        readable(part)
+        share(part)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def readable(folder: Path) -> None:
-    """Give every file of a folder the mode that a new file has here; safetensors makes files for their owner alone."""
-    with tempfile.TemporaryDirectory(dir=folder) as probe:
-        # Asked of a new file: the umask itself can be read only by setting it, for all threads.
-        (Path(probe) / "new").touch()
-        mode = (Path(probe) / "new").stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(mode)
 
 
 def hash_uniform(*parts: object) -> float:

@@ -5,8 +5,9 @@ Examples:
   python launchers/study.py launchers/studies/mini.yaml --plan --gpu a100-80gb h100-80gb
   python launchers/study.py mine.yaml --out /shared/mine --launcher slurm --workers 8 --sbatch="--gres=gpu:8"
 
-Run the same command to resume; finished runs are not repeated. Several copies of it, also on other machines with the
-same folder, share the work.
+Run the same command to resume. Finished runs are not repeated, and jobs that failed are tried again. The exit status is
+that of the first job that failed, else 0. Several copies of the command, also on other machines with the same folder,
+share the work.
 """
 
 import shlex
@@ -75,19 +76,23 @@ def main() -> None:
         print(submit(again, count=command.workers, options=options, out=out))
         print(f"The report, when it has ended or before: {command_line('study', *flags, '--report')}")
     else:
+        status = 0
         if not command.report:
             with local_workers([*again, "--jobs-only"], count=command.workers - 1):
-                work_through(study, jobs, out=out)
+                status = work_through(study, jobs, out=out)
         if not command.jobs_only:
             report(study, jobs, out=out, again=command_line("study", *flags))
+        sys.exit(status)
 
 
-def work_through(study: Any, jobs: Any, *, out: Path) -> None:
-    from t2i.study.runner import work
+def work_through(study: Any, jobs: Any, *, out: Path) -> int:
+    from t2i.study.runner import exit_status, work
 
-    for name, record in work(jobs, study=study, out=out).items():
+    records = work(jobs, study=study, out=out)
+    for name, record in records.items():
         if record.state != "done":
             print(f"{name}: {record.state}; see {out / 'logs' / name}.log")
+    return exit_status(records.values())
 
 
 def report(study: Any, jobs: Any, *, out: Path, again: str) -> None:

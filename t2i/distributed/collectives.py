@@ -1,14 +1,13 @@
 """Collective operations: what ranks decide or find out together."""
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from t2i.errors import EXPECTED, CheckpointError
+from t2i.errors import EXPECTED, CheckpointError, disk_reason
 
 T = TypeVar("T")
 
@@ -39,10 +38,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
         except EXPECTED as expected:
             error, outcome[1] = expected, expected.exit_code
         except OSError as failed:
-            # shutil.copytree collects the errors of all files in one; the first one's reason is enough.
-            is_folder = isinstance(failed, shutil.Error) and isinstance(failed.args[0], list)
-            reason = failed.args[0][0][-1] if is_folder else failed.strerror or failed
-            error = CheckpointError(f"{failed.filename or 'The disk'}: {reason}.")
+            error = CheckpointError(disk_reason(failed))
             outcome[1] = CheckpointError.exit_code
     # With its error: a check that fails on one rank alone would leave the others in a collective that never ends.
     dist.broadcast_object_list(outcome)

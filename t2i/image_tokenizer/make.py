@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.data.sources import UNREADABLE, Source
+from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
@@ -45,6 +46,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
+    share(part)
     # Measured from the folder, so that the card describes the weights as they are stored.
     measures = measure_folder(
         part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"

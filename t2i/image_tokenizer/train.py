@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.errors import DataError, NumericalError, UserError
+from t2i.files import whole_file
 from t2i.tokens.image import pixels_of
 
 logger = logging.getLogger(__name__)
@@ -243,9 +244,9 @@ def _save(
         "generator": generator.get_state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Aside and then renamed: a kill leaves the old state or the new one.
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    # A kill leaves the old state or the new one.
+    with whole_file(path) as written:
+        torch.save(state, written)
 
 
 def _restore(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import yaml
 from torch import Tensor
 
 from t2i.config import DataConfig
@@ -20,7 +19,7 @@ from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.loading import OpenedModel
-from t2i.runs.run_folder import RESOLVED
+from t2i.runs.run_folder import read_settings
 from t2i.tokens.sequence import Mode, next_token_labels
 
 PERPLEXITY = "perplexity.json"
@@ -35,7 +34,7 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     """
     trained = RunData()
     if model.run_dir is not None:
-        settings = yaml.safe_load((model.run_dir / RESOLVED).read_text())["data"]
+        settings = read_settings(model.run_dir)["data"]
         trained = RunData(
             Path(settings["shards"]), settings["remote"], mode=settings["mode"], seq_len=settings["seq_len"]
         )

@@ -12,11 +12,12 @@ from PIL import Image
 
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import DataError, UserError
-from t2i.files import lines_of, read_optional_json
+from t2i.files import check_keys, lines_of, read_json, read_optional_json
 from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.measure.heldout_images import heldout_halves, source_of
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
+from t2i.runs.checkpoint_manifest import steps_of
 from t2i.runs.run_folder import (
     ENVIRONMENT,
     RESOLVED,
@@ -101,6 +102,8 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _page(run_dir: Path) -> RunPage:
+    settings = read_settings(run_dir)
+    check_keys(settings, {"train": {"max_steps": int}}, where=run_dir / RESOLVED)
     run = read_run(run_dir, seed=0)
     manifest = data_manifest(run)
     measured = _measured(run_dir)
@@ -110,10 +113,10 @@ def _page(run_dir: Path) -> RunPage:
     return RunPage(
         name=run_dir.name,
         status=read_status(run_dir),
-        environment=read_optional_json(run_dir / ENVIRONMENT),
-        settings=read_settings(run_dir),
+        environment=_environment(run_dir),
+        settings=settings,
         manifest=manifest,
-        scores=read_optional_json(measured / SCORES) if measured else {},
+        scores=_scores(measured / SCORES) if measured else {},
         baselines=baselines,
         last=last,
         # Of the last step alone: rows of earlier ones are in the curves.
@@ -129,7 +132,7 @@ def _page(run_dir: Path) -> RunPage:
             if any(f"{kind}_loss" in row.values for row in run.rows)
         },
         images=_images(measured / "model", manifest) if measured and manifest else [],
-        samples=[(int(path.stem[-6:]), _data_url(Image.open(path))) for path in _spread(run_dir / SAMPLES)],
+        samples=[(step, _data_url(_image(path))) for step, path in _spread(run_dir / SAMPLES)],
         sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
         samples_are_held_out=manifest is None or bool(manifest.counts.get("heldout")),
         commands=_commands(run_dir),
@@ -138,14 +141,32 @@ def _page(run_dir: Path) -> RunPage:
 
 def _measured(run_dir: Path) -> Path | None:
     """Find the scores of the newest checkpoint that was scored on the run's own held-out images."""
-    # Steps have six digits, so the order of names is that of steps.
-    found = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
-    return found[-1].parent if found else None
+    folders = steps_of((run_dir / "eval").glob("step_*"))
+    found = [folder for _, folder in folders.items() if (folder / SCORES).is_file()]
+    return found[-1] if found else None
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    """Read what the run was started with; an exported folder does not know it."""
+    path = run_dir / ENVIRONMENT
+    unknown = {"command": "", "python": "unknown", "platform": "unknown platform", "packages": {}}
+    found = {**unknown, **read_optional_json(path)}
+    check_keys(found, {"command": str, "python": str, "platform": str, "packages": dict}, where=path)
+    return found
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    check_keys(found, {"measures": list, "rows": dict, "captions_sha256": str, "sampler": dict}, where=path)
+    check_keys(found["rows"], {row: {"what": str} for row in found["rows"]}, where=f"{path}: rows")
+    return found
 
 
 def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
     """Pair drawn images with the real ones of their captions, evenly spread over the drawn half."""
     drawn = sorted(folder.glob("*.png"))
+    if not drawn:
+        return []
     # Every n-th and never the best: a page of chosen images says nothing of the others.
     step = max(1, len(drawn) // NUM_IMAGES)
     try:
@@ -160,27 +181,36 @@ def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
             split=pair.split,
             # Cropped and resized as training saw it; beside the whole photograph the drawn one would look worse.
             real=_data_url(centre_crop_resize(pair.open().image, size=manifest.image_size)),
-            drawn=_data_url(Image.open(path)),
+            drawn=_data_url(_image(path)),
         )
         for pair, path in shown
     ]
 
 
 def _drawn_alone(path: Path) -> DrawnImage:
-    image = Image.open(path)
+    image = _image(path)
     return DrawnImage(str(image.info.get("caption", "")), split="", real="", drawn=_data_url(image))
 
 
-def _spread(folder: Path) -> list[Path]:
-    """Choose the first, the last and up to two grids of samples between them."""
-    paths = sorted(folder.glob("step_*.png"))
-    places = {round(share * (len(paths) - 1)) for share in (0, 1 / 3, 2 / 3, 1)} if paths else set()
-    return [paths[place] for place in sorted(places)]
+def _spread(folder: Path) -> list[tuple[int, Path]]:
+    """Choose the first, the last and up to two grids of samples between them, with their steps."""
+    found = list(steps_of(folder.glob("step_*.png")).items())
+    places = {round(share * (len(found) - 1)) for share in (0, 1 / 3, 2 / 3, 1)} if found else set()
+    return [found[place] for place in sorted(places)]
+
+
+def _image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises each of these
+        raise DataError(f"{path} cannot be read as an image: {error}.") from error
 
 
 def _commands(run_dir: Path) -> list[str]:
     """List the commands that made the run's files, to be copied and run again."""
-    commands = [read_optional_json(run_dir / ENVIRONMENT)["command"]]
+    commands = [_environment(run_dir)["command"]]
     if _measured(run_dir):
         commands.append(command_line("score", str(run_dir)))
     return [*commands, report_command(run_dir)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,12 @@ def step_folder(run_dir: Path, step: int) -> Path:
 def committed(run_dir: Path) -> dict[int, Path]:
     """List the folders that have the name of a checkpoint by their steps, in order, whoever made them."""
     folder = run_dir / CHECKPOINTS
-    found = {
-        named_step(path): path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()
-    }
+    return steps_of(path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir())
+
+
+def steps_of(paths: Iterable[Path]) -> dict[int, Path]:
+    """Map steps to the files or folders that are named after them, in order; what has another name is left out."""
+    found = {named_step(path): path for path in paths}
     # By number and not by name: from step 1,000,000 on the order of names is another.
     return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
@@ -147,10 +151,10 @@ def is_made_by(folder: Path, run_id: str) -> bool:
 
 
 def named_step(folder: Path) -> int | None:
-    """Read the step from the name of a checkpoint's folder; None for any other name."""
-    found = NAME.fullmatch(folder.name)
+    """Read the step from the name of a checkpoint's folder, or of a .png file of one; None for any other name."""
+    found = NAME.fullmatch(folder.name.removesuffix(".png"))
     # Only as step_folder writes it: step_0000005 would be a second folder of step 5.
-    return int(found[1]) if found and _folder_name(int(found[1])) == folder.name else None
+    return int(found[1]) if found and _folder_name(int(found[1])) == found[0] else None
 
 
 def _hash_of(values: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ DeepSpeed's own save writes in place, and its load starts silently from step 0 i
 only a part (engine/) of a folder with one manifest of sizes and hashes.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -12,6 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from t2i.disk import put_in_place, share, sync
 from t2i.distributed import faults
 from t2i.distributed.run_id import RUN_ID, read_run_id
 from t2i.errors import CheckpointError
@@ -61,7 +61,7 @@ def seal(path: Path) -> SealedFile:
     """Sync a written file to the disk and return its size and hash."""
     # Both at once: the disk syncs while the processor hashes.
     with ThreadPoolExecutor(1) as pool:
-        pushed = pool.submit(_sync, path)
+        pushed = pool.submit(sync, path)
         digest = file_hash(path)
         pushed.result()
     return SealedFile(path.stat().st_size, digest)
@@ -90,6 +90,7 @@ def commit(
     staging, final = run_dir / CHECKPOINTS / STAGING, step_folder(run_dir, step)
     if final.exists():
         raise CheckpointError(f"{final} already exists; a checkpoint is never overwritten.")
+    share(staging)
     known = sealed or {}
     paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     files = {path.relative_to(staging).as_posix(): known.get(str(path)) or seal(path) for path in paths}
@@ -98,11 +99,11 @@ def commit(
     manifest.write_text(CheckpointManifest(step, facts, files).text())
     # Folders too: without it, a power cut may leave a synced file whose name is not on the disk.
     for path in (manifest, *(path for path in staging.rglob("*") if path.is_dir()), staging):
-        _sync(path)
+        sync(path)
     faults.reach("rename", step=step)
     # From this rename on the checkpoint exists, whether or not `latest` names it.
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     faults.reach("latest", step=step)
     _point_to(final)
     _drop_old(final, run_id=facts.run_id, keep_last=keep_last, keep_every=keep_every)
@@ -284,21 +285,9 @@ def _free_name(path: Path) -> Path:
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems sync files, but know no sync of a folder.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _replace(path: Path, text: str) -> None:
     # Not files.write_whole: here the text must be on the disk before the name is.
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(path)
+    sync(temporary)
+    put_in_place(temporary, path)

@@ -109,5 +109,6 @@ def _parsed(line: bytes) -> MetricsRow | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    step = row.get("step") if isinstance(row, dict) else None
     # A bool is an int in Python, but true is no step.
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if type(step) is int and 0 <= step < 2**63 else None

@@ -4,6 +4,7 @@ Only training imports this file. Sampling and export read safetensors, and need 
 """
 
 import copyreg
+import logging
 import os
 import pickle
 import tempfile
@@ -19,6 +20,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from t2i.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's switch that overrides DeepSpeed's weights_only=False."""
 
@@ -31,11 +34,16 @@ def check_owner(folder: Path) -> None:
     """
     # By a new file beside it, not by the process's user id: some shared disks map it to another number.
     with tempfile.TemporaryFile(dir=folder.parent) as file:
-        own = os.fstat(file.fileno()).st_uid
+        new = os.fstat(file.fileno())
+    own = new.st_uid
+    keeps_modes = not new.st_mode & 0o002  # this file is for its owner alone, if there are modes at all
+    if not keeps_modes:
+        logger.warning("%s keeps no permissions: nothing says who else may write there.", folder.parent)
     for path in (folder, *sorted(folder.rglob("*"))):
         # Of a link itself, whose owner chose where it leads.
         found = path.lstat()
-        if found.st_uid != own or (found.st_mode & 0o002 and not path.is_symlink()):
+        is_open = keeps_modes and found.st_mode & 0o002 and not path.is_symlink()
+        if found.st_uid != own or is_open:
             why = (
                 f"belongs to user {found.st_uid}, not {own}"
                 if found.st_uid != own

@@ -36,8 +36,10 @@ class Record:
     command: tuple[str, ...] = ()
     reason: str = ""
     """Why it was skipped."""
+    attempt: str = ""
+    """Random name of this try, by which others see that there was one; empty for an open job."""
     time: float | None = None
-    """When this was written, in seconds since 1970; None for an open job."""
+    """When this was written, in seconds since 1970, for people alone; None for an open job."""
 
 
 def read_study(file: Path) -> Study:
@@ -114,7 +116,8 @@ def filled(flags: Settings, *, out: Path, run: Path | None = None) -> Settings:
 def read_record(out: Path, name: str) -> Record:
     """Read a job's record; its state is open if there is none."""
     values = read_optional_json(_record_file(out, name))
-    return Record(**{**values, "command": tuple(values.get("command", ()))}) if values else Record()
+    known = {key: value for key, value in values.items() if key in Record.__dataclass_fields__}
+    return Record(**{**known, "command": tuple(values.get("command", ()))}) if values else Record()
 
 
 def write_record(out: Path, name: str, record: Record) -> None:

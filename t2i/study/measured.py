@@ -12,6 +12,7 @@ from t2i.files import read_optional_json
 from t2i.measure.gradients import GradientShares, KindShare
 from t2i.measure.perplexity import PERPLEXITY
 from t2i.measure.protocol import SCORES
+from t2i.runs.checkpoint_manifest import steps_of
 from t2i.train.align import SUMMARY
 
 T = TypeVar("T")
@@ -156,8 +157,8 @@ def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
 
 def read_score(run_dir: Path, *, measure: str) -> Score | None:
     """Read one measure of the newest checkpoint that was scored; None if it was not measured."""
-    # Steps have six digits, so the last name is the newest checkpoint.
-    files = sorted((run_dir / "eval").glob(f"step_*/{SCORES}"))
+    folders = steps_of((run_dir / "eval").glob("step_*")).values()
+    files = [folder / SCORES for folder in folders if (folder / SCORES).is_file()]
     values = read_optional_json(files[-1]) if files else {}
     if measure not in values:
         return None

@@ -2,16 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
 from t2i.data.loader import num_trained_on
 from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest_file
 from t2i.runs.loading import DATA_MANIFEST
-from t2i.runs.metrics_log import read_metrics, step_of
+from t2i.runs.metrics_log import MetricValue, read_metrics, step_of
 from t2i.runs.run_folder import read_settings, read_status
 from t2i.study.jobs import run_dir
 from t2i.study.spec import Study
+
+MOST = 1e300
+"""Larger numbers of a row are left out."""
 
 TRAIN_ROWS = "train"
 """The split of training rows, which metrics.jsonl leaves unnamed."""
@@ -73,10 +77,15 @@ def read_rows(folder: Path) -> list[Row]:
             step=step_of(row),
             split=str(row.get("split", TRAIN_ROWS)),
             # null is what was not measured, such as a split without samples; as a number it would bend a mean.
-            values={key: value for key, value in row.items() if isinstance(value, int | float)},
+            values={key: value for key, value in row.items() if _is_number(value)},
         )
         for row in read_metrics(folder)
     ]
+
+
+def _is_number(value: MetricValue) -> TypeGuard[float]:
+    # Within what a figure can show: a damaged row may hold an integer that no float holds.
+    return isinstance(value, int | float) and abs(value) < MOST
 
 
 def runs_of(study: Study, *, arm: str, out: Path) -> list[Run]:

@@ -7,20 +7,21 @@ its process ends. A job that is done has a record. A failed job does not stop th
 import fcntl
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from t2i.config.renamed import with_new_flags
-from t2i.errors import Stopped, UserError
+from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study
@@ -39,16 +40,15 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
         UserError: a finished job was run with another command.
         Stopped: on a signal; the running job has saved. Run the same command to resume.
     """
-    started = time.time()
     for folder in ("jobs", "locks", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for job in jobs:
         _same_command(job, out)
-    while (
-        True
-    ):  # until every job has a record from this call: other workers, on other machines, write some of them
+    before = {job.name: read_record(out, job.name) for job in jobs}
+    # Until every job is done or was tried since: other workers, on other machines, try some of them.
+    while True:
         records = {job.name: read_record(out, job.name) for job in jobs}
-        settled = {name for name, record in records.items() if _is_settled(record, started)}
+        settled = {name for name, record in records.items() if _is_settled(record, before[name])}
         waiting = [job for job in jobs if job.name not in settled]
         if not waiting:
             return records
@@ -58,10 +58,17 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
             time.sleep(WAIT_SECONDS)  # a poll: workers on many machines share a folder and nothing else
 
 
-def _is_settled(record: Record, started: float) -> bool:
-    """Whether a job is finished with: done, or tried by some worker since this one started."""
-    # A failure from before this call is tried anew; one of another worker beside it is not.
-    return record.state == "done" or (record.time or 0) > started
+def exit_status(records: Iterable[Record]) -> int:
+    """Return the exit status of a study: that of its first job that failed, 1 where a signal ended it, else 0."""
+    codes = [record.code for record in records if record.state == "failed"]
+    return next((code if code is not None and 0 < code < STOPPED else 1 for code in codes), 0)
+
+
+def _is_settled(record: Record, before: Record) -> bool:
+    """Whether a job is finished with: done, or tried by some worker since this one started, when it was `before`."""
+    # A failure from before this call is tried anew; one of another worker beside it is not. By no clock: those of
+    # machines differ, and one that was set back would have a failing job tried for ever.
+    return record.state == "done" or record != before
 
 
 def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Study, out: Path) -> bool:
@@ -69,7 +76,8 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
     failed = [name for name in job.needs if name in settled and records[name].state != "done"]
     if failed:
         reason = f"needs {failed[0]}, which is not done"
-        write_record(out, job.name, Record("skipped", reason=reason, time=time.time()))
+        record = Record("skipped", reason=reason, attempt=_new_attempt(), time=time.time())
+        write_record(out, job.name, record)
         return True
     if not set(job.needs) <= settled:
         return False
@@ -86,7 +94,7 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     """Run a job's process to its end, with its output in logs/NAME.log."""
     script, *flags = job.command
     prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
-    began = time.time()
+    began = time.monotonic()
     logger.warning("%s", job.name)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (out / "logs" / f"{job.name}.log").open("a") as log:
@@ -105,8 +113,18 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     state = "done" if code == 0 else "failed"
     if code:
         logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
-    ended = time.time()
-    return Record(state, code=code, seconds=ended - began, command=tuple(job.command), time=ended)
+    return Record(
+        state,
+        code=code,
+        seconds=time.monotonic() - began,
+        command=tuple(job.command),
+        attempt=_new_attempt(),
+        time=time.time(),
+    )
+
+
+def _new_attempt() -> str:
+    return secrets.token_hex(8)
 
 
 @contextmanager
@@ -136,6 +154,11 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
         except BlockingIOError:
             yield None
             return
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be locked: {error.strerror}. Workers of a study share its folder by locks; choose an"
+                " --out on a disk that has them."
+            ) from error
         yield lock
 
 

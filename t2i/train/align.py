@@ -17,8 +17,9 @@ from t2i.config import AlignConfig, AlignRun, DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.shards.reader import read_split
+from t2i.disk import share
 from t2i.errors import DataError, UserError
-from t2i.files import write_json
+from t2i.files import whole_file, write_json
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
 from t2i.model.uniform_start import Probe, shift_to_uniform
 from t2i.runs.metrics_log import MetricsRow
@@ -88,7 +89,9 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
             rows = _all_rows(sides, start=start, config=config)
             if config.placement == "uniform":
                 rows = _placed(rows, start=start, codes_per_image=manifest.codes_per_image, seed=config.seed)
-            save_file(rows, run.run_dir / ROWS_FILE)
+            with whole_file(run.run_dir / ROWS_FILE) as written:
+                save_file(rows, written)
+                share(written)
         write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(config)})
         write_status(run.run_dir, state="done", step=config.max_steps, code=0)
     if lock is not None:
@@ -188,10 +191,9 @@ def _rows(
 
 def _save(path: Path, state: _State, *, step: int) -> None:
     values = {"modules": state.modules.state_dict(), "optimizer": state.optimizer.state_dict()}
-    # Renamed when it is whole: a kill halfway must leave the save before it.
-    temporary = path.with_suffix(".tmp")
-    torch.save({**values, "loader": state.loader.state_dict(), "step": step}, temporary)
-    temporary.replace(path)
+    # A kill halfway must leave the save before it.
+    with whole_file(path) as written:
+        torch.save({**values, "loader": state.loader.state_dict(), "step": step}, written)
 
 
 def _restore(path: Path, state: _State) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from t2i.config import DsConfig
 from t2i.distributed import faults
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, disk_reason
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.checkpoint_manifest import SealedFile
 
@@ -30,8 +30,6 @@ NORM_PART = 2**20
 """Values of a gradient whose squares are summed at a time."""
 SEALERS = 2
 """Files that a rank flushes to disk and hashes at one time, while it writes the next."""
-WRITER_WORDS = ("PytorchStreamWriter", "iostream", "unexpected pos")
-"""Words of torch.save's RuntimeError when the disk fails."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +164,10 @@ def why_it_failed(write: Callable[[], object]) -> str:
         write()
     except CheckpointError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename or 'the disk'}: {error.strerror or error}."
-    # torch and safetensors wrap the system's error in their own, without its number.
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in WRITER_WORDS):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (reason := disk_reason(error)):
             raise
-        return f"{str(error).splitlines()[0]} (a full disk?)."
+        return reason
     return ""
 
 

@@ -85,7 +85,7 @@ def test_a_killed_save_leaves_the_one_before(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "_sync", die)
+        patched.setattr(checkpoints, "sync", die)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 10)
     assert checkpoints.choose_newest(tmp_path) == good

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,9 +13,9 @@ from pathlib import Path
 import processes
 import pytest
 
-from t2i.errors import UserError
+from t2i.errors import CheckpointError, UserError
 from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config
-from t2i.study.runner import local_workers, submit, work
+from t2i.study.runner import exit_status, local_workers, submit, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -314,3 +316,44 @@ def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp
 def test_an_open_job_has_no_record(toy):
     _, _, folder = toy
     assert read_record(folder / "out", "a") == Record("open")
+
+
+def test_no_clock_decides_what_is_tried(toy, monkeypatch):
+    job, study, folder = toy
+    jobs = [job("bad", code=4), job("c", needs=("bad",))]
+    for now in (2e9, 1e9, 5e8):  # the clock is set back before each call, and in the call it stands
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        records = work(jobs, study=study, out=folder / "out")
+        assert {name: record.state for name, record in records.items()} == {"bad": "failed", "c": "skipped"}
+    assert calls(folder) == ["bad"] * 3
+    assert all(record.seconds is None or record.seconds >= 0 for record in records.values())
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"), [([0, 0], 0), ([0, 4, 5], 4), ([-9, 4], 1), ([200], 1), ([None, 0], 0), ([], 0)]
+)
+def test_a_studys_exit_status_is_that_of_its_first_failure(codes, status):
+    states = {None: "skipped", 0: "done"}
+    assert exit_status(Record(states.get(code, "failed"), code=code) for code in codes) == status
+
+
+def test_a_study_with_a_failed_job_says_so_by_its_exit_status(call, tmp_path, monkeypatch, capfd):
+    (tmp_path / "toy.py").write_text("raise SystemExit(3)")
+    step = f'{{name: a, command: "{tmp_path}/toy.py", flags: {{}}}}'
+    (tmp_path / "x.yaml").write_text(f"title: B\nquestion: Q\narms: {{}}\nsteps: [{step}]\n")
+    monkeypatch.chdir(ROOT)
+    assert call("launchers/study.py", tmp_path / "x.yaml", "--out", tmp_path / "out") == 3
+    assert "a: failed; see" in capfd.readouterr().out
+
+
+def test_a_study_on_a_disk_without_locks_is_refused_with_the_path(toy, monkeypatch):
+    job, study, folder = toy
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"locks/a cannot be locked: No locks available.*choose an --out"
+    ):
+        work([job("a")], study=study, out=folder / "out")

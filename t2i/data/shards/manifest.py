@@ -183,6 +183,10 @@ def read_manifest_file(path: Path) -> Manifest:
     check_keys(values, KEYS | kind | present, where=path)
     _check_names(values["counts"], values["files"], where=path)
     _check_tallies(values, where=path)
+    for key in ("codes_per_image", "codebook_size", "image_size", "sequence_tokens"):
+        found = values.get(key)
+        if found is not None and (not isinstance(found, int) or found < 1):
+            raise DataError(f"{path}: {key} is {found!r:.80}; expected a whole number >= 1.")
     known = {one.name for one in fields(Manifest)}
     text, image = values["text_tokenizer"], values.get("image_tokenizer")
     return Manifest(

@@ -117,7 +117,12 @@ def reopen_source(manifest: Manifest) -> Source:
     Raises:
         DataError: it is neither where it was nor at the same name from here.
     """
-    config = SourceConfig(**manifest.reading or {})
+    try:
+        config = SourceConfig(**manifest.reading or {})
+    except TypeError as error:
+        raise DataError(
+            f"the manifest of {manifest.source} has settings that are unknown: {error}."
+        ) from error
     # Manifests of 0.1 do not count what was seen. Their held-out images are found by the keys that they had.
     is_old = manifest.seen is None
     name = manifest.source
