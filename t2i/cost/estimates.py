@@ -177,7 +177,10 @@ def flops_a_token(
 
     Source: PaLM, appendix B.
     """
-    attention = 12 * model.num_hidden_layers * model.hidden_size * seq_len
+    # Of the heads' width, which some classes set apart from the model's.
+    heads = getattr(model, "num_attention_heads", None) or 1
+    head_width = getattr(model, "head_dim", None) or model.hidden_size // heads
+    attention = 12 * model.num_hidden_layers * heads * head_width * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
         other_rows = model.vocab_size - model.vocab_layout["codebook_size"]

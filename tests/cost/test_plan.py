@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from t2i.cli import flags_of
 from t2i.config import EMBEDDED_SHARDS, DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
@@ -24,6 +24,7 @@ from t2i.cost.estimates import (
     activation_bytes,
     checkpoint_bytes,
     count_parameters,
+    counts_of,
     estimate_memory,
     flops_a_token,
 )
@@ -198,6 +199,17 @@ def test_flops_are_those_that_torch_counts():
         model(ids).logits.sum().backward()
     per_token = flops_a_token(config, counts=count_parameters(config), seq_len=64)
     assert counter.get_total_flops() == per_token * ids.numel()
+
+
+def test_flops_of_a_class_whose_heads_are_wider_than_the_model_are_those_that_torch_counts():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=100, head_dim=16, intermediate_size=64, **sizes))
+    ids = torch.randint(0, 100, (2, 24))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    per_token = flops_a_token(model.config, counts=counts_of(model), seq_len=24)
+    # The product of frequencies and positions is counted too, by torch alone: a thousandth here.
+    assert counter.get_total_flops() == pytest.approx(per_token * ids.numel(), rel=2e-3)
 
 
 def test_states_equal_deepspeeds_own_estimate_but_for_the_shard_of_gradients_in_half_precision():

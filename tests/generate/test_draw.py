@@ -61,3 +61,21 @@ def test_ranks_take_whole_batches_in_turn(drawn):
     calls, paths = drawn(rank=1, world_size=2)
     assert calls == [(["a cup"] * 2, 42)]
     assert [path.exists() for path in paths] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1_000.0},
+        {"guidance_scale": 0.0, "temperature": 0.001},
+        {"temperature": 1_000.0, "top_k": 10**12},
+        {"top_p": 1e-300, "top_k": 1},
+        {"seed": 2**63 - 1},
+    ],
+)
+def test_settings_at_the_ends_of_their_ranges_draw_codes(opened, settings):
+    drawer = drawer_of(opened, settings=SampleConfig(**settings))
+    with torch.no_grad():
+        drawer.model.output.weight.mul_(100)  # logits of some hundreds, as a trained model may have
+    codes = draw_codes(drawer, ["a cup", "a hat", ""])
+    assert codes.shape == (3, 16) and codes.min() >= 0 and codes.max() < opened.layout.codebook_size
