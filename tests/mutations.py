@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "caption-takes-a-markers-place",
         "t2i/tokens/sequence.py",
-        "    markers, codes = NUM_MARKERS[mode], 0 if",
-        "    markers, codes = NUM_MARKERS[mode] - 1, 0 if",
+        "room = seq_len - markers - codes",
+        "room = seq_len - markers - codes + 1",
         "a long caption pushes </doc> out of the sequence",
         TOKENS_SEQUENCE,
     ),
