@@ -26,7 +26,7 @@ from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
 from t2i.data.prepare.preview import LookedAt, sample_images
 from t2i.data.prepare.text import prepare_text
-from t2i.data.shards.accounts import account_lines, check_accounts, most_frequent, num_pairs
+from t2i.data.shards.accounts import account_lines, by_kind, check_accounts, most_frequent, num_pairs
 from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import remake_command
 from t2i.data.shards.manifest import read_manifest
@@ -464,6 +464,24 @@ def test_documents_that_changed_are_refused_and_doubles_are_counted(tmp_path, te
     (folder / "7.txt").unlink()
     with pytest.raises(DataError, match=r"has changed since .*/out was made: 1 removed\."):
         pack()
+
+
+def test_reasons_that_differ_in_numbers_are_one_kind():
+    found = by_kind(["truncated (3 bytes)", "no image", "truncated (7 bytes)"])
+    assert found == {"truncated (3 bytes)": 2, "no image": 1}
+
+
+def test_a_finished_folder_that_was_never_swept_is_swept(tmp_path, of_ids):
+    arguments = of_ids | {"out": tmp_path / "shards"}
+    prepare(**arguments)
+    before = contents(tmp_path / "shards")
+    unit = next((tmp_path / "shards" / "train").glob("unit_*"))
+    shutil.copytree(unit, unit.with_name("unit_000009"))
+    (tmp_path / "shards" / "units").mkdir()
+    with pytest.raises(DataError, match="unit_000009/shard.00000.mds is not in train/index.json"):
+        check_shards(tmp_path / "shards")
+    prepare(**arguments)
+    assert contents(tmp_path / "shards") == before
 
 
 def test_progress_counts_pairs_and_knows_their_number_before_the_first_unit_is_done(of_images, capsys):

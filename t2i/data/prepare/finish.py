@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from t2i.data.prepare.arguments import Arguments, changed_from_defaults, given_i
 from t2i.data.prepare.encode import Encoder
 from t2i.data.prepare.merge import Merged, merge_units
 from t2i.data.prepare.preview import write_round_trip
-from t2i.data.shards.accounts import check_accounts, most_frequent, num_pairs
+from t2i.data.shards.accounts import by_kind, check_accounts, most_frequent, num_pairs
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.manifest import (
     BROKEN,
@@ -102,7 +101,7 @@ def _check_train(merged: Merged, *, part: Path, source: Source) -> None:
     """Refuse a source without a pair to train on, with what became of its pairs."""
     if merged.counts["train"]:
         return
-    broken = Counter(entry["reason"] for entry in merged.broken)
+    broken = by_kind(entry["reason"] for entry in merged.broken)
     reasons = most_frequent(merged.tally.left_out + broken)
     heldout = sum(merged.counts.values())
     parts = [f"{len(merged.broken)} are broken", f"{merged.tally.left_out.total()} left out"]
@@ -120,7 +119,7 @@ def _check_broken(merged: Merged, *, part: Path, config: PrepareConfig) -> None:
     num_broken = len(merged.broken)
     num_images = num_broken + num_pairs(merged.counts, views=config.views)
     if num_broken > config.max_broken * num_images:
-        reasons = ", ".join(most_frequent(Counter(entry["reason"] for entry in merged.broken), most=3))
+        reasons = ", ".join(most_frequent(by_kind(entry["reason"] for entry in merged.broken), most=3))
         raise DataError(
             f"{num_broken} of {num_images} images are broken ({reasons}; listed in {part / BROKEN}); expected at most"
             f" {config.max_broken:.0%}. Run again with a larger --max-broken to resume from here."

@@ -19,12 +19,14 @@ from t2i.data.prepare.finish import finish
 from t2i.data.prepare.part_folder import (
     ARGUMENTS,
     RANKS,
+    UNITS,
     claimed,
     is_done,
     place_of,
     publish,
     read_arguments,
     saying_full_disk,
+    sweep,
 )
 from t2i.data.shards.manifest import Manifest, read_manifest
 from t2i.data.sources import Source, Unit
@@ -73,6 +75,8 @@ def prepare(
         if is_done(out):
             manifest = read_manifest(out)
             check_same(out, manifest.arguments, arguments, listing=listing)
+            if (out / UNITS).exists() and rank == 0:
+                sweep(out)
             logger.info("%s is already prepared", out)
             return manifest
         check_same(part, read_arguments(part), arguments, listing=listing)
@@ -101,7 +105,7 @@ def prepare(
 
 
 def _begin(part: Path, arguments: Arguments, listing: Listing) -> None:
-    (part / "units").mkdir(parents=True, exist_ok=True)
+    (part / UNITS).mkdir(parents=True, exist_ok=True)
     if not (part / ARGUMENTS).exists() and not is_done(part):
         listing.write(part)
         write_json(part / ARGUMENTS, arguments)

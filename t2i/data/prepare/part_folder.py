@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 ARGUMENTS = "arguments.json"
 RANKS = "ranks"
 """Heartbeats and locks of the ranks."""
-WORKING = ("units", RANKS, "writing")
+UNITS = "units"
+"""What is known of each complete unit."""
+WORKING = (UNITS, RANKS, "writing")
 """Folders of OUT.part that are removed before it becomes OUT."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -99,14 +101,7 @@ def publish(part: Path, out: Path) -> None:
     A kill at any place leaves a folder of which this can be done again: its manifest says that it is complete.
     """
     try:
-        for split in SPLITS:
-            _keep_listed_units(part / split)
-        for name in WORKING:
-            shutil.rmtree(part / name, ignore_errors=True)
-        # What a killed process had only begun to write.
-        for begun in part.rglob(".*"):
-            begun.unlink()
-        (part / ARGUMENTS).unlink(missing_ok=True)
+        sweep(part)
         if out.exists():
             out.rmdir()
         part.rename(out)
@@ -115,6 +110,21 @@ def publish(part: Path, out: Path) -> None:
         # process may have done the same in between.
         if not is_done(out):
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what only the preparation needed from a complete folder.
+
+    OUT itself is swept too: an older version did so after the rename, and may have been killed there.
+    """
+    for split in SPLITS:
+        _keep_listed_units(folder / split)
+    for name in WORKING:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    # What a killed process had only begun to write.
+    for begun in folder.rglob(".*"):
+        begun.unlink()
+    (folder / ARGUMENTS).unlink(missing_ok=True)
 
 
 def _keep_listed_units(folder: Path) -> None:

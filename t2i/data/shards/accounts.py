@@ -1,8 +1,9 @@
 """The accounts of a shard folder: each entry of the source is kept, left out or broken, with plain reasons."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from t2i.data.shards.manifest import BROKEN, MANIFEST, Manifest
@@ -53,11 +54,18 @@ def broken_reasons(folder: Path) -> Counter[str]:
     """
     path = folder / BROKEN
     try:
-        return Counter(str(json.loads(line)["reason"]) for line in path.read_text().splitlines())
+        return by_kind(str(json.loads(line)["reason"]) for line in path.read_text().splitlines())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not as it was written: {error!r}.") from error
+
+
+def by_kind(reasons: Iterable[str]) -> Counter[str]:
+    """Count reasons that differ only in numbers as one, under the first of them."""
+    # A decoder may say of each image how many bytes it lacks.
+    kinds: dict[str, str] = {}
+    return Counter(kinds.setdefault(re.sub(r"\d+", "", reason), reason) for reason in reasons)
 
 
 def most_frequent(reasons: Mapping[str, int], *, most: int = MOST_REASONS) -> list[str]:

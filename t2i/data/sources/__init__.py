@@ -34,7 +34,7 @@ from t2i.data.sources.source import (
     Unit,
     sift,
 )
-from t2i.data.sources.splits import choose_share, with_splits
+from t2i.data.sources.splits import USUAL_SHARE, choose_share, with_splits
 from t2i.data.sources.webdataset import units_of_tars
 from t2i.distributed.heartbeat import place_in_job
 from t2i.errors import DataError, UserError
@@ -105,7 +105,11 @@ def open_source(
     else:
         source = _files(name, expand(name), sieve, config, has_bare_keys)
     if name != "openmoji":
-        share = choose_share(source) if heldout_share is None else heldout_share
+        share = heldout_share
+        if share is None:
+            # A dataset of the hub would be downloaded twice.
+            is_remote = hub_name(name) and not Path(hub_name(name)).is_dir()
+            share = USUAL_SHARE if is_remote else choose_share(source)
         rule = f"sha256 of the key below {share} of its range is heldout"
         source = replace(with_splits(source, heldout_share=share), split_rule=source.split_rule or rule)
     return replace(source, name=name, config=config)

@@ -110,7 +110,7 @@ class Source:
     num_pairs: int | None = None
     """Pairs of all units; None if they are only known once they are read."""
     is_streamed: bool = False
-    """Reading further costs a download."""
+    """Pairs hold their images' bytes, and cannot be listed without them."""
 
     @cached_property
     def pairs(self) -> list[Pair]:

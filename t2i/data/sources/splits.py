@@ -28,9 +28,6 @@ def with_splits(source: Source, *, heldout_share: float) -> Source:
 
 def choose_share(source: Source) -> float:
     """Choose the share to hold out of a source whose pairs have no split yet."""
-    # A streamed source would be downloaded twice.
-    if source.is_streamed:
-        return USUAL_SHARE
     places: dict[str, float] = {}
     for pair in _pairs(source):
         # An image that has a split of the source's own counts for neither side.
