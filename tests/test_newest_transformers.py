@@ -17,7 +17,7 @@ pytestmark = pytest.mark.newest_transformers
 SCRIPT = """
 import sys, torch, transformers
 from diffusers import VQModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True).eval()
 assert "t2i" not in sys.modules
 ids = torch.arange(1, 25)[None]
@@ -26,6 +26,20 @@ image_tokenizer = VQModel.from_pretrained(".", subfolder="image_tokenizer").eval
 with torch.inference_mode():
     logits = model(ids).logits
 generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+static = model.generate(ids, **settings, cache_implementation="static")
+assert torch.equal(static, generated)
+mask = torch.tensor([[0] * 5 + [1] * 19])
+padded = [model.generate(ids, attention_mask=mask, **settings, **how) for how in ({}, {"cache_implementation": "static"})]
+assert torch.equal(*padded)
+asked = model(ids, output_hidden_states=True, output_attentions=True)
+assert len(asked.hidden_states) == len(asked.attentions) + 1 == model.config.num_hidden_layers + 1
+model.set_attn_implementation("eager")
+torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-4)
+body = AutoModel.from_pretrained(".", trust_remote_code=True).eval()
+torch.testing.assert_close(body(ids).last_hidden_state, asked.hidden_states[-1], atol=1e-5, rtol=1e-4)
+assert len(model(ids, labels=ids, return_dict=False)) == 2
+assert list(tokenizer("a red apple")) == ["input_ids", "attention_mask"]
 picture = model.draw(["picture 3"], tokenizer=tokenizer, image_tokenizer=image_tokenizer)[0]
 assert picture.size == (64, 64)
 version = str(transformers.__version__)

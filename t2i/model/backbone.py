@@ -46,11 +46,13 @@ OURS: dict[str, tuple[Any, Any]] = {
 UNUSABLE = (
     ValueError,
     OSError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
     ImportError,
     RuntimeError,
+    ArithmeticError,
+    AssertionError,
     pickle.UnpicklingError,
     SafetensorError,
 )
