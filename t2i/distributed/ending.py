@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -56,7 +56,9 @@ def said_once_per_machine() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         # Were this rank the first to end, its launcher would end the one that is about to say why.
-        time.sleep(SAY_SECONDS)
+        if not isinstance(error, Stopped):
+            with suppress(Stopped):
+                time.sleep(SAY_SECONDS)
         sys.exit(exit_code(error))
 
 

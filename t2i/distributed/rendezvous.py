@@ -22,6 +22,8 @@ LOOPBACK = "127.84.50.73" if sys.platform == "linux" else "127.0.0.1"
 """An address of this machine's loopback network. It is t2i's own (84, 50 and 73 spell T2I in ASCII), because DeepSpeed
 puts it into the names of its shared memory, and shared_memory.sweep recognises t2i's files by it."""
 LOOPBACK_INTERFACE = "lo"
+JOB = "t2i's job"
+"""Key of the store under which its maker leaves the job's name."""
 OWN, ANY = "t2i://", "env://"
 """Values of torch's init_method: ranks of one machine, and of several."""
 
@@ -68,8 +70,12 @@ def _store(rank: int, *, timeout: timedelta) -> dist.Store:
         wait_for_workers=False,
         master_listen_fd=listener,
     )
-    # Two jobs that start at the same port at once: a rank of the second must not be taken for one of the first.
-    return dist.PrefixStore(_job_name(), store)
+    # Two jobs that start at one port at once: a rank of the second must not be taken for one of the first.
+    if rank == 0:
+        store.set(JOB, _job_name())
+    elif store.get(JOB).decode() != _job_name():
+        raise UserError(taken_port_advice(port))
+    return store
 
 
 def _listen(port: int) -> socket.socket:

@@ -60,7 +60,8 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
     with stop_flag() as flag:
         # Before any library is used: some read their seeds and switches only once.
         make_repeatable(train_config.deterministic, seed=train_config.seed)
-        _start(ds_config, run_dir=run_dir)
+        with said_once_per_machine():
+            _start(ds_config, run_dir=run_dir)
         world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
         num_sequences = global_batch(
             train_config.global_batch_tokens, seq_len=data_config.seq_len, world_size=world_size

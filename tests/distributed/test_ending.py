@@ -156,3 +156,10 @@ def test_an_error_of_all_ranks_before_they_meet_is_said_by_the_first_of_a_machin
         assert str(caught.value) == "no shards"
     else:
         assert caught.value.code == 3
+
+
+def test_a_rank_that_its_launcher_stops_because_the_first_failed_is_silent(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as caught, said_once_per_machine():
+        raise Stopped("before the first step")
+    assert caught.value.code == 75

@@ -49,11 +49,11 @@ def test_ranks_of_one_machine_meet_on_its_loopback(job, monkeypatch):
 def test_a_rank_of_another_job_at_the_same_port_is_not_taken_for_one_of_this(job, monkeypatch):
     monkeypatch.setattr(meeting, "_job_name", lambda: "this job")
     first, *_ = store()
-    first.set("word", "for the ranks of this job")
     monkeypatch.setattr(meeting, "_job_name", lambda: "another")
     monkeypatch.setenv("RANK", "1")
-    stranger, *_ = store()
-    assert first.check(["word"]) and not stranger.check(["word"])
+    with pytest.raises(UserError, match=rf"port {job}, .* taken"):
+        store()
+    assert first.check([meeting.JOB])
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", meeting.LOOPBACK])
