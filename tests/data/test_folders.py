@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import made_sources as made
@@ -85,6 +86,7 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
     (folder / "again").symlink_to("sub")
     (folder / "gone.png").symlink_to("nothing")
     (folder / "round.png").symlink_to("round.png")
+    os.mkfifo(folder / "pipe.png")
     (tmp_path / "link to set").symlink_to(folder)
     for root in (folder, tmp_path / "link to set"):
         kept, tally = made.accounted(root)
@@ -94,6 +96,7 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
             "a link that leads out of the folder": 3,
             "a link to a folder": 1,
             "a link to nothing": 2,
+            "neither a file nor a folder": 1,
         }
     rows = [{"file_name": name, "text": name} for name in ("p.png", "more/m.png", "sub/y.png", "again/y.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -185,3 +188,20 @@ def test_images_of_one_pixel_are_left_out(tmp_path):
     made.picture(0).resize((1, 1)).save(buffer, "GIF")
     (tmp_path / "000.png").write_bytes(buffer.getvalue())
     assert made.accounted(tmp_path)[1].left_out == {"a side below 2 pixels": 1}
+
+
+def test_files_too_large_to_be_an_image_or_a_caption_are_not_read(tmp_path):
+    folder = write(
+        tmp_path, {"a.png": made.encoded(1), "b.png": b"", "b.txt": "large", "c.png": made.encoded(1)}
+    )
+    for name, size in (("a.txt", 2**20 + 1), ("b.png", 2**29 + 1)):
+        with (folder / name).open("wb") as file:
+            file.truncate(size)  # without a byte on the disk
+    (folder / "c.txt").mkdir()
+    kept, tally = made.accounted(folder)
+    assert not kept
+    assert tally.left_out == {
+        f"a text over {2**20} bytes": 1,
+        f"a file over {2**29} bytes": 1,
+        "no .txt caption beside the image": 1,
+    }

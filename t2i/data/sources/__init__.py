@@ -267,7 +267,8 @@ def _advice(folder: Path) -> str:
     below = next((path for name in METADATA for path in sorted(folder.glob(f"*/{name}"))), None)
     if below:
         return f" {below.relative_to(folder)} is not at its top: give {below.parent}, or {HUB}{folder}."
-    return " If the names of folders are the captions, give --caption-key label."
+    has_classes = any(folder.glob("*/*"))
+    return " If the names of folders are the captions, give --caption-key label." if has_classes else ""
 
 
 def _sifted(reads: Sequence[ReadEntries], sieve: Sift, num_pairs: int = 0) -> list[Unit]:

@@ -15,6 +15,8 @@ MARKS = (
 )
 """Byte order marks, which tell the encoding of a text."""
 
+MAX_TEXT_BYTES = 2**20
+"""Larger files of captions are left out, unread."""
 FIRST_CAPTION = "the first of several captions"
 JOINED_LINES = "the lines of a caption became one"
 NO_CAPTION = "no caption"

@@ -23,7 +23,7 @@ IMAGE_ID = re.compile(r"(\d+)(?:_mscoco_\d+)?|(?:.*[_/])?(\d+)\.(?:jpg|png|0)")
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedCaption:
     """One row of a list."""
 
     text: str
@@ -32,7 +32,7 @@ class Listed:
     """COCO's id of the image; None if the list has no column for it."""
 
 
-def read_caption_list(file: Path) -> list[Listed]:
+def read_caption_list(file: Path) -> list[ListedCaption]:
     """Read the rows of a list in order.
 
     Raises:
@@ -47,7 +47,7 @@ def read_caption_list(file: Path) -> list[Listed]:
     return listed
 
 
-def _lines(file: Path) -> Iterator[Listed]:
+def _lines(file: Path) -> Iterator[ListedCaption]:
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark first, which would be part of the first caption.
         lines = lines_of(file.read_text(encoding="utf-8-sig"))
@@ -56,10 +56,10 @@ def _lines(file: Path) -> Iterator[Listed]:
     empty = sum(not line.strip() for line in lines)
     if empty:
         logger.warning("%s: %d empty lines are no captions, and are not counted.", file, empty)
-    yield from (Listed(" ".join(line.split()), None) for line in lines if line.strip())
+    yield from (ListedCaption(" ".join(line.split()), None) for line in lines if line.strip())
 
 
-def _rows(file: Path) -> Iterator[Listed]:
+def _rows(file: Path) -> Iterator[ListedCaption]:
     for number, row in enumerate(read_table_rows(file), 1):
         columns = {str(name).strip().lower(): name for name in row}
         caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
@@ -74,7 +74,7 @@ def _rows(file: Path) -> Iterator[Listed]:
             text = read_captions(row[caption], takes_all=False, encoding="utf-8")[0].text
         except LeftOut as reason:
             raise DataError(f"{file}: row {number} cannot be used: {reason}.") from reason
-        yield Listed(
+        yield ListedCaption(
             text, None if picture is None else _image_id(row[picture], where=f"{file}: row {number}")
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
-from t2i.data.sources.caption import TextFile
+from t2i.data.sources.caption import MAX_TEXT_BYTES, LeftOut, TextFile
 from t2i.data.sources.image import IMAGE_SUFFIXES, is_image_file, read_image_file
 from t2i.data.sources.source import Entry, Tally
 from t2i.data.sources.tables import choose_column, is_url, read_table_rows
@@ -48,16 +48,23 @@ def read_text_folder(tally: Tally, *, folder: Path, caption_key: str) -> Iterato
             tally.left_out[f"no {ending} caption beside the image"] += 1
             continue
         try:
-            caption = TextFile(file.read_bytes())
-        except OSError as error:
-            tally.left_out[f"a caption file that cannot be read ({error.strerror})"] += 1
-            continue
-        yield Entry(key, caption, opened, file=path)
+            yield Entry(key, _caption_of(file), opened, file=path)
+        except LeftOut as reason:
+            tally.left_out[str(reason)] += 1
     stems = {path.with_suffix("") for path in images}
     alone = sum(stem not in stems for stem in captions)
     tally.seen += alone
     if alone:
         tally.left_out["no image beside the caption"] += alone
+
+
+def _caption_of(file: Path) -> TextFile:
+    try:
+        if file.stat().st_size > MAX_TEXT_BYTES:
+            raise LeftOut(f"a text over {MAX_TEXT_BYTES} bytes")
+        return TextFile(file.read_bytes())
+    except OSError as error:
+        raise LeftOut(f"a caption file that cannot be read ({error.strerror})") from error
 
 
 def find_metadata(folder: Path) -> Path | None:

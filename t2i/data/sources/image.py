@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from t2i.data.sources.caption import LeftOut
+
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Pillow would also try FITS, PDF or EPS on a file named .jpg."""
 IMAGE_SUFFIXES = (
@@ -22,6 +24,9 @@ MAGIC = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8|BM....\0{4}|...
 NEVER_IMAGES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger images are refused as decompression bombs: a few bytes can claim billions of pixels."""
+
+MAX_IMAGE_BYTES = 2**29
+"""Larger files are left out, unread."""
 
 UNREADABLE = (OSError, ValueError)
 """What decoding a broken image may raise."""
@@ -67,7 +72,13 @@ def is_image_file(path: Path) -> bool:
 
 
 def read_image_file(path: Path) -> OpenedImage:
-    """Decode an image file."""
+    """Decode an image file.
+
+    Raises:
+        LeftOut: it is too large to be one.
+    """
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise LeftOut(f"a file over {MAX_IMAGE_BYTES} bytes")
     return decode_image(path.read_bytes())
 
 

@@ -13,16 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from t2i.config import SourceConfig
-from t2i.data.sources.caption import LeftOut, TextFile, mark_of
-from t2i.data.sources.image import IMAGE_SUFFIXES, OpenedImage, decode_image
+from t2i.data.sources.caption import MAX_TEXT_BYTES, LeftOut, TextFile, mark_of
+from t2i.data.sources.image import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, OpenedImage, decode_image
 from t2i.data.sources.source import Entry, ReadEntries, Tally
 from t2i.errors import DataError
 from t2i.files import parse_json
 
 logger = logging.getLogger(__name__)
 
-MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 2**27, 2**20
-"""Larger members are left out, unread."""
 BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError)
 """What tarfile raises for invalid headers."""
 
@@ -161,7 +159,7 @@ def _entry(
         LeftOut: a member is too large, or its .json cannot be read.
     """
     if image.size > MAX_IMAGE_BYTES:
-        raise LeftOut(f"a file over {MAX_IMAGE_BYTES} bytes in a tar")
+        raise LeftOut(f"a file over {MAX_IMAGE_BYTES} bytes")
     ending = config.caption_key.lower() or "txt"
     facts: dict[str, object] = {}
     if "json" in parts and (config.pair_key or config.score_key or ending not in parts):
@@ -179,6 +177,6 @@ def _entry(
 
 def _bytes(file: BinaryIO, member: Member) -> bytes:
     if member.size > MAX_TEXT_BYTES:
-        raise LeftOut(f"a text over {MAX_TEXT_BYTES} bytes in a tar")
+        raise LeftOut(f"a text over {MAX_TEXT_BYTES} bytes")
     file.seek(member.offset)
     return file.read(member.size)
