@@ -49,7 +49,8 @@ def share(path: Path) -> None:
         if one.is_symlink():
             continue
         found = one.stat().st_mode
-        wanted = stat.S_IMODE((found if one.is_dir() else mode | found & 0o111) & ~stat.S_IWOTH)
+        # A file that can be run stays one.
+        wanted = stat.S_IMODE((found if one.is_dir() else mode | (found & 0o111)) & ~stat.S_IWOTH)
         if wanted != stat.S_IMODE(found):
             with suppress(OSError):  # some file systems keep no modes
                 one.chmod(wanted)

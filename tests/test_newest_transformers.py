@@ -30,7 +30,8 @@ settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_tok
 static = model.generate(ids, **settings, cache_implementation="static")
 assert torch.equal(static, generated)
 mask = torch.tensor([[0] * 5 + [1] * 19])
-padded = [model.generate(ids, attention_mask=mask, **settings, **how) for how in ({}, {"cache_implementation": "static"})]
+kinds = ({}, {"cache_implementation": "static"})
+padded = [model.generate(ids, attention_mask=mask, **settings, **how) for how in kinds]
 assert torch.equal(*padded)
 asked = model(ids, output_hidden_states=True, output_attentions=True)
 assert len(asked.hidden_states) == len(asked.attentions) + 1 == model.config.num_hidden_layers + 1
