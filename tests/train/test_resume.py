@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from t2i.config import DataConfig
 from t2i.distributed.run_id import RUN_ID
@@ -110,23 +110,22 @@ def test_a_checkpoint_copied_in_from_another_run_is_not_resumed_from(finished, t
 def test_a_start_that_is_refused_blocks_no_other_and_is_not_what_to_run_next(finished, shards, tmp_path):
     run_dir = tmp_path / "run"
     settings = replace(finished.train, max_steps=1, eval_every=0)
-    wrong = replace(
-        finished, run_dir=run_dir, data=DataConfig(shards=tmp_path / "nowhere", seq_len=90), train=settings
-    )
-    with pytest.raises(DataError, match="nowhere is no shard folder"):
+    right = replace(finished, run_dir=run_dir, train=settings)
+    # Found only when the model is made, after the run folder is opened.
+    rows = tmp_path / "rows.safetensors"
+    save_file({"input_rows": torch.zeros(3, 3)}, rows)
+    wrong = replace(right, model=replace(right.model, new_embeddings=str(rows)))
+    with pytest.raises(UserError, match=r"input_rows .* has shape \(3, 3\)"):
         train(wrong, ds_config_path=DS_CONFIG)
     assert (status_of(run_dir)["state"], status_of(run_dir)["next"]) == ("failed", "")
-    right = replace(wrong, data=DataConfig(shards=shards, seq_len=90), train=replace(settings, lr=0.1))
-    train(right, ds_config_path=DS_CONFIG)
-    good = status_of(run_dir)["next"]
-    assert good.endswith(f"report.py {run_dir}")
-    with pytest.raises(DataError):
-        train(replace(right, data=wrong.data), ds_config_path=DS_CONFIG)
-    assert (status_of(run_dir)["code"], status_of(run_dir)["step"], status_of(run_dir)["next"]) == (
-        3,
-        1,
-        good,
-    )
+    train(replace(right, train=replace(settings, lr=0.1)), ds_config_path=DS_CONFIG)
+    good = status_of(run_dir)
+    assert good["next"].endswith(f"report.py {run_dir}")
+    # Found before the folder is opened.
+    nowhere = DataConfig(shards=tmp_path / "nowhere", seq_len=90)
+    with pytest.raises(DataError, match="nowhere is no shard folder"):
+        train(replace(right, data=nowhere), ds_config_path=DS_CONFIG)
+    assert status_of(run_dir) == good
 
 
 def test_other_shards_may_be_given_before_the_first_step(finished, tmp_path, monkeypatch):
