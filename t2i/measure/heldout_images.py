@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 from PIL import Image
 
@@ -97,26 +96,9 @@ def how_to_hold_out(
     return f"Of its {len(places):,} images `--heldout-share {share:g}` holds out enough{again}."
 
 
-def source_of(manifest: Manifest) -> Source:
-    """Open the source that a model's shards were prepared from.
-
-    Raises:
-        DataError: it is not there.
-    """
-    try:
-        return reopen_source(manifest)
-    except DataError as error:
-        # The flag in the reader's own sentence was one of `prepare`, perhaps in another folder.
-        raise DataError(
-            f"The model's images are read again from the source that its shards were prepared from, {manifest.source},"
-            f" which cannot be read in {Path.cwd()}. Run this command in the folder where `prepare` ran, with the"
-            f" images in their place. ({error})"
-        ) from error
-
-
 def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     """Make the task of scoring on a manifest's held-out images; num_samples as in heldout_halves."""
-    halves = heldout_halves(source_of(manifest), num_samples=num_samples)
+    halves = heldout_halves(reopen_source(manifest), num_samples=num_samples)
     source, size = manifest.source, manifest.image_size
     reference = Reference(
         name=f"{len(halves.reference)} held-out images of {source}",
@@ -152,7 +134,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
 
     At most METER_IMAGES images of each split are read, evenly spread.
     """
-    source = source_of(manifest)
+    source = reopen_source(manifest)
     mode = checkpoint.model.config.sequence_mode
     config = DataConfig(mode=mode, seq_len=trained_seq_len(checkpoint.model))
     meters = {}

@@ -11,10 +11,11 @@ import jinja2
 from PIL import Image
 
 from t2i.data.shards.manifest import Manifest
+from t2i.data.sources import reopen_source
 from t2i.errors import DataError, UserError
 from t2i.files import check_keys, lines_of, read_json, read_optional_json
 from t2i.measure.heldout import HELDOUT_SPLITS
-from t2i.measure.heldout_images import heldout_halves, source_of
+from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
 from t2i.runs.checkpoint_manifest import steps_of
@@ -170,7 +171,7 @@ def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
     # Every n-th and never the best: a page of chosen images says nothing of the others.
     step = max(1, len(drawn) // NUM_IMAGES)
     try:
-        pairs = heldout_halves(source_of(manifest), num_samples=len(drawn)).drawn
+        pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
     except (DataError, UserError) as error:
         logger.warning("The page shows drawn images alone. %s", error)
         return [_drawn_alone(path) for path in drawn[::step][:NUM_IMAGES]]

@@ -1,7 +1,6 @@
 """Held-out pictures cut in two: no picture on both sides, and none that cannot be read."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 from measure.conftest import write_coco
@@ -9,7 +8,7 @@ from PIL import Image
 
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.measure.heldout_images import heldout_halves, source_of
+from t2i.measure.heldout_images import heldout_halves
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +61,3 @@ def test_a_folder_of_too_few_images_in_all_says_so(tmp_path):
     source = open_source(made_folder(tmp_path / "images", count=20), heldout_share=0.5)
     with pytest.raises(DataError, match="It has 20 images in all, which is too few to hold so many out"):
         heldout_halves(source, num_samples=None)
-
-
-def test_a_source_that_is_elsewhere_is_not_blamed_on_a_flag_that_nobody_gave(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    manifest = SimpleNamespace(source="src40", heldout_share=0.1, reading={})
-    with pytest.raises(
-        DataError, match=r"prepared from, src40, which cannot be read in .*Run this command in the folder"
-    ):
-        source_of(manifest)

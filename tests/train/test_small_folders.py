@@ -13,10 +13,10 @@ from t2i.data.loader import StepLoader
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources import open_source
+from t2i.data.sources import open_source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.measure.gradients import heldout_sequences
-from t2i.measure.heldout_images import heldout_halves, source_of
+from t2i.measure.heldout_images import heldout_halves
 from t2i.report.run import write_report
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
@@ -64,7 +64,7 @@ def test_a_run_with_nothing_held_out_draws_captions_of_training_and_says_so(smal
     with pytest.raises(
         DataError, match="has 0 held-out images; a distance needs at least 20. It has 20 images in all"
     ):
-        heldout_halves(source_of(read_manifest(small)), num_samples=None)
+        heldout_halves(reopen_source(read_manifest(small)), num_samples=None)
 
 
 def test_what_needs_held_out_pairs_says_how_to_have_them(small, tmp_path, one_process):

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2i.config import SourceConfig
-from t2i.data.shards.manifest import MANIFEST, Manifest
+from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import openmoji
 from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.coco import caption_files, has_both, list_coco
@@ -139,9 +139,10 @@ def reopen_source(manifest: Manifest) -> Source:
         try:
             source = opened(name)  # a project may have been moved with its images
         except DataError:
+            # No flag of this command gave the name, which the readers speak of as one.
             raise DataError(
-                f"the source of the shards cannot be read again. {error} (The shards' {MANIFEST} names it: it was"
-                f" prepared as --source {manifest.source}.)"
+                f"images are read again from the source that the shards were prepared from, {manifest.source}, which"
+                f" is neither where it was nor in {Path.cwd()}. Put it back. ({error})"
             ) from error
     listed = manifest.arguments.get("listed")
     if listed and listed != (now := list_source(source).fingerprint):
