@@ -65,7 +65,7 @@ def traps(exported, tmp_path, monkeypatch):
         edit(folder / name, auto_map=OWN)
     for name in (
         "pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.pkl",
-        "image_tokenizer/diffusion_pytorch_model.bin", "engine/mp_rank_00_model_states.pt",
+        "image_tokenizer/diffusion_pytorch_model.bin",
     ):  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save({"weight": Evil(ran)}, folder / name)
@@ -94,6 +94,12 @@ def yaml_tags(folder):
     text = f"!!python/object/apply:os.mkdir [{folder.parent / 'ran'}]"
     (folder / "resolved.yaml").write_text(f"model: {{init: {text}}}\ndata: {text}\n")
     (folder / "environment.json").write_text('{"command": "t2i train"}')  # so that it looks like a run
+
+
+def engine_of_pickles(folder):
+    """Look like a checkpoint, whose manifest is missing."""
+    (folder / "engine").mkdir()
+    (folder / "pytorch_model.bin").rename(folder / "engine" / "mp_rank_00_model_states.pt")
 
 
 def as_it_is(folder):
@@ -133,7 +139,7 @@ WHOLE = {
 """Verbs that end well where the traps are all that is odd: they have read the folder, not refused it at the door."""
 
 
-@pytest.mark.parametrize("change", [as_it_is, strangers_class, pickles_alone, yaml_tags])
+@pytest.mark.parametrize("change", [as_it_is, strangers_class, pickles_alone, yaml_tags, engine_of_pickles])
 @pytest.mark.parametrize("verb", SCRIPTS)
 def test_no_command_runs_anything_of_a_strangers_folder(verb, change, traps, shards, call):
     folder, ran = traps
