@@ -205,3 +205,26 @@ def test_files_too_large_to_be_an_image_or_a_caption_are_not_read(tmp_path):
         f"a file over {2**29} bytes": 1,
         "no .txt caption beside the image": 1,
     }
+
+
+def test_a_caption_may_have_the_whole_name_of_its_image(tmp_path):
+    files = {"a.png": made.encoded(1), "a.png.txt": "a", "b.v2": made.encoded(1), "b.v2.txt": "b"}
+    kept, tally = made.accounted(write(tmp_path, files))
+    assert (kept, tally.left_out) == ({"a.png": "a", "b.v2": "b"}, {})
+
+
+def test_what_lies_beside_tars_is_counted_and_links_out_are_not_read(tmp_path):
+    made.write_tar(tmp_path / "elsewhere" / "1.tar", made.tar_members(range(4, 8)))
+    folder = write(tmp_path / "set", {"a.png": made.encoded(1), "sub/b.txt": "b", "0_stats.json": "{}"})
+    made.write_tar(folder / "0.tar", made.tar_members(range(4)))
+    (folder / "1.tar").symlink_to(tmp_path / "elsewhere" / "1.tar")
+    kept, tally = made.accounted(folder)
+    assert set(kept) == {f"set/0/{index:09d}" for index in range(4)}
+    assert tally.unread == {
+        "a file of another kind (.png)": 1,
+        "a file of another kind (.txt)": 1,
+        "a link that leads out of the folder": 1,
+    }
+    # By a pattern a link is asked for.
+    (folder / "0_stats.json").unlink()
+    assert len(made.accounted(f"{folder}/1.tar")[0]) == 4

@@ -27,6 +27,9 @@ def test_patterns_name_files_in_order(tmp_path):
     assert [path.name for path in expand(f"{tmp_path}/**/*9.tar")] == ["09.tar"]
     with pytest.raises(UserError, match=r"has the range \{0\.\.99999999\}; expected at most 1,000,000"):
         expand(f"{tmp_path}/{{0..99999999}}.tar")
+    (tmp_path / "b" / "._08.tar").touch()
+    assert [path.name for path in expand(f"{tmp_path}/b/*")] == ["08.tar"]
+    assert [path.name for path in expand(f"{tmp_path}/b/.*")] == ["._08.tar"]
     (tmp_path / "c.tar").mkdir()
     with pytest.raises(DataError, match=r"names .*c\.tar, which is not a file"):
         expand(f"{tmp_path}/*.tar")

@@ -16,7 +16,14 @@ from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import openmoji
 from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.coco import caption_files, has_both, list_coco
-from t2i.data.sources.folder import METADATA, find_metadata, read_image_folder, read_text_folder
+from t2i.data.sources.folder import (
+    METADATA,
+    find_metadata,
+    list_files,
+    other_kind,
+    read_image_folder,
+    read_text_folder,
+)
 from t2i.data.sources.hub import is_saved, revision_of, units_of_dataset
 from t2i.data.sources.image import IMAGE_SUFFIXES, UNREADABLE, OpenedImage, decode_image
 from t2i.data.sources.listing import list_source
@@ -161,8 +168,18 @@ def _folder(folder: Path, sieve: Sift, config: SourceConfig, has_bare_keys: bool
     tables = [path for path in folder.glob("*.parquet") if not path.with_suffix("").is_dir()]
     # Sorted: the order of units, and so the shards, must not depend on the file system.
     files = sorted(folder.glob("*.tar")) or sorted(tables)
+    tally = Tally()
+    # Not those that are links out of the folder; whoever means them names them by a pattern.
+    listed = set(list_files(folder, tally)) if files else set()
+    files = [path for path in files if path in listed]
     if files:
-        return _files(str(folder), files, sieve, config, has_bare_keys)
+        source = _files(str(folder), files, sieve, config, has_bare_keys)
+        # NAME.parquet and NAME_stats.json are img2dataset's words on NAME.tar.
+        stems = {path.stem for path in files}
+        others = [path for path in listed if path.stem.removesuffix("_stats") not in stems]
+        tally.unread.update(map(other_kind, others))
+        source.tally.add(tally)
+        return source
     return _listed(partial(read_text_folder, folder=folder, caption_key=config.caption_key), sieve, folder)
 
 

@@ -20,7 +20,7 @@ LABEL = "label"
 
 
 def read_text_folder(tally: Tally, *, folder: Path, caption_key: str) -> Iterator[Entry]:
-    """List every image below `folder` with the caption file of the same stem beside it.
+    """List every image below `folder` with the caption file of the same stem, or of the whole name, beside it.
 
     Args:
         caption_key: ending of the caption files, else txt; `label` for the name of the folder that an image is in.
@@ -43,7 +43,7 @@ def read_text_folder(tally: Tally, *, folder: Path, caption_key: str) -> Iterato
         if has_labels:
             yield Entry(key, None if path.parent == folder else path.parent.name, opened, file=path)
             continue
-        file = captions.get(path.with_suffix(""))
+        file = captions.get(path.with_suffix("")) or captions.get(path)
         if file is None:
             tally.left_out[f"no {ending} caption beside the image"] += 1
             continue
@@ -51,7 +51,7 @@ def read_text_folder(tally: Tally, *, folder: Path, caption_key: str) -> Iterato
             yield Entry(key, _caption_of(file), opened, file=path)
         except LeftOut as reason:
             tally.left_out[str(reason)] += 1
-    stems = {path.with_suffix("") for path in images}
+    stems = {*images, *(path.with_suffix("") for path in images)}
     alone = sum(stem not in stems for stem in captions)
     tally.seen += alone
     if alone:
@@ -69,7 +69,7 @@ def _caption_of(file: Path) -> TextFile:
 
 def find_metadata(folder: Path) -> Path | None:
     """Find imagefolder's metadata; None if the folder has none."""
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    return next((path for name in METADATA if (path := file_inside(folder, name))), None)
 
 
 def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key: str) -> Iterator[Entry]:

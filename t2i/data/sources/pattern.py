@@ -109,8 +109,13 @@ def _globbed(path: Path) -> list[Path]:
             one
             for folder in found
             for one in (
-                sorted(folder.glob(part)) if has_glob and not (folder / part).exists() else [folder / part]
+                _matches(folder, part) if has_glob and not (folder / part).exists() else [folder / part]
             )
         ]
     # What a glob has reached may lack the rest of the path.
     return sorted(one for one in found if one.exists())
+
+
+def _matches(folder: Path, part: str) -> list[Path]:
+    # As in a shell, * is no hidden file: macOS leaves ._a.tar beside a.tar.
+    return [one for one in folder.glob(part) if part.startswith(".") or not one.name.startswith(".")]
