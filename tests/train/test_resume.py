@@ -1,5 +1,6 @@
 """Which folder a run resumes from, and when it refuses to."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -9,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i.config import DataConfig
+from t2i.config import DataConfig, RunConfig
 from t2i.distributed.run_id import RUN_ID
 from t2i.errors import CheckpointError, DataError, NumericalError, Stopped, UserError
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.metrics_log import read_metrics
+from t2i.runs.metrics_log import append_metrics, read_metrics
+from t2i.runs.run_folder import open_run
 from t2i.train.main import train
 from t2i.train.step import Stepper
 
@@ -194,3 +196,37 @@ def test_a_stop_leaves_no_traceback(finished, tmp_path):
         train(config, ds_config_path=DS_CONFIG, stop_at=2)
     assert not (config.run_dir / "error.txt").exists()
     assert status_of(config.run_dir)["state"] == "stopped"
+
+
+def test_a_disk_that_fills_while_inputs_are_kept_leaves_a_folder_that_starts(finished, tmp_path, monkeypatch):
+    config = replace(
+        finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=1, eval_every=0)
+    )
+    write = Path.write_bytes
+
+    def half(path, data):
+        if "data_manifest" not in path.name:
+            return write(path, data)
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"data_manifest\.json.*No space left"):
+        patch.setattr(Path, "write_bytes", half)
+        train(config, ds_config_path=DS_CONFIG)
+    assert not [path.name for path in config.run_dir.iterdir() if "data_manifest" in path.name]
+    train(config, ds_config_path=DS_CONFIG)
+    assert status_of(config.run_dir)["state"] == "done"
+
+
+def test_text_that_is_replayed_is_known_by_its_content(tmp_path):
+    run_dir, texts = tmp_path / "run", [tmp_path / "one", tmp_path / "other"]
+    for text in texts:
+        text.mkdir()
+    config = RunConfig(run_dir=run_dir, data=DataConfig(replay_ratio=0.5, replay_shards=texts[0]))
+    other = replace(config, data=replace(config.data, replay_shards=texts[1]))
+    open_run(config, ds_config={}).close()
+    append_metrics(run_dir, {"step": 1})
+    with pytest.raises(UserError, match=r"data\.replay_shards is .*one there, .*other here"):
+        open_run(other, ds_config={})  # of a run of the last release, which kept no copy to compare with
+    (run_dir / "replay_manifest.json").write_text("{}")
+    open_run(other, ds_config={}).close()
