@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from t2i.errors import UserError
 from t2i.measure.images import batches, read_image
+from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
 from t2i.runs.loading import weights_sha256
 
@@ -42,13 +43,19 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
         raise UserError(f"--clip {folder} is no CLIP folder of transformers: {', '.join(missing)} missing.")
     read_description(folder)
     plain = {"local_files_only": True, "trust_remote_code": False}
-    model = CLIPModel.from_pretrained(folder, **plain).eval().requires_grad_(False)
+    try:
+        model = CLIPModel.from_pretrained(folder, **plain).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **plain)
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except UNUSABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--clip {folder} cannot be loaded as a CLIP: {reason:.300}") from error
     return Clip(
         name=folder.resolve().name,
         weights_sha256=weights_sha256(folder),
         model=model.to(device),
-        tokenizer=AutoTokenizer.from_pretrained(folder, **plain),
-        processor=CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
+        tokenizer=tokenizer,
+        processor=processor,
     )
 
 

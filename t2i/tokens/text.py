@@ -41,17 +41,12 @@ class TextTokenizer:
         Raises:
             UserError: the folder or the hub has none.
         """
-        folder = Path(name)
-        file = folder / "tokenizer.json"
         if hub := hub_name(name):
-            tokenizer = _from_hub(hub)
-        elif not file.is_file():
+            return cls(_with_ends(_from_hub(hub)), name=str(name))
+        file = Path(name) / "tokenizer.json"
+        if not file.is_file():
             raise UserError(f"{name} is no text tokenizer: {not_here(name) or 'it has no tokenizer.json'}.")
-        elif (folder / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **OPTIONS)
-        else:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **OPTIONS)
-        return cls(_with_ends(tokenizer), name=str(name))
+        return cls(_with_ends(_from_file(file)), name=str(name))
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +84,18 @@ class TextTokenizer:
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _from_file(file: Path) -> PreTrainedTokenizerFast:
+    # Named, because a tokenizer_config.json can name another file.
+    given = {"tokenizer_file": str(file), **OPTIONS}
+    try:
+        if not file.with_name("tokenizer_config.json").is_file():
+            return PreTrainedTokenizerFast(**given)
+        return PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False, **given)
+    except Exception as error:  # tokenizers has no class of its own for a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the text tokenizer {file.parent} cannot be read: {reason:.300}") from error
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:

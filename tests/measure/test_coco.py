@@ -348,6 +348,30 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
         read_val2014(coco)
 
 
+def test_a_clip_folder_runs_nothing_and_asks_nothing(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("stdin was asked"))
+    folder, ran = tmp_path / "clip", tmp_path / "ran"
+    shutil.copytree(clip_folder, folder)
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(ran)!r})\n")
+    own = {
+        "AutoConfig": "evil.C",
+        "AutoModel": "evil.M",
+        "AutoTokenizer": ["evil.T", "evil.T"],
+        "AutoProcessor": "evil.P",
+    }
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, "auto_map": own}))
+    load_clip(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "strangers"}))
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**values, "tokenizer_class": "Strangers"}))
+    with pytest.raises(UserError, match="cannot be loaded as a CLIP"):
+        load_clip(folder)
+    assert not ran.exists()
+
+
 def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
     clip = load_clip(clip_folder)
     rng = np.random.default_rng(0)

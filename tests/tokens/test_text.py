@@ -87,3 +87,29 @@ def test_a_name_without_hf_is_never_asked_of_the_hub(name, monkeypatch):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match=r"is no text tokenizer: it has no tokenizer\.json\.$"):
         TextTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "none-such"}}'),
+        ("tokenizer_config.json", "["),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+    ],
+)
+def test_a_broken_tokenizer_is_one_sentence(neox, file, text, tmp_path):
+    shutil.copytree(neox, tmp_path / "broken")
+    (tmp_path / "broken" / file).write_text(text)
+    with pytest.raises(UserError, match=r"the text tokenizer .*broken cannot be read: ") as caught:
+        TextTokenizer.load(tmp_path / "broken")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_reads_its_own_file_whatever_its_config_names(neox, tmp_path):
+    shutil.copytree(neox, tmp_path / "odd")
+    config = json.loads((neox / "tokenizer_config.json").read_text())
+    (tmp_path / "odd" / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokenizer_file": "/etc/passwd"})
+    )
+    assert TextTokenizer.load(tmp_path / "odd").fingerprint() == TextTokenizer.load(neox).fingerprint()

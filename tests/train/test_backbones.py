@@ -312,6 +312,43 @@ def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
     assert type(model) is FAMILIES[family][0]
     assert len(model.get_input_embeddings().weight) == layout.vocab_size
     assert model.config.num_hidden_layers == finished.model.num_layers
+    # Not the class's own default, which is another token of this tokenizer.
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.end_id
+
+
+def test_a_class_of_its_folders_own_code_trains_draws_and_exports_where_it_is_trusted(
+    finished, tokenizer, tmp_path
+):
+    start = made("llama", tmp_path / "language-model", tokenizer)
+    (start / "strangers.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'strangers'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    description = json.loads((start / "config.json").read_text())
+    own = {"AutoConfig": "strangers.Config", "AutoModelForCausalLM": "strangers.Model"}
+    (start / "config.json").write_text(
+        json.dumps({**description, "model_type": "strangers", "auto_map": own})
+    )
+    config = replace(
+        finished,
+        run_dir=tmp_path / "run",
+        model=replace(finished.model, init=str(start)),
+        train=replace(finished.train, max_steps=1, eval_every=0),
+    )
+    with pytest.raises(UserError, match=r"strangers\.Model\), which is not run"):
+        train(config, ds_config_path=DS_CONFIG)
+    trusted = replace(config, model=replace(config.model, trust_remote_code=True))
+    train(trusted, ds_config_path=DS_CONFIG)
+    train(replace(trusted, train=replace(trusted.train, max_steps=2)), ds_config_path=DS_CONFIG)  # resumed
+    # What the run wrote down gives no permission to whoever opens it.
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        open_model(str(config.run_dir), needs_images=True)
+    opened = open_model(str(config.run_dir), needs_images=True, trust_remote_code=True)
+    assert draw_codes(drawer_of(opened, settings=SampleConfig()), ["picture 3"]).shape == (1, 64)
+    export(opened, out=tmp_path / "exported", command="export", trust_remote_code=True)
+    assert (tmp_path / "exported" / "strangers.py").is_file()
+    assert "trust_remote_code=True" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_class_that_cannot_be_drawn_from_is_refused_before_training(finished, tokenizer, tmp_path):
