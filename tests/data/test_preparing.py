@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import remake_command
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_shards
-from t2i.data.sources import open_source, reopen_source
+from t2i.data.sources import Tally, open_source, reopen_source
 from t2i.data.sources.documents import open_documents
 from t2i.data.sources.listing import make_listing
 from t2i.errors import CheckpointError, DataError, UserError
@@ -539,3 +540,17 @@ def test_processes_that_cannot_be_started_are_not_blamed_on_the_shards_disk(tmp_
         CheckpointError, match="2 decoding processes cannot be started: No space left .* /dev/shm"
     ):
         prepare(**of_images(workers=2))
+
+
+def test_what_was_changed_is_counted_of_kept_pairs_alone(tmp_path, of_images):
+    arguments = of_images()
+    first, second = arguments["source"].units(8)[:2]
+
+    def changed(unit, tally):
+        return [replace(pair, changed=("a guess",)) for pair in unit(tally)]
+
+    units = [partial(changed, first), partial(changed, second), partial(changed, first)]
+    counted = Tally(seen=24)
+    source = replace(arguments["source"], units=lambda _: units, tally=counted)
+    manifest = prepare(**arguments | {"source": source})
+    assert (manifest.changed, manifest.left_out) == ({"a guess": 16}, {"a key that was there before": 8})

@@ -59,6 +59,8 @@ class EncodedImage:
     """(T,) ids of the text tokenizer."""
     is_view: bool
     """A shifted copy, which follows its image."""
+    changed: tuple[str, ...]
+    """What was lost or guessed when the caption and the image were read."""
     codes: np.ndarray
     """(K,)"""
 
@@ -91,7 +93,16 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     hashes = np.array([key_hash(row.key) for row in rows if not row.is_view], dtype=np.uint64)
     write_bytes_whole(keys_file(part, index), hashes.tobytes())
     tokens = Counter(len(row.caption_ids) for row in rows if not row.is_view)
-    facts = {"counts": counts, "caption_tokens": tokens, "broken": broken, **vars(tally)}
+    # By key, because the merge leaves out keys of earlier units.
+    changed = {str(key_hash(row.key)): row.changed for row in rows if row.changed and not row.is_view}
+    tally.changed.update(reason for reasons in changed.values() for reason in reasons)
+    facts = {
+        "counts": counts,
+        "caption_tokens": tokens,
+        "broken": broken,
+        "changed_keys": changed,
+        **vars(tally),
+    }
     # Last: a unit without this file is encoded again, whatever a killed process has left of it.
     write_json(facts_file(part, index), facts)
 
@@ -166,38 +177,38 @@ def _encode(
     if encoder.image_tokenizer is None:
         for pair in pairs:
             encoder.progress.update()
-            tally.changed.update(pair.changed)
             assert pair.codes is not None, "a source of ids has nothing else"
-            yield _row(pair, pair.codes.astype(code_type), encoder.text_tokenizer)
+            yield _row(pair, pair.codes.astype(code_type), encoder.text_tokenizer, changed=pair.changed)
         return
     pictures = _images(pairs, encoder, broken=broken, tally=tally)
     # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
     # be the same whichever rank encodes the unit.
     for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
-        codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image in batch])).cpu().numpy()
-        for (pair, number, _), row in zip(batch, codes.astype(code_type), strict=True):
-            yield _row(pair, row, encoder.text_tokenizer, number=number)
+        codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image, _ in batch])).cpu().numpy()
+        for (pair, number, _, changed), row in zip(batch, codes.astype(code_type), strict=True):
+            yield _row(pair, row, encoder.text_tokenizer, number=number, changed=changed)
 
 
-def _row(pair: Pair, codes: np.ndarray, tokenizer: TextTokenizer, *, number: int = 0) -> EncodedImage:
+def _row(
+    pair: Pair, codes: np.ndarray, tokenizer: TextTokenizer, *, changed: tuple[str, ...], number: int = 0
+) -> EncodedImage:
     ids = tokenizer.encode(pair.caption).numpy()
     key = view_key(pair.key, number)
-    return EncodedImage(key, pair.split, pair.caption, ids, is_view=number > 0, codes=codes)
+    return EncodedImage(key, pair.split, pair.caption, ids, is_view=number > 0, changed=changed, codes=codes)
 
 
 def _images(
     pairs: Iterable[Pair], encoder: Encoder, *, broken: list[dict[str, str]], tally: Tally
-) -> Iterator[tuple[Pair, int, Image.Image]]:
-    """Decode images and their views, with the number of the view."""
+) -> Iterator[tuple[Pair, int, Image.Image, tuple[str, ...]]]:
+    """Decode images and their views, with the number of the view and what was changed."""
     for pair, decoded in decode_all(pairs, config=encoder.config, pool=encoder.pool):
         encoder.progress.update()
-        if decoded.pictures:
-            tally.changed.update((*pair.changed, *decoded.changed))
         if decoded.left_out:
             tally.left_out[decoded.left_out] += 1
         if decoded.broken:
             broken.append({"key": pair.key, "reason": decoded.broken})
-        yield from ((pair, number, image) for number, image in enumerate(decoded.pictures))
+        changed = (*pair.changed, *decoded.changed)
+        yield from ((pair, number, image, changed) for number, image in enumerate(decoded.pictures))
 
 
 def view_key(key: str, number: int) -> str:

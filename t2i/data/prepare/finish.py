@@ -68,7 +68,7 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
         broken=len(merged.broken),
         seen=merged.tally.seen,
         left_out=dict(sorted(merged.tally.left_out.items())),
-        changed=dict(sorted(merged.tally.changed.items())),
+        changed=dict(sorted((+merged.tally.changed).items())),
         unread=dict(sorted(merged.tally.unread.items())),
         codebook_size=encoder.codebook_size,
         image_size=images.image_size,

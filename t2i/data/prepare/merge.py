@@ -55,6 +55,8 @@ def merge_units(part: Path, num_units: int, *, encoder: Encoder) -> Merged:
         merged.caption_tokens.update(
             {int(length): count for length, count in facts["caption_tokens"].items()}
         )
+        for key in repeated.get(index, ()):
+            merged.tally.changed.subtract(facts["changed_keys"].get(str(key), ()))
         for split, count in facts["counts"].items():
             name = unit_name(index)
             if index in repeated:
