@@ -65,7 +65,7 @@ def traps(exported, tmp_path, monkeypatch):
         edit(folder / name, auto_map=OWN)
     for name in (
         "pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.pkl",
-        "image_tokenizer/diffusion_pytorch_model.bin",
+        "image_tokenizer/diffusion_pytorch_model.bin", "global_step3/mp_rank_00_model_states.pt",
     ):  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save({"weight": Evil(ran)}, folder / name)
