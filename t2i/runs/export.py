@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
-from t2i.files import new_folder
+from t2i.files import new_folder, read_optional_json, write_json
 from t2i.model.backbone import load_model
 from t2i.model.open_lm import sampling_open_lm
 from t2i.model.resize import end_at
@@ -64,6 +64,14 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
         # Measures of this very checkpoint, the last in the list, come before those that an earlier export copied.
         if found:
             shutil.copyfile(found[-1], part / file)
+    _forget_places(part / DATA_MANIFEST)
+
+
+def _forget_places(manifest: Path) -> None:
+    """Take from a manifest where its source lies on this machine: an export is given to others."""
+    values = read_optional_json(manifest)
+    if values and values.get("arguments", {}).pop("source_path", None):
+        write_json(manifest, values)
 
 
 def check_repo(name: str) -> None:

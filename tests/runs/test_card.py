@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,14 @@ def exported(opened, tmp_path_factory):
 
 def test_every_file_has_the_mode_of_a_new_file(exported):
     assert {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_an_export_does_not_say_where_its_data_lay(opened, exported):
+    own, copied = (
+        json.loads((folder / "data_manifest.json").read_text()) for folder in (opened.home, exported)
+    )
+    assert Path(own["arguments"].pop("source_path")).is_absolute() or own["source"] == "openmoji"
+    assert copied == own
 
 
 def test_generation_ends_at_the_tokenizers_end_and_takes_all_that_it_gives(exported):
