@@ -21,7 +21,6 @@ from streaming import StreamingDataset
 from streaming.base.util import merge_index
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data import sources
 from t2i.data.prepare import decode, images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
@@ -32,7 +31,7 @@ from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import remake_command
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import check_shards
-from t2i.data.sources import Tally, open_source, reopen_source
+from t2i.data.sources import Tally, open_source, opening, reopen_source
 from t2i.data.sources.documents import open_documents
 from t2i.data.sources.listing import make_listing
 from t2i.errors import CheckpointError, DataError, UserError
@@ -515,7 +514,7 @@ def test_a_dataset_of_another_commit_is_another_source(monkeypatch):
     found = []
     for commit in ("one", "one", "two"):
         monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, sha=commit: SimpleNamespace(sha=sha))
-        found.append(make_listing(sources._list_dataset("user/name", 2)).fingerprint)
+        found.append(make_listing(opening._list_dataset("user/name", 2)).fingerprint)
     assert found[0] == found[1] != found[2]
 
 
