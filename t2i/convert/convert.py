@@ -1,7 +1,8 @@
 """Convert released weights to our folders and back. A folder appears only after it has been checked."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from t2i.convert.open_lm_config import (
     read_values,
 )
 from t2i.convert.open_lm_reference import open_lm_logits
+from t2i.convert.proof import Tell, prove_logits
 from t2i.convert.released import RELEASES, only_tensors, read_weights
 from t2i.convert.vq import SourceLayout, load_vq, vq_tensors
 from t2i.convert.vq_reference import source_codes, source_latents, source_pixels
@@ -40,17 +42,10 @@ from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import NEOX, TextTokenizer
 
 OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
-NUM_PROOF_IDS = 24
 MEMORY_FACTOR = 2.5
 """Most memory of a conversion, relative to the files: they are held, written, and read again."""
-LOGITS = 2e-5
-"""Largest difference of logits that fp32 rounding explains, relative to the largest logit or to 5."""
-
-Tell = Callable[[str], None]
-"""Receives the messages of a conversion, one sentence each; a launcher passes print."""
-
 LATENTS, PIXELS = 1e-4, 2e-4
-"""The same for latents, relative to the largest or to 1, and for decoded pixels in [-1, 1]."""
+"""Largest differences that rounding explains: of latents, relative to the largest or to 1; of pixels in [-1, 1]."""
 CODES = 0.99
 """Smallest share of equal codes. Rounding may change the code of a latent that lies between two codes."""
 PROOF_IMAGES = ("1F600", "1F34E", "1F3E0", "1F415")
@@ -111,7 +106,7 @@ def convert_open_lm(
         if config.positional_embedding_type != "none" and not has_frequencies(tensors):
             proof = with_frequencies(proof, config=config)
             tell(f"the file does not show its positions: {positions}, as --positions says, is not proven")
-        tell(prove_logits(part, tensors=proof))
+        tell(prove_open_lm(part, tensors=proof))
 
 
 def convert_back(ckpt: str, *, out: Path) -> None:
@@ -153,7 +148,7 @@ def prepare_generation(model: OpenLMForCausalLM, tokenizer: TextTokenizer) -> No
 
 
 @torch.inference_mode()
-def prove_logits(folder: Path, *, tensors: dict[str, Tensor]) -> str:
+def prove_open_lm(folder: Path, *, tensors: dict[str, Tensor]) -> str:
     """Compare the logits of a written folder with a forward pass on open_lm's own tensors; return a sentence.
 
     Raises:
@@ -170,17 +165,8 @@ def prove_logits(folder: Path, *, tensors: dict[str, Tensor]) -> str:
     ):
         in_fp32_while_used(part)
     in_fp32_while_used(model.output)
-    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
-    wanted = open_lm_logits(tensors, ids, config=model.config)
-    difference = (model(ids).logits - wanted).abs().max().item()
-    # `not <=`, so that nan fails too.
-    if not difference <= LOGITS * max(5, wanted.abs().max().item()):
-        raise CheckpointError(
-            f"the converted model gives logits that differ by {difference:.1e}; nothing written."
-        )
-    return (
-        f"checked: for {NUM_PROOF_IDS} tokens the written folder gives the logits of a forward pass on open_lm's"
-        f" own tensors (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
+    return prove_logits(
+        model, partial(open_lm_logits, tensors, config=model.config), of="open_lm's own tensors"
     )
 
 

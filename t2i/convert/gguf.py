@@ -4,8 +4,9 @@ transformers reads the weights. The text tokenizer is made here from the file's 
 the start token for the end token, and splits digits otherwise than many of these models do.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from t2i.convert.gguf_reference import Sizes, gguf_logits
+from t2i.convert.proof import Tell, prove_logits
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
 from t2i.model.foreign_folder import refuse_adapters
@@ -40,11 +42,6 @@ SPLITS = (*GPT2, *SINGLE_DIGITS, *OWN_RULE)
 
 PROBE = "It's 1,234.5 kilometres: naïve 中文 🙂\n\tend  of it."
 """Text that a converted tokenizer must give back: digits, accents, wide characters and spaces."""
-NUM_PROOF_IDS = 24
-LOGITS = 2e-5
-"""Largest difference of logits that fp32 rounding explains, relative to the largest logit or to 5."""
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,10 @@ def convert_gguf(
         made.save_pretrained(part)
         tell(_names_of(file))
         tell(prove_text(part))
-        tell(prove_logits(part, file=file))
+        # From GGUF's own names and order of heads, by another path than transformers' reader takes.
+        written = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, trust_remote_code=False)
+        reference = partial(gguf_logits, _tensors(file), sizes=_sizes(file))
+        tell(prove_logits(written.eval(), reference, of="the file's own tensors"))
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -203,29 +203,6 @@ def prove_text(folder: Path) -> str:
             f"the converted text tokenizer turns {PROBE!r} into {found!r}; nothing written."
         )
     return f"checked: the text tokenizer gives a text of {len(PROBE)} characters back from {len(ids)} ids"
-
-
-@torch.inference_mode()
-def prove_logits(folder: Path, *, file: GgufFile) -> str:
-    """Compare a written folder's logits with a forward pass on the file's own tensors; return a sentence.
-
-    Raises:
-        CheckpointError: they differ by more than rounding.
-    """
-    # From GGUF's own names and order of heads, by another path than transformers' reader takes.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_PROOF_IDS).long()[None]
-    wanted = gguf_logits(_tensors(file), ids, sizes=_sizes(file))
-    difference = (model(ids).logits - wanted).abs().max().item()
-    # `not <=`, so that nan fails too.
-    if not difference <= LOGITS * max(5, wanted.abs().max().item()):
-        raise CheckpointError(
-            f"the converted model gives logits that differ by {difference:.1e}; nothing written."
-        )
-    return (
-        f"checked: for {NUM_PROOF_IDS} tokens the written folder gives the logits of a forward pass on the file's own"
-        f" tensors (largest difference {difference:.1e} of {wanted.abs().max():.1f})"
-    )
 
 
 def _load(file: GgufFile) -> PreTrainedModel:
