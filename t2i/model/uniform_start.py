@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from t2i.model.backbone import head_of, hidden_states
 from t2i.tokens.vocab import VocabLayout
 
-NUM_PROBES, NUM_WORDS, NUM_CODES = 4, 12, 64
-"""Sequences of the probe, and the text ids and image codes of each, at most."""
+NUM_SEQUENCES, NUM_CODES = 16, 64
+"""Sequences of a probe, and how many image codes of each are looked at."""
 ROUNDS = 3
 """Shifts one after another: a tied model's hidden states move with its new input rows."""
 LARGEST_SHIFT = 100.0
@@ -25,24 +25,20 @@ LARGEST_SHIFT = 100.0
 
 @dataclass(frozen=True)
 class Probe:
-    """Sequences of random text ids and random codes, which stand for captioned images."""
+    """A few sequences of training, whose image codes a model is asked for."""
 
     ids: Tensor
-    """(B, S) ids: text, the markers between text and image, codes."""
+    """(B, S) ids."""
     num_old: int
     """Ids from here on are new, and their rows may be shifted."""
     first_code: int
 
     @classmethod
-    def draw(cls, layout: VocabLayout, *, num_old: int, codes_per_image: int, seed: int) -> "Probe":
-        """Draw the same probe for the same seed on every rank."""
-        generator = torch.Generator().manual_seed(seed)
-        count = min(codes_per_image, NUM_CODES)
-        words = torch.randint(layout.num_text_tokens, (NUM_PROBES, NUM_WORDS), generator=generator)
-        codes = torch.randint(layout.codebook_size, (NUM_PROBES, count), generator=generator)
-        markers = torch.tensor([layout.special_id("</text>"), layout.special_id("<image>")])
-        ids = torch.cat([words, markers.expand(NUM_PROBES, -1), layout.image_ids(codes)], 1)
-        return cls(ids, num_old, layout.first_image_id)
+    def of(cls, sequences: Tensor, *, layout: VocabLayout, num_old: int) -> "Probe":
+        """Take the first codes of sequences (N, S); random captions would be other text than what comes."""
+        starts = (sequences >= layout.first_image_id).int().argmax(1)
+        end = int(starts.max()) + NUM_CODES
+        return cls(sequences[:NUM_SEQUENCES, :end], num_old, layout.first_image_id)
 
 
 def uniform_cost(model: PreTrainedModel) -> float:

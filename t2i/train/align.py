@@ -26,7 +26,7 @@ from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.build import Start, loaded_start
+from t2i.train.build import Start, first_sequences, loaded_start
 from t2i.train.contrastive import MAX_SCALE, AlignedRows, loss_and_gradient, retrieval_accuracy
 from t2i.train.inputs import found_start, manifest_of
 from t2i.train.metrics import MetricsWriter
@@ -88,7 +88,8 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         if has_learned or not (run.run_dir / ROWS_FILE).exists():
             rows = _all_rows(sides, start=start, config=config)
             if config.placement == "uniform":
-                rows = _placed(rows, start=start, codes_per_image=manifest.codes_per_image, seed=config.seed)
+                sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
+                rows = _placed(rows, start=start, sequences=sequences, seed=config.seed)
             with whole_file(run.run_dir / ROWS_FILE) as written:
                 save_file(rows, written)
                 share(written)
@@ -229,11 +230,10 @@ def _all_rows(sides: dict[str, AlignedRows], *, start: Start, config: AlignConfi
     return rows
 
 
-def _placed(rows: dict[str, Tensor], *, start: Start, codes_per_image: int, seed: int) -> dict[str, Tensor]:
+def _placed(rows: dict[str, Tensor], *, start: Start, sequences: Tensor, seed: int) -> dict[str, Tensor]:
     """Grow start.model by new rows, and shift them until an image code costs what a uniform guess does."""
     grow_vocabulary(start.model, vocab_size=start.layout.vocab_size, rows=rows, seed=seed)
-    probe = Probe.draw(start.layout, num_old=start.num_kept, codes_per_image=codes_per_image, seed=seed)
-    shift_to_uniform(start.model, probe)
+    shift_to_uniform(start.model, Probe.of(sequences, layout=start.layout, num_old=start.num_kept))
     return {name: weight.detach()[start.num_kept :].clone() for name, weight in ends_of(start.model).items()}
 
 

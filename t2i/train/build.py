@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, ModelConfig, TrainConfig
+from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.manifest import Manifest
+from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.model.backbone import (
@@ -25,7 +28,7 @@ from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
 from t2i.model.routing import route, text_hash
 from t2i.model.trainable import add_lora, set_trainable
-from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
+from t2i.model.uniform_start import NUM_SEQUENCES, Probe, code_cost, shift_to_uniform, uniform_cost
 from t2i.runs.loading import DATA_MANIFEST, find, reading
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -69,10 +72,9 @@ def build_model(
         check_decoding(model, name=config.init)  # now: after days of training it would be too late
     if start.num_kept < layout.vocab_size and not manifest.is_text:
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings_kind, seed=train.seed)
-        if config.init != "random":
-            _begin_fairly(
-                start, config.new_embeddings_kind, codes_per_image=manifest.codes_per_image, seed=train.seed
-            )
+        if config.init != "random" and data.mode != "text-only":
+            sequences = first_sequences(data, layout=layout, tokenizer=text_tokenizer)
+            _begin_fairly(start, config.new_embeddings_kind, sequences=sequences)
         # Padding and unused ids have logits like any other, so generate() could choose them.
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
@@ -147,9 +149,17 @@ def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
 
 
-def _begin_fairly(start: Start, kind: str, *, codes_per_image: int, seed: int) -> None:
+def first_sequences(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer) -> Tensor:
+    """Build a few sequences (N, S) of the training split, evenly spread."""
+    samples = list(read_split(data.shards, "train", num_samples=NUM_SEQUENCES, remote=data.remote))
+    apply = tokenizer_to_apply(data, tokenizer=tokenizer)
+    captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
+    return stack_sequences(samples, layout=layout, config=data, captions=captions)
+
+
+def _begin_fairly(start: Start, kind: str, *, sequences: Tensor) -> None:
     """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more."""
-    probe = Probe.draw(start.layout, num_old=start.num_kept, codes_per_image=codes_per_image, seed=seed)
+    probe = Probe.of(sequences, layout=start.layout, num_old=start.num_kept)
     if kind == "uniform":
         shift_to_uniform(start.model, probe)
     cost, uniform = code_cost(start.model, probe), uniform_cost(start.model)

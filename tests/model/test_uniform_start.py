@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2i.model.resize import grow_vocabulary
 from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
+from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.vocab import VocabLayout
 
 LAYOUT = VocabLayout(num_text_rows=200, num_text_tokens=190, codebook_size=64)
@@ -25,6 +26,16 @@ def pretrained(*, tied):
     return model
 
 
+def probe_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    captions, codes = (torch.randint(end, (8, 16), generator=generator) for end in (190, 64))
+    rows = [
+        encode_sequence(caption, code, layout=LAYOUT, mode="text-to-image", seq_len=40)
+        for caption, code in zip(captions, codes, strict=True)
+    ]
+    return Probe.of(torch.stack(rows), layout=LAYOUT, num_old=200)
+
+
 def cost_by_hand(model, probe):
     """Mean cost of a code in nats by cross entropy on the model's own logits: over all ids, and among codes alone."""
     with torch.inference_mode():
@@ -39,7 +50,7 @@ def cost_by_hand(model, probe):
 
 def grown(model, *, rows):
     grow_vocabulary(model, vocab_size=LAYOUT.vocab_size, rows=rows, seed=0)
-    return Probe.draw(LAYOUT, num_old=200, codes_per_image=16, seed=0)
+    return probe_of(0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -50,7 +61,7 @@ def test_a_code_begins_at_the_uniform_cost_and_no_code_is_preferred(tied):
     assert code_cost(model, probe) > uniform_cost(model) + 1  # there is a debt to begin with
     shift_to_uniform(model, probe)
     # On other sequences than the ones that it was measured by.
-    everything, among_codes = cost_by_hand(model, Probe.draw(LAYOUT, num_old=200, codes_per_image=16, seed=7))
+    everything, among_codes = cost_by_hand(model, probe_of(7))
     assert everything == pytest.approx(math.log(LAYOUT.vocab_size), abs=0.2)
     assert among_codes == pytest.approx(math.log(64), abs=0.02)
     assert model.get_input_embeddings().weight[:200].equal(text[0])

@@ -151,7 +151,7 @@ def test_forgetting_is_measured_before_the_first_step_and_on(text_run, grown_run
 
 
 def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_markers(
-    grown_run, tokenizer, tmp_path
+    grown_run, tokenizer, monkeypatch
 ):
     config = replace(grown_run, model=replace(grown_run.model, init=str(grown_run.run_dir)))
     trained = open_model(str(grown_run.run_dir), needs_images=False)
@@ -161,6 +161,9 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
     assert torch.equal(model.get_output_embeddings().weight, head)
     manifest = read_manifest(grown_run.data.shards)
     other = replace(manifest, image_tokenizer=Maker("another", "another"), codebook_size=40)
+    # The shards themselves have more codes than that.
+    codes = layout.first_image_id + torch.arange(40).repeat(2, 1)
+    monkeypatch.setattr("t2i.train.build.first_sequences", lambda *_, **__: codes)
     model, layout = build_model(
         config.model, data=config.data, train=config.train, manifest=other, text_tokenizer=tokenizer
     )
