@@ -79,3 +79,12 @@ def test_settings_at_the_ends_of_their_ranges_draw_codes(opened, settings):
         drawer.model.output.weight.mul_(100)  # logits of some hundreds, as a trained model may have
     codes = draw_codes(drawer, ["a cup", "a hat", ""])
     assert codes.shape == (3, 16) and codes.min() >= 0 and codes.max() < opened.layout.codebook_size
+
+
+def test_one_caption_is_one_image_and_none_is_refused(opened):
+    parts = {"tokenizer": opened.text_tokenizer.tokenizer, "image_tokenizer": opened.image_tokenizer.model}
+    one, listed = (opened.model.draw(captions, **parts) for captions in ("picture 3", ["picture 3"]))
+    assert len(one) == len(listed) == 1
+    assert one[0].tobytes() == listed[0].tobytes()
+    with pytest.raises(ValueError, match="no caption"):
+        opened.model.draw([], **parts)
