@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from t2i.config import ASSETS, ModelConfig
 from t2i.errors import CheckpointError, UserError
+from t2i.measure.forgetting import complete
 from t2i.model.backbone import load_model
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
@@ -153,7 +154,8 @@ sample_codes = sys.modules[type(model).draw.__module__].sample_codes
 rows = range({layout.image_rows.start}, {layout.image_rows.stop})
 codes = sample_codes(model, image_ids=rows, **{how!r})
 ids = torch.arange(5, 65).view(3, 20)
-text = model.generate(ids, max_new_tokens=4, do_sample=False)
+mask = torch.ones_like(ids)
+text = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
 with torch.inference_mode():
     torch.save({{"codes": codes, "logits": model(ids).logits, "text": text}}, "said.pt")
 """
@@ -168,6 +170,17 @@ with torch.inference_mode():
     # What generate() chooses is text of the tokenizer, whatever codes have learned to weigh.
     assert said["text"].max() < layout.num_text_tokens
     assert "trust_remote_code" in (tmp_path / "exported" / "README.md").read_text()
+
+
+def test_its_completions_are_those_of_the_language_model(trained):
+    start, config = trained
+    before, after = (open_model(str(name), needs_images=False) for name in (start, config.run_dir))
+    prompts = ["The", "a small green frog sits on"]
+    said = [
+        complete(one.model, prompts, tokenizer=one.text_tokenizer, layout=one.layout, max_new_tokens=8)
+        for one in (before, after)
+    ]
+    assert said[0] == said[1]
 
 
 def test_text_weights_that_changed_are_not_exported(trained, tmp_path):

@@ -168,9 +168,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """Prepare a step of generate() as the language model does."""
         return self.language_model.prepare_inputs_for_generation(*inputs, **kwargs)
 
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
         """Compute logits (B, S, V) as the language model's class does; ids are needed, for they say what is image."""
-        return self.language_model(input_ids, **kwargs)
+        return self.language_model(input_ids, attention_mask=attention_mask, **kwargs)
 
 
 def add_image_weights(model: PreTrainedModel, route: Route, *, kind: str, rank: int) -> None:
