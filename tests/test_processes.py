@@ -20,8 +20,9 @@ for _ in range(2):  # as a launcher's ranks: one in its session, and a loader's 
 time.sleep(600)
 """
 TESTS = """
-import os, sys, time
+import os, signal, sys, time
 import processes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin by ignoring it
 sys.path.append(os.getcwd())
 def sleep():
     time.sleep(600)
