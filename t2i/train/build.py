@@ -68,6 +68,11 @@ def build_model(
         config, seq_len=data.seq_len, seed=train.seed, manifest=manifest, text_tokenizer=text_tokenizer
     )
     model, layout = start.model, start.layout
+    if isinstance(model, RoutedForCausalLM) and config.image_weights == "none":
+        # All would be trained, and the promise of its folder, that text stays as it is, would be broken.
+        raise UserError(
+            f"{config.init} has image weights; expected model.image_weights {model.config.image_weights}, not none."
+        )
     if config.init != "random" and not manifest.is_text and data.mode != "text-only":
         check_decoding(model, name=config.init)  # now: after days of training it would be too late
     if start.num_kept < layout.vocab_size and not manifest.is_text:
@@ -245,6 +250,11 @@ def _kept_rows(
     layout = VocabLayout(**known)
     if knows_codes or manifest.is_text:
         return Start(model, layout, num_kept=rows)
+    if isinstance(model, RoutedForCausalLM):
+        raise UserError(
+            "model.init has image weights for other image codes; expected shards of the codes that it was trained on,"
+            " or the language model that it began from."
+        )
     layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
     model.resize_token_embeddings(layout.first_image_id, mean_resizing=False)
     return Start(model, layout, num_kept=layout.first_image_id)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from t2i.config import ASSETS, ModelConfig
+from t2i.data.shards.manifest import Maker, read_manifest
 from t2i.errors import CheckpointError, UserError
 from t2i.measure.forgetting import complete
 from t2i.model.backbone import load_model
@@ -28,6 +29,7 @@ from t2i.runs.export import export
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
+from t2i.train.build import build_model
 from t2i.train.main import train
 
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2_fp32.json"
@@ -181,6 +183,31 @@ def test_its_completions_are_those_of_the_language_model(trained):
         for one in (before, after)
     ]
     assert said[0] == said[1]
+
+
+def test_a_run_begins_from_a_routed_one_with_its_own_kind_and_codes_alone(trained, tmp_path):
+    _, config = trained
+    begun = replace(
+        config,
+        run_dir=tmp_path / "run",
+        model=replace(config.model, init=str(config.run_dir)),
+        train=replace(config.train, max_steps=1, eval_every=0),
+    )
+    plain = replace(begun.model, image_weights="none", lora_rank=0)
+    with pytest.raises(UserError, match="has image weights; expected model.image_weights"):
+        train(replace(begun, model=plain), ds_config_path=DS_CONFIG)
+    manifest = read_manifest(config.data.shards)
+    other = replace(manifest, image_tokenizer=Maker("another", "another"))
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    with pytest.raises(UserError, match="for other image codes"):
+        build_model(begun.model, data=begun.data, train=begun.train, manifest=other, text_tokenizer=tokenizer)
+    train(begun, ds_config_path=DS_CONFIG)
+    one, other = (
+        load_model(run.run_dir / "checkpoints" / step)
+        for run, step in ((config, "step_000004"), (begun, "step_000001"))
+    )
+    rows = one.config.num_text_rows
+    assert torch.equal(text_logits(one)[..., :rows], text_logits(other)[..., :rows])
 
 
 def test_text_weights_that_changed_are_not_exported(trained, tmp_path):
