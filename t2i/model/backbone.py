@@ -136,8 +136,8 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
     Raises:
         UserError: the configuration is of no causal language model, or of code that is not trusted.
     """
-    if isinstance(config, OpenLMConfig):
-        return OpenLMForCausalLM(config)
+    if config.model_type in OURS:
+        return cast(PreTrainedModel, OURS[config.model_type][1](config))
     try:
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:

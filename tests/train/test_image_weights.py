@@ -18,7 +18,7 @@ from t2i.config import ASSETS, ModelConfig
 from t2i.data.shards.manifest import Maker, read_manifest
 from t2i.errors import CheckpointError, UserError
 from t2i.measure.forgetting import complete
-from t2i.model.backbone import load_model
+from t2i.model.backbone import load_model, made_of
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -208,6 +208,14 @@ def test_a_run_begins_from_a_routed_one_with_its_own_kind_and_codes_alone(traine
     )
     rows = one.config.num_text_rows
     assert torch.equal(text_logits(one)[..., :rows], text_logits(other)[..., :rows])
+
+
+def test_the_untrained_twin_that_scores_stand_beside_can_be_made(trained):
+    _, config = trained
+    model = load_model(config.run_dir / "checkpoints/step_000004")
+    twin = made_of(model.config)
+    shapes = [{name: value.shape for name, value in one.named_parameters()} for one in (model, twin)]
+    assert shapes[0] == shapes[1]
 
 
 def test_text_weights_that_changed_are_not_exported(trained, tmp_path):
