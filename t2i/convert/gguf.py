@@ -20,7 +20,7 @@ from t2i.convert.proof import Tell, prove_logits
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
 from t2i.model.foreign_folder import refuse_adapters
-from t2i.model.resize import never_generate
+from t2i.model.resize import end_at, never_generate
 from t2i.tokens.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -175,17 +175,17 @@ def set_ends(
     num_tokens, num_rows = max(vocabulary.values()) + 1, model.config.vocab_size
     if num_tokens > num_rows:
         raise UserError(f"the text tokenizer has {num_tokens} ids; {file.path} has {num_rows} embeddings.")
-    # A chat ends at the file's own end token, a document perhaps at another: generate() stops at both.
-    ends = [tokenizer.eos_token_id]
+    chat_end = tokenizer.eos_token_id
     if end_token is not None:
         tokenizer.eos_token = end_token
-        ends = list(dict.fromkeys([vocabulary[end_token], *ends]))
-    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, ends[0]
-    model.config.pad_token_id = tokenizer.pad_token_id
     assert model.generation_config is not None
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = None  # whatever transformers' reader took
+    # It copies the padding too, which would freeze that id's embedding from the next load on.
+    model.config.pad_token_id = None
+    end_at(model, tokenizer)
+    # A chat ends at the file's own end token, a document perhaps at another: generate() stops at both.
+    if chat_end not in (None, tokenizer.eos_token_id):
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, chat_end]
     never_generate(model, list(range(num_tokens, num_rows)))
 
 

@@ -171,7 +171,10 @@ def test_the_tokenizer_ends_documents_where_asked_and_splits_digits_as_the_file_
     assert [text.decode(number[None]) for number in text.encode("block 1234")][-4:] == list("1234")
     # A space belongs to the word after it, but never to a digit.
     assert text.decode(text.encode("block 1234")[-5][None]) == " "
-    ends = load_model(tmp_path / "text").generation_config
+    model = load_model(tmp_path / "text")
+    # Padding in config.json would freeze that id's embedding.
+    assert model.config.pad_token_id is None and model.config.eos_token_id == 0
+    ends = model.generation_config
     assert ends.eos_token_id == [0, 2] and len(ends.suppress_tokens or []) == 0
 
 
