@@ -67,9 +67,9 @@ def text_tensors(model: RoutedForCausalLM) -> dict[str, Tensor]:
     for owner, module in model.named_modules():
         for name, value in module.named_parameters(recurse=False):
             if not is_of_images(f"{owner}.{name}"):
-                found[f"{owner}.weight" if id(module) in ends else f"{owner}.{name}"] = (
-                    value.detach()[:rows] if id(module) in ends else value.detach()
-                )
+                # Split in training, the text part of the embeddings has another name, and a loaded one has more rows.
+                is_end = id(module) in ends
+                found[f"{owner}.{'weight' if is_end else name}"] = value.detach()[: rows if is_end else None]
     return found
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import Trainable
 from t2i.errors import UserError
-from t2i.model.open_lm.modeling_routed import FEED_FORWARD_NAMES
+from t2i.model.open_lm.modeling_routed import FEED_FORWARD_NAMES, is_norm
 
 ADAPTER = "default"
 SCALE = 2.0
@@ -70,14 +70,11 @@ def _with_norms(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
-    """Find norms, which are the modules that own vectors only, and embeddings of positions."""
-    # By shape, not by name or class: every model family has its own RMSNorm.
+    """Find norms and embeddings of positions."""
     found: list[nn.Module] = []
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        is_norm = bool(own) and all(value.dim() == 1 for value in own)
         is_position = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
-        if is_norm or is_position:
+        if is_norm(module) or is_position:
             found.append(module)
     return found
 

@@ -68,6 +68,17 @@ def made(family, folder, tokenizer, **changes):
     return folder
 
 
+def built(config, tokenizer):
+    """Build a run's model: it and its layout."""
+    return build_model(
+        config.model,
+        data=config.data,
+        train=config.train,
+        manifest=read_manifest(config.data.shards),
+        text_tokenizer=tokenizer,
+    )
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, finished, tokenizer, tmp_path_factory):
     """A family's name, its folder before, and its run of four steps."""
@@ -103,13 +114,7 @@ def test_a_run_learns_and_keeps_the_class(trained):
 def test_a_grown_model_gives_the_logits_it_gave_for_text(trained, tokenizer):
     _, start, config = trained
     before = load_model(start)
-    after, _ = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
+    after, _ = built(config, tokenizer)
     ids = torch.arange(40).view(2, 20)
     rows = before.config.vocab_size
     with torch.inference_mode():
@@ -221,13 +226,7 @@ def test_more_positions_than_a_model_has_are_refused(finished, tokenizer, tmp_pa
         data=replace(finished.data, seq_len=129),
     )
     with pytest.raises(UserError, match="data.seq_len is 129; expected <= 128, the positions of"):
-        build_model(
-            config.model,
-            data=config.data,
-            train=config.train,
-            manifest=read_manifest(config.data.shards),
-            text_tokenizer=tokenizer,
-        )
+        built(config, tokenizer)
 
 
 def test_the_class_is_what_transformers_loads(trained):
@@ -237,13 +236,7 @@ def test_the_class_is_what_transformers_loads(trained):
 
 
 def start_of(config, tokenizer):
-    model, layout = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
+    model, layout = built(config, tokenizer)
     return {name: value.detach() for name, value in model.named_parameters()}, layout
 
 
@@ -302,13 +295,7 @@ def test_an_image_code_of_a_loaded_model_begins_at_the_uniform_cost_and_a_debt_i
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_random_model_may_be_of_each_family(family, finished, tokenizer):
     config = replace(finished, model=replace(finished.model, family=family))
-    model, layout = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
+    model, layout = built(config, tokenizer)
     assert type(model) is FAMILIES[family][0]
     assert len(model.get_input_embeddings().weight) == layout.vocab_size
     assert model.config.num_hidden_layers == finished.model.num_layers
@@ -358,10 +345,4 @@ def test_a_class_that_cannot_be_drawn_from_is_refused_before_training(finished, 
     tokenizer.tokenizer.save_pretrained(start)
     config = replace(finished, model=replace(finished.model, init=str(start)))
     with pytest.raises(UserError, match=r"language-model \(MambaForCausalLM\) cannot be drawn from: "):
-        build_model(
-            config.model,
-            data=config.data,
-            train=config.train,
-            manifest=read_manifest(config.data.shards),
-            text_tokenizer=tokenizer,
-        )
+        built(config, tokenizer)

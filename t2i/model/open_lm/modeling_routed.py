@@ -175,6 +175,13 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.language_model(input_ids, attention_mask=attention_mask, **kwargs)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a norm: it owns vectors only."""
+    # By shape, not by name or class: every model family has its own RMSNorm.
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(value.dim() == 1 for value in own)
+
+
 def add_image_weights(model: PreTrainedModel, route: Route, *, kind: str, rank: int) -> None:
     """Put routed modules into every layer of a language model, in place.
 
@@ -185,12 +192,10 @@ def add_image_weights(model: PreTrainedModel, route: Route, *, kind: str, rank: 
     body = body_of(model)
     for owner in [*layers, body] if kind == "all" else layers:
         for name, module in list(owner.named_modules() if owner is not body else owner.named_children()):
-            own = list(module.parameters(recurse=False))
             is_matrix = isinstance(module, nn.Linear | Conv1D)
-            is_norm = bool(own) and all(value.dim() == 1 for value in own)
             if kind == "feed-forward" and name in FEED_FORWARD_NAMES:
                 made: nn.Module = Routed(module, route)
-            elif kind == "all" and (is_norm or (is_matrix and owner is not body)):
+            elif kind == "all" and (is_norm(module) or (is_matrix and owner is not body)):
                 made = Routed(module, route)
             elif kind == "lora" and is_matrix:
                 made = RoutedAddition(module, route, rank)
