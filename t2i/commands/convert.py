@@ -40,7 +40,7 @@ class Gguf:
     """llama.cpp's GGUF file of a llama, qwen2 or qwen3 model -> a folder for --model.init."""
 
     checkpoint: Path
-    """The .gguf file, quantised or not. The folder holds its weights in fp32."""
+    """The .gguf file, quantised or not."""
     out: Path
     """New folder."""
     end_token: str | None = None
@@ -48,6 +48,8 @@ class Gguf:
     turn."""
     text_tokenizer: str | None = None
     """Folder with tokenizer.json, or a hub name. Default: made from the file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the folder's weights. --model.image-weights needs that of training; bfloat16 rounds fp32 weights."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def main() -> None:
             command.checkpoint,
             end_token=command.end_token,
             text_tokenizer=command.text_tokenizer,
+            dtype=command.dtype,
             out=command.out,
             tell=print,
         )

@@ -70,13 +70,20 @@ class GgufFile:
 
 
 def convert_gguf(
-    checkpoint: Path, *, end_token: str | None, text_tokenizer: str | None, out: Path, tell: Tell
+    checkpoint: Path,
+    *,
+    end_token: str | None,
+    text_tokenizer: str | None,
+    out: Path,
+    tell: Tell,
+    dtype: str = "float32",
 ) -> None:
-    """Convert a GGUF file to a folder for model.init, in fp32.
+    """Convert a GGUF file to a folder for model.init.
 
     Args:
         end_token: the token that ends a document; None for the file's own end token.
         text_tokenizer: a folder or a hub name; None to make it from the file.
+        dtype: of the written weights, a torch dtype's name.
 
     Raises:
         UserError: `out` exists, no GGUF file, or an architecture, a quantisation or a tokenizer that is not supported.
@@ -87,13 +94,14 @@ def convert_gguf(
         made = TextTokenizer.load(text_tokenizer).tokenizer if text_tokenizer else tokenizer_of(file)
         model = _load(file)
         set_ends(model, made, end_token=end_token, file=file)
-        model.save_pretrained(part)
+        model.to(getattr(torch, dtype)).save_pretrained(part)
         made.save_pretrained(part)
         tell(_names_of(file))
         tell(prove_text(part))
         # From GGUF's own names and order of heads, by another path than transformers' reader takes.
         written = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, trust_remote_code=False)
-        reference = partial(gguf_logits, _tensors(file), sizes=_sizes(file))
+        tensors = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in _tensors(file).items()}
+        reference = partial(gguf_logits, tensors, sizes=_sizes(file))
         tell(prove_logits(written.eval(), reference, of="the file's own tensors"))
 
 

@@ -161,6 +161,16 @@ def test_a_quantised_file_becomes_the_numbers_that_it_holds(written, tmp_path):
         assert (found - value).abs().max() <= 5 * value.std() / 254 + 1e-6, name
 
 
+def test_a_folder_in_bfloat16_holds_the_rounded_weights(written, tmp_path):
+    model, path = written()
+    convert_gguf(
+        path, end_token=None, text_tokenizer=None, dtype="bfloat16", out=tmp_path / "made", tell=print
+    )
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype="auto")
+    for (name, found), (_, value) in zip(made.named_parameters(), model.named_parameters(), strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, value.bfloat16()), name
+
+
 def test_the_tokenizer_ends_documents_where_asked_and_splits_digits_as_the_file_says(written, tmp_path):
     _, path = written()
     convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "chat", tell=print)
