@@ -32,6 +32,8 @@ class ForgettingCommand:
     """Image shards whose held-out captions are measured beside the text."""
     prompts: tuple[str, ...] = ()
     """Prompts to complete. Default: the paper's two (Table 1)."""
+    chat: bool = False
+    """Ask the prompts by the tokenizer's chat template, as a user of a chat model does."""
     seq_len: Annotated[int, Ge(2), Le(1_000_000)] = 96
     """Tokens per sequence, where the text is packed by this command."""
     num_sequences: Annotated[int, Ge(1), Le(1_000_000_000)] = 256
@@ -55,6 +57,7 @@ def main() -> None:
         seq_len=command.seq_len,
         num_sequences=command.num_sequences,
         max_new_tokens=command.max_new_tokens,
+        is_chat=command.chat,
         trust_remote_code=command.trust_remote_code,
     )
     path = write_forgetting(results, ckpt=command.ckpt, out=command.out)

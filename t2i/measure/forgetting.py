@@ -13,7 +13,7 @@ from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, read_manife
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
@@ -135,25 +135,50 @@ def complete(
     tokenizer: TextTokenizer,
     layout: VocabLayout,
     max_new_tokens: int = 40,
+    is_chat: bool = False,
 ) -> list[str]:
-    """Complete prompts greedily among text tokens, up to the end token (paper, Table 1)."""
+    """Complete prompts greedily among text tokens, up to an end token (paper, Table 1).
+
+    Args:
+        is_chat: prompts are a user's turns, put into the tokenizer's chat template; the answers are returned.
+
+    Raises:
+        UserError: is_chat of a tokenizer without a chat template.
+    """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
+    ends = _ends(model, tokenizer)
     found = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)[None].to(model.device)
+        ids = (_turn(tokenizer, prompt) if is_chat else tokenizer.encode(prompt))[None].to(model.device)
         made: Tensor = cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,  # greedy, as in the paper: models are compared by one completion each
             suppress_tokens=barred,
-            eos_token_id=tokenizer.end_id,
+            eos_token_id=ends,
             pad_token_id=tokenizer.end_id,
         )
         completion = made[0, ids.shape[1] :]
-        found.append(tokenizer.decode(completion[completion != tokenizer.end_id]))
+        found.append(tokenizer.decode(completion[~torch.isin(completion, torch.tensor(ends))]))
     return found
+
+
+def _ends(model: PreTrainedModel, tokenizer: TextTokenizer) -> list[int]:
+    """List the ids that end a text: of documents, and of a chat model's turns."""
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({tokenizer.end_id, *(known if isinstance(known, list) else [])})
+
+
+def _turn(tokenizer: TextTokenizer, prompt: str) -> Tensor:
+    """Encode a user's turn, up to where the answer begins: (T,)."""
+    if not tokenizer.tokenizer.chat_template:
+        raise UserError(f"--chat: {tokenizer.name} has no chat template; expected a chat model's tokenizer.")
+    turns = [{"role": "user", "content": prompt}]
+    text = tokenizer.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    # Here special tokens are markers: the template is made of them.
+    return torch.tensor(tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -193,6 +218,7 @@ def measure_forgetting(
     seq_len: int,
     num_sequences: int,
     max_new_tokens: int,
+    is_chat: bool = False,
     trust_remote_code: bool = False,
 ) -> Forgetting:
     """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
@@ -208,7 +234,12 @@ def measure_forgetting(
             ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
             costs[kind] = text_cost(opened.model, ids, layout=layout)
         completed = complete(
-            opened.model, prompts, tokenizer=tokenizer, layout=layout, max_new_tokens=max_new_tokens
+            opened.model,
+            prompts,
+            tokenizer=tokenizer,
+            layout=layout,
+            max_new_tokens=max_new_tokens,
+            is_chat=is_chat,
         )
         models[name] = KeptLanguage(str(opened.folder), costs=costs, completions=completed)
     return Forgetting(texts, prompts=prompts, models=models)

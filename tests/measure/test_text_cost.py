@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from t2i.config import ASSETS
+from t2i.errors import UserError
 from t2i.measure.forgetting import complete, text_cost
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -58,3 +59,21 @@ def test_a_completion_is_of_ids_that_the_tokenizer_has():
         model_of(layout, logits), ["a cat"], tokenizer=tokenizer, layout=layout, max_new_tokens=3
     )
     assert found == [tokenizer.decode(torch.tensor([300, 300, 300]))]
+
+
+def test_a_chat_prompt_is_a_turn_and_its_answer_ends_where_turns_end():
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    layout = VocabLayout(num_text_rows=2060, num_text_tokens=2048, codebook_size=9)
+    logits = torch.zeros(layout.vocab_size)
+    logits[300] = 1
+    made = model_of(layout, logits)
+    asked = {"tokenizer": tokenizer, "layout": layout, "max_new_tokens": 3, "is_chat": True}
+    with pytest.raises(UserError, match="has no chat template"):
+        complete(made, ["a cat"], **asked)
+    tokenizer.tokenizer.chat_template = "{{ messages[0].content }}<|endoftext|>"
+    read = []
+    made.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    assert complete(made, ["a cat"], **asked) == [tokenizer.decode(torch.tensor([300, 300, 300]))]
+    assert read[0].tolist() == [[*tokenizer.encode("a cat").tolist(), tokenizer.end_id]]
+    made.generation_config.eos_token_id = [tokenizer.end_id, 300]
+    assert complete(made, ["a cat"], **asked) == [""]
