@@ -59,7 +59,7 @@ class SectionSpec:
     """An entry of the report: the kind of section and its arguments."""
 
     section: str
-    """A kind; docs/study.md lists them."""
+    """A kind; docs/running_studies.md lists them."""
     title: str = ""
     """Empty for the kind's own."""
     paper: str = ""

@@ -347,7 +347,7 @@ def test_every_kind_of_section_is_documented():
         f"| `{kind.name}` | {', '.join(f'`{name}`' for name in arguments_of(kind))} | {kind.reads} |"
         for kind in SECTIONS.values()
     ]
-    page = (ROOT / "docs" / "study.md").read_text()
+    page = (ROOT / "docs" / "running_studies.md").read_text()
     assert [row for row in rows if row not in page] == []
 
 
