@@ -280,7 +280,7 @@ MUTATIONS = (
     ),
     Mutation(
         "positions-begin-at-one",
-        "t2i/model/open_lm/sampling_open_lm.py",
+        "t2i/model/open_lm/reading_open_lm.py",
         "(mask.cumsum(-1) - 1)",
         "mask.cumsum(-1)",
         "models with learned positions draw from shifted ones",

@@ -21,7 +21,7 @@ from t2i.tokens.image import ImageTokenizer
 
 MEASURED = {"scores.json": "eval", "coco_scores.json": "coco"}
 """Name of a scores file in an exported folder -> the run's folder of measures that it comes from."""
-SAMPLER = "draw.py"
+SAMPLER = "draw"
 """The sampler, stored beside a model whose own class cannot draw."""
 CARD = Path(__file__).with_name("card.md")
 NUM_CAPTIONS, CAPTION_CHARACTERS = 2, 120
@@ -41,7 +41,7 @@ def model_card(
     """
     measured = [scores for scores in (read_optional_json(folder / file) for file in MEASURED) if scores]
     settings = _settings(folder)
-    python = sorted(file.name for file in folder.glob("*.py") if file.name != SAMPLER)
+    python = sorted(file.name for file in folder.glob("*.py"))
     template = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
@@ -58,7 +58,7 @@ def model_card(
         captions=captions_of(folder, settings),
         num_parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
         python=python,
-        draws_itself=not (folder / SAMPLER).is_file(),
+        draws_itself=not (folder / SAMPLER).is_dir(),
     )
 
 

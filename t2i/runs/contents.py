@@ -102,7 +102,7 @@ EXPORT = (
     *(entry for entry in CHECKPOINT if entry.name not in ("engine/", MANIFEST)),
     Described("image_tokenizer/", "the image tokenizer, in diffusers' format"),
     Described("README.md", "model card: measured numbers, how to draw, and the command that made it"),
-    sometimes("draw.py", "the sampler, where the model's class cannot draw by itself"),
+    sometimes("draw/", "the sampler, where the model's class cannot draw by itself"),
     sometimes("data_manifest.json", "manifest of the shards that it was trained on"),
     sometimes("roundtrip.safetensors", "images and codes, by which the image tokenizer is checked"),
     sometimes(RESOLVED, "every setting of the run"),

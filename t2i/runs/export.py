@@ -14,13 +14,16 @@ from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, read_optional_json, write_json
 from t2i.model.backbone import load_model
-from t2i.model.open_lm import sampling_open_lm
+from t2i.model.open_lm import decoding_any_open_lm, products_open_lm, reading_open_lm, sampling_open_lm
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
 from t2i.runs.card import MEASURED, SAMPLER, model_card
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP
+
+SAMPLER_PARTS = (sampling_open_lm, decoding_any_open_lm, reading_open_lm, products_open_lm)
+"""What draws with a class of transformers' own; they import torch, transformers and each other alone."""
 
 
 def export(
@@ -51,9 +54,9 @@ def export(
 
 
 def _write(checkpoint: OpenedModel, part: Path) -> None:
-    # Other classes are transformers' own. Remote code would replace a class that everybody knows; a file does not.
+    # Other classes are transformers' own. Remote code would replace a class that everybody knows; a package does not.
     if not hasattr(checkpoint.model, "draw"):
-        shutil.copyfile(sampling_open_lm.__file__, part / SAMPLER)
+        _write_sampler(part / SAMPLER)
     end_at(checkpoint.model, checkpoint.text_tokenizer.tokenizer)  # older runs did not write it down
     checkpoint.model.save_pretrained(part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
@@ -65,6 +68,17 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
         if found:
             shutil.copyfile(found[-1], part / file)
     _forget_places(part / DATA_MANIFEST)
+
+
+def _write_sampler(package: Path) -> None:
+    """Write the sampler as a package of its own."""
+    package.mkdir()
+    for module in SAMPLER_PARTS:
+        file = Path(str(module.__file__))
+        shutil.copyfile(file, package / file.name)
+    first = Path(str(sampling_open_lm.__file__)).stem
+    text = f'"""Captions to images, for the model beside it."""\n\nfrom .{first} import draw as draw\n'
+    (package / "__init__.py").write_text(text)
 
 
 def _forget_places(manifest: Path) -> None:

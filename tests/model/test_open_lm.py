@@ -199,7 +199,7 @@ def test_many_rows_are_compiled_for_onednn_and_run_as_precisely_as_before(batch,
         compiled_at.append(precision.fp32_precision)
         return graph.forward
 
-    monkeypatch.setattr(sampling_open_lm, "_has_blocks", lambda weight: True)
+    monkeypatch.setattr(sampling_open_lm, "has_blocks", lambda weight: True)
     monkeypatch.setattr(sampling_open_lm, "product", lambda weight, **_: lambda rows: rows @ weight.T)
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: eager)
     real = torch.compile

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .sampling_open_lm import left_padded, product
+from .products_open_lm import product
+from .reading_open_lm import left_padded
 
 FIXED_STEP = 32
 """Fixed shapes have a multiple of so many positions, so that a slightly longer prompt needs no new compilation."""

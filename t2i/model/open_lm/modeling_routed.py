@@ -22,9 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from .attention_open_lm import Attention  # noqa: F401
 from .configuration_open_lm import OpenLMConfig
 from .configuration_routed import RoutedConfig
+from .decoding_any_open_lm import begin_any  # noqa: F401
 from .decoding_open_lm import begin_decoding  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM
-from .sampling_open_lm import body_of, draw
+from .products_open_lm import product  # noqa: F401
+from .reading_open_lm import body_of
+from .sampling_open_lm import draw
 
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
 """Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""

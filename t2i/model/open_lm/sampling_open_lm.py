@@ -1,6 +1,6 @@
 """Captions to image codes: one prefill, guidance, and only the image vocabulary's part of the LM head.
 
-This file is uploaded with exported models, so it imports only torch and transformers.
+This file is uploaded with exported models, so it imports only torch, transformers and the files beside it.
 
 B captions, R = 2 B rows with guidance (conditional, then unconditional), P positions of the longest prompt, K codes per
 image, T positions so far, D width.
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .decoding_any_open_lm import begin_any
+from .products_open_lm import has_blocks, product
 
 MOST_STEPS = 256
 """Maximum number of compiled steps per process, over all shapes and settings."""
@@ -38,26 +40,6 @@ class Draws:
     def is_guided(self) -> bool:
         """Tell whether each caption has a second row, of the null caption."""
         return self.guidance_scale != 1
-
-
-def product(weight: Tensor, *, num_rows: int) -> Callable[[Tensor], Tensor]:
-    """Prepare x (num_rows, D) -> x weight^T.
-
-    In fp32 on x86 processors, oneDNN packs the weight in its own blocks: half the time at 2 rows, a third at 16.
-    """
-    if not _has_blocks(weight):
-        return functools.partial(F.linear, weight=weight)
-    # Not public, but torch's own compiler calls it. Packed once here, and used by every step.
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), num_rows)
-    multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda rows: multiply(rows, packed, None, "none", [], "")
-
-
-def _has_blocks(weight: Tensor) -> bool:
-    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return (
-        is_plain and torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-    )
 
 
 @torch.inference_mode()
@@ -94,7 +76,7 @@ def sample_codes(
             Afterwards the weights must not change. Codes differ where rounding decides.
 
     Raises:
-        ValueError: no prompt, or a compiled step of a model that is not open_lm's.
+        ValueError: no prompt, or a compiled step of a model whose class has none.
     """
     if not len(prompts):
         raise ValueError("there is no caption to draw; expected at least one")
@@ -103,16 +85,9 @@ def sample_codes(
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
     keys = image_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes).T.contiguous()  # (K, B)
     # Asked by method, not by class, so that an export's class, loaded by remote code, is decoded the fast way too.
-    begin = getattr(model, "begin_decoding", None)
+    begin = getattr(model, "begin_decoding", None) or functools.partial(begin_any, model)
     empty = empty_prompt if how.is_guided else None
-    if begin is not None:
-        hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
-    elif is_compiled:
-        raise ValueError(
-            f"{type(model).__name__} samples with transformers' own KV cache, which is not compiled here"
-        )
-    else:
-        hidden, decoder = begin_any(model, prompts, empty_prompt=empty, num_codes=num_codes)
+    hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
     to_logits = product(head, num_rows=len(prompts))
     # The first code is sampled from the prompts' hidden states, so K codes take K - 1 steps.
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
@@ -157,7 +132,7 @@ def _compiled_step(decoder: Any, head: Tensor, how: Draws) -> Callable[[Tensor, 
             width, codebook, bias=False, device="meta"
         )  # only weights of modules are packed
         to_logits.weight = nn.Parameter(head, requires_grad=False)
-        is_by_onednn = _has_blocks(head) and len(decoder.padding) >= MANY_ROWS
+        is_by_onednn = has_blocks(head) and len(decoder.padding) >= MANY_ROWS
         step = torch.compile(
             _step(decoder, to_logits, how),
             fullgraph=True,
@@ -184,56 +159,6 @@ def _packed_by_onednn(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
     finally:
         products.fp32_precision = before
-
-
-def begin_any(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    empty_prompt: Sequence[int] | None,
-    num_codes: int,
-) -> tuple[Tensor, "PlainDecoder"]:
-    """Read the prompts as begin_decoding does, with a model of one of transformers' own classes."""
-    rows = [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
-    ids, mask = left_padded(rows, length=max(map(len, rows)), device=model.device)  # (R, P)
-    # One mask for all later positions too: every code may be attended to by those after it.
-    decoder = PlainDecoder(model, F.pad(mask.long(), (0, num_codes), value=1))
-    return decoder(ids), decoder
-
-
-def body_of(model: PreTrainedModel) -> Any:
-    """Return the part of a causal LM that computes hidden states, without the LM head."""
-    # transformers' own name for it, base_model, is the whole model in some classes, such as Gemma 3's.
-    if model.base_model is not model:
-        return model.base_model
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if len(inner) == 1 else model
-
-
-class PlainDecoder:
-    """Continue from the ids read so far, with the model's own forward and KV cache."""
-
-    def __init__(self, model: PreTrainedModel, mask: Tensor) -> None:
-        self.body, self.mask = body_of(model), mask  # (R, T)
-        # Counted from each row's first real id, as in training, where prompts are not padded on the left.
-        self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (R, T)
-        # None: the model makes its own. Layers with a sliding window or a convolution need other caches than the rest.
-        self.cache: Any = None
-        self.length = 0
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Read ids (R, S), or (R,) for one more per row, and return the last hidden states (R, D)."""
-        ids = ids.view(len(self.mask), -1)
-        past, self.length = self.length, self.length + ids.shape[1]
-        outputs = self.body(
-            ids,
-            attention_mask=self.mask[:, : self.length],
-            position_ids=self.positions[:, past : self.length].contiguous(),  # XGLM takes no view
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = outputs.past_key_values
-        return outputs.last_hidden_state[:, -1]
 
 
 def choose_codes(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -365,14 +290,3 @@ def codes_to_pixels(image_tokenizer: Any, codes: Tensor) -> Tensor:
     flat = codes.flatten().to(image_tokenizer.device)
     pixels = image_tokenizer.decode(flat, force_not_quantize=True, shape=shape).sample
     return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]], *, length: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Pad rows on the left to one length: ids and mask (B, length)."""
-    # On the left, so that all prompts end at one position, from which all codes continue.
-    # Any id will do as padding: the mask hides it.
-    ids = [[row[0]] * (length - len(row)) + list(row) for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
