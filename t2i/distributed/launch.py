@@ -27,7 +27,9 @@ from t2i.errors import UserError
 logger = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=2)
-"""How long a process waits for the slowest one. A process that dies ends all of them at once, without this wait."""
+"""How long a process waits in a collective for the slowest one; no bound of its own, because DeepSpeed's 10 minutes
+would end a rank that waits for another one's save. What hangs is ended by the run's watchdog, what died by the launcher
+or, over gloo, by its lost connection."""
 
 
 def start_processes() -> None:
@@ -39,8 +41,11 @@ def start_processes() -> None:
     prepare_environment()
     import deepspeed  # here: it takes six seconds, which `join` can do without, and must follow DS_ACCELERATOR
 
+    use_own_gpu()
     try:
-        deepspeed.init_distributed(dist_backend=None, verbose=False, init_method=meeting_place())
+        deepspeed.init_distributed(
+            dist_backend=None, verbose=False, timeout=PATIENCE, init_method=meeting_place()
+        )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -48,6 +53,25 @@ def start_processes() -> None:
     # Once, however often this is called in one process. NCCL's group is left alone: closing it may wait for lost ranks.
     atexit.unregister(_close_gloo)
     atexit.register(_close_gloo)
+
+
+def use_own_gpu() -> None:
+    """Make this rank's GPU the current one, if there are GPUs.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks on this machine.
+    """
+    # Before the first collective: one of objects is made of tensors on the current device, which is GPU 0 on every
+    # rank until it is set, and NCCL refuses a tensor that is not on the rank's own GPU.
+    if not torch.cuda.is_available():
+        return
+    own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if own >= there:
+        raise UserError(
+            f"LOCAL_RANK is {own}, but this process sees {there} GPUs; expected a GPU per process. Start fewer"
+            " processes, or let each see all GPUs of its machine (with Slurm --gpus-per-node, not --gpus-per-task)."
+        )
+    torch.cuda.set_device(own)
 
 
 def _close_gloo() -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
-from torch.distributed.rendezvous import register_rendezvous_handler
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from t2i.distributed.signals import DEEPSPEED, command_of
 from t2i.env import taken_port_advice
@@ -24,8 +24,11 @@ puts it into the names of its shared memory, and shared_memory.sweep recognises 
 LOOPBACK_INTERFACE = "lo"
 JOB = "t2i's job"
 """Key of the store under which its maker leaves the job's name."""
-OWN, ANY = "t2i://", "env://"
+OWN, ANY = "t2i://", "t2i-env://"
 """Values of torch's init_method: ranks of one machine, and of several."""
+MEETING = timedelta(minutes=30)
+"""How long a rank waits for the others to start; a collective waits longer, because only one that runs is waited for.
+"""
 
 
 def meeting_place() -> str:
@@ -58,6 +61,14 @@ def _meet(
     yield (dist.HashStore() if world_size == 1 else _store(rank, timeout=timeout)), rank, world_size
 
 
+def _meet_anywhere(
+    url: str, timeout: timedelta = default_pg_timeout, **_: object
+) -> Iterator[tuple[dist.Store, int, int]]:
+    """Meet where the launcher's variables say, by torch's own handler."""
+    # torch gives the store the whole timeout afterwards, for what ranks exchange through it later.
+    yield from rendezvous("env://", timeout=min(timeout, MEETING))
+
+
 def _store(rank: int, *, timeout: timedelta) -> dist.Store:
     port = int(os.environ["MASTER_PORT"])
     # Torch takes a socket that listens already, but no address to listen at.
@@ -66,7 +77,7 @@ def _store(rank: int, *, timeout: timedelta) -> dist.Store:
         LOOPBACK,
         port,
         is_master=rank == 0,
-        timeout=timeout,
+        timeout=min(timeout, MEETING),
         wait_for_workers=False,
         master_listen_fd=listener,
     )
@@ -97,3 +108,4 @@ def _job_name() -> str:
 
 
 register_rendezvous_handler(OWN.partition(":")[0], _meet)
+register_rendezvous_handler(ANY.partition(":")[0], _meet_anywhere)

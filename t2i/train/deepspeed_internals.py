@@ -3,6 +3,7 @@
 Made for 0.19.8 (MADE_FOR) and ZeRO stages 1 and 2 only, which ds_config.py checks.
 """
 
+import gc
 import glob
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -262,6 +263,14 @@ def measure_in_parts(optimizer: Any) -> None:
         return whole([part for part, _ in pairs], [param for _, param in pairs], **rest)
 
     optimizer.get_grad_norm_direct = by_parts
+
+
+def free_engine(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let go of an engine: its gradients, the optimizer's state and its copy of the weights."""
+    # The optimizer's hooks hang on the parameters' gradient accumulators, which no garbage collection sees: without
+    # this, a process keeps all of every engine that it ever made.
+    engine.destroy()
+    gc.collect()
 
 
 def group_sizes(engine: deepspeed.DeepSpeedEngine) -> list[int]:

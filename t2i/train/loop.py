@@ -84,7 +84,6 @@ class Trainer:
             if self.writer:
                 self._say_end()
         finally:
-            self.watchdog.close()
             self.stepper.loader.close()
             if self.writer:
                 self.writer.close()

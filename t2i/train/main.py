@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -30,10 +30,11 @@ from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
+from t2i.train.deepspeed_internals import free_engine
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine, whole_ds_config
 from t2i.train.inputs import check_before_start, read_inputs
-from t2i.train.loop import EndConditions, Trainer
+from t2i.train.loop import BETWEEN_STEPS, EndConditions, Trainer
 from t2i.train.metrics import MetricsWriter, Speed
 from t2i.train.periodic import periodic_work
 from t2i.train.step import Stepper
@@ -69,9 +70,21 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         heading = (
             f"{num_sequences:,} sequences of {data_config.seq_len:,} tokens per step; ranks: {world_size}"
         )
-        with _job(
-            run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
-        ) as peers:
+        with (
+            _job(
+                run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
+            ) as peers,
+            closing(
+                Watchdog(
+                    peers,
+                    seconds=train_config.hang_timeout_seconds,
+                    on_hang=lambda error: _report(peers, error),
+                )
+            ) as watchdog,
+            ExitStack() as at_end,
+        ):
+            # From here on: what one rank prepares while the others wait may hang too.
+            watchdog.arm("start", times=BETWEEN_STEPS)
             per_rank = num_sequences // world_size
             whole_ds_config(ds_config, config=train_config, per_rank=per_rank)  # before minutes of work
             inputs = read_inputs(data_config, init=model_config.init, global_batch=num_sequences)
@@ -98,12 +111,10 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             check_precision(model, dtype=torch.bfloat16 if is_bf16 else torch.float32)
             learner = Learner(model, layout=layout, z_loss=train_config.z_loss)
             engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
+            at_end.callback(free_engine, engine)
             writer = MetricsWriter(run_dir) if is_first else None
             speed = Speed(model, data=data_config, device=engine.device, is_half=engine.bfloat16_enabled())
             requests = Requests(flag, peers.folder, reads_files=is_first, stop_at=stop_at)
-            watchdog = Watchdog(
-                peers, seconds=train_config.hang_timeout_seconds, on_hang=lambda error: _report(peers, error)
-            )
             trainer = Trainer(
                 train_config,
                 stepper=Stepper(train_config, engine=engine, loader=loader, speed=speed, requests=requests),
