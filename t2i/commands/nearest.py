@@ -37,14 +37,16 @@ class NearestCommand:
 
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
-    from t2i.measure.embeddings import ROW_KINDS, compare_rows, write_nearest
+    from t2i.measure.embeddings import ROW_KINDS, compare_rows, is_tied, write_nearest
     from t2i.runs.loading import open_model
 
     open_one = partial(open_model, needs_images=False, trust_remote_code=command.trust_remote_code)
     model = open_one(command.ckpt)
     results = compare_rows(model, before=open_one(command.before) if command.before else None)
     path = write_nearest(results, model=model, out=command.out)
-    for side, found in results.items():
+    for side, found in (
+        {"input, which is output": results["input"]}.items() if is_tied(model) else results.items()
+    ):
         median = {kind: found.quantiles(kind)["0.50"] for kind in ROW_KINDS}
         print(
             f"{side}: median cosine to the nearest text embedding: image {median['image']:.3f}, random"

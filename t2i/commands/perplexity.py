@@ -1,8 +1,11 @@
 """Measure held-out perplexity of text, image, special and all tokens, and the image loss by grid position.
 
+What captions are worth is measured beside it: the image loss under shuffled captions and under the null caption. Each
+held-out split is measured, also those under other wordings.
+
 Examples:
   python eval/perplexity.py runs/train
-  python eval/perplexity.py my_export --data.shards data/coco
+  python eval/perplexity.py my_export --data.shards data/coco --num-images 512
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +27,8 @@ class PerplexityCommand:
     ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
     data: HeldoutData = field(default_factory=HeldoutData)
+    num_images: Annotated[int, Ge(0)] = 0
+    """Images of each held-out split, evenly spread; 0 for all."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Sequences per batch."""
     trust_remote_code: bool = False
@@ -44,7 +49,9 @@ def main() -> None:
         command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
     )
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
-    results = measure_perplexity(model, config=config, batch_size=command.batch_size)
+    results = measure_perplexity(
+        model, config=config, batch_size=command.batch_size, num_images=command.num_images or None
+    )
     path = write_perplexity(results, model=model, config=config, out=command.out)
     for split, found in results.items():
         print(f"{split} ({found.num_pictures} images)")
@@ -53,4 +60,10 @@ def main() -> None:
                 print(f"  {kind:8s} {cost.nats:.4f} nats, perplexity {cost.perplexity:.2f}")
         if found.places and found.places.bits_per_pixel is not None:
             print(f"  {found.places.bits_per_pixel:.4f} bits per pixel")
+        if found.captions and found.captions.own is not None and found.captions.wrong is not None:
+            own, wrong, null = found.captions.own, found.captions.wrong, found.captions.empty
+            print(
+                f"  image loss by caption: matched {own:.4f}, shuffled {wrong:.4f}, null {null:.4f};"
+                f" a caption is worth {wrong - own:.4f} nats per code"
+            )
     print(f"All of it: {path}")

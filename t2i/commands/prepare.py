@@ -33,8 +33,9 @@ class PrepareCommand:
 
     source: str = "openmoji"
     """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, a .csv or
-    .jsonl that names images, coco:DIR, a Hugging Face dataset (hf:USER/NAME or hf:FOLDER), or ids:DIR of precomputed
-    tokens. For text-only training: text:docstrings, text:FILE.txt, text:FOLDER or text:hf:USER/NAME."""
+    .jsonl that names images, coco:DIR, iconify:FOLDER of icon sets, a Hugging Face dataset (hf:USER/NAME or
+    hf:FOLDER), or ids:DIR of precomputed tokens. For text-only training: text:docstrings, text:FILE.txt, text:FOLDER or
+    text:hf:USER/NAME."""
     out: Path | None = None
     """New shard folder."""
     check: Path | None = None
@@ -51,7 +52,8 @@ class PrepareCommand:
     """Folder with tokenizer.json, such as that of the model to start from, or a hub name (hf:USER/NAME)."""
     heldout_share: Annotated[float | None, Ge(0), Lt(1)] = None
     """Share of images or documents that training never sees; None for 2%, or for more of fewer than 1,200 images: 24 of
-    them, at most 40%. openmoji and COCO have their own rules."""
+    them, at most 40%. openmoji and COCO have their own rules; of icon sets it is the share of concepts, by default 10%.
+    """
     seq_len: Annotated[int, Ge(1), Le(1_000_000)] = 96
     """Tokens per sequence of documents; training needs the same data.seq_len."""
     reading: Annotated[SourceConfig, tyro.conf.arg(name="")] = field(default_factory=SourceConfig)
@@ -137,6 +139,7 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
         return
     counts = ", ".join(f"{count} {split}" for split, count in manifest.counts.items())
     print(f"{out}: {counts}; {manifest.broken} broken.")
+    print(f"Licence of the images: {manifest.licence}.")
     if source.given is None:
         print(f"Look at {out / 'reconstructions.png'}.")
     for line in (

@@ -138,6 +138,12 @@ def rows_of(model: OpenedModel) -> dict[str, SideRows]:
     }
 
 
+def is_tied(model: OpenedModel) -> bool:
+    """Tell whether the LM head is the input embeddings."""
+    embeddings = cast(nn.Embedding, model.model.get_input_embeddings()).weight
+    return embeddings.data_ptr() == head_of(model.model).data_ptr()
+
+
 def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str, SideNearness]:
     """Compare input and output embeddings; `before` (None: not given) adds linear CKA of image embeddings.
 
@@ -150,8 +156,11 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
         found, expected = before.layout.codebook_size, model.layout.codebook_size
         raise UserError(f"{before.folder} has {found} image codes; {model.folder} has {expected}.")
     earlier = rows_of(before) if before is not None else {}
-    results = {}
+    results: dict[str, SideNearness] = {}
     for side, rows in rows_of(model).items():
+        if side == "output" and is_tied(model):
+            results[side] = results["input"]  # one matrix, of which the cosines take minutes
+            continue
         near = nearness(rows.image, rows.text)
         results[side] = SideNearness(
             near,

@@ -1,5 +1,6 @@
 """Held-out losses of images under matched, shuffled and null captions, and of text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,6 @@ from t2i.tokens.vocab import VocabLayout
 
 # Matched, shuffled and null. These names are keys of scores.json, which older files have too.
 CAPTIONS = ("own", "wrong", "empty")
-HELDOUT_SPLITS = ("heldout", "combinations")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ def heldout_rows(
     layout: VocabLayout,
     tokenizer: TextTokenizer,
     num_pictures: int,
+    splits: Sequence[str] = ("heldout",),
     batch_size: int = 32,
     should_stop: ShouldStop = never,
 ) -> list[MetricsRow]:
-    """Measure every held-out split of the shards, with captions read by `tokenizer`; rows for metrics.jsonl."""
+    """Measure held-out splits of the shards, with captions read by `tokenizer`; rows for metrics.jsonl."""
     rows: list[MetricsRow] = []
     to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
-    for split in HELDOUT_SPLITS:
+    for split in splits:
         samples = [
             with_ids(sample, caption_ids_of(sample, tokenizer=to_apply))
             for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
@@ -141,6 +142,8 @@ def caption_meter(
         [tuple(ids.tolist()) for ids in own],
         [sample["codes"].tobytes() for sample in samples],
         shift=len(own) // 2,
+        # A caption of another style would cost for its style, whatever the model makes of the other words.
+        alike=[sample.get("style", "") for sample in samples],
     )
     captions = {
         "own": own,

@@ -13,12 +13,12 @@ from PIL import Image
 
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
-from t2i.data.shards.manifest import Manifest, read_manifest_file
+from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest_file
 from t2i.data.sources import Pair, Source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
-from t2i.measure.heldout import HELDOUT_SPLITS, CaptionMeter, caption_meter
+from t2i.measure.heldout import CaptionMeter, caption_meter
 from t2i.measure.images import Pictures, encode, readable
 from t2i.measure.score import Task
 from t2i.model.backbone import trained_seq_len
@@ -54,7 +54,7 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
     """
     pairs: dict[str, Pair] = {}
     for pair in source.pairs:
-        if pair.split in HELDOUT_SPLITS:
+        if pair.split != TRAIN:
             # An image of many captions comes once: if both halves had it, *real* would be near zero for that alone.
             pairs.setdefault(pair.group or pair.key, pair)
     # By hash, so that the halves stay what they are when the source lists its images in another order.
@@ -138,7 +138,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
     mode = checkpoint.model.config.sequence_mode
     config = DataConfig(mode=mode, seq_len=trained_seq_len(checkpoint.model))
     meters = {}
-    for split in HELDOUT_SPLITS:
+    for split in (split for split in manifest.counts if split != TRAIN):
         listed = [pair for pair in source.pairs if pair.split == split]
         # Spread and not the first: sources list images by folder or class, so the first are of few kinds.
         spread = listed[:: max(1, len(listed) // METER_IMAGES)][:METER_IMAGES]
@@ -151,6 +151,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
                 key=pair.key,
                 codes=row,
                 caption_ids=checkpoint.text_tokenizer.encode(pair.caption).numpy(),
+                style=pair.style,
             )
             for pair, row in zip(pairs, codes, strict=True)
         ]

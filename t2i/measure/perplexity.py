@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards.manifest import read_manifest
+from t2i.data.shards.manifest import TRAIN, read_manifest
 from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.files import write_json
-from t2i.measure.heldout import HELDOUT_SPLITS
+from t2i.measure.heldout import CaptionMeter, caption_meter, with_ids
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.loading import OpenedModel
@@ -23,6 +23,8 @@ from t2i.runs.run_folder import read_settings
 from t2i.tokens.sequence import Mode, next_token_labels
 
 PERPLEXITY = "perplexity.json"
+METER_IMAGES = 2_048
+"""Images of a split that caption sensitivity is measured on: each costs two more passes of the model."""
 LARGEST_NATS = math.log(sys.float_info.max)
 
 
@@ -99,6 +101,8 @@ class SplitCosts:
     total: TokenCost | None
     places: PlaceLosses | None
     """None for sequences without images."""
+    captions: CaptionMeter | None = None
+    """Caption sensitivity; None for sequences without captions."""
 
     def to_json(self) -> dict[str, object]:
         """Give it the form of a split in perplexity.json."""
@@ -122,9 +126,12 @@ def write_perplexity(
 
 
 def measure_perplexity(
-    model: OpenedModel, *, config: DataConfig, batch_size: int = 32
+    model: OpenedModel, *, config: DataConfig, batch_size: int = 32, num_images: int | None = None
 ) -> dict[str, SplitCosts]:
-    """Measure every held-out split of the shards that config names.
+    """Measure every held-out split of the shards that config names, also those of other wordings.
+
+    Args:
+        num_images: images of each split, evenly spread; None for all.
 
     Raises:
         DataError: the shards have other codes than the model, or no held-out split.
@@ -139,15 +146,19 @@ def measure_perplexity(
         raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} has {known}.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
-    for split in HELDOUT_SPLITS:
-        samples = list(read_split(config.shards, split, remote=config.remote))
-        if not samples:
-            continue
+    for split in (split for split in manifest.counts if split != TRAIN):
+        samples = list(read_split(config.shards, split, num_samples=num_images, remote=config.remote))
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
-        results[split] = split_costs(
-            model, ids, batch_size=batch_size, image_size=manifest.image_size or None
-        )
+        costs = split_costs(model, ids, batch_size=batch_size, image_size=manifest.image_size or None)
+        if config.mode == "text-to-image":
+            step = max(1, len(samples) // METER_IMAGES)
+            heard = [with_ids(*one) for one in zip(samples, captions, strict=True)][::step][:METER_IMAGES]
+            meter = caption_meter(
+                model.model, heard, config=config, layout=model.layout, batch_size=batch_size
+            )
+            costs = replace(costs, captions=meter)
+        results[split] = costs
     if not results:
         raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     return results
@@ -183,7 +194,9 @@ def split_costs(
     costs = {kind: _cost(float(nats), float(count)) for kind, (nats, count) in sums.by_kind().items()}
     return SplitCosts(
         num_pictures=len(input_ids),
-        **costs,
+        text=costs["text"],
+        image=costs["image"],
+        special=costs["special"],
         total=_cost(float(sums.text + sums.image + sums.special), float(sums.tokens())),
         places=by_place(codes.mean(0), image_size=image_size) if codes.shape[1] else None,
     )

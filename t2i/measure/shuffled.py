@@ -4,13 +4,16 @@ import operator
 from collections.abc import Hashable, Sequence
 
 
-def unrelated(*facts: Sequence[Hashable], shift: int) -> list[int] | None:
+def unrelated(
+    *facts: Sequence[Hashable], shift: int, alike: Sequence[Hashable] | None = None
+) -> list[int] | None:
     """Choose for each of N items another that differs from it in every fact: N indices.
 
     The item `shift` places further is taken where it will do, else the next one after it.
 
     Args:
         facts: N values each, such as the captions and the images that they are of.
+        alike: N values in which the two must not differ, such as the style; None for none.
 
     Returns:
         None if an item has no such other.
@@ -21,7 +24,15 @@ def unrelated(*facts: Sequence[Hashable], shift: int) -> list[int] | None:
     places = []
     for place, item in enumerate(items):
         further = (at % len(items) for at in range(place + shift, place + shift + len(items)))
-        other = next((at for at in further if all(map(operator.ne, item, items[at]))), None)
+        kind = alike[place] if alike is not None else None
+        other = next(
+            (
+                at
+                for at in further
+                if (alike is None or alike[at] == kind) and all(map(operator.ne, item, items[at]))
+            ),
+            None,
+        )
         if other is None:
             return None
         places.append(other)

@@ -30,7 +30,7 @@ LABELS = {
     "leaked": "probability outside\nthe text vocabulary",
 }
 
-SPLIT_LABELS = {"heldout": "held-out", "combinations": "known emoji, held-out skin tones"}
+SPLIT_LABELS = {"heldout": "held-out", "combinations": "known emoji, held-out tones or styles"}
 """Held-out splits, and their names in legends."""
 
 

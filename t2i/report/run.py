@@ -14,7 +14,6 @@ from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import DataError, UserError
 from t2i.files import check_keys, lines_of, read_json, read_optional_json
-from t2i.measure.heldout import HELDOUT_SPLITS
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
@@ -124,7 +123,7 @@ def _page(run_dir: Path) -> RunPage:
         heldout=[
             row
             for row in run.rows
-            if row.split in HELDOUT_SPLITS and "image_loss" in row.values and row.step == last.step
+            if row.split != TRAIN_ROWS and "image_loss" in row.values and row.step == last.step
         ],
         # A run on text has no image loss: an empty figure would look like one that failed.
         curves={

@@ -79,7 +79,8 @@ CHECKPOINT = (
 SHARDS = (
     Described("train/", "MosaicML Streaming's MDS files: key, caption, caption_ids, codes"),
     Described("heldout/", "the same, never trained on"),
-    sometimes("combinations/", "of the embedded set: known emoji in held-out skin tones"),
+    sometimes("combinations/", "of emoji: known ones in held-out skin tones or styles"),
+    sometimes("*-french/", "of icon sets: held-out images under other words; also -tags and -definition"),
     Described(
         shards.MANIFEST,
         "format version, source, split rule, counts, sizes, fingerprints of both tokenizers, hashes",
@@ -144,7 +145,7 @@ STEP_KEYS = (
 
 HELDOUT_KEYS = (
     Described("step", "optimizer steps done"),
-    Described("split", "heldout or combinations; text for train.eval_text"),
+    Described("split", "name of a held-out split; text for train.eval_text"),
     sometimes("num_pictures", "images read"),
     sometimes("num_sequences", "sequences read, of documents"),
     sometimes("image_rows_only", "whether image losses are over the image vocabulary alone"),

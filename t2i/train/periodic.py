@@ -17,7 +17,6 @@ from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
 from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
-from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner
 from t2i.train.inputs import Inputs
@@ -69,7 +68,7 @@ def periodic_work(
             every=config.eval_every,
             work=_text_losses(model, layout, data=data, num_sequences=amount)
             if inputs.manifest.is_text
-            else _image_losses(model, layout, data=data, tokenizer=tokenizer, num_pictures=amount),
+            else _image_losses(model, layout, data=data, inputs=inputs, num_pictures=amount),
         )
     ]
     if config.eval_text:
@@ -114,7 +113,7 @@ def _image_losses(
     layout: VocabLayout,
     *,
     data: DataConfig,
-    tokenizer: TextTokenizer,
+    inputs: Inputs,
     num_pictures: int,
 ) -> PeriodicWork:
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
@@ -122,8 +121,10 @@ def _image_losses(
             model,
             config=data,
             layout=layout,
-            tokenizer=tokenizer,
+            tokenizer=inputs.text_tokenizer,
             num_pictures=num_pictures,
+            # Wordings show the same images again; `t2i perplexity` measures them, once, at the end.
+            splits=inputs.manifest.heldout_splits,
             should_stop=should_stop,
         )
         return [{"step": step, **row} for row in rows]

@@ -1,11 +1,13 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from t2i.errors import UserError
+from t2i.measure import embeddings
 from t2i.measure.embeddings import (
     compare_rows,
     linear_cka,
@@ -112,3 +114,33 @@ def test_a_language_model_alone_is_refused(finished):
     alone = replace(model, layout=replace(model.layout, codebook_size=0))
     with pytest.raises(UserError, match="a language model without image codes"):
         compare_rows(alone, before=None)
+
+
+def test_a_tied_model_is_measured_once(monkeypatch):
+    weight = torch.randn(30, 8)
+    untied = SimpleNamespace(model=TwoSides(weight, weight.clone()))
+    tied = SimpleNamespace(model=TwoSides(weight, weight))
+    assert embeddings.is_tied(tied) and not embeddings.is_tied(untied)
+    calls = []
+    real = embeddings.nearness
+    monkeypatch.setattr(embeddings, "nearness", lambda *args: calls.append(1) or real(*args))
+    layout = SimpleNamespace(codebook_size=10, first_image_id=20, num_text_tokens=20)
+    text = SimpleNamespace(decode=lambda ids: str(ids.tolist()))
+    for model, wanted in ((tied, 1), (untied, 2)):
+        calls.clear()
+        model.layout, model.text_tokenizer = layout, text
+        found = embeddings.compare_rows(model, before=None)
+        assert (len(calls), set(found)) == (wanted, {"input", "output"})
+
+
+class TwoSides:
+    """Embeddings and an LM head, as compare_rows asks for them."""
+
+    def __init__(self, embedding, head):
+        self.embedding, self.lm_head = SimpleNamespace(weight=embedding), SimpleNamespace(weight=head)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.lm_head

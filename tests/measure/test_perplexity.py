@@ -92,7 +92,7 @@ def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
     written = json.loads(path.read_text())
     assert set(written["splits"]["heldout"]) == {
         *("num_pictures", "text", "image", "special", "total", "bits_per_pixel"),
-        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column"),
+        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column", "captions"),
     }
     assert set(written["splits"]["heldout"]["image"]) == {"tokens", "nats", "perplexity"}
     assert written["shards"] == str(finished.data.shards)
@@ -105,3 +105,12 @@ def test_what_cannot_be_measured_is_refused(model, finished):
     other = replace(model, layout=replace(model.layout, codebook_size=5))
     with pytest.raises(DataError, match="has 1024 codes; the model of .* has 5"):
         measure_perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))
+
+
+def test_fewer_images_are_spread_and_captions_are_measured(model, finished, results):
+    config = data_of(model, shards=None, mode=None)
+    few = measure_perplexity(model, config=config, num_images=4)["heldout"]
+    assert few.num_pictures == few.captions.num_pictures == 4
+    whole = results["heldout"]
+    assert whole.captions.own == pytest.approx(whole.image.nats, abs=1e-5)
+    assert whole.captions.wrong != whole.captions.own != whole.captions.empty

@@ -47,3 +47,11 @@ def test_thousands_of_captions_that_repeat_are_paired_at_once():
     texts = np.random.default_rng(0).integers(0, 9, 5_000).tolist()
     places = unrelated(texts, shift=2_500)
     assert not any(texts[a] == texts[b] for a, b in enumerate(places))
+
+
+def test_a_shuffled_caption_is_of_the_same_style_where_that_is_told():
+    texts, styles = ["a", "b", "c", "d", "e", "f"], ["x", "y", "x", "y", "x", "y"]
+    places = unrelated(texts, shift=3, alike=styles)
+    assert [styles[place] for place in places] == styles
+    assert all(texts[place] != texts[at] for at, place in enumerate(places))
+    assert unrelated(["a", "b"], shift=1, alike=["x", "y"]) is None

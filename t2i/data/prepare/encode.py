@@ -63,6 +63,7 @@ class EncodedImage:
     """What was lost or guessed when the caption and the image were read."""
     codes: np.ndarray
     """(K,)"""
+    style: str = ""
 
 
 def unit_name(index: int) -> str:
@@ -120,7 +121,10 @@ def columns_of(rows: Iterable[EncodedImage], encoder: Encoder) -> Iterator[Sampl
         if not row.caption:
             # MDS has no empty arrays. caption_ids_of drops this id again.
             ids = np.zeros(1, id_type)
-        yield {"key": row.key, "caption": row.caption, "caption_ids": ids, "codes": row.codes}
+        sample = Sample(key=row.key, caption=row.caption, caption_ids=ids, codes=row.codes)
+        if row.style:
+            sample["style"] = row.style
+        yield sample
 
 
 def column_kinds(encoder: Encoder) -> dict[str, str]:
@@ -144,8 +148,10 @@ def write_rows(part: Path, split: str, name: str, *, rows: Iterable[Sample], enc
     # ranks of several machines share this folder.
     aside = part / "writing" / f"{socket.gethostname()}-{os.getpid()}" / split / name
     shutil.rmtree(aside, ignore_errors=True)
+    rows = list(rows)
+    columns = column_kinds(encoder) | ({"style": "str"} if rows and "style" in rows[0] else {})
     # No size limit: a unit is one shard file, and its content must not depend on who encoded it.
-    with MDSWriter(out=str(aside), columns=column_kinds(encoder), size_limit=None, hashes=[HASH]) as writer:
+    with MDSWriter(out=str(aside), columns=columns, size_limit=None, hashes=[HASH]) as writer:
         for row in rows:
             writer.write(row)
     final = part / split / name
@@ -194,7 +200,16 @@ def _row(
 ) -> EncodedImage:
     ids = tokenizer.encode(pair.caption).numpy()
     key = view_key(pair.key, number)
-    return EncodedImage(key, pair.split, pair.caption, ids, is_view=number > 0, changed=changed, codes=codes)
+    return EncodedImage(
+        key,
+        pair.split,
+        pair.caption,
+        ids,
+        is_view=number > 0,
+        changed=changed,
+        codes=codes,
+        style=pair.style,
+    )
 
 
 def _images(

@@ -17,8 +17,8 @@ from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.manifest import (
     BROKEN,
     IMAGE_TOKENIZER,
-    SPLITS,
     TEXT_TOKENIZER,
+    USUAL_SPLITS,
     Manifest,
     side_files,
 )
@@ -55,18 +55,22 @@ def finish(part: Path, num_units: int, *, source: Source, encoder: Encoder, argu
         split: _codes(part, split, num_images=num_images) for split in merged.counts if merged.counts[split]
     }
     _warn_of_equal_images(codes["train"], source=source)
+    splits = [
+        split for split in dict.fromkeys((*USUAL_SPLITS, *sorted(merged.counts))) if merged.counts[split]
+    ]
     manifest = Manifest(
         source=source.name,
         licence=source.licence,
         split_rule=source.split_rule,
         heldout_share=source.heldout_share,
         reading=changed_from_defaults(source.config),
-        counts={split: merged.counts[split] for split in SPLITS if merged.counts[split]},
+        counts={split: merged.counts[split] for split in splits},
         caption_tokens={
             str(length): merged.caption_tokens[length] for length in sorted(+merged.caption_tokens)
         },
         broken=len(merged.broken),
         seen=merged.tally.seen,
+        wordings={split: other for split, other in source.wordings.items() if split in splits} or None,
         left_out=dict(sorted(merged.tally.left_out.items())),
         changed=dict(sorted((+merged.tally.changed).items())),
         unread=dict(sorted(merged.tally.unread.items())),

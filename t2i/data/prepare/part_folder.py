@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from t2i.data.shards.manifest import MANIFEST, SPLITS
+from t2i.data.shards.manifest import MANIFEST
 from t2i.errors import CheckpointError, UserError
 from t2i.files import read_json
 
@@ -117,8 +117,8 @@ def sweep(folder: Path) -> None:
 
     OUT itself is swept too: an older version did so after the rename, and may have been killed there.
     """
-    for split in SPLITS:
-        _keep_listed_units(folder / split)
+    for split in {unit.parent for unit in folder.glob("*/unit_*")}:
+        _keep_listed_units(split)
     for name in WORKING:
         shutil.rmtree(folder / name, ignore_errors=True)
     # What a killed process had only begun to write.

@@ -33,6 +33,7 @@ COLUMNS = {
     "caption": ("str",),
     "caption_ids": ("ndarray:uint16", "ndarray:uint32"),
     "codes": ("ndarray:uint16", "ndarray:uint32"),
+    "style": ("str",),
 }
 """The columns and types that are read. Streaming knows more types, and reading its pkl can run code from the file."""
 SHARD_KEYS: dict[str, Kind] = {
@@ -56,6 +57,8 @@ class Sample(TypedDict, total=False):
     """(T,) ids by the manifest's tokenizer; in text shards the whole sequence (S,)."""
     codes: "NDArray[np.unsignedinteger]"
     """(K,) image codes; absent from text shards."""
+    style: str
+    """How the image is drawn, of sources that tell it."""
 
 
 @dataclass(frozen=True)

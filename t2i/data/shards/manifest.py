@@ -1,5 +1,6 @@
 """manifest.json of a shard folder: what made the shards, what they hold, and which runs can use them."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ OPTIONAL_KEYS: dict[str, Kind] = {
     "broken": int,
     "seen": int,
     "caption_tokens": dict,
+    "wordings": dict,
     "left_out": dict,
     "changed": dict,
     "unread": dict,
@@ -49,7 +51,10 @@ OPTIONAL_KEYS: dict[str, Kind] = {
     "documents": dict,
 }
 """Keys that older manifests or other kinds of shards lack. A key that is present has this type."""
-SPLITS = ("train", "heldout", "combinations")
+TRAIN = "train"
+USUAL_SPLITS = (TRAIN, "heldout", "combinations")
+"""Splits in the order that a manifest names them in; a source's others follow."""
+SPLIT_NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Manifest:
     """Entries of the source; each was kept, left out or broken."""
     caption_tokens: dict[str, int] | None = None
     """How many pairs have a caption of so many ids of the text tokenizer."""
+    wordings: dict[str, str] | None = None
+    """Held-out splits whose images are those of another, under captions in other words: their names -> that split."""
     left_out: dict[str, int] | None = None
     """Entries that became no sample, by reason."""
     changed: dict[str, int] | None = None
@@ -122,6 +129,11 @@ class Manifest:
     def is_text(self) -> bool:
         """Tell whether these are text shards."""
         return self.sequence_tokens is not None
+
+    @property
+    def heldout_splits(self) -> list[str]:
+        """List the splits that training never sees, without those that have the images of another."""
+        return [split for split in self.counts if split != TRAIN and split not in (self.wordings or {})]
 
     @property
     def has_image_tokenizer(self) -> bool:
@@ -181,7 +193,7 @@ def read_manifest_file(path: Path) -> Manifest:
         kind = TEXT_KEYS
     present = {key: expected for key, expected in OPTIONAL_KEYS.items() if values.get(key) is not None}
     check_keys(values, KEYS | kind | present, where=path)
-    _check_names(values["counts"], values["files"], where=path)
+    _check_names(values["counts"], values["files"], wordings=values.get("wordings") or {}, where=path)
     _check_tallies(values, where=path)
     for key in ("codes_per_image", "codebook_size", "image_size", "sequence_tokens"):
         found = values.get(key)
@@ -228,12 +240,22 @@ def are_same_shards(kept: Path, found: Path) -> bool:
     return has_indexes and (one.counts, one.files) == (other.counts, other.files)
 
 
-def _check_names(counts: dict[str, object], files: dict[str, object], *, where: Path) -> None:
+def _check_names(
+    counts: dict[str, object], files: dict[str, object], *, wordings: dict[str, object], where: Path
+) -> None:
     """Check splits, counts and file names."""
     # The names become paths, so that one with `..` would reach outside the folder.
     for split, count in counts.items():
-        if split not in SPLITS or not isinstance(count, int) or count < 1:
-            raise DataError(f"{where}: counts say {split!r:.80} {count!r:.80}; expected {', '.join(SPLITS)}.")
+        if not SPLIT_NAME.fullmatch(split) or not isinstance(count, int) or count < 1:
+            raise DataError(
+                f"{where}: counts say {split!r:.80} {count!r:.80}; expected names such as"
+                f" {', '.join(USUAL_SPLITS)}, each with a number >= 1."
+            )
+    for split, other in wordings.items():
+        if split not in counts or other not in counts:
+            raise DataError(
+                f"{where}: wordings say {split!r:.80} {other!r:.80}; expected two splits of counts."
+            )
     for name, digest in files.items():
         if not is_inside(name) or not isinstance(digest, str):
             raise DataError(f"{where}: files list {name!r:.80}; expected a file of the folder with its hash.")

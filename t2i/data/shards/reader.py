@@ -1,6 +1,6 @@
 """Read and check the shards of a folder.
 
-A shard folder holds train/, heldout/ and combinations/ (MosaicML Streaming's MDS), manifest.json, broken.jsonl
+A shard folder holds train/, heldout/ and other held-out splits (MosaicML Streaming's MDS), manifest.json, broken.jsonl
 (images that could not be decoded, with the reason), both tokenizers (image_tokenizer/, text_tokenizer/) and
 roundtrip.safetensors with reconstructions.png (eight images with their codes and reconstructions).
 """

@@ -21,6 +21,7 @@ from t2i.data.sources.folder import (
     read_text_folder,
 )
 from t2i.data.sources.hub import is_saved, revision_of, units_of_dataset
+from t2i.data.sources.iconify import HELDOUT_SHARE, SPLIT_RULE, WORDING_SPLITS, list_icons, read_icon_sets
 from t2i.data.sources.image import IMAGE_SUFFIXES
 from t2i.data.sources.listing import list_source
 from t2i.data.sources.parquet import units_of_tables
@@ -63,7 +64,8 @@ def open_source(
 
     Args:
         name: `openmoji`, a folder, tar or parquet files (a path with braces and globs), a .csv, .tsv or .jsonl that
-            names images, `coco:DIR`, a Hugging Face dataset (`hf:` and USER/NAME or a folder), or `ids:DIR`.
+            names images, `coco:DIR`, `iconify:FOLDER` of icon sets, `ids:DIR`, or a Hugging Face dataset
+            (`hf:` and USER/NAME or a folder).
         heldout_share: share of the images, chosen by a hash of the key, that training never sees; None for 2%, or
             for more of a small source.
         config: which columns are read, and which pairs are left out.
@@ -81,6 +83,8 @@ def open_source(
         source = _openmoji(sieve)
     elif kind == "coco":
         source = _coco(Path(rest), sieve)
+    elif kind == "iconify":
+        source = _icons(rest, sieve, heldout_share=heldout_share)
     elif kind == "ids":
         source = _given(Path(rest), config)
     elif hub_name(name) or is_saved(Path(name)):
@@ -91,7 +95,7 @@ def open_source(
         source = _folder(Path(name), sieve, config, has_bare_keys)
     else:
         source = _files(name, expand(name), sieve, config, has_bare_keys)
-    if name != "openmoji":
+    if name != "openmoji" and kind != "iconify":
         share = heldout_share
         if share is None:
             # A dataset of the hub would be downloaded twice.
@@ -186,6 +190,25 @@ def _coco(folder: Path, sieve: Sift) -> Source:
     if has_both(caption_files(folder)):
         return replace(source, split_rule="images of captions_val*.json are heldout, all others train")
     return source
+
+
+def _icons(pattern: str, sieve: Sift, *, heldout_share: float | None) -> Source:
+    if not pattern:
+        raise UserError(
+            "--source is iconify: without a folder; expected one with icon sets, such as data/icons."
+        )
+    share = HELDOUT_SHARE if heldout_share is None else heldout_share
+    icons = read_icon_sets(pattern)
+    source = _listed(partial(list_icons, icons=icons, heldout_share=share), sieve, Path(pattern))
+    return replace(
+        source,
+        split_rule=SPLIT_RULE.format(share=share),
+        licence=icons.licence,
+        heldout_share=share,
+        wordings=WORDING_SPLITS,
+        # Captions tell the words; of a new version of a set, its file's size tells the drawings.
+        listing=lambda: [*source.listing(), *_list_files(one.file for one in icons.sets)],
+    )
 
 
 def _given(folder: Path, config: SourceConfig) -> Source:

@@ -40,6 +40,23 @@ def expand(pattern: str) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def expand_any(pattern: str) -> list[Path]:
+    """List the files and folders that a pattern names, each once.
+
+    Raises:
+        DataError: a part of the pattern matches nothing.
+    """
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    found: list[Path] = []
+    for one in braces(pattern):
+        places = [path for path in _globbed(Path(one)) if path.exists()]
+        if not places:
+            raise DataError(f"--source names {one}, which is no existing file or folder.")
+        found += places
+    return list(dict.fromkeys(found))
+
+
 def braces(pattern: str) -> Iterator[str]:
     """Expand a pattern's braces; numbers are padded like the first one, and the first braces vary slowest."""
     match = next((one for one in BRACES.finditer(pattern) if not _is_literal(pattern, one)), None)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PREFIXES = ("coco:", "ids:", "text:", "hf:")
+PREFIXES = ("coco:", "ids:", "iconify:", "text:", "hf:")
 PATTERN_CHARACTERS = frozenset("*?[{")
 
 

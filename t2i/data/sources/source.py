@@ -25,7 +25,7 @@ class Pair:
     """Unique within the source and stable over time."""
     caption: str
     split: str
-    """train, heldout or combinations; empty while the share that is held out is not decided."""
+    """train, or the name of a held-out split; empty while the share that is held out is not decided."""
     open: Callable[[], OpenedImage] = field(compare=False)
     """Decode the image; raises LeftOut if a filter refuses it, one of UNREADABLE if it is broken."""
     group: str = ""
@@ -36,6 +36,9 @@ class Pair:
     """(K,) precomputed codes; None for an image."""
     file: Path | None = field(default=None, compare=False)
     """The file that holds this image alone; None for one of a tar or table, or drawn."""
+    style: str = ""
+    """How the image is drawn, which its caption names; empty for a source that does not tell. A shuffled caption is of
+    the same style, so that it differs in what is drawn alone."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Source:
     heldout_share: float = 0.0
     """The argument of open_source; the embedded dataset and COCO have their own split rules."""
     config: SourceConfig = field(default_factory=SourceConfig)
+    wordings: Mapping[str, str] = field(default_factory=dict)
+    """Splits whose images are those of another split, under captions in other words: their names -> that split."""
     given: GivenIds | None = None
     """Describes precomputed tokens; None for a source of images."""
     listing: Callable[[], Iterable[Listed]] = tuple
@@ -138,6 +143,8 @@ class Entry:
     """The split that the source itself gives; empty to choose by a hash."""
     file: Path | None = None
     """The file that holds this image alone."""
+    style: str = ""
+    """As in Pair."""
 
 
 ReadEntries = Callable[[Tally], Iterator[Entry]]
@@ -175,6 +182,7 @@ def _pair(entry: Entry, caption: CaptionLine, number: int, config: SourceConfig)
         group=entry.group or (key if config.captions == "all" else ""),
         changed=caption.changed,
         file=entry.file,
+        style=entry.style,
     )
 
 
