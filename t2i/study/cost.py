@@ -55,7 +55,9 @@ class RunCost:
     """With what gradient checkpointing computes again."""
     shape: StepShape
     disk_bytes: float
-    """Size of the checkpoints that it keeps."""
+    """Size of the checkpoints that it keeps once it is done: weights alone."""
+    training_bytes: float
+    """Size of its checkpoints while it trains, with the state of the optimizer."""
     took_seconds: float | None
     """None if the run is not done."""
 
@@ -91,8 +93,10 @@ def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: fl
     tokens, flops, disk = (
         sum(getattr(one, key) for one in costs) for key in ("tokens", "flops", "disk_bytes")
     )
+    training = max(one.training_bytes for one in costs) if costs else 0.0
     lines.append(
-        f"{len(costs)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB of checkpoints"
+        f"{len(costs)} runs, {tokens:,} tokens, {flops:.2e} FLOPs, {disk / 1e9:.3g} GB of checkpoints in the end;"
+        f" a run that trains takes up to {training / 1e9:.3g} GB, and the state of the optimizer goes when it is done"
     )
     # What is done is done once for all: a study that shares its base's runs has only its own to pay for.
     left = [one for one in costs if one.took_seconds is None]
@@ -130,7 +134,10 @@ def _cost(
         flops=tokens * work.flops_per_token,
         executed_flops=tokens * work.executed_flops_per_token,
         shape=StepShape(work.model, config.train.max_steps, sequences, micro_batch, config.data.num_workers),
-        disk_bytes=config.train.keep_last * checkpoint_bytes(work.counts, element_bytes=element_bytes),
+        disk_bytes=config.train.keep_last * element_bytes * work.counts.total,
+        # One more is being written while the last ones are kept.
+        training_bytes=(config.train.keep_last + 1)
+        * checkpoint_bytes(work.counts, element_bytes=element_bytes),
         took_seconds=record.seconds if record.state == "done" else None,
     )
 

@@ -20,7 +20,7 @@ class Job:
     needs: tuple[str, ...] = ()
     """Names of jobs that must be done first."""
     run_dir: Path | None = None
-    """The run folder of a training run; None for other jobs."""
+    """The run folder of a job that trains; None for other jobs."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
         # Without `needs` a step waits for all before it: right for a list read from top to bottom, if not the quickest.
         before = tuple(job.name for job in jobs)
-        jobs.append(Job(step.name, command, needs=before if step.needs is None else tuple(step.needs)))
+        needed = before if step.needs is None else tuple(step.needs)
+        trains = step_config(step, out=out).run_dir if step.command == TRAIN else None
+        jobs.append(Job(step.name, command, needs=needed, run_dir=trains))
     # Runs wait for every step, since any of their settings may name what a step makes.
     needs = tuple(job.name for job in jobs)
     jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]

@@ -22,6 +22,7 @@ from typing import IO
 
 from t2i.config.renamed import with_new_flags
 from t2i.errors import CheckpointError, Stopped, UserError
+from t2i.runs.checkpoint_store import drop_engine_state
 from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study
@@ -86,7 +87,11 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
             return False
         # Between reading the records and taking the lock another worker may have done it.
         if read_record(out, job.name).state != "done":
-            write_record(out, job.name, _run(job, lock, study=study, out=out))
+            record = _run(job, lock, study=study, out=out)
+            write_record(out, job.name, record)
+            # After the record: until then the job might be run again, and would resume. Measures read weights alone.
+            if record.state == "done" and job.run_dir is not None:
+                drop_engine_state(job.run_dir)
         return True
 
 

@@ -191,6 +191,11 @@ class Saver:
         def choose() -> Path | None:
             folder = checkpoints.choose_newest(self.run_dir)
             if folder is not None:
+                if not (folder / checkpoints.ENGINE).is_dir():
+                    raise CheckpointError(
+                        f"{folder} has no {checkpoints.ENGINE}/, so its run cannot resume: a study keeps none of a run"
+                        f" that is done. To train on from its weights: --model.init {folder} --run-dir NEW."
+                    )
                 check_owner(folder)  # DeepSpeed's state is pickled, and reading a pickle can run code
                 check_plain(folder / "engine")
             return folder

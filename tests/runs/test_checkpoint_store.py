@@ -287,3 +287,12 @@ def test_a_reader_that_is_never_quick_enough_is_told_why(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "verify", verify_late)
     with pytest.raises(CheckpointError, match="removes its checkpoints faster than they can be read"):
         checkpoints.newest_readable(tmp_path)
+
+
+def test_a_finished_run_can_do_without_the_state_of_its_engine(tmp_path):
+    folders = [save(tmp_path, step) for step in (5, 10)]
+    assert checkpoints.drop_engine_state(tmp_path) == 200
+    assert not list(tmp_path.rglob("engine"))
+    assert [checkpoints.verify(folder).step for folder in folders] == [5, 10]  # whole, not damaged
+    assert find(str(tmp_path)) == (folders[1], tmp_path)
+    assert checkpoints.drop_engine_state(tmp_path) == 0

@@ -230,3 +230,11 @@ def test_text_that_is_replayed_is_known_by_its_content(tmp_path):
         open_run(other, ds_config={})  # of a run of the last release, which kept no copy to compare with
     (run_dir / "replay_manifest.json").write_text("{}")
     open_run(other, ds_config={}).close()
+
+
+def test_a_run_without_the_state_of_its_engine_does_not_resume_and_keeps_its_checkpoints(finished, tmp_path):
+    config = at_step_3(finished, tmp_path / "run")
+    checkpoints.drop_engine_state(config.run_dir)
+    with pytest.raises(CheckpointError, match=r"step_000003 has no engine/.*--model\.init"):
+        train(config, ds_config_path=DS_CONFIG)
+    assert [folder.name for folder in (config.run_dir / "checkpoints").iterdir()] == ["step_000003"]
