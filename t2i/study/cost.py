@@ -29,6 +29,8 @@ class StepShape:
     """Per step."""
     micro_batch: int
     num_workers: int
+    is_half: bool = False
+    """Trained in bf16, as the study's DeepSpeed JSON says."""
 
     def least_seconds(self, *, num_gpus: int) -> float:
         """Estimate the least time of all steps on so many GPUs."""
@@ -102,15 +104,17 @@ def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: fl
     left = [one for one in costs if one.took_seconds is None]
     for name, count in machines:
         minutes = seconds_on(left, gpu=name, num_gpus=count, mfu=mfu) / 60
-        where = "this machine's CPU, fp32" if name == "cpu" else f"{count} x {name}, bf16"
+        on_cpu = "bf16" if any(one.shape.is_half for one in left) else "fp32"
+        where = f"this machine's CPU, {on_cpu}" if name == "cpu" else f"{count} x {name}, bf16"
         time = f"{minutes:,.0f} minutes" if minutes < 600 else f"{minutes / 60:,.0f} hours"
         lines.append(f"  about {time} of training left, at {mfu:.0%} of the peak of {where}")
     return lines
 
 
 def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> float:
-    """Estimate the time of all runs, one after another, on num_gpus GPUs in bf16 or on this `cpu` in fp32."""
-    device = find_device(gpu, num_processes=num_gpus, is_half=gpu != "cpu")
+    """Estimate the time of all runs, one after another, on num_gpus GPUs in bf16, or as they are on this `cpu`."""
+    is_half = gpu != "cpu" or any(one.shape.is_half for one in costs)
+    device = find_device(gpu, num_processes=num_gpus, is_half=is_half)
     # One after another on all devices: side by side, on fewer each, they would take as long in all.
     products = (one.executed_flops / (device.peak_flops * num_gpus * mfu) for one in costs)
     least = (0.0 if gpu == "cpu" else one.shape.least_seconds(num_gpus=num_gpus) for one in costs)
@@ -133,7 +137,14 @@ def _cost(
         tokens=tokens,
         flops=tokens * work.flops_per_token,
         executed_flops=tokens * work.executed_flops_per_token,
-        shape=StepShape(work.model, config.train.max_steps, sequences, micro_batch, config.data.num_workers),
+        shape=StepShape(
+            work.model,
+            config.train.max_steps,
+            sequences,
+            micro_batch,
+            config.data.num_workers,
+            is_half=element_bytes == 2,
+        ),
         disk_bytes=config.train.keep_last * element_bytes * work.counts.total,
         # One more is being written while the last ones are kept.
         training_bytes=(config.train.keep_last + 1)

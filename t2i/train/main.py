@@ -71,9 +71,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             f"{num_sequences:,} sequences of {data_config.seq_len:,} tokens per step; ranks: {world_size}"
         )
         with (
-            _job(
-                run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag
-            ) as peers,
+            _job(run_dir, lambda: open_run(config, ds_config=ds_config, heading=heading), flag=flag) as peers,
             closing(
                 Watchdog(
                     peers,
