@@ -86,8 +86,13 @@ def main() -> None:
 
 
 def work_through(study: Any, jobs: Any, *, out: Path) -> int:
+    from t2i.study.jobs import first_jobs, jobs_of
     from t2i.study.runner import exit_status, work
 
+    if study.tuning:
+        # Runs are trained with what the trials choose, so their commands are known only now.
+        work(first_jobs(study, jobs), study=study, out=out)
+        jobs = jobs_of(study, out=out)
     records = work(jobs, study=study, out=out)
     for name, record in records.items():
         if record.state != "done":

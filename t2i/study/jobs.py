@@ -8,6 +8,7 @@ from t2i.config import RunConfig
 from t2i.errors import UserError
 from t2i.files import read_optional_json, write_json
 from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec
+from t2i.study.tuning import check_tuning, trial_dir, trial_name, trials, tuned_flags, tuning_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def read_study(file: Path) -> Study:
         UserError: what read_spec refuses, settings that a run does not know, or jobs that contradict each other.
     """
     study = read_spec(file)
+    check_tuning(study)
     if study.base:
         _check_losses(study.base)
     _check_losses(study)
@@ -58,7 +60,10 @@ def read_study(file: Path) -> Study:
 
 
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
-    """List a study's jobs in the order that one worker does them: steps, runs, measures."""
+    """List a study's jobs in the order that one worker does them: steps, trials, runs, measures.
+
+    Runs take the values that the trials have chosen by now, so a study with tuning is listed again after its trials.
+    """
     jobs: list[Job] = []
     for step in study.steps:
         command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
@@ -69,7 +74,10 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         jobs.append(Job(step.name, command, needs=needed, run_dir=trains))
     # Runs wait for every step, since any of their settings may name what a step makes.
     needs = tuple(job.name for job in jobs)
-    jobs += [_run_job(study, arm, seed, out=out, needs=needs) for arm, seed in study.runs()]
+    jobs += [_trial_job(study, arm, value, out=out, needs=needs) for arm, value in trials(study)]
+    for arm, seed in study.runs():
+        own = tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
+        jobs.append(_run_job(study, arm, seed, out=out, needs=(*needs, *own)))
     for measure in study.measures:
         for arm in measure.arms or study.arms:
             for seed in measure.seeds or study.seeds_of(arm):
@@ -78,6 +86,12 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
                 command = [measure.command, str(run / measure.at), *flags]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
     return jobs
+
+
+def first_jobs(study: Study, jobs: list[Job]) -> list[Job]:
+    """List the jobs that must have ended before the commands of the runs are known: steps and trials."""
+    names = {step.name for step in study.steps} | {trial_name(arm, value) for arm, value in trials(study)}
+    return [job for job in jobs if job.name in names]
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -97,6 +111,11 @@ def run_config(study: Study, *, arm: str, seed: int, out: Path) -> RunConfig:
         UserError: a key or a value that a run does not take; tyro has printed which.
     """
     return _parsed(_run_flags(study, arm, seed, out=out), where=f"{study.file}: arm {arm}")
+
+
+def trial_config(study: Study, *, arm: str, value: float, out: Path) -> RunConfig:
+    """Read one trial's settings as the training command will."""
+    return _parsed(_trial_flags(study, arm, value, out=out), where=f"{study.file}: trials of {arm}")
 
 
 def step_config(step: Step, *, out: Path) -> RunConfig:
@@ -139,6 +158,20 @@ def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, 
     return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed))
 
 
+def _trial_job(study: Study, arm: str, value: float, *, out: Path, needs: tuple[str, ...]) -> Job:
+    command = [TRAIN, "--ds_config", study.ds_config, *_trial_flags(study, arm, value, out=out)]
+    return Job(trial_name(arm, value), command, needs=needs, run_dir=trial_dir(out, arm, value))
+
+
+def _trial_flags(study: Study, arm: str, value: float, *, out: Path) -> list[str]:
+    """Write a trial's settings as flags: those of all runs, the arm's, the tuning's, then what it tries."""
+    tuning = tuning_of(study)
+    settings = (study.settings, study.arms[arm], tuning.settings)
+    flags = [flag for one in settings for flag in flags_of_mapping(filled(one, out=out))]
+    tried = [f"--{tuning.key.replace('_', '-')}", f"{value:g}", "--train.seed", str(tuning.seed)]
+    return ["--run-dir", str(trial_dir(out, arm, value)), *flags, *tried]
+
+
 def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
     """Write settings as flags: those of all runs, then the arm's, then the seed."""
     shared, own = (
@@ -146,6 +179,7 @@ def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
     )
     # The last of two equal flags wins, so the arm's settings override the shared ones. The seed comes last: arms of
     # one seed then share data order and start, which is what pairs them.
+    own += tuned_flags(study, arm=arm, out=out)
     return ["--run-dir", str(run_dir(out, arm, seed)), *shared, *own, "--train.seed", str(seed)]
 
 

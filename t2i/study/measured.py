@@ -91,6 +91,24 @@ class SplitPerplexity:
 
 
 @dataclass(frozen=True)
+class CaptionLosses:
+    """Image loss of one held-out split under three captions, in nats per code."""
+
+    num_pictures: int
+    own: float
+    """Under the matched caption."""
+    wrong: float
+    """Under a shuffled caption."""
+    empty: float
+    """Under the null caption."""
+
+    @property
+    def worth(self) -> float:
+        """What the matched caption saves against a shuffled one."""
+        return self.wrong - self.own
+
+
+@dataclass(frozen=True)
 class Score:
     """One measure of scores.json."""
 
@@ -153,6 +171,18 @@ def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
         bits_per_pixel=one.get("bits_per_pixel"),
         image_loss_by_code=None if codes is None else np.array(codes),
     )
+
+
+def read_caption_losses(run_dir: Path) -> dict[str, CaptionLosses]:
+    """Read the caption losses of each held-out split of a run's perplexity.json; empty without the file."""
+    file = run_dir / PERPLEXITY
+    splits = {name: one.get("captions") for name, one in read_optional_json(file).get("splits", {}).items()}
+    # Files of 0.1 have none, and a split whose captions are all one has no shuffled one.
+    return {
+        name: _picked(CaptionLosses, one, file=file)
+        for name, one in splits.items()
+        if one and one["wrong"] is not None
+    }
 
 
 def read_score(run_dir: Path, *, measure: str) -> Score | None:

@@ -18,7 +18,7 @@ from t2i.errors import UserError
 from t2i.files import read_yaml
 
 TRAIN = "launchers/train.py"
-INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "steps")
+INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "tuning", "steps")
 """Keys that a study takes from its base. Arms, measures and sections are its own, for they are its question."""
 
 Setting = bool | int | float | str | None | list["Setting"] | dict[str, "Setting"]
@@ -52,6 +52,19 @@ class Measure:
     """Empty for every arm."""
     seeds: list[int] = field(default_factory=list)
     """Empty for every seed."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A setting whose best value is found for each arm before its runs, on a seed that they do not have."""
+
+    seed: int
+    values: list[float]
+    key: str = "train.lr"
+    settings: Settings = field(default_factory=dict)
+    """Settings of these trials, which override the study's and the arm's, such as fewer steps."""
+    loss: str = "image_loss"
+    """The held-out value that is to be lowest at the end."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class Study:
     """Settings of all runs, as a run file holds them."""
     assumed: Settings = field(default_factory=dict)
     """What --plan assumes of shards that are not made yet, by PlanConfig's names; the embedded ones by default."""
+    tuning: Tuning | None = None
+    """None for runs that take their settings as they are written."""
     steps: list[Step] = field(default_factory=list)
     measures: list[Measure] = field(default_factory=list)
     report: list[SectionSpec] = field(default_factory=list)
@@ -118,7 +133,7 @@ class Study:
         return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
 
 
-Made = TypeVar("Made", Step, Measure, Study)
+Made = TypeVar("Made", Step, Measure, Tuning, Study)
 
 
 def read_spec(file: Path) -> Study:
@@ -134,10 +149,13 @@ def read_spec(file: Path) -> Study:
         values = _with_base(values, base, file)
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
+    if isinstance(values.get("tuning"), dict):
+        values["tuning"] = _made(Tuning, values["tuning"], file)
     values["report"] = [_section(one, file) for one in values.get("report", [])]
     study = _made(Study, {**values, "file": file}, file)
     _check_steps(study)
-    for name, settings in {"settings": study.settings, **study.arms}.items():
+    trials = {"tuning": study.tuning.settings} if study.tuning else {}
+    for name, settings in {"settings": study.settings, **trials, **study.arms}.items():
         check_settings(settings, where=f"{file}: {name}")
     _check_arms(study, list(study.arm_seeds), where="arm_seeds")
     for measure in study.measures:

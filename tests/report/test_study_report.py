@@ -73,6 +73,9 @@ report:
   - {{section: probe, folder: "{{out}}/aligned", files: {{fast: "{{out}}/runs/fast-seed0/nearest.json"}}}}
   - {{section: overview, pairs: {{speed: [fast, slow], again: [slow, fast]}}}}
   - {{section: sizes, pairs: [[fast, slow]], names: [fast, slow]}}
+  - {{section: budgets, arms: [fast, slow], charged: {{fast: "{{out}}/text-run"}}}}
+  - {{section: wordings, arms: [fast, slow]}}
+  - {{section: tuning}}
   - {{section: ends, title: Runs, arms: [fast, slow, broken]}}
 """
 

@@ -230,6 +230,15 @@ def calls(folder):
     return (folder / "calls").read_text().split()
 
 
+def test_a_run_that_is_done_keeps_no_state_of_its_optimizer(toy, monkeypatch):
+    job, study, folder = toy
+    dropped = []
+    monkeypatch.setattr("t2i.study.runner.drop_engine_state", dropped.append)
+    jobs = [replace(job(name, code=code), run_dir=folder / name) for name, code in (("a", 0), ("bad", 4))]
+    work([*jobs, job("measure")], study=study, out=folder / "out")
+    assert dropped == [folder / "a"]  # one that failed may resume
+
+
 def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     job, study, folder = toy
     jobs = [job("a"), job("bad", code=4), job("c", needs=("a",)), job("d", needs=("bad",))]

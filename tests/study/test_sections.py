@@ -9,6 +9,7 @@ from made_runs import Made, write_json
 from matplotlib import pyplot
 from scipy import stats
 
+from t2i.errors import UserError
 from t2i.report.sections.images import PUBLISHED
 from t2i.report.sections.registry import make_section
 from t2i.study.spec import SectionSpec
@@ -250,3 +251,49 @@ def test_published_numbers_are_counted_by_kind(tmp_path, section):
     assert f"Of {len(rows)} published numbers, {len(used)} are of models with a pre-trained" in found.found
     assert all((row[0] in found.found) == (row in used and row[2] == "auto-regressive") for row in rows)
     assert len(found.table) == 1 + len(rows)
+
+
+def test_budgets_are_equal_in_steps_tokens_and_all_that_was_spent(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
+    rate = [{"flops_per_second": 60.0, "tokens_per_second": 10.0}] * 4  # 6 FLOPs a token, 4,800 in a run
+    for seed in (0, 1):
+        made.run("pretrained", seed, train=rate, heldout=held_out(5.0, 4.0, 3.0, 2.0 + seed / 10))
+        made.run("random", seed, train=rate, heldout=held_out(7.0, 5.0, 3.0, 2.4))
+    found = section(made, "budgets", arms=["pretrained", "random"], charged={"pretrained": 1200.0})
+    assert column(found, "at") == ["8", "800", "4,800"]
+    # With 1,200 charged, 4,800 are spent after 600 tokens: the loss of the third measurement.
+    assert column(found, "pretrained") == ["2.0500", "2.0500", "3.0000"]
+    assert column(found, "random") == ["2.4000", "2.4000", "2.4000"]
+    assert column(found, "difference")[0].startswith("-0.3500 (95%:")
+    assert column(found, "difference")[2].startswith("+0.6000 (95%:")
+    dear = section(made, "budgets", arms=["pretrained", "random"], charged={"pretrained": 48_000.0})
+    assert column(dear, "difference")[2] == "none: no equal point"
+    assert "by its first measurement pretrained had cost 10.2 times the whole run of the other" in dear.found
+
+
+def test_the_run_that_made_a_start_is_charged_as_it_says(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0], random=[0], before=[0])
+    rate = [{"flops_per_second": 60.0, "tokens_per_second": 10.0}] * 2
+    for arm in ("pretrained", "random"):
+        made.run(arm, 0, train=rate, heldout=held_out(5.0, 4.0))
+    made.run("before", 0, train=[{"flops_per_second": 1.0, "tokens_per_second": 10.0}])
+    charged = {"pretrained": "{out}/runs/before-seed0"}
+    found = section(made, "budgets", arms=["pretrained", "random"], charged=charged)
+    assert "Charged: pretrained: 20 FLOPs before its first step." in found.found
+    with pytest.raises(UserError, match="charged is '{out}/nothing'"):
+        section(made, "budgets", arms=["pretrained", "random"], charged={"random": "{out}/nothing"})
+
+
+def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
+    for arm, worth in (("pretrained", 0.5), ("random", 0.2)):
+        for seed in (0, 1):
+            made.run(arm, seed, heldout=held_out(3.0))
+            losses = {"num_pictures": 40, "own": 3.0, "wrong": 3.0 + worth + seed / 10, "empty": 3.3}
+            splits = {"combinations": {"captions": losses}, "combinations-french": {"captions": losses}}
+            splits["alone"] = {"captions": losses | {"wrong": None}}
+            write_json(made.folder(arm, seed) / "perplexity.json", {"splits": splits})
+    found = section(made, "wordings", arms=["pretrained", "random"])
+    assert column(found, "held-out images") == ["combinations", "combinations-french"]
+    assert column(found, "pretrained")[0] == "0.5500 (0.5000 to 0.6000)"
+    assert column(found, "pretrained - random")[1].startswith("+0.3000 (95%: +0.3000 to +0.3000)")

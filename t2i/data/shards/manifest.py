@@ -52,8 +52,7 @@ OPTIONAL_KEYS: dict[str, Kind] = {
 }
 """Keys that older manifests or other kinds of shards lack. A key that is present has this type."""
 TRAIN = "train"
-USUAL_SPLITS = (TRAIN, "heldout", "combinations")
-"""Splits in the order that a manifest names them in; a source's others follow."""
+USUAL_SPLITS = (TRAIN, "heldout", "combinations")  # in a manifest's order; a source's others follow
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9-]{0,63}")
 
 
@@ -101,7 +100,7 @@ class Manifest:
     caption_tokens: dict[str, int] | None = None
     """How many pairs have a caption of so many ids of the text tokenizer."""
     wordings: dict[str, str] | None = None
-    """Held-out splits whose images are those of another, under captions in other words: their names -> that split."""
+    """Held-out splits with the images of another under captions in other words: their names -> that split."""
     left_out: dict[str, int] | None = None
     """Entries that became no sample, by reason."""
     changed: dict[str, int] | None = None
@@ -243,13 +242,12 @@ def are_same_shards(kept: Path, found: Path) -> bool:
 def _check_names(
     counts: dict[str, object], files: dict[str, object], *, wordings: dict[str, object], where: Path
 ) -> None:
-    """Check splits, counts and file names."""
     # The names become paths, so that one with `..` would reach outside the folder.
     for split, count in counts.items():
         if not SPLIT_NAME.fullmatch(split) or not isinstance(count, int) or count < 1:
+            names = ", ".join(USUAL_SPLITS)
             raise DataError(
-                f"{where}: counts say {split!r:.80} {count!r:.80}; expected names such as"
-                f" {', '.join(USUAL_SPLITS)}, each with a number >= 1."
+                f"{where}: counts say {split!r:.80} {count!r:.80}; expected names such as {names}."
             )
     for split, other in wordings.items():
         if split not in counts or other not in counts:

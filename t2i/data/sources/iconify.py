@@ -17,7 +17,7 @@ from t2i.data.sources.icon_sets import ICONS, Icon, IconSet, open_icon, read_ico
 from t2i.data.sources.icon_words import WORDINGS, Words, read_words
 from t2i.data.sources.pattern import expand_any
 from t2i.data.sources.source import Entry, Tally
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,12 @@ def read_icon_sets(pattern: str) -> IconSets:
 
     Raises:
         DataError: there is none, or two are the same set.
+        UserError: the pattern is empty.
     """
+    if not pattern:
+        raise UserError(
+            "--source is iconify: without a folder; expected one with icon sets, such as data/icons."
+        )
     places = expand_any(pattern)
     files = [file for place in places for file in _set_files(place)]
     if not files:

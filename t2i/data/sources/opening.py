@@ -27,16 +27,7 @@ from t2i.data.sources.listing import list_source
 from t2i.data.sources.parquet import units_of_tables
 from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
-from t2i.data.sources.source import (
-    Entry,
-    Listed,
-    Pair,
-    ReadEntries,
-    Source,
-    Tally,
-    Unit,
-    sift,
-)
+from t2i.data.sources.source import Entry, Listed, Pair, ReadEntries, Source, Tally, Unit, sift
 from t2i.data.sources.splits import USUAL_SHARE, choose_share, with_splits
 from t2i.data.sources.webdataset import units_of_tars
 from t2i.distributed.heartbeat import place_in_job
@@ -84,7 +75,7 @@ def open_source(
     elif kind == "coco":
         source = _coco(Path(rest), sieve)
     elif kind == "iconify":
-        source = _icons(rest, sieve, heldout_share=heldout_share)
+        source = _icons(rest, sieve, share=HELDOUT_SHARE if heldout_share is None else heldout_share)
     elif kind == "ids":
         source = _given(Path(rest), config)
     elif hub_name(name) or is_saved(Path(name)):
@@ -192,23 +183,19 @@ def _coco(folder: Path, sieve: Sift) -> Source:
     return source
 
 
-def _icons(pattern: str, sieve: Sift, *, heldout_share: float | None) -> Source:
-    if not pattern:
-        raise UserError(
-            "--source is iconify: without a folder; expected one with icon sets, such as data/icons."
-        )
-    share = HELDOUT_SHARE if heldout_share is None else heldout_share
+def _icons(pattern: str, sieve: Sift, *, share: float) -> Source:
     icons = read_icon_sets(pattern)
     source = _listed(partial(list_icons, icons=icons, heldout_share=share), sieve, Path(pattern))
-    return replace(
-        source,
-        split_rule=SPLIT_RULE.format(share=share),
-        licence=icons.licence,
-        heldout_share=share,
-        wordings=WORDING_SPLITS,
-        # Captions tell the words; of a new version of a set, its file's size tells the drawings.
-        listing=lambda: [*source.listing(), *_list_files(one.file for one in icons.sets)],
+    files, rule = [one.file for one in icons.sets], SPLIT_RULE.format(share=share)
+    source = replace(
+        source, listing=partial(_list_icons, source, files), split_rule=rule, heldout_share=share
     )
+    return replace(source, licence=icons.licence, wordings=WORDING_SPLITS)
+
+
+def _list_icons(source: Source, files: list[Path]) -> list[Listed]:
+    # Captions tell the words; of a new version of a set, its file's size tells the drawings.
+    return [*source.listing(), *_list_files(files)]
 
 
 def _given(folder: Path, config: SourceConfig) -> Source:

@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.report.sections import comparisons, curves, embeddings, images, language
+from t2i.report.sections import budgets, comparisons, curves, embeddings, images, language, tuning, wordings
 from t2i.report.sections.section import Section, SectionKind
 from t2i.study.spec import SectionSpec, Study, nearest_name
 
@@ -13,6 +13,9 @@ SECTIONS: dict[str, SectionKind] = {
     for kind in (
         *curves.SECTIONS,
         *comparisons.SECTIONS,
+        *budgets.SECTIONS,
+        *tuning.SECTIONS,
+        *wordings.SECTIONS,
         *images.SECTIONS,
         *embeddings.SECTIONS,
         *language.SECTIONS,
