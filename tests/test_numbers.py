@@ -1,0 +1,138 @@
+"""A result on a page is in a file of results, with its number of seeds and its interval, or says what it is.
+
+What is checked, section by section: every number with decimals outside code. It stands in a report or JSON that the
+section links (rounded to the digits on the page, or as per cent), or is the sum or difference of two numbers of its own
+table row, or is named in a comment that says where it came from:
+
+    <!-- results not in a linked file: 3.39 3.34. From metrics.jsonl of the language models, one run each. -->
+
+The section says how many seeds there are, and an interval (95%) or that it is a pilot.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"README.md": ("Results so far",), "docs/study.md": (), "docs/findings.md": ()}
+"""Pages of results -> the headings to look under; none for all of the page."""
+
+NOT_RESULTS = re.compile(r"^    .*$|^```.*?^```$|`[^`\n]*`|!?\]\([^)]*\)|<!--.*?-->", re.M | re.S)
+RESULT = re.compile(r"(?<![\w.,/-])[-+]?\d[\d,]*\.\d+(?![\w.])")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+LINK = re.compile(r"\]\(([^)#]*\.(?:md|json))(?:#[^)]*)?\)")
+NAMED = re.compile(r"<!-- results not in a linked file: ([\d.,\s+-]+)\.\s+From\s+(\S.*?) -->", re.S)
+SEEDS = re.compile(r"\b(?:one|two|three|four|five|\d+)\s(?:\w+\s)?seeds?\b", re.I)
+FILES_OF_RESULTS = "study/"
+
+
+def sections_of(text, headings):
+    """Cut a page at its headings of the second level; keep those that are asked for."""
+    parts = re.split(r"(?m)^(?=## )", text)
+    return [part for part in parts if not headings or part.startswith(tuple(f"## {one}" for one in headings))]
+
+
+def value_of(number):
+    return abs(float(number.replace(",", "")))
+
+
+def values_in(text):
+    return {value_of(number) for number in NUMBER.findall(text) if number.strip("+-,")}
+
+
+def is_one_of(number, known):
+    """Whether a number is one of the known ones, or of them as per cent, rounded to its own digits."""
+    reach = 0.5 * 10 ** -len(number.rpartition(".")[2]) + 1e-9
+    return any(abs(one * factor - value_of(number)) <= reach for one in known for factor in (1, 100))
+
+
+def is_derived(number, row):
+    """Whether a number is the sum or difference of two others of its table row."""
+    others = [value_of(one) for one in RESULT.findall(row) if one != number]
+    return row.startswith("|") and is_one_of(
+        number, {abs(a + sign * b) for a in others for b in others for sign in (1, -1) if a != b}
+    )
+
+
+def without_source(section, *, folder):
+    """List the results of a section that stand in no file of results that it links."""
+    linked = [folder / name for name in LINK.findall(section) if FILES_OF_RESULTS in name]
+    known = set().union(*(values_in(path.read_text()) for path in linked if path.is_file()))
+    known |= {value for listed, _ in NAMED.findall(section) for value in values_in(listed)}
+    return [
+        number
+        for row in NOT_RESULTS.sub("", section).splitlines()
+        for number in RESULT.findall(row)
+        if not is_one_of(number, known) and not is_derived(number, row)
+    ]
+
+
+def what_is_missing(section, *, folder):
+    """Say what a section's results lack; empty if nothing."""
+    text = NOT_RESULTS.sub("", section)
+    if not RESULT.search(text):
+        return ""
+    if strange := without_source(section, folder=folder):
+        return f"{', '.join(strange)}: in no report that the section links"
+    if not SEEDS.search(text):
+        return "no number of seeds"
+    return "" if "95%" in text or "pilot" in text else 'neither an interval (95%) nor the word "pilot"'
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_result_has_its_file_its_seeds_and_its_interval(page):
+    path = ROOT / page
+    sections = sections_of(path.read_text(), PAGES[page])
+    assert sections
+    missing = {one.splitlines()[0]: what_is_missing(one, folder=path.parent) for one in sections}
+    assert {head: what for head, what in missing.items() if what} == {}
+
+
+SECTION = """## Which start
+[study/toy/report.md](study/toy/report.md): three seeds. The difference is -0.18 nats (95%: -0.213 to -0.148).
+
+| arm | pre-trained | random | difference |
+| --- | --- | --- | --- |
+| toy | 4.947 | 5.120 | -0.173 |
+
+Leaks: 91.2%. The setting is `lr 1.55`.
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "study" / "toy").mkdir(parents=True)
+    (tmp_path / "study" / "toy" / "report.md").write_text(
+        "-0.1803 (-0.2130 to -0.1481), 4.9469, -0.1730, 0.9117"
+    )
+    return tmp_path
+
+
+def test_a_section_with_all_of_it_passes(folder):
+    assert what_is_missing(SECTION, folder=folder) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("-0.18 nats", "-0.19 nats"), "-0.19: in no report"),
+        (("5.120", "5.220"), "5.220: in no report"),
+        (("91.2%", "92.2%"), "92.2: in no report"),
+        (("](study/toy/report.md)", "](study/other/report.md)"), "in no report"),
+        (("three seeds", "many of them"), "no number of seeds"),
+        (("95%", "range"), "neither an interval"),
+    ],
+)
+def test_a_result_without_its_evidence_is_named(folder, change, said):
+    assert said in what_is_missing(SECTION.replace(*change), folder=folder)
+
+
+def test_what_is_in_no_file_is_named_with_where_it_came_from(folder):
+    section = SECTION + "\nA language model has 3.39 nats.\n"
+    assert "3.39" in what_is_missing(section, folder=folder)
+    source = (
+        "<!-- results not in a linked file: 3.39. From metrics.jsonl of the language model, one run. -->\n"
+    )
+    assert what_is_missing(section + source, folder=folder) == ""
+    assert "3.39" in what_is_missing(section + source.replace(" From metrics", ""), folder=folder)
