@@ -1,5 +1,6 @@
 """The model card of an exported folder: what the model is, how to draw with it, its scores and its licences."""
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,12 +18,12 @@ from t2i.errors import UserError
 from t2i.files import hub_name, read_optional_json, read_yaml
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
-from t2i.tokens.image import ImageTokenizer
 
 MEASURED = {"scores.json": "eval", "coco_scores.json": "coco"}
 """Name of a scores file in an exported folder -> the run's folder of measures that it comes from."""
 SAMPLER = "draw"
 """The sampler, stored beside a model whose own class cannot draw."""
+EMBEDDED_TOKENIZER = ASSETS / "image_tokenizer"
 CARD = Path(__file__).with_name("card.md")
 NUM_CAPTIONS, CAPTION_CHARACTERS = 2, 120
 EMBEDDED = ("grinning face", "woman climbing: dark skin tone")
@@ -42,11 +43,7 @@ def model_card(
     measured = [scores for scores in (read_optional_json(folder / file) for file in MEASURED) if scores]
     settings = _settings(folder)
     python = sorted(file.name for file in folder.glob("*.py"))
-    template = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
-    )
-    template.filters |= {"text": as_text, "code": as_code, "literal": repr}
-    return template.from_string(CARD.read_text()).render(
+    return _template().render(
         front_matter=front_matter(measured, name=name, kind=checkpoint.model.config.model_type),
         name=name,
         repo=repo,
@@ -60,6 +57,15 @@ def model_card(
         python=python,
         draws_itself=not (folder / SAMPLER).is_dir(),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters |= {"text": as_text, "code": as_code, "literal": repr}
+    return environment.from_string(CARD.read_text())
 
 
 def as_text(value: object) -> str:
@@ -99,10 +105,9 @@ def licences(checkpoint: OpenedModel, settings: dict[str, Any]) -> dict[str, str
         found[f"images: {manifest.get('source')}"] = str(manifest.get("licence", "not stated"))
     for init, home in starts_of(settings):
         found[f"starting weights: {init}"] = stated_licence(home)
-    embedded = ImageTokenizer.load(ASSETS / "image_tokenizer")
     tokenizer = checkpoint.needed_image_tokenizer()
-    is_embedded = tokenizer.fingerprint() == embedded.fingerprint()
-    folder = embedded.folder if is_embedded else tokenizer.folder
+    is_embedded = tokenizer.has_weights_of(EMBEDDED_TOKENIZER)
+    folder = EMBEDDED_TOKENIZER if is_embedded else tokenizer.folder
     found["image tokenizer" + (" (t2i's own)" if is_embedded else "")] = stated_licence(folder)
     return found
 

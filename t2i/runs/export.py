@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
-from t2i.files import new_folder, read_optional_json, write_json
-from t2i.model.backbone import load_model
+from t2i.files import new_folder, read_json, read_optional_json, write_json
+from t2i.model.backbone import load_model, weight_files
 from t2i.model.open_lm import decoding_any_open_lm, products_open_lm, reading_open_lm, sampling_open_lm
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
@@ -24,6 +24,10 @@ from t2i.tokens.image import ROUND_TRIP
 
 SAMPLER_PARTS = (sampling_open_lm, decoding_any_open_lm, reading_open_lm, products_open_lm)
 """What draws with a class of transformers' own; they import torch, transformers and each other alone."""
+CONFIG, DTYPES = "config.json", ("dtype", "torch_dtype")
+"""A model's description, and what its newer and older form call the number type of the weights."""
+NUM_CHECKED = 8
+"""Ids whose logits are compared."""
 
 
 def export(
@@ -58,7 +62,7 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
     if not hasattr(checkpoint.model, "draw"):
         _write_sampler(part / SAMPLER)
     end_at(checkpoint.model, checkpoint.text_tokenizer.tokenizer)  # older runs did not write it down
-    checkpoint.model.save_pretrained(part)
+    _write_model(checkpoint, part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.needed_image_tokenizer().model.save_pretrained(part / IMAGE_TOKENIZER)
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in MEASURED.items()}
@@ -79,6 +83,23 @@ def _write_sampler(package: Path) -> None:
     first = Path(str(sampling_open_lm.__file__)).stem
     text = f'"""Captions to images, for the model beside it."""\n\nfrom .{first} import draw as draw\n'
     (package / "__init__.py").write_text(text)
+
+
+def _write_model(checkpoint: OpenedModel, part: Path) -> None:
+    """Write the model as it is stored, whatever precision it was opened in."""
+    model, files = checkpoint.model, weight_files(checkpoint.folder)
+    if not all(file.suffix == ".safetensors" for file in files):
+        model.save_pretrained(part)
+        return
+    # Everything but the weights, which are copied: written anew, they would take the precision of this process.
+    model.save_pretrained(part, state_dict={})
+    for file in part.glob("*.safetensors*"):
+        file.unlink()
+    for file in (*files, *checkpoint.folder.glob("*.safetensors.index.json")):
+        shutil.copyfile(file, part / file.name)
+    own, stored = (read_json(folder / CONFIG) for folder in (part, checkpoint.folder))
+    kept = {key: stored[key] for key in DTYPES if key in stored}
+    write_json(part / CONFIG, {key: value for key, value in own.items() if key not in DTYPES} | kept)
 
 
 def _forget_places(manifest: Path) -> None:
@@ -114,7 +135,7 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
 @torch.inference_mode()
 def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool) -> None:
     # Over the whole vocabulary: a routed model has other weights for its last ids.
-    ids = torch.linspace(0, model.config.vocab_size - 1, 24, device=model.device).long()[None]
+    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_CHECKED, device=model.device).long()[None]
     again = load_model(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     again = again.eval().to(model.device)
     # Rounding may differ a little with the weights' layout in memory. A swapped or lost tensor differs by far more.

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import processes
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import pipeline
 
 from t2i.runs.export import export
@@ -33,6 +36,23 @@ def exported(finished, tmp_path_factory):
     out = tmp_path_factory.mktemp("exports") / "tiny"
     export(open_model(str(finished.run_dir), needs_images=True), out=out, command="a test")
     return out
+
+
+def test_weights_are_exported_in_the_precision_that_they_are_stored_in(exported, tmp_path):
+    stored = tmp_path / "half"
+    opened = open_model(str(exported), needs_images=True)
+    shutil.copytree(exported, stored)
+    opened.model.to(torch.bfloat16).save_pretrained(stored)
+    # Opened in fp32, as on every CPU: the exported file has not twice the size.
+    export(open_model(str(stored), needs_images=True), out=tmp_path / "again", command="a test")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        stored / "model.safetensors"
+    ).read_bytes()
+    found = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert found.get("dtype", found.get("torch_dtype")) == "bfloat16"
+    again = open_model(str(tmp_path / "again"), needs_images=True, dtype="bfloat16").model
+    for name, value in load_file(stored / "model.safetensors").items():
+        assert torch.equal(again.state_dict()[name], value)
 
 
 def test_a_pipeline_generates_text(exported, tmp_path, monkeypatch):
