@@ -12,11 +12,14 @@ from t2i.cli.names import check_names, flag_names
 from t2i.cli.rules import REGISTRY, Refused
 from t2i.cli.run_file import run_file_flags
 from t2i.config.renamed import with_new_flags
+from t2i.config.size import DEMO, PAPER, size_settings
 from t2i.settings import check_values
 from t2i.shipped import find_shipped
 from t2i.verbs import RANK_FLAG, as_typed
 
 T = TypeVar("T")
+SIZE = "size"
+"""The flag that stands for several."""
 
 
 def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
@@ -37,7 +40,10 @@ def parse(kind: type[T], *, description: str, has_run_file: bool = True) -> T:
     file = _config_file(arguments) if has_run_file else None
     # A run file as flags: one parser then checks types and names of both, and the last of two flags counts.
     flags = run_file_flags(find_shipped(Path(file)), kind=kind) if file else []
-    command = read_flags(kind, [*flags, *arguments], description=as_typed(description))
+    words = [*flags, *arguments]
+    if SIZE in flag_names(kind):
+        words = _with_size(words)
+    command = read_flags(kind, words, description=as_typed(description))
     check_values(command)
     return command
 
@@ -65,6 +71,22 @@ def _config_file(arguments: list[str]) -> str | None:
         if name == "--config":
             return value or next(iter(arguments[place + 1 :]), None)
     return None
+
+
+def _with_size(words: list[str]) -> list[str]:
+    """Put what `--size N` stands for behind it, so that later flags override it."""
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name == f"--{SIZE}":
+            value = value or next(rest, "")
+            word = f"{name}={value}"
+        found.append(word)
+        # What is no number in range is refused by its field, with the range.
+        if name == f"--{SIZE}" and value.isdecimal() and DEMO <= int(value) <= PAPER:
+            found += [f"--{key}={number}" for key, number in size_settings(int(value)).items()]
+    return found
 
 
 def quiet_libraries() -> None:

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Ge, Le
 
 from t2i.cli import parse
 from t2i.config import PlanConfig, RunConfig
+from t2i.config.size import DEMO, PAPER
 
 
 @dataclass(frozen=True)
 class PlanCommand(RunConfig):
     """The run, the machine and the price."""
 
+    size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
+    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
+    override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None

@@ -9,15 +9,22 @@ With no --config it trains on the embedded emoji. Run the same command to resume
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from t2i.cli import parse
 from t2i.config import RunConfig
+from t2i.config.size import DEMO, PAPER
 
 
 @dataclass(frozen=True)
 class TrainCommand(RunConfig):
     """All settings of a run, and two files."""
 
+    size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
+    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
+    override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON: ZeRO stage, precision, micro-batch size."""
     config: Path | None = None

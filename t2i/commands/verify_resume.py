@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from t2i.cli import parse
 from t2i.config import RunConfig
+from t2i.config.size import DEMO, PAPER
 from t2i.errors import UserError
 
 
@@ -30,6 +31,9 @@ class VerifyCommand(RunConfig):
     """Folder for the two runs."""
     num_steps: Annotated[int, Ge(2)] = 20
     """Steps of the whole run; it stops after half of them."""
+    size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
+    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
+    override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None
