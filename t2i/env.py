@@ -105,6 +105,8 @@ def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         problems.append(compiler_problem(operators_needed(ds_config)))
         problems.append(shared_memory_problem(num_ranks=int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        problems.append(cuda_compiler_problem(operators_needed(ds_config)))
     for problem in filter(None, problems):
         raise UserError(problem)
     if problem := disk_problem(run_dir):
@@ -158,6 +160,28 @@ def compiler_problem(names: list[str]) -> str:
         f"{' and '.join(missing)} not found, so DeepSpeed's operators ({', '.join(names)}) cannot be compiled."
         " Install them with `apt-get install g++` and `pip install ninja`."
     )
+
+
+def cuda_compiler_problem(names: list[str]) -> str:
+    """Describe the problem if DeepSpeed's Adam would be compiled for a GPU without nvcc; empty if there is none."""
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+    )  # here: torch takes seconds, and `python -m t2i.env` may lack it
+
+    if "fused_adam" not in names or CUDA_HOME or operators_built("fused_adam"):
+        return ""
+    return (
+        "there is no CUDA toolkit (nvcc) here, so DeepSpeed's Adam cannot be compiled. Put"
+        ' "optimizer": {"params": {"torch_adam": true}} into --ds_config: torch\'s own fused Adam needs no compiler.'
+    )
+
+
+def torch_compile_problem() -> str:
+    """Describe what torch.compile lacks on this machine; empty if nothing."""
+    # Also on a GPU: Triton compiles the code that starts its kernels.
+    if any(map(shutil.which, ("g++", "gcc", "clang", "cc"))):
+        return ""
+    return "train.compile needs a C++ compiler, and none is here. Install one with `apt-get install g++`."
 
 
 def disk_problem(folder: Path) -> str:

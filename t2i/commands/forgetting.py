@@ -14,6 +14,7 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from t2i.cli import CKPT, Ckpt, parse
+from t2i.config import Dtype
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -40,6 +41,8 @@ class ForgettingCommand:
     """At most so many sequences are measured."""
     max_new_tokens: Annotated[int, Ge(1), Le(100_000)] = 40
     """Tokens per completion."""
+    dtype: Dtype = "auto"
+    """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
@@ -58,6 +61,7 @@ def main() -> None:
         num_sequences=command.num_sequences,
         max_new_tokens=command.max_new_tokens,
         is_chat=command.chat,
+        dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
     path = write_forgetting(results, ckpt=command.ckpt, out=command.out)

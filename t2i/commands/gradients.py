@@ -42,7 +42,11 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
-        command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
+        command.ckpt,
+        device=device,
+        needs_images=False,
+        dtype="float32",  # whatever is stored: gradients of bf16 weights round at every layer
+        trust_remote_code=command.trust_remote_code,
     )
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)

@@ -15,7 +15,7 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
-from t2i.config import HeldoutData
+from t2i.config import Dtype, HeldoutData
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -31,6 +31,8 @@ class PerplexityCommand:
     """Images of each held-out split, evenly spread; 0 for all."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Sequences per batch."""
+    dtype: Dtype = "auto"
+    """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
@@ -46,7 +48,11 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
-        command.ckpt, device=device, needs_images=False, trust_remote_code=command.trust_remote_code
+        command.ckpt,
+        device=device,
+        needs_images=False,
+        dtype=command.dtype,
+        trust_remote_code=command.trust_remote_code,
     )
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(

@@ -19,7 +19,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
-from t2i.config import SampleConfig
+from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
 
 
@@ -39,6 +39,8 @@ class SampleCommand:
     folder of .txt files."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
+    dtype: Dtype = "auto"
+    """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
@@ -79,6 +81,7 @@ def main() -> None:
         command.ckpt,
         device=processes.device,
         needs_images=True,
+        dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
     if texts:

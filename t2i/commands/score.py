@@ -23,7 +23,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
-from t2i.config import SampleConfig
+from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
@@ -67,6 +67,8 @@ class ScoreCommand:
     shuffled, again by other seeds, which shows what chance does to a distance. Default: untrained; none with --coco."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
+    dtype: Dtype = "auto"
+    """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
@@ -98,6 +100,7 @@ def score_model(command: ScoreCommand) -> None:
         command.ckpt,
         device=processes.device,
         needs_images=True,
+        dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
     task = task_of(command, checkpoint)

@@ -23,6 +23,7 @@ from t2i.config.run_config import (
 from t2i.config.tool_config import (
     AlignConfig,
     AlignRun,
+    Dtype,
     Gpu,
     HeldoutData,
     PlanConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "ControlInit",
     "DataConfig",
     "DsConfig",
+    "Dtype",
     "Family",
     "Gpu",
     "HeldoutData",

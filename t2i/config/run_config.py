@@ -221,7 +221,10 @@ class TrainConfig:
     """Steps between grids of sampled images; 0 for never."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of weights, sample order and caption dropout."""
-    # May change on resume: it chooses kernels, not what they compute.
+    # May change on resume, as the next one: they choose kernels, not what these compute.
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Compile the layers by torch.compile, which takes a minute or two at the first step. What a GPU gains has not been
+    measured yet."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """Give the same bits in every run on the same machine; slower on a GPU."""
     # Only logged by default: skipping or rewinding changes the experiment, so somebody has to ask for it.

@@ -10,7 +10,21 @@ from t2i.config.run_config import DataConfig, Mode
 from t2i.errors import UserError
 from t2i.settings import MAY_CHANGE, OR_ZERO, check_values
 
-Gpu = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200", "b200", "l40s", "rtx4090", "rtx3090", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Of a model that is opened to draw or to measure; auto as it is stored on a GPU, and float32 on a CPU."""
+Gpu = Literal[
+    "a100-40gb",
+    "a100-80gb",
+    "h100-80gb",
+    "h100-pcie",
+    "h100-nvl",
+    "h200",
+    "b200",
+    "l40s",
+    "rtx4090",
+    "rtx3090",
+    "cpu",
+]
 
 
 @dataclass(frozen=True)

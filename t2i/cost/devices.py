@@ -48,6 +48,8 @@ GPUS = {
         _gpu("a100-40gb", 312, 40, "NVIDIA A100 data sheet", "A100-(SXM4|PCIE)-40GB"),
         _gpu("a100-80gb", 312, 80, "NVIDIA A100 data sheet", "A100(-SXM4-80GB| 80GB PCIe)"),
         _gpu("h100-80gb", 989, 80, "NVIDIA H100 SXM data sheet", "H100 80GB HBM3"),
+        _gpu("h100-pcie", 756, 80, "NVIDIA H100 PCIe data sheet", "H100 PCIe"),
+        _gpu("h100-nvl", 835, 94 * 1e9 / 2**30, "NVIDIA H100 NVL data sheet", "H100 NVL"),
         _gpu("h200", 989, 141 * 1e9 / 2**30, "NVIDIA H200 SXM data sheet", "H200"),
         _gpu("b200", 2250, 180 * 1e9 / 2**30, "NVIDIA DGX B200 data sheet", "B200"),
         _gpu("l40s", 362, 48 * 1e9 / 2**30, "NVIDIA L40S data sheet", "L40S"),

@@ -6,8 +6,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from t2i.config import DsConfig, ImageWeights, Trainable
+from t2i.model import loss
 from t2i.model.backbone import made_of
-from t2i.model.loss import CHUNK_ROWS
 from t2i.model.resize import split_rows
 from t2i.model.routing import num_idle, route
 from t2i.model.trainable import add_lora, set_trainable
@@ -124,15 +124,16 @@ def estimate_memory(
     summed_in = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32" if element == 4 else "bf16")
     zero = ds_config["zero_optimization"]
     # While one bucket is reduced, the next one is filled.
-    num_buckets = 2 if zero.get("overlap_comm") else 1
+    num_buckets = 2 if zero.get("overlap_comm") and num_gpus > 1 else 1
     rows = model.vocab_size
+    positions = loss.CHUNK_LOGITS // rows
     return Memory(
         weights=element * counts.total,
         gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
         optimizer=12 * counts.learned / num_gpus,
         buckets=element * num_buckets * zero.get("reduce_bucket_size", DEFAULT_BUCKET),
-        logits=rows * (CHUNK_ROWS + model.hidden_size) * LOGIT_BYTES[element]
-        + 16 * CHUNK_ROWS * model.hidden_size,
+        logits=rows * (positions + model.hidden_size) * LOGIT_BYTES[element]
+        + 16 * positions * model.hidden_size,
         activations=activation_bytes(
             model, num_tokens=num_tokens, element_bytes=element, is_checkpointed=is_checkpointed
         ),

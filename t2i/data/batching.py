@@ -9,6 +9,9 @@ from t2i.tokens.sequence import IGNORED
 
 POSITIONS = 8
 """The positions of a micro-batch are a multiple of this, because matrix products are faster then."""
+COMPILED_POSITIONS = 32
+"""Lengths of micro-batches are a multiple of this under train.compile, where each length is compiled. The paper's
+layout has four such lengths. Otherwise a length costs nothing, and padding does."""
 
 
 def global_batch(batch_tokens: int, *, seq_len: int, world_size: int) -> int:
@@ -31,8 +34,12 @@ def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:
     return steps, -(-per_rank // steps)
 
 
-def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple[Tensor, Tensor]]:
+def micro_batches(
+    input_ids: Tensor, labels: Tensor, *, size: int, multiple: int = 1
+) -> list[tuple[Tensor, Tensor]]:
     """Split a step's sequences (B, S) into parts of `size`, grouped by length, without columns that are all padding.
+
+    Lengths are rounded up to a `multiple`, S at most.
 
     The loss is the same: a step is a sum over its sequences, and no position attends to its right.
     """
@@ -44,7 +51,7 @@ def micro_batches(input_ids: Tensor, labels: Tensor, *, size: int) -> list[tuple
     for rows in order.split(size):
         # Rows times columns is what a matrix product sees, so it is this that must be a multiple of eight. Rounding
         # each width up instead would leave twice the padding at 320 positions per sequence.
-        columns = POSITIONS // math.gcd(POSITIONS, len(rows))
+        columns = math.lcm(multiple, POSITIONS // math.gcd(POSITIONS, len(rows)))
         longest = -(-max(1, int(lengths[rows].max())) // columns) * columns
         parts.append((input_ids[rows, :longest], labels[rows, :longest]))
     return parts

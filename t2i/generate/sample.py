@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -95,21 +97,29 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
     room = _room(model)
     texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
     start = settings.seed if first_seed is None else first_seed
-    return sample_codes(
-        model,
-        [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
-        # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
-        empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
-        image_ids=layout.image_rows,
-        num_codes=num_codes,
-        # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
-        seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
-        guidance_scale=settings.guidance_scale,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        is_compiled=settings.compile,
-    )
+    with own_attention():
+        return sample_codes(
+            model,
+            [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
+            # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
+            empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
+            image_ids=layout.image_rows,
+            num_codes=num_codes,
+            # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
+            seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
+            guidance_scale=settings.guidance_scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            is_compiled=settings.compile,
+        )
+
+
+def own_attention() -> AbstractContextManager[None]:
+    """Leave out cuDNN's attention while codes are drawn one by one."""
+    # torch prefers it in bf16 on newer GPUs, and it prepares a plan for each new shape, which takes tens of
+    # milliseconds. Here the keys grow by one per code: a thousand plans, most of a minute, for each length of prompt.
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _room(model: PreTrainedModel) -> int:
@@ -202,6 +212,8 @@ def drawing_settings(
     """Return all that decides the images of a drawing, as plain JSON."""
     return {
         "weights": opened.weights,
+        # Left out where it is fp32, as are switches that are off: folders from before can be continued.
+        **({} if opened.dtype == "float32" else {"dtype": opened.dtype}),
         # `compile` is left out where it is off: folders from before there was such a setting can be continued.
         **{key: value for key, value in asdict(config).items() if key != "compile" or value},
         # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.

@@ -57,7 +57,7 @@ class Codebook:
         # Updated in place, because it is the model's own parameter.
         self.weight = weight  # (N, C)
         self.decay = decay
-        self.counts = torch.ones(len(weight)) if counts is None else counts
+        self.counts = weight.new_ones(len(weight)) if counts is None else counts
         self.sums = weight.detach() * self.counts[:, None]
 
     def nearest(self, latents: Tensor) -> Tensor:
@@ -67,20 +67,20 @@ class Codebook:
     @torch.no_grad()
     def follow(self, latents: Tensor, codes: Tensor) -> None:
         """Move each code towards the mean of the latents that chose it."""
-        ones = torch.ones(len(codes))
+        ones = torch.ones_like(latents[:, 0])
         zeros = torch.zeros_like(self.counts)
         self.counts.lerp_(zeros.index_add(0, codes, ones), 1 - self.decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add(0, codes, latents), 1 - self.decay)
         # A code that no latent chose stays where it is: its sum and its count have both faded to nothing.
-        used = self.counts > 1e-4
-        self.weight[used] = self.sums[used] / self.counts[used, None]
+        used = (self.counts > 1e-4)[:, None]
+        self.weight.copy_(torch.where(used, self.sums / self.counts[:, None], self.weight))
 
     @torch.no_grad()
     def revive(self, latents: Tensor, *, generator: torch.Generator) -> int:
         """Move codes with less than 3% of the mean count onto random latents; return how many."""
         even_share = float(self.counts.mean())
         dead = (self.counts < 0.03 * even_share).nonzero().flatten()
-        picks = torch.randint(len(latents), (len(dead),), generator=generator)
+        picks = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
         self.weight[dead] = latents[picks]
         # With the mean count, or the next average would move the code far, or count it as unused again.
         self.counts[dead] = even_share
@@ -98,7 +98,7 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
         raise DataError(
             f"{len(points)} latents are too few for {num_centres} codes: use more images or fewer codes."
         )
-    centres = points[torch.randperm(len(points), generator=generator)[:num_centres]].clone()
+    centres = points[torch.randperm(len(points), generator=generator)[:num_centres].to(points.device)].clone()
     for _ in range(KMEANS_ITERATIONS):
         distances, nearest = torch.cdist(points, centres).min(1)
         counts = torch.bincount(nearest, minlength=num_centres)
@@ -132,13 +132,14 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
         NumericalError: a loss is not finite.
     """
     torch.manual_seed(config.seed)
+    # On the CPU whatever computes, so that every device sees the same images in the same order.
     generator = torch.Generator().manual_seed(config.seed)
-    model = build_vq_model(config)
+    model = build_vq_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
-    batches = _batches(pictures, config, generator)
+    batches = (pixels.to(model.device) for pixels in _batches(pictures, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     for step in bar:
         if step == num_continuous:
@@ -260,7 +261,7 @@ def _restore(
     """Load a saved state if there is one, and return the step to resume from."""
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
     if state["config"] != asdict(config):
         changed = [key for key, value in asdict(config).items() if state["config"].get(key) != value]
         raise UserError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from t2i.config import Dtype
 from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, read_manifest
 from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
@@ -191,6 +192,8 @@ class KeptLanguage:
     """Name of a text -> its loss."""
     completions: list[str]
     """One per prompt."""
+    dtype: str
+    """Of the weights that were measured."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ def measure_forgetting(
     num_sequences: int,
     max_new_tokens: int,
     is_chat: bool = False,
+    dtype: Dtype = "auto",
     trust_remote_code: bool = False,
 ) -> Forgetting:
     """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
@@ -227,7 +231,13 @@ def measure_forgetting(
     models = {}
     # One model in memory at a time: a model and its reference may each fill the device.
     for name, ckpt in ckpts.items():
-        opened = open_model(ckpt, device=device, needs_images=False, trust_remote_code=trust_remote_code)
+        opened = open_model(
+            ckpt,
+            device=device,
+            needs_images=False,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
         tokenizer, layout = opened.text_tokenizer, opened.layout
         costs = {}
         for kind, text in texts.items():
@@ -241,7 +251,9 @@ def measure_forgetting(
             max_new_tokens=max_new_tokens,
             is_chat=is_chat,
         )
-        models[name] = KeptLanguage(str(opened.folder), costs=costs, completions=completed)
+        models[name] = KeptLanguage(
+            str(opened.folder), costs=costs, completions=completed, dtype=opened.dtype
+        )
     return Forgetting(texts, prompts=prompts, models=models)
 
 

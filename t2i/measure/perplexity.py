@@ -119,6 +119,7 @@ def write_perplexity(
         "checkpoint": str(model.folder),
         "shards": str(config.shards),
         "mode": config.mode,
+        "dtype": model.dtype,
         "image_rows_only": softmax_rows(model.model, layout=model.layout) is not None,
     }
     write_json(path, {**about, "splits": {split: costs.to_json() for split, costs in splits.items()}})

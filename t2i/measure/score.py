@@ -128,8 +128,9 @@ def draw_rows(
 def untrained(checkpoint: OpenedModel) -> OpenedModel:
     """Swap the model for one of the same architecture randomly initialised (seed 0)."""
     torch.manual_seed(0)  # the same on every rank, as ranks draw shares of one folder
-    model = made_of(checkpoint.model.config).eval()
-    return replace(checkpoint, model=model.to(device=checkpoint.model.device), weights="random, seed 0")
+    # In the model's own precision too, or two rows of one score would differ in it.
+    model = made_of(checkpoint.model.config).eval().to(checkpoint.model.device, checkpoint.model.dtype)
+    return replace(checkpoint, model=model, weights="random, seed 0")
 
 
 def score(
@@ -207,7 +208,7 @@ def _subject(checkpoint: OpenedModel, drawing: Drawing) -> Subject:
         image_tokenizer_sha256=checkpoint.needed_image_tokenizer().fingerprint(),
         sampler=asdict(drawing.config),
         batch_size=drawing.batch_size,
-        dtype=str(checkpoint.model.dtype).removeprefix("torch."),
+        dtype=checkpoint.dtype,
         device=str(checkpoint.model.device.type),
         versions={name: version(name) for name in SCORED_WITH},
     )

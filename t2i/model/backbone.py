@@ -6,7 +6,7 @@ release.
 
 import pickle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -90,9 +90,12 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Pretr
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype | Literal["stored"] = torch.float32,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model in its own class; dtype None for transformers' own choice.
+    """Load a causal language model in its own class, in fp32 unless asked otherwise; "stored" as its file has it.
 
     Raises:
         UserError: no causal language model, weights that do not fit config.json, code of its own, or logits that are
@@ -108,7 +111,7 @@ def load_model(
         model, report = kind.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype="auto" if dtype == "stored" else dtype,
             output_loading_info=True,
             generation_config=read_generation(folder, config),
             trust_remote_code=trust_remote_code,

@@ -14,10 +14,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from t2i.tokens.sequence import IGNORED
 
 LOG2_E = math.log2(math.e)
-CHUNK_ROWS = 1_024
-"""Positions whose logits exist at one time; fewer would make a GPU wait for memory."""
+CHUNK_LOGITS = 2**28
+"""Logits that exist at one time on a GPU, 1 GiB in fp32; each chunk more is one more sum into the head's gradient."""
 CPU_CHUNK_ROWS = 512
-"""The same on a CPU, where more are no faster."""
+"""Positions whose logits exist at one time on a CPU, where more are no faster."""
 CPU_TILE_ROWS = 2_048
 """Ids whose logits exist at one time on a CPU: with CPU_CHUNK_ROWS, four megabytes, which stay in its cache."""
 
@@ -42,7 +42,7 @@ def token_losses(
     flat, targets = hidden.flatten(0, 1), labels.flatten()  # (B S, D), (B S,)
     found = torch.zeros(2, len(targets), device=hidden.device)  # (2, B S)
     for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
-        for chunk in _chunks(places):
+        for chunk in _chunks(places, num_ids=len(rows)):
             softmax = _softmax(flat[chunk], targets[chunk] - rows.start, head=head[rows.start : rows.stop])
             found[:, chunk] = torch.stack([softmax.losses, softmax.partitions.square()])
     losses, squares = found.view(2, *labels.shape)
@@ -90,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
         head_gradient = torch.zeros_like(head, dtype=torch.float32)  # (V, D)
         for places, rows in _parts(targets, num_rows=len(head), image_rows=image_rows):
             own = slice(rows.start, rows.stop)
-            for chunk in _chunks(places):
+            for chunk in _chunks(places, num_ids=len(rows)):
                 found[:, chunk], hidden_gradient[chunk] = _chunk_gradient(
                     flat[chunk],
                     targets[chunk] - rows.start,
@@ -204,9 +204,9 @@ def _add_product(total: Tensor, *, first: Tensor, second: Tensor) -> None:
         total += first @ second
 
 
-def _chunks(places: Tensor) -> tuple[Tensor, ...]:
+def _chunks(places: Tensor, *, num_ids: int) -> tuple[Tensor, ...]:
     """Split places (N,) into the fewest chunks of one size, since each reads the head and its gradient once."""
-    most = CPU_CHUNK_ROWS if places.device.type == "cpu" else CHUNK_ROWS
+    most = CPU_CHUNK_ROWS if places.device.type == "cpu" else max(1, CHUNK_LOGITS // num_ids)
     return places.tensor_split(max(1, math.ceil(len(places) / most)))
 
 

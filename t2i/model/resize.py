@@ -185,3 +185,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             state[f"{name}.weight"] = joined.setdefault(id(module.new), torch.cat([old, new]))
     merge_lora(model, state)
     return state
+
+
+def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy a state dict from a GPU to the host; a tensor that has two names stays one."""
+    # DeepSpeed keeps a group's weights in one memory, and transformers clones what shares memory: on a GPU that is
+    # nearly full, a save would end the run.
+    moved: dict[tuple[int, int, torch.Size], Tensor] = {}
+    return {
+        name: moved.setdefault((value.data_ptr(), value.numel(), value.shape), value.cpu())
+        for name, value in state.items()
+    }

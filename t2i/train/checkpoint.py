@@ -15,7 +15,7 @@ from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.distributed.run_id import OwnFolder
 from t2i.errors import CheckpointError, UserError
 from t2i.files import write_whole
-from t2i.model.resize import merged_state_dict
+from t2i.model.resize import merged_state_dict, on_cpu
 from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.checkpoint_manifest import CheckpointManifest, Facts, SealedFile, read_checkpoint_manifest
@@ -110,7 +110,7 @@ class Saver:
             )
         faults.reach("weights", step=step, path=staging)
         # Merged: transformers knows neither LoRA adapters nor embeddings in two parts.
-        model.save_pretrained(staging, state_dict=merged_state_dict(model))
+        model.save_pretrained(staging, state_dict=on_cpu(merged_state_dict(model)))
         self.inputs.text_tokenizer.tokenizer.save_pretrained(staging)
 
     def _manifest(self, step: int) -> CheckpointManifest:

@@ -29,6 +29,8 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 """DeepSpeed's file of the weights."""
 NORM_PART = 2**20
 """Values of a gradient whose squares are summed at a time."""
+GPU_NORM_PART = 2**27
+"""The same on a GPU, where a part costs the start of some kernels; 1 GiB in double precision."""
 SEALERS = 2
 """Files that a rank flushes to disk and hashes at one time, while it writes the next."""
 
@@ -248,7 +250,7 @@ def step_without_update(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def measure_in_parts(optimizer: Any) -> None:
-    """Let DeepSpeed take the norm of gradients in parts of NORM_PART values."""
+    """Let DeepSpeed take the norm of gradients in parts of NORM_PART or GPU_NORM_PART values."""
     # It copies what it measures in double precision, which for a whole matrix takes much memory.
     whole = optimizer.get_grad_norm_direct
 
@@ -258,7 +260,7 @@ def measure_in_parts(optimizer: Any) -> None:
             (part, param)
             # Not strict: the padding of the last partition comes after the last parameter and belongs to none.
             for gradient, param in zip(real, params, strict=False)
-            for part in gradient.flatten().split(NORM_PART)
+            for part in gradient.flatten().split(NORM_PART if gradient.is_cpu else GPU_NORM_PART)
         ]
         return whole([part for part, _ in pairs], [param for _, param in pairs], **rest)
 
@@ -266,9 +268,7 @@ def measure_in_parts(optimizer: Any) -> None:
 
 
 def free_engine(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let go of an engine: its gradients, the optimizer's state and its copy of the weights."""
-    # The optimizer's hooks hang on the parameters' gradient accumulators, which no garbage collection sees: without
-    # this, a process keeps all of every engine that it ever made.
+    """Free an engine, whose hooks on autograd's nodes would otherwise keep it for as long as the process runs."""
     engine.destroy()
     gc.collect()
 

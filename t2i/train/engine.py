@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import DsConfig, TrainConfig
 from t2i.data.batching import accumulation
+from t2i.distributed.collectives import rank_and_size
 from t2i.errors import UserError
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
@@ -107,7 +108,7 @@ def whole_ds_config(ds_config: DsConfig, *, config: TrainConfig, per_rank: int) 
             **({"fused": True} if chosen.get("torch_adam") else {}),
         },
     }
-    whole = {
+    whole: dict[str, object] = {
         **ds_config,
         "train_micro_batch_size_per_gpu": micro_batch,
         # DeepSpeed divides each gradient by this and by the number of ranks; Stepper.accumulate multiplies by both.
@@ -115,6 +116,9 @@ def whole_ds_config(ds_config: DsConfig, *, config: TrainConfig, per_rank: int) 
         "gradient_clipping": config.grad_clip,
         "optimizer": optimizer,
     }
+    if rank_and_size()[1] == 1:
+        # There is nothing to reduce while the backward pass runs, and DeepSpeed would wait for the device every time.
+        whole["zero_optimization"] = {**ds_config["zero_optimization"], "overlap_comm": False}
     with _refusals():
         deepspeed.DeepSpeedConfig(whole)
     return whole

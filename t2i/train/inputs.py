@@ -22,6 +22,7 @@ from t2i.data.shards.manifest import (
 from t2i.data.shards.reader import check_image_tokenizer, fetch_shards
 from t2i.data.sources import open_source
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
+from t2i.env import torch_compile_problem
 from t2i.errors import UserError
 from t2i.files import hub_name, not_here
 from t2i.runs.loading import find
@@ -55,9 +56,12 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
 
     Raises:
         DataError: there are no such shards.
-        UserError: they are too few for a step, or model.init or a file of embeddings does not exist.
+        UserError: they are too few for a step, model.init or a file of embeddings does not exist, or there is no
+            compiler to compile with.
     """
     data, model = config.data, config.model
+    if config.train.compile and (problem := torch_compile_problem()):
+        raise UserError(problem)
     size = global_batch(config.train.global_batch_tokens, seq_len=data.seq_len, world_size=world_size)
     for one, a_step in parts_of_a_step(data, global_batch=size, world_size=world_size):
         # Remote shards are downloaded first, and the embedded ones made.

@@ -16,6 +16,7 @@ from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import SAMPLES, report_command
 from t2i.train.checkpoint import Saver
+from t2i.train.compiled import eagerly
 from t2i.train.guards import MAX_SKIPPED, check_updates
 from t2i.train.metrics import MetricsWriter, measured, short
 from t2i.train.periodic import Periodic
@@ -175,7 +176,8 @@ class Trainer:
             faults.reach("periodic", step=self.progress.step)
             was_cut = False
             try:
-                rows += self.periodic[place].work(self.progress.step, self.requests.is_signalled)
+                with eagerly():
+                    rows += self.periodic[place].work(self.progress.step, self.requests.is_signalled)
             except Interrupted:
                 was_cut = True
             # Ranks look at the request at different moments; they must agree before one leaves the others waiting.

@@ -30,6 +30,7 @@ from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
+from t2i.train.compiled import compile_layers
 from t2i.train.deepspeed_internals import free_engine
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine, whole_ds_config
@@ -107,6 +108,8 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             warn_of_slow_bf16(model, ds_config, tokens=per_rank * data_config.seq_len)
             is_bf16 = ds_config.get("bf16", {}).get("enabled", False)
             check_precision(model, dtype=torch.bfloat16 if is_bf16 else torch.float32)
+            if train_config.compile:
+                compile_layers(model, seq_len=data_config.seq_len)
             learner = Learner(model, layout=layout, z_loss=train_config.z_loss)
             engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
             at_end.callback(free_engine, engine)

@@ -174,7 +174,7 @@ def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) 
             folder = writer.run_dir / SAMPLES
             folder.mkdir(exist_ok=True)
             (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
-            with interruptible(drawer.model, should_stop):
+            with interruptible(drawer.model, should_stop), on_device_of(drawer):
                 sheet = draw_grid(drawer, captions)
             sheet.save(folder / f"step_{step:06d}.png")
             writer.show(sheet, step=step)
@@ -186,6 +186,19 @@ def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) 
 def _captions(data: DataConfig, *, split: str) -> list[str]:
     samples = read_split(data.shards, split, num_samples=NUM_SAMPLED, remote=data.remote)
     return [sample["caption"] for sample in samples]
+
+
+@contextmanager
+def on_device_of(drawer: Drawer) -> Iterator[None]:
+    """Let the image tokenizer decode where the model is, and give its memory back to training afterwards."""
+    # All ranks wait for the grid, which takes a tokenizer of the paper's size ten minutes on a CPU's core.
+    network = drawer.image_tokenizer.model
+    home = network.device
+    network.to(drawer.model.device)
+    try:
+        yield
+    finally:
+        network.to(home)
 
 
 @contextmanager

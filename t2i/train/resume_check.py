@@ -1,6 +1,5 @@
 """A run's own proof that it resumes: the same steps trained at once, and in two halves with a resume between."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +39,6 @@ def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tu
         if checkpoints.last_step(run.run_dir) < step:
             with _stop_expected():
                 train(run, ds_config_path=ds_config_path, stop_at=step)
-            gc.collect()  # one engine at a time
     return whole.run_dir, halves.run_dir
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t2i.config import TrainConfig
-from t2i.data.batching import micro_batches
+from t2i.data.batching import COMPILED_POSITIONS, micro_batches
 from t2i.data.loader import Batch, StepLoader
 from t2i.distributed import faults
 from t2i.distributed.collectives import any_rank, of_all_ranks
@@ -72,7 +72,12 @@ class Stepper:
         input_ids = batch["input_ids"]  # (B, S)
         data_seconds = time.perf_counter() - started
         labels = next_token_labels(input_ids, layout=self.layout)  # (B, S)
-        parts = micro_batches(input_ids, labels, size=self.engine.train_micro_batch_size_per_gpu())
+        parts = micro_batches(
+            input_ids,
+            labels,
+            size=self.engine.train_micro_batch_size_per_gpu(),
+            multiple=COMPILED_POSITIONS if self.config.compile else 1,
+        )
         # The gradient's scale needs all ranks' tokens before the first backward. It stays on the device: no wait.
         total = tokens_of_all(labels, device=self.engine.device)
         # Not by DeepSpeed's scheduler: the schedule is a function of the step, so there is no state to resume.

@@ -5,17 +5,35 @@ import os
 import sys
 import weakref
 from datetime import timedelta
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.cpp_extension
 from conftest import ROOT, config_of
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from t2i.config import ASSETS, TokenizerConfig, TrainConfig
 from t2i.distributed import launch, rendezvous
+from t2i.env import cuda_compiler_problem, operators_needed
 from t2i.errors import UserError
+from t2i.generate import sample
+from t2i.image_tokenizer.train import Codebook, _step_loss, build_vq_model
+from t2i.model.backbone import load_model
+from t2i.model.loss import _chunks
+from t2i.model.resize import on_cpu
+from t2i.runs.loading import dtype_of, open_model
+from t2i.tokens.image import ImageTokenizer
 from t2i.train import main
+from t2i.train.deepspeed_internals import measure_in_parts
+from t2i.train.ds_config import read_ds_config
+from t2i.train.engine import whole_ds_config
+from t2i.train.periodic import on_device_of
+
+ZERO2 = read_ds_config(ROOT / "ds_configs" / "zero2.json")
 
 
 @pytest.fixture
@@ -99,3 +117,112 @@ def test_a_run_leaves_no_engine_behind(ends_by, shards, tmp_path, monkeypatch):
     assert made
     assert alive() <= before
     assert [ref for ref in made if ref() is not None] == []
+
+
+def test_the_gpus_json_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/nowhere")
+    assert cuda_compiler_problem(operators_needed(ZERO2)) == ""
+    plain = {key: value for key, value in ZERO2.items() if key != "optimizer"}
+    assert "torch_adam" in cuda_compiler_problem(operators_needed(plain))
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    assert cuda_compiler_problem(operators_needed(plain)) == ""
+
+
+def test_one_rank_has_nothing_to_overlap(one_process):
+    assert ZERO2["zero_optimization"]["overlap_comm"]
+    whole = whole_ds_config(ZERO2, config=TrainConfig(), per_rank=8)
+    assert whole["zero_optimization"] == {**ZERO2["zero_optimization"], "overlap_comm": False}
+
+
+def test_a_gpu_walks_memory_in_few_large_parts():
+    seen = []
+    optimizer = SimpleNamespace(
+        get_grad_norm_direct=lambda parts, _: seen.append([len(part) for part in parts])
+    )
+    measure_in_parts(optimizer)
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            optimizer.get_grad_norm_direct([torch.empty(2**27 + 1, device=device)], [object()])
+        places = torch.empty(9 * 1_152, dtype=torch.long, device="cuda")
+        chunks = [len(chunk) for chunk in _chunks(places, num_ids=66_824)]
+    assert (len(seen[0]), seen[1]) == (2**7 + 1, [2**27, 1])
+    # Three of one size, a gigabyte of logits each; nine of 1,152 before.
+    assert chunks == [3_456] * 3 and 3_456 * 66_824 <= 2**28
+
+
+def test_a_saved_tensor_with_two_names_is_moved_once():
+    flat = torch.arange(12.0)  # as ZeRO keeps a group: one memory, of which weights are views
+    tied, other = flat[:6].view(2, 3), flat[6:].view(2, 3)
+    moved = on_cpu({"embedding": tied, "head": tied.detach(), "other": other, "turned": other.T})
+    assert moved["embedding"] is moved["head"]
+    assert torch.equal(moved["other"], other) and torch.equal(moved["turned"], other.T)
+
+
+@pytest.fixture
+def half_folder(model_folder, tmp_path):
+    """The tiny model's folder as a run in bf16 saves it."""
+    opened = open_model(str(model_folder), needs_images=False)
+    opened.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    opened.text_tokenizer.tokenizer.save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
+def test_weights_in_half_precision_stay_so_on_a_gpu(half_folder):
+    assert dtype_of("auto", device="cuda") == dtype_of("auto", device=torch.device("cuda", 1)) == "stored"
+    assert dtype_of("auto", device="cpu") == dtype_of("float32", device="cuda") == torch.float32
+    assert dtype_of("bfloat16", device="cpu") == torch.bfloat16
+    assert load_model(half_folder, dtype="stored").dtype == torch.bfloat16
+    assert open_model(str(half_folder), needs_images=False).dtype == "float32"
+    assert open_model(str(half_folder), needs_images=False, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_images_name_a_precision_other_than_fp32(half_folder):
+    opened = [
+        open_model(str(half_folder), needs_images=False, dtype=name) for name in ("float32", "bfloat16")
+    ]
+    found = [
+        sample.drawing_settings({"0": "a"}, opened=one, config=sample.SampleConfig(), batch_size=1)
+        for one in opened
+    ]
+    assert [one.get("dtype") for one in found] == [None, "bfloat16"]
+
+
+def test_codes_are_drawn_without_an_attention_that_plans_each_length(model_folder, monkeypatch):
+    seen = []
+
+    def record(*_, **__):
+        cuda = torch.backends.cuda
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()))
+
+    monkeypatch.setattr(sample, "sample_codes", record)
+    drawer = sample.drawer_of(
+        open_model(str(model_folder), needs_images=True), settings=sample.SampleConfig()
+    )
+    sample.draw_codes(drawer, ["a"])
+    assert seen == [(False, True, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # training keeps it
+
+
+def test_an_image_tokenizer_trains_with_all_its_tensors_on_one_gpu():
+    config = TokenizerConfig(image_size=16, channels=(32, 32), codebook_size=8, batch_size=2)
+    # Fake tensors have a device and no memory; an operator that meets two devices fails as it would on a GPU.
+    # (The backward pass needs a driver; autograd keeps it on the devices of the forward pass.)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = build_vq_model(config)
+            pixels = torch.zeros(2, 3, 16, 16)
+        codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=0.99)
+        loss, latents = _step_loss(model, pixels, codebook, config)
+        assert {loss.device.type, latents.device.type, codebook.sums.device.type} == {"cuda"}
+
+
+def test_a_grid_is_decoded_where_the_model_is_and_the_memory_given_back(monkeypatch):
+    tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
+    moves = []
+    monkeypatch.setattr(type(tokenizer.model), "to", lambda self, place: moves.append(str(place)))
+    drawer = SimpleNamespace(image_tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cuda", 1)))
+    with pytest.raises(RuntimeError), on_device_of(drawer):
+        assert moves == ["cuda:1"]
+        raise RuntimeError
+    assert moves == ["cuda:1", "cpu"]
