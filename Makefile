@@ -116,9 +116,9 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
-# gpu.py needs a GPU and is run by hand.
-BENCHMARKS ?= sampling training_step precision padding loading preparing scoring waiting growth
+# gpu.py and gpu_step.py need a GPU and are run by hand. QUICK=--quick: each in two minutes, and nothing is published.
+BENCHMARKS ?= sampling training_step loss precision padding loading preparing scoring waiting growth
 bench: install
 	$(BIN)/pip install --quiet --editable '.[bench]'
-	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(QUICK); done
 	$(BIN)/python benchmarks/page.py

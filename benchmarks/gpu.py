@@ -1,84 +1,128 @@
-"""The 1B model on one GPU, in at most ten minutes: training MFU, memory, sampling.
+"""The 1B model on one GPU, in at most ten minutes: training MFU, memory, sampling, encoding images.
 
-Training is in bf16 with 1,152 tokens per sequence, by DeepSpeed's ZeRO-2 with fused Adam. Sampling draws 1,024 codes
-with guidance, by the eager step and by a step compiled into a CUDA graph. When the time is up, the remaining parts are
-skipped. Results are in results/gpu.json.
+Training is in bf16 with 1,152 tokens per sequence, by DeepSpeed's ZeRO-2 with torch's fused Adam. A step is the
+paper's: 896 sequences in as many micro-batches as it takes. Sampling draws 1,024 codes with guidance, by the eager step
+and by a step compiled into a CUDA graph. Each row is printed and kept in results/gpu.json as soon as it is known. When
+the time is up, the remaining parts are skipped.
 
 Examples:
-    python benchmarks/gpu.py --peak-tflops 989 --bandwidth-tb 3.35      an H100
-    python benchmarks/gpu.py --peak-tflops 312 --bandwidth-tb 2.04      an A100
+    python benchmarks/gpu.py --bandwidth-tb 3.35                an H100
+    python benchmarks/gpu.py --bandwidth-tb 2.04 --compile      an A100, the layers compiled
+    python benchmarks/gpu.py --bandwidth-tb 1.01 --quick        any card that t2i knows, in two minutes
 """
 
-import argparse
 import functools
+import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import preparing
 import side_by_side
 import torch
+from deepspeed import DeepSpeedEngine
 
 from t2i.config import TrainConfig
+from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import count_parameters, estimate_memory, flops_a_token
 from t2i.distributed.launch import start_processes
+from t2i.generate.sample import own_attention
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.sampling_open_lm import sample_codes
+from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.vocab import VocabLayout
+from t2i.train.compiled import compile_layers
+from t2i.train.deepspeed_internals import free_engine
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine
 
+DEVICE = "cuda"
 LAYOUT = VocabLayout(50_432, num_text_tokens=50_277, codebook_size=16_384)
 CONFIG = OpenLMConfig(LAYOUT.vocab_size, 2_048, 24, 16)
 SEQ_LEN, CODES, PROMPT = 1_152, 1_024, 34
+SEQUENCES = 896
+"""Sequences of the paper's step."""
 DS_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 # Under ten minutes, so that a short slot of a queue is enough: what is done by then is kept.
-MOST_SECONDS = 540
-LEAST_MFU = {"A100": 0.6, "H100": 0.5}
+MOST_SECONDS, QUICK_SECONDS = 540, 100
+LEAST_MFU = {"A100": 0.6, "H100": 0.5, "H200": 0.5}
 """MFU to reach, by the device's name."""
-MOST_OVER_BANDWIDTH = {8: 2.0, 64: 2.5}
-"""Time that sampling may take, as a multiple of the bandwidth limit, by batch."""
+MOST_OVER_BANDWIDTH = {1: 1.55, 8: 2.0, 64: 2.5}
+"""Time that sampling may take, as a multiple of the bandwidth limit, by batch; 1.55 is 1.3 s per image on an H100."""
+IMAGE_SIZE, IMAGE_BATCH, CHANNELS = 256, 32, [128, 256, 256, 512]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--peak-tflops", type=float, required=True, help="dense bf16 peak from the data sheet"
-    )
+    parser = side_by_side.parser_of(__doc__)
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak; by default the data sheet's")
     parser.add_argument(
         "--bandwidth-tb", type=float, required=True, help="terabytes per second from the data sheet"
     )
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--compile", action="store_true", help="train with train.compile")
+    parser.add_argument(
+        "--seconds", type=float, default=MOST_SECONDS, help="time after which parts are skipped"
+    )
+    options = side_by_side.parse(parser, seconds=QUICK_SECONDS)
+    if not is_visible():
         raise SystemExit("benchmarks/gpu.py needs a CUDA device; none is visible.")
-    end = time.monotonic() + MOST_SECONDS
+    end = time.monotonic() + options.seconds
     device = torch.cuda.get_device_name()
-    rows = list(training(peak=options.peak_tflops * 1e12, device=device, end=end))
-    torch.cuda.empty_cache()
-    rows += sampling(bandwidth=options.bandwidth_tb * 1e12, end=end)
-    side_by_side.write("gpu", rows, figures={f"device {device}": {"bytes": torch.cuda.mem_get_info()[1]}})
+    peak = options.peak_tflops * 1e12 if options.peak_tflops else peak_flops_of(device)
+    if not peak:
+        raise SystemExit(f"the bf16 peak of {device} is not known here; give --peak-tflops.")
+    figures = {f"device {device}": {"bytes": torch.cuda.mem_get_info()[1]}}
+    parts = itertools.chain(
+        training(peak=peak, device=device, end=end, is_compiled=options.compile),
+        sampling(bandwidth=options.bandwidth_tb * 1e12, end=end),
+        encoding(end=end),
+    )
+    rows: list[side_by_side.Row] = []
+    for row in parts:
+        rows.append(row)
+        # With every row: whatever ends this process then, a crash or the end of a lease, leaves what was measured.
+        side_by_side.write("gpu", rows, figures=figures, is_kept=not options.quick)
 
 
-def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.Row]:
+def is_visible() -> bool:
+    """Tell whether there is a GPU; a rehearsal without one says so."""
+    return torch.cuda.is_available()
+
+
+def training(
+    *, peak: float, device: str, end: float, is_compiled: bool = False
+) -> Iterator[side_by_side.Row]:
     """Double the micro-batch until memory or time runs out; yield each size's MFU, and its memory against the plan."""
     start_processes()
     counts, ds_config = count_parameters(CONFIG), read_ds_config(DS_CONFIG)
     a_token = flops_a_token(CONFIG, counts=counts, seq_len=SEQ_LEN)
     target = next((f">= {share}" for name, share in LEAST_MFU.items() if name in device), "")
-    for sequences in itertools.takewhile(lambda _: time.monotonic() < end, (2**power for power in range(10))):
-        torch.cuda.reset_peak_memory_stats()  # else the peak of the size before would be read
-        try:
-            seconds = timed(
-                optimizer_step({**ds_config, "train_micro_batch_size_per_gpu": sequences}, sequences)
-            )
-        except torch.cuda.OutOfMemoryError:
-            return  # the expected end: the largest size that fits is what is looked for
+    what = "training, layers compiled" if is_compiled else "training"
+    best, most = 0, 0.0
+
+    def mfu(seconds: float) -> float:
         # MFU counts a step's model FLOPs alone, so time that goes elsewhere lowers it, whatever it is spent on.
-        shares = [a_token * sequences * SEQ_LEN / value / peak for value in seconds]
-        yield side_by_side.stated(f"training, micro-batch {sequences}: MFU", shares, best=max, target=target)
+        return a_token * SEQUENCES * SEQ_LEN / seconds / peak
+
+    for sequences in itertools.takewhile(lambda _: time.monotonic() < end, (2**power for power in range(10))):
+        try:
+            with optimizer_step(ds_config, sequences, is_compiled=is_compiled) as micro_batch:
+                inner = timed(functools.partial(micro_batch, is_last=False))
+                last = timed(functools.partial(micro_batch, is_last=True))
+                peak_bytes = torch.cuda.max_memory_allocated()
+        except torch.cuda.OutOfMemoryError:
+            break  # the expected end: the largest size that fits is what is looked for
+        # A whole step takes half a minute, so its two kinds of micro-batches are timed, and added up.
+        num_inner = math.ceil(SEQUENCES / sequences) - 1
+        shares = [mfu(num_inner * a + b) for a, b in zip(inner, last, strict=True)]
+        yield side_by_side.stated(
+            f"{what}, micro-batch {sequences}: MFU of the paper's step", shares, best=max, target=target
+        )
+        if max(shares) > most:
+            best, most = sequences, max(shares)
         planned = estimate_memory(
             CONFIG,
             counts=counts,
@@ -87,30 +131,74 @@ def training(*, peak: float, device: str, end: float) -> Iterator[side_by_side.R
             num_tokens=sequences * SEQ_LEN,
             is_checkpointed=False,
         )
-        share = torch.cuda.max_memory_allocated() / planned.total
+        share = peak_bytes / planned.total
+        yield side_by_side.stated(f"{what}, micro-batch {sequences}: memory / plan", [share], target="<= 1.1")
+    if best and time.monotonic() < end:
+        with optimizer_step(ds_config, best, is_compiled=is_compiled) as micro_batch:
+            steps = math.ceil(SEQUENCES / best)
+
+            def step() -> None:
+                for place in range(steps):
+                    micro_batch(is_last=place == steps - 1)
+
+            micro_batch(is_last=True)  # what a first call allocates and plans is not the step's
+            seconds = timed(step, rounds=1, has_warm_up=False)
+        note = "the whole step, timed"
         yield side_by_side.stated(
-            f"training, micro-batch {sequences}: memory / plan", [share], target="<= 1.1"
+            f"{what}, micro-batch {best}: MFU", [mfu(seconds[0])], target=target, note=note
         )
 
 
-def optimizer_step(ds_config: dict, sequences: int) -> Callable[[], None]:
-    """Build one optimizer step of `sequences` through DeepSpeed."""
-    with torch.device("cuda"):
-        learner = Learner(OpenLMForCausalLM(CONFIG).train(), layout=LAYOUT)
-    engine = make_engine(learner, config=TrainConfig(), ds_config=ds_config, per_rank=sequences)
-    ids = LAYOUT.image_ids(torch.randint(LAYOUT.codebook_size, (sequences, SEQ_LEN), device="cuda"))
+@contextmanager
+def optimizer_step(
+    ds_config: dict, sequences: int, *, is_compiled: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Make an engine, and yield a function that takes one micro-batch of `sequences` through it; then free it."""
+    fresh()
+    # In a list, which is emptied at the end: the caller's name for `micro_batch` would keep the engine alive.
+    engines = [engine_of(ds_config, sequences, is_compiled=is_compiled)]
+    ids = LAYOUT.image_ids(torch.randint(LAYOUT.codebook_size, (sequences, SEQ_LEN), device=DEVICE))
 
-    def step() -> None:
+    def micro_batch(*, is_last: bool) -> None:
+        engine = engines[0]
+        engine.set_gradient_accumulation_boundary(is_last)
         loss, _ = engine(ids, ids.roll(-1, 1))
         engine.backward(loss / ids.numel())
         engine.step()
 
-    return step
+    try:
+        yield micro_batch
+    finally:
+        # Else every size would be measured beside the engines of the sizes before.
+        free_engine(engines.pop())
+        fresh()
+
+
+def engine_of(ds_config: dict, sequences: int, *, is_compiled: bool) -> DeepSpeedEngine:
+    """Build t2i's own engine and loss."""
+    with torch.device(DEVICE):
+        model = OpenLMForCausalLM(CONFIG).train()
+    if is_compiled:
+        compile_layers(model, seq_len=SEQ_LEN)
+    return make_engine(
+        Learner(model, layout=LAYOUT),
+        config=TrainConfig(),
+        ds_config={**ds_config, "train_micro_batch_size_per_gpu": sequences},
+        per_rank=2 * sequences,
+    )
+
+
+def fresh() -> None:
+    """Give back what is not used, and start to look for the peak of memory anew."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
-    """Draw codes at batch 8 and 64; compare with reading the weights each step and the cache as it grows."""
-    with torch.device("cuda"):
+    """Draw codes by batch; compare with reading the weights each step and the cache as it grows."""
+    fresh()
+    with torch.device(DEVICE):
         model = OpenLMForCausalLM(CONFIG).to(torch.bfloat16).eval()
     images = range(LAYOUT.first_image_id, LAYOUT.first_image_id + LAYOUT.codebook_size)
     body = sum(value.numel() for value in model.model.layers.parameters())
@@ -118,8 +206,6 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
     weights = 2 * (body + LAYOUT.codebook_size * CONFIG.hidden_size)
     a_position = 2 * 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size
     for batch, most in MOST_OVER_BANDWIDTH.items():
-        if time.monotonic() > end:
-            return
         # Both branches of guidance have a cache, which a step reads up to its own position: a sum over positions.
         cache = 2 * batch * a_position * (PROMPT * CODES + CODES * (CODES - 1) // 2)
         # Sampling multiplies by few columns at a time, so memory's bandwidth bounds it, not arithmetic.
@@ -136,7 +222,14 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
             top_k=1_000,
         )
         for name, is_compiled in (("eager", False), ("compiled", True)):
-            seconds = timed(functools.partial(draw, is_compiled=is_compiled))
+            if time.monotonic() > end:
+                return
+            try:
+                with own_attention():
+                    seconds = timed(functools.partial(draw, is_compiled=is_compiled), rounds=2)
+            except torch.cuda.OutOfMemoryError:
+                print(f"sampling, batch {batch}, {name}: out of memory", flush=True)
+                continue
             case, ratios = f"sampling, batch {batch}, {name}", [value / limit for value in seconds]
             target = f"<= {most}" if is_compiled else ""
             yield side_by_side.stated(f"{case}: seconds / bandwidth's", ratios, target=target)
@@ -144,16 +237,40 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
             yield side_by_side.stated(f"{case}: images per second", rates, best=max)
 
 
-def timed(run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS) -> list[float]:
+def encoding(*, end: float) -> Iterator[side_by_side.Row]:
+    """Encode images by a tokenizer of MoVQGAN's shape in bf16; compare with its convolutions alone."""
+    if time.monotonic() > end:
+        return
+    fresh()
+    tokenizer = ImageTokenizer(
+        preparing.model_of(CHANNELS), folder=Path(), device=DEVICE, dtype=torch.bfloat16
+    )
+    pixels = torch.rand(IMAGE_BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, device=DEVICE) * 2 - 1
+    run = preparing.convolutions_alone(tokenizer, pixels)
+
+    def alone() -> None:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            run()
+
+    limit, ours = timed(alone), timed(lambda: tokenizer.encode(pixels))
+    shares = [a / b for a, b in zip(limit, ours, strict=True)]
+    yield side_by_side.stated("encoding: convolutions alone / t2i", shares, best=max, target=">= 0.6")
+    rates = [IMAGE_BATCH / value for value in ours]
+    yield side_by_side.stated("encoding: images per second", rates, best=max, note="256 x 256, 68M, bf16")
+
+
+def timed(
+    run: Callable[[], object], *, rounds: int = side_by_side.ROUNDS, has_warm_up: bool = True
+) -> list[float]:
     """Run once to warm up, then `rounds` times; return wall-clock seconds until the device is done."""
     seconds = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + has_warm_up):
         torch.cuda.synchronize()  # calls only queue work: without this, the work of the round before would be timed
         started = time.perf_counter()
         run()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    return seconds[has_warm_up:]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Examples:
     python benchmarks/growth.py
 """
 
-import argparse
 import itertools
 import math
 import subprocess
@@ -41,15 +40,13 @@ width, attention with that of the length."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    parser = side_by_side.parser_of(__doc__)
+    options = side_by_side.parse(parser)
     torch.set_num_threads(1)  # threads would add their own overhead, which grows with no size
     rows, figures = [], {}
     for work, make in {"training": training, "sampling": sampling}.items():
-        for axis, sizes in SIZES.items():
+        for axis, all_sizes in SIZES.items():
+            sizes = all_sizes[: 2 if options.quick else None]
             steps = {str(size): make(**{**BASE, axis: size}) for size in sizes}
             seconds = side_by_side.alternate(steps, rounds=options.rounds)
             slopes = [slope(seconds, sizes, pick=round_) for round_ in range(options.rounds)]
@@ -58,13 +55,13 @@ def main() -> None:
             middle = sorted(slopes)[len(slopes) // 2]
             target = f"<= {MOST[axis]}"
             what = f"growth of {work} with {axis}: exponent"
-            rows.append(
-                side_by_side.Row(what, least, middle, (min(slopes), max(slopes)), len(slopes), target)
-            )
+            row = side_by_side.Row(what, least, middle, (min(slopes), max(slopes)), len(slopes), target)
+            rows.append(row.say())
             figures[f"{work}, {axis}"] = {name: min(times) for name, times in seconds.items()}
-    rows.append(ranks(rounds=options.rounds))
-    plot(figures, ROOT / "docs" / "growth.svg")
-    side_by_side.write("growth", rows, figures={"least seconds": figures})
+    if not options.quick:
+        rows.append(ranks(rounds=options.rounds))
+        plot(figures, ROOT / "docs" / "growth.svg")
+    side_by_side.write("growth", rows, figures={"least seconds": figures}, is_kept=not options.quick)
 
 
 def slope(seconds: dict[str, list[float]], sizes: tuple[int, ...], *, pick: int) -> float:

@@ -6,7 +6,6 @@ Examples:
     python benchmarks/loading.py --first-batch FOLDER     seconds and bytes of one folder
 """
 
-import argparse
 import io
 import json
 import os
@@ -37,13 +36,10 @@ NOTE = "the step time is from llm-foundry's benchmarks, not measured here"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
     parser.add_argument("--first-batch", type=Path)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser, samples=51_200)
     torch.set_num_threads(1)  # as a DataLoader's workers have
     if options.first_batch:
         print(json.dumps(first_batch(options.first_batch)))
@@ -52,7 +48,7 @@ def main() -> None:
         folder = Path(name)
         rows = against_number(folder, num_samples=options.samples, rounds=options.rounds)
         rows += against_formats(folder, rounds=options.rounds)
-    side_by_side.write("loading", rows)
+    side_by_side.write("loading", rows, is_kept=not options.quick)
 
 
 def against_number(folder: Path, *, num_samples: int, rounds: int) -> list[side_by_side.Row]:
@@ -106,6 +102,11 @@ def against_formats(folder: Path, *, rounds: int) -> list[side_by_side.Row]:
     }
     seconds = side_by_side.alternate(candidates, rounds=rounds)
     rows = [waiting(folder / "own"), cpu_share(seconds["t2i"])]
+    # Of each format, so that other loaders can be put beside them.
+    for name, times in seconds.items():
+        per_second = [20 * BATCH * CODES / value for value in times]
+        what = f"loading: codes per CPU second, one process, {name}"
+        rows.append(side_by_side.stated(what, per_second, best=max))
     for name in ("webdataset", "datasets", "numpy memmap"):
         rows.append(side_by_side.compared(f"loading: {name} / t2i", seconds[name], seconds["t2i"]))
     return rows

@@ -8,7 +8,6 @@ Examples:
     python benchmarks/padding.py
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass
 
@@ -44,22 +43,19 @@ SMALL = Layout("a small layout", 320, num_codes=256, sequences=32, micro_batch=8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    parser = side_by_side.parser_of(__doc__)
+    options = side_by_side.parse(parser)
     torch.set_num_threads(1)
     rows = []
     for layout in (PAPER, SMALL):
         # A hundred steps: which captions meet in one step is chance, and padding is set by the longest.
-        shares = [waste(batch(layout, seed=seed), layout) for seed in range(100)]
+        shares = [waste(batch(layout, seed=seed), layout) for seed in range(10 if options.quick else 100)]
         for name, values in zip(("full width", "trimmed and sorted"), zip(*shares, strict=True), strict=True):
             target = "" if name == "full width" else "<= 0.02"
             what = f"padding, {layout.name}: share of positions, {name}"
             rows.append(side_by_side.stated(what, values, best=statistics.fmean, target=target))
     rows += timed(SMALL, rounds=options.rounds)
-    side_by_side.write("padding", rows)
+    side_by_side.write("padding", rows, is_kept=not options.quick)
 
 
 def batch(layout: Layout, *, seed: int) -> Tensor:

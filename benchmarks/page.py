@@ -14,6 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NAMES = (
     "sampling",
     "training_step",
+    "loss",
     "precision",
     "padding",
     "loading",
@@ -22,6 +23,7 @@ NAMES = (
     "waiting",
     "growth",
     "gpu",
+    "gpu_step",
 )
 INTRODUCTION = """# Performance
 
@@ -125,7 +127,9 @@ def missing(name: str) -> str:
 
 def title(name: str) -> str:
     """Turn a file's name into a heading."""
-    return "GPU" if name == "gpu" else name.replace("_", " ").capitalize()
+    if name.startswith("gpu"):
+        return name.replace("_", " ").replace("gpu", "GPU")
+    return name.replace("_", " ").capitalize()
 
 
 if __name__ == "__main__":

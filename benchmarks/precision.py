@@ -10,19 +10,26 @@ import side_by_side
 import torch
 from training_step import DS_CONFIG, IMAGE, SEQUENCES, TEXT, through_deepspeed
 
+from t2i.cost.devices import product_seconds
 from t2i.env import keep_memory
 
 BF16 = DS_CONFIG.with_name("zero2_bf16_cpu.json")
 
 
 def main() -> None:
+    options = side_by_side.parse(side_by_side.parser_of(__doc__))
     keep_memory()
     torch.set_num_threads(1)
+    if options.quick:
+        # A whole step in bf16 takes minutes on a processor without instructions for it.
+        least = {dtype: [product_seconds(dtype)] for dtype in (torch.float32, torch.bfloat16)}
+        side_by_side.compared("one product: fp32 / bf16", *least.values())
+        return
     steps = {}
     for name, path in (("fp32", DS_CONFIG), ("bf16", BF16)):
         torch.manual_seed(0)
         steps[name] = through_deepspeed(path)
-    seconds = side_by_side.alternate(steps, rounds=side_by_side.ROUNDS)
+    seconds = side_by_side.alternate(steps, rounds=options.rounds)
     note = "above 1, bf16 is faster; on a CPU without AVX512-BF16 or AMX it is far below"
     row = side_by_side.compared("training step: fp32 / bf16", seconds["fp32"], seconds["bf16"], note=note)
     tokens = SEQUENCES * (TEXT + IMAGE)

@@ -8,7 +8,6 @@ Examples:
     python benchmarks/preparing.py --image-size 64 --channels 32 32 64
 """
 
-import argparse
 import itertools
 import multiprocessing
 import tempfile
@@ -31,18 +30,16 @@ from t2i.env import keep_memory
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
-NUM_IMAGES, JPEG_SIDE = 2_048, 512
+JPEG_SIDE = 512
 MOST_SECONDS = 300
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 256, 512])
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    parser.add_argument("--images", type=int, default=2_048)
+    options = side_by_side.parse(parser, image_size=64, channels=[32, 32, 64], images=128)
     keep_memory()  # as prepare.py does, for every candidate
     torch.set_num_threads(1)  # with more, a machine's other load decides who waits for whom
     torch.manual_seed(0)
@@ -69,29 +66,35 @@ def main() -> None:
         side_by_side.compared("encoding: diffusers' loop / t2i", seconds["diffusers"], ours, target=">= 1"),
         side_by_side.stated("encoding: share of codes equal to diffusers' own", [equal], target=">= 0.999"),
     ]
-    rows += folders(rounds=options.rounds)
+    per_second = [len(pixels) / value for value in ours]
+    note = f"{options.image_size} x {options.image_size}, fp32, CPU seconds"
+    rows.append(side_by_side.stated("encoding: images per second and core", per_second, best=max, note=note))
+    rows += folders(options.images, rounds=options.rounds)
     figures = {
         "least seconds": {name: min(times) for name, times in seconds.items()},
         "share of the encoder's time by operator, profiled once": side_by_side.time_by_operator(
             candidates["t2i"]
         ),
     }
-    side_by_side.write("preparing", rows, figures=figures)
+    side_by_side.write("preparing", rows, figures=figures, is_kept=not options.quick)
 
 
-def folders(*, rounds: int) -> list[side_by_side.Row]:
+def folders(number: int, *, rounds: int) -> list[side_by_side.Row]:
     """Prepare a folder of images in three ways; wall-clock seconds without start-up."""
     ways = {"one process": (1, 0), "one process and a reader": (1, 1), "two processes": (2, 0)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"
-        write_images(folder)
+        write_images(folder, number=number)
         for _, (name, (processes, readers)) in itertools.product(range(rounds), ways.items()):
             seconds[name].append(prepared(folder, processes=processes, readers=readers))
     alone = seconds.pop("one process")
     targets = {"one process and a reader": ">= 1", "two processes": ">= 1.7"}
-    note = f"seconds; {NUM_IMAGES} JPEG files of {JPEG_SIDE} x {JPEG_SIDE}, the embedded tokenizer"
-    return [
+    note = f"seconds; {number} JPEG files of {JPEG_SIDE} x {JPEG_SIDE}, the embedded tokenizer"
+    per_second = [number / value for value in alone]
+    what = "preparing: images per second, one process of one thread"
+    rates = side_by_side.stated(what, per_second, best=max, note=note)
+    return [rates] + [
         side_by_side.compared(
             f"preparing: one process / {name}", alone, values, target=targets[name], note=note
         )
@@ -99,11 +102,11 @@ def folders(*, rounds: int) -> list[side_by_side.Row]:
     ]
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, *, number: int) -> None:
     """Write JPEG files of smooth noise, with captions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for index in range(NUM_IMAGES):
+    for index in range(number):
         # Smooth: pure noise makes JPEG files several times as large, and decoding them as slow.
         coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
         coarse.resize((JPEG_SIDE, JPEG_SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:04d}.jpg")
@@ -140,6 +143,7 @@ def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, r
     keep_memory()
     torch.set_num_threads(1)
     source = open_source(str(folder))
+    unit_pairs = sum(1 for _ in folder.glob("*.jpg")) // 8
     image_tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
     text_tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
     ready.wait(timeout=MOST_SECONDS)
@@ -148,7 +152,7 @@ def rank_of(rank: int, world_size: int, readers: int, folder: Path, out: Path, r
         out=out,
         image_tokenizer=image_tokenizer,
         text_tokenizer=text_tokenizer,
-        config=PrepareConfig(unit_pairs=NUM_IMAGES // 8, workers=readers),
+        config=PrepareConfig(unit_pairs=unit_pairs, workers=readers),
         rank=rank,
         world_size=world_size,
     )

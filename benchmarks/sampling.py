@@ -7,7 +7,6 @@ Examples:
     python benchmarks/sampling.py --num-codes 64 --batch 1
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 
@@ -31,13 +30,10 @@ EMPTY = [50_432, 50_434, 50_435, 50_436]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--num-codes", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser, num_codes=[16], batch=[1])
     torch.set_num_threads(1)  # small products on more threads would measure their hand-over
     rows, figures, profiles = [], {}, {}
     for num_codes in options.num_codes:
@@ -54,7 +50,9 @@ def main() -> None:
                 what = f"sampling {case}: {name} / t2i"
                 rows.append(side_by_side.compared(what, seconds[name], seconds["t2i"], target=">= 3"))
     what = "share of the eager sampler's time by operator, profiled once"
-    side_by_side.write("sampling", rows, figures={"least ms per step": figures, what: profiles})
+    side_by_side.write(
+        "sampling", rows, figures={"least ms per step": figures, what: profiles}, is_kept=not options.quick
+    )
 
 
 def measure(

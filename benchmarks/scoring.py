@@ -5,8 +5,6 @@ Examples:
     python benchmarks/scoring.py --dims 512 --rounds 3
 """
 
-import argparse
-
 import numpy as np
 import side_by_side
 import torch
@@ -18,12 +16,9 @@ from t2i.measure.distances import frechet_distance, statistics
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--dims", type=int, default=2_048)
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser, dims=512)
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     # Correlated, as features are: independent ones have a nearly diagonal covariance, whose root is easy.
@@ -52,7 +47,12 @@ def main() -> None:
         side_by_side.compared(f"{case}: t2i / torch-fidelity", seconds["t2i"], seconds["torch-fidelity"]),
         side_by_side.stated(f"{case}: relative difference to clean-fid", [error], target="<= 1e-06"),
     ]
-    side_by_side.write("scoring", rows, figures={"least seconds": {k: min(v) for k, v in seconds.items()}})
+    side_by_side.write(
+        "scoring",
+        rows,
+        figures={"least seconds": {k: min(v) for k, v in seconds.items()}},
+        is_kept=not options.quick,
+    )
 
 
 if __name__ == "__main__":

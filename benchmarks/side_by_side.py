@@ -5,6 +5,7 @@ that waiting for a core does not count. Ratios are of the least times, which loa
 of ratios per round stand beside them.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -21,6 +22,26 @@ from t2i.runs.run_folder import git_commit
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
 MOST_OPERATORS = 8
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark, with what all of them take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of less work, in two minutes; nothing is published"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, **quick: object) -> argparse.Namespace:
+    """Read the command line; `quick` are the options of --quick, beside a single round."""
+    options = parser.parse_args()
+    if options.quick:
+        vars(options).update({"rounds": 1, **quick})
+    return options
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,14 @@ class Row:
         sign, limit = self.target.split()
         return self.ratio <= float(limit) if sign == "<=" else self.ratio >= float(limit)
 
+    def say(self) -> "Row":
+        """Print this row now: others may take minutes."""
+        met = {True: "met", False: "NOT met", None: ""}[self.is_met]
+        low, high = self.spread
+        text = f"{self.what}: {self.ratio:.3g} ({low:.3g} to {high:.3g}) {self.target} {met} {self.note}"
+        print(text.rstrip(), flush=True)
+        return self
+
 
 def alternate(
     candidates: dict[str, Callable[[], object]],
@@ -63,13 +92,15 @@ def alternate(
     for run in candidates.values():
         before()
         run()
-    for _ in range(rounds):
+    for number in range(rounds):
         # Candidates inside rounds, not rounds inside candidates: load that comes and goes then meets all of them.
         for name, run in candidates.items():
             before()
             started = clock()
             run()
             seconds[name].append(clock() - started)
+        last = ", ".join(f"{name} {values[-1]:.3g} s" for name, values in seconds.items())
+        print(f"round {number + 1} of {rounds}: {last}", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -86,7 +117,7 @@ def compared(what: str, seconds: list[float], other: list[float], *, target: str
         rounds=len(seconds),
         target=target,
         note=note,
-    )
+    ).say()
 
 
 def stated(
@@ -99,7 +130,7 @@ def stated(
 ) -> Row:
     """State a figure of some rounds: the best of them, their median and their range."""
     middle = statistics.median(values)
-    return Row(what, best(values), middle, (min(values), max(values)), len(values), target, note)
+    return Row(what, best(values), middle, (min(values), max(values)), len(values), target, note).say()
 
 
 def time_by_operator(run: Callable[[], object]) -> dict[str, float]:
@@ -115,12 +146,12 @@ def time_by_operator(run: Callable[[], object]) -> dict[str, float]:
     return {**shares, "all others": 1 - sum(shares.values())}
 
 
-def write(name: str, rows: list[Row], *, figures: dict[str, object] | None = None) -> None:
-    """Print rows and keep them, with what they were measured on, in results/NAME.json."""
-    for row in rows:
-        met = {True: "met", False: "NOT met", None: ""}[row.is_met]
-        low, high = row.spread
-        print(f"{row.what}: {row.ratio:.2f} ({low:.2f} to {high:.2f}) {row.target} {met} {row.note}".rstrip())
+def write(
+    name: str, rows: list[Row], *, figures: dict[str, object] | None = None, is_kept: bool = True
+) -> None:
+    """Keep rows, with what they were measured on, in results/NAME.json; of a quick run nothing is kept."""
+    if not is_kept:
+        return
     RESULTS.mkdir(exist_ok=True)
     # A number without its machine, load and commit cannot be compared with the next one.
     facts = {

@@ -7,7 +7,6 @@ Examples:
     python benchmarks/training_step.py --memory t2i     peak bytes of one candidate, in its own process
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -51,21 +50,21 @@ MEMORY_ROUNDS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--memory", choices=list(CANDIDATES))
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser)
     keep_memory()  # as training does, for every candidate
     torch.set_num_threads(1)
     if options.memory:
         print(peak_bytes(CANDIDATES[options.memory]()))
         return
     # Before any candidate is built here: each is measured in a fresh process, whose peak is its own.
-    memory = {name: [memory_of(name)] for name in CANDIDATES if name != "limit"}
-    memory["t2i"] += [memory_of("t2i") for _ in range(MEMORY_ROUNDS - 1)]
-    steps = {name: make() for name, make in CANDIDATES.items()}
+    names = ["t2i"] if options.quick else [name for name in CANDIDATES if name != "limit"]
+    memory = {name: [memory_of(name)] for name in names}
+    memory["t2i"] += [memory_of("t2i") for _ in range(min(options.rounds, MEMORY_ROUNDS) - 1)]
+    # A compilation takes a minute, so that a quick run leaves it out.
+    named = {name: make for name, make in CANDIDATES.items() if not (options.quick and "compiled" in name)}
+    steps = {name: make() for name, make in named.items()}
     seconds = side_by_side.alternate(steps, rounds=options.rounds)
     ours = seconds["t2i"]
     rows = [
@@ -83,6 +82,17 @@ def main() -> None:
             note="another loss: train.image_vocab_only",
         )
     )
+    if "t2i, layers compiled" in seconds:
+        rows.append(
+            side_by_side.compared(
+                "training step: t2i with train.compile / t2i",
+                seconds["t2i, layers compiled"],
+                ours,
+                note="on a CPU; what a GPU gains is not measured",
+            )
+        )
+        what = "training step: relative difference of the first loss with train.compile"
+        rows.append(side_by_side.stated(what, [compiled_difference()], target="<= 1e-06"))
     zero = json.loads(DS_CONFIG.read_text())["zero_optimization"]
     # DeepSpeed's bucket is a setting's choice, the same for any model; the target is for what t2i itself needs.
     bucket = 4 * zero["reduce_bucket_size"] if zero.get("contiguous_gradients", True) else 0
@@ -95,7 +105,7 @@ def main() -> None:
         "bytes above the model": {name: statistics.median(values) for name, values in memory.items()},
         "share of a step's time by operator, profiled once": side_by_side.time_by_operator(steps["t2i"]),
     }
-    side_by_side.write("training_step", rows, figures=figures)
+    side_by_side.write("training_step", rows, figures=figures, is_kept=not options.quick)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -107,7 +117,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-def engine_of(path: Path = DS_CONFIG, **settings: bool) -> "DeepSpeedEngine":
+def engine_of(path: Path = DS_CONFIG, *, is_compiled: bool = False, **settings: bool) -> "DeepSpeedEngine":
     """Build t2i's own engine and loss; settings are of the model's configuration."""
     # Here, as the process of --memory for another candidate must not hold DeepSpeed.
     from t2i.distributed.launch import start_processes
@@ -115,7 +125,12 @@ def engine_of(path: Path = DS_CONFIG, **settings: bool) -> "DeepSpeedEngine":
     from t2i.train.engine import Learner, make_engine
 
     start_processes()
-    learner = Learner(OpenLMForCausalLM(OpenLMConfig(**SIZES, **settings)).train(), layout=LAYOUT)
+    model = OpenLMForCausalLM(OpenLMConfig(**SIZES, **settings)).train()
+    if is_compiled:
+        from t2i.train.compiled import compile_layers
+
+        compile_layers(model, seq_len=TEXT + IMAGE)
+    learner = Learner(model, layout=LAYOUT)
     return make_engine(learner, config=TrainConfig(), ds_config=read_ds_config(path), per_rank=SEQUENCES)
 
 
@@ -131,6 +146,16 @@ def through_deepspeed(path: Path = DS_CONFIG, **settings: bool) -> Callable[[], 
         engine.step()
 
     return step
+
+
+def compiled_difference() -> float:
+    """Compare the loss of equal weights, by plain and by compiled layers."""
+    found = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        loss, _ = engine_of(is_compiled=is_compiled)(*batch())
+        found.append(loss.item())
+    return abs(found[1] / found[0] - 1)
 
 
 def plain_loop(model: nn.Module) -> Callable[[], None]:
@@ -183,6 +208,7 @@ def products_alone() -> Callable[[], None]:
 CANDIDATES: dict[str, Callable[[], Callable[[], None]]] = {
     "limit": products_alone,
     "t2i": through_deepspeed,
+    "t2i, layers compiled": lambda: through_deepspeed(is_compiled=True),
     "t2i, image vocabulary only": lambda: through_deepspeed(image_vocab_only=True),
     "Llama, plain loop": lambda: plain_loop(LlamaForCausalLM(LlamaConfig(**SIZES))),
     "GPT-NeoX, plain loop": lambda: plain_loop(GPTNeoXForCausalLM(GPTNeoXConfig(**UNGATED))),

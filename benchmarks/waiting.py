@@ -6,7 +6,6 @@ Examples:
     python benchmarks/waiting.py
 """
 
-import argparse
 import itertools
 import os
 import shutil
@@ -25,13 +24,10 @@ LAUNCHERS = ("train", "prepare", "sample", "export", "study", "plan")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    parser = side_by_side.parser_of(__doc__)
+    options = side_by_side.parse(parser)
     rows = []
-    for name in LAUNCHERS:
+    for name in LAUNCHERS[: 1 if options.quick else None]:
         # The most frequent wait of all, and the first: help should not import torch.
         command = [sys.executable, f"launchers/{name}.py", "--help"]
         rows.append(
@@ -40,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows.append(first_step(Path(folder), rounds=options.rounds))
         rows += saves_against_copies(Path(folder), rounds=options.rounds)
-    side_by_side.write("waiting", rows)
+    side_by_side.write("waiting", rows, is_kept=not options.quick)
 
 
 def timed(what: str, command: list[str], *, rounds: int, target: str) -> side_by_side.Row:

@@ -1,0 +1,57 @@
+"""What all benchmarks share: rows are seen when they are known, and a quick run publishes nothing."""
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+SHARED = ("side_by_side", "page")
+
+
+@pytest.fixture
+def side_by_side(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import side_by_side
+
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path / "results")
+    return side_by_side
+
+
+def test_rows_and_rounds_are_printed_when_they_are_known(side_by_side, capsys):
+    clock = iter(range(100))
+    seconds = side_by_side.alternate({"a": int, "b": int}, rounds=2, clock=lambda: float(next(clock)))
+    assert capsys.readouterr().err.splitlines() == [
+        "round 1 of 2: a 1 s, b 1 s",
+        "round 2 of 2: a 1 s, b 1 s",
+    ]
+    side_by_side.compared("a / b", seconds["a"], seconds["b"], target="<= 1.1")
+    assert capsys.readouterr().out == "a / b: 1 (1 to 1) <= 1.1 met\n"
+    side_by_side.stated("share", [0.25, 0.5], target=">= 0.9", note="a guess")
+    assert capsys.readouterr().out == "share: 0.25 (0.25 to 0.5) >= 0.9 NOT met a guess\n"
+
+
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_a_quick_run_is_one_round_and_publishes_nothing(side_by_side, monkeypatch, is_quick):
+    monkeypatch.setattr(sys, "argv", ["some.py", *(["--quick"] if is_quick else [])])
+    parser = side_by_side.parser_of("A benchmark.")
+    parser.add_argument("--samples", type=int, default=1_000)
+    options = side_by_side.parse(parser, samples=10)
+    assert (options.rounds, options.samples) == ((1, 10) if is_quick else (side_by_side.ROUNDS, 1_000))
+    side_by_side.write("some", [], is_kept=not options.quick)
+    assert (side_by_side.RESULTS / "some.json").exists() != is_quick
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in BENCHMARKS if file.stem not in SHARED], ids=lambda file: file.stem
+)
+def test_every_benchmark_has_a_quick_run(file):
+    called = [
+        ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+    ]
+    assert any(call.startswith("side_by_side.parse(") for call in called)
+    writes = [call for call in called if call.startswith("side_by_side.write(")]
+    assert writes and (
+        file.stem == "precision" or all("is_kept=not options.quick" in call for call in writes)
+    )
