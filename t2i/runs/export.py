@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, read_json, read_optional_json, write_json
-from t2i.model.backbone import load_model, weight_files
+from t2i.model.backbone import head_of, hidden_states, load_model, weight_files
 from t2i.model.open_lm import decoding_any_open_lm, products_open_lm, reading_open_lm, sampling_open_lm
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
@@ -27,7 +27,7 @@ SAMPLER_PARTS = (sampling_open_lm, decoding_any_open_lm, reading_open_lm, produc
 CONFIG, DTYPES = "config.json", ("dtype", "torch_dtype")
 """A model's description, and what its newer and older form call the number type of the weights."""
 NUM_CHECKED = 8
-"""Ids whose logits are compared."""
+"""Ids whose hidden states are compared."""
 
 
 def export(
@@ -64,7 +64,7 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
     end_at(checkpoint.model, checkpoint.text_tokenizer.tokenizer)  # older runs did not write it down
     _write_model(checkpoint, part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
-    checkpoint.needed_image_tokenizer().model.save_pretrained(part / IMAGE_TOKENIZER)
+    checkpoint.needed_image_tokenizer().copy_to(part / IMAGE_TOKENIZER)
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in MEASURED.items()}
     for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *MEASURED):
         found = [path for path in (checkpoint.home / file, places.get(file)) if path and path.is_file()]
@@ -134,13 +134,17 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
 
 @torch.inference_mode()
 def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool) -> None:
+    """Load the folder as anybody would, and compare what logits are made of: hidden states, and the LM head."""
     # Over the whole vocabulary: a routed model has other weights for its last ids.
     ids = torch.linspace(0, model.config.vocab_size - 1, NUM_CHECKED, device=model.device).long()[None]
     again = load_model(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     again = again.eval().to(model.device)
     # Rounding may differ a little with the weights' layout in memory. A swapped or lost tensor differs by far more.
-    difference = (model(ids).logits - again(ids).logits).abs().max().item()
+    difference = (hidden_states(model, ids) - hidden_states(again, ids)).abs().max().item()
     if difference > 1e-4:
         raise CheckpointError(
-            f"{folder}, when loaded, gives logits that differ by {difference:.1e}; not exported."
+            f"{folder}, when loaded, gives hidden states that differ by {difference:.1e}; not exported."
         )
+    # Not the logits: to read both heads once is quicker than to multiply by them.
+    if not torch.equal(head_of(model), head_of(again)):
+        raise CheckpointError(f"{folder}, when loaded, has another LM head; not exported.")

@@ -5,6 +5,7 @@ MoVQGAN is VQModel with norm_type "spatial" (https://github.com/ai-forever/MoVQG
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,14 @@ class ImageTokenizer:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def copy_to(self, folder: Path) -> None:
+        """Write a diffusers folder of this model, its weights as they are stored."""
+        if not (self.folder / WEIGHTS).is_file():  # in shards, or pickled
+            self.model.save_pretrained(folder)
+            return
+        self.model.save_config(folder)
+        shutil.copyfile(self.folder / WEIGHTS, folder / WEIGHTS)
 
     def has_weights_of(self, folder: Path) -> bool:
         """Tell whether these are the weights of a folder, whatever precision they are stored in."""

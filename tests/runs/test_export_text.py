@@ -4,14 +4,18 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+from t2i.errors import CheckpointError
+from t2i.runs import export as exports
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
 
@@ -53,6 +57,27 @@ def test_weights_are_exported_in_the_precision_that_they_are_stored_in(exported,
     again = open_model(str(tmp_path / "again"), needs_images=True, dtype="bfloat16").model
     for name, value in load_file(stored / "model.safetensors").items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.layers.1.feed_forward.w3.weight", "gives hidden states that differ by"),
+        ("output.weight", "has another LM head"),
+    ],
+)
+def test_an_export_that_is_another_model_is_refused(finished, tmp_path, monkeypatch, name, told):
+    def damaged(source, target):
+        if Path(target).name == "model.safetensors":
+            tensors = load_file(source)
+            save_file({**tensors, name: -tensors[name]}, target, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(source, target)
+
+    monkeypatch.setattr(exports, "shutil", SimpleNamespace(copyfile=damaged))
+    with pytest.raises(CheckpointError, match=told):
+        export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "out", command="a test")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_generates_text(exported, tmp_path, monkeypatch):
