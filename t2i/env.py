@@ -36,6 +36,7 @@ VARIABLES = {
     "PATH": "programs of the Python environment are put first, for ninja",
     "PYTHONPATH": "a study's jobs get the folder of t2i put first",
     "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
+    "T2I_API_KEY": "key that clients of `t2i serve` must send; without one, only this machine can reach it",
     "HF_ENDPOINT": "address of the hub that exports are uploaded to; Hugging Face's own",
 }
 """Every environment variable that t2i reads or sets itself; libraries read more."""

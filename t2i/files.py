@@ -85,16 +85,37 @@ def read_yaml(path: Path, *, name: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
+    values = parse_yaml(_bytes_of(path, name=name, limit=MOST_YAML_BYTES, error=UserError), name=name)
+    if not isinstance(values, dict):
+        raise UserError(f"{name} holds {type(values).__name__}; expected a mapping of keys.")
+    return values
+
+
+def read_yaml_list(path: Path) -> list[Any]:
+    """Read a file that holds a YAML list, with a safe loader.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    name = str(path)
+    values = parse_yaml(_bytes_of(path, name=name, limit=MOST_YAML_BYTES, error=UserError), name=name)
+    if not isinstance(values, list):
+        raise UserError(f"{name} holds {type(values).__name__}; expected a list.")
+    return values
+
+
+def parse_yaml(text: bytes | str, *, name: str) -> object:
+    """Read a YAML text with a safe loader.
+
+    Raises:
+        UserError: it is not YAML.
+    """
     try:
-        text = _bytes_of(path, name=name, limit=MOST_YAML_BYTES, error=UserError)
-        values = yaml.load(text, Loader=_NoAliases)  # a SafeLoader
+        return yaml.load(text, Loader=_NoAliases)  # a SafeLoader
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as broken:
         raise UserError(f"{name} is not YAML: {_reason(broken)}.") from broken
-    if not isinstance(values, dict):
-        raise UserError(f"{name} holds {type(values).__name__}; expected a mapping of keys.")
-    return values
 
 
 def _bytes_of(path: Path, *, name: str, limit: int, error: Refusal) -> bytes:

@@ -13,6 +13,7 @@ SCRIPTS = {
     "align": "launchers/align.py",
     "sample": "launchers/sample.py",
     "export": "launchers/export.py",
+    "serve": "launchers/serve.py",
     "plan": "launchers/plan.py",
     "study": "launchers/study.py",
     "report": "launchers/report.py",

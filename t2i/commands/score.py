@@ -79,7 +79,7 @@ class CompareCommand:
     """The two scores."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """scores.json of one model, or the folder that holds it."""
+    """scores.json of one model, the folder that holds it, or a file of an export's .eval_results/."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """scores.json of another, or its folder."""
 

@@ -28,6 +28,7 @@ from t2i.config.tool_config import (
     HeldoutData,
     PlanConfig,
     SampleConfig,
+    SamplerConfig,
     TokenizerConfig,
 )
 
@@ -55,6 +56,7 @@ __all__ = [
     "PrepareConfig",
     "RunConfig",
     "SampleConfig",
+    "SamplerConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",

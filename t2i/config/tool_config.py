@@ -96,8 +96,8 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """How images are sampled from captions."""
+class SamplerConfig:
+    """How the codes of an image are sampled, whatever its seed."""
 
     # The range keeps what it multiplies finite in 32 bits. What is useful is far below, and said.
     guidance_scale: Annotated[float, Ge(0), Le(1_000)] = 2.0
@@ -110,6 +110,15 @@ class SampleConfig:
     """Sample from the k most likely codes; 0 for all."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Of those, keep the most likely codes that together reach this probability."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplerConfig):
+    """How images are sampled from captions."""
+
     # By image and not by batch or rank: any number of processes samples the same images.
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the first image; image i is sampled with seed + i."""

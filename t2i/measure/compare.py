@@ -7,6 +7,7 @@ from pathlib import Path
 from t2i.errors import UserError
 from t2i.files import check_keys, read_json
 from t2i.measure.protocol import CLIP, SCORES, Protocol, RowScore, Subject
+from t2i.runs.eval_results import read_eval_results
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,14 @@ class ReadScores:
 
 
 def read_scores(file: Path) -> ReadScores:
-    """Read a scores.json, or that of a folder.
+    """Read a scores.json, that of a folder, or a file of .eval_results/ that an export holds.
 
     Raises:
         UserError: the file holds no scores.
     """
     file = file / SCORES if file.is_dir() else file
-    scores = read_json(file, error=UserError)
+    is_listed = file.suffix in (".yaml", ".yml")
+    scores = read_eval_results(file) if is_listed else read_json(file, error=UserError)
     where = f"{file} is no scores.json"
     check_keys(scores, {"rows": dict, "measures": list}, where=where, error=UserError)
     measures = [str(measure) for measure in scores["measures"]]

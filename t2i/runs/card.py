@@ -9,13 +9,14 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from t2i.config import ASSETS
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import hub_name, read_optional_json, read_yaml
+from t2i.runs.eval_results import model_index
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
 
@@ -42,7 +43,7 @@ def model_card(
     """
     measured = [scores for scores in (read_optional_json(folder / file) for file in MEASURED) if scores]
     settings = _settings(folder)
-    python = sorted(file.name for file in folder.glob("*.py"))
+    python = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.py"))
     return _template().render(
         front_matter=front_matter(measured, name=name, kind=checkpoint.model.config.model_type),
         name=name,
@@ -55,7 +56,9 @@ def model_card(
         captions=captions_of(folder, settings),
         num_parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
         python=python,
-        draws_itself=not (folder / SAMPLER).is_dir(),
+        is_remote="auto_map" in read_optional_json(folder / "config.json"),
+        draws_itself=not (folder / SAMPLER).exists(),
+        sampler=SAMPLER,
     )
 
 
@@ -150,20 +153,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def front_matter(measured: list[dict[str, Any]], *, name: str, kind: str) -> str:
     """Return what the hub reads of a card: tags, and the model's scores as its model-index."""
-    results = [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", scores["data"].lower()).strip("-"),
-            dataset_name=scores["data"],
-            metric_type=key,
-            metric_name=f"{key} ({scores['n']:,} images, {scores['features']}, {scores['resize']})",
-            metric_value=round(scores[key], 4),
-        )
-        for scores in measured
-        for key in scores["measures"]
-    ]
+    results = [result for scores in measured for result in model_index(scores)]
     data = ModelCardData(
-        library_name="transformers",
+        library_name="diffusers",  # whose snippet the hub then prints
         pipeline_tag="text-to-image",
         tags=["text-to-image", kind, "autoregressive"],
         # The hub needs a name only with results. No base_model and no datasets: `models/x` would look like a hub name

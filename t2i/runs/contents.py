@@ -62,6 +62,7 @@ RUN_FOLDER = (
         "results of a measure, such as perplexity.json, nearest.json, gradients.json or forgetting.json",
     ),
     sometimes("report.html", "what `t2i report` writes"),
+    sometimes("trackers/", "what `train.report_to` beside TensorBoard keeps and says"),
 )
 
 CHECKPOINT = (
@@ -102,6 +103,9 @@ SHARDS = (
 EXPORT = (
     *(entry for entry in CHECKPOINT if entry.name not in ("engine/", MANIFEST)),
     Described("image_tokenizer/", "the image tokenizer, in diffusers' format"),
+    Described("model_index.json", "what diffusers' DiffusionPipeline.from_pretrained opens"),
+    Described("pipeline_t2i.py", "that pipeline"),
+    Described("language_model/", "how it opens the language model of the folder around it"),
     Described("README.md", "model card: measured numbers, how to draw, and the command that made it"),
     sometimes("draw/", "the sampler, where the model's class cannot draw by itself"),
     sometimes("data_manifest.json", "manifest of the shards that it was trained on"),
@@ -109,6 +113,7 @@ EXPORT = (
     sometimes(RESOLVED, "every setting of the run"),
     sometimes("scores.json", "of `t2i score`; coco_scores.json with COCO"),
     sometimes("coco_scores.json", "of `t2i score --coco`"),
+    sometimes(".eval_results/", "the model's scores in the hub's form, with n and protocol"),
 )
 
 STEP_KEYS = (

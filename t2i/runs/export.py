@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -14,10 +15,18 @@ from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, read_json, read_optional_json, write_json
 from t2i.model.backbone import head_of, hidden_states, load_model, weight_files
-from t2i.model.open_lm import decoding_any_open_lm, products_open_lm, reading_open_lm, sampling_open_lm
+from t2i.model.open_lm import (
+    decoding_any_open_lm,
+    language_model_t2i,
+    pipeline_t2i,
+    products_open_lm,
+    reading_open_lm,
+    sampling_open_lm,
+)
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
 from t2i.runs.card import MEASURED, SAMPLER, model_card
+from t2i.runs.eval_results import EVAL_RESULTS, write_eval_results
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP
@@ -28,6 +37,8 @@ CONFIG, DTYPES = "config.json", ("dtype", "torch_dtype")
 """A model's description, and what its newer and older form call the number type of the weights."""
 NUM_CHECKED = 8
 """Ids whose hidden states are compared."""
+LANGUAGE_MODEL = "language_model"
+"""diffusers' name for the model; the folder of that name holds what opens it."""
 
 
 def export(
@@ -65,12 +76,16 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
     _write_model(checkpoint, part)
     checkpoint.text_tokenizer.tokenizer.save_pretrained(part)
     checkpoint.needed_image_tokenizer().copy_to(part / IMAGE_TOKENIZER)
+    _write_pipeline(part)
     places = {name: checkpoint.measures_folder(folder) / "scores.json" for name, folder in MEASURED.items()}
     for file in (DATA_MANIFEST, ROUND_TRIP, RESOLVED, *MEASURED):
         found = [path for path in (checkpoint.home / file, places.get(file)) if path and path.is_file()]
         # Measures of this very checkpoint, the last in the list, come before those that an earlier export copied.
         if found:
             shutil.copyfile(found[-1], part / file)
+    for file in MEASURED:
+        if scores := read_optional_json(part / file):
+            write_eval_results(scores, file=part / EVAL_RESULTS / f"{Path(file).stem}.yaml")
     _forget_places(part / DATA_MANIFEST)
 
 
@@ -100,6 +115,23 @@ def _write_model(checkpoint: OpenedModel, part: Path) -> None:
     own, stored = (read_json(folder / CONFIG) for folder in (part, checkpoint.folder))
     kept = {key: stored[key] for key in DTYPES if key in stored}
     write_json(part / CONFIG, {key: value for key, value in own.items() if key not in DTYPES} | kept)
+
+
+def _write_pipeline(part: Path) -> None:
+    """Write what diffusers' DiffusionPipeline.from_pretrained reads."""
+    (part / LANGUAGE_MODEL).mkdir()
+    shutil.copyfile(pipeline_t2i.__file__, part / Path(pipeline_t2i.__file__).name)
+    opener = Path(language_model_t2i.__file__)
+    shutil.copyfile(opener, part / LANGUAGE_MODEL / opener.name)
+    index = {
+        "_class_name": [Path(pipeline_t2i.__file__).stem, pipeline_t2i.T2IPipeline.__name__],
+        "_diffusers_version": diffusers.__version__,
+        # First: from the hub it completes the folder, which the tokenizer then is read from.
+        LANGUAGE_MODEL: [opener.stem, language_model_t2i.LanguageModel.__name__],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        IMAGE_TOKENIZER: ["diffusers", "VQModel"],
+    }
+    write_json(part / "model_index.json", index)
 
 
 def _forget_places(manifest: Path) -> None:

@@ -56,6 +56,7 @@ def sample_codes(
     top_k: int = 0,
     top_p: float = 1.0,
     is_compiled: bool = False,
+    on_code: Callable[[list[Tensor]], object] = len,
 ) -> Tensor:
     """Sample one image per prompt: codes (B, K), int64.
 
@@ -74,6 +75,7 @@ def sample_codes(
         top_p: of those, keep the most likely that together reach this probability.
         is_compiled: compile the step, which takes a minute, again for another number of prompts or a longer one.
             Afterwards the weights must not change. Codes differ where rounding decides.
+        on_code: called after each code with all codes so far, (B,) each; what it raises ends the sampling.
 
     Raises:
         ValueError: no prompt, or a compiled step of a model whose class has none.
@@ -92,8 +94,10 @@ def sample_codes(
     # The first code is sampled from the prompts' hidden states, so K codes take K - 1 steps.
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
     codes = [next_codes(hidden, keys[0], to_logits=to_logits, how=how)]
+    on_code(codes)
     for of_code in keys[1:]:
         codes.append(step(codes[-1], of_code).clone())  # a CUDA graph writes into the same memory
+        on_code(codes)
     return torch.stack(codes, dim=1)
 
 
@@ -236,11 +240,36 @@ def draw(
     """
     from PIL import Image  # here: sample_codes of an exported folder works without Pillow
 
+    # A text is a sequence of letters too, each of which would become an image.
+    captions = [captions] if isinstance(captions, str) else list(captions)
+    codes = caption_codes(
+        model,
+        captions,
+        tokenizer=tokenizer,
+        seeds=[seed + index for index in range(len(captions))],
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    pixels = codes_to_pixels(image_tokenizer, codes)
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def caption_codes(
+    model: PreTrainedModel, captions: Sequence[str], *, tokenizer: Any, seeds: Sequence[int], **how: Any
+) -> Tensor:
+    """Sample the codes (B, K) of captions, each by its own seed.
+
+    Args:
+        how: guidance_scale and the other arguments of sample_codes after the seeds.
+
+    Raises:
+        ValueError: the model has no image codes, or there is no caption.
+    """
     config = model.config
     if getattr(config, "vocab_layout", None) is None or config.codes_per_image is None:
         raise ValueError("this model has no image codes: its config.json has no vocab_layout")
-    # A text is a sequence of letters too, each of which would become an image.
-    captions = [captions] if isinstance(captions, str) else list(captions)
     # Captions are truncated as in training: longer sequences would use positions that were never trained.
     length = config.sequence_length or config.max_position_embeddings
     room = length - config.codes_per_image - len(MARKERS)
@@ -251,20 +280,15 @@ def draw(
     ]
     rows = config.vocab_layout["num_text_rows"]
     first = rows + len(MARKERS) + 1  # after <pad>
-    codes = sample_codes(
+    return sample_codes(
         model,
         [prompt_ids(text[:room], num_text_rows=rows, mode=config.sequence_mode) for text in texts],
         empty_prompt=prompt_ids([], num_text_rows=rows, mode=config.sequence_mode),
         image_ids=range(first, first + config.vocab_layout["codebook_size"]),
         num_codes=config.codes_per_image,
-        seeds=[seed + index for index in range(len(captions))],
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        seeds=seeds,
+        **how,
     )
-    pixels = codes_to_pixels(image_tokenizer, codes)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:

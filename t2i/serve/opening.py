@@ -1,0 +1,70 @@
+"""A model becomes a server that is about to accept requests."""
+
+from pathlib import Path
+
+from t2i.config import SampleConfig, SamplerConfig
+from t2i.errors import UserError
+from t2i.generate.sample import drawer_of
+from t2i.runs.loading import OpenedModel
+from t2i.serve.drawing import batch_drawer, cut_caption
+from t2i.serve.http_server import LOOPBACK, ImageServer, Service
+from t2i.serve.images_request import Limits
+from t2i.serve.meters import Meters
+from t2i.serve.waiting import Waiting
+
+
+def check_exposure(host: str, *, api_key: str | None) -> None:
+    """Refuse to let a whole network draw without a key.
+
+    Raises:
+        UserError: the address is not this machine's own, and there is no key.
+    """
+    if host not in LOOPBACK and not api_key:
+        raise UserError(
+            f"--host is {host}, which other machines reach; expected an API key in T2I_API_KEY, or --host 127.0.0.1."
+        )
+
+
+def start(
+    opened: OpenedModel,
+    *,
+    sampler: SamplerConfig,
+    address: tuple[str, int],
+    batch_size: int,
+    most_waiting: int,
+    most_images: int,
+    most_characters: int = 4_000,
+    model_name: str | None = None,
+    api_key: str | None = None,
+) -> ImageServer:
+    """Bind the address and start the drawing thread; nothing is accepted yet.
+
+    Raises:
+        UserError: the model draws no images, or the address is taken.
+    """
+    drawer_of(opened, settings=SampleConfig(**vars(sampler)))  # refuses a model that cannot draw
+    meters = Meters()
+    waiting = Waiting(
+        batch_drawer(opened, sampler=sampler, batch_size=batch_size),
+        batch_size=batch_size,
+        most_waiting=most_waiting,
+        meters=meters,
+    )
+    service = Service(
+        waiting,
+        meters=meters,
+        limits=Limits(
+            model_name or opened.home.resolve().name,
+            image_size=opened.image_size(),
+            most_images=most_images,
+            most_characters=most_characters,
+        ),
+        cut_caption=lambda caption: cut_caption(opened, caption),
+        created=int(Path(opened.folder, "config.json").stat().st_mtime),
+        api_key=api_key,
+    )
+    try:
+        return ImageServer(address, service=service)
+    except (OSError, OverflowError) as error:
+        waiting.close()
+        raise UserError(f"{address[0]}:{address[1]} cannot be listened at: {error}.") from error
