@@ -168,6 +168,9 @@ class ModelConfig:
         return "own" if self.control_init == "fresh" else "uniform"
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimization: AdamW with a linear warm-up and a cosine schedule."""
@@ -219,6 +222,11 @@ class TrainConfig:
     measured before the first step and every eval_every steps. Empty for none."""
     sample_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
     """Steps between grids of sampled images; 0 for never."""
+    sample_prompts: Annotated[Path | None, MAY_CHANGE] = None
+    """Your own prompts for these grids instead of held-out captions: .txt with one per line, or .csv, .tsv, .jsonl,
+    .parquet with a column caption, text or prompt, and perhaps image or file_name, whose image stands beside it."""
+    report_to: Annotated[tuple[Tracker, ...], MAY_CHANGE] = ("tensorboard",)
+    """Trackers that show the run, any of these, by accelerate's classes; metrics.jsonl is written in any case."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of weights, sample order and caption dropout."""
     # May change on resume, as the next one: they choose kernels, not what these compute.

@@ -260,12 +260,26 @@ def captions_sha256(captions: dict[str, str]) -> str:
     return hashlib.sha256(caption_lines(captions).encode()).hexdigest()
 
 
-def draw_grid(drawer: Drawer, captions: Sequence[str], *, columns: int = 8) -> Image.Image:
-    """Draw captions onto one sheet; the model is left in the mode it was in."""
+def draw_grid(
+    drawer: Drawer,
+    captions: Sequence[str],
+    *,
+    columns: int = 8,
+    beside: Sequence[Image.Image | None] = (),
+) -> Image.Image:
+    """Draw captions onto one sheet; the model is left in the mode it was in.
+
+    Args:
+        beside: the real image of each caption, which then stands to the right of the drawn one; None for white.
+    """
     was_training = drawer.model.training
     drawer.model.eval()
     images = decode_images(drawer.image_tokenizer, draw_codes(drawer, captions))
     drawer.model.train(was_training)
+    if any(beside):
+        white = Image.new("RGB", images[0].size, "white")
+        pairs = zip(images, beside, strict=True)
+        images = [each for drawn, real in pairs for each in (drawn, real or white)]
     return grid(images, columns=columns)
 
 

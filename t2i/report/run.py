@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import DataError, UserError
-from t2i.files import check_keys, lines_of, read_json, read_optional_json
+from t2i.files import check_keys, lines_of, read_json, read_optional_json, write_whole
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
@@ -79,8 +80,11 @@ class RunPage:
     commands: list[str]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, *, refresh_seconds: int = 0) -> Path:
     """Write run_dir/report.html from the files of the run folder; return its path.
+
+    Args:
+        refresh_seconds: the page is read anew so often by a browser that shows it; 0 for never.
 
     Raises:
         UserError: the folder holds no run.
@@ -97,8 +101,19 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     path = run_dir / "report.html"
-    path.write_text(template.render(vars(_page(run_dir))))
+    write_whole(path, template.render(vars(_page(run_dir)), refresh_seconds=refresh_seconds))
     return path
+
+
+def follow_run(run_dir: Path, *, every_seconds: int) -> None:
+    """Write the report again and again until the run has ended, and once more then."""
+    while (status := read_status(run_dir)) and status.state == "running":
+        try:
+            write_report(run_dir, refresh_seconds=every_seconds)
+        except OSError as error:  # something that the run removed meanwhile; the next page will have it right
+            logger.warning("the page could not be written: %s", error)
+        time.sleep(every_seconds)
+    write_report(run_dir)
 
 
 def _page(run_dir: Path) -> RunPage:

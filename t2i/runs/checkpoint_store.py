@@ -16,6 +16,7 @@ from t2i.distributed import faults
 from t2i.distributed.run_id import RUN_ID, read_run_id
 from t2i.errors import CheckpointError
 from t2i.files import file_hash
+from t2i.runs.best_checkpoint import best_of, link_best
 from t2i.runs.checkpoint_manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -106,6 +107,7 @@ def commit(
     sync(final.parent)
     faults.reach("latest", step=step)
     _point_to(final)
+    link_best(run_dir)
     _drop_old(final, run_id=facts.run_id, keep_last=keep_last, keep_every=keep_every)
     return final
 
@@ -124,9 +126,10 @@ def _point_to(folder: Path) -> None:
 def _drop_old(newest: Path, *, run_id: str, keep_last: int, keep_every: int) -> None:
     """Remove the run's own checkpoints before `newest`, except those to keep."""
     run_dir, num_kept = newest.parents[1], 1
+    best = best_of(run_dir)
     for step, old in reversed(committed(run_dir).items()):
         # Never what is of a later step or of another run: this run has made nothing in its place.
-        if old == newest or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
+        if old in (newest, best) or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
             continue
         num_kept += 1
         if num_kept <= keep_last or (keep_every and step % keep_every == 0):
@@ -224,6 +227,7 @@ def choose_newest(run_dir: Path) -> Path | None:
         for other in others:
             _set_aside_other(other)
         _point_to(folder)
+        link_best(run_dir)
         return folder
     # An error rather than None, which would silently start the run again from step 0.
     aside = (run_dir / CHECKPOINTS).glob(f"step_*{BAD}*")

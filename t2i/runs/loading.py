@@ -25,6 +25,7 @@ from t2i.distributed.run_id import read_run_id
 from t2i.errors import CheckpointError, UserError
 from t2i.files import HUB, hub_name, not_here, sha256_of
 from t2i.model.backbone import check_decoding, load_model, weight_files
+from t2i.runs.best_checkpoint import BEST
 from t2i.runs.checkpoint_manifest import CHECKPOINTS, has_manifest
 from t2i.runs.checkpoint_store import newest_readable, verify
 from t2i.runs.run_folder import RESOLVED
@@ -97,6 +98,8 @@ def find(name: str) -> tuple[Path, Path | None]:
     if missing := not_here(name):
         raise UserError(f"{refusal}: {missing}.")
     path = Path(name)
+    if path.name == BEST and path.is_symlink():  # measures are kept by the step's own name
+        path = path.parent / path.readlink()
     if (path / CHECKPOINTS).is_dir():
         folder = newest_readable(path)
         if folder is None:

@@ -47,7 +47,7 @@ def read_metrics(run_dir: Path) -> list[MetricsRow]:
     """Read metrics.jsonl, without a last line that was cut off; a warning counts other lines that are no rows."""
     path = run_dir / METRICS
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    rows = [_parsed(line) for line in lines]
+    rows = [parse_row(line) for line in lines]
     # Of the last line nothing is said: a machine lost power, or it is being written now.
     torn = [number for number, row in enumerate(rows[:-1], 1) if row is None]
     if torn:
@@ -99,12 +99,12 @@ def _rows_from_the_end(path: Path) -> Iterator[tuple[int, MetricsRow | None]]:
         while end:
             start = text.rfind(b"\n", 0, end - 1) + 1
             line = text[start:end]
-            yield end, _parsed(line) if line.endswith(b"\n") else None
+            yield end, parse_row(line) if line.endswith(b"\n") else None
             end = start
 
 
-def _parsed(line: bytes) -> MetricsRow | None:
-    """Parse one line; None if it is no row."""
+def parse_row(line: bytes) -> MetricsRow | None:
+    """Parse one line of metrics.jsonl; None if it is no row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -29,6 +29,8 @@ from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
 from t2i.tokens.text import TextTokenizer
+from t2i.train.prompts import read_prompts
+from t2i.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
 
     Raises:
         DataError: there are no such shards.
-        UserError: they are too few for a step, model.init or a file of embeddings does not exist, or there is no
-            compiler to compile with.
+        UserError: they are too few for a step, model.init or a file of embeddings does not exist, a tracker is not
+            installed, prompts to sample would not be used, or there is no compiler to compile with.
     """
     data, model = config.data, config.model
     if config.train.compile and (problem := torch_compile_problem()):
@@ -70,6 +72,12 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
             check_amount(one, manifest=manifest, a_step=a_step, world_size=world_size)
     if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
         raise UserError(f"model.init: {missing}.")
+    check_trackers(config.train.report_to)
+    if prompts := config.train.sample_prompts:
+        if not config.train.sample_every or data.mode != "text-to-image":
+            needed = "train.sample_every > 0 and data.mode text-to-image"
+            raise UserError(f"train.sample_prompts is {prompts}; expected {needed} with it.")
+        read_prompts(prompts)
     rows = Path(model.new_embeddings)
     if rows.suffix == ".safetensors" and not rows.is_file():
         raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")

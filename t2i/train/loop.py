@@ -13,14 +13,15 @@ from t2i.distributed.signals import SAVE, STOP, Requests
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.best_checkpoint import best_of
 from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import SAMPLES, report_command
 from t2i.train.checkpoint import Saver
 from t2i.train.compiled import eagerly
 from t2i.train.guards import MAX_SKIPPED, check_updates
-from t2i.train.metrics import MetricsWriter, measured, short
+from t2i.train.metrics import MetricsWriter, heldout_loss, measured, short
 from t2i.train.periodic import Periodic
-from t2i.train.progress import Progress
+from t2i.train.progress import RISES, Progress
 from t2i.train.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,13 @@ class Trainer:
 
     def _say_end(self) -> None:
         step, losses, samples = self.progress.step, self.progress.losses, self.run_dir / SAMPLES
+        best = best_of(self.run_dir)
         logger.info(
-            "done: step %d%s. Checkpoints: %s%s. Next: %s",
+            "done: step %d%s. Checkpoints: %s%s%s. Next: %s",
             step,
             f", loss {losses[-1]:.3f}" if losses else "",
             self.run_dir / checkpoints.CHECKPOINTS,
+            f", the best by held-out loss: {best.name}" if best else "",
             f"; sampled images: {samples}" if samples.is_dir() else "",
             report_command(self.run_dir),
         )
@@ -189,7 +192,24 @@ class Trainer:
         if self.writer:
             for row in rows:
                 logger.info("%s", measured(row))
+        self._note_heldout(rows)
         return True
+
+    def _note_heldout(self, rows: list[MetricsRow]) -> None:
+        loss, progress = heldout_loss(rows), self.progress
+        if loss is None:
+            return
+        progress.note_heldout(loss)
+        if self.writer and progress.has_begun_to_rise():
+            best = best_of(self.run_dir)
+            logger.warning(
+                "the held-out loss has risen in %d evaluations in a row, from %.3f to %.3f: the run begins to"
+                " overfit.%s",
+                RISES,
+                progress.heldout_losses[-RISES - 1],
+                loss,
+                f" The checkpoint of its lowest is kept: {best}." if best else "",
+            )
 
     def save(self, *, must_succeed: bool) -> None:
         """Commit a checkpoint of this step."""

@@ -113,7 +113,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             learner = Learner(model, layout=layout, z_loss=train_config.z_loss)
             engine = make_engine(learner, config=train_config, ds_config=ds_config, per_rank=per_rank)
             at_end.callback(free_engine, engine)
-            writer = MetricsWriter(run_dir) if is_first else None
+            writer = MetricsWriter(run_dir, report_to=train_config.report_to) if is_first else None
             speed = Speed(model, data=data_config, device=engine.device, is_half=engine.bfloat16_enabled())
             requests = Requests(flag, peers.folder, reads_files=is_first, stop_at=stop_at)
             trainer = Trainer(

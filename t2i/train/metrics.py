@@ -2,7 +2,7 @@
 
 import logging
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import counts_of, flops_a_token
 from t2i.distributed.run_id import OwnFolder
 from t2i.runs.metrics_log import METRICS, MetricsRow, append_metrics, rewind_metrics, step_of
+from t2i.train.trackers import TENSORBOARD, Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ class MetricsWriter:
     A full disk ends no run: rows are kept here until one can be written, and TensorBoard is given up.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, report_to: Sequence[str] = (TENSORBOARD,)) -> None:
         self.run_dir, self.folder = run_dir, OwnFolder.at(run_dir)
+        self.report_to = report_to
+        self.trackers: Trackers | None = None
         self.waiting: list[MetricsRow] = []
         self.events: SummaryWriter | None = None
 
@@ -36,11 +39,14 @@ class MetricsWriter:
         """Continue after `step`, and set aside what an earlier process wrote beyond it; -1 for a new run."""
         # Set aside, not deleted: rows of steps that are taken again may be what somebody looks for after a crash.
         rewind_metrics(self.run_dir, step=step)
-        self.events = SummaryWriter(log_dir=str(self.run_dir / "tensorboard"), purge_step=step + 1)
+        if TENSORBOARD in self.report_to:
+            self.events = SummaryWriter(log_dir=str(self.run_dir / TENSORBOARD), purge_step=step + 1)
+        # After the rewind: they follow the file, and would report rows that are taken back.
+        self.trackers = self.trackers or Trackers(self.report_to, run_dir=self.run_dir)
 
     def rewind(self, *, step: int) -> None:
         """Set aside what was written beyond `step`."""
-        self.close()
+        self._show(lambda events: events.close())
         self.start(step=step)
 
     def write(self, row: MetricsRow) -> None:
@@ -63,8 +69,10 @@ class MetricsWriter:
         self._show(lambda events: events.add_image("samples", np.asarray(picture), step, dataformats="HWC"))
 
     def close(self) -> None:
-        """Flush TensorBoard's events."""
+        """Flush TensorBoard's events, and tell the other trackers that the run has ended."""
         self._show(lambda events: events.close())
+        if self.trackers:
+            self.trackers.close()
 
     def _show(self, show: Callable[[SummaryWriter], None]) -> None:
         if self.events is None:
@@ -133,6 +141,13 @@ def measured(row: MetricsRow) -> str:
     ]
     images = f" on {row['num_pictures']} images" if "num_pictures" in row else ""
     return f"step {step_of(row)}, {row['split']}{images}: {', '.join(values)}"
+
+
+def heldout_loss(rows: Sequence[MetricsRow]) -> float | None:
+    """Return the loss that says whether a run overfits: of held-out images, or of text where there are none."""
+    row = next((row for row in rows if row.get("split") == "heldout"), {})
+    found = (row.get(key) for key in ("image_loss", "text_loss"))
+    return next((value for value in found if isinstance(value, float)), None)
 
 
 def short(value: float | None) -> str:

@@ -1,9 +1,11 @@
 """Periodic work between steps: held-out losses, forgetting of text, and images of held-out captions."""
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,10 +19,12 @@ from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
 from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
+from t2i.tokens.image import centre_crop_resize
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner
 from t2i.train.inputs import Inputs
 from t2i.train.metrics import MetricsWriter
+from t2i.train.prompts import Prompt, read_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +84,8 @@ def periodic_work(
     # Precomputed tokens have no decoder, and only text-to-image sequences were trained to follow a caption.
     if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
         drawer = Drawer(model, tokenizer, inputs.image_tokenizer, layout)
-        work = _samples(drawer, data=data, writer=writer)
+        prompts = _prompts(config.sample_prompts, data=data, is_first=writer is not None)
+        work = _samples(drawer, prompts=prompts, writer=writer)
         found.append(Periodic(every=config.sample_every, work=work))
     return found
 
@@ -155,18 +160,12 @@ def _kept_text(model: PreTrainedModel, layout: VocabLayout, ids: Tensor) -> Peri
     return measure
 
 
-def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) -> PeriodicWork:
-    """Sample images of the same held-out captions each time: a PNG, and a copy for TensorBoard."""
-    # Read once and kept: the same captions make the grids of a run comparable.
-    captions = _captions(data, split="heldout")
-    if not captions:
-        captions = _captions(data, split="train")
-        if writer:
-            logger.warning(
-                "%s holds nothing out, so samples are drawn from captions of training images: they do not show what"
-                " the model draws of others.",
-                data.shards,
-            )
+def _samples(drawer: Drawer, *, prompts: Sequence[Prompt], writer: MetricsWriter | None) -> PeriodicWork:
+    """Sample images of the same prompts each time: a PNG, and a copy for TensorBoard."""
+    # Read once and kept: the same prompts make the grids of a run comparable.
+    captions = [prompt.text for prompt in prompts]
+    size = math.isqrt(drawer.model.config.codes_per_image) * drawer.image_tokenizer.downscale
+    beside = [prompt.real and centre_crop_resize(prompt.real, size=size) for prompt in prompts]
 
     def sample(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         # The first rank alone: an image depends on its own seed, so more ranks would only draw it again.
@@ -175,12 +174,28 @@ def _samples(drawer: Drawer, *, data: DataConfig, writer: MetricsWriter | None) 
             folder.mkdir(exist_ok=True)
             (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
             with interruptible(drawer.model, should_stop), on_device_of(drawer):
-                sheet = draw_grid(drawer, captions)
+                sheet = draw_grid(drawer, captions, beside=beside)
             sheet.save(folder / f"step_{step:06d}.png")
             writer.show(sheet, step=step)
         return []
 
     return sample
+
+
+def _prompts(file: Path | None, *, data: DataConfig, is_first: bool) -> list[Prompt]:
+    """Read the prompts to sample: those of a file, else held-out captions, else those of training."""
+    if file:
+        return read_prompts(file)
+    captions = _captions(data, split="heldout")
+    if not captions:
+        captions = _captions(data, split="train")
+        if is_first:
+            logger.warning(
+                "%s holds nothing out, so samples are drawn from captions of training images: they do not show what"
+                " the model draws of others.",
+                data.shards,
+            )
+    return [Prompt(caption, None) for caption in captions]
 
 
 def _captions(data: DataConfig, *, split: str) -> list[str]:

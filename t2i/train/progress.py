@@ -1,9 +1,13 @@
 """How far a run has come, and the recent losses that the spike guard compares with."""
 
+import itertools
 from dataclasses import dataclass, field
 
 WINDOW_STEPS = 64
 """Recent losses that a new one is compared with."""
+RISES = 3
+"""Evaluations in a row with a higher held-out loss, after which a run is said to overfit."""
+WINDOW_EVALUATIONS = RISES + 2
 
 
 @dataclass
@@ -22,8 +26,23 @@ class Progress:
     """Times that a spike rewound the run to a checkpoint."""
     losses: list[float] = field(default_factory=list)
     """Losses of the last WINDOW_STEPS steps, by which a spike is recognised."""
+    heldout_losses: list[float] = field(default_factory=list)
+    """Losses of the last WINDOW_EVALUATIONS evaluations of the held-out split."""
+    heldout_step: int = -1
+    """Step of the last of them; -1 before the first."""
     owed: list[int] = field(default_factory=list)
     """Indices of pending periodic work, which a stop cut short and a resumed run does first."""
+
+    def note_heldout(self, loss: float) -> None:
+        """Keep the held-out loss of this step."""
+        if self.step != self.heldout_step:  # measured again where a run was resumed
+            self.heldout_losses = [*self.heldout_losses, loss][-WINDOW_EVALUATIONS:]
+            self.heldout_step = self.step
+
+    def has_begun_to_rise(self) -> bool:
+        """Tell whether the held-out loss has now risen in RISES evaluations in a row, and not in one more."""
+        rises = [later > earlier for earlier, later in itertools.pairwise(self.heldout_losses)]
+        return len(rises) >= RISES and all(rises[-RISES:]) and not all(rises[-RISES - 1 : -RISES] or [False])
 
     def count(self, num_sequences: int, *, tokens: int, loss: float | None, was_skipped: bool) -> None:
         """Count a step over all ranks, also one without an update."""

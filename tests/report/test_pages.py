@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from t2i.report import run as run_page
 from t2i.report.run import write_report
 from t2i.report.sections.section import Section
 from t2i.report.study import HTML, MARKDOWN, Part, StudyPage, rendered
@@ -43,6 +44,21 @@ def test_a_runs_page_tells_its_last_step_and_escapes_words(run_dir):
     assert cells == ["heldout", "4.500", "4.750", "5.250", "8"]
     assert "<script>" not in page
     assert page.count(ESCAPED) == 2  # the caption and the command
+
+
+def test_a_page_refreshes_itself_while_the_run_lasts_and_not_after(run_dir, monkeypatch):
+    (run_dir / "status.json").write_text(json.dumps({"state": "running"}))
+    pages = []
+
+    def wait(seconds):
+        pages.append((seconds, (run_dir / "report.html").read_text()))
+        (run_dir / "status.json").write_text(json.dumps({"state": "done"}))
+
+    monkeypatch.setattr(run_page.time, "sleep", wait)
+    run_page.follow_run(run_dir, every_seconds=30)
+    assert [seconds for seconds, _ in pages] == [30]
+    assert '<meta http-equiv="refresh" content="30">' in pages[0][1]
+    assert "http-equiv" not in (run_dir / "report.html").read_text()
 
 
 def test_a_run_without_a_recorded_step_has_a_page(run_dir):

@@ -1,0 +1,127 @@
+"""The process of one tracker: `python -m t2i.train.following RUN NAME` reports the rows of metrics.jsonl as they come.
+
+It ends when its standard input does, which the run holds open.
+"""
+
+import json
+import os
+import select
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from PIL import Image
+
+from t2i.distributed.run_id import read_run_id
+from t2i.files import read_optional_json, read_yaml, write_json
+from t2i.runs.metrics_log import METRICS, MetricsRow, parse_row, step_of
+from t2i.runs.run_folder import RESOLVED, SAMPLES
+from t2i.train.trackers import TRACKERS
+
+PROJECT = "t2i"
+LOOK_SECONDS = 1.0
+LAST_SECONDS = 60.0
+"""How long a tracker may take to finish after the run has ended; then its process ends in any case."""
+
+
+def follow(run_dir: Path, name: str) -> None:
+    """Report a run to a tracker until standard input ends."""
+    PartialState(cpu=True)  # accelerate's trackers log by it
+    state = run_dir / TRACKERS / f"{name}.json"
+    # Of a resumed run, an earlier process has reported the first rows.
+    known = {"step": -1, "sample": -1, "run": None} | read_optional_json(state)
+    tracker = _opened(name, run_dir=run_dir, run=known["run"])
+    tracker.start()
+    tracker.store_init_configuration(dict(flat(read_yaml(run_dir / RESOLVED, name=RESOLVED))))
+    # MLflow names its runs itself.
+    known["run"] = getattr(getattr(tracker.tracker, "info", None), "run_id", None)
+    position, is_over = 0, False
+    while True:
+        rows, position = new_rows(run_dir / METRICS, position)
+        for row in rows:
+            if step_of(row) > known["step"]:
+                tracker.log(numbers(row), step=step_of(row))
+        known["step"] = max([known["step"], *map(step_of, rows)])
+        known["sample"] = _show_samples(tracker, run_dir, after=known["sample"], now=known["step"])
+        write_json(state, known)
+        if is_over:
+            tracker.finish()
+            return
+        is_over = bool(select.select([sys.stdin], [], [], LOOK_SECONDS)[0])
+        if is_over:
+            end = threading.Timer(LAST_SECONDS, os._exit, [1])
+            end.daemon = True
+            end.start()
+
+
+def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
+    kind, folder = LOGGER_TYPE_TO_CLASS[name], run_dir / TRACKERS
+    own = {
+        "wandb": {
+            "name": run_dir.name,
+            "id": read_run_id(run_dir) or None,
+            "resume": "allow",
+            "dir": str(folder),
+        },
+        "mlflow": {"run_name": run_dir.name, "run_id": run},
+        "trackio": {"name": run_dir.name, "resume": "allow"},
+    }
+    if name == "mlflow":
+        os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlruns").as_uri())
+    return kind(PROJECT, **own[name])
+
+
+def new_rows(path: Path, position: int) -> tuple[list[MetricsRow], int]:
+    """Read the whole rows of metrics.jsonl from a position on; return them and the next position."""
+    if not path.exists():
+        return [], 0
+    # Shorter than what was read: the run went back to a checkpoint, and writes on from there.
+    position = min(position, path.stat().st_size)
+    with path.open("rb") as file:
+        file.seek(position)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    rows = [row for line in whole.splitlines() if (row := parse_row(line)) is not None]
+    return rows, position + len(whole)
+
+
+def numbers(row: MetricsRow) -> dict[str, float]:
+    """Return the numbers of a row, by the names that TensorBoard shows them under."""
+    group = row.get("split", "train")
+    return {
+        f"{group}/{key}": value
+        for key, value in row.items()
+        if isinstance(value, int | float) and key != "step"
+    }
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as group.key and value; what is no number or text, as text."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield (
+                f"{prefix}{key}",
+                value if isinstance(value, bool | int | float | str) else json.dumps(value),
+            )
+
+
+def _show_samples(tracker: GeneralTracker, run_dir: Path, *, after: int, now: int) -> int:
+    """Show grids of sampled images, where accelerate's tracker takes images; return the last one's step."""
+    for path in sorted((run_dir / SAMPLES).glob("step_*.png")):
+        step = int(path.stem.removeprefix("step_"))
+        if hasattr(tracker, "log_images") and after < step <= now:
+            with Image.open(path) as sheet:
+                # At the step reported last: W&B drops what comes for an earlier one.
+                tracker.log_images({"samples": [sheet.copy()]}, step=now)
+            after = step
+    return after
+
+
+if __name__ == "__main__":
+    follow(Path(sys.argv[1]), sys.argv[2])

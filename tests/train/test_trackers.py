@@ -1,0 +1,142 @@
+"""Trackers beside TensorBoard: they get every row, and a run neither waits for them nor fails with them."""
+
+import json
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from PIL import Image
+
+from t2i.errors import UserError
+from t2i.runs.metrics_log import append_metrics
+from t2i.train import following, trackers
+from t2i.train.following import follow, new_rows
+from t2i.train.metrics import MetricsWriter
+from t2i.train.trackers import Trackers, check_trackers
+
+HANGS = "import time\ndef init(**_):\n    print('asked', flush=True)\n    time.sleep(1000)\n"
+FAILS = "def init(**_):\n    raise ConnectionError('no network')\n"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "resolved.yaml").write_text(yaml.safe_dump({"train": {"lr": 0.1, "report_to": ["wandb"]}}))
+    return folder
+
+
+def stand_in(tmp_path, monkeypatch, code):
+    """Put a package named wandb before any other, for the trackers' processes."""
+    (tmp_path / "wandb.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def test_a_tracker_that_hangs_delays_a_run_by_no_more_than_a_moment(tmp_path, run_dir, monkeypatch, caplog):
+    stand_in(tmp_path, monkeypatch, HANGS)
+    monkeypatch.setattr(trackers, "LAST_SECONDS", 0.5)
+    start = time.monotonic()
+    writer = MetricsWriter(run_dir, report_to=("wandb",))
+    writer.start(step=-1)
+    process = writer.trackers.processes["wandb"]
+    for step in range(200):
+        writer.write({"step": step, "loss": 1.0})
+    assert time.monotonic() - start < 5  # seconds of the run itself; the tracker hangs for a thousand
+    log = run_dir / "trackers" / "wandb.log"
+    while "asked" not in log.read_text():  # it hangs indeed
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    start = time.monotonic()
+    writer.close()
+    assert time.monotonic() - start < 5
+    assert "wandb is not done yet" in caplog.text
+    assert not (run_dir / "tensorboard").exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_tracker_that_fails_is_said_at_the_end(tmp_path, run_dir, monkeypatch, caplog):
+    stand_in(tmp_path, monkeypatch, FAILS)
+    monkeypatch.setattr(trackers, "LAST_SECONDS", 120.0)
+    started = Trackers(["tensorboard", "wandb"], run_dir=run_dir)
+    started.close()
+    assert "wandb failed (ConnectionError: no network)" in caplog.text
+
+
+class Recorder:
+    """Stands in for one of accelerate's trackers."""
+
+    def __init__(self, project, **how):
+        self.project, self.how, self.tracker = project, how, SimpleNamespace()
+        self.logged, self.images, self.is_finished = [], [], False
+        Recorder.last = self
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        self.settings = values
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def log_images(self, values, step):
+        self.images.append((step, values["samples"][0].size))
+
+    def finish(self):
+        self.is_finished = True
+
+
+@pytest.fixture
+def followed(run_dir, monkeypatch):
+    """Follow a run that has ended already, with a Recorder for W&B."""
+    monkeypatch.setattr(following, "PartialState", lambda cpu: None)
+    monkeypatch.setitem(following.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    (run_dir / "trackers").mkdir()
+
+    def run():
+        end, other = os.pipe()
+        os.close(other)
+        with os.fdopen(end) as stdin:
+            monkeypatch.setattr(following.sys, "stdin", stdin)
+            follow(run_dir, "wandb")
+        return Recorder.last
+
+    return run
+
+
+def test_every_row_is_reported_once_and_samples_with_them(run_dir, followed):
+    append_metrics(run_dir, {"step": 1, "loss": 2.0, "note": "text"})
+    append_metrics(run_dir, {"step": 1, "split": "heldout", "image_loss": 3.0})
+    (run_dir / "samples").mkdir()
+    for step in (1, 5):
+        Image.new("RGB", (4, 4)).save(run_dir / "samples" / f"step_{step:06d}.png")
+    first = followed()
+    assert first.logged == [(1, {"train/loss": 2.0}), (1, {"heldout/image_loss": 3.0})]
+    assert first.images == [(1, (4, 4))]
+    assert first.settings == {"train.lr": 0.1, "train.report_to": '["wandb"]'}
+    assert first.is_finished
+    append_metrics(run_dir, {"step": 5, "loss": 1.0})
+    resumed = followed()
+    assert (resumed.logged, resumed.images) == ([(5, {"train/loss": 1.0})], [(5, (4, 4))])
+
+
+def test_a_half_written_row_waits_and_a_rewound_file_is_read_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step"')
+    rows, position = new_rows(path, 0)
+    assert [row["step"] for row in rows] == [1]
+    with path.open("a") as file:
+        file.write(": 2}\n")
+    assert [row["step"] for row in new_rows(path, position)[0]] == [2]
+    path.write_text("")
+    assert new_rows(path, position) == ([], 0)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "mlflow" else name)
+    with pytest.raises(UserError, match=r"train\.report_to names mlflow, which is not installed"):
+        check_trackers(["tensorboard", "mlflow"])
