@@ -57,6 +57,7 @@ LOSS = ("tests/model/test_loss.py",)
 LEARN = ("tests/model/test_trainable.py",)
 OPEN_LM = ("tests/model/test_open_lm.py",)
 SAMPLING = ("tests/model/test_sampling.py", "tests/model/test_open_lm.py")
+GPU = ("tests/train/test_before_a_gpu.py",)
 DATA = ("tests/data/test_loader.py", "tests/data/test_shards.py")
 HELDOUT = ("tests/measure/test_heldout.py",)
 SENSITIVITY = ("tests/measure/test_caption_sensitivity.py",)
@@ -681,6 +682,71 @@ MUTATIONS = (
         "for folder in committed(run_dir).values():\n            try:",
         "drawing and measures read the run's first checkpoint",
         CHECKPOINTS,
+    ),
+    # What a GPU needs, and a size between two that are known.
+    Mutation(
+        "every-rank-takes-the-first-gpu",
+        "t2i/distributed/launch.py",
+        "torch.cuda.set_device(own)",
+        "torch.cuda.set_device(0)",
+        "NCCL refuses the first collective of every run of several GPUs",
+        GPU,
+    ),
+    Mutation(
+        "collectives-end-after-ten-minutes",
+        "t2i/distributed/launch.py",
+        "verbose=False, timeout=PATIENCE,",
+        "verbose=False,",
+        "a rank that waits for another's save is ended",
+        GPU,
+    ),
+    Mutation(
+        "engines-are-kept",
+        "t2i/train/deepspeed_internals.py",
+        "    engine.destroy()",
+        "    pass",
+        "a process holds the memory of every engine that it made",
+        GPU,
+    ),
+    Mutation(
+        "half-precision-is-opened-in-fp32",
+        "t2i/runs/loading.py",
+        'else "stored"',
+        "else torch.float32",
+        "a GPU draws and measures without its tensor cores",
+        GPU,
+    ),
+    Mutation(
+        "cudnn-plans-each-length",
+        "t2i/generate/sample.py",
+        "sdpa_kernel([",
+        "sdpa_kernel([SDPBackend.CUDNN_ATTENTION, ",
+        "drawing prepares a thousand plans for each length of prompt",
+        GPU,
+    ),
+    Mutation(
+        "the-codebook-counts-on-the-cpu",
+        "t2i/image_tokenizer/train.py",
+        "weight.new_ones(len(weight))",
+        "torch.ones(len(weight))",
+        "an image tokenizer cannot be trained on a GPU",
+        GPU,
+    ),
+    Mutation(
+        "compiled-lengths-are-any",
+        "t2i/data/batching.py",
+        "math.lcm(multiple,",
+        "math.lcm(1,",
+        "nearly every step is compiled anew",
+        ("tests/train/test_compiled.py",),
+    ),
+    Mutation(
+        "the-dial-misses-its-ends",
+        "t2i/config/size.py",
+        "** _exponent(RATES, WIDTHS)",
+        "** 0.5",
+        "--size 24 is not the paper's run",
+        ("tests/test_size.py",),
     ),
 )
 

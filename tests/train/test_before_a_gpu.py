@@ -94,10 +94,14 @@ def alive():
 
 @pytest.mark.parametrize("ends_by", ["its last step", "an error"])
 def test_a_run_leaves_no_engine_behind(ends_by, shards, tmp_path, monkeypatch):
-    made = []
-    real = main.make_engine
+    made, watched = [], []
+    real, arm = main.make_engine, main.Watchdog.arm
+    monkeypatch.setattr(
+        main.Watchdog, "arm", lambda self, what, **rest: (watched.append(what), arm(self, what, **rest))
+    )
 
     def make(*arguments, **settings):
+        assert watched == ["start"]  # what hangs before the first step is ended too
         engine = real(*arguments, **settings)
         made.extend(map(weakref.ref, [engine, *engine.module.parameters()]))
         return engine
