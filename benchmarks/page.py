@@ -27,7 +27,8 @@ NAMES = (
 )
 INTRODUCTION = """# Performance
 
-Written by `make bench`. Every number was measured by the command above its table.
+Written by `make bench`. Every number was measured by the command above its table. Each command prints its rows as they
+are known. With `--quick` it ends in about two minutes, and nothing is published.
 
 A ratio compares candidates that alternate in one process on one thread. It is of CPU seconds, unless the row says
 seconds, and of the least times. Beside it stand the ratio of the medians, and the least and largest ratio of one round.
@@ -48,6 +49,11 @@ EXPLANATIONS = {
         "66,824 logits per position, and the body's elementwise work, forward and backward. The plain loops keep "
         "their memory here as t2i's own step does. What page faults would cost them is not in their figures. "
         "Bytes vary, because a heap is not laid out alike in each process."
+    ),
+    "loss": (
+        "torch's function gives one sum, or a loss per position whose logits it computes again in the backward pass. "
+        "t2i needs the loss of each position and its log-partition, and computes the gradient while a chunk's logits "
+        "exist. The simpler function would be used if it were not slower by a tenth."
     ),
     "precision": (
         "Only products of matrices gain. The ratio is one of this processor: bf16 is tens of times slower than fp32 "
