@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch._dynamo.config
 from transformers import PreTrainedModel
 
 from t2i.data.batching import COMPILED_POSITIONS
@@ -33,8 +34,7 @@ def compile_layers(model: PreTrainedModel, *, seq_len: int, backend: str = "indu
         )
     # Per length a whole micro-batch and the smaller last one. torch gives up compiling at 8 shapes, and says so once.
     shapes = 2 * math.ceil(seq_len / COMPILED_POSITIONS)
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, shapes + 2)  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shapes + 2)
     # One by one, not the whole model: all layers share one compiled function, which takes seconds instead of minutes.
     for layer in layers_of(model):
         # One shape each: what is compiled for any length is slower, and lengths come in multiples here.
