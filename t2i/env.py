@@ -34,7 +34,7 @@ VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false by default: loader processes are many already",
     "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "set to 1 while DeepSpeed's state is loaded, so that no pickle runs code",
     "PATH": "programs of the Python environment are put first, for ninja",
-    "PYTHONPATH": "a study's jobs get the folder of t2i put first",
+    "PYTHONPATH": "a study's jobs and a run's trackers get the folder of t2i put first",
     "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
     "T2I_API_KEY": "key that clients of `t2i serve` must send; without one, only this machine can reach it",
     "HF_ENDPOINT": "address of the hub that exports are uploaded to; Hugging Face's own",

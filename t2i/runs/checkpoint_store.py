@@ -132,7 +132,7 @@ def _drop_old(newest: Path, *, run_id: str, keep_last: int, keep_every: int) -> 
         if old in (newest, best) or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
             continue
         num_kept += 1
-        if num_kept <= keep_last or (keep_every and step % keep_every == 0):
+        if num_kept <= keep_last or old == best or (keep_every and step % keep_every == 0):
             continue
         trash = old.with_name(TRASH + old.name)
         try:

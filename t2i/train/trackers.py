@@ -19,6 +19,7 @@ from t2i.files import lines_of
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).parents[2]
 TENSORBOARD = "tensorboard"
 TRACKERS = "trackers"
 """Folder of a run with what its trackers keep and say."""
@@ -49,16 +50,23 @@ class Trackers:
     def __init__(self, names: Sequence[str], *, run_dir: Path) -> None:
         """Start a process for each tracker; TensorBoard's events are written by the run itself."""
         self.run_dir = run_dir
-        self.processes = {name: self._started(name) for name in names if name != TENSORBOARD}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in names:
+            if name != TENSORBOARD:
+                try:
+                    self.processes[name] = self._started(name)
+                except OSError as error:
+                    logger.warning("%s cannot be started (%s); metrics.jsonl is the record", name, error)
 
     def _started(self, name: str) -> "subprocess.Popen[bytes]":
         folder = self.run_dir / TRACKERS
         folder.mkdir(exist_ok=True)
         kept = {key: value for key, value in os.environ.items() if key not in OF_A_JOB}
+        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         with (folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "t2i.train.following", str(self.run_dir.resolve()), name],
-                env={**kept, "CUDA_VISIBLE_DEVICES": ""},
+                env={**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.PIPE,  # its end tells that the run has ended, however it ended
                 stdout=log,
                 stderr=log,
