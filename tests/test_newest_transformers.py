@@ -1,4 +1,4 @@
-"""The exported folder under the newest transformers release, in an environment of its own (needs pip's index)."""
+"""The exported folder under the newest releases of transformers and diffusers, in an environment of its own (needs pip's index)."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.newest_transformers
 
 SCRIPT = """
 import sys, torch, transformers
-from diffusers import VQModel
+from diffusers import DiffusionPipeline, VQModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True).eval()
 assert "t2i" not in sys.modules
@@ -43,6 +43,9 @@ assert len(model(ids, labels=ids, return_dict=False)) == 2
 assert list(tokenizer("a red apple")) == ["input_ids", "attention_mask"]
 picture = model.draw(["picture 3"], tokenizer=tokenizer, image_tokenizer=image_tokenizer)[0]
 assert picture.size == (64, 64)
+pipe = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
+again = pipe("picture 3", generator=torch.Generator().manual_seed(0)).images[0]
+assert again.tobytes() == picture.tobytes()
 version = str(transformers.__version__)
 torch.save({"logits": logits, "generated": generated, "version": version}, sys.argv[1])
 """
@@ -52,7 +55,7 @@ def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
     export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "exported", command="a test")
     processes.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5"]
+    pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5", "diffusers>=0.40"]
     processes.run(pip, check=True)
     # What is not replaced comes from this environment, after the new one's own packages.
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
