@@ -1,4 +1,4 @@
-"""The exported folder under the newest releases of transformers and diffusers, in an environment of its own (needs pip's index)."""
+"""An exported folder under the newest transformers and diffusers, in an environment of its own (needs an index)."""
 
 import os
 import sys
