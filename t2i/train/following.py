@@ -33,7 +33,9 @@ def follow(run_dir: Path, name: str) -> None:
     PartialState(cpu=True)  # accelerate's trackers log by it
     state = run_dir / TRACKERS / f"{name}.json"
     # Of a resumed run, an earlier process has reported the first rows.
-    known = {"step": -1, "sample": -1, "run": None} | read_optional_json(state)
+    known: dict[str, Any] = {"step": -1, "sample": -1, "run": None}
+    known |= read_optional_json(state)
+    before = known["step"]
     tracker = _opened(name, run_dir=run_dir, run=known["run"])
     tracker.start()
     tracker.store_init_configuration(dict(flat(read_yaml(run_dir / RESOLVED, name=RESOLVED))))
@@ -43,7 +45,8 @@ def follow(run_dir: Path, name: str) -> None:
     while True:
         rows, position = new_rows(run_dir / METRICS, position)
         for row in rows:
-            if step_of(row) > known["step"]:
+            # Not the steps of this process: held-out rows come some seconds after their step's own.
+            if step_of(row) > before:
                 tracker.log(numbers(row), step=step_of(row))
         known["step"] = max([known["step"], *map(step_of, rows)])
         known["sample"] = _show_samples(tracker, run_dir, after=known["sample"], now=known["step"])

@@ -124,6 +124,21 @@ def test_every_row_is_reported_once_and_samples_with_them(run_dir, followed):
     assert (resumed.logged, resumed.images) == ([(5, {"train/loss": 1.0})], [(5, (4, 4))])
 
 
+def test_a_held_out_row_is_reported_though_its_step_was_before(run_dir, followed, monkeypatch):
+    append_metrics(run_dir, {"step": 1, "loss": 2.0})
+    real, polls = following.select.select, []
+
+    def late(*of):
+        polls.append(of)
+        if len(polls) > 1:
+            return real(*of)
+        append_metrics(run_dir, {"step": 1, "split": "heldout", "image_loss": 3.0})
+        return [], [], []
+
+    monkeypatch.setattr(following.select, "select", late)
+    assert followed().logged == [(1, {"train/loss": 2.0}), (1, {"heldout/image_loss": 3.0})]
+
+
 def test_a_half_written_row_waits_and_a_rewound_file_is_read_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step"')
