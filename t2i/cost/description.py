@@ -78,8 +78,8 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _disk_lines(plan: Plan) -> list[str]:
-    # One more than are kept: a new checkpoint is complete before an old one is removed.
-    kept = plan.keep_last + 1
+    # Two more than the last ones: the best by held-out loss, and a new one, complete before an old one is removed.
+    kept = plan.keep_last + 2
     origin = "measured" if plan.data.are_made else "estimated"
     size = plan.checkpoint_bytes / 1e9
     return [

@@ -41,7 +41,7 @@ RUN_FOLDER = (
     Described(METRICS, "every number of the run, one JSON object per line"),
     sometimes(f"{METRICS}.rewound", "rows beyond the checkpoint that a later start resumed from"),
     Described("tensorboard/", f"TensorBoard's view of {METRICS}"),
-    Described(f"{CHECKPOINTS}/", "one folder per checkpoint, such as step_000500"),
+    Described(f"{CHECKPOINTS}/", "one folder per checkpoint, such as step_000500; best leads to the best"),
     Described(store.LATEST, "name of the newest checkpoint"),
     sometimes(f"{SAMPLES}/", "grids of sampled images and their captions, with train.sample_every"),
     Described("data_manifest.json", "manifest of the shards that the run reads"),

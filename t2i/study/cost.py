@@ -150,9 +150,10 @@ def _cost(
             config.data.num_workers,
             is_half=element_bytes == 2,
         ),
-        disk_bytes=config.train.keep_last * element_bytes * work.counts.total,
-        # One more is being written while the last ones are kept.
-        training_bytes=(config.train.keep_last + 1)
+        # Beside the last ones the best by held-out loss is kept.
+        disk_bytes=(config.train.keep_last + 1) * element_bytes * work.counts.total,
+        # One more is being written meanwhile.
+        training_bytes=(config.train.keep_last + 2)
         * checkpoint_bytes(work.counts, element_bytes=element_bytes),
         took_seconds=record.seconds if record.state == "done" else None,
     )
