@@ -117,7 +117,7 @@ docs: install
 	@echo "Open site/index.html. Its search needs a server: $(PYTHON) -m http.server --directory site"
 
 # gpu.py and gpu_step.py need a GPU and are run by hand. QUICK=--quick: each in two minutes, and nothing is published.
-BENCHMARKS ?= sampling training_step loss precision padding loading preparing scoring waiting growth
+BENCHMARKS ?= sampling sampling_classes training_step loss precision padding loading preparing scoring waiting growth
 bench: install
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(QUICK); done

@@ -13,6 +13,7 @@ import side_by_side
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NAMES = (
     "sampling",
+    "sampling_classes",
     "training_step",
     "loss",
     "precision",

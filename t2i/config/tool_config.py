@@ -124,7 +124,7 @@ class SampleConfig(SamplerConfig):
     """Seed of the first image; image i is sampled with seed + i."""
     # Off by default: it pays only over many images.
     compile: bool = False
-    """Compile the decoding step (open_lm models only), which takes a minute before the first image."""
+    """Compile the decoding step, which takes a minute or more before the first image."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -25,6 +25,7 @@ from t2i.files import read_json, write_json
 from t2i.generate.beside import SETTINGS
 from t2i.generate.grid import grid
 from t2i.model.backbone import trained_seq_len
+from t2i.model.open_lm.reading_open_lm import compiles
 from t2i.model.open_lm.sampling_open_lm import sample_codes
 from t2i.runs.loading import OpenedModel
 from t2i.settings import MAX_WHOLE
@@ -63,10 +64,11 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
     if opened.model.config.sequence_mode == "text-only":
         raise UserError(f"{opened.folder} was trained on text alone; it draws no images.")
     _warn_of_guidance(settings.guidance_scale)
-    if settings.compile and not hasattr(opened.model, "begin_decoding"):
+    if settings.compile and not compiles(opened.model):
         kind = type(opened.model).__name__
         raise UserError(
-            f"--compile: {opened.folder} is a {kind}; only open_lm's models have a step to compile."
+            f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
+            " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
         )
     return Drawer(
         opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings

@@ -29,10 +29,9 @@ from t2i.model.foreign_folder import (
 )
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
-from t2i.model.open_lm.decoding_any_open_lm import begin_any
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
-from t2i.model.open_lm.reading_open_lm import body_of
+from t2i.model.open_lm.reading_open_lm import begin_any, body_of
 from t2i.tokens.vocab import VocabLayout
 
 HEAD_TOLERANCE = 1e-2

@@ -10,19 +10,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, read_json, read_optional_json, write_json
 from t2i.model.backbone import head_of, hidden_states, load_model, weight_files
-from t2i.model.open_lm import (
-    decoding_any_open_lm,
-    language_model_t2i,
-    pipeline_t2i,
-    products_open_lm,
-    reading_open_lm,
-    sampling_open_lm,
-)
+from t2i.model.open_lm import language_model_t2i, pipeline_t2i, sampling_open_lm
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
 from t2i.runs.card import MEASURED, SAMPLER, model_card
@@ -31,8 +25,6 @@ from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import RESOLVED
 from t2i.tokens.image import ROUND_TRIP
 
-SAMPLER_PARTS = (sampling_open_lm, decoding_any_open_lm, reading_open_lm, products_open_lm)
-"""What draws with a class of transformers' own; they import torch, transformers and each other alone."""
 CONFIG, DTYPES = "config.json", ("dtype", "torch_dtype")
 """A model's description, and what its newer and older form call the number type of the weights."""
 NUM_CHECKED = 8
@@ -90,13 +82,12 @@ def _write(checkpoint: OpenedModel, part: Path) -> None:
 
 
 def _write_sampler(package: Path) -> None:
-    """Write the sampler as a package of its own."""
+    """Write the sampler and all that it imports from beside itself, as a package."""
     package.mkdir()
-    for module in SAMPLER_PARTS:
-        file = Path(str(module.__file__))
+    first = Path(str(sampling_open_lm.__file__))
+    for file in (first, *map(Path, get_relative_import_files(first))):
         shutil.copyfile(file, package / file.name)
-    first = Path(str(sampling_open_lm.__file__)).stem
-    text = f'"""Captions to images, for the model beside it."""\n\nfrom .{first} import draw as draw\n'
+    text = f'"""Captions to images, for the model beside it."""\n\nfrom .{first.stem} import draw as draw\n'
     (package / "__init__.py").write_text(text)
 
 

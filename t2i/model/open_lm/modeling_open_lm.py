@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .attention_open_lm import Attention, Remember, attention_mask_of, make_norm, positions_of, rotary_angles
 from .configuration_open_lm import OpenLMConfig
-from .decoding_any_open_lm import begin_any  # noqa: F401 - transformers copies what is imported here alone
+from .decoding_any_open_lm import RowDecoder  # noqa: F401 - transformers copies what is imported here alone
 from .decoding_open_lm import begin_decoding
 from .products_open_lm import product  # noqa: F401
 from .reading_open_lm import left_padded  # noqa: F401

@@ -9,6 +9,7 @@ N = B S positions, V vocabulary.
 """
 
 import copy
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from .attention_open_lm import Attention  # noqa: F401
 from .configuration_open_lm import OpenLMConfig
 from .configuration_routed import RoutedConfig
-from .decoding_any_open_lm import begin_any  # noqa: F401
+from .decoding_any_open_lm import RowDecoder  # noqa: F401
 from .decoding_open_lm import begin_decoding  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM
-from .products_open_lm import product  # noqa: F401
+from .products_open_lm import mirror, mirrored
 from .reading_open_lm import body_of
 from .sampling_open_lm import draw
 
@@ -60,6 +61,10 @@ class ByKind(nn.Module):
         """The language model's weight; some classes ask a layer for its dtype."""
         return cast(Tensor, self.text.weight)
 
+    def of_images(self) -> nn.Module:
+        """Return what image positions pass, where there are no others."""
+        raise NotImplementedError
+
 
 class Routed(ByKind):
     """A module of the language model for text positions, and its copy for image positions."""
@@ -67,6 +72,9 @@ class Routed(ByKind):
     def __init__(self, text: Any, route: Route) -> None:
         super().__init__(text, route)
         self.image = copy.deepcopy(text)
+
+    def of_images(self) -> nn.Module:
+        return self.image
 
     def forward(self, hidden: Tensor) -> Tensor:
         route = self.route
@@ -91,12 +99,27 @@ class RoutedAddition(ByKind):
         # Zero, so that the model first computes what it did before.
         nn.init.zeros_(self.up.weight)
 
+    def of_images(self) -> nn.Module:
+        return Sum(self.text, self.down, self.up)
+
     def forward(self, hidden: Tensor) -> Tensor:
         out = self.text(hidden)
         if not self.route.has_image:
             return out
         added = self.up(self.down(hidden.flatten(0, 1)[self.route.image])).to(out.dtype)
         return out.flatten(0, 1).index_add(0, self.route.image, added).unflatten(0, hidden.shape[:2])
+
+
+class Sum(nn.Module):
+    """A matrix and its low-rank addition, both for all positions."""
+
+    def __init__(self, text: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.text, self.down, self.up = text, down, up
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.text(hidden)
+        return out + self.up(self.down(hidden)).to(out.dtype)
 
 
 class RoutedHead(nn.Linear):
@@ -148,6 +171,27 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     def base_model(self) -> nn.Module:
         """The part that computes hidden states."""
         return body_of(self.language_model)
+
+    @property
+    def _can_compile_fullgraph(self) -> bool:
+        """Whether the language model's class says so of itself; asked by `compiles`."""
+        return getattr(self.language_model, "_can_compile_fullgraph", False)
+
+    def image_body(self) -> nn.Module:
+        """Mirror the body as image codes pass it, without looking at ids: while codes are sampled there is no text."""
+        embeddings, watcher = self.get_input_embeddings(), self.watcher.id
+
+        def change(module: nn.Module) -> nn.Module | None:
+            if isinstance(module, ByKind):
+                return module.of_images()
+            if module is not embeddings:
+                return None
+            made = mirror(module)
+            hooks = module._forward_pre_hooks.items()
+            made.__dict__["_forward_pre_hooks"] = OrderedDict(hook for hook in hooks if hook[0] != watcher)
+            return made
+
+        return mirrored(self.base_model, change)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that maps ids to (B, S, D)."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .decoding_any_open_lm import begin_any
 from .products_open_lm import has_blocks, product
+from .reading_open_lm import begin_any
 
 MOST_STEPS = 256
 """Maximum number of compiled steps per process, over all shapes and settings."""
