@@ -8,7 +8,6 @@ Examples:
     python benchmarks/sampling_classes.py --batch 1 --rounds 3
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 
@@ -26,13 +25,10 @@ CLASSES = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--num-codes", type=int, default=64)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser, num_codes=16, batch=[1])
     torch.set_num_threads(1)  # as in sampling.py
     rows, figures, profiles = [], {}, {}
     for batch in options.batch:
@@ -57,7 +53,12 @@ def main() -> None:
             figures[case] = {other: min(times) * 1000 / options.num_codes for other, times in seconds.items()}
             profiles[case] = side_by_side.time_by_operator(candidates["t2i"])
     what = "share of the eager sampler's time by operator, profiled once"
-    side_by_side.write("sampling_classes", rows, figures={"least ms per step": figures, what: profiles})
+    side_by_side.write(
+        "sampling_classes",
+        rows,
+        figures={"least ms per step": figures, what: profiles},
+        is_kept=not options.quick,
+    )
 
 
 def candidates_of(kind: str, *, batch: int, num_codes: int) -> dict[str, Callable[[], Tensor]]:
