@@ -97,16 +97,25 @@ def check(folder: Path, *, sheet: Path) -> None:
     print(f"These {len(rows)}, decoded, beside their captions: {sheet}")
 
 
+def open_text_tokenizer(command: PrepareCommand) -> Any:
+    """Open the text tokenizer, and say if it does not give text back."""
+    from t2i.tokens.text import TextTokenizer
+
+    tokenizer = TextTokenizer.load(command.text_tokenizer)
+    if said := tokenizer.loss_of_text():
+        print(said)
+    return tokenizer
+
+
 def pack_documents(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.text import prepare_text
     from t2i.data.sources.documents import open_documents
     from t2i.data.sources.splits import USUAL_SHARE
-    from t2i.tokens.text import TextTokenizer
 
     manifest = prepare_text(
         open_documents(command.source),
         out=out,
-        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        text_tokenizer=open_text_tokenizer(command),
         seq_len=command.seq_len,
         heldout_share=USUAL_SHARE if command.heldout_share is None else command.heldout_share,
     )
@@ -121,7 +130,6 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
     from t2i.data.sources import open_source
     from t2i.distributed.heartbeat import place_in_job
     from t2i.env import keep_memory
-    from t2i.tokens.text import TextTokenizer
 
     keep_memory()
     rank, world_size = place_in_job()
@@ -130,7 +138,7 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
         source,
         out=out,
         image_tokenizer=None if source.given else load_image_tokenizer(command),
-        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        text_tokenizer=open_text_tokenizer(command),
         config=command.shards,
         rank=rank,
         world_size=world_size,
@@ -155,7 +163,6 @@ def preview_source(command: PrepareCommand) -> None:
     from t2i.data.prepare.preview import LookedAt, check_sheet, preview, save_sheet
     from t2i.data.shards.accounts import reason_lines
     from t2i.data.sources import open_source
-    from t2i.tokens.text import TextTokenizer
 
     check_sheet(command.sheet)
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
@@ -168,7 +175,7 @@ def preview_source(command: PrepareCommand) -> None:
         num=command.preview,
         looked=looked,
         image_tokenizer=load_image_tokenizer(command),
-        text_tokenizer=TextTokenizer.load(command.text_tokenizer),
+        text_tokenizer=open_text_tokenizer(command),
         config=command.shards,
     )
     save_sheet(rows, command.sheet)

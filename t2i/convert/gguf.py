@@ -21,7 +21,8 @@ from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
 from t2i.model.foreign_folder import refuse_adapters
 from t2i.model.resize import end_at, never_generate
-from t2i.tokens.text import TextTokenizer
+from t2i.tokens.pieces import Pieces, tokenizer_of_pieces
+from t2i.tokens.text import PROBE, TextTokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -40,9 +41,6 @@ SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 OWN_RULE = {"llama-bpe": LETTERS + r"\p{N}{1,3}" + REST, "qwen2": LETTERS + r"\p{N}" + REST}
 SPLITS = (*GPT2, *SINGLE_DIGITS, *OWN_RULE)
 
-PROBE = "It's 1,234.5 kilometres: naïve 中文 🙂\n\tend  of it."
-"""Text that a converted tokenizer must give back: digits, accents, wide characters and spaces."""
-
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -58,12 +56,14 @@ class GgufFile:
         return str(self.values.get("general.architecture"))
 
     def of_model(self, key: str) -> Any:
-        """Return a value of the architecture's own.
+        """Return a value of the architecture's own; CheckpointError if the file lacks it."""
+        return self._needed(f"{self.architecture}.{key}")
 
-        Raises:
-            CheckpointError: the file lacks it.
-        """
-        name = f"{self.architecture}.{key}"
+    def of_tokenizer(self, key: str) -> Any:
+        """Return a value of the text tokenizer; CheckpointError if the file lacks it."""
+        return self._needed(f"tokenizer.ggml.{key}")
+
+    def _needed(self, name: str) -> Any:
         if name not in self.values:
             raise CheckpointError(f"{self.path} has no {name}, which a {self.architecture} model needs.")
         return self.values[name]
@@ -135,31 +135,31 @@ def open_gguf(path: Path) -> GgufFile:
     if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         # transformers' reader leaves them out, so that the model would be another beyond its first positions.
         raise UserError(f"{path} scales its rotary positions; expected a model without such scaling.")
+    num_tokens = len(file.of_tokenizer("tokens"))
+    num_rows = next((int(one.shape[-1]) for one in reader.tensors if one.name == "token_embd.weight"), 0)
+    if num_rows != num_tokens:  # transformers' reader makes as many embeddings as there are tokens
+        raise UserError(f"{path} lists {num_tokens} tokens and has {num_rows} embeddings; expected as many.")
     return file
 
 
 def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
-    """Make the text tokenizer from a file's vocabulary and merges.
+    """Make the text tokenizer from a file's vocabulary: byte-level BPE (gpt2) or SentencePiece's BPE (llama).
 
     Raises:
-        UserError: it is no byte-level BPE, or splits text by a rule that is not known here.
+        UserError: it is of another kind, or splits text by a rule that is not known here.
+        CheckpointError: the file lacks a part of it.
     """
     kind, rule = (file.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != "gpt2" or rule not in SPLITS:
+    if kind == "llama":
+        made = tokenizer_of_pieces(_pieces(file))
+    elif kind == "gpt2" and rule in SPLITS:
+        made = _byte_level(file, rule=str(rule))
+    else:
         raise UserError(
-            f"{file.path} has a text tokenizer of kind {kind} that splits text by rule {rule}; expected kind gpt2 and"
-            f" one of {', '.join(SPLITS)}. Give the model's own folder or hub name by --text-tokenizer."
+            f"{file.path} has a text tokenizer of kind {kind} that splits text by rule {rule}; expected kind llama, or"
+            f" kind gpt2 and one of {', '.join(SPLITS)}. Give the model's own folder or hub name by --text-tokenizer."
         )
-    tokens: list[str] = file.values["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in file.values["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
-    made.pre_tokenizer = _split_rule(str(rule))
-    made.decoder = decoders.ByteLevel()
-    kinds = file.values.get("tokenizer.ggml.token_type", [])
-    for kind_of, special in ((SPECIAL_TOKEN, True), (USER_TOKEN, False)):
-        added = [token for token, found in zip(tokens, kinds, strict=False) if found == kind_of]
-        made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    tokens = file.of_tokenizer("tokens")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
     for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = file.values.get(f"tokenizer.ggml.{role}_token_id")
@@ -167,6 +167,34 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
             setattr(tokenizer, f"{name}_token", tokens[number])
     tokenizer.chat_template = file.values.get("tokenizer.chat_template")
     return tokenizer
+
+
+def _pieces(file: GgufFile) -> Pieces:
+    values, tokens = file.values, file.of_tokenizer("tokens")
+    bos = values.get("tokenizer.ggml.bos_token_id")
+    adds_bos = values.get("tokenizer.ggml.add_bos_token", True) and bos is not None
+    return Pieces(
+        texts=tokens,
+        scores=file.of_tokenizer("scores"),
+        kinds=file.of_tokenizer("token_type"),
+        bos=tokens[bos] if adds_bos else "",
+        adds_space=values.get("tokenizer.ggml.add_space_prefix", True),
+        joins_spaces=values.get("tokenizer.ggml.remove_extra_whitespaces", False),
+    )
+
+
+def _byte_level(file: GgufFile, *, rule: str) -> Tokenizer:
+    tokens: list[str] = file.of_tokenizer("tokens")
+    merges = [tuple(merge.split(" ")) for merge in file.of_tokenizer("merges")]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
+    made.pre_tokenizer = _split_rule(rule)
+    made.decoder = decoders.ByteLevel()
+    kinds = file.values.get("tokenizer.ggml.token_type", [])
+    for kind_of, special in ((SPECIAL_TOKEN, True), (USER_TOKEN, False)):
+        added = [token for token, found in zip(tokens, kinds, strict=False) if found == kind_of]
+        made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    return made
 
 
 def set_ends(
@@ -181,8 +209,7 @@ def set_ends(
     if end_token is not None and end_token not in vocabulary:
         raise UserError(f"--end-token {end_token} is not in the vocabulary of {file.path}.")
     num_tokens, num_rows = max(vocabulary.values()) + 1, model.config.vocab_size
-    if num_tokens > num_rows:
-        raise UserError(f"the text tokenizer has {num_tokens} ids; {file.path} has {num_rows} embeddings.")
+    TextTokenizer(tokenizer, name=str(file.path)).check_rows(num_rows, model=str(file.path))
     chat_end = tokenizer.eos_token_id
     if end_token is not None:
         tokenizer.eos_token = end_token
@@ -204,13 +231,10 @@ def prove_text(folder: Path) -> str:
         CheckpointError: it does not.
     """
     tokenizer = TextTokenizer.load(folder)
-    ids = tokenizer.encode(PROBE)
-    found = tokenizer.decode(ids)
-    if found != PROBE:
-        raise CheckpointError(
-            f"the converted text tokenizer turns {PROBE!r} into {found!r}; nothing written."
-        )
-    return f"checked: the text tokenizer gives a text of {len(PROBE)} characters back from {len(ids)} ids"
+    if said := tokenizer.loss_of_text():
+        raise CheckpointError(f"{said} Nothing written.")
+    count = len(tokenizer.encode(PROBE))
+    return f"checked: the text tokenizer gives a text of {len(PROBE)} characters back from {count} ids"
 
 
 def _load(file: GgufFile) -> PreTrainedModel:

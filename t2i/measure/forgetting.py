@@ -90,8 +90,9 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
         # Captions as text, not their ids: those may be of another tokenizer.
         documents = (sample["caption"] for sample in read_split(folder, "heldout"))
     ids: list[int] = []
+    start_ids, end_id = tokenizer.start_ids, tokenizer.end_id
     for document in documents:
-        ids += [*tokenizer.encode(document).tolist(), tokenizer.end_id]
+        ids += [*start_ids, *tokenizer.encode(document).tolist(), end_id]
         if len(ids) >= seq_len * num_sequences:
             break
     count = min(num_sequences, len(ids) // seq_len)
@@ -148,10 +149,12 @@ def complete(
     """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
-    ends = _ends(model, tokenizer)
+    start, ends = torch.tensor(tokenizer.start_ids, dtype=torch.long), _ends(model, tokenizer)
     found = []
     for prompt in prompts:
-        ids = (_turn(tokenizer, prompt) if is_chat else tokenizer.encode(prompt))[None].to(model.device)
+        # Begun as the tokenizer begins a text: without its `<bos>`, Gemma completes nothing that makes sense.
+        asked = _turn(tokenizer, prompt) if is_chat else torch.cat([start, tokenizer.encode(prompt)])
+        ids = asked[None].to(model.device)
         made: Tensor = cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -161,15 +164,15 @@ def complete(
             eos_token_id=ends,
             pad_token_id=tokenizer.end_id,
         )
-        completion = made[0, ids.shape[1] :]
-        found.append(tokenizer.decode(completion[~torch.isin(completion, torch.tensor(ends))]))
+        completion = made[0, ids.shape[1] :].cpu()
+        found.append(tokenizer.continuation(asked, completion[~torch.isin(completion, torch.tensor(ends))]))
     return found
 
 
 def _ends(model: PreTrainedModel, tokenizer: TextTokenizer) -> list[int]:
     """List the ids that end a text: of documents, and of a chat model's turns."""
     known = model.generation_config.eos_token_id if model.generation_config else None
-    return sorted({tokenizer.end_id, *(known if isinstance(known, list) else [])})
+    return sorted({*tokenizer.end_ids, *(known if isinstance(known, list) else [])})
 
 
 def _turn(tokenizer: TextTokenizer, prompt: str) -> Tensor:

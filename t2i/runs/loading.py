@@ -223,6 +223,9 @@ def _read(
     text_tokenizer = TextTokenizer.load(folder)
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
     known = getattr(model.config, "vocab_layout", None)
+    text_tokenizer.check_rows(
+        known["num_text_tokens"] if known else model.config.vocab_size, model=f"the model of {folder}"
+    )
     if known is not None:
         layout = VocabLayout(**known)
     elif needs_images:

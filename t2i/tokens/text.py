@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2i.errors import UserError
-from t2i.files import HUB, hub_name, not_here
+from t2i.files import HUB, hub_name, not_here, read_optional_json
+from t2i.tokens.pieces import read_pieces, tokenizer_of_pieces
 
 NEOX = "hf:EleutherAI/gpt-neox-20b"
 """Hub name of the tokenizer of every released open_lm model: 50,277 ids."""
 
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 """Ids 0 and 1 of GPT-NeoX-20B's tokenizer and of those trained here."""
+
+JSON, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+OLDER = ("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+"""Files that need the tokenizer's own class."""
+MOST_SHOWN = 4
 
 OPTIONS: dict[str, Any] = {
     # For a batch of prompts: a causal model continues from the last position.
@@ -27,26 +36,47 @@ OPTIONS: dict[str, Any] = {
 """What every tokenizer here is opened with, whatever its files say; a saved one keeps it."""
 
 
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
+"""What ends a document in chat models whose end token ends a turn: Qwen's and SmolLM's, and Llama 3's."""
+
+PROBE = "It's 1,234.5 kilometres: naïve 中文 🙂\n\tend  of it."
+"""Text that a tokenizer should give back: digits, accents, wide characters and spaces."""
+
+
 class TextTokenizer:
-    """A frozen byte-level BPE that never produces special tokens from a caption."""
+    """A frozen tokenizer that never produces special tokens from a caption."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
+        added = tokenizer.added_tokens_decoder.items()
+        # An unknown character is text, and so is its token; _with_ends gives this name to the end token as well.
+        unknown = None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token
+        self.special = {
+            number: token.content for number, token in added if token.special and token.content != unknown
+        }
 
     @classmethod
     def load(cls, name: Path | str) -> "TextTokenizer":
-        """Open a folder with tokenizer.json, or a tokenizer of the hub (hf:USER/NAME).
+        """Open a folder with tokenizer.json or SentencePiece's tokenizer.model, or one of the hub (hf:USER/NAME).
 
         Raises:
             UserError: the folder or the hub has none.
         """
         if hub := hub_name(name):
             return cls(_with_ends(_from_hub(hub)), name=str(name))
-        file = Path(name) / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(f"{name} is no text tokenizer: {not_here(name) or 'it has no tokenizer.json'}.")
-        return cls(_with_ends(_from_file(file)), name=str(name))
+        folder = Path(name)
+        if (folder / JSON).is_file():
+            return cls(_with_ends(_from_file(folder / JSON), folder=folder), name=str(name))
+        if (folder / MODEL).is_file():
+            return cls(_with_ends(_from_pieces(folder), folder=folder), name=str(name))
+        missing = not_here(name) or f"it has neither {JSON} nor {MODEL}"
+        if any((folder / file).is_file() for file in OLDER):
+            missing += (
+                ", but older files, of which transformers makes one: AutoTokenizer.from_pretrained(FOLDER)"
+            )
+            missing += ".save_pretrained(FOLDER)"
+        raise UserError(f"{name} is no text tokenizer: {missing}.")
 
     @property
     def num_tokens(self) -> int:
@@ -61,23 +91,85 @@ class TextTokenizer:
         Raises:
             UserError: the tokenizer names no end token, and its vocabulary has no `<|endoftext|>`.
         """
-        vocabulary = self.tokenizer.get_vocab()
-        end = self.tokenizer.eos_token or "<|endoftext|>"
+        vocabulary, end = self.tokenizer.get_vocab(), self.tokenizer.eos_token
+        if end is None or self._ends_turns(end):
+            end = next((token for token in DOCUMENT_ENDS if token in vocabulary), end)
         if end not in vocabulary:
             raise UserError(
-                f"{self.name} has no end token: neither eos_token nor {end} is in its vocabulary."
+                f"{self.name} has no end token: neither its eos_token, which is {end}, nor"
+                f" {' or '.join(DOCUMENT_ENDS)} is in its vocabulary."
             )
         return int(vocabulary[end])
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids at which generated text ends: that of a document, and that of a turn where it is another."""
+        turn = self.tokenizer.eos_token_id
+        return [self.end_id] if turn in (None, self.end_id) else [self.end_id, turn]
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Ids that the tokenizer itself puts before each text, such as Llama's and Gemma's `<s>` and `<bos>`."""
+        return list(takewhile(self.special.__contains__, self.tokenizer("a")["input_ids"]))
+
+    def _ends_turns(self, end: str) -> bool:
+        """Tell whether a chat template writes this token itself, as the end of each turn."""
+        template = self.tokenizer.chat_template
+        return end in (template if isinstance(template, str) else json.dumps(template or ""))
 
     def encode(self, text: str) -> Tensor:
         """Encode one caption to ids (T,), int64, without special tokens, even if it spells one."""
         # split_special_tokens: "<|endoftext|>" in a caption is text like any other.
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return torch.tensor(encoded["input_ids"], dtype=torch.long)
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if not self.special.keys().isdisjoint(ids):
+            ids = [own for number in ids for own in self._spelled(number)]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _spelled(self, number: int) -> list[int]:
+        """Return the ids that spell a special token as text; any other id alone."""
+        if number not in self.special:
+            return [number]
+        # Unigram models hold special tokens as words too, and find them in a text. Cut in two, they do not.
+        token, model = self.special[number], self.tokenizer.backend_tokenizer.model
+        return [one.id for half in (token[:1], token[1:]) for one in model.tokenize(half)]
 
     def decode(self, ids: Tensor) -> str:
         """Map ids (T,) back to text."""
-        return str(self.tokenizer.decode(ids.tolist()))
+        # Many files ask for clean_up, which takes spaces before punctuation away.
+        return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+    def continuation(self, prompt: Tensor, ids: Tensor) -> str:
+        """Map the ids that follow a prompt's to text, with the space between the two where there is one."""
+        # Alone, their first space would be taken for the one that SentencePiece puts before each text.
+        before, whole = self.decode(prompt), self.decode(torch.cat([prompt, ids]))
+        return whole.removeprefix(before) if whole.startswith(before) else self.decode(ids)
+
+    def loss_of_text(self) -> str:
+        """Say what the tokenizer makes of a text that it does not give back; empty if it gives it back."""
+        found = self.decode(self.encode(PROBE))
+        if found == PROBE:
+            return ""
+        return (
+            f"the text tokenizer {self.name} does not give text back as it was: {PROBE!r} becomes {found!r}."
+        )
+
+    def check_rows(self, num_rows: int, *, model: str) -> None:
+        """Check that a model has an embedding for each id.
+
+        Raises:
+            UserError: it has fewer; the tokens without one are named.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        beyond = sorted((number, token) for token, number in vocabulary.items() if number >= num_rows)
+        if not beyond:
+            return
+        shown = ", ".join(f"{token} ({number})" for number, token in beyond[:MOST_SHOWN])
+        more = f" and {len(beyond) - MOST_SHOWN} more" if len(beyond) > MOST_SHOWN else ""
+        raise UserError(
+            f"the text tokenizer has {self.num_tokens} ids; {model} has {num_rows} embeddings. Without one:"
+            f" {shown}{more}. Remove these tokens from the tokenizer's files, or give the model embeddings for them:"
+            f" resize_token_embeddings({self.num_tokens})."
+        )
 
     def fingerprint(self) -> str:
         """Hash the vocabulary and the merges (hex SHA-256)."""
@@ -90,12 +182,32 @@ def _from_file(file: Path) -> PreTrainedTokenizerFast:
     # Named, because a tokenizer_config.json can name another file.
     given = {"tokenizer_file": str(file), **OPTIONS}
     try:
-        if not file.with_name("tokenizer_config.json").is_file():
+        if not file.with_name(CONFIG).is_file():
             return PreTrainedTokenizerFast(**given)
         return PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False, **given)
     except Exception as error:  # tokenizers has no class of its own for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the text tokenizer {file.parent} cannot be read: {reason:.300}") from error
+
+
+def _from_pieces(folder: Path) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of a tokenizer.model, with the names of special tokens that its folder gives."""
+    pieces = read_pieces(folder / MODEL)
+    made = tokenizer_of_pieces(pieces)
+    named = read_optional_json(folder / CONFIG, error=UserError)
+    if named.get("add_bos_token") is False:
+        made.post_processor = None
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / JSON
+        made.save(str(file))
+        for name in (CONFIG, "special_tokens_map.json", "chat_template.jinja"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, file.with_name(name))
+        tokenizer = _from_file(file)
+    for name, token in (("bos_token", pieces.bos), ("eos_token", pieces.eos)):
+        if getattr(tokenizer, name) is None and token:
+            setattr(tokenizer, name, token)
+    return tokenizer
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
@@ -109,11 +221,17 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _with_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Set the end and padding tokens if the tokenizer's files do not name them."""
+def _with_ends(tokenizer: PreTrainedTokenizerFast, *, folder: Path | None = None) -> PreTrainedTokenizerFast:
+    """Set the end and padding tokens if the tokenizer's files do not name them; a model's own folder may know."""
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token is None and END_OF_TEXT in vocabulary:
         tokenizer.bos_token = tokenizer.eos_token = tokenizer.unk_token = END_OF_TEXT
+    if tokenizer.eos_token is None and folder is not None:
+        ends = read_optional_json(folder / "config.json", error=UserError).get("eos_token_id")
+        end = ends[0] if isinstance(ends, list) and ends else ends
+        names = {number: token for token, number in vocabulary.items()}
+        if isinstance(end, int) and end in names:
+            tokenizer.eos_token = names[end]
     # GPT-NeoX-20B's own files name no padding token.
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = PADDING if PADDING in vocabulary else tokenizer.eos_token

@@ -57,7 +57,7 @@ def vocabulary():
 def written(vocabulary, tmp_path):
     """Write a tiny model of a class as a GGUF file, and return both."""
 
-    def write(kind="llama", *, changes=(), quantised=False):
+    def write(kind="llama", *, changes=(), quantised=False, words=()):
         torch.manual_seed(0)
         num_rows = vocabulary.get_vocab_size() + 5
         # transformers' reader knows no other width of Qwen3's heads.
@@ -72,7 +72,10 @@ def written(vocabulary, tmp_path):
         path = tmp_path / f"{kind}.gguf"
         writer = gguf.GGUFWriter(path, kind)
         metadata(writer, config)
-        tokens(writer, vocabulary, num_rows)
+        if words:
+            pieces(writer, words, num_rows)
+        else:
+            tokens(writer, vocabulary, num_rows)
         for change in changes:
             change(writer)
         for name, value in model.state_dict().items():
@@ -105,6 +108,19 @@ def metadata(writer, config):
     writer.add_rope_freq_base(config.rope_theta)
     if config.model_type == "qwen3":
         writer.add_key_length(config.head_dim)
+
+
+def pieces(writer, words, num_rows):
+    """Write Llama 2's kind of tokenizer: pieces with scores, and a byte for what no piece holds."""
+    unused = [f"[unused{number}]" for number in range(num_rows - 259 - len(words))]
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, *unused]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores([0.0] * 259 + [-float(number) for number in range(len(texts) - 259)])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(words), *[5] * len(unused)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def tokens(writer, vocabulary, num_rows, rule="smollm"):
@@ -210,6 +226,51 @@ def test_what_is_no_whole_gguf_file_is_refused(written, tmp_path, kind):
 def test_scaled_positions_are_refused(written, tmp_path, change, said):
     _, path = written(changes=[change])
     with pytest.raises(UserError, match=said):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+
+
+def test_a_sentencepiece_tokenizer_is_made_of_its_pieces_and_scores(written, tmp_path):
+    words = ["▁a", "re", "▁red", "▁", *"abcdelpr", "pp", "ed", "▁r", "app", "▁app", "le", "▁apple"]
+    # The better of two ways to merge is the one whose piece stands first.
+    _, path = written(words=words)
+    convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    made = TextTokenizer.load(tmp_path / "made")
+    by_id = made.tokenizer.convert_ids_to_tokens
+    assert by_id(made.encode("a red apple é").tolist()) == [
+        "▁a",
+        "▁",
+        "re",
+        "d",
+        "▁apple",
+        "▁",
+        "<0xC3>",
+        "<0xA9>",
+    ]
+    assert (made.start_ids, made.end_id, made.num_tokens) == ([1], 2, 285)
+    assert made.decode(made.encode(" red  </s>")) == " red  </s>" and 2 not in made.encode("</s>")
+    assert load_model(tmp_path / "made").config.eos_token_id == 2
+
+
+def test_a_file_without_merges_and_more_ids_than_embeddings_are_refused(written, tmp_path):
+    _, path = written(changes=[lambda writer: writer.kv_data[0].pop("tokenizer.ggml.merges")])
+    with pytest.raises(CheckpointError, match="has no tokenizer.ggml.merges, which a llama model needs"):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    _, path = written(words=[f"▁{number}" for number in range(100)])
+    with pytest.raises(
+        UserError, match="llama.gguf lists 359 tokens and has 285 embeddings; expected as many"
+    ):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+
+
+def test_an_unknown_quantisation_is_refused_by_name(written, tmp_path, monkeypatch):
+    _, path = written(quantised=True)
+
+    def cannot(*_, **__):
+        raise NotImplementedError("no dequantisation")
+
+    monkeypatch.setattr("gguf.quants.dequantize", cannot)
+    monkeypatch.setattr("t2i.convert.gguf.AutoModelForCausalLM.from_pretrained", cannot)
+    with pytest.raises(UserError, match="is quantised as F32, Q8_0, which cannot be undone here"):
         convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
 
 

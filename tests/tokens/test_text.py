@@ -85,7 +85,7 @@ def test_a_name_without_hf_is_never_asked_of_the_hub(name, monkeypatch):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"is no text tokenizer: it has no tokenizer\.json\.$"):
+    with pytest.raises(UserError, match=r"it has neither tokenizer\.json nor tokenizer\.model\.$"):
         TextTokenizer.load(tmp_path)
 
 

@@ -150,8 +150,8 @@ def _write(
     seen: set[bytes] = set()
     tally = Tally()
     digest = hashlib.sha256()
-    # Once, because the look-up builds the whole vocabulary.
-    end_id = tokenizer.end_id
+    # Once, because these look-ups build the whole vocabulary.
+    start_ids, end_id = tokenizer.start_ids, tokenizer.end_id
     with (
         MDSWriter(out=str(part / "train"), columns=columns, hashes=[HASH]) as train,
         MDSWriter(out=str(part / "heldout"), columns=columns, hashes=[HASH]) as heldout,
@@ -168,7 +168,7 @@ def _write(
             digest.update(key)
             # By a hash of the text, so that a document keeps its split when others are added.
             split = "heldout" if hash_uniform(text) < heldout_share else "train"
-            ids = [*tokenizer.encode(text).tolist(), end_id]
+            ids = [*start_ids, *tokenizer.encode(text).tolist(), end_id]
             for sequence in packs[split].add(ids):
                 name = f"{split}-{packs[split].num_sequences:08d}"
                 writers[split].write({"key": name, "caption_ids": np.array(sequence, dtype=kind)})
