@@ -52,9 +52,10 @@ class Mutation:
 TOKENS_VOCAB = ("tests/tokens/test_vocab.py",)
 TOKENS_SEQUENCE = ("tests/tokens/test_sequence.py",)
 TOKENS_IMAGE = ("tests/tokens/test_image.py",)
-TOKENS_TEXT = ("tests/tokens/test_text.py",)
+TOKENS_TEXT = ("tests/tokens/test_text.py", "tests/tokens/test_kinds.py")
 LOSS = ("tests/model/test_loss.py",)
 LEARN = ("tests/model/test_trainable.py",)
+CODES = ("tests/model/test_code_embeddings.py",)
 OPEN_LM = ("tests/model/test_open_lm.py",)
 SAMPLING = ("tests/model/test_sampling.py", "tests/model/test_open_lm.py")
 GPU = ("tests/train/test_before_a_gpu.py",)
@@ -172,6 +173,38 @@ MUTATIONS = (
         "split_special_tokens=False",
         "a caption that spells <|endoftext|> ends the text",
         TOKENS_TEXT,
+    ),
+    Mutation(
+        "completions-lose-their-first-space",
+        "t2i/tokens/text.py",
+        "return whole.removeprefix(before) if whole.startswith(before) else self.decode(ids)",
+        "return self.decode(ids)",
+        "SentencePiece takes the space between a prompt and its completion for one that it added itself",
+        TOKENS_TEXT,
+    ),
+    Mutation(
+        "worst-pieces-are-merged-first",
+        "t2i/tokens/pieces.py",
+        "(-score, ids[text[:cut]]",
+        "(score, ids[text[:cut]]",
+        "a SentencePiece model gives other ids than the language model was trained on",
+        TOKENS_TEXT,
+    ),
+    Mutation(
+        "captions-of-all-images-count",
+        "t2i/model/code_embeddings.py",
+        "means[is_known] -= means[is_known].mean(0)",
+        "means[is_known] -= 0 * means[is_known].mean(0)",
+        "all codes begin at what all captions say",
+        CODES,
+    ),
+    Mutation(
+        "common-words-count-most",
+        "t2i/model/code_embeddings.py",
+        "weights = (len(captions) / frequency).log()",
+        "weights = frequency.log()",
+        "a code begins at the words that every caption has",
+        CODES,
     ),
     # The loss.
     Mutation(

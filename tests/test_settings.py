@@ -118,7 +118,7 @@ def test_numbers_that_no_run_can_have_are_refused_together():
         (lambda: TrainConfig(lr=-1), r"^train\.lr is -1; expected a number >= 0\.$"),
         (lambda: TrainConfig(seed=10**20), r"^train\.seed is 1(0){20}; expected a whole number >= 0 and < 2\^63\.$"),
         (lambda: ModelConfig(trainable="half"), "model.trainable is 'half'; expected one of all, embeddings, norms"),
-        (lambda: ModelConfig(new_embeddings="rows.npy"), "mean, own, random or the path of a .safetensors file"),
+        (lambda: ModelConfig(new_embeddings="rows.npy"), "captions or the path of a .safetensors file"),
         (lambda: ModelConfig(lora_rank=2, trainable="norms"), "expected all with model.lora_rank 2"),
         (lambda: ModelConfig(control_init="moments"), "model.control_init is moments, but model.init is random"),
         (lambda: DataConfig(mode="images"), "data.mode is 'images'; expected one of text-to-image, image-only"),

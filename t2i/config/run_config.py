@@ -87,13 +87,15 @@ class ModelConfig:
     can."""
     new_embeddings: Annotated[
         str,
-        Names(("auto", "uniform", "mean", "own", "random"), suffix=".safetensors"),
+        Names(("auto", "uniform", "mean", "own", "random", "codebook", "captions"), suffix=".safetensors"),
         FormerDefault("random"),
     ] = "auto"
     """Initial embeddings and LM head of the image vocabulary. `uniform`: where an image code costs what a uniform guess
     over the vocabulary does. `mean`: at the mean of those of text. `own`: drawn with the mean and deviation of those.
-    `random`: drawn around zero, by open_lm's rule. Or a .safetensors file such as launchers/align.py makes. `auto`:
-    uniform for a loaded model, own with control_init fresh, random with init random."""
+    `random`: drawn around zero, by open_lm's rule. `codebook`: as uniform, with codes apart as their vectors in the
+    image tokenizer are. `captions`: as uniform, with codes apart by the words in captions of images that have them. Or
+    a .safetensors file such as launchers/align.py makes. `auto`: uniform for a loaded model, own with control_init
+    fresh, random with init random."""
     control_init: ControlInit = "none"
     """Control initialisation, which destroys what model.init knows. `fresh`: the same architecture from scratch, drawn
     by its class's own rule. Or shuffle each tensor, redraw it with its moments, or permute the layers."""

@@ -1,4 +1,4 @@
-"""What an image code costs a pre-trained model before its first step, and new rows that begin at the uniform cost.
+"""What an image code costs a model before its first step, and new rows that begin at the uniform cost.
 
 The text rows of a pre-trained model may share a large mean, along which its hidden states point. New rows around zero
 get none of that, so the model begins with a debt that a randomly initialised one has not.
@@ -21,6 +21,9 @@ ROUNDS = 3
 """Shifts one after another: a tied model's hidden states move with its new input rows."""
 LARGEST_SHIFT = 100.0
 """Nats. A shift beyond it is no fair start, and 32-bit numbers would lose the differences between codes."""
+FAIR_EXCESS_NATS = 0.1
+"""What codes that differ from one another may cost more, among codes, than codes that are alike."""
+MOST_HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,14 @@ class Probe:
     num_old: int
     """Ids from here on are new, and their rows may be shifted."""
     first_code: int
+    codebook_size: int
 
     @classmethod
     def of(cls, sequences: Tensor, *, layout: VocabLayout, num_old: int) -> "Probe":
         """Take the first codes of sequences (N, S); random captions would be other text than what comes."""
         starts = (sequences >= layout.first_image_id).int().argmax(1)
         end = int(starts.max()) + NUM_CODES
-        return cls(sequences[:NUM_SEQUENCES, :end], num_old, layout.first_image_id)
+        return cls(sequences[:NUM_SEQUENCES, :end], num_old, layout.first_image_id, layout.codebook_size)
 
 
 def uniform_cost(model: PreTrainedModel) -> float:
@@ -70,6 +74,20 @@ def shift_to_uniform(model: PreTrainedModel, probe: Probe) -> None:
         head[probe.num_old :] += (shift * measured.direction).to(head.dtype)
 
 
+@torch.no_grad()
+def narrow_to_fair(model: PreTrainedModel, probe: Probe) -> None:
+    """Draw the LM head's rows of codes to their mean, in place, until none is preferred by much.
+
+    Rows that differ as those of text do make a model sure of one code or another, before it has seen any. Halved again
+    and again, they keep their directions. Input embeddings that are not tied to the head stay as far apart as they are.
+    """
+    codes = head_of(model)[probe.first_code : probe.first_code + probe.codebook_size]  # (codebook, D)
+    for _ in range(MOST_HALVINGS):
+        if _Measured.by(model, probe).cost_among_codes() <= log(len(codes)) + FAIR_EXCESS_NATS:
+            return
+        codes.lerp_(codes.mean(0), 0.5)
+
+
 @dataclass(frozen=True)
 class _Measured:
     """The places of a probe from which a code is predicted; N of them."""
@@ -84,6 +102,8 @@ class _Measured:
     """(D,) along the mean hidden state; its product with that is 1."""
     reach: Tensor
     """(N,) what one nat of shift adds to the logits of each place."""
+    codes: slice
+    """The places of the codes among the new ids."""
 
     @classmethod
     def by(cls, model: PreTrainedModel, probe: Probe) -> "_Measured":
@@ -103,6 +123,7 @@ class _Measured:
             targets=following[is_code] - num_old,
             direction=direction,
             reach=places @ direction,
+            codes=slice(probe.first_code - num_old, probe.first_code - num_old + probe.codebook_size),
         )
 
     def cost(self, shift: float) -> float:
@@ -110,3 +131,8 @@ class _Measured:
         logits = self.new + shift * self.reach[:, None]
         total = torch.logaddexp(self.text, logits.logsumexp(1))
         return float((total - logits.gather(1, self.targets[:, None])[:, 0]).mean())
+
+    def cost_among_codes(self) -> float:
+        """Return the mean cost of a code in nats if nothing but codes were possible."""
+        totals = self.new[:, self.codes].logsumexp(1)
+        return float((totals - self.new.gather(1, self.targets[:, None])[:, 0]).mean())

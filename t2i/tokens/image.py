@@ -160,6 +160,10 @@ class ImageTokenizer:
         with self._precision():
             return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()
 
+    def code_vectors(self) -> Tensor:
+        """Return the codebook (codebook, C), float32: the nearest vector is an image patch's code."""
+        return self.model.quantize.embedding.weight.detach().float().cpu()
+
     def _precision(self) -> torch.autocast:
         # Autocast rather than cast weights: codebook, fingerprint and file stay the same in every
         # precision.

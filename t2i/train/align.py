@@ -26,10 +26,11 @@ from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.build import Start, first_sequences, loaded_start
+from t2i.train.build import Start, loaded_start
 from t2i.train.contrastive import MAX_SCALE, AlignedRows, loss_and_gradient, retrieval_accuracy
 from t2i.train.inputs import found_start, manifest_of
 from t2i.train.metrics import MetricsWriter
+from t2i.train.new_embeddings import first_sequences
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The model to train: randomly initialised or loaded, with its vocabulary grown by the image codes."""
 
-import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, ModelConfig, TrainConfig
-from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.manifest import Manifest
-from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.model.backbone import (
@@ -28,12 +26,17 @@ from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
 from t2i.model.routing import route, text_hash
 from t2i.model.trainable import add_lora, set_trainable
-from t2i.model.uniform_start import NUM_SEQUENCES, Probe, code_cost, shift_to_uniform, uniform_cost
+from t2i.model.uniform_start import Probe
 from t2i.runs.loading import DATA_MANIFEST, find, reading
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-
-logger = logging.getLogger(__name__)
+from t2i.train.new_embeddings import (
+    FROM_SHARDS,
+    begin_fairly,
+    check_new_embeddings,
+    first_sequences,
+    rows_from_shards,
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,21 @@ def build_model(
     train: TrainConfig,
     manifest: Manifest,
     text_tokenizer: TextTokenizer,
+    resumed: Path | None = None,
 ) -> tuple[PreTrainedModel, VocabLayout]:
     """Make the language model, grow it by the codes of `manifest`, and freeze what is not trained.
 
     Text-only shards need no codes: the vocabulary stays as it is.
 
+    Args:
+        resumed: the run's checkpoint whose weights will replace these; None at a run's start. What is measured at the
+            start is then not measured again.
+
     Raises:
         UserError: model.init is no CKPT, its tokenizer has more ids than it has embeddings, or settings contradict.
+        DataError: the shards lack what new embeddings are made from.
     """
+    check_new_embeddings(config.new_embeddings_kind, data=data, manifest=manifest)
     # Here and not earlier: what other code drew before must not change a randomly initialised model.
     torch.manual_seed(train.seed)
     start = starting_model(
@@ -76,16 +86,20 @@ def build_model(
     if config.init != "random" and not manifest.is_text and data.mode != "text-only":
         check_decoding(model, name=config.init)  # now: after days of training it would be too late
     if start.num_kept < layout.vocab_size and not manifest.is_text:
-        grow_vocabulary(model, vocab_size=layout.vocab_size, rows=config.new_embeddings_kind, seed=train.seed)
-        if config.init != "random" and data.mode != "text-only":
-            sequences = first_sequences(data, layout=layout, tokenizer=text_tokenizer)
-            _begin_fairly(start, config.new_embeddings_kind, sequences=sequences)
+        _grow(
+            start,
+            config,
+            data=data,
+            tokenizer=text_tokenizer,
+            seed=train.seed,
+            resumes=resumed is not None,
+        )
         # Padding and unused ids have logits like any other, so generate() could choose them.
         never_generate(model, [layout.pad_id, *layout.unused_ids()])
         model.config.vocab_layout = layout.to_dict()
         model.config.codes_per_image = manifest.codes_per_image
     if config.image_weights != "none":
-        model = _routed(model, config, manifest=manifest, layout=layout)
+        model = _routed(model, config, manifest=manifest, layout=layout, resumed=resumed)
     end_at(model, text_tokenizer.tokenizer)
     if train.image_vocab_only and manifest.is_text:
         raise UserError(
@@ -102,8 +116,31 @@ def build_model(
     return model, layout
 
 
+def _grow(
+    start: Start, config: ModelConfig, *, data: DataConfig, tokenizer: TextTokenizer, seed: int, resumes: bool
+) -> None:
+    """Give the model of a start its new embeddings."""
+    model, layout, kind = start.model, start.layout, config.new_embeddings_kind
+    if resumes:
+        # The checkpoint brings them. What they began as is not asked for again: L2-SP pulls to old weights alone.
+        grow_vocabulary(model, vocab_size=layout.vocab_size, rows="random", seed=seed)
+        return
+    rows: str | Mapping[str, Tensor] = kind
+    if kind in FROM_SHARDS:
+        rows = rows_from_shards(kind, model, data=data, layout=layout, tokenizer=tokenizer, seed=seed)
+    grow_vocabulary(model, vocab_size=layout.vocab_size, rows=rows, seed=seed)
+    if data.mode != "text-only" and (config.init != "random" or kind in FROM_SHARDS):
+        sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
+        begin_fairly(model, kind, probe=Probe.of(sequences, layout=layout, num_old=start.num_kept))
+
+
 def _routed(
-    model: PreTrainedModel, config: ModelConfig, *, manifest: Manifest, layout: VocabLayout
+    model: PreTrainedModel,
+    config: ModelConfig,
+    *,
+    manifest: Manifest,
+    layout: VocabLayout,
+    resumed: Path | None,
 ) -> RoutedForCausalLM:
     """Route a grown model's image positions through weights of their own.
 
@@ -118,7 +155,9 @@ def _routed(
     routed = route(
         model, kind=config.image_weights, rank=config.lora_rank, num_text_rows=layout.num_text_rows
     )
-    routed.config.text_hash = routed.config.text_hash or text_hash(routed)
+    # By the run's own word where it has one: hashing takes seconds per billion weights.
+    known = read_json(resumed / "config.json").get("text_hash") if resumed else None
+    routed.config.text_hash = known or routed.config.text_hash or text_hash(routed)
     # Text is generated as before: no code or marker may be chosen, however likely training made it.
     never_generate(routed, list(range(layout.num_text_tokens, layout.vocab_size)))
     return routed
@@ -152,31 +191,6 @@ def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
     elif found is not None and found < seq_len:
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
-
-
-def first_sequences(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer) -> Tensor:
-    """Build a few sequences (N, S) of the training split, evenly spread."""
-    samples = list(read_split(data.shards, "train", num_samples=NUM_SEQUENCES, remote=data.remote))
-    apply = tokenizer_to_apply(data, tokenizer=tokenizer)
-    captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
-    return stack_sequences(samples, layout=layout, config=data, captions=captions)
-
-
-def _begin_fairly(start: Start, kind: str, *, sequences: Tensor) -> None:
-    """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more."""
-    probe = Probe.of(sequences, layout=start.layout, num_old=start.num_kept)
-    if kind == "uniform":
-        shift_to_uniform(start.model, probe)
-    cost, uniform = code_cost(start.model, probe), uniform_cost(start.model)
-    # A nat more is usual: logits of a random start differ from one another by about one.
-    if not cost <= uniform + 1:
-        logger.warning(
-            "with model.new_embeddings %s an image code costs %.1f nats before the first step, and a uniform guess over"
-            " the vocabulary %.1f: the first steps pay that debt. `uniform` begins without it, where the model allows.",
-            kind,
-            cost,
-            uniform,
-        )
 
 
 def fresh_start(config: ModelConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
@@ -245,6 +259,7 @@ def _kept_rows(
     """
     rows, codebook_size = model.config.vocab_size, manifest.codebook_size
     known = getattr(model.config, "vocab_layout", None)
+    text_tokenizer.check_rows(known["num_text_tokens"] if known else rows, model="the language model")
     if known is None:  # it has met no codes at all
         return Start(model, VocabLayout(rows, text_tokenizer.num_tokens, codebook_size), num_kept=rows)
     layout = VocabLayout(**known)

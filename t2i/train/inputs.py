@@ -29,6 +29,7 @@ from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
 from t2i.tokens.text import TextTokenizer
+from t2i.train.new_embeddings import check_new_embeddings
 from t2i.train.prompts import read_prompts
 from t2i.train.trackers import check_trackers
 
@@ -70,6 +71,8 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
         if not one.remote and (one.shards != EMBEDDED_SHARDS or one.shards.exists()):
             manifest = read_manifest(one.shards)
             check_amount(one, manifest=manifest, a_step=a_step, world_size=world_size)
+            if one.shards == data.shards:
+                check_new_embeddings(model.new_embeddings_kind, data=one, manifest=manifest)
     if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
         raise UserError(f"model.init: {missing}.")
     check_trackers(config.train.report_to)
@@ -99,7 +102,10 @@ def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
     if not data.remote:
         on_first_rank(lambda: check_listing(data.shards, manifest))
     start = found_start(init)
-    text_tokenizer = TextTokenizer.load(text_tokenizer_folder(start, own=data.shards / TEXT_TOKENIZER))
+    # A pre-trained model reads its own ids; a randomly initialised one takes those of the shards.
+    text_tokenizer = TextTokenizer.load(data.shards / TEXT_TOKENIZER if start == "random" else start)
+    if said := text_tokenizer.loss_of_text():
+        logger.warning(said)
     _check_fit(data, manifest=manifest, tokenizer=text_tokenizer)
     image_tokenizer = None
     if manifest.has_image_tokenizer:
@@ -170,13 +176,3 @@ def prepare_embedded(out: Path) -> None:
         # Without shifted views, so few images are memorised: held-out loss rose from step 400 on.
         config=PrepareConfig(views=EMBEDDED_VIEWS),
     )
-
-
-def text_tokenizer_folder(start: str, *, own: Path) -> Path:
-    """Return a pre-trained model's own tokenizer; a randomly initialised one takes `own`, that of the shards."""
-    if start == "random":
-        return own
-    folder = Path(start)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"model.init is {folder}; expected a tokenizer.json beside its weights.")
-    return folder

@@ -26,6 +26,7 @@ from t2i.distributed.signals import Requests, StopFlag, stop_flag
 from t2i.env import check_machine, operators_needed
 from t2i.errors import DataError, Stopped, UserError, exit_code
 from t2i.model.routing import check_precision
+from t2i.runs.checkpoint_manifest import step_folder
 from t2i.runs.checkpoint_store import last_step
 from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, write_status
 from t2i.train.build import build_model
@@ -87,12 +88,14 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             per_rank = num_sequences // world_size
             whole_ds_config(ds_config, config=train_config, per_rank=per_rank)  # before minutes of work
             inputs = read_inputs(data_config, init=model_config.init, global_batch=num_sequences)
+            step = on_first_rank(lambda: last_step(run_dir))
             model, layout = build_model(
                 replace(model_config, init=inputs.start),
                 data=data_config,
                 train=train_config,
                 manifest=inputs.manifest,
                 text_tokenizer=inputs.text_tokenizer,
+                resumed=step_folder(run_dir, step) if step else None,
             )
             loader = StepLoader(
                 data_config,

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2i.model.resize import grow_vocabulary
-from t2i.model.uniform_start import Probe, code_cost, shift_to_uniform, uniform_cost
+from t2i.model.uniform_start import Probe, code_cost, narrow_to_fair, shift_to_uniform, uniform_cost
 from t2i.tokens.sequence import encode_sequence
 from t2i.tokens.vocab import VocabLayout
 
@@ -92,3 +92,26 @@ def test_own_rows_have_mean_and_deviation_of_those_of_text():
     old, new = model.lm_head.weight.detach().split([200, 2_000])
     torch.testing.assert_close(new.mean(0), old.mean(0), atol=0.015, rtol=0)
     torch.testing.assert_close(new.std(0), old.std(0), atol=0, rtol=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_codes_as_far_apart_as_text_are_drawn_together_until_none_is_preferred_by_much(tied):
+    model = pretrained(tied=tied)
+    probe = grown(model, rows="uniform")
+    codes = slice(LAYOUT.first_image_id, LAYOUT.first_image_id + 64)
+    with torch.no_grad():
+        model.lm_head.weight[codes] += torch.randn(64, 32)
+    inputs = model.get_input_embeddings().weight.detach().clone()
+    head = model.lm_head.weight.detach().clone()
+    assert cost_by_hand(model, probe)[1] > math.log(64) + 1
+    narrow_to_fair(model, probe)
+    shift_to_uniform(model, probe)
+    everything, among_codes = cost_by_hand(model, probe)
+    assert math.log(64) < among_codes < math.log(64) + 0.1
+    assert everything == pytest.approx(math.log(LAYOUT.vocab_size), abs=0.01)
+    before, after = (rows[codes] - rows[codes].mean(0) for rows in (head, model.lm_head.weight.detach()))
+    ratio = (after.norm() / before.norm()).item()
+    assert math.log2(ratio) == pytest.approx(round(math.log2(ratio)), abs=1e-3) and ratio < 1
+    torch.testing.assert_close(after, before * ratio, atol=1e-4, rtol=0)
+    assert model.lm_head.weight[:200].equal(head[:200])
+    assert tied or model.get_input_embeddings().weight.equal(inputs)

@@ -1,0 +1,134 @@
+"""Where a run's new embeddings begin: drawn, read from a file, or made from the shards; and at what cost."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from t2i.config import DataConfig
+from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.shards.manifest import IMAGE_TOKENIZER, Manifest
+from t2i.data.shards.reader import read_split
+from t2i.errors import DataError, UserError
+from t2i.model.code_embeddings import deviations_by_captions, deviations_by_vectors
+from t2i.model.resize import ends_of, new_rows
+from t2i.model.uniform_start import (
+    NUM_SEQUENCES,
+    Probe,
+    code_cost,
+    narrow_to_fair,
+    shift_to_uniform,
+    uniform_cost,
+)
+from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
+
+logger = logging.getLogger(__name__)
+
+FROM_SHARDS = ("codebook", "captions")
+"""What model.new_embeddings makes from the shards: from their image tokenizer, or from their captions."""
+MOST_CAPTIONS = 20_000
+"""Captions that are read: more would take minutes, and each code then has some hundred images."""
+
+
+def check_new_embeddings(kind: str, *, data: DataConfig, manifest: Manifest) -> None:
+    """Check that shards have what new embeddings are made from.
+
+    Raises:
+        UserError: they have no images, or an image tokenizer is needed and they have none.
+    """
+    if kind not in FROM_SHARDS:
+        return
+    if manifest.is_text:
+        raise UserError(
+            f"model.new_embeddings is {kind}; expected shards with image codes, but {data.shards} holds text only."
+        )
+    if kind == "codebook" and not manifest.has_image_tokenizer:
+        raise UserError(
+            f"model.new_embeddings is codebook; expected shards with an image tokenizer, but {data.shards} holds"
+            " precomputed tokens, whose code vectors are not known. `captions` needs none."
+        )
+
+
+def rows_from_shards(
+    kind: str,
+    model: PreTrainedModel,
+    *,
+    data: DataConfig,
+    layout: VocabLayout,
+    tokenizer: TextTokenizer,
+    seed: int,
+) -> Mapping[str, Tensor]:
+    """Make embeddings and LM head (V - V0, D) for all ids that a model with V0 ids has not yet.
+
+    Raises:
+        DataError: the shards have no captions that differ, or no vectors that do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    seen = _seen(data, tokenizer=tokenizer) if kind == "captions" else None
+    # Each end by its own text embeddings: an untied LM head lives in another space than the input embeddings.
+    for name, old in ends_of(model).items():
+        rows, text = old.detach(), old.detach()[: layout.num_text_tokens].cpu()
+        if seen is not None:
+            captions, codes = seen
+            moved = deviations_by_captions(
+                text, captions=captions, codes=codes, codebook_size=layout.codebook_size
+            )
+        else:
+            vectors = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER).code_vectors()
+            moved = deviations_by_vectors(text, vectors, generator=generator)
+        count = layout.vocab_size - len(rows)
+        made = new_rows(text, count=count, kind="mean", generator=generator)
+        place = layout.first_image_id - len(rows)
+        made[place : place + layout.codebook_size] += moved.to(made.dtype)
+        found[name] = made
+    return found
+
+
+def _seen(data: DataConfig, *, tokenizer: TextTokenizer) -> tuple[list[Tensor], Tensor]:
+    """Read captions (T,) and the codes (N, K) of their images, evenly spread over the training split.
+
+    Raises:
+        DataError: all captions are empty.
+    """
+    apply = tokenizer_to_apply(data, tokenizer=tokenizer)
+    captions, codes = [], []
+    for sample in read_split(data.shards, "train", num_samples=MOST_CAPTIONS, remote=data.remote):
+        captions.append(caption_ids_of(sample, tokenizer=apply))
+        codes.append(torch.from_numpy(sample["codes"].astype("int64")))
+    if not any(len(ids) for ids in captions):
+        raise DataError(
+            f"model.new_embeddings is captions; expected captions in {data.shards}, but those of its {len(captions)}"
+            " images are empty."
+        )
+    return captions, torch.stack(codes)
+
+
+def first_sequences(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer) -> Tensor:
+    """Build a few sequences (N, S) of the training split, evenly spread."""
+    samples = list(read_split(data.shards, "train", num_samples=NUM_SEQUENCES, remote=data.remote))
+    apply = tokenizer_to_apply(data, tokenizer=tokenizer)
+    captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
+    return stack_sequences(samples, layout=layout, config=data, captions=captions)
+
+
+def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe) -> None:
+    """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more."""
+    if kind in FROM_SHARDS:
+        narrow_to_fair(model, probe)
+    if kind in ("uniform", *FROM_SHARDS):
+        shift_to_uniform(model, probe)
+    cost, uniform = code_cost(model, probe), uniform_cost(model)
+    # A nat more is usual: logits of a random start differ from one another by about one.
+    if not cost <= uniform + 1:
+        logger.warning(
+            "with model.new_embeddings %s an image code costs %.1f nats before the first step, and a uniform guess over"
+            " the vocabulary %.1f: the first steps pay that debt. `uniform` begins without it, where the model allows.",
+            kind,
+            cost,
+            uniform,
+        )
