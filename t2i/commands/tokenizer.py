@@ -63,7 +63,7 @@ def main() -> None:
     from t2i.data.sources import open_source
     from t2i.files import new_folder
     from t2i.image_tokenizer.make import FEATURES, make_tokenizer, measure_folder
-    from t2i.measure.features import metric_key
+    from t2i.measure.extractor import metric_key
 
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     if isinstance(command, Train):

@@ -16,7 +16,8 @@ from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
-from t2i.measure.features import load_features, metric_key
+from t2i.measure.extractor import metric_key
+from t2i.measure.features import load_features
 from t2i.measure.heldout_images import how_to_hold_out
 from t2i.measure.images import readable
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize

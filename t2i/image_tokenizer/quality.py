@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2i.measure.distances import frechet_distance, statistics
-from t2i.measure.features import FeatureExtractor, extract
+from t2i.measure.extractor import FeatureExtractor
+from t2i.measure.features import extract
 from t2i.tokens.image import ImageTokenizer, images_of, pixels_of
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

@@ -67,6 +67,37 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     return max(distance, 0.0)  # rounding may leave -1e-9 for equal sets
 
 
+def frechet_distances(features_a: np.ndarray, features_b: np.ndarray, *, counts: np.ndarray) -> np.ndarray:
+    """Compute the Frechet distance of features (N, D) and (M, D) for R resamplings of the first set: (R,).
+
+    Args:
+        counts: (R, N) how often each row of the first set is in each resampling; N in all.
+    """
+    check_features(features_a, features_b)
+    features = features_a.astype(np.float64)
+    mean = features_b.astype(np.float64).mean(axis=0)  # (D,)
+    centred = (features_b - mean) / np.sqrt(len(features_b) - 1)  # (M, D)
+    # Of few images, the images themselves are a root of their covariance, and no D x D matrix is needed.
+    root = centred.T if len(centred) <= centred.shape[1] else _root(centred.T @ centred)  # (D, K)
+    projected = features @ root  # (N, K), once for all resamplings
+    fixed = float((centred**2).sum())
+    return np.array([fixed + _resampled(features, projected, count, mean=mean) for count in counts])
+
+
+def _resampled(features: np.ndarray, projected: np.ndarray, count: np.ndarray, *, mean: np.ndarray) -> float:
+    """Compute what of the distance depends on the resampled set."""
+    kept = count > 0
+    shares = count[kept] / count.sum()
+    weights = count[kept] / (count.sum() - 1)
+    own_mean = shares @ features[kept]  # (D,)
+    trace = float(weights @ ((features[kept] - own_mean) ** 2).sum(1))
+    centred = (projected[kept] - shares @ projected[kept]) * np.sqrt(weights)[:, None]  # (N, K)
+    gram = centred @ centred.T if len(centred) <= centred.shape[1] else centred.T @ centred
+    overlap = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
+    difference = own_mean - mean
+    return float(difference @ difference + trace - 2 * overlap)
+
+
 def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int) -> float:
     """Compute KID's unbiased squared MMD, kernel (x.y / D + 1)^3, on features (N, D) and (M, D) by clean-fid.
 
@@ -80,13 +111,7 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray, *, seed: int
     Raises:
         DataError: fewer than two rows, a number that is not finite, or sets of different width.
     """
-    _check(features_a)
-    _check(features_b)
-    widths = features_a.shape[1], features_b.shape[1]
-    if widths[0] != widths[1]:
-        raise DataError(
-            f"Features of width {widths[0]} and {widths[1]} cannot be compared; expected one width."
-        )
+    check_features(features_a, features_b)
     whole_sets = len(features_a) == len(features_b) <= KERNEL_SUBSET_SIZE  # then every subset is the same one
     state = np.random.get_state()  # clean-fid draws from the global generator, which callers may rely on
     np.random.seed(seed)
@@ -113,6 +138,16 @@ def sample_size_note(key: str, *, n: int, dims: int) -> str:
     )
 
 
+def check_features(*sets: np.ndarray) -> None:
+    """Raise DataError for sets (N, D) of fewer than two rows, with numbers that are not finite, or of unequal width."""
+    for features in sets:
+        _check(features)
+    widths = [features.shape[1] for features in sets]
+    if len(set(widths)) > 1:
+        found = " and ".join(map(str, widths))
+        raise DataError(f"Features of width {found} cannot be compared; expected one width.")
+
+
 def _check(features: np.ndarray) -> None:
     # One image has no covariance: numpy would warn, and a distance of NaN would be written into scores.json.
     if features.ndim != 2 or len(features) < 2:
@@ -122,10 +157,15 @@ def _check(features: np.ndarray) -> None:
 
 
 def _projected(cov_a: np.ndarray, cov_b: np.ndarray) -> np.ndarray:
-    """Compute R^T cov_b R (R, R), where cov_a = R R^T and R has a column for each non-zero eigenvalue."""
-    values, vectors = np.linalg.eigh(cov_a)  # (D,) ascending, (D, D)
+    """Compute R^T cov_b R, where cov_a = R R^T."""
+    root = _root(cov_a)
+    return root.T @ cov_b @ root
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """Compute R (D, K) with cov = R R^T and a column for each non-zero eigenvalue."""
+    values, vectors = np.linalg.eigh(cov)  # (D,) ascending, (D, D)
     kept = (
         values > values[-1] * len(values) * np.finfo(np.float64).eps
     )  # numpy's own rule for a matrix's rank
-    root = vectors[:, kept] * np.sqrt(values[kept])  # (D, R)
-    return root.T @ cov_b @ root
+    return vectors[:, kept] * np.sqrt(values[kept])

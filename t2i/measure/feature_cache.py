@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from t2i.measure.distances import FrechetStatistics, statistics
-from t2i.measure.features import FeatureExtractor, extract
+from t2i.measure.extractor import FeatureExtractor
+from t2i.measure.features import extract
 from t2i.measure.images import Pictures
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Image features by name: what a Frechet or kernel distance compares.
 
 `inception` is clean-fid's network, the only one on whose features a distance may be called FID. Its weights are a file
-of the user's, or are downloaded once. `efficientnet_lite0` comes with the installed packages.
+of the user's, or are downloaded once. `efficientnet_lite0` comes with the installed packages. `dinov2` and `clip` are
+folders of the user's (folder_features.py).
 """
 
 import hashlib
@@ -12,9 +13,8 @@ import os
 import tempfile
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.errors import DataError, UserError
+from t2i.measure.extractor import FeatureExtractor
+from t2i.measure.folder_features import FOLDER_FEATURES, folder_features
 from t2i.measure.images import batches, read_image
 
 logger = logging.getLogger(__name__)
 
-FEATURE_NAMES = ("inception", "efficientnet_lite0")
+FEATURE_NAMES = ("inception", "efficientnet_lite0", *FOLDER_FEATURES)
 RESIZES = ("clean", "legacy_tensorflow")
 
 INCEPTION_URL = (
@@ -52,40 +54,20 @@ EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127.0, 128.0
 """Of all three channels in [0, 255] (efficientnet_lite_builder.py of https://github.com/tensorflow/tpu)."""
 
 
-@dataclass(frozen=True)
-class FeatureExtractor:
-    """A frozen network, with what a result file says about it."""
-
-    name: str
-    dims: int
-    resize: str
-    """clean: PIL bicubic in float, never rounded; legacy_tensorflow: in the network, with aliasing."""
-    weights_sha256: str
-    resizer: Callable[[np.ndarray], np.ndarray]
-    """uint8 image (H, W, 3) -> the network's size, in [0, 255]."""
-    network: Callable[[Tensor], Tensor]
-    """float32 pixels (B, 3, H, W) in [0, 255] -> features (B, dims)."""
-    device: torch.device
-
-
-def metric_key(name: str) -> str:
-    """Name the Frechet distance on these features: `fid` on Inception's only, else `fd_` and the features."""
-    return "fid" if name == "inception" else f"fd_{name}"
-
-
-def kernel_key(name: str) -> str:
-    """Name the kernel distance on these features: `kid` on Inception's only, else `kd_` and the features."""
-    return "kid" if name == "inception" else f"kd_{name}"
-
-
 def load_features(
-    name: str, *, weights: Path | None = None, resize: str = "clean", device: torch.device | str = "cpu"
+    name: str,
+    *,
+    weights: Path | None = None,
+    folder: Path | None = None,
+    resize: str = "clean",
+    device: torch.device | str = "cpu",
 ) -> FeatureExtractor:
     """Open a feature extractor.
 
     Args:
         name: one of FEATURE_NAMES.
         weights: Inception's file; None for the one in t2i's cache folder, which is downloaded once.
+        folder: of dinov2 or clip, in transformers' layout.
         resize: one of RESIZES; legacy_tensorflow is for Inception only.
 
     Raises:
@@ -95,12 +77,19 @@ def load_features(
     if name not in FEATURE_NAMES or resize not in RESIZES:
         wanted = f"expected one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
         raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
+    if (folder is not None) != (name in FOLDER_FEATURES):
+        names = " and ".join(FOLDER_FEATURES)
+        raise UserError(
+            f"--features-folder is {folder} with features {name}; expected a folder with {names}, and only with them."
+        )
     if name == "inception":
         return _inception(weights or cached_inception(), resize, torch.device(device))
     if weights is not None or resize != "clean":
         raise UserError(
             f"{name} has its own weights and the resize rule clean; found weights {weights}, resize {resize}."
         )
+    if folder is not None:
+        return folder_features(name, folder, device=torch.device(device))
     return _efficientnet_lite0(torch.device(device))
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from t2i.measure import features
 from t2i.measure.distances import frechet_distance, statistics
-from t2i.measure.features import cached_inception, extract, kernel_key, load_features, metric_key
+from t2i.measure.extractor import kernel_key, metric_key
+from t2i.measure.features import cached_inception, extract, load_features
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 

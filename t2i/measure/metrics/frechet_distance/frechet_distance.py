@@ -10,7 +10,8 @@ import numpy as np
 
 from t2i.errors import DataError
 from t2i.measure.distances import frechet_distance, sample_size_note, statistics
-from t2i.measure.features import extract, load_features, metric_key
+from t2i.measure.extractor import metric_key
+from t2i.measure.features import extract, load_features
 
 CITATION = """\
 @inproceedings{heusel2017gans,

@@ -1,0 +1,83 @@
+"""Image features by a DINOv2 or a CLIP of the user's, in transformers' layout.
+
+FD-DINOv2 is the Frechet distance on DINOv2 features (https://arxiv.org/abs/2306.04675, with ViT-L/14), CMMD the MMD on
+those of CLIP (https://arxiv.org/abs/2401.09603, with ViT-L/14 at 336 pixels).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from cleanfid.resize import make_resizer
+from torch import Tensor
+from transformers import CLIPModel, Dinov2Model, PreTrainedModel
+
+from t2i.errors import UserError
+from t2i.files import read_json
+from t2i.measure.extractor import FeatureExtractor
+from t2i.model.backbone import UNUSABLE
+from t2i.model.foreign_folder import read_description
+from t2i.runs.loading import weights_sha256
+
+FOLDER_FEATURES = ("dinov2", "clip")
+CLASSES: dict[str, type[PreTrainedModel]] = {"dinov2": Dinov2Model, "clip": CLIPModel}
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def folder_features(name: str, folder: Path, *, device: torch.device) -> FeatureExtractor:
+    """Open a feature network: the class token of a DINOv2 after its norm, or the image embedding of a CLIP.
+
+    Images are resized whole by clean-fid's rule, as for every other network here, to the size of the folder's
+    preprocessor, and scaled by its mean and deviation.
+
+    Raises:
+        UserError: the folder is no such model.
+    """
+    missing = [file for file in ("config.json", PREPROCESSOR) if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"--features-folder {folder} is no folder of transformers: {', '.join(missing)} missing."
+        )
+    found = read_description(folder).get("model_type")
+    if found != name:
+        raise UserError(f"--features-folder {folder} holds a model of type {found}; expected {name}.")
+    try:
+        model = CLASSES[name].from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except UNUSABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--features-folder {folder} cannot be loaded as {name}: {reason:.300}") from error
+    model = model.eval().requires_grad_(False).to(device)
+    size, mean, deviation = _preprocessing(folder / PREPROCESSOR)
+
+    def network(pixels: Tensor) -> Tensor:
+        scale = torch.tensor([mean, deviation], device=pixels.device)[
+            :, None, :, None, None
+        ]  # (2, 1, 3, 1, 1)
+        scaled = (pixels / 255 - scale[0]) / scale[1]  # (B, 3, H, W)
+        if name == "clip":
+            return model.get_image_features(pixel_values=scaled)
+        return model(pixel_values=scaled).pooler_output
+
+    return FeatureExtractor(
+        name=name,
+        dims=model.config.projection_dim if name == "clip" else model.config.hidden_size,
+        resize="clean",
+        weights_sha256=weights_sha256(folder),
+        resizer=make_resizer("PIL", False, "bicubic", (size, size)),
+        network=network,
+        device=device,
+    )
+
+
+def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
+    """Read pixels per side, mean and deviation of the pixels that a network was trained on."""
+    values = read_json(file, error=UserError)
+    crop = values.get("crop_size")
+    size = crop.get("height") if isinstance(crop, dict) else crop
+    mean, deviation = values.get("image_mean"), values.get("image_std")
+    if not isinstance(size, int) or not all(
+        isinstance(each, list) and len(each) == 3 for each in (mean, deviation)
+    ):
+        shown = json.dumps({"crop_size": crop, "image_mean": mean, "image_std": deviation})
+        raise UserError(f"{file} says {shown}; expected a size, three means and three deviations.")
+    return size, mean, deviation

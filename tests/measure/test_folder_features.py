@@ -1,0 +1,92 @@
+"""Features by a DINOv2 and a CLIP of the user's, randomly initialised ones in transformers' layout."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from t2i.errors import UserError
+from t2i.measure.features import extract, load_features
+from t2i.runs.loading import weights_sha256
+
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CROP = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "resample": 3}
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    BitImageProcessor(**CROP).save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    torch.manual_seed(0)
+    text = CLIPTextConfig(vocab_size=64, max_position_embeddings=8, **SIZES)
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, **SIZES)
+    CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=8)).save_pretrained(
+        tmp_path / "clip"
+    )
+    CLIPImageProcessor(**CROP).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def images():
+    """Images of the network's own size, which no resize touches."""
+    return np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), dtype=np.uint8)
+
+
+@torch.inference_mode()
+def test_dinov2_features_are_the_normed_class_token_of_its_own_preprocessing(dinov2):
+    extractor = load_features("dinov2", folder=dinov2)
+    pixels = BitImageProcessor.from_pretrained(dinov2)(
+        images=[Image.fromarray(image) for image in images()], return_tensors="pt"
+    )["pixel_values"]
+    wanted = Dinov2Model.from_pretrained(dinov2).eval()(pixel_values=pixels).last_hidden_state[:, 0]
+    found = extract(images(), extractor, batch_size=2)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)  # fp32, other batches
+    assert (extractor.name, extractor.dims, extractor.resize) == ("dinov2", 16, "clean")
+    assert extractor.weights_sha256 == weights_sha256(dinov2)
+
+
+@torch.inference_mode()
+def test_clip_features_are_its_image_embeddings(clip):
+    extractor = load_features("clip", folder=clip)
+    pixels = CLIPImageProcessor.from_pretrained(clip)(
+        images=[Image.fromarray(image) for image in images()], return_tensors="pt"
+    )["pixel_values"]
+    wanted = CLIPModel.from_pretrained(clip).eval().get_image_features(pixel_values=pixels)
+    np.testing.assert_allclose(extract(images(), extractor, batch_size=5), wanted.numpy(), atol=1e-5)
+    assert extractor.dims == 8
+
+
+def test_folders_of_another_kind_are_refused(dinov2, clip, tmp_path):
+    with pytest.raises(UserError, match=r"holds a model of type clip; expected dinov2"):
+        load_features("dinov2", folder=clip)
+    with pytest.raises(UserError, match=r"expected a folder with dinov2 and clip, and only with them"):
+        load_features("dinov2")
+    with pytest.raises(UserError, match=r"expected a folder with dinov2 and clip, and only with them"):
+        load_features("efficientnet_lite0", folder=dinov2)
+    (dinov2 / "preprocessor_config.json").write_text(json.dumps({"crop_size": 28}))
+    with pytest.raises(UserError, match=r"three means and three deviations"):
+        load_features("dinov2", folder=dinov2)
+    (dinov2 / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"preprocessor_config\.json missing"):
+        load_features("dinov2", folder=dinov2)
