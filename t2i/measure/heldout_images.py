@@ -6,10 +6,7 @@ the captions of the other are drawn.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-
-from PIL import Image
 
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
@@ -19,11 +16,10 @@ from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import CaptionMeter, caption_meter
-from t2i.measure.images import Pictures, encode, readable
+from t2i.measure.images import encode, pictures, readable
 from t2i.measure.score import Task
 from t2i.model.backbone import trained_seq_len
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
-from t2i.tokens.image import centre_crop_resize
 
 BICUBIC_CROP = "centre square of the shorter side, PIL bicubic"
 # A covariance of fewer has so low a rank that the distance says more of the sample than of the model.
@@ -159,12 +155,3 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
             checkpoint.model, samples, config=config, layout=checkpoint.layout, batch_size=32
         )
     return meters
-
-
-def pictures(pairs: list[Pair], *, size: int) -> Pictures:
-    """Line up pairs' images as the model sees them, size x size."""
-    return Pictures([partial(_image_of, pair) for pair in pairs], crop=partial(centre_crop_resize, size=size))
-
-
-def _image_of(pair: Pair) -> Image.Image:
-    return pair.open().image

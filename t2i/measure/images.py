@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +14,8 @@ from PIL import Image
 
 from t2i.data.sources import UNREADABLE, Pair, decode_image
 from t2i.errors import DataError
-from t2i.tokens.image import ImageTokenizer, images_of, pixels_of
+from t2i.generate.others.family import AnyTokenizer
+from t2i.tokens.image import ImageTokenizer, centre_crop_resize, images_of, pixels_of
 
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ class Reconstructions:
     """The same images after a round trip through an image tokenizer."""
 
     pictures: Pictures
-    tokenizer: ImageTokenizer
+    tokenizer: AnyTokenizer
     batch_size: int = 32
 
     def __len__(self) -> int:
@@ -56,6 +58,15 @@ class Reconstructions:
         for batch in batches(self.pictures, size=self.batch_size):
             pixels = pixels_of(torch.from_numpy(np.stack(batch)))
             yield from images_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
+
+
+def pictures(pairs: Sequence[Pair], *, size: int) -> Pictures:
+    """Line up pairs' images as the model sees them, size x size."""
+    return Pictures([partial(_image_of, pair) for pair in pairs], crop=partial(centre_crop_resize, size=size))
+
+
+def _image_of(pair: Pair) -> Image.Image:
+    return pair.open().image
 
 
 def readable(pairs: Iterable[Pair]) -> Iterator[Pair]:

@@ -1,0 +1,145 @@
+"""The exact judge: what captions state, what it reads, and that other judges have other names."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from t2i.data.sources.openmoji import captioned_keys, code_points
+from t2i.measure import descriptors
+from t2i.measure import judge as judging
+from t2i.measure.attributes import NAMES, attributes_of
+from t2i.measure.judge import judged, load_judge, train_judge
+
+STATED = {
+    "woman climbing: dark skin tone": {"kind": "person", "tone": "dark", "count": "1"},
+    "man cook": {"kind": "person", "tone": "none", "count": "1"},
+    "couple with heart woman man: dark skin tone, medium-light skin tone": {"kind": "people", "count": "2"},
+    "people holding hands: light skin tone": {"kind": "people", "tone": "light", "count": "2"},
+    "family man woman girl boy": {"kind": "people", "tone": "none", "count": "4"},
+    "family": {"kind": "people", "tone": "none"},
+    "flag: Suriname": {"kind": "flag", "flag": "yes"},
+    "waving hand: medium skin tone": {"kind": "hand", "tone": "medium"},
+    "grinning face": {"kind": "face"},
+    "red apple": {"colour": "red"},
+    "half black, half white": {},
+    "person: medium skin tone, red hair": {"kind": "person", "tone": "medium", "count": "1"},
+    "four o’clock": {"kind": "clock"},
+    "palm tree": {},
+    "woman feeding baby": {"kind": "person", "tone": "none"},
+    "stadium": {},
+}
+
+
+@pytest.mark.parametrize("caption", STATED)
+def test_captions_state_what_they_say_and_nothing_else(caption):
+    assert attributes_of(caption) == STATED[caption]
+
+
+def test_attributes_agree_with_the_code_points_that_draw_the_images():
+    """Skin tones and flags once more, from the emoji's code points instead of their captions."""
+    captions, _ = captioned_keys()
+    checked = Counter()
+    for key, caption in captions.items():
+        stated, points = attributes_of(caption), code_points(key)
+        tones = {point for point in points if 0x1F3FB <= point <= 0x1F3FF}
+        if "tone" in stated:
+            names = ["light", "medium-light", "medium", "medium-dark", "dark"]
+            assert [names[point - 0x1F3FB] for point in tones] == [stated["tone"]] * (
+                stated["tone"] != "none"
+            )
+            checked["tone"] += 1
+        regions = all(0x1F1E6 <= point <= 0x1F1FF for point in points) and len(points) == 2
+        assert ("flag" in stated) == regions or "1F3F4" in key, caption
+        checked["flag"] += "flag" in stated
+    assert checked["tone"] > 1_500 and checked["flag"] > 200
+
+
+def coloured(values):
+    """Images of one colour each, with captions that say which; and some whose captions say nothing."""
+    colours = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+    rng = np.random.default_rng(0)
+    images = [
+        np.clip(np.full((64, 64, 3), colours[value]) + rng.integers(-30, 30, (64, 64, 3)), 0, 255).astype(
+            np.uint8
+        )
+        for value in values
+    ]
+    return images, [f"{value} thing" for value in values]
+
+
+def test_a_judge_reads_what_it_was_trained_on():
+    images, captions = coloured(["red", "blue", "green"] * 8)
+    judge = train_judge(images, [*captions[:-1], "stadium"], made_of={"data": "colours"})
+    assert set(judge.heads) == {"colour"}
+    others, said = coloured(["green", "red", "blue", "red"])
+    assert judged(judge.read(others), said).accuracy == {"colour": 1}
+    assert judged(judge.read(others), said).n == {"colour": 4}
+    mismatched = judged(judge.read(others), ["red thing", "red thing", "stadium", "blue thing"])
+    assert mismatched.accuracy == {"colour": 1 / 3} and mismatched.n == {"colour": 3}
+    assert judged(judge.read(others), ["stadium"] * 4).mean() is None
+
+
+def test_training_is_the_minimum_of_its_loss():
+    """At a minimum the gradient of the mean cross-entropy plus the penalty is zero: computed by hand."""
+    images, captions = coloured(["red", "blue"] * 6)
+    head = train_judge(images, captions, made_of={}).heads["colour"]
+    described = torch.from_numpy(descriptors.describe(images))
+    known = ((described - described.mean(0)) / described.std(0).clamp(min=1e-3)).double()
+    chosen = torch.tensor([[0.0, 1.0], [1.0, 0.0]] * 6).double()  # blue, red
+    error = torch.softmax(known @ head.weight + head.bias, dim=1) - chosen
+    gradient = known.T @ error / len(images) + 2 * judging.PENALTY * head.weight
+    assert head.classes == ("blue", "red") and gradient.abs().max() < 1e-4
+
+
+def test_a_judge_is_trained_once_and_named_by_its_data(tmp_path, monkeypatch):
+    images, captions = coloured(["red", "blue", "green", "red"])
+    opened = [type("Opened", (), {"image": judging_image(image)}) for image in images]
+    pairs = [
+        judging.Pair(key=str(place), caption=caption, split="train", open=lambda place=place: opened[place])
+        for place, caption in enumerate(captions)
+    ]
+    source = type("Source", (), {"pairs": pairs})
+    monkeypatch.setattr(judging, "open_source", lambda name: source)
+    first = load_judge(folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    before = file.stat().st_mtime_ns
+    monkeypatch.setattr(judging, "train_judge", lambda *args, **rest: pytest.fail("trained again"))
+    again = load_judge(folder=tmp_path)
+    assert again.sha256() == first.sha256() and file.stat().st_mtime_ns == before
+    assert again.read(images) == first.read(images) == {"colour": ["red", "blue", "green", "red"]}
+    assert first.made_of["train_images"] == 4 and json.dumps(first.made_of)
+    monkeypatch.undo()
+    monkeypatch.setattr(judging, "open_source", lambda name: source)
+    pairs[0] = judging.Pair(key="0", caption="blue thing", split="train", open=pairs[0].open)
+    assert load_judge(folder=tmp_path).sha256() != first.sha256()
+
+
+def judging_image(array):
+    from PIL import Image
+
+    return Image.fromarray(array)
+
+
+def test_descriptions_are_counted_by_hand():
+    image = np.zeros((1, 64, 64, 3), dtype=np.uint8)
+    image[0, :, 32:] = 255
+    found = descriptors.describe(list(image))[0]
+    grid, histogram, edges = np.split(found, [768, 768 + 320])
+    places = grid.reshape(16, 16, 3)
+    assert (places[:, :8] == 0).all() and (places[:, 8:] == 1).all()
+    black, white = 0, 63
+    assert histogram[black] == pytest.approx(0.5**0.5) and histogram[white] == pytest.approx(0.5**0.5)
+    assert [histogram[64 * part + white] for part in (1, 2, 3, 4)] == [0, 1, 0, 1]
+    cells = edges.reshape(8, 8, 8)
+    # The step lies on columns 31 and 32: one in cell 3, one in cell 4, to the right, each 8 x 0.5 strong.
+    assert np.flatnonzero(cells.sum((0, 2))).tolist() == [3, 4]
+    assert cells[0, 3, 0] == pytest.approx(4 / 5) and cells[0, 3, 1:].sum() == 0
+
+
+def test_every_attribute_is_stated_by_some_embedded_image():
+    captions, _ = captioned_keys()
+    stated = Counter(name for caption in captions.values() for name in attributes_of(caption))
+    assert set(stated) == set(NAMES)
