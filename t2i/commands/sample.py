@@ -5,15 +5,17 @@ Examples:
   python launchers/sample.py runs/train --prompts captions.txt --out drawn --guidance-scale 2
   python launchers/sample.py runs/train --layout geneval --prompts evaluation_metadata.jsonl --out geneval
   torchrun --nproc-per-node 8 launchers/sample.py runs/train --layout dpg --prompts dpg_bench/prompts --out dpg
+  python launchers/sample.py runs/train --prompts captions.txt --out drawn --best-of 8
 
-Images are numbered; other captions or settings add theirs after those that --out holds. The layouts draw four images
-per prompt, in the folders that GenEval's and DPG-Bench's own scorers read. Run the same command to resume.
+Images are numbered; other captions or settings add theirs after those that --out holds. The layouts draw what
+the scorers of GenEval, GenEval 2 and DPG-Bench read: four images per prompt, one for GenEval 2. Run the same command to
+resume.
 """
 
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from annotated_types import Ge, Le
@@ -21,6 +23,9 @@ from annotated_types import Ge, Le
 from t2i.cli import Ckpt, parse
 from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
+
+if TYPE_CHECKING:
+    from t2i.generate.best_of import Ranker
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,15 @@ class SampleCommand:
     text or prompt. With --layout: the benchmark's prompts."""
     out: Path
     """Folder for the PNG files."""
-    layout: Literal["plain", "geneval", "dpg"] = "plain"
-    """plain: 00000.png and so on, after those that are there. geneval: prompts from its .jsonl file. dpg: from its
-    folder of .txt files."""
+    layout: Literal["plain", "geneval", "geneval2", "dpg"] = "plain"
+    """plain: 00000.png and so on, after those that are there. geneval, geneval2: prompts from its .jsonl file. dpg:
+    from its folder of .txt files."""
+    judge_url: str = ""
+    """Address of a reward service, such as UniRL's, for --best-by judge."""
+    judges: tuple[str, ...] = ()
+    """Its judge that chooses, such as hpsv3."""
+    judge_revision: str = ""
+    """Revision of the judge's weights, which is kept beside the images."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     dtype: Dtype = "auto"
@@ -60,6 +71,18 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
     return list(prompts)
 
 
+def ranker_for(command: SampleCommand) -> "Ranker | None":
+    from t2i.measure.remote_judge import RemoteJudge, check_service, ranker_of
+
+    if command.sample.best_by != "judge":
+        return None
+    if not command.judge_url or len(command.judges) != 1:
+        raise UserError("--best-by judge expects --judge-url and one of its --judges.")
+    judge = RemoteJudge(command.judge_url, command.judges[0], revision=command.judge_revision)
+    check_service(judge)
+    return ranker_of(judge)
+
+
 def main() -> None:
     command = parse(SampleCommand, description=__doc__ or "")
     if command.layout != "plain" and len(command.prompts) != 1:
@@ -76,6 +99,7 @@ def main() -> None:
     texts = captions_of(command.prompts) if command.layout == "plain" else []
     if command.layout != "plain":
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
+    ranker = ranker_for(command)
     processes = join()
     opened = open_model(
         command.ckpt,
@@ -86,7 +110,11 @@ def main() -> None:
     )
     if texts:
         settings_of = partial(
-            drawing_settings, opened=opened, config=command.sample, batch_size=command.batch_size
+            drawing_settings,
+            opened=opened,
+            config=command.sample,
+            batch_size=command.batch_size,
+            ranker=ranker,
         )
         names, record = named_beside(texts, out=command.out, settings_of=settings_of)
         work = replace(work, captions=names)
@@ -100,6 +128,7 @@ def main() -> None:
         rank=processes.process_index,
         world_size=processes.num_processes,
         record=record,
+        ranker=ranker,
     )
     processes.wait_for_everyone()
     if processes.is_main_process:

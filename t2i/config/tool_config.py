@@ -122,6 +122,12 @@ class SampleConfig(SamplerConfig):
     # By image and not by batch or rank: any number of processes samples the same images.
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the first image; image i is sampled with seed + i."""
+    best_of: Annotated[int, Ge(1), Le(1_000)] = 1
+    """Images drawn per caption, of which the one that fits it best is kept. Candidate j of n captions is sampled with
+    seed + i + j n."""
+    best_by: Literal["likelihood", "judge"] = "likelihood"
+    """What fits: likelihood, by how much likelier the model finds the codes under the caption than under the null
+    caption; judge, by the judge of --judge-url."""
     # Off by default: it pays only over many images.
     compile: bool = False
     """Compile the decoding step, which takes a minute or more before the first image."""

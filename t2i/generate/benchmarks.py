@@ -1,7 +1,10 @@
-"""Folders in the layouts of GenEval and DPG-Bench, whose detectors are run where they are installed.
+"""Folders in the layouts of GenEval, GenEval 2 and DPG-Bench, whose judges are run where they are installed.
 
 GenEval: line N of evaluation_metadata.jsonl becomes a folder (00000/, 00001/, ...) with that line as
 metadata.jsonl and four images, samples/0000.png to 0003.png (README of https://github.com/djghosh13/geneval).
+
+GenEval 2: the prompts of geneval2_data.jsonl, an image each, and image_paths.json, which maps prompts to files (README
+of https://github.com/facebookresearch/GenEval2, --image_filepath_data).
 
 DPG-Bench: a prompt file STEM.txt becomes STEM.png, four images in two rows, in a folder of nothing else
 (dpg_bench/compute_dpg_bench.py of https://github.com/TencentQQGYLab/ELLA takes every file of the folder for one;
@@ -20,9 +23,10 @@ from t2i.files import is_file, lines_of, write_whole
 from t2i.generate.grid import grid
 
 PER_PROMPT = 4
-"""Images per prompt in both benchmarks."""
+"""Images per prompt of GenEval and DPG-Bench."""
+IMAGE_PATHS = "image_paths.json"
 
-Layout = Literal["geneval", "dpg"]
+Layout = Literal["geneval", "geneval2", "dpg"]
 
 
 @dataclass(frozen=True)
@@ -55,24 +59,46 @@ def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
     """Read a benchmark's prompts and plan its folder.
 
     Args:
-        prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.
+        prompts: GenEval's evaluation_metadata.jsonl, GenEval 2's geneval2_data.jsonl, or DPG-Bench's folder of .txt
+            files.
         out: folder that the scorer reads.
 
     Raises:
         DataError: there are no such prompts.
     """
-    return _geneval(prompts, out) if layout == "geneval" else _dpg(prompts, out)
+    readers = {"geneval": _geneval, "geneval2": _geneval2, "dpg": _dpg}
+    return readers[layout](prompts, out)
 
 
-def _geneval(file: Path, out: Path) -> Benchmark:
+def _rows(file: Path, *, usual: str) -> list[str]:
+    """Read the lines of a .jsonl file of prompts, which a benchmark calls `usual`."""
     if not is_file(file):
-        raise DataError(f"--prompts {file} is no file; GenEval's is evaluation_metadata.jsonl.")
+        raise DataError(f"--prompts {file} is no file; {usual}.")
     text = file.read_text(encoding="utf-8", errors="replace")
     rows = [line for line in lines_of(text) if line.strip()]
     if not rows:
+        raise DataError(f"--prompts {file} is empty; {usual}, which has a JSON object per line.")
+    return rows
+
+
+def _geneval2(file: Path, out: Path) -> Benchmark:
+    rows = _rows(file, usual="GenEval 2's is geneval2_data.jsonl")
+    prompts = [_prompt(row, file, number + 1) for number, row in enumerate(rows)]
+    repeated = next((prompt for place, prompt in enumerate(prompts) if prompt in prompts[:place]), None)
+    if repeated is not None:
         raise DataError(
-            f"--prompts {file} is empty; GenEval's evaluation_metadata.jsonl has a JSON object per line."
+            f"{file} has the prompt {repeated!r:.80} twice; GenEval 2 finds images by their prompts."
         )
+    captions = {f"images/{number:05d}": prompt for number, prompt in enumerate(prompts)}
+    # Whole paths: its scorer is run in a folder of its own.
+    paths = {prompt: str((out / f"{name}.png").resolve()) for name, prompt in captions.items()}
+    return Benchmark(
+        captions=captions, drawn=out, metadata={out / IMAGE_PATHS: json.dumps(paths, indent=1)}, sheets={}
+    )
+
+
+def _geneval(file: Path, out: Path) -> Benchmark:
+    rows = _rows(file, usual="GenEval's is evaluation_metadata.jsonl")
     captions: dict[str, str] = {}
     metadata = {}
     for number, row in enumerate(rows):

@@ -1,29 +1,26 @@
 """Captions to PNG files: fixed batches, a seed per caption, nothing drawn twice."""
 
 import functools
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.files import read_json, write_json
 from t2i.generate.beside import SETTINGS
+from t2i.generate.best_of import Ranker, caption_gains, keep_best
 from t2i.generate.grid import grid
+from t2i.generate.image_files import draw_images, settings_of
+from t2i.generate.others.family import AnyTokenizer
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.reading_open_lm import compiles
 from t2i.model.open_lm.sampling_open_lm import sample_codes
@@ -40,8 +37,6 @@ BATCH_SIZE = 32
 """Captions drawn together unless the caller says otherwise."""
 MOST_GUIDANCE = 5.0
 """Guidance above it ruins images: hidden states are led out of what the LM head was trained on."""
-HASHES = {"weights": "other weights", "captions_sha256": "other captions"}
-"""Settings whose values say nothing to a reader, and what is said where they differ."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,15 @@ class Drawer:
     image_tokenizer: ImageTokenizer
     layout: VocabLayout
     settings: SampleConfig = field(default_factory=SampleConfig)
+    ranker: Ranker | None = None
+    """Judges candidates where settings.best_by says so; None if it says otherwise."""
 
 
-def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
+def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | None = None) -> Drawer:
     """Take what draws out of a model that was opened for images.
 
     Raises:
-        UserError: the model draws no images, or not by a compiled step.
+        UserError: the model draws no images, or not by a compiled step; or a judge is missing.
     """
     if opened.model.config.sequence_mode == "text-only":
         raise UserError(f"{opened.folder} was trained on text alone; it draws no images.")
@@ -70,8 +67,10 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig) -> Drawer:
             f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
             " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
         )
+    if settings.best_of > 1 and settings.best_by == "judge" and ranker is None:
+        raise UserError("--best-by judge expects --judge-url and one of its --judges; there is none.")
     return Drawer(
-        opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings
+        opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings, ranker
     )
 
 
@@ -94,19 +93,15 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
         first_seed: caption i is drawn with first_seed + i; None for the settings' own seed.
     """
     layout, model, settings = drawer.layout, drawer.model, drawer.settings
-    num_codes, mode = model.config.codes_per_image, model.config.sequence_mode
-    # Captions are cut to what a sequence had room for in training: later positions were never trained.
-    room = _room(model)
-    texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
+    prompts, null_prompt = _prompts(drawer, captions)
     start = settings.seed if first_seed is None else first_seed
     with own_attention():
         return sample_codes(
             model,
-            [prompt(text, layout=layout, mode=mode).tolist() for text in texts],
-            # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
-            empty_prompt=prompt(torch.tensor([]), layout=layout, mode=mode).tolist(),
+            prompts,
+            empty_prompt=null_prompt,
             image_ids=layout.image_rows,
-            num_codes=num_codes,
+            num_codes=model.config.codes_per_image,
             # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
             seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
             guidance_scale=settings.guidance_scale,
@@ -122,6 +117,17 @@ def own_attention() -> AbstractContextManager[None]:
     # torch prefers it in bf16 on newer GPUs, and it prepares a plan for each new shape, which takes tens of
     # milliseconds. Here the keys grow by one per code: a thousand plans, most of a minute, for each length of prompt.
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _prompts(drawer: Drawer, captions: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+    """Build the prompts of captions, and that of the null caption."""
+    layout, mode = drawer.layout, drawer.model.config.sequence_mode
+    # Captions are cut to what a sequence had room for in training: later positions were never trained.
+    room = _room(drawer.model)
+    texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
+    # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
+    null_prompt = prompt(torch.tensor([]), layout=layout, mode=mode).tolist()
+    return [prompt(text, layout=layout, mode=mode).tolist() for text in texts], null_prompt
 
 
 def _room(model: PreTrainedModel) -> int:
@@ -145,7 +151,7 @@ def _warn_of_long_captions(drawer: Drawer, captions: Iterable[str]) -> None:
         )
 
 
-def decode_images(image_tokenizer: ImageTokenizer, codes: Tensor) -> list[Image.Image]:
+def decode_images(image_tokenizer: AnyTokenizer, codes: Tensor) -> list[Image.Image]:
     """Decode codes (B, K) to images."""
     pixels = images_of(image_tokenizer.decode(codes)).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(image) for image in pixels]
@@ -162,6 +168,7 @@ def draw_folder(
     world_size: int = 1,
     description: str = "draw",
     record: str = SETTINGS,
+    ranker: Ranker | None = None,
 ) -> list[Path]:
     """Draw every caption to out/NAME.png and return all paths in order; images that exist are kept.
 
@@ -170,58 +177,47 @@ def draw_folder(
     Args:
         captions: file names without ending (which may name folders inside `out`), and their captions.
         record: file in `out` for the settings.
+        ranker: for config.best_by judge.
 
     Raises:
         UserError: the model cannot draw so, or `out` holds images of other weights, captions or settings.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected a number >= 1.")
-    drawer = drawer_of(opened, settings=config)
-    settings = drawing_settings(captions, opened=opened, config=config, batch_size=batch_size)
-    names = list(captions)
-    paths = [out / f"{name}.png" for name in names]
-    _claim_folder(out / record, paths, settings=settings)
+    drawer = drawer_of(opened, settings=config, ranker=ranker)
     if rank == 0:
         _warn_of_long_captions(drawer, captions.values())
-    facts = {"checkpoint": str(opened.folder.resolve()), **settings}
-
-    def write(images: list[Image.Image], start: int) -> None:
-        for path, name, image in zip(paths[start:], names[start:], images, strict=False):
-            _write(path, image, {"caption": captions[name], **facts})
-
     texts = list(captions.values())
-    # A batch with one missing image is drawn whole: its other images decide the shape of the products.
-    missing = [
-        start
-        for start in range(0, len(names), batch_size)[rank::world_size]
-        if not all(path.exists() for path in paths[start : start + batch_size])
-    ]
-    with ThreadPoolExecutor(1) as beside:  # compresses and writes one batch while the next is drawn
-        writing: Future[None] | None = None
-        for start in tqdm(missing, unit="batch", desc=description, disable=rank != 0):
-            images = _draw_batch(drawer, texts, start=start, batch_size=batch_size)
-            if writing:
-                writing.result()  # a full disk ends the drawing one batch later, not after the last
-            writing = beside.submit(write, images, start)
-        if writing:
-            writing.result()
-    return paths
+    return draw_images(
+        captions,
+        out=out,
+        draw=lambda start: _draw_batch(drawer, texts, start=start, batch_size=batch_size),
+        settings=drawing_settings(
+            captions, opened=opened, config=config, batch_size=batch_size, ranker=ranker
+        ),
+        checkpoint=opened.folder,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        description=description,
+        record=record,
+    )
 
 
 def drawing_settings(
-    captions: dict[str, str], *, opened: OpenedModel, config: SampleConfig, batch_size: int
+    captions: dict[str, str],
+    *,
+    opened: OpenedModel,
+    config: SampleConfig,
+    batch_size: int,
+    ranker: Ranker | None = None,
 ) -> dict[str, object]:
     """Return all that decides the images of a drawing, as plain JSON."""
-    return {
-        "weights": opened.weights,
-        # Left out where it is fp32, as are switches that are off: folders from before can be continued.
-        **({} if opened.dtype == "float32" else {"dtype": opened.dtype}),
-        # `compile` is left out where it is off: folders from before there was such a setting can be continued.
-        **{key: value for key, value in asdict(config).items() if key != "compile" or value},
-        # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
-        "batch_size": batch_size,
-        "captions_sha256": captions_sha256(captions),
-    }
+    settings = settings_of(captions, weights=opened.weights, config=config, batch_size=batch_size)
+    is_ranked = config.best_of > 1 and config.best_by == "judge"
+    # Left out where it is fp32, as are settings that change nothing: folders from before can be continued.
+    settings |= {} if opened.dtype == "float32" else {"dtype": opened.dtype}
+    return settings | ({"ranked_by": ranker.name} if ranker and is_ranked else {})
 
 
 def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int) -> list[Image.Image]:
@@ -230,36 +226,23 @@ def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int
     # A compiled step has one shape: the last batch is filled up rather than compiled for again.
     is_filled = drawer.settings.compile and len(texts) > batch_size
     filled = [""] * (batch_size - len(batch)) if is_filled else []
-    codes = draw_codes(drawer, batch + filled, first_seed=drawer.settings.seed + start)
-    return decode_images(drawer.image_tokenizer, codes[: len(batch)])
+    settings = drawer.settings
+    drawn = (
+        draw_codes(drawer, batch + filled, first_seed=settings.seed + start + turn * len(texts))[: len(batch)]
+        for turn in range(settings.best_of)
+    )
+    if settings.best_of == 1:
+        return decode_images(drawer.image_tokenizer, next(drawn))
+    best = keep_best((codes, _fits(drawer, batch, codes)) for codes in drawn)
+    return decode_images(drawer.image_tokenizer, best)
 
 
-def _claim_folder(record: Path, paths: list[Path], *, settings: dict[str, object]) -> None:
-    """Make the folders, and see that images in them are of these settings, which `record` holds.
-
-    Raises:
-        UserError: they are not, or it is not known what they are of.
-    """
-    record.parent.mkdir(parents=True, exist_ok=True)
-    there = next((path for path in paths if path.exists()), None)
-    # Settings are written before any image, so an image without them is somebody else's and would be scored as ours.
-    if there is not None and not record.exists():
-        raise UserError(
-            f"{there} was not drawn here: {record.parent} has no {record.name}. Choose another --out."
-        )
-    _same_settings(record, settings, num_images=len(paths))
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def caption_lines(captions: dict[str, str]) -> str:
-    """Write a list of captions down, a JSON object per line; its hash names the list."""
-    return "".join(json.dumps({"name": name, "caption": text}) + "\n" for name, text in captions.items())
-
-
-def captions_sha256(captions: dict[str, str]) -> str:
-    """Hash a list of captions with its names and its order (hex SHA-256 of caption_lines)."""
-    return hashlib.sha256(caption_lines(captions).encode()).hexdigest()
+def _fits(drawer: Drawer, captions: list[str], codes: Tensor) -> Tensor:
+    """Say how well codes (B, K) fit their captions: (B,)."""
+    if drawer.ranker is not None and drawer.settings.best_by == "judge":
+        return torch.tensor(drawer.ranker.rank(decode_images(drawer.image_tokenizer, codes), captions))
+    prompts, null_prompt = _prompts(drawer, captions)
+    return caption_gains(drawer.model, prompts, codes, null_prompt=null_prompt, layout=drawer.layout)
 
 
 def draw_grid(
@@ -283,31 +266,3 @@ def draw_grid(
         pairs = zip(images, beside, strict=True)
         images = [each for drawn, real in pairs for each in (drawn, real or white)]
     return grid(images, columns=columns)
-
-
-def _same_settings(file: Path, settings: dict[str, object], *, num_images: int) -> None:
-    if file.exists():
-        found = read_json(file)
-        changed = [
-            HASHES.get(key, f"{key}: {found.get(key)} there, {settings[key]} asked")
-            for key in settings
-            if found.get(key) != settings[key]
-        ]
-        if changed:
-            raise UserError(
-                f"{file.parent} holds images of other settings ({'; '.join(changed)}). Choose another --out."
-            )
-        return
-    write_json(
-        file, {**settings, "images": num_images}
-    )  # each rank writes the same, and whichever is last is kept
-
-
-def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
-    metadata = PngInfo()
-    for key, value in facts.items():
-        metadata.add_text(key, str(value))
-    # Aside and renamed: that an image exists must mean that it is whole, for it is never drawn again.
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, format="PNG", pnginfo=metadata)
-    temporary.replace(path)

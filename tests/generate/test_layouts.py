@@ -40,6 +40,24 @@ def test_genevals_scorer_finds_metadata_and_four_images_a_prompt(model_folder, d
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
 
 
+def test_geneval_2s_scorer_finds_an_image_by_its_prompt(model_folder, draw, tmp_path):
+    prompts, out = tmp_path / "geneval2_data.jsonl", tmp_path / "geneval2"
+    rows = [
+        {"prompt": "four white bicycles", "atom_count": 2},
+        {"prompt": "a “plastic” cow", "atom_count": 2},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw(model_folder, "--layout", "geneval2", "--prompts", prompts, "--out", out) == 0
+    paths = json.loads((out / "image_paths.json").read_text())
+    assert list(paths) == [row["prompt"] for row in rows]
+    assert {prompt: Image.open(path).text["caption"] for prompt, path in paths.items()} == {
+        prompt: prompt for prompt in paths
+    }
+    prompts.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]))
+    with pytest.raises(DataError, match="has the prompt 'four white bicycles' twice"):
+        read_benchmark("geneval2", prompts=prompts, out=out)
+
+
 def test_dpg_benchs_scorer_finds_nothing_but_a_sheet_a_prompt(model_folder, draw, tmp_path):
     prompts, out = tmp_path / "prompts", tmp_path / "dpg"
     prompts.mkdir()

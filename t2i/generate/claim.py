@@ -1,0 +1,45 @@
+"""The folder that images are drawn into: those of one drawing, whose settings lie beside them."""
+
+from pathlib import Path
+
+from t2i.errors import UserError
+from t2i.files import read_json, write_json
+
+HASHES = {"weights": "other weights", "captions_sha256": "other captions"}
+"""Settings whose values say nothing to a reader, and what is said where they differ."""
+
+
+def claim_folder(record: Path, paths: list[Path], *, settings: dict[str, object]) -> None:
+    """Make the folders, and see that images in them are of these settings, which `record` holds.
+
+    Raises:
+        UserError: they are not, or it is not known what they are of.
+    """
+    record.parent.mkdir(parents=True, exist_ok=True)
+    there = next((path for path in paths if path.exists()), None)
+    # Settings are written before any image, so an image without them is somebody else's and would be scored as ours.
+    if there is not None and not record.exists():
+        raise UserError(
+            f"{there} was not drawn here: {record.parent} has no {record.name}. Choose another --out."
+        )
+    _same_settings(record, settings, num_images=len(paths))
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _same_settings(file: Path, settings: dict[str, object], *, num_images: int) -> None:
+    if file.exists():
+        found = read_json(file)
+        changed = [
+            HASHES.get(key, f"{key}: {found.get(key)} there, {settings[key]} asked")
+            for key in settings
+            if found.get(key) != settings[key]
+        ]
+        if changed:
+            raise UserError(
+                f"{file.parent} holds images of other settings ({'; '.join(changed)}). Choose another --out."
+            )
+        return
+    write_json(
+        file, {**settings, "images": num_images}
+    )  # each rank writes the same, and whichever is last is kept

@@ -1,0 +1,88 @@
+"""Captions to PNG files, whatever draws them: fixed batches, nothing drawn twice, settings beside the images."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from t2i.config import SampleConfig
+from t2i.generate.beside import SETTINGS
+from t2i.generate.captions import captions_sha256
+from t2i.generate.claim import claim_folder
+
+LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
+"""Settings that there were not always, with the values that draw what was drawn before."""
+
+
+def draw_images(
+    captions: dict[str, str],
+    *,
+    out: Path,
+    draw: Callable[[int], list[Image.Image]],
+    settings: dict[str, object],
+    checkpoint: Path,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    description: str,
+    record: str = SETTINGS,
+) -> list[Path]:
+    """Draw every caption to out/NAME.png by `draw`, which draws the batch that begins at an index.
+
+    Args:
+        settings: all that decides the images; see drawing_settings.
+        checkpoint: what draws, for the PNG files.
+    """
+    names = list(captions)
+    paths = [out / f"{name}.png" for name in names]
+    claim_folder(out / record, paths, settings=settings)
+    facts = {"checkpoint": str(checkpoint.resolve()), **settings}
+
+    def write(images: list[Image.Image], start: int) -> None:
+        for path, name, image in zip(paths[start:], names[start:], images, strict=False):
+            _write(path, image, {"caption": captions[name], **facts})
+
+    # A batch with one missing image is drawn whole: its other images decide the shape of the products.
+    missing = [
+        start
+        for start in range(0, len(names), batch_size)[rank::world_size]
+        if not all(path.exists() for path in paths[start : start + batch_size])
+    ]
+    with ThreadPoolExecutor(1) as beside:  # compresses and writes one batch while the next is drawn
+        writing: Future[None] | None = None
+        for start in tqdm(missing, unit="batch", desc=description, disable=rank != 0):
+            images = draw(start)
+            if writing:
+                writing.result()  # a full disk ends the drawing one batch later, not after the last
+            writing = beside.submit(write, images, start)
+        if writing:
+            writing.result()
+    return paths
+
+
+def settings_of(
+    captions: dict[str, str], *, weights: str, config: SampleConfig, batch_size: int
+) -> dict[str, object]:
+    """Return what decides the images of any model, as plain JSON."""
+    return {
+        "weights": weights,
+        # Left out where they change nothing: folders from before there were such settings can be continued.
+        **{key: value for key, value in asdict(config).items() if key not in LATER or LATER[key] != value},
+        # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
+        "batch_size": batch_size,
+        "captions_sha256": captions_sha256(captions),
+    }
+
+
+def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
+    metadata = PngInfo()
+    for key, value in facts.items():
+        metadata.add_text(key, str(value))
+    # Aside and renamed: that an image exists must mean that it is whole, for it is never drawn again.
+    temporary = path.with_suffix(".tmp")
+    image.save(temporary, format="PNG", pnginfo=metadata)
+    temporary.replace(path)
