@@ -67,6 +67,9 @@ GRADIENTS = ("tests/measure/test_gradients.py",)
 PERPLEXITY = ("tests/measure/test_perplexity.py",)
 NEAREST = ("tests/measure/test_embeddings.py",)
 FRECHET = ("tests/measure/test_distances.py",)
+MEASURES = ("tests/measure/test_measures.py",)
+BEST_OF = ("tests/generate/test_best_of.py",)
+JUDGE = ("tests/measure/test_judge.py",)
 SCORE = ("tests/measure/test_score.py", "tests/measure/test_coco.py")
 RECONSTRUCTION = ("tests/measure/test_reconstruction.py",)
 SHUFFLED = ("tests/measure/test_shuffled.py",)
@@ -331,14 +334,14 @@ MUTATIONS = (
     Mutation(
         "batches-repeat-their-seeds",
         "t2i/generate/sample.py",
-        "first_seed=drawer.settings.seed + start",
-        "first_seed=drawer.settings.seed",
+        "first_seed=settings.seed + start + turn",
+        "first_seed=settings.seed + turn",
         "image i of every batch is drawn by the same seed",
         DRAW,
     ),
     Mutation(
         "drawing-leaves-the-last-batch",
-        "t2i/generate/sample.py",
+        "t2i/generate/image_files.py",
         "for start in range(0, len(names), batch_size)[rank::world_size]",
         "for start in range(0, len(names) - batch_size + 1, batch_size)[rank::world_size]",
         "the last captions, which fill no batch, are never drawn",
@@ -547,24 +550,88 @@ MUTATIONS = (
         FRECHET,
     ),
     Mutation(
-        "shuffled-row-is-the-models",
+        "best-of-keeps-the-worst",
+        "t2i/generate/best_of.py",
+        "is_better = scores > highest",
+        "is_better = scores < highest",
+        "of several images the one that fits least is kept",
+        BEST_OF,
+    ),
+    Mutation(
+        "likelihood-of-the-code-before",
+        "t2i/generate/best_of.py",
+        "[len(row) - 1 for row in rows]",
+        "[len(row) for row in rows]",
+        "codes are scored at the position after them",
+        BEST_OF,
+    ),
+    Mutation(
+        "mind-without-sorting",
+        "t2i/measure/sliced.py",
+        "order = np.argsort(projected, axis=1)",
+        "order = np.argsort(np.zeros_like(projected), axis=1)",
+        "points on a line are paired by chance",
+        MEASURES,
+    ),
+    Mutation(
+        "mind-scaled-by-the-width-alone",
+        "t2i/measure/sliced.py",
+        "SCALE_PER_DIMENSION = 3",
+        "SCALE_PER_DIMENSION = 1",
+        "MIND is a third of the paper's",
+        MEASURES,
+    ),
+    Mutation(
+        "an-image-drawn-twice-is-a-pair",
+        "t2i/measure/mmd.py",
+        "start + np.arange(len(rows))] = 0",
+        "start + np.arange(len(rows))] = 1",
+        "resamplings see a model that repeats itself",
+        MEASURES,
+    ),
+    Mutation(
+        "interval-of-one-deviation",
+        "t2i/measure/measures.py",
+        "NORMAL_95 = 1.96",
+        "NORMAL_95 = 1.0",
+        "intervals hold two thirds instead of 95%",
+        MEASURES,
+    ),
+    Mutation(
+        "mismatched-images-keep-their-captions",
+        "t2i/measure/pairing.py",
+        'Row("real", others[:num_real])',
+        'Row("real", everything[:num_real])',
+        "the judge's yardstick of other captions is that of matched ones",
+        SCORE,
+    ),
+    Mutation(
+        "judge-counts-what-no-caption-states",
+        "t2i/measure/judge.py",
+        "for place, said in enumerate(stated) if name in said",
+        "for place, said in enumerate(stated) if name in said or values[place]",
+        "an image is wrong where its caption says nothing",
+        JUDGE,
+    ),
+    Mutation(
+        "redrawn-row-is-the-models",
         "t2i/measure/score.py",
-        "for name in names[1:] + names[:1]",
-        "for name in names[:1] + names[1:]",
-        "the control row is drawn from each image's own caption",
+        "drawing.config.seed + len(task.captions) * drawing.config.best_of",
+        "drawing.config.seed + 0",
+        "the control row is drawn by the model's own seeds",
         SCORE,
     ),
     Mutation(
         "other-captions-are-the-own",
-        "t2i/measure/score.py",
-        'embedded["model"], captions[others]',
-        'embedded["model"], captions',
+        "t2i/measure/pairing.py",
+        'Row("model", others)',
+        'Row("model", everything)',
         "CLIP's score under other captions is that under the own ones",
         SCORE,
     ),
     Mutation(
         "real-images-stay-in-their-reference",
-        "t2i/measure/score.py",
+        "t2i/measure/rows.py",
         "with_statistics(np.delete(features, taken, axis=0))",
         "with_statistics(features)",
         "the yardstick of real images is compared with itself",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.generate import sample as draw
+from t2i.generate import image_files
 from t2i.generate.sample import draw_folder
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import halves_task, read_data_manifest
@@ -39,7 +39,7 @@ def exported(checkpoint, tmp_path_factory):
 
 def score_heldout(checkpoint, out):
     task = halves_task(read_data_manifest(checkpoint), num_samples=10)
-    drawing = Drawing(out=out, config=SampleConfig(), controls=("shuffled", "untrained"), batch_size=32)
+    drawing = Drawing(out=out, config=SampleConfig(), controls=("redrawn", "untrained"), batch_size=32)
     drawn = draw_rows(checkpoint, task, drawing=drawing)
     rulers = Rulers(load_features("efficientnet_lite0"), clip=None)
     facts = DrawingFacts(processes=1, seconds_to_draw=0.0)
@@ -66,7 +66,7 @@ def test_an_image_that_cannot_be_written_ends_the_drawing(checkpoint, tmp_path, 
     def full(path, picture, facts):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(draw, "_write", full)
+    monkeypatch.setattr(image_files, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         draw_folder(checkpoint, CAPTIONS, out=tmp_path, config=SampleConfig(), batch_size=3)
 
@@ -98,10 +98,11 @@ def test_scores_name_everything_and_never_call_it_fid(checkpoint, tmp_path):
     scores = score_heldout(checkpoint, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert "fid" not in scores
-    assert set(scores["rows"]) == {"real", "reconstructions", "model", "shuffled", "untrained"}
+    assert set(scores["rows"]) == {"real", "reconstructions", "model", "redrawn", "untrained"}
     assert all(row["fd_efficientnet_lite0"] > 0 for row in scores["rows"].values())
     row = scores["rows"]["real"]
-    assert set(row) == {"what", "n", "n_reference", "fd_efficientnet_lite0", "kd_efficientnet_lite0"}
+    names = {f"{kind}_efficientnet_lite0" for kind in ("fd", "kd", "mind")}
+    assert set(row) == {"what", "n", "n_reference", "intervals", *names} and set(row["intervals"]) == names
     assert {"n", "features", "resize", "reference", "captions_sha256", "sampler", "checkpoint"} <= set(scores)
 
 

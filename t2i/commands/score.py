@@ -5,17 +5,20 @@ Examples:
   python eval/coco_fid.py runs/train --coco data/coco --clip models/clip-vit-large-patch14
   torchrun --nproc-per-node 8 eval/coco_fid.py runs/train --coco data/coco --num-samples 30000
   python eval/coco_fid.py runs/train --coco data/coco --captions uid_caption.csv
+  python eval/coco_fid.py runs/train --judge-url http://localhost:8080 --judges hpsv3 --judge-revision v3.0
   python eval/coco_fid.py compare A/scores.json B/scores.json
+  python eval/coco_fid.py judge
 
 Without --coco, images are drawn from half of the model's own held-out captions and compared with the other half, on
 EfficientNet-Lite0 features, which need no download. That distance is not called FID. With --coco, the captions and
 images of val2014 are used, on Inception features. Run the same command to resume. `compare` refuses scores that were
-not measured alike.
+not measured alike. `judge` trains the exact judge of the embedded images, and says how often it is right.
 """
 
+import logging
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,18 +34,26 @@ from t2i.errors import UserError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from t2i.data.shards.manifest import Manifest
     from t2i.measure.heldout import CaptionMeter
-    from t2i.measure.protocol import Scores
-    from t2i.measure.score import Rulers, Task
-    from t2i.runs.loading import OpenedModel
+    from t2i.measure.judge import Judge
+    from t2i.measure.remote_judge import RemoteJudge
+    from t2i.measure.score import Contestant, Control, Rulers, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """The model, the images and the features."""
+    """The model, the images and the measures."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME); or the word `compare`."""
+    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME); a Janus, an Emu3 or a Chameleon of
+    transformers; or the word `compare` or `judge`."""
+    image_size: Annotated[int | None, Ge(1)] = None
+    """Pixels per side that an Emu3 draws. Default: 720."""
+    shards: Path | None = None
+    """Shard folder whose held-out images are used. Default: those that the model was trained on."""
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None
@@ -54,17 +65,31 @@ class ScoreCommand:
     .parquet with a column caption, text or prompt, and image_id, coco_id, uid or file_name if there is one."""
     out: Path | None = None
     """Folder for images and scores.json. Default: eval/ or coco/ in the run (by step) or exported folder."""
-    features: Literal["efficientnet_lite0", "inception"] | None = None
-    """Feature network. Default: inception with --coco, else efficientnet_lite0."""
+    features: Literal["efficientnet_lite0", "inception", "dinov2", "clip"] | None = None
+    """Feature network. Default: inception with --coco, else efficientnet_lite0. clip measures CMMD as well."""
+    features_folder: Path | None = None
+    """Folder of --features dinov2 or clip, in transformers' layout."""
+    bootstrap: Annotated[int | None, Ge(0), Le(100_000)] = None
+    """Resamplings per 95% interval; 0 for no intervals. Default: 100, or 0 for more than 5,000 images."""
     inception: Path | None = None
     """Inception-2015-12-05 weights; by default clean-fid's address, hash-checked."""
     resize: Literal["clean", "legacy_tensorflow"] = "clean"
     """How images are resized for the network; legacy_tensorflow is what most papers before 2021 used."""
     clip: Path | None = None
     """CLIP folder in transformers' layout, for the CLIP score. Default: none."""
-    controls: tuple[Literal["shuffled", "untrained"], ...] | None = None
+    exact_judge: bool = True
+    """With the embedded images: judge whether images show what captions state (kind, colour, skin tone, flag, count).
+    The judge is trained once, in some seconds."""
+    judge_url: str = ""
+    """Address of a reward service, such as UniRL's, whose judges score every row. Default: none."""
+    judges: tuple[str, ...] = ()
+    """Which of its judges, such as hpsv3 or pickscore."""
+    judge_revision: str = ""
+    """Revision of their weights, unless the service states it. Scores of two revisions are not compared."""
+    controls: tuple[Literal["redrawn", "untrained", "shuffled"], ...] | None = None
     """Rows drawn beside the model's, each at its full cost: untrained, by the same architecture before training;
-    shuffled, again by other seeds, which shows what chance does to a distance. Default: untrained; none with --coco."""
+    redrawn, again by other seeds, which shows what chance does (once called shuffled). Default: untrained; none with
+    --coco."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     dtype: Dtype = "auto"
@@ -86,31 +111,26 @@ class CompareCommand:
 
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave_job
+    from t2i.measure.compare import lines_of
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.protocol import DrawingFacts
+    from t2i.measure.remote_judge import ranker_of
     from t2i.measure.score import Drawing, draw_rows, score
-    from t2i.runs.loading import open_model
+    from t2i.runs.loading import OpenedModel
 
     started = time.perf_counter()
     if command.captions and (command.coco is None or command.list_seed):
         raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     processes = join()
     rulers = rulers_of(command, processes)
-    checkpoint = open_model(
-        command.ckpt,
-        device=processes.device,
-        needs_images=True,
-        dtype=command.dtype,
-        trust_remote_code=command.trust_remote_code,
-    )
+    checkpoint = contestant_of(command, processes)
     task = task_of(command, checkpoint)
     folder = checkpoint.measures_folder("coco" if command.coco else "eval")
-    controls: tuple[Literal["shuffled", "untrained"], ...]
-    controls = () if command.coco else ("untrained",)
     drawing = Drawing(
         out=command.out or folder,
         config=command.sample,
-        controls=controls if command.controls is None else command.controls,
+        controls=controls_of(command, is_ours=isinstance(checkpoint, OpenedModel)),
+        ranker=ranker_of(rulers.remote[0]) if rulers.remote else None,
         batch_size=command.batch_size,
     )
     rank, world_size = processes.process_index, processes.num_processes
@@ -120,21 +140,62 @@ def score_model(command: ScoreCommand) -> None:
     facts = DrawingFacts(
         processes=world_size,
         seconds_to_draw=time.perf_counter() - started,
-        captions_heard=None if command.coco else captions_heard(checkpoint),
+        captions_heard=captions_heard(command, checkpoint),
     )
     processes.wait_for_everyone()
     if processes.is_main_process:
+        rulers = replace(rulers, judge=exact_judge(command, checkpoint))
         scores = score(checkpoint, task, drawing=drawing, drawn=drawn, rulers=rulers, facts=facts)
-        print_scores(scores, out=drawing.out)
+        print("\n".join(lines_of(scores, out=drawing.out)))
     leave_job(processes)
 
 
-def task_of(command: ScoreCommand, checkpoint: "OpenedModel") -> "Task":
+def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]":
+    if command.controls is None:
+        return () if command.coco or not is_ours else ("untrained",)
+    if "shuffled" in command.controls:
+        logger.warning("--controls shuffled is now called redrawn; the old name works until 0.2.")
+    return tuple("redrawn" if control == "shuffled" else control for control in command.controls)
+
+
+def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contestant":
+    from t2i.generate.others.kinds import kind_of, open_others
+    from t2i.runs.loading import open_model
+
+    folder = Path(command.ckpt)
+    if kind_of(folder):
+        return open_others(folder, device=processes.device, image_size=command.image_size)
+    return open_model(
+        command.ckpt,
+        device=processes.device,
+        needs_images=True,
+        dtype=command.dtype,
+        trust_remote_code=command.trust_remote_code,
+    )
+
+
+def manifest_of(command: ScoreCommand, checkpoint: "Contestant") -> "Manifest":
+    from t2i.data.shards.manifest import read_manifest_file
+    from t2i.measure.heldout_images import read_data_manifest
+    from t2i.runs.loading import OpenedModel
+
+    if command.shards is not None:
+        return read_manifest_file(command.shards / "manifest.json")
+    if not isinstance(checkpoint, OpenedModel):
+        raise UserError(f"{checkpoint.folder} is a {checkpoint.kind}: name images with --coco or --shards.")
+    return read_data_manifest(checkpoint)
+
+
+def task_of(command: ScoreCommand, checkpoint: "Contestant") -> "Task":
     from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_val2014
-    from t2i.measure.heldout_images import halves_task, read_data_manifest
+    from t2i.measure.heldout_images import halves_task
+    from t2i.runs.loading import OpenedModel
 
     if command.coco is None:
-        return halves_task(read_data_manifest(checkpoint), num_samples=command.num_samples)
+        manifest = manifest_of(command, checkpoint)
+        if not isinstance(checkpoint, OpenedModel):  # shards of another model's size hold the same images
+            manifest = replace(manifest, image_size=checkpoint.image_size())
+        return halves_task(manifest, num_samples=command.num_samples)
     coco = read_val2014(command.coco)
     if command.captions:
         choice = listed_captions(coco, command.captions, num_samples=command.num_samples)
@@ -152,31 +213,61 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
     name = command.features or ("inception" if command.coco else "efficientnet_lite0")
     device = processes.device
     with processes.local_main_process_first():  # one download a machine
-        extractor = load_features(name, weights=command.inception, resize=command.resize, device=device)
-    return Rulers(extractor, clip=load_clip(command.clip, device=device) if command.clip else None)
-
-
-def captions_heard(checkpoint: "OpenedModel") -> "dict[str, CaptionMeter]":
-    from t2i.measure.heldout_images import caption_meters, read_data_manifest
-
-    return caption_meters(checkpoint, read_data_manifest(checkpoint))
-
-
-def print_scores(scores: "Scores", *, out: Path) -> None:
-    from t2i.measure.compare import table
-
-    print("\n".join(table(scores.rows.values(), measures=scores.measures)))
-    for split, meter in (scores.facts.captions_heard or {}).items():
-        matched, shuffled, null = (
-            "unknown" if loss is None else f"{loss:.3f}" for loss in (meter.own, meter.wrong, meter.empty)
+        extractor = load_features(
+            name,
+            weights=command.inception,
+            folder=command.features_folder,
+            resize=command.resize,
+            device=device,
         )
-        print(
-            f"{split}: image loss {matched} nats per code, shuffled captions {shuffled}, null caption {null}"
-            f" ({meter.num_pictures} images)"
-        )
-    one = scores.protocol
-    print(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")
-    print(f"{scores.note}\nAll of it: {out / scores.file}".lstrip())
+    return Rulers(
+        extractor,
+        clip=load_clip(command.clip, device=device) if command.clip else None,
+        remote=remote_judges(command),
+        replicates=command.bootstrap,
+    )
+
+
+def remote_judges(command: ScoreCommand) -> "tuple[RemoteJudge, ...]":
+    from t2i.measure.remote_judge import RemoteJudge, check_revision, check_service
+
+    if bool(command.judge_url) != bool(command.judges):
+        raise UserError("--judge-url and --judges go together: the address of a service, and its judges.")
+    judges = tuple(
+        RemoteJudge(command.judge_url, reward, revision=command.judge_revision) for reward in command.judges
+    )
+    for judge in judges:
+        check_service(judge)
+        check_revision(judge)
+    return judges
+
+
+def exact_judge(command: ScoreCommand, checkpoint: "Contestant") -> "Judge | None":
+    from t2i.measure.judge import SOURCE, load_judge
+
+    is_embedded = command.coco is None and manifest_of(command, checkpoint).source == SOURCE
+    return load_judge() if is_embedded and command.exact_judge else None
+
+
+def captions_heard(command: ScoreCommand, checkpoint: "Contestant") -> "dict[str, CaptionMeter] | None":
+    from t2i.measure.heldout_images import caption_meters
+    from t2i.runs.loading import OpenedModel
+
+    if command.coco or not isinstance(checkpoint, OpenedModel):
+        return None
+    return caption_meters(checkpoint, manifest_of(command, checkpoint))
+
+
+def show_judge() -> None:
+    from t2i.config import ASSETS
+    from t2i.measure.compare import verdict_line
+    from t2i.measure.judge import load_judge, yardsticks
+    from t2i.tokens.image import ImageTokenizer
+
+    judge = load_judge()
+    for row, verdict in yardsticks(judge, ImageTokenizer.load(ASSETS / "image_tokenizer")).items():
+        print(f"{row}: {verdict_line(asdict(verdict))}; mean {verdict.mean():.1%}")
+    print(f"Judge {judge.sha256()}, trained on {judge.made_of['train_images']:,} real images.")
 
 
 def compare(command: CompareCommand) -> None:
@@ -193,5 +284,7 @@ def main() -> None:
     if sys.argv[1:2] == ["compare"]:
         sys.argv[:2] = [f"{sys.argv[0]} compare"]  # the verb becomes part of the program's name
         compare(parse(CompareCommand, description=__doc__ or ""))
+    elif sys.argv[1:] == ["judge"]:
+        show_judge()
     else:
         score_model(parse(ScoreCommand, description=__doc__ or ""))

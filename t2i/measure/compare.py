@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from t2i.errors import UserError
 from t2i.files import check_keys, read_json
-from t2i.measure.protocol import CLIP, SCORES, Protocol, RowScore, Subject
+from t2i.measure.protocol import CLIP, JUDGES, RULES, SCORES, Protocol, RowScore, Scores, Subject
 from t2i.runs.eval_results import read_eval_results
 
 
@@ -35,7 +36,12 @@ def read_scores(file: Path) -> ReadScores:
     for row in scores["rows"]:
         check_keys(scores["rows"], {row: {"what": str, "n": int}}, where=where, error=UserError)
     rows = {
-        name: RowScore(row["what"], n=row["n"], measures={key: row[key] for key in measures if key in row})
+        name: RowScore(
+            row["what"],
+            n=row["n"],
+            measures={key: row[key] for key in measures if key in row},
+            intervals=row.get("intervals", {}),
+        )
         for name, row in scores["rows"].items()
     }
     return ReadScores(measures, rows=rows, entries=scores)
@@ -52,8 +58,21 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
         keys += (CLIP,)
     # One wrong comparison costs more than a refused one: FID moves more by its protocol than by most improvements.
     lines = differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)
+    for key in (RULES, JUDGES):
+        lines += _differing_where_both(a.entries, b.entries, key=key)
     if lines:
         raise UserError("These scores were measured by different protocols:\n" + "\n".join(lines))
+
+
+def _differing_where_both(a: Mapping[str, object], b: Mapping[str, object], *, key: str) -> list[str]:
+    """List what differs in the named parts of an entry that both files have."""
+    left, right = a.get(key), b.get(key)
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return []  # a file from before there was such an entry shares none of these measures
+    # A measure that one model has and the other has not is compared with nothing, so it is no difference.
+    shared = {name for name in left if name in right}
+    lines = differing_entries(left, right, keys=tuple(sorted(shared)))
+    return [f"{key}.{line}" for line in lines]
 
 
 def _in_todays_words(entries: Mapping[str, object]) -> dict[str, object]:
@@ -90,6 +109,39 @@ def table(rows: Iterable[RowScore], *, measures: Sequence[str]) -> list[str]:
     """Lay rows out as lines: what, number of images, measures."""
     lines = [" ".join([f"{'images':56s}", f"{'n':>6s}", *(f"{key:>21s}" for key in measures)])]
     for row in rows:
-        numbers = [f"{row.measures[key]:21.4f}" if key in row.measures else " " * 21 for key in measures]
+        numbers = [f"{_cell(row, key):>21s}" for key in measures]
         lines.append(" ".join([f"{row.what:56s}", f"{row.n:6d}", *numbers]).rstrip())
     return lines
+
+
+def _cell(row: RowScore, key: str) -> str:
+    """Write a measure with half of its interval; empty for one that the row has not."""
+    if key not in row.measures:
+        return ""
+    low, high = row.intervals.get(key, (0.0, 0.0))
+    spread = f" ±{(high - low) / 2:.2g}" if high > low else ""
+    return f"{row.measures[key]:.4f}{spread}"
+
+
+def lines_of(scores: Scores, *, out: Path) -> list[str]:
+    """Say all of a model's scores in lines."""
+    lines = table(scores.rows.values(), measures=scores.measures)
+    for name, judge in scores.judges.items():
+        lines += [f"{name}, {row}: {verdict_line(verdict)}" for row, verdict in judge.details.items()]
+    for split, meter in (scores.facts.captions_heard or {}).items():
+        matched, shuffled, null = (
+            "unknown" if loss is None else f"{loss:.3f}" for loss in (meter.own, meter.wrong, meter.empty)
+        )
+        lines.append(
+            f"{split}: image loss {matched} nats per code, shuffled captions {shuffled}, null caption {null}"
+            f" ({meter.num_pictures} images)"
+        )
+    one = scores.protocol
+    lines.append(f"{one.n:,} captions against {one.reference}, {one.features}, {one.resize}.")
+    return [*lines, f"{scores.note}\nAll of it: {out / scores.file}".lstrip()]
+
+
+def verdict_line(verdict: Mapping[str, Any]) -> str:
+    """Say how often each attribute is as captions state it."""
+    counts = verdict["n"]
+    return ", ".join(f"{name} {share:.0%} of {counts[name]}" for name, share in verdict["accuracy"].items())

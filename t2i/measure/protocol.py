@@ -1,6 +1,6 @@
 """What scores.json says: the rows of one model, and all that tells whether two scores may be compared."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # measuring loads torch and streaming, which comparing two files need not wait for
@@ -13,9 +13,12 @@ ROWS = {
     "reconstructions": "the captions' own images through the image tokenizer",
     "model": "drawn from the captions",
     "matched": "drawn, against the captions' own images alone",
-    "shuffled": "drawn again from the same captions, by other seeds",
+    "redrawn": "drawn again from the same captions, by other seeds",
     "untrained": "drawn by the same architecture, randomly initialised",
+    "other_captions": "drawn, each beside the caption of another",
+    "mismatched": "real images, each beside the caption of another",
 }
+"""Rows of scores.json. The last two are yardsticks of measures that see which caption an image belongs to."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Subject:
 
 CLIP = "clip_sha256"
 """The CLIP that a score was taken with, compared only where both have one."""
+RULES, JUDGES = "rules", "judges"
+"""How each measure is computed, and who judged: compared by name, where both files have it. Older files have none."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,18 @@ class RowScore:
     """By the keys of scores.json, which name the features: fid only on Inception's."""
     n_reference: int | None = None
     """None if a file does not say."""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95%, of the measures that have one."""
 
     def to_json(self) -> dict[str, object]:
         """Give it the form of a row in scores.json."""
-        return {"what": self.what, "n": self.n, "n_reference": self.n_reference, **self.measures}
+        found: dict[str, object] = {
+            "what": self.what,
+            "n": self.n,
+            "n_reference": self.n_reference,
+            **self.measures,
+        }
+        return found | ({"intervals": self.intervals} if self.intervals else {})
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,18 @@ class ClipScores:
 
 
 @dataclass(frozen=True)
+class JudgeScores:
+    """What one judge says of every row that has images and captions."""
+
+    protocol: dict[str, object]
+    """Name, revision and what else two scores must share to be compared."""
+    rows: dict[str, dict[str, float]]
+    """Row -> measures."""
+    details: dict[str, dict[str, object]]
+    """Row -> what stands behind the measures, such as attributes; empty where nothing does."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """All rows of one model, and all that a comparison has to know."""
 
@@ -127,6 +152,10 @@ class Scores:
     subject: Subject
     clip: ClipScores | None
     """None for no CLIP score."""
+    rules: dict[str, str]
+    """How each distance is computed, in words."""
+    judges: dict[str, JudgeScores]
+    """By the judge's key in scores.json."""
     note: str
     """On the sample size; empty if it is large enough."""
     facts: DrawingFacts
@@ -149,6 +178,9 @@ class Scores:
             "rows": {row: self.rows[row].to_json() for row in ROWS if row in self.rows},
             "note": self.note,
             **asdict(self.protocol),
+            RULES: self.rules,
+            JUDGES: {name: judge.protocol for name, judge in self.judges.items()},
+            "judged": {name: judge.details for name, judge in self.judges.items() if judge.details},
             **asdict(self.subject),
             "seeds": "image i of captions.jsonl is drawn with sampler.seed + i",
             **self.facts.to_json(),

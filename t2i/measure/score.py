@@ -4,49 +4,54 @@ Every process draws its share (draw_rows), and one of them measures (score).
 """
 
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
 from t2i.files import read_json, write_json, write_whole
-from t2i.generate.sample import caption_lines, captions_sha256, draw_folder
-from t2i.measure.clip import RULE as CLIP_RULE
-from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
-from t2i.measure.distances import frechet_distance, kernel_distance, sample_size_note
-from t2i.measure.feature_cache import FEATURE_BATCH, Measured, Reference, measure_reference, with_statistics
-from t2i.measure.features import FeatureExtractor, extract, kernel_key, metric_key
-from t2i.measure.images import Pictures, Reconstructions
+from t2i.generate.best_of import Ranker
+from t2i.generate.captions import caption_lines, captions_sha256
+from t2i.generate.others.drawing import draw_others_folder
+from t2i.generate.others.family import OthersModel
+from t2i.generate.sample import draw_folder
+from t2i.measure.clip import Clip
+from t2i.measure.distances import sample_size_note
+from t2i.measure.extractor import FeatureExtractor, metric_key
+from t2i.measure.feature_cache import Reference
+from t2i.measure.images import Pictures
+from t2i.measure.judge import Judge
+from t2i.measure.measures import KERNEL_SEED, distances_on, replicates_for
+from t2i.measure.pairing import EXACT, clip_scores, exact_scores, pairing_of, remote_scores
 from t2i.measure.protocol import (
     ROWS,
     SCORES,
     ClipScores,
     DrawingFacts,
+    JudgeScores,
     Protocol,
     RowScore,
     Scores,
     Subject,
 )
-from t2i.measure.shuffled import unrelated
+from t2i.measure.remote_judge import RemoteJudge
+from t2i.measure.rows import distance_rows
 from t2i.model.backbone import made_of
 from t2i.runs.loading import OpenedModel
+from t2i.settings import MAX_WHOLE
 
 CAPTIONS_DRAWN = "captions.jsonl"
-KERNEL_SEED = 0
-"""Seed of the subsets that a kernel distance is averaged over; part of the protocol."""
 SCORED_WITH = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
 
-Control = Literal["shuffled", "untrained"]
+Control = Literal["redrawn", "untrained"]
 
-Images = Iterable[np.ndarray | Path]
-"""Files, or uint8 images (H, W, 3)."""
+
+Contestant = OpenedModel | OthersModel
+"""What draws."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Drawing:
     """Rows drawn beside the model's."""
     batch_size: int
     """Images drawn at a time; the last bits of an image depend on it."""
+    ranker: Ranker | None = None
+    """Judges candidates where config.best_by says so."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,16 @@ class Rulers:
     extractor: FeatureExtractor
     clip: Clip | None
     """None for no CLIP score."""
+    judge: Judge | None = None
+    """The exact judge; None where captions state no attributes."""
+    remote: tuple[RemoteJudge, ...] = ()
+    """Judges behind HTTP."""
+    replicates: int | None = None
+    """Resamplings per interval; None for a number by how many images there are."""
 
 
 def draw_rows(
-    checkpoint: OpenedModel, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
+    checkpoint: Contestant, task: Task, *, drawing: Drawing, rank: int = 0, world_size: int = 1
 ) -> dict[str, list[Path]]:
     """Draw this rank's share of every row; return all paths, in the order of the captions.
 
@@ -101,32 +114,58 @@ def draw_rows(
     listed = drawing.out / CAPTIONS_DRAWN
     if listed.is_file() and listed.read_text() != caption_lines(task.captions):
         raise UserError(f"{listed} holds another list of captions. Choose another --out.")
-    names = list(task.captions)
-    # Shifted by one, so that each caption has the seed of another. A distance sees the set alone: what it differs by
-    # is the chance of one drawing.
-    moved = [task.captions[name] for name in names[1:] + names[:1]]
-    rows = {"model": (checkpoint, task.captions)}
-    if "shuffled" in drawing.controls:
-        rows["shuffled"] = (checkpoint, dict(zip(names, moved, strict=True)))
+    # Seeds that no caption of the model's row has: the two differ by the chance of one drawing, and by nothing else.
+    others = replace(
+        drawing.config, seed=(drawing.config.seed + len(task.captions) * drawing.config.best_of) % MAX_WHOLE
+    )
+    rows = {"model": (checkpoint, drawing.config)}
+    if "redrawn" in drawing.controls:
+        rows["redrawn"] = (checkpoint, others)
     if "untrained" in drawing.controls:
-        rows["untrained"] = (untrained(checkpoint), task.captions)
+        rows["untrained"] = (untrained(checkpoint), drawing.config)
+    shared = {"batch_size": drawing.batch_size, "rank": rank, "world_size": world_size}
     return {
-        row: draw_folder(
+        row: _draw_row(
             drawer,
-            captions,
+            task.captions,
             out=drawing.out / row,
-            config=drawing.config,
-            batch_size=drawing.batch_size,
-            rank=rank,
-            world_size=world_size,
+            config=config,
             description=f"draw {row}",
+            ranker=drawing.ranker,
+            **shared,
         )
-        for row, (drawer, captions) in rows.items()
+        for row, (drawer, config) in rows.items()
     }
 
 
-def untrained(checkpoint: OpenedModel) -> OpenedModel:
-    """Swap the model for one of the same architecture randomly initialised (seed 0)."""
+def _draw_row(
+    drawer: Contestant,
+    captions: dict[str, str],
+    *,
+    ranker: Ranker | None,
+    out: Path,
+    config: SampleConfig,
+    description: str,
+    **shared: int,
+) -> list[Path]:
+    """Draw by this package's sampler, or by the loop for models of others."""
+    if isinstance(drawer, OthersModel):
+        return draw_others_folder(drawer, captions, out=out, config=config, description=description, **shared)
+    return draw_folder(
+        drawer, captions, out=out, config=config, description=description, ranker=ranker, **shared
+    )
+
+
+def untrained(checkpoint: Contestant) -> Contestant:
+    """Swap the model for one of the same architecture randomly initialised (seed 0).
+
+    Raises:
+        UserError: it is a model of others, whose image tokenizer would be randomly initialised too.
+    """
+    if isinstance(checkpoint, OthersModel):
+        raise UserError(
+            f"--controls untrained is for models of this package; {checkpoint.folder} is a {checkpoint.kind}."
+        )
     torch.manual_seed(0)  # the same on every rank, as ranks draw shares of one folder
     # In the model's own precision too, or two rows of one score would differ in it.
     model = made_of(checkpoint.model.config).eval().to(checkpoint.model.device, checkpoint.model.dtype)
@@ -134,7 +173,7 @@ def untrained(checkpoint: OpenedModel) -> OpenedModel:
 
 
 def score(
-    checkpoint: OpenedModel,
+    checkpoint: Contestant,
     task: Task,
     *,
     drawing: Drawing,
@@ -148,20 +187,38 @@ def score(
         drawn: what draw_rows returned, with every rank's images there.
     """
     started = time.perf_counter()
-    extractor, clip = rulers.extractor, rulers.clip
+    extractor = rulers.extractor
+    tokenizer = checkpoint.needed_image_tokenizer()
     # One process measures everything: drawing is nearly all of the time, and ranks then need not agree on order.
-    rows = _distances(checkpoint, task, drawn=drawn, extractor=extractor)
-    clip_scores = None
-    if clip is not None:
-        clip_scores = _clip_scores(rows, checkpoint, task, drawn=drawn, clip=clip)
-        rows = {row: _with_clip(each, clip_scores.rows.get(row)) for row, each in rows.items()}
+    rows = distance_rows(
+        task,
+        drawn=drawn,
+        tokenizer=tokenizer,
+        extractor=extractor,
+        replicates=replicates_for(rulers.replicates, n=len(task.captions)),
+    )
+    pairing = pairing_of(
+        task.captions,
+        task.own,
+        image_ids=task.image_ids,
+        num_real=rows["real"].n,
+        drawn=drawn,
+        tokenizer=tokenizer,
+    )
+    clip = clip_scores(pairing, rulers.clip) if rulers.clip else None
+    judges = {EXACT: exact_scores(pairing, rulers.judge)} if rulers.judge else {}
+    judges |= {judge.reward: remote_scores(pairing, judge) for judge in rulers.remote}
+    counts = {name: len(row.places) for name, row in pairing.rows.items()}
+    rows = _with_pairing(rows, clip=clip, judges=judges, counts=counts)
     protocol = _protocol(task, extractor)
     file = _scores_file(drawing.out, protocol)
     scores = Scores(
         rows=rows,
         protocol=protocol,
         subject=_subject(checkpoint, drawing),
-        clip=clip_scores,
+        clip=clip,
+        rules={key: distance.rule for key, distance in distances_on(extractor.name).items()},
+        judges=judges,
         note=sample_size_note(metric_key(extractor.name), n=len(task.captions), dims=extractor.dims),
         facts=facts,
         seconds_to_measure=time.perf_counter() - started,
@@ -201,7 +258,7 @@ def _protocol(task: Task, extractor: FeatureExtractor) -> Protocol:
     )
 
 
-def _subject(checkpoint: OpenedModel, drawing: Drawing) -> Subject:
+def _subject(checkpoint: Contestant, drawing: Drawing) -> Subject:
     return Subject(
         checkpoint=str(checkpoint.folder),
         weights_sha256=checkpoint.weights,
@@ -214,82 +271,19 @@ def _subject(checkpoint: OpenedModel, drawing: Drawing) -> Subject:
     )
 
 
-def _distances(
-    checkpoint: OpenedModel, task: Task, *, drawn: dict[str, list[Path]], extractor: FeatureExtractor
-) -> dict[str, RowScore]:
-    """Measure the distances of every row to its reference."""
-    reference = measure_reference(task.reference, extractor, progress=True)
-    made: dict[str, Images] = {
-        **drawn,
-        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
-    }
-    features = {
-        row: with_statistics(extract(images, extractor, batch_size=FEATURE_BATCH, progress=True))
-        for row, images in made.items()
-    }
-    rows = {row: _row(row, each, reference, extractor) for row, each in features.items()}
-    if task.own_places is None:
-        real = with_statistics(extract(task.own, extractor, batch_size=FEATURE_BATCH))
-        rows["real"] = _row("real", real, reference, extractor)
-    else:
-        # The reference holds the captions' real images, and papers differ on whether it should: so both are measured.
-        own = with_statistics(reference.features[task.own_places])
-        rows["matched"] = _row("matched", features["model"], own, extractor)
-        rows["real"] = _row("real", *_apart(reference.features, task.own_places), extractor)
-    return rows
-
-
-def _apart(features: np.ndarray, places: Sequence[int]) -> tuple[Measured, Measured]:
-    """Take the images at `places`, at most half of all, out of the reference that they are compared with.
-
-    Compared with themselves, real images would have a distance near zero for that reason alone.
-    """
-    taken = list(places[: len(features) // 2])
-    return with_statistics(features[taken]), with_statistics(np.delete(features, taken, axis=0))
-
-
-def _row(row: str, made: Measured, reference: Measured, extractor: FeatureExtractor) -> RowScore:
-    return RowScore(
-        what=ROWS[row],
-        n=len(made.features),
-        n_reference=len(reference.features),
-        measures={
-            metric_key(extractor.name): frechet_distance(made.statistics, reference.statistics),
-            kernel_key(extractor.name): kernel_distance(made.features, reference.features, seed=KERNEL_SEED),
-        },
-    )
-
-
-def _clip_scores(
+def _with_pairing(
     rows: dict[str, RowScore],
-    checkpoint: OpenedModel,
-    task: Task,
     *,
-    drawn: dict[str, list[Path]],
-    clip: Clip,
-) -> ClipScores:
-    texts = list(task.captions.values())
-    captions = embed_captions(texts, clip)  # (N, D)
-    others = unrelated(texts, task.image_ids or list(task.captions), shift=1)
-    made: dict[str, Images] = {
-        **drawn,
-        # As many as its distance is of. Real images come in the order of their captions, so the two line up.
-        "real": islice(task.own, rows["real"].n),
-        "reconstructions": Reconstructions(task.own, checkpoint.needed_image_tokenizer()),
+    clip: ClipScores | None,
+    judges: dict[str, JudgeScores],
+    counts: dict[str, int],
+) -> dict[str, RowScore]:
+    """Add what sees pairing to rows that have captions, and rows that are nothing but that."""
+    found = {name: {"clip_score": score} for name, score in clip.rows.items()} if clip else {}
+    for judge in judges.values():
+        for name, measures in judge.rows.items():
+            found[name] = found.get(name, {}) | measures
+    new = {name: RowScore(ROWS[name], n=counts[name], measures={}) for name in found if name not in rows}
+    return {
+        name: replace(row, measures=row.measures | found.get(name, {})) for name, row in (rows | new).items()
     }
-    embedded = {row: embed_images(images, clip) for row, images in made.items()}  # (M, D), M <= N
-    return ClipScores(
-        clip.name,
-        clip.weights_sha256,
-        rule=CLIP_RULE,
-        rows={row: clip_score(images, captions[: len(images)]) for row, images in embedded.items()},
-        # The control of a CLIP score: unrelated images and captions score well above 0 too.
-        other_captions=clip_score(embedded["model"], captions[others]) if others else None,
-    )
-
-
-def _with_clip(row: RowScore, clip_score: float | None) -> RowScore:
-    """Add a CLIP score to a row that has one; the matched row has no images of its own."""
-    if clip_score is None:
-        return row
-    return replace(row, measures={**row.measures, "clip_score": clip_score})

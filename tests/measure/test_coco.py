@@ -143,7 +143,7 @@ def test_scores_are_those_of_the_slow_way_and_name_everything(
     lines = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]
     assert scores["captions_sha256"] == hashlib.sha256((out / "captions.jsonl").read_bytes()).hexdigest()
     assert {path.stem for path in (out / "model").glob("*.png")} == {line["name"] for line in lines}
-    assert not (out / "shuffled").exists() and not (out / "untrained").exists()
+    assert not (out / "redrawn").exists() and not (out / "untrained").exists()
 
     files = sorted((coco_folder / "val2014").iterdir())
     reals = [np.asarray(square(file, 32)) for file in files]

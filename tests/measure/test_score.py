@@ -1,7 +1,6 @@
 """Yardsticks beside a model's images: each compared with what it says, by features and captions that are known."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +8,16 @@ import torch
 from PIL import Image
 
 from t2i.config import SampleConfig
+from t2i.measure import descriptors
+from t2i.measure import pairing as pairs
 from t2i.measure import score as scoring
 from t2i.measure.clip import Clip
+from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.feature_cache import Reference
-from t2i.measure.features import FeatureExtractor
 from t2i.measure.images import Pictures
-from t2i.measure.protocol import DrawingFacts, RowScore
+from t2i.measure.judge import Head, Judge
+from t2i.measure.pairing import clip_scores, pairing_of
+from t2i.measure.protocol import DrawingFacts
 from t2i.measure.score import Drawing, Rulers, Task, draw_rows, score
 from t2i.runs.loading import open_model
 
@@ -38,7 +41,7 @@ def task():
     reference = images(12, seed=0)
     return Task(
         data="a test",
-        captions={name: f"caption {name}" for name in NAMES},
+        captions={name: f"red thing {name}" for name in NAMES},
         captions_rule="all",
         own=images_of(reference[OWN_PLACES]),
         reference=Reference("twelve", images_of(reference), which={}, crop="none", image_size=32),
@@ -48,21 +51,32 @@ def task():
 
 @pytest.fixture
 def drawing(tmp_path):
-    return Drawing(tmp_path / "out", SampleConfig(), controls=("shuffled",), batch_size=4)
+    return Drawing(tmp_path / "out", SampleConfig(), controls=("redrawn",), batch_size=4)
 
 
-def test_the_shuffled_row_is_drawn_from_the_captions_of_others(task, drawing, monkeypatch):
+def test_the_redrawn_row_has_the_captions_and_other_seeds(task, drawing, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         scoring,
         "draw_folder",
-        lambda _, captions, *, description, **rest: drawn.update({description: captions}),
+        lambda _, captions, *, description, config, **rest: drawn.update({description: (captions, config)}),
     )
-    assert [*draw_rows(None, task, drawing=drawing)] == ["model", "shuffled"]
-    assert drawn["draw model"] == task.captions
-    shuffled = drawn["draw shuffled"]
-    assert [*shuffled] == [*NAMES] and sorted(shuffled.values()) == sorted(task.captions.values())
-    assert all(shuffled[name] != task.captions[name] for name in NAMES)
+    assert [*draw_rows(None, task, drawing=drawing)] == ["model", "redrawn"]
+    (captions, first), (again, second) = drawn["draw model"], drawn["draw redrawn"]
+    assert captions == again == task.captions
+    seeds = [set(range(config.seed, config.seed + 5)) for config in (first, second)]
+    assert not seeds[0] & seeds[1] and replace(second, seed=first.seed) == first
+
+
+def pairing(task, drawn, *, num_real=5):
+    return pairing_of(
+        task.captions,
+        task.own,
+        image_ids=task.image_ids,
+        num_real=num_real,
+        drawn=drawn,
+        tokenizer=None,
+    )
 
 
 def test_no_image_is_scored_under_another_caption_of_itself(task, monkeypatch):
@@ -70,16 +84,35 @@ def test_no_image_is_scored_under_another_caption_of_itself(task, monkeypatch):
     both = replace(task, captions=dict.fromkeys("abcd", ""), image_ids=[7, 7, 2, 2])
     both.captions.update({name: f"caption {name}" for name in both.captions})
     of_image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    monkeypatch.setattr(scoring, "embed_captions", lambda captions, clip: of_image)
-    monkeypatch.setattr(scoring, "embed_images", lambda arrays, clip: of_image)
-    checkpoint = SimpleNamespace(needed_image_tokenizer=lambda: None)
-    rows = {"real": RowScore("", n=2, measures={})}
+    monkeypatch.setattr(pairs, "embed_captions", lambda captions, clip: of_image)
+    monkeypatch.setattr(pairs, "embed_images", lambda arrays, clip: of_image)
     clip = Clip("a test", "none", None, None, None)
-    found = scoring._clip_scores(rows, checkpoint, both, drawn={"model": []}, clip=clip)
-    assert (found.rows["model"], found.other_captions) == (100, 0)
+    found = clip_scores(pairing(both, {"model": []}, num_real=4), clip)
+    assert (found.rows["model"], found.other_captions, found.rows["mismatched"]) == (100, 0, 0)
     alike = replace(both, captions=dict.fromkeys("abcd", "one caption"))
-    found = scoring._clip_scores(rows, checkpoint, alike, drawn={"model": []}, clip=clip)
+    found = clip_scores(pairing(alike, {"model": []}, num_real=4), clip)
     assert found.other_captions is None and found.to_json()["clip_score_other_captions"] is None
+    assert "mismatched" not in found.rows
+
+
+def test_images_stand_beside_their_captions_and_those_of_others(task):
+    found = pairing(task, {"model": [], "untrained": []}, num_real=3)
+    assert {name: row.images for name, row in found.rows.items()} == {
+        "model": "model",
+        "untrained": "untrained",
+        "real": "real",
+        "reconstructions": "reconstructions",
+        "other_captions": "model",
+        "mismatched": "real",
+    }
+    matched = list(task.captions.values())
+    assert found.captions_of("model") == found.captions_of("reconstructions") == matched
+    assert found.captions_of("real") == matched[:3] and len(list(found.sets["real"])) == 3
+    for name in ("other_captions", "mismatched"):
+        others = found.captions_of(name)
+        assert all(other != caption for other, caption in zip(others, matched, strict=False))
+    # Again and again: each judge reads them anew.
+    assert len(list(found.sets["real"])) == 3
 
 
 def mean_colours(arrays):
@@ -94,6 +127,17 @@ def frechet(a, b):
     return difference @ difference + sum((x**2).sum() for x in centred) - 2 * overlap
 
 
+def judge_of_redness(monkeypatch):
+    """A judge that says red of the first two images of a set, and blue of all others."""
+
+    def described(images):
+        return np.array([[1.0] if place < 2 else [-1.0] for place, _ in enumerate(images)], dtype=np.float32)
+
+    monkeypatch.setattr(descriptors, "describe", described)
+    head = Head(("blue", "red"), torch.tensor([[-1.0, 1.0]]).double(), torch.zeros(2).double())
+    return Judge({"data": "a test"}, {"colour": head}, mean=torch.zeros(1), scale=torch.ones(1))
+
+
 def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folder, monkeypatch, tmp_path):
     extractor = FeatureExtractor(
         name="mean_colour",
@@ -105,15 +149,15 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
         device=torch.device("cpu"),
     )
     drawn = {}
-    for seed, row in enumerate(("model", "shuffled"), start=1):
+    for seed, row in enumerate(("model", "redrawn"), start=1):
         drawn[row] = [tmp_path / f"{row}-{name}.png" for name in NAMES]
         for path, array in zip(drawn[row], images(5, seed=seed), strict=True):
             Image.fromarray(array).save(path)
     # A caption is an axis. An image's cosine is 0.6 with its own caption and 0.4 with each other one.
     axes = torch.eye(5)
-    monkeypatch.setattr(scoring, "embed_captions", lambda captions, clip: axes)
-    monkeypatch.setattr(scoring, "embed_images", lambda arrays, clip: (0.4 + 0.2 * axes)[: len(list(arrays))])
-    rulers = Rulers(extractor, Clip("a test", "none", None, None, None))
+    monkeypatch.setattr(pairs, "embed_captions", lambda captions, clip: axes)
+    monkeypatch.setattr(pairs, "embed_images", lambda arrays, clip: (0.4 + 0.2 * axes)[: len(list(arrays))])
+    rulers = Rulers(extractor, Clip("a test", "none", None, None, None), judge=judge_of_redness(monkeypatch))
     scores = score(
         open_model(str(model_folder), needs_images=True),
         task,
@@ -126,7 +170,7 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
     apart = [place for place in range(12) if place not in OWN_PLACES]
     wanted = {
         "model": frechet(made, reference),
-        "shuffled": frechet(mean_colours(images(5, seed=2)), reference),
+        "redrawn": frechet(mean_colours(images(5, seed=2)), reference),
         "matched": frechet(made, reference[OWN_PLACES]),
         "real": frechet(reference[OWN_PLACES], reference[apart]),
     }
@@ -137,3 +181,13 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
     assert (scores["rows"]["real"]["n"], scores["rows"]["real"]["n_reference"]) == (5, 7)
     assert scores["clip_score"] == pytest.approx(60)
     assert scores["clip_score_other_captions"] == pytest.approx(40)
+    assert scores["rows"]["mismatched"]["clip_score"] == pytest.approx(40)
+    # Five images whose redness the stub judge reads: red, red, and three that are not.
+    assert scores["judge"] == 2 / 5 and scores["judged"]["judge"]["model"] == {
+        "accuracy": {"colour": 2 / 5},
+        "n": {"colour": 5},
+    }
+    assert scores["judges"]["judge"]["sha256"] and scores["judges"]["judge"]["data"] == "a test"
+    assert set(scores["rules"]) == {"fd_mean_colour", "kd_mean_colour", "mind_mean_colour"}
+    low, high = scores["rows"]["model"]["intervals"]["fd_mean_colour"]
+    assert low < scores["fd_mean_colour"] < high

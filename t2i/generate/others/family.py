@@ -61,6 +61,11 @@ class OthersModel:
     weights: str
     """SHA-256 of the weights on disk."""
 
+    @property
+    def dtype(self) -> str:
+        """Number type that it computes in."""
+        return str(self.model.dtype).removeprefix("torch.")
+
     def measures_folder(self, name: str) -> Path:
         """Name the folder of its measures."""
         return self.folder / name

@@ -1,0 +1,119 @@
+"""Measures that see which caption an image belongs to: CLIP score and judges, on rows of images and captions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from t2i.generate.others.family import AnyTokenizer
+from t2i.measure.clip import RULE as CLIP_RULE
+from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
+from t2i.measure.images import Pictures, Reconstructions
+from t2i.measure.judge import Judge, judged
+from t2i.measure.protocol import ClipScores, JudgeScores
+from t2i.measure.remote_judge import RemoteJudge, ask
+from t2i.measure.shuffled import unrelated
+
+Images = Iterable[np.ndarray | Path]
+"""Files, or uint8 images (H, W, 3)."""
+
+EXACT = "judge"
+"""Key of the exact judge's measure in scores.json: the mean accuracy over attributes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one set, and the place of the caption that each is judged under."""
+
+    images: str
+    """Name of the set."""
+    places: list[int]
+    """Indices of captions, one per image."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """All rows that have images and captions."""
+
+    captions: list[str]
+    sets: dict[str, Images]
+    """Each can be iterated again and again."""
+    rows: dict[str, Row]
+
+    def captions_of(self, row: str) -> list[str]:
+        """List the captions that a row's images are judged under."""
+        return [self.captions[place] for place in self.rows[row].places]
+
+
+def pairing_of(
+    captions: dict[str, str],
+    own: Pictures,
+    *,
+    image_ids: Sequence[int] | None,
+    num_real: int,
+    drawn: dict[str, list[Path]],
+    tokenizer: AnyTokenizer,
+) -> Pairing:
+    """Put images beside captions: matched ones, and for yardsticks those of others.
+
+    Args:
+        own: real images, in the order of their first captions, which come before all others.
+        num_real: how many of them the row `real` has.
+    """
+    texts = list(captions.values())
+    everything = list(range(len(texts)))
+    some = replace(own, openers=own.openers[:num_real])
+    sets: dict[str, Images] = {**drawn, "real": some, "reconstructions": Reconstructions(own, tokenizer)}
+    rows = {row: Row(row, everything) for row in drawn}
+    # Real images come in the order of their captions, so the two line up.
+    rows |= {
+        "real": Row("real", everything[:num_real]),
+        "reconstructions": Row("reconstructions", everything[: len(own)]),
+    }
+    others = unrelated(texts, image_ids or list(captions), shift=1)
+    if others:
+        # What a model gets that ignores captions: unrelated images and captions agree in some things too.
+        rows |= {"other_captions": Row("model", others), "mismatched": Row("real", others[:num_real])}
+    return Pairing(texts, sets, rows)
+
+
+def clip_scores(pairing: Pairing, clip: Clip) -> ClipScores:
+    """Compute the CLIP score of every row."""
+    captions = embed_captions(pairing.captions, clip)  # (N, D)
+    embedded: dict[str, Tensor] = {name: embed_images(images, clip) for name, images in pairing.sets.items()}
+    rows = {
+        name: clip_score(embedded[row.images], captions[row.places]) for name, row in pairing.rows.items()
+    }
+    return ClipScores(
+        clip.name,
+        clip.weights_sha256,
+        rule=CLIP_RULE,
+        rows=rows,
+        other_captions=rows.get("other_captions"),
+    )
+
+
+def exact_scores(pairing: Pairing, judge: Judge) -> JudgeScores:
+    """Let the exact judge read every row; a row none of whose captions state anything has no measure."""
+    read = {name: judge.read(images) for name, images in pairing.sets.items()}
+    verdicts = {
+        name: judged(read[row.images], pairing.captions_of(name)) for name, row in pairing.rows.items()
+    }
+    means = {name: verdict.mean() for name, verdict in verdicts.items()}
+    return JudgeScores(
+        protocol={**judge.made_of, "sha256": judge.sha256()},
+        rows={name: {EXACT: mean} for name, mean in means.items() if mean is not None},
+        details={name: asdict(verdict) for name, verdict in verdicts.items()},
+    )
+
+
+def remote_scores(pairing: Pairing, judge: RemoteJudge) -> JudgeScores:
+    """Let a judge behind HTTP score every row: the mean over images of each measure that it gives."""
+    rows, revisions = {}, set()
+    for name, row in pairing.rows.items():
+        answers = ask(judge, pairing.sets[row.images], pairing.captions_of(name))
+        revisions.add(answers.revision)
+        rows[name] = answers.means()
+    return JudgeScores(judge.protocol(revisions, captions=pairing.captions), rows=rows, details={})
