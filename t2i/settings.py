@@ -112,7 +112,9 @@ def fits(value: object, hint: Hint) -> bool:
 
 
 def _is_in_range(value: Any, metadata: tuple[object, ...]) -> bool:
-    if value is None or (OR_ZERO in metadata and value == 0):
+    # Bounds are those of numbers; a word beside them, such as auto, was checked as a choice.
+    is_choice = isinstance(value, str) and not any(isinstance(rule, Names) for rule in metadata)
+    if value is None or is_choice or (OR_ZERO in metadata and value == 0):
         return True
     # Written as "not >=", so that a value which compares with nothing is out of range too.
     for rule in metadata:
@@ -136,7 +138,8 @@ def expected(hint: Hint) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         base, none = _without_none(arguments[0])
-        return " ".join([expected(base), *_words(hint.__metadata__)]) + none
+        base, word = _without_word(base)
+        return " ".join([expected(base), *_words(hint.__metadata__)]) + word + none
     if origin in (Union, UnionType):
         base, none = _without_none(hint)
         return expected(base) + none
@@ -168,6 +171,15 @@ def _without_none(hint: Hint) -> tuple[Hint, str]:
         return hint, ""
     rest = [one for one in get_args(hint) if one is not NoneType]
     return rest[0], " or None"
+
+
+def _without_word(hint: Hint) -> tuple[Hint, str]:
+    """Part a number from the words that may stand in its place, such as auto."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, ""
+    words = [one for one in get_args(hint) if get_origin(one) is Literal]
+    rest = [one for one in get_args(hint) if get_origin(one) is not Literal]
+    return rest[0], "".join(f" or {word}" for one in words for word in get_args(one))
 
 
 def _words(metadata: tuple[object, ...]) -> Iterator[str]:

@@ -59,6 +59,7 @@ CODES = ("tests/model/test_code_embeddings.py",)
 OPEN_LM = ("tests/model/test_open_lm.py",)
 SAMPLING = ("tests/model/test_sampling.py", "tests/model/test_open_lm.py")
 GPU = ("tests/train/test_before_a_gpu.py",)
+WINDOW = ("tests/model/test_window.py",)
 DATA = ("tests/data/test_loader.py", "tests/data/test_shards.py")
 HELDOUT = ("tests/measure/test_heldout.py",)
 SENSITIVITY = ("tests/measure/test_caption_sensitivity.py",)
@@ -253,7 +254,7 @@ MUTATIONS = (
     # The sampler.
     Mutation(
         "guidance-has-the-wrong-sign",
-        "t2i/model/open_lm/sampling_open_lm.py",
+        "t2i/model/open_lm/race_open_lm.py",
         "how.guidance_scale * (conditional - unconditional)",
         "how.guidance_scale * (unconditional - conditional)",
         "guidance leads away from the caption",
@@ -261,7 +262,7 @@ MUTATIONS = (
     ),
     Mutation(
         "temperature-is-inverted",
-        "t2i/model/open_lm/sampling_open_lm.py",
+        "t2i/model/open_lm/race_open_lm.py",
         "(kept / temperature)",
         "(kept * temperature)",
         "a lower temperature gives wilder images",
@@ -269,7 +270,7 @@ MUTATIONS = (
     ),
     Mutation(
         "top-k-keeps-one-more",
-        "t2i/model/open_lm/sampling_open_lm.py",
+        "t2i/model/open_lm/race_open_lm.py",
         "count = min(top_k, codebook) if top_k",
         "count = min(top_k + 1, codebook) if top_k",
         "the code after the last that may be drawn is drawn",
@@ -277,7 +278,7 @@ MUTATIONS = (
     ),
     Mutation(
         "top-p-keeps-one-less",
-        "t2i/model/open_lm/sampling_open_lm.py",
+        "t2i/model/open_lm/race_open_lm.py",
         "before = probabilities.cumsum(-1) - probabilities",
         "before = probabilities.cumsum(-1)",
         "the code that completes the probability is left out",
@@ -286,8 +287,8 @@ MUTATIONS = (
     Mutation(
         "codes-share-a-key",
         "t2i/model/open_lm/sampling_open_lm.py",
-        "for of_code in keys[1:]:",
-        "for of_code in keys[:-1]:",
+        "keys.T.contiguous()[len(codes) :]",
+        "keys.T.contiguous()[len(codes) - 1 : -1]",
         "the first two codes are drawn by the same random numbers",
         SAMPLING,
     ),
@@ -322,6 +323,22 @@ MUTATIONS = (
         "mask.cumsum(-1)",
         "models with learned positions draw from shifted ones",
         SAMPLING,
+    ),
+    Mutation(
+        "a-window-keeps-a-wrong-guess",
+        "t2i/model/open_lm/window_open_lm.py",
+        "first + num_right + 1 - known",
+        "first + (num_right + 2).clamp(max=window) - known",
+        "a code that was drawn after a wrong guess is kept",
+        WINDOW,
+    ),
+    Mutation(
+        "a-window-sees-what-was-guessed-before",
+        "t2i/model/open_lm/decoding_open_lm.py",
+        "(places > at[..., None]) |",
+        "(places > at[:, -1:, None]) |",
+        "a code attends to the guesses behind it",
+        WINDOW,
     ),
     Mutation(
         "decoding-hides-the-first-token",

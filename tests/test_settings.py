@@ -127,6 +127,8 @@ def test_numbers_that_no_run_can_have_are_refused_together():
         (lambda: DataConfig(cache_limit="1gb"), "expected None while data.remote is empty"),
         (lambda: TokenizerConfig(channels=(32, 33)), r"--channels is \(32, 33\); expected .* a multiple of 32"),
         (lambda: SourceConfig(min_score=1.0), "--score-key names no column"),
+        (lambda: SampleConfig(window=0), "--window is 0; expected a whole number from 1 to 64 or auto"),
+        (lambda: SampleConfig(window="all"), "--window is 'all'; expected a whole number from 1 to 64 or auto"),
         (lambda: PlanConfig(gpu="tpu"), "--gpu is 'tpu'; expected one of a100-40gb"),
     ],
 )  # fmt: skip

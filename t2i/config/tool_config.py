@@ -131,6 +131,10 @@ class SampleConfig(SamplerConfig):
     # Off by default: it pays only over many images.
     compile: bool = False
     """Compile the decoding step, which takes a minute or more before the first image."""
+    # Wider windows keep hardly more codes per pass, and cost attention over so many places more.
+    window: Annotated[int | Literal["auto"], Ge(1), Le(64)] = "auto"
+    """Codes per pass: the next ones are guessed and checked together, and the image is that of one code per pass. auto:
+    measured while drawing; 1 where more do not pay, with --compile, and in 16 bits, where rounding would decide."""
 
     def __post_init__(self) -> None:
         check_values(self)

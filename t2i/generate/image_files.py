@@ -71,11 +71,24 @@ def settings_of(
     return {
         "weights": weights,
         # Left out where they change nothing: folders from before there were such settings can be continued.
-        **{key: value for key, value in asdict(config).items() if key not in LATER or LATER[key] != value},
+        **{
+            key: value
+            for key, value in sampler_settings(config).items()
+            if key not in LATER or LATER[key] != value
+        },
         # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
         "batch_size": batch_size,
         "captions_sha256": captions_sha256(captions),
     }
+
+
+def sampler_settings(config: SampleConfig) -> dict[str, object]:
+    """Return the sampler's settings that decide an image."""
+    settings = asdict(config)
+    # A window changes no code but where rounding decides. In 16 bits it often does, and there auto is 1.
+    if config.window in ("auto", 1):
+        del settings["window"]
+    return settings
 
 
 def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:

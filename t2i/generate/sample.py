@@ -69,6 +69,10 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
         )
     if settings.best_of > 1 and settings.best_by == "judge" and ranker is None:
         raise UserError("--best-by judge expects --judge-url and one of its --judges; there is none.")
+    if settings.compile and settings.window not in ("auto", 1):
+        raise UserError(
+            f"--window is {settings.window}; expected 1 or auto with --compile, whose step has one code per pass."
+        )
     return Drawer(
         opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings, ranker
     )
@@ -109,6 +113,7 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
             top_k=settings.top_k,
             top_p=settings.top_p,
             is_compiled=settings.compile,
+            window=settings.window,
         )
 
 

@@ -4,7 +4,7 @@ Every process draws its share (draw_rows), and one of them measures (score).
 """
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from t2i.errors import UserError
 from t2i.files import read_json, write_json, write_whole
 from t2i.generate.best_of import Ranker
 from t2i.generate.captions import caption_lines, captions_sha256
+from t2i.generate.image_files import sampler_settings
 from t2i.generate.others.drawing import draw_others_folder
 from t2i.generate.others.family import OthersModel
 from t2i.generate.sample import draw_folder
@@ -263,7 +264,7 @@ def _subject(checkpoint: Contestant, drawing: Drawing) -> Subject:
         checkpoint=str(checkpoint.folder),
         weights_sha256=checkpoint.weights,
         image_tokenizer_sha256=checkpoint.needed_image_tokenizer().fingerprint(),
-        sampler=asdict(drawing.config),
+        sampler=sampler_settings(drawing.config),
         batch_size=drawing.batch_size,
         dtype=checkpoint.dtype,
         device=str(checkpoint.model.device.type),

@@ -52,6 +52,8 @@ def batch_drawer(
             temperature=sampler.temperature,
             top_k=sampler.top_k,
             top_p=sampler.top_p,
+            # Windows would let the other images of a batch decide how this one's products are rounded.
+            window=1,
         )  # (batch_size + 2, K)
         pictures = decode_images(opened.needed_image_tokenizer(), codes[:batch_size])
         settings = {**vars(sampler), "weights": opened.weights}

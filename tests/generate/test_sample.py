@@ -45,3 +45,19 @@ def test_images_of_somebody_else_are_kept_and_not_taken_for_drawn_ones(model_fol
     (tmp_path / "settings.json").write_text("[]")
     assert draw(model_folder, "--prompts", "a cat", "--out", tmp_path) == 3
     assert "settings.json holds list; expected an object of keys" in capsys.readouterr().err
+
+
+def test_a_window_draws_the_same_images(model_folder, draw, tmp_path, capsys):
+    drawn = {}
+    for window in ("1", "auto", "3"):
+        out = tmp_path / window
+        assert draw(model_folder, "--prompts", "a cat", "a dog", "--out", out, "--window", window) == 0
+        drawn[window] = [Image.open(path).tobytes() for path in sorted(out.glob("*.png"))]
+    assert len(drawn["1"]) == 2 and drawn["1"] == drawn["auto"] == drawn["3"]
+    # A folder may be continued with auto after 1, for they are one setting, as in folders from before there was any.
+    settings = {window: json.loads((tmp_path / window / "settings.json").read_text()) for window in drawn}
+    assert settings["1"] == settings["auto"] and "window" not in settings["1"]
+    assert settings["3"]["window"] == 3
+    asked = (model_folder, "--prompts", "a cat", "--out", tmp_path / "none", "--window", "3", "--compile")
+    assert draw(*asked) == 2
+    assert "--window is 3; expected 1 or auto with --compile" in capsys.readouterr().err

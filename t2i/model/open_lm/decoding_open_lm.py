@@ -8,13 +8,14 @@ image, T positions so far, L layers, H heads, D width.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .layers_open_lm import StaticCache, forward, signed, weights_of
 from .products_open_lm import product
 from .reading_open_lm import left_padded
 
@@ -22,36 +23,6 @@ FIXED_STEP = 32
 """Fixed shapes have a multiple of so many positions, so that a slightly longer prompt needs no new compilation."""
 MOST_WINDOWS, LEAST_WINDOW = 4, 128
 """Attention in fixed shapes is over a growing window of positions; each size of window is compiled separately."""
-
-
-class StaticCache:
-    """Keys and values (R, H, T, head_dim) of every layer; a cache that grows would be copied at each of K steps."""
-
-    def __init__(self, memory: Sequence[Tensor]) -> None:
-        self.memory = memory  # L of (2, R, H, P + K, head_dim)
-        self.length = 0
-
-    @classmethod
-    def empty(cls, config: PretrainedConfig, *, num_rows: int, num_positions: int, like: Tensor) -> Self:
-        """Allocate zeroed memory for so many rows and positions, with the device and dtype of `like`."""
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (2, num_rows, config.num_attention_heads, num_positions, head_dim)
-        return cls([like.new_zeros(shape) for _ in range(config.num_hidden_layers)])
-
-    def get_seq_length(self) -> int:
-        """Return the number of positions held."""
-        return self.length
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (R, H, S, head_dim) of a layer; return all so far."""
-        end = self.length + key.shape[2]
-        keys, values = self.memory[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        # Every layer writes at the same positions, so the last one counts them.
-        if layer == len(self.memory) - 1:
-            self.length = end
-        return keys[:, :, :end], values[:, :, :end]
 
 
 class Decoder:
@@ -70,14 +41,14 @@ class Decoder:
             length: P, the number of positions that it holds.
             padding: (R,) number of positions on the left of each row that attention must not see.
         """
-        self.body, self.memory, self.length = model.model, memory, length
+        self.body, self.memory, self.length, self.padding = model.model, memory, length, padding
         num_rows, _, num_positions, head_dim = memory[0].shape[1:]
         self.products = [
-            [product(weight, num_rows=num_rows) for weight in weights] for weights in _weights(self.body)
+            [product(weight, num_rows=num_rows) for weight in weights] for weights in weights_of(self.body)
         ]
         places = torch.arange(num_positions, device=padding.device)
         # Rotary angles count from each row's first real id, as in training: (R, 1, P + K, head_dim) each.
-        self.angles = _signed(self.body.angles((places - padding[:, None]).clamp(min=0)), head_dim)
+        self.angles = signed(self.body.angles((places - padding[:, None]).clamp(min=0)), head_dim)
         self.mask = None
         if padding.any():  # without a mask, SDPA may choose a faster kernel
             hidden = torch.full((num_rows, num_positions), -torch.inf, device=padding.device)
@@ -95,7 +66,42 @@ class Decoder:
         self.length = end
         angles = None if self.angles is None else [part[:, :, at:end] for part in self.angles]
         mask = None if self.mask is None else self.mask[..., :end]
-        return _forward(self.body, self.products, ids, self.memory, remember, angles=angles, mask=mask)
+        return forward(self.body, self.products, ids, self.memory, remember, angles=angles, mask=mask)
+
+    def read(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """Read W ids per row (R, W), each row's from a position of its own (R,): normalised hidden states (R, W, D).
+
+        What a row held from that position on is forgotten.
+        """
+        num_rows, num_new = ids.shape
+        at = starts[:, None] + torch.arange(num_new, device=ids.device)  # (R, W)
+        end = int(starts.max()) + num_new
+        rows = torch.arange(num_rows, device=ids.device)[:, None]
+
+        def remember(layer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+            layer[:, rows, :, at] = new.unflatten(1, (num_rows, num_new)).permute(1, 2, 0, 3, 4)
+            return layer[0, :, :, :end], layer[1, :, :, :end]
+
+        angles = None
+        if self.angles is not None:
+            # (N, 1, 1, head_dim) each
+            angles = [part[rows, 0, at].flatten(0, 1)[:, None, None] for part in self.angles]
+        places = torch.arange(end, device=ids.device)
+        # Neither later positions, which hold what earlier passes guessed, nor the padding on the left.
+        is_hidden = (places > at[..., None]) | (places < self.padding[:, None, None])  # (R, W, T)
+        mask = torch.zeros(is_hidden.shape, dtype=self.memory[0].dtype, device=ids.device)
+        mask = mask.masked_fill_(is_hidden, -torch.inf)[:, None]  # (R, 1, W, T)
+        hidden = forward(
+            self.body, self.products, ids.flatten(), self.memory, remember, angles=angles, mask=mask
+        )
+        return hidden.unflatten(0, ids.shape)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only."""
+        self.memory = [layer[:, rows] for layer in self.memory]
+        self.padding = self.padding[rows]
+        if self.angles is not None:
+            self.angles = [part[rows] for part in self.angles]
 
 
 class FixedDecoder(nn.Module):
@@ -156,12 +162,12 @@ class FixedDecoder(nn.Module):
         places = torch.arange(window, device=at.device)
         mask = ((places <= at) & (places >= self.padding[:, None]))[:, None, None]  # (R, 1, 1, window)
         head_dim = memory[0].shape[4]
-        angles = _signed(self.body.angles((at - self.padding)[:, None]), head_dim)
+        angles = signed(self.body.angles((at - self.padding)[:, None]), head_dim)
         products = [
             [functools.partial(F.linear, weight=weight) for weight in weights]
-            for weights in _weights(self.body)
+            for weights in weights_of(self.body)
         ]
-        hidden = _forward(self.body, products, ids, memory, remember, angles=angles, mask=mask)
+        hidden = forward(self.body, products, ids, memory, remember, angles=angles, mask=mask)
         self.at.add_(1)
         return hidden
 
@@ -227,75 +233,3 @@ def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int
     decoder = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
     model.__dict__["_fixed_decoder"] = decoder
     return decoder
-
-
-def _weights(body: Any) -> list[tuple[Tensor, ...]]:
-    """List the four weight matrices of each layer."""
-    return [
-        (
-            block.attention.in_proj.weight,
-            block.attention.out_proj.weight,
-            block.feed_forward.w12.weight,
-            block.feed_forward.w3.weight,
-        )
-        for block in body.layers
-    ]
-
-
-def _signed(angles: tuple[Tensor, Tensor] | None, head_dim: int) -> list[Tensor] | None:
-    """Negate the sines of the first half, so that a rotation is one addcmul."""
-    if angles is None:
-        return None
-    cos, sin = angles
-    first = torch.arange(head_dim, device=sin.device) < head_dim // 2
-    return [cos, torch.where(first, -sin, sin)]
-
-
-def _forward(
-    body: Any,
-    products: Sequence[Sequence[Callable[[Tensor], Tensor]]],
-    ids: Tensor,
-    memory: Sequence[Tensor],
-    remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    *,
-    angles: list[Tensor] | None,
-    mask: Tensor | None,
-) -> Tensor:
-    """Compute the normalised hidden states (R, D) of one new id per row (R,).
-
-    Args:
-        products: in_proj, out_proj, w12 and w3 of each layer.
-        remember: writes new keys and values (2, R, H, head_dim) into a layer's memory, and returns those to attend to.
-        angles: cos and signed sin (R, 1, 1, head_dim).
-        mask: attention mask of SDPA, (R, 1, 1, T).
-    """
-    heads_shape = (len(ids), 3, memory[0].shape[2], memory[0].shape[4])
-    hidden = body.post_embed_norm(body.tok_embeddings(ids))  # (R, D)
-    for block, (in_proj, out_proj, w12, w3), layer in zip(body.layers, products, memory, strict=True):
-        projected = in_proj(block.attention_norm(hidden))  # (R, 3 D)
-        heads = _heads(block.attention, projected, heads_shape, angles, has_norms=body.config.qk_norm)
-        keys, values = remember(layer, heads[:, 1:].transpose(0, 1))
-        query = heads[:, 0, :, None]  # (R, H, 1, head_dim)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)  # (R, H, 1, head_dim)
-        hidden = hidden + out_proj(mixed.flatten(1))
-        gate, value = w12(block.ffn_norm(hidden)).chunk(2, dim=-1)  # (R, intermediate) each
-        hidden = hidden + w3(F.silu(gate) * value)
-    return body.norm(hidden)
-
-
-def _heads(
-    attention: Any, projected: Tensor, shape: tuple[int, ...], angles: list[Tensor] | None, *, has_norms: bool
-) -> Tensor:
-    """Normalise and rotate projections (R, 3 D): queries, keys and values (R, 3, H, head_dim)."""
-    heads = projected.view(shape)  # (R, 3, H, head_dim)
-    if has_norms:
-        flat = projected.view(len(projected), 3, -1)  # (R, 3, D), a view: heads sees what is written here
-        # open_lm normalises queries and keys over all heads together, before they are split.
-        flat[:, 0] = attention.q_norm(flat[:, 0])
-        flat[:, 1] = attention.k_norm(flat[:, 1])
-    if angles is not None:
-        cos, signed_sin = angles
-        pair = heads[:, :2].float()  # (R, 2, H, head_dim): queries and keys, rotated in fp32 as in training
-        swapped = pair.roll(pair.shape[-1] // 2, dims=-1)
-        heads[:, :2] = torch.addcmul(pair * cos, swapped, signed_sin)
-    return heads

@@ -18,9 +18,12 @@ from .attention_open_lm import Attention, Remember, attention_mask_of, make_norm
 from .configuration_open_lm import OpenLMConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401 - transformers copies what is imported here alone
 from .decoding_open_lm import begin_decoding
+from .layers_open_lm import forward  # noqa: F401
 from .products_open_lm import product  # noqa: F401
+from .race_open_lm import race  # noqa: F401
 from .reading_open_lm import left_padded  # noqa: F401
 from .sampling_open_lm import draw
+from .window_open_lm import sample_by_window  # noqa: F401
 
 Outputs = TypeVar("Outputs", bound=ModelOutput)
 

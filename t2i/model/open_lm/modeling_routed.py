@@ -25,10 +25,13 @@ from .configuration_open_lm import OpenLMConfig
 from .configuration_routed import RoutedConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401
 from .decoding_open_lm import begin_decoding  # noqa: F401
+from .layers_open_lm import forward  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM
 from .products_open_lm import mirror, mirrored
+from .race_open_lm import race  # noqa: F401
 from .reading_open_lm import body_of
 from .sampling_open_lm import draw
+from .window_open_lm import sample_by_window  # noqa: F401
 
 FEED_FORWARD_NAMES = ("feed_forward", "mlp")
 """Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""

@@ -8,38 +8,24 @@ image, T positions so far, D width.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .products_open_lm import has_blocks, product
+
+# Under their old names too: files of older exports and others' scripts import them from here.
+from .race_open_lm import Draws, choose_codes, image_keys, next_codes, waits  # noqa: F401
 from .reading_open_lm import begin_any
+from .window_open_lm import pace_of, sample_by_window
 
 MOST_STEPS = 256
 """Maximum number of compiled steps per process, over all shapes and settings."""
 MANY_ROWS = 8
 """From so many rows on, a compiled step is faster with oneDNN than with MKL (measured at 64 codes, batches 1 and 8)."""
 MARKERS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How codes are sampled from hidden states."""
-
-    image_ids: range
-    """Ids of the image codes, in order of the codes."""
-    guidance_scale: float
-    temperature: float
-    top_k: int
-    top_p: float
-
-    @property
-    def is_guided(self) -> bool:
-        """Tell whether each caption has a second row, of the null caption."""
-        return self.guidance_scale != 1
 
 
 @torch.inference_mode()
@@ -57,6 +43,7 @@ def sample_codes(
     top_p: float = 1.0,
     is_compiled: bool = False,
     on_code: Callable[[list[Tensor]], object] = len,
+    window: int | Literal["auto"] = "auto",
 ) -> Tensor:
     """Sample one image per prompt: codes (B, K), int64.
 
@@ -76,41 +63,37 @@ def sample_codes(
         is_compiled: compile the step, which takes a minute, again for another number of prompts or a longer one.
             Afterwards the weights must not change. Codes differ where rounding decides.
         on_code: called after each code with all codes so far, (B,) each; what it raises ends the sampling.
+        window: codes per pass, all but the first of them guesses that the pass checks. The codes are those of window 1
+            but where rounding decides. "auto" measures passes, and takes 1 where more do not pay; also for a compiled
+            step, and for weights of 16 bits. A model whose decoder has no window is read by 1.
 
     Raises:
-        ValueError: no prompt, or a compiled step of a model whose class has none.
+        ValueError: no prompt, a window < 1, or a compiled step of a model whose class has none or with a window.
     """
     if not len(prompts):
         raise ValueError("there is no caption to draw; expected at least one")
+    if window != "auto" and (window < 1 or (is_compiled and window > 1)):
+        raise ValueError(f"window is {window}; expected auto or a number >= 1, and 1 for a compiled step")
     how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
     # After <image> come K codes and nothing else, so the text part of the LM head is never multiplied with.
     head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
-    keys = image_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes).T.contiguous()  # (K, B)
+    pace = 1 if is_compiled else pace_of(window, model=model, num_images=len(prompts), how=how)
+    keys = image_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes)  # (B, K)
     # Asked by method, not by class, so that an export's class, loaded by remote code, is decoded the fast way too.
     begin = getattr(model, "begin_decoding", None) or functools.partial(begin_any, model)
     empty = empty_prompt if how.is_guided else None
     hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
     to_logits = product(head, num_rows=len(prompts))
-    # The first code is sampled from the prompts' hidden states, so K codes take K - 1 steps.
-    step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
-    codes = [next_codes(hidden, keys[0], to_logits=to_logits, how=how)]
+    # The first code is sampled from the prompts' hidden states, so K codes take at most K - 1 passes.
+    codes = [next_codes(hidden, keys[:, 0], to_logits=to_logits, how=how)]
     on_code(codes)
-    for of_code in keys[1:]:
+    if pace != 1 and hasattr(decoder, "read"):
+        sample_by_window(codes, decoder, keys, to_logits=to_logits, how=how, pace=pace, on_code=on_code)
+    step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
+    for of_code in keys.T.contiguous()[len(codes) :]:
         codes.append(step(codes[-1], of_code).clone())  # a CUDA graph writes into the same memory
         on_code(codes)
     return torch.stack(codes, dim=1)
-
-
-def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Tensor], how: Draws) -> Tensor:
-    """Sample one code per caption (B,) from hidden states (R, D), each by its own key (B,)."""
-    if how.is_guided:
-        conditional, unconditional = hidden.float().chunk(
-            2
-        )  # (B, D) each, in fp32: their difference is small
-        mixed = unconditional + how.guidance_scale * (conditional - unconditional)
-        hidden = mixed.to(hidden.dtype)
-    logits = to_logits(hidden).float()  # (B, codebook)
-    return choose_codes(logits, keys, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
 
 
 def _step(
@@ -165,56 +148,6 @@ def _packed_by_onednn(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Call
         products.fp32_precision = before
 
 
-def choose_codes(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Sample one code per row of logits (B, codebook), each row by its own key (B,): (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    codebook = logits.shape[-1]
-    count = min(top_k, codebook) if top_k else codebook
-    if count == codebook and top_p == 1:
-        # All codes are kept, so nothing has to be sorted.
-        order = torch.arange(codebook, device=logits.device).expand_as(logits)
-        kept = logits
-    elif top_p == 1:
-        kept, order = logits.topk(count, sorted=False)  # (B, count) each
-    else:
-        kept, order = logits.topk(count)  # sorted: top_p cuts at a cumulative sum
-    probabilities = (kept / temperature).softmax(-1)
-    if top_p < 1:
-        # The probability of all likelier codes: the first code always stays, and so does the one that crosses top_p.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    # An exponential race: the argmax of p / wait is a sample of p. Waits are by code, so the order of ties is harmless.
-    winner = (probabilities / waits(keys, order)).argmax(-1, keepdim=True)
-    return order.gather(1, winner)[:, 0]
-
-
-def image_keys(seeds: Tensor, *, num_codes: int) -> Tensor:
-    """Derive a key for each code of each image from its seed (B,): (B, K), int64.
-
-    Keys are hashes, not states of a generator, so they are the same on every device and in every batch.
-    """
-    return _scramble(_scramble(seeds)[:, None] + torch.arange(num_codes, device=seeds.device))
-
-
-def waits(keys: Tensor, codes: Tensor) -> Tensor:
-    """Draw an exponential variable for each code (B, N) by its row's key (B,): a hash, the same on every device."""
-    # Hashed for the kept codes only: a generator would draw for the whole codebook, a fifth of a step's time.
-    bits = _scramble(keys[:, None] + codes) & 0x7FFFFF  # 23 bits: with the half, as many as fp32 holds
-    return -((bits.float() + 0.5) / 0x800000).log()
-
-
-def _scramble(numbers: Tensor) -> Tensor:
-    """Mix the bits of int64 numbers, so that neighbouring numbers have unrelated hashes.
-
-    Source: splitmix64 (https://doi.org/10.1145/2660193.2660195), whose gamma and multipliers these are, signed.
-    """
-    numbers = (numbers + 1) * -0x61C8864680B583EB
-    numbers = (numbers ^ (numbers >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    numbers = (numbers ^ (numbers >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return numbers ^ (numbers >> 31 & 0x1FFFFFFFF)
-
-
 def draw(
     model: PreTrainedModel,
     captions: str | Sequence[str],
@@ -226,6 +159,7 @@ def draw(
     temperature: float = 0.9,
     top_k: int = 50,
     top_p: float = 1.0,
+    window: int | Literal["auto"] = "auto",
 ) -> list[Any]:
     """Sample one PIL image per caption; caption i uses seed + i.
 
@@ -234,6 +168,7 @@ def draw(
         captions: several, or one as a text.
         tokenizer: the text tokenizer of the model's folder.
         image_tokenizer: the diffusers VQModel of its image_tokenizer folder.
+        window: codes per pass, which change the time only; sample_codes says more.
 
     Raises:
         ValueError: the model has no image codes, or there is no caption.

@@ -1,0 +1,300 @@
+"""Several codes per pass against one: passes, seconds and equal codes.
+
+Passes depend on what a model was trained on, so a run is needed (docs/window.md has the commands). --exact asks whether
+codes are equal, and takes random weights. Seconds are those of the whole drawing with the run's model, and of one pass
+of a model of SmolLM2-135M's size, whose passes are bound by memory.
+
+Examples:
+    python benchmarks/window.py --run runs/codes256 --shards data/openmoji128
+    python benchmarks/window.py --exact 10000
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import side_by_side
+import torch
+from torch import Tensor
+
+from t2i.config import SampleConfig
+from t2i.data.shards.reader import read_split
+from t2i.generate.sample import Drawer, draw_codes, drawer_of
+from t2i.model.open_lm import window_open_lm
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.decoding_open_lm import Decoder
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.race_open_lm import Draws, guided_logits, image_keys, kept_codes, waits
+from t2i.model.open_lm.sampling_open_lm import sample_codes
+from t2i.model.open_lm.window_open_lm import Batch
+from t2i.runs.loading import open_model
+
+CAPTIONS = 8
+"""Captions whose passes are counted."""
+HOWS: dict[str, dict[str, float]] = {
+    "as by default": {},
+    "guidance 1": {"guidance_scale": 1.0},
+    "guidance 3": {"guidance_scale": 3.0},
+    "temperature 0": {"temperature": 0.0},
+    "top-k 0": {"top_k": 0},
+    "top-p 0.9": {"top_p": 0.9},
+}
+"""The default: guidance 2, temperature 0.9, top-k 50."""
+WINDOWS = (2, 4, 8, 16, 32, 64)
+SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1_536}
+"""SmolLM2-135M's size as an open_lm model."""
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGE_IDS, EMPTY, NUM_CODES = range(64, 128), [1, 2], 256
+"""Of models of random weights."""
+EXACT_BATCH, EXACT_WINDOW = 250, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", help="a run of 256 codes per image")
+    parser.add_argument("--shards", type=Path, help="its shards, for captions")
+    parser.add_argument("--exact", type=int, default=0, help="only compare so many images of random weights")
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of --exact")
+    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.exact:
+        print(compare(options.exact, dtype=getattr(torch, options.dtype)))
+        return
+    drawer = drawer_of(open_model(options.run, needs_images=True), settings=SampleConfig())
+    captions = [sample["caption"] for sample in read_split(options.shards, "heldout", num_samples=64)]
+    figures: dict[str, dict[str, float]] = {}
+    for name, how in HOWS.items():
+        figures[name] = count_passes(drawer, captions[:CAPTIONS], WINDOWS if not how else (8, 32), how)
+        print(name, figures[name], flush=True)
+    for name, rule in RULES.items():
+        with guessing(rule):
+            figures[f"guesses: {name}"] = count_passes(drawer, captions[:CAPTIONS], (8, 32), {})
+        print(name, figures[f"guesses: {name}"], flush=True)
+    rows = [
+        side_by_side.stated(
+            f"window {window}: passes of one code at a time / passes, {CAPTIONS} captions",
+            [(NUM_CODES - 1) / figures["as by default"][f"window {window}"]],
+            target=">= 3" if window == max(WINDOWS) else "",
+        )
+        for window in WINDOWS
+    ]
+    for batch in (1, 8, 32):
+        rows += time_images(drawer, captions[:batch], rounds=options.rounds)
+    rows += time_passes(figures["as by default"], rounds=options.rounds)
+    side_by_side.write("window", rows, figures={"passes per image": figures})
+
+
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """Collect the number of rows of each pass."""
+    rows: list[int] = []
+    read = Decoder.read
+
+    def counted(decoder: Decoder, ids: Tensor, starts: Tensor) -> Tensor:
+        rows.append(len(ids))
+        return read(decoder, ids, starts)
+
+    Decoder.read = counted
+    try:
+        yield rows
+    finally:
+        Decoder.read = read
+
+
+def count_passes(
+    drawer: Drawer, captions: list[str], windows: tuple[int, ...], how: dict[str, float]
+) -> dict[str, float]:
+    """Count the passes per image, after the prompt's, by window; and measure the entropy of a code's probabilities."""
+    found: dict[str, float] = {}
+    for window in windows:
+        settings = replace(drawer.settings, window=window, **how)
+        with counting() as rows, measuring_entropy() as entropies:
+            draw_codes(replace(drawer, settings=settings), captions)
+        per_image = 2 if settings.guidance_scale != 1 else 1
+        found[f"window {window}"] = round(sum(rows) / per_image / len(captions), 1)
+        found["nats per code"] = round(sum(entropies) / len(entropies), 2)
+    return found
+
+
+@contextmanager
+def measuring_entropy() -> Iterator[list[float]]:
+    """Collect the mean entropy of what is drawn from in each pass (of guessed places too)."""
+    entropies: list[float] = []
+
+    def measured(logits: Tensor, **settings: float) -> tuple[Tensor, Tensor]:
+        likely = kept_codes(logits, **settings)
+        entropies.append(torch.special.entr(likely[0]).sum(-1).mean().item())
+        return likely
+
+    window_open_lm.kept_codes = measured
+    try:
+        yield entropies
+    finally:
+        window_open_lm.kept_codes = kept_codes
+
+
+def repeat(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count: int) -> None:
+    """Guess the last draw again."""
+    places = (start + torch.arange(count)).clamp(max=NUM_CODES)
+    rows = batch.images[:, None]
+    batch.codes[rows, places] = batch.codes[rows, start - 1].expand(-1, count)
+
+
+def above(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count: int) -> None:
+    """Guess the code above, in the grid of codes."""
+    side = int(NUM_CODES**0.5)
+    for place in range(count):  # one after the other: the code above may be a guess of this very pass
+        column = (start[:, 0] + place).clamp(max=NUM_CODES)
+        batch.codes[batch.images, column] = batch.codes[batch.images, (column - side).clamp(min=0)]
+
+
+RULES: dict[str, Callable[..., None]] = {
+    "the last place's probabilities, own noise": window_open_lm._guess,
+    "the last draw": repeat,
+    "the code above": above,
+}
+
+
+@contextmanager
+def guessing(rule: Callable[..., None]) -> Iterator[None]:
+    """Guess by another rule."""
+    before = window_open_lm._guess
+    window_open_lm._guess = rule
+    try:
+        yield
+    finally:
+        window_open_lm._guess = before
+
+
+def time_images(drawer: Drawer, captions: list[str], *, rounds: int) -> list[side_by_side.Row]:
+    """Time whole drawings of one batch: window auto and 8 against one code at a time."""
+    candidates = {
+        str(window): functools.partial(
+            draw_codes, replace(drawer, settings=replace(drawer.settings, window=window)), captions
+        )
+        for window in (1, "auto", 8)
+    }
+    seconds = side_by_side.alternate(candidates, rounds=rounds)
+    what = f"the run's model, 256 codes, batch {len(captions)}: window 1 / window"
+    return [
+        side_by_side.compared(
+            f"{what} {name}", seconds["1"], seconds[name], target=">= 0.97" if name == "auto" else ""
+        )
+        for name in ("auto", "8")
+    ]
+
+
+def time_passes(passes: dict[str, float], *, rounds: int) -> list[side_by_side.Row]:
+    """Time single passes of SmolLM2-135M's size; multiply with the run's model's passes per image."""
+    model = random_model(SMOLLM2, dtype=torch.float32)
+    prompt = [[3, 4, 5, *range(10)]]
+    with torch.inference_mode():
+        _, decoder = model.begin_decoding(prompt, empty_prompt=EMPTY, num_codes=NUM_CODES)
+    start = decoder.length + NUM_CODES // 2  # as long as the cache is on average
+
+    @torch.inference_mode()
+    def one() -> None:
+        decoder.length = start
+        decoder(torch.zeros(2, dtype=torch.long))
+
+    @torch.inference_mode()
+    def several(window: int) -> None:
+        decoder.read(torch.zeros(2, window, dtype=torch.long), torch.tensor([start, start]))
+
+    windows = (2, 4, 8, 16, 32)
+    candidates: dict[str, Callable[[], object]] = {"1": one}
+    candidates |= {str(window): functools.partial(several, window) for window in windows}
+    seconds = side_by_side.alternate(candidates, rounds=rounds)
+    rows = []
+    for window in windows:
+        saved = (NUM_CODES - 1) / passes[f"window {window}"]
+        what = f"SmolLM2-135M's size, batch 1: seconds per image, window 1 / window {window}"
+        times = [value * saved for value in seconds["1"]]
+        rows.append(
+            side_by_side.compared(what, times, seconds[str(window)], note=f"{saved:.2f} times fewer passes")
+        )
+    best = max(rows, key=lambda row: row.ratio)
+    return [*rows, replace(best, what="SmolLM2-135M's size, batch 1: the best window", target=">= 1.5")]
+
+
+def random_model(sizes: dict[str, int], *, dtype: torch.dtype) -> OpenLMForCausalLM:
+    """Build a model of random weights, large enough that codes depend on what was read."""
+    torch.manual_seed(0)
+    model = OpenLMForCausalLM(OpenLMConfig(vocab_size=128, **sizes)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)
+    return model.to(dtype)
+
+
+@torch.inference_mode()
+def compare(num_images: int, *, dtype: torch.dtype) -> dict[str, float]:
+    """Draw images by one code per pass and by windows; count the codes compared and those that differ.
+
+    An image is compared up to its first code that differs, for then the rest is another image's. Of that code the
+    margin is measured: by how much, in the logarithm, its race or the last place within top-k was decided.
+    """
+    model = random_model(TINY, dtype=dtype)
+    how = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 20}
+    compared, margins, passes = 0, [], 0
+    for first in range(0, num_images, EXACT_BATCH):
+        seeds = range(first, min(first + EXACT_BATCH, num_images))
+        prompts = [[3 + seed % 50] * (1 + seed % 7) for seed in seeds]
+        settings = {
+            "empty_prompt": EMPTY,
+            "image_ids": IMAGE_IDS,
+            "num_codes": NUM_CODES,
+            "seeds": seeds,
+            **how,
+        }
+        one = sample_codes(model, prompts, window=1, **settings)
+        with counting() as rows:
+            several = sample_codes(model, prompts, window=EXACT_WINDOW, **settings)
+        passes += sum(rows) // 2
+        is_equal = (one == several).long().cumprod(1).sum(1)  # codes before the first that differs
+        compared += int((is_equal + 1).clamp(max=NUM_CODES).sum())
+        for index in (is_equal < NUM_CODES).nonzero()[:, 0].tolist():
+            known = one[index, : is_equal[index]]
+            margins.append(margin(model, prompts[index], known, seed=seeds[index], **how))
+    return {
+        "images": num_images,
+        "codes compared": compared,
+        "codes that differ": len(margins),
+        "largest margin of those": max(margins, default=0.0),
+        "passes per image": passes / num_images,
+    }
+
+
+def margin(
+    model: OpenLMForCausalLM,
+    prompt: list[int],
+    known: Tensor,
+    *,
+    seed: int,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+) -> float:
+    """Return by how much the code after `known` is decided, in the logarithm."""
+    states = [
+        model.model(torch.tensor([[*start, *(known + IMAGE_IDS.start).tolist()]])).last_hidden_state[:, -1]
+        for start in (prompt, EMPTY)
+    ]
+    how = Draws(IMAGE_IDS, guidance_scale, temperature, top_k, 1.0)
+    head = model.output.weight[IMAGE_IDS.start : IMAGE_IDS.stop]
+    logits = guided_logits(torch.cat(states), to_logits=lambda rows: rows @ head.T, how=how)
+    probabilities, codes = kept_codes(logits, temperature=temperature, top_k=top_k, top_p=1.0)
+    keys = image_keys(torch.tensor([seed]), num_codes=NUM_CODES)[:, len(known)]
+    best = (probabilities.log() - waits(keys, codes).log()).topk(2).values[0]
+    edge = (logits / temperature).topk(top_k + 1).values[0]
+    return min((best[0] - best[1]).item(), (edge[-2] - edge[-1]).item())
+
+
+if __name__ == "__main__":
+    main()
