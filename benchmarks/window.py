@@ -9,7 +9,6 @@ Examples:
     python benchmarks/window.py --exact 10000
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,15 +33,15 @@ from t2i.runs.loading import open_model
 
 CAPTIONS = 8
 """Captions whose passes are counted."""
+PARTS = ("passes", "images", "pass")
 HOWS: dict[str, dict[str, float]] = {
-    "as by default": {},
     "guidance 1": {"guidance_scale": 1.0},
     "guidance 3": {"guidance_scale": 3.0},
     "temperature 0": {"temperature": 0.0},
     "top-k 0": {"top_k": 0},
     "top-p 0.9": {"top_p": 0.9},
 }
-"""The default: guidance 2, temperature 0.9, top-k 50."""
+"""Beside the default: guidance 2, temperature 0.9, top-k 50."""
 WINDOWS = (2, 4, 8, 16, 32, 64)
 SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1_536}
 """SmolLM2-135M's size as an open_lm model."""
@@ -53,41 +52,41 @@ EXACT_BATCH, EXACT_WINDOW = 250, 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("--run", help="a run of 256 codes per image")
     parser.add_argument("--shards", type=Path, help="its shards, for captions")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="results are kept of all only"
+    )
     parser.add_argument("--exact", type=int, default=0, help="only compare so many images of random weights")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of --exact")
-    parser.add_argument("--rounds", type=int, default=side_by_side.ROUNDS)
-    options = parser.parse_args()
+    options = side_by_side.parse(parser, parts=["images"])
     torch.set_num_threads(1)
     if options.exact:
         print(compare(options.exact, dtype=getattr(torch, options.dtype)))
         return
     drawer = drawer_of(open_model(options.run, needs_images=True), settings=SampleConfig())
     captions = [sample["caption"] for sample in read_split(options.shards, "heldout", num_samples=64)]
-    figures: dict[str, dict[str, float]] = {}
-    for name, how in HOWS.items():
-        figures[name] = count_passes(drawer, captions[:CAPTIONS], WINDOWS if not how else (8, 32), how)
-        print(name, figures[name], flush=True)
-    for name, rule in RULES.items():
-        with guessing(rule):
-            figures[f"guesses: {name}"] = count_passes(drawer, captions[:CAPTIONS], (8, 32), {})
-        print(name, figures[f"guesses: {name}"], flush=True)
-    rows = [
-        side_by_side.stated(
-            f"window {window}: passes of one code at a time / passes, {CAPTIONS} captions",
-            [(NUM_CODES - 1) / figures["as by default"][f"window {window}"]],
-            target=">= 3" if window == max(WINDOWS) else "",
-        )
-        for window in WINDOWS
-    ]
-    for batch in (1, 8, 32):
-        rows += time_images(drawer, captions[:batch], rounds=options.rounds)
-    rows += time_passes(figures["as by default"], rounds=options.rounds)
-    side_by_side.write("window", rows, figures={"passes per image": figures})
+    few = captions[:CAPTIONS]
+    figures, rows = {}, []
+    if "passes" in options.parts:
+        figures = {name: count_passes(drawer, few, (8, 32), how) for name, how in HOWS.items()}
+        for name, rule in RULES.items():
+            with guessing(rule):
+                figures[f"guesses: {name}"] = count_passes(drawer, few, (8, 32), {})
+    if "images" in options.parts:
+        for batch in (1, 8, 32):
+            rows += time_images(drawer, captions[:batch], rounds=options.rounds)
+    if "pass" in options.parts:
+        figures["by default"] = passes = count_passes(drawer, few, WINDOWS, {})
+        for window in WINDOWS:
+            what = f"window {window}: passes of one code at a time / passes, {CAPTIONS} captions"
+            target = ">= 3" if window == max(WINDOWS) else ""
+            ratio = (NUM_CODES - 1) / passes[f"window {window}"]
+            rows.append(side_by_side.stated(what, [ratio], target=target))
+        rows += time_passes(passes, rounds=options.rounds)
+    is_kept = not options.quick and len(options.parts) == len(PARTS)
+    side_by_side.write("window", rows, figures={"passes per image": figures}, is_kept=is_kept)
 
 
 @contextmanager
@@ -117,8 +116,10 @@ def count_passes(
         with counting() as rows, measuring_entropy() as entropies:
             draw_codes(replace(drawer, settings=settings), captions)
         per_image = 2 if settings.guidance_scale != 1 else 1
+        # Of the images of the batch together, so that those which are finished no longer count.
         found[f"window {window}"] = round(sum(rows) / per_image / len(captions), 1)
         found["nats per code"] = round(sum(entropies) / len(entropies), 2)
+    print(how, found, flush=True)
     return found
 
 
@@ -178,7 +179,7 @@ def time_images(drawer: Drawer, captions: list[str], *, rounds: int) -> list[sid
         str(window): functools.partial(
             draw_codes, replace(drawer, settings=replace(drawer.settings, window=window)), captions
         )
-        for window in (1, "auto", 8)
+        for window in ((1, "auto", 4, 8) if len(captions) == 1 else (1, "auto"))
     }
     seconds = side_by_side.alternate(candidates, rounds=rounds)
     what = f"the run's model, 256 codes, batch {len(captions)}: window 1 / window"
@@ -186,7 +187,8 @@ def time_images(drawer: Drawer, captions: list[str], *, rounds: int) -> list[sid
         side_by_side.compared(
             f"{what} {name}", seconds["1"], seconds[name], target=">= 0.97" if name == "auto" else ""
         )
-        for name in ("auto", "8")
+        for name in candidates
+        if name != "1"
     ]
 
 

@@ -64,11 +64,11 @@ def test_every_window_draws_the_codes_of_one_code_per_pass(how, positions, reads
 
 def test_right_guesses_save_passes_and_finished_images_leave(reads):
     model = tiny()
-    sample_codes(model, PROMPTS, guidance_scale=2.0, top_k=3, window=8, **SETTINGS)
+    sample_codes(model, PROMPTS, guidance_scale=2.0, temperature=0.3, top_k=2, window=8, **SETTINGS)
     rows = [shape[0] for shape in reads]
-    # With guidance two rows per image. Images finish at different passes, all of them before 23 passes are made.
+    # With guidance two rows per image. Images finish at different passes, and all in fewer than 23.
     assert rows[0] == 10 and rows == sorted(rows, reverse=True) and rows[-1] < 10
-    assert len(reads) < 20
+    assert sum(rows) < 0.8 * 10 * 23
     assert max(shape[1] for shape in reads) == 8
 
 

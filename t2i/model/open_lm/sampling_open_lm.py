@@ -19,7 +19,7 @@ from .products_open_lm import has_blocks, product
 # Under their old names too: files of older exports and others' scripts import them from here.
 from .race_open_lm import Draws, choose_codes, image_keys, next_codes, waits  # noqa: F401
 from .reading_open_lm import begin_any
-from .window_open_lm import pace_of, sample_by_window
+from .window_open_lm import WindowDecoder, pace_of, sample_by_window
 
 MOST_STEPS = 256
 """Maximum number of compiled steps per process, over all shapes and settings."""
@@ -87,7 +87,7 @@ def sample_codes(
     # The first code is sampled from the prompts' hidden states, so K codes take at most K - 1 passes.
     codes = [next_codes(hidden, keys[:, 0], to_logits=to_logits, how=how)]
     on_code(codes)
-    if pace != 1 and hasattr(decoder, "read"):
+    if pace != 1 and isinstance(decoder, WindowDecoder):
         sample_by_window(codes, decoder, keys, to_logits=to_logits, how=how, pace=pace, on_code=on_code)
     step = _compiled_step(decoder, head, how) if is_compiled else _step(decoder, to_logits, how)
     for of_code in keys.T.contiguous()[len(codes) :]:
@@ -186,6 +186,7 @@ def draw(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        window=window,
     )
     pixels = codes_to_pixels(image_tokenizer, codes)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -13,7 +13,7 @@ per pass, N codes that may be sampled, D width.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ TRIES = 2
 """Passes by which a window is timed, of which the shorter counts: the first of a new shape prepares kernels."""
 
 
-class Decoder(Protocol):
+@runtime_checkable
+class WindowDecoder(Protocol):
     """What decodes windows, over keys and values in which each row stands at a position of its own."""
 
     length: int
@@ -139,7 +140,7 @@ class Batch:
 
 def sample_by_window(
     codes: list[Tensor],
-    decoder: Decoder,
+    decoder: WindowDecoder,
     keys: Tensor,
     *,
     to_logits: Callable[[Tensor], Tensor],
@@ -187,7 +188,7 @@ def sample_by_window(
 
 def _pass(
     batch: Batch,
-    decoder: Decoder,
+    decoder: WindowDecoder,
     window: int,
     *,
     start: int,
@@ -232,5 +233,8 @@ def _guess(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count:
     # By the probabilities of the last place, but by their own noise: where both places have like probabilities, the
     # same code wins. docs/window.md has other rules that were measured.
     places = (start + torch.arange(count, device=start.device)).clamp(max=batch.keys.shape[1])
-    last = [part.unflatten(0, (len(start), -1))[:, -1].repeat_interleave(count, 0) for part in likely]
-    batch.codes[batch.images[:, None], places] = race(*last, batch.keys_at(places)).view_as(places)
+    probabilities, codes = (part.unflatten(0, (len(start), -1))[:, -1] for part in likely)  # (B, N) each
+    probabilities, codes = (part.repeat_interleave(count, 0) for part in (probabilities, codes))
+    batch.codes[batch.images[:, None], places] = race(probabilities, codes, batch.keys_at(places)).view_as(
+        places
+    )
