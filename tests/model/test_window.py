@@ -10,7 +10,7 @@ from t2i.model.open_lm.decoding_open_lm import Decoder
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.race_open_lm import Draws
 from t2i.model.open_lm.sampling_open_lm import sample_codes
-from t2i.model.open_lm.window_open_lm import TRIES, WINDOWS, Pace, pace_of
+from t2i.model.open_lm.window_open_lm import LEAST_GUESSES, WINDOWS, Pace, pace_of
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1], [2, 2]]
 SETTINGS = {"image_ids": range(40, 56), "num_codes": 24, "empty_prompt": [7], "seeds": range(5)}
@@ -101,19 +101,19 @@ def paced(seconds_of, chance):
 @pytest.mark.parametrize(
     ("seconds_of", "chance", "last"),
     [
-        (lambda window: window, 0.6, 1),  # bound by arithmetic: a guess costs what a code costs
-        (lambda window: 10 + 0.1 * window, 0.9, 32),  # bound by memory
-        (lambda window: 1 + window, 0.0, 1),
-        (lambda window: 5 + window, 0.7, 4),
+        (lambda window: window, 0.6, {1}),  # bound by arithmetic: a guess costs what a code costs
+        (lambda window: 10 + 0.1 * window, 0.95, {16, 32}),  # bound by memory
+        (lambda window: 1 + window, 0.0, {1}),
+        (lambda window: 5 + window, 0.7, {2, 4, 8}),
     ],
 )
 def test_the_window_is_the_one_with_most_codes_per_second(seconds_of, chance, last):
     pace, chosen = paced(seconds_of, chance)
-    assert chosen[-1] == last
-    assert pace.pays == (last > 1)
-    # What does not pay was tried by two passes of two codes, and nothing wider.
-    if last == 1:
-        assert sorted(chosen)[-3:] == [1] + [2] * TRIES
+    assert chosen[-1] in last
+    assert pace.pays == (chosen[-1] > 1)
+    # What does not pay was tried by few passes of two codes, and by nothing wider.
+    if last == {1}:
+        assert max(chosen) == 2 and chosen.count(2) <= LEAST_GUESSES + 1
 
 
 def test_a_window_that_does_not_pay_is_left_for_one_code_per_pass(reads, monkeypatch):
@@ -127,10 +127,10 @@ def test_a_window_that_does_not_pay_is_left_for_one_code_per_pass(reads, monkeyp
         Pace, "pays", property(lambda pace: False if len(pace.seconds.get(2, ())) > 1 else None)
     )
     assert torch.equal(sample_codes(model, PROMPTS, **settings), one_by_one)
-    assert [shape[1] for shape in reads] == [1, 1, 2, 2]
+    assert [shape[1] for shape in reads] == [2, 2]
     # The model remembers it.
     assert torch.equal(sample_codes(model, PROMPTS, **settings), one_by_one)
-    assert len(reads) == 4
+    assert len(reads) == 2
 
 
 def test_auto_is_one_code_per_pass_in_16_bits():

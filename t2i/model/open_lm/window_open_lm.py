@@ -25,6 +25,14 @@ WINDOWS = (1, 2, 4, 8, 16, 32)
 """Windows to choose from."""
 TRIES = 2
 """Passes by which a window is timed, of which the shorter counts: the first of a new shape prepares kernels."""
+LEAST_GUESSES = 8
+"""Guesses that are looked at before windows are given up."""
+MARGIN = 1.05
+"""By so much a window must be faster than one code per pass."""
+FADING = 0.98
+"""What is left of a count after one more pass."""
+PRIOR = 8
+"""Images by which the mean number of codes kept is smoothed."""
 
 
 @runtime_checkable
@@ -32,7 +40,10 @@ class WindowDecoder(Protocol):
     """What decodes windows, over keys and values in which each row stands at a position of its own."""
 
     length: int
-    """Position of the next id of each row, at the start."""
+    """Position of the next id of every row, in a call."""
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Read one id per row (R,) at `length`, and count it: hidden states (R, D)."""
 
     def read(self, ids: Tensor, starts: Tensor) -> Tensor:
         """Read ids (R, W), each row's from its own position (R,) on: hidden states (R, W, D)."""
@@ -45,11 +56,13 @@ class WindowDecoder(Protocol):
 class Pace:
     """Which window to use next: the one by which most codes per second are expected.
 
-    How long passes take is measured, and so is how often a guess was right. No pass is made for that alone.
+    How long passes take is measured, and so is how much of them was kept. No pass is made for that alone.
     """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     """Of the last passes with all images of a batch, by window."""
+    kept: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Codes that were kept, and of how many images, by window."""
     num_right: float = 0
     """Guesses that were right and had only right ones before them."""
     num_guesses: float = 0
@@ -57,29 +70,41 @@ class Pace:
 
     def window(self) -> int:
         """Choose the next window; windows grow step by step, as long as a larger one is expected to pay."""
-        for window in WINDOWS[:2]:
-            if len(self.seconds.get(window, ())) < TRIES:
+        for window in [*WINDOWS[:2], *self.seconds]:
+            if len(self.seconds.get(window, ())) < TRIES or (window > 1 and self.num_guesses < LEAST_GUESSES):
                 return window
-        untimed = [window for window, times in self.seconds.items() if len(times) < TRIES]
-        return untimed[0] if untimed else max(WINDOWS[: len(self.seconds) + 1], key=self._codes_per_second)
+        return max(WINDOWS[: len(self.seconds) + 1], key=self._worth)
 
     @property
     def pays(self) -> bool | None:
         """Tell whether windows pay; None while too little was measured."""
-        is_known = len(self.seconds) > 1 and all(len(times) >= TRIES for times in self.seconds.values())
+        is_known = len(self.seconds.get(WINDOWS[1], ())) >= TRIES and self.num_guesses >= LEAST_GUESSES
         return self.window() > 1 if is_known else None
 
     def saw(self, window: int, *, seconds: float, num_kept: Sequence[int]) -> None:
         """Take in one pass, and how many codes of each image were kept."""
         self.seconds[window] = [*self.seconds.get(window, ())[-7:], seconds]
+        codes, images = self.kept.get(window, (0.0, 0.0))
         # Older passes count less and less: weights change while a model is trained, and captions with them.
-        self.num_right = 0.99 * self.num_right + sum(kept - 1 for kept in num_kept)
-        self.num_guesses = 0.99 * self.num_guesses + sum(min(kept, window - 1) for kept in num_kept)
+        self.kept[window] = (FADING * codes + sum(num_kept), FADING * images + len(num_kept))
+        if window > 1:
+            self.num_right = FADING * self.num_right + sum(kept - 1 for kept in num_kept)
+            self.num_guesses = FADING * self.num_guesses + sum(min(kept, window - 1) for kept in num_kept)
 
-    def _codes_per_second(self, window: int) -> float:
-        # The chance of a guess is the share seen so far; 1 of 2 before any was seen.
+    def _worth(self, window: int) -> float:
+        """Expect so many codes per second and image."""
+        # One code per pass needs no bookkeeping, and nothing that could go wrong: windows have to beat it clearly.
+        return self._codes(window) / self._time(window) * (MARGIN if window == 1 else 1)
+
+    def _codes(self, window: int) -> float:
+        """Return the mean number of codes kept per pass, smoothed by what is expected of guesses that are alike."""
         chance = (self.num_right + 1) / (self.num_guesses + 2)
-        return sum(chance**place for place in range(window)) / self._time(window)
+        expected = sum(chance**place for place in range(window))
+        if window in self.kept:
+            codes, images = self.kept[window]
+            return (codes + PRIOR * expected) / (images + PRIOR)
+        last = max(self.kept)
+        return self._codes(last) * expected / sum(chance**place for place in range(last))
 
     def _time(self, window: int) -> float:
         """Return the seconds of a pass; of a window that was not tried, by a line through the two largest tried."""
@@ -205,7 +230,12 @@ def _pass(
     starts = start + first[:, 0]
     if how.is_guided:
         ids, starts = torch.cat([ids, ids]), torch.cat([starts, starts])
-    hidden = decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
+    if window == 1 and batch.is_even:
+        # The pass that windows are compared with is the plain one.
+        decoder.length = start + batch.known[0]
+        hidden = decoder(ids[:, 0])  # (R, D)
+    else:
+        hidden = decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
     logits = guided_logits(hidden, to_logits=to_logits, how=how)
     likely = kept_codes(
         logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
