@@ -114,6 +114,12 @@ class RowDecoder:
         mask = hiding(is_hidden, self.dtype)[:, None]
         return self._forward(ids, mask=mask, positions=self.positions.gather(1, at))
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only."""
+        self.cache.memory = [(keys[rows], values[rows]) for keys, values in self.cache.memory]
+        self.positions, self.padding = self.positions[rows], self.padding[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
     def _forward(self, ids: Tensor, *, mask: Tensor | None, positions: Tensor) -> Tensor:
         cache = {self.cache_name: self.cache}
         outputs = self.body(ids, attention_mask=mask, position_ids=positions, use_cache=True, **cache)

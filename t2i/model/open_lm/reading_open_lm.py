@@ -213,6 +213,12 @@ def _is_equal(begun: Began | None, other: tuple[Tensor, PlainDecoder], *, ids: T
         step = functools.partial(_with_windows, decoder, decoder.windows())
     found = torch.stack([hidden, *map(step, ids.T)])
     expected = torch.stack([other_hidden, *map(plain, ids.T)])  # (4, R, D), as found
+    if isinstance(decoder, RowDecoder):
+        # Several ids at once, from unequal positions, as windows are read.
+        starts = decoder.length - ids.shape[1] + torch.arange(len(ids), device=ids.device)
+        several = decoder.read(torch.stack([ids[0, :-1], ids[1, 1:]]), starts)  # (2, 2, D)
+        found = torch.cat([found, several])
+        expected = torch.cat([expected, torch.stack([expected[1:-1, 0], expected[2:, 1]])])
     tolerance = TOLERANCES.get(found.dtype, LOW_PRECISION_TOLERANCE)
     difference = (found - expected).float().abs().max().item()
     return difference <= tolerance * expected.float().abs().max().item()
