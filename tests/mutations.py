@@ -74,6 +74,9 @@ JUDGE = ("tests/measure/test_judge.py",)
 SCORE = ("tests/measure/test_score.py", "tests/measure/test_coco.py")
 RECONSTRUCTION = ("tests/measure/test_reconstruction.py",)
 SHUFFLED = ("tests/measure/test_shuffled.py",)
+ICONS = ("tests/data/test_icons.py",)
+TUNING = ("tests/study/test_tuning.py",)
+ALIGNED_CODES = ("tests/image_tokenizer/test_alignment.py",)
 STATISTICS = ("tests/study/test_statistics.py",)
 ARMS = ("tests/study/test_arms.py",)
 SECTIONS = ("tests/study/test_sections.py",)
@@ -864,6 +867,46 @@ MUTATIONS = (
         "** 0.5",
         "--size 24 is not the paper's run",
         ("tests/test_size.py",),
+    ),
+    Mutation(
+        "shuffled-caption-of-another-style",
+        "t2i/measure/shuffled.py",
+        "alike[at] == kind",
+        "alike[at] is not None",
+        "a caption is worth what its style saves, whatever its other words say",
+        SHUFFLED,
+    ),
+    Mutation(
+        "concept-held-out-style-by-style",
+        "t2i/data/sources/iconify.py",
+        'hash_uniform("concept", concept) < share',
+        'hash_uniform("concept", concept, style) < share',
+        "a concept that counts as never seen was trained on in another style",
+        ICONS,
+    ),
+    Mutation(
+        "worst-learning-rate-chosen",
+        "t2i/study/tuning.py",
+        "min(finite, key=finite.__getitem__)",
+        "max(finite, key=finite.__getitem__)",
+        "every arm is trained with the worst of the values tried",
+        TUNING,
+    ),
+    Mutation(
+        "pre-training-for-nothing",
+        "t2i/report/sections/budgets.py",
+        "charge + tokens * flops_per_token",
+        "tokens * flops_per_token",
+        "equal total FLOPs leave out what the start cost",
+        SECTIONS,
+    ),
+    Mutation(
+        "codes-aligned-to-others-captions",
+        "t2i/image_tokenizer/alignment.py",
+        '("sentences")[images.to(quantised.device)]',
+        '("sentences")[: len(images)]',
+        "codes are drawn towards the captions of other images",
+        ALIGNED_CODES,
     ),
 )
 

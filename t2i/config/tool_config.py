@@ -188,6 +188,11 @@ class TokenizerConfig:
     """Share of training images with permuted colour channels, so that rare colours are trained."""
     commitment_weight: Annotated[float, Ge(0)] = 0.25
     """Weight of the squared distance of latents to their codes."""
+    align_to: str = ""
+    """Folder of a sentence encoder, such as all-MiniLM-L6-v2, to whose embeddings of the captions codes are aligned.
+    Empty for no alignment. The loss is over a batch, so batch_size 64 aligns better than 16."""
+    align_weight: Annotated[float, Ge(0)] = 0.02
+    """Weight of the alignment loss. More meaning costs fidelity: compare PSNR with that of 0."""
     codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay rate of the moving averages of latents that codes follow."""
     revive_every: Annotated[int, Ge(1)] = 50

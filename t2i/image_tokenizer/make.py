@@ -14,6 +14,7 @@ from t2i.data.sources import UNREADABLE, Source
 from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
+from t2i.image_tokenizer.alignment import sentence_embeddings
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
 from t2i.measure.extractor import metric_key
@@ -42,8 +43,12 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = (pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
-    pictures = read_images(source, split="train", image_size=config.image_size)
-    model = train_image_tokenizer(pictures, config=config, out=out)
+    pictures, captions = read_captioned(source, split="train", image_size=config.image_size)
+    sentences = None
+    if config.align_to:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sentences = sentence_embeddings(captions, folder=Path(config.align_to), device=device)
+    model = train_image_tokenizer(pictures, config=config, out=out, sentences=sentences)
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
@@ -106,19 +111,27 @@ def read_images(source: Source, *, split: str, image_size: int, num_images: int 
     Raises:
         DataError: none could be decoded.
     """
+    return read_captioned(source, split=split, image_size=image_size, num_images=num_images)[0]
+
+
+def read_captioned(
+    source: Source, *, split: str, image_size: int, num_images: int | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Decode images as read_images does; also return their captions."""
     pairs = [pair for pair in source.pairs if split in ("all", pair.split)]
     if num_images is not None:
         # By a hash: the same images each time, and not those that a sorted source begins with.
         pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_images]
-    pictures = []
+    pictures, captions = [], []
     for pair in tqdm(pairs, unit="image", desc=f"read {split}"):
         try:
             pictures.append(np.asarray(centre_crop_resize(pair.open().image, size=image_size)))
         except UNREADABLE:
             continue
+        captions.append(pair.caption)
     if not pictures:
         raise DataError(f"{source.name} has no {split} image that can be decoded.")
-    return np.stack(pictures)
+    return np.stack(pictures), captions
 
 
 def _check_enough(found: int, *, source: Source, split: str) -> None:

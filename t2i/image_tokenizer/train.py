@@ -9,21 +9,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.files import whole_file
+from t2i.image_tokenizer.alignment import Alignment
 from t2i.tokens.image import pixels_of
 
 logger = logging.getLogger(__name__)
 
+Batch = tuple[Tensor, Tensor]
+"""Pixels (B, 3, H, W), and the numbers of the images (B,)."""
 STATE_FILE = "training_state.pt"
 KMEANS_LATENTS = 65_536
 KMEANS_ITERATIONS = 20
@@ -122,10 +126,15 @@ def reconstruction_loss(
     return difference.abs().mean() + edge_weight * edges + colour_weight * colours
 
 
-def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out: Path) -> VQModel:
+def train_image_tokenizer(
+    pictures: np.ndarray, *, config: TokenizerConfig, out: Path, sentences: Tensor | None = None
+) -> VQModel:
     """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
 
     The state is saved in `out` from time to time, and training resumes from it.
+
+    Args:
+        sentences: (N, E) embeddings of the images' captions, which the codes are aligned to; None for no alignment.
 
     Raises:
         UserError: `out` holds the state of a training with other settings.
@@ -135,25 +144,29 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
     # On the CPU whatever computes, so that every device sees the same images in the same order.
     generator = torch.Generator().manual_seed(config.seed)
     model = build_vq_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    trained = nn.ModuleDict({"model": model})
+    if sentences is not None:
+        trained["alignment"] = Alignment(sentences, latent_channels=config.latent_channels).to(model.device)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
-    first_step = _restore(out / STATE_FILE, config, model, optimizer, codebook, generator)
+    first_step = _restore(out / STATE_FILE, config, trained, optimizer, codebook, generator)
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
-    batches = (pixels.to(model.device) for pixels in _batches(pictures, config, generator))
+    batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(pictures, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     for step in bar:
         if step == num_continuous:
             _start_codebook(model, codebook, batches, generator)
         _set_lr(optimizer, config, step)
-        pixels = next(batches)
-        loss, latents = _step_loss(model, pixels, codebook if step >= num_continuous else None, config)
+        loss, latents = _step_loss(
+            trained, next(batches), codebook if step >= num_continuous else None, config
+        )
         if not torch.isfinite(loss):
             raise NumericalError(
                 f"The loss of step {step} is {loss.item()}. A smaller --lr, or smaller weights, may help."
             )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         # Not in the last tenth: a revived code needs steps until the decoder knows it.
         if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
@@ -161,14 +174,15 @@ def train_image_tokenizer(pictures: np.ndarray, *, config: TokenizerConfig, out:
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0:
-            _save(out / STATE_FILE, config, model, optimizer, codebook, generator, step + 1)
+            _save(out / STATE_FILE, config, trained, optimizer, codebook, generator, step + 1)
     return model
 
 
 def _step_loss(
-    model: VQModel, pixels: Tensor, codebook: Codebook | None, config: TokenizerConfig
+    trained: nn.ModuleDict, batch: Batch, codebook: Codebook | None, config: TokenizerConfig
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of one batch and its latents (M, C); without a codebook they are not quantised."""
+    (pixels, picks), model = batch, cast(VQModel, trained["model"])
     latents = model.encode(pixels).latents  # (B, C, h, w)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
     quantised, commitment = latents, pixels.new_zeros(())
@@ -185,6 +199,8 @@ def _step_loss(
     loss = reconstruction_loss(
         output, pixels, edge_weight=config.edge_weight, colour_weight=config.colour_weight
     )
+    if "alignment" in trained:
+        loss = loss + config.align_weight * trained["alignment"](quantised, picks)
     return loss + config.commitment_weight * commitment, flat.detach()
 
 
@@ -192,8 +208,8 @@ def _gradients(pixels: Tensor) -> Tensor:
     return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
 
 
-def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw random batches without end, half of the images mirrored, some recoloured: pixels (B, 3, H, W)."""
+def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Draw random batches without end, half of the images mirrored, some recoloured."""
     size = (config.batch_size, 1, 1, 1)
     while True:
         picks = torch.randint(len(pictures), size[:1], generator=generator)
@@ -202,17 +218,17 @@ def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Gen
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         # Channels are swapped so that rare colours are seen as often as others.
         recoloured = torch.rand(size, generator=generator) < config.channel_swap_share
-        yield torch.where(recoloured, pixels[:, torch.randperm(3, generator=generator)], pixels)
+        yield torch.where(recoloured, pixels[:, torch.randperm(3, generator=generator)], pixels), picks
 
 
 @torch.no_grad()
 def _start_codebook(
-    model: VQModel, codebook: Codebook, batches: Iterator[Tensor], generator: torch.Generator
+    model: VQModel, codebook: Codebook, batches: Iterator[Batch], generator: torch.Generator
 ) -> None:
     # From batches as training draws them, so that the codes also cover mirrored and recoloured images.
     latents: list[Tensor] = []
     while sum(map(len, latents)) < KMEANS_LATENTS:
-        latents.append(model.encode(next(batches)).latents.permute(0, 2, 3, 1).flatten(0, 2))
+        latents.append(model.encode(next(batches)[0]).latents.permute(0, 2, 3, 1).flatten(0, 2))
     centres = kmeans(torch.cat(latents), num_centres=len(codebook.weight), generator=generator)
     codebook.weight.copy_(centres)
     codebook.sums.copy_(centres)
@@ -229,7 +245,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, config: TokenizerConfig, step: int
 def _save(
     path: Path,
     config: TokenizerConfig,
-    model: VQModel,
+    trained: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
     codebook: Codebook,
     generator: torch.Generator,
@@ -238,7 +254,7 @@ def _save(
     state = {
         "config": asdict(config),
         "step": step,
-        "model": model.state_dict(),
+        **{name: module.state_dict() for name, module in trained.items()},
         "optimizer": optimizer.state_dict(),
         "counts": codebook.counts,
         "sums": codebook.sums,
@@ -253,7 +269,7 @@ def _save(
 def _restore(
     path: Path,
     config: TokenizerConfig,
-    model: VQModel,
+    trained: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
     codebook: Codebook,
     generator: torch.Generator,
@@ -262,12 +278,17 @@ def _restore(
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
-    if state["config"] != asdict(config):
-        changed = [key for key, value in asdict(config).items() if state["config"].get(key) != value]
+    # Trainings that were begun before a setting was there had its default.
+    begun = {**asdict(TokenizerConfig()), **state["config"]}
+    if begun != asdict(config):
+        changed = [key for key, value in asdict(config).items() if begun.get(key) != value]
         raise UserError(
             f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
         )
-    model.load_state_dict(state["model"])
+    # One without alignment is the model's alone, as it always was.
+    trained["model"].load_state_dict(state["model"])
+    if "alignment" in trained:
+        trained["alignment"].load_state_dict(state["alignment"])
     optimizer.load_state_dict(state["optimizer"])
     codebook.counts.copy_(state["counts"])
     codebook.sums.copy_(state["sums"])

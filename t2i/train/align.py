@@ -20,6 +20,7 @@ from t2i.data.shards.reader import read_split
 from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import whole_file, write_json
+from t2i.model.contrastive_loss import MAX_SCALE
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
 from t2i.model.uniform_start import Probe, shift_to_uniform
 from t2i.runs.metrics_log import MetricsRow
@@ -27,7 +28,7 @@ from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import Start, loaded_start
-from t2i.train.contrastive import MAX_SCALE, AlignedRows, loss_and_gradient, retrieval_accuracy
+from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy
 from t2i.train.inputs import found_start, manifest_of
 from t2i.train.metrics import MetricsWriter
 from t2i.train.new_embeddings import first_sequences

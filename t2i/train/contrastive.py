@@ -9,11 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.model.contrastive_loss import contrastive_loss
 from t2i.model.resize import new_rows
 from t2i.tokens.vocab import VocabLayout
-
-MAX_SCALE = 100.0
-"""Largest inverse temperature, as in CLIP."""
 
 
 class AlignedRows(nn.Module):
@@ -53,13 +51,6 @@ class AlignedRows(nn.Module):
         """Return image embeddings (codebook, D) around the mean of text embeddings, as far from it as these."""
         rows, text = self.image_rows.detach(), self.get_buffer("text_rows")
         return text.mean(0) + _as_long(rows - rows.mean(0), text - text.mean(0))
-
-
-def contrastive_loss(image: Tensor, text: Tensor, *, log_scale: Tensor) -> Tensor:
-    """Compute CLIP's loss of features (N, D) of length one: images find their captions, captions their images."""
-    logits = log_scale.exp() * image @ text.T  # (N, N): the pairs are on the diagonal
-    targets = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def gathered(features: Tensor) -> Tensor:

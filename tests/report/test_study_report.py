@@ -148,7 +148,7 @@ def made(finished, tmp_path_factory):
 def test_the_report_has_every_section_with_its_figure(made):
     study, out = made
     page = write_study_report(study, jobs_of(study, out=out), out=out, command="make it").read_text()
-    assert page.count("<svg") == 13
+    assert page.count("<svg") == 15
     assert page.count("<h2>") == len(study.report) + 1
     outside = re.findall(r'(?:src|href)="(http[^"]*)"', page)
     assert outside == []
@@ -160,7 +160,7 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert not trained or f"trained at commit {trained}" in text
     assert "broken-seed1 (failed, status 4)" in text
     pictures = re.findall(r"\]\((figures/[^)]*\.png)\)", text)
-    assert len(pictures) == 13
+    assert len(pictures) == 15
     assert all((out / picture).stat().st_size > 5_000 for picture in pictures)
     assert "One \\| two ⏎ three" in text
 

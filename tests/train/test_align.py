@@ -15,13 +15,14 @@ from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.shards.manifest import read_manifest
 from t2i.distributed.launch import start_processes
 from t2i.errors import UserError
+from t2i.model.contrastive_loss import contrastive_loss
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.align import align
 from t2i.train.build import build_model
-from t2i.train.contrastive import AlignedRows, contrastive_loss, retrieval_accuracy
+from t2i.train.contrastive import AlignedRows, retrieval_accuracy
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=20, num_text_tokens=18, codebook_size=9)

@@ -1,0 +1,162 @@
+"""Codes that are aligned to captions: the sentence encoder, CLIP's loss from codes, and a training that resumes."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from t2i.config import TokenizerConfig
+from t2i.data.sources import open_source
+from t2i.errors import UserError
+from t2i.image_tokenizer import train as image_tokenizer
+from t2i.image_tokenizer.alignment import Alignment, sentence_embeddings
+from t2i.image_tokenizer.make import make_tokenizer
+from t2i.image_tokenizer.train import train_image_tokenizer
+
+WORDS = ("[PAD]", "[UNK]", "red", "blue", "green", "a", "very", "square")
+TINY = TokenizerConfig(
+    image_size=16,
+    channels=(32, 32),
+    codebook_size=8,
+    max_steps=12,
+    batch_size=4,
+    save_every=4,
+    align_weight=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A folder of a sentence encoder, tiny and randomly initialised."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
+    captions = ["red", "a very very green square", "a blue", "red"]
+    found = sentence_embeddings(captions, folder=encoder)
+    assert found.norm(dim=-1).allclose(torch.ones(4)) and torch.equal(found[0], found[3])
+    model = BertModel.from_pretrained(encoder).eval()
+    for row, caption in zip(found, captions, strict=True):
+        ids = torch.tensor([[WORDS.index(word) for word in caption.split()]])  # alone, so without padding
+        with torch.no_grad():
+            mean = model(input_ids=ids).last_hidden_state[0].mean(0)
+        assert row.allclose(F.normalize(mean, dim=0), atol=1e-5)
+
+
+def test_a_folder_that_is_no_encoder_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="--align-to is .*nowhere, which has no config.json"):
+        sentence_embeddings(["a"], folder=tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="cannot be opened as a sentence encoder"):
+        sentence_embeddings(["a"], folder=tmp_path)
+
+
+def test_the_loss_is_that_of_pairs_among_all_of_the_batch():
+    torch.manual_seed(0)
+    sentences = F.normalize(torch.randn(9, 5), dim=-1)
+    alignment, latents = Alignment(sentences, latent_channels=4), torch.randn(3, 4, 2, 2)
+    picks = torch.tensor([7, 0, 4])
+    features = []
+    for image in latents:
+        codes = [alignment.head(image[:, row, column]) for row in range(2) for column in range(2)]
+        features.append(F.normalize(torch.stack(codes).mean(0), dim=0))
+    scores = torch.stack([torch.stack([one @ sentences[pick] for pick in picks]) for one in features]) / 0.07
+    wanted = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
+    assert alignment(latents, picks).allclose(wanted, atol=1e-5)
+
+
+def coloured(count=24):
+    """Make squares of three colours, with a caption's embedding of its own for each colour."""
+    kinds = np.arange(count) % 3
+    colours = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250]], dtype=np.uint8)[kinds]
+    pictures = np.broadcast_to(colours[:, None, None], (count, 16, 16, 3)).copy()
+    return pictures, torch.eye(3)[torch.from_numpy(kinds)]
+
+
+@pytest.fixture
+def few_latents(monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    torch.set_num_threads(1)
+
+
+def test_the_encoder_is_moved_by_the_captions_and_only_where_they_weigh(few_latents, tmp_path):
+    pictures, sentences = coloured()
+    plain = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "plain")
+
+    def encoder_after(name, *, weight, embeddings=sentences):
+        config = replace(TINY, align_weight=weight)
+        model = train_image_tokenizer(pictures, config=config, out=tmp_path / name, sentences=embeddings)
+        return model.encoder.conv_in.weight
+
+    assert torch.equal(encoder_after("none", weight=0.0), encoder_after("none-again", weight=0.0))
+    aligned = encoder_after("aligned", weight=0.5)
+    assert not torch.equal(aligned, encoder_after("none-a-third-time", weight=0.0))
+    # By the captions themselves: others move it elsewhere.
+    assert not torch.equal(
+        aligned, encoder_after("others", weight=0.5, embeddings=sentences.flip(0).roll(1, 0))
+    )
+    assert plain.encoder.conv_in.weight.shape == aligned.shape
+
+
+def test_codes_come_to_tell_captions_apart(few_latents, tmp_path, monkeypatch):
+    pictures, sentences = coloured()
+    losses, forward = [], Alignment.forward
+    monkeypatch.setattr(Alignment, "forward", lambda *args: losses.append(forward(*args)) or losses[-1])
+    config = replace(TINY, max_steps=60, channel_swap_share=0.0, batch_size=12)
+    train_image_tokenizer(pictures, config=config, out=tmp_path, sentences=sentences)
+    # Four of twelve share a caption, so telling the three apart leaves ln 4.
+    assert float(losses[0]) > math.log(12) - 0.3
+    assert float(torch.stack(losses[-5:]).mean()) < math.log(4) + 0.4
+
+
+def test_an_aligned_training_resumes_as_if_it_had_not_stopped(few_latents, tmp_path, monkeypatch):
+    pictures, sentences = coloured()
+    whole = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "whole", sentences=sentences)
+    step_loss, calls = image_tokenizer._step_loss, []
+
+    def stop_at_seven(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step_loss(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(image_tokenizer, "_step_loss", stop_at_seven)
+        with pytest.raises(KeyboardInterrupt):
+            train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
+    resumed = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_a_source_is_aligned_by_its_captions_and_the_card_says_to_what(few_latents, encoder, tmp_path):
+    pictures, _ = coloured(60)
+    (tmp_path / "images").mkdir()
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text(f"a {('red', 'green', 'blue')[index % 3]} square")
+    source = open_source(str(tmp_path / "images"))
+    make_tokenizer(source, out=tmp_path / "out", config=replace(TINY, align_to=str(encoder)), command="test")
+    assert f"- align_to: {encoder}" in (tmp_path / "out" / "README.md").read_text()
