@@ -145,25 +145,6 @@ def _drop_old(newest: Path, *, run_id: str, keep_last: int, keep_every: int) -> 
         threading.Thread(target=shutil.rmtree, args=(trash, True), name=trash.name).start()
 
 
-def drop_engine_state(run_dir: Path) -> int:
-    """Remove DeepSpeed's state from a finished run's checkpoints, which then hold what everything but a resume reads.
-
-    Returns:
-        the bytes that are free now.
-    """
-    freed = 0
-    for folder in committed(run_dir).values():
-        manifest = read_checkpoint_manifest(folder)
-        kept = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ENGINE}/")}
-        if kept.keys() == manifest.files.keys():
-            continue
-        # The manifest first: a folder that lacks a listed file is a damaged one.
-        _replace(folder / MANIFEST, CheckpointManifest(manifest.step, manifest.facts, kept).text())
-        shutil.rmtree(folder / ENGINE, ignore_errors=True)
-        freed += manifest.num_bytes() - sum(file.bytes for file in kept.values())
-    return freed
-
-
 def discard(run_dir: Path) -> None:
     """Remove what a failed save has written, to free its space."""
     shutil.rmtree(run_dir / CHECKPOINTS / STAGING, ignore_errors=True)

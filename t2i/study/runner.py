@@ -22,7 +22,7 @@ from typing import IO
 
 from t2i.config.renamed import with_new_flags
 from t2i.errors import CheckpointError, Stopped, UserError
-from t2i.runs.checkpoint_store import drop_engine_state
+from t2i.runs.engine_state import drop_engine_state
 from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, read_record, write_record
 from t2i.study.spec import TRAIN, Study

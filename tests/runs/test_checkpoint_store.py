@@ -7,6 +7,7 @@ import pytest
 from t2i.distributed.run_id import give_run_id, read_run_id
 from t2i.errors import CheckpointError
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.engine_state import drop_engine_state
 from t2i.runs.loading import find
 
 
@@ -291,8 +292,8 @@ def test_a_reader_that_is_never_quick_enough_is_told_why(tmp_path, monkeypatch):
 
 def test_a_finished_run_can_do_without_the_state_of_its_engine(tmp_path):
     folders = [save(tmp_path, step) for step in (5, 10)]
-    assert checkpoints.drop_engine_state(tmp_path) == 200
+    assert drop_engine_state(tmp_path) == 200
     assert not list(tmp_path.rglob("engine"))
     assert [checkpoints.verify(folder).step for folder in folders] == [5, 10]  # whole, not damaged
     assert find(str(tmp_path)) == (folders[1], tmp_path)
-    assert checkpoints.drop_engine_state(tmp_path) == 0
+    assert drop_engine_state(tmp_path) == 0

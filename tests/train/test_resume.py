@@ -14,6 +14,7 @@ from t2i.config import DataConfig, RunConfig
 from t2i.distributed.run_id import RUN_ID
 from t2i.errors import CheckpointError, DataError, NumericalError, Stopped, UserError
 from t2i.runs import checkpoint_store as checkpoints
+from t2i.runs.engine_state import drop_engine_state
 from t2i.runs.metrics_log import append_metrics, read_metrics
 from t2i.runs.run_folder import open_run
 from t2i.train.main import train
@@ -234,7 +235,7 @@ def test_text_that_is_replayed_is_known_by_its_content(tmp_path):
 
 def test_a_run_without_the_state_of_its_engine_does_not_resume_and_keeps_its_checkpoints(finished, tmp_path):
     config = at_step_3(finished, tmp_path / "run")
-    checkpoints.drop_engine_state(config.run_dir)
+    drop_engine_state(config.run_dir)
     with pytest.raises(CheckpointError, match=r"step_000003 has no engine/.*--model\.init"):
         train(config, ds_config_path=DS_CONFIG)
     assert [folder.name for folder in (config.run_dir / "checkpoints").iterdir()] == ["step_000003"]
