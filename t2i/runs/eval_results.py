@@ -15,7 +15,7 @@ from t2i.files import check_keys, parse_yaml, read_yaml_list
 
 EVAL_RESULTS = ".eval_results"
 """Folder of an export, one file per file of scores."""
-OF_ALL_ROWS = ("rows", "measures", "captions_heard")
+OF_ALL_ROWS = ("rows", "measures", "captions_heard", "judged")
 """Entries of scores.json that tell of more than the model's own images."""
 NOTED = {"measure": str, "what": str, "n": int}
 """What notes say at least."""
