@@ -155,7 +155,8 @@ def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]
         return () if command.coco or not is_ours else ("untrained",)
     if "shuffled" in command.controls:
         logger.warning("--controls shuffled is now called redrawn; the old name works until 0.2.")
-    return tuple("redrawn" if control == "shuffled" else control for control in command.controls)
+    names: dict[str, Control] = {"redrawn": "redrawn", "untrained": "untrained", "shuffled": "redrawn"}
+    return tuple(names[control] for control in command.controls)
 
 
 def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contestant":

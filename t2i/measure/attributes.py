@@ -39,7 +39,7 @@ def attributes_of(caption: str) -> Attributes:
     text = caption.lower()
     words = WORD.findall(TONE.sub("", text))
     kind = _kind(text, words)
-    found = {} if kind is None else {"kind": kind}
+    found: dict[str, str] = {} if kind is None else {"kind": kind}
     if kind == FLAG:
         found["flag"] = "yes"
     if kind in (ONE, SEVERAL, HAND):

@@ -5,12 +5,13 @@ those of CLIP (https://arxiv.org/abs/2401.09603, with ViT-L/14 at 336 pixels).
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from cleanfid.resize import make_resizer
 from torch import Tensor
-from transformers import CLIPModel, Dinov2Model, PreTrainedModel
+from transformers import CLIPModel, Dinov2Model
 
 from t2i.errors import UserError
 from t2i.files import read_json
@@ -20,7 +21,9 @@ from t2i.model.foreign_folder import read_description
 from t2i.runs.loading import weights_sha256
 
 FOLDER_FEATURES = ("dinov2", "clip")
-CLASSES: dict[str, type[PreTrainedModel]] = {"dinov2": Dinov2Model, "clip": CLIPModel}
+LOADING = {"local_files_only": True, "trust_remote_code": False}
+Embed = Callable[[Tensor], Tensor]
+"""Scaled pixels (B, 3, H, W) -> features (B, D)."""
 PREPROCESSOR = "preprocessor_config.json"
 
 
@@ -42,31 +45,39 @@ def folder_features(name: str, folder: Path, *, device: torch.device) -> Feature
     if found != name:
         raise UserError(f"--features-folder {folder} holds a model of type {found}; expected {name}.")
     try:
-        model = CLASSES[name].from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        embed, dims = _dinov2(folder, device) if name == "dinov2" else _clip(folder, device)
     except UNUSABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--features-folder {folder} cannot be loaded as {name}: {reason:.300}") from error
-    model = model.eval().requires_grad_(False).to(device)
     size, mean, deviation = _preprocessing(folder / PREPROCESSOR)
 
     def network(pixels: Tensor) -> Tensor:
         scale = torch.tensor([mean, deviation], device=pixels.device)[
             :, None, :, None, None
         ]  # (2, 1, 3, 1, 1)
-        scaled = (pixels / 255 - scale[0]) / scale[1]  # (B, 3, H, W)
-        if name == "clip":
-            return model.get_image_features(pixel_values=scaled)
-        return model(pixel_values=scaled).pooler_output
+        return embed((pixels / 255 - scale[0]) / scale[1])  # (B, D)
 
     return FeatureExtractor(
         name=name,
-        dims=model.config.projection_dim if name == "clip" else model.config.hidden_size,
+        dims=dims,
         resize="clean",
         weights_sha256=weights_sha256(folder),
         resizer=make_resizer("PIL", False, "bicubic", (size, size)),
         network=network,
         device=device,
     )
+
+
+def _dinov2(folder: Path, device: torch.device) -> tuple[Embed, int]:
+    model = Dinov2Model.from_pretrained(folder, **LOADING).eval().requires_grad_(False)
+    model.to(device)
+    return lambda pixels: model(pixel_values=pixels).pooler_output, model.config.hidden_size
+
+
+def _clip(folder: Path, device: torch.device) -> tuple[Embed, int]:
+    model = CLIPModel.from_pretrained(folder, **LOADING).eval().requires_grad_(False)
+    model.to(device)
+    return lambda pixels: model.get_image_features(pixel_values=pixels), model.config.projection_dim
 
 
 def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:

@@ -119,12 +119,11 @@ def draw_rows(
     others = replace(
         drawing.config, seed=(drawing.config.seed + len(task.captions) * drawing.config.best_of) % MAX_WHOLE
     )
-    rows = {"model": (checkpoint, drawing.config)}
+    rows: dict[str, tuple[Contestant, SampleConfig]] = {"model": (checkpoint, drawing.config)}
     if "redrawn" in drawing.controls:
         rows["redrawn"] = (checkpoint, others)
     if "untrained" in drawing.controls:
         rows["untrained"] = (untrained(checkpoint), drawing.config)
-    shared = {"batch_size": drawing.batch_size, "rank": rank, "world_size": world_size}
     return {
         row: _draw_row(
             drawer,
@@ -132,8 +131,9 @@ def draw_rows(
             out=drawing.out / row,
             config=config,
             description=f"draw {row}",
-            ranker=drawing.ranker,
-            **shared,
+            drawing=drawing,
+            rank=rank,
+            world_size=world_size,
         )
         for row, (drawer, config) in rows.items()
     }
@@ -143,17 +143,35 @@ def _draw_row(
     drawer: Contestant,
     captions: dict[str, str],
     *,
-    ranker: Ranker | None,
     out: Path,
     config: SampleConfig,
     description: str,
-    **shared: int,
+    drawing: Drawing,
+    rank: int,
+    world_size: int,
 ) -> list[Path]:
     """Draw by this package's sampler, or by the loop for models of others."""
     if isinstance(drawer, OthersModel):
-        return draw_others_folder(drawer, captions, out=out, config=config, description=description, **shared)
+        return draw_others_folder(
+            drawer,
+            captions,
+            out=out,
+            config=config,
+            batch_size=drawing.batch_size,
+            rank=rank,
+            world_size=world_size,
+            description=description,
+        )
     return draw_folder(
-        drawer, captions, out=out, config=config, description=description, ranker=ranker, **shared
+        drawer,
+        captions,
+        out=out,
+        config=config,
+        batch_size=drawing.batch_size,
+        rank=rank,
+        world_size=world_size,
+        description=description,
+        ranker=drawing.ranker,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,10 @@ class Given:
 
 
 class Opener(Protocol):
-    """Makes the family of a loaded model, and says how many pixels per side it draws."""
+    """Makes the family of a loaded model, and says how many pixels per side it draws.
+
+    The models are Any here: their classes share no interface but that of all models.
+    """
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given: Given
@@ -81,7 +84,8 @@ def open_others(
     except UNUSABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded as a {kind}: {reason:.300}") from error
-    model = model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    model.to(device)
     return opened_of(kind, model, tokenizer, folder=folder, image_size=image_size)
 
 
@@ -101,7 +105,7 @@ def opened_of(
     )
 
 
-def _janus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tuple[Family, int]:
+def _janus(model: Any, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tuple[Family, int]:
     """Codes have embeddings and a head of their own; guidance replaces the words of a prompt by padding."""
     core, settings = model.model, model.generation_config
     begin, first, pad = (
@@ -133,7 +137,7 @@ def _janus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given:
     return family, side * 2 ** (len(vq.config.channel_multiplier) - 1)
 
 
-def _emu3(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tuple[Family, int]:
+def _emu3(model: Any, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tuple[Family, int]:
     """Codes are ids of the vocabulary, each row of them ends with a token, and the prompt says how many there are."""
     core, names = model.model, model.config.vocabulary_map
     size, factor = given.image_size or EMU3_SIZE, core.vqmodel.spatial_scale_factor
@@ -172,9 +176,7 @@ def _emu3(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given: 
     ), size
 
 
-def _chameleon(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, given: Given
-) -> tuple[Family, int]:
+def _chameleon(model: Any, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tuple[Family, int]:
     """Codes are ids of the vocabulary; transformers' class forbids them, so its body and head are used."""
     core, names = model.model, model.config.vocabulary_map
     if not (given.folder / IMAGE_TOKENIZER).is_dir():
@@ -200,7 +202,7 @@ def _chameleon(
 
 
 def _in_vocabulary(
-    model: PreTrainedModel,
+    model: Any,
     *,
     body: torch.nn.Module,
     prompt: Callable[[str], list[int]],
@@ -228,7 +230,7 @@ def _in_vocabulary(
     )
 
 
-def _on(pixels: Tensor, model: PreTrainedModel) -> Tensor:
+def _on(pixels: Tensor, model: Any) -> Tensor:
     return pixels.to(device=model.device, dtype=model.dtype)
 
 
