@@ -52,7 +52,7 @@ class ScoreCommand:
     transformers; or the word `compare` or `judge`."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Pixels per side that an Emu3 draws. Default: 720."""
-    shards: Path | None = None
+    heldout_shards: Path | None = None
     """Shard folder whose held-out images are used. Default: those that the model was trained on."""
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
@@ -180,10 +180,12 @@ def manifest_of(command: ScoreCommand, checkpoint: "Contestant") -> "Manifest":
     from t2i.measure.heldout_images import read_data_manifest
     from t2i.runs.loading import OpenedModel
 
-    if command.shards is not None:
-        return read_manifest_file(command.shards / "manifest.json")
+    if command.heldout_shards is not None:
+        return read_manifest_file(command.heldout_shards / "manifest.json")
     if not isinstance(checkpoint, OpenedModel):
-        raise UserError(f"{checkpoint.folder} is a {checkpoint.kind}: name images with --coco or --shards.")
+        raise UserError(
+            f"{checkpoint.folder} is a {checkpoint.kind}: name images with --coco or --heldout-shards."
+        )
     return read_data_manifest(checkpoint)
 
 

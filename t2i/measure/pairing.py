@@ -12,7 +12,7 @@ from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
 from t2i.measure.images import Pictures, Reconstructions
 from t2i.measure.judge import Judge, judged
-from t2i.measure.protocol import ClipScores, JudgeScores
+from t2i.measure.protocol import ROWS, ClipScores, JudgeScores, RowScore
 from t2i.measure.remote_judge import RemoteJudge, ask
 from t2i.measure.shuffled import unrelated
 
@@ -117,3 +117,25 @@ def remote_scores(pairing: Pairing, judge: RemoteJudge) -> JudgeScores:
         revisions.add(answers.revision)
         rows[name] = answers.means()
     return JudgeScores(judge.protocol(revisions, captions=pairing.captions), rows=rows, details={})
+
+
+def with_pairing(
+    rows: dict[str, RowScore],
+    *,
+    clip: ClipScores | None,
+    judges: dict[str, JudgeScores],
+    pairing: Pairing,
+) -> dict[str, RowScore]:
+    """Add what sees pairing to rows that have captions, and rows that are nothing but that."""
+    found = {name: {"clip_score": score} for name, score in clip.rows.items()} if clip else {}
+    for judge in judges.values():
+        for name, measures in judge.rows.items():
+            found[name] = found.get(name, {}) | measures
+    new = {
+        name: RowScore(ROWS[name], n=len(pairing.rows[name].places), measures={})
+        for name in found
+        if name not in rows
+    }
+    return {
+        name: replace(row, measures=row.measures | found.get(name, {})) for name, row in (rows | new).items()
+    }

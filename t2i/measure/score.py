@@ -27,15 +27,18 @@ from t2i.measure.feature_cache import Reference
 from t2i.measure.images import Pictures
 from t2i.measure.judge import Judge
 from t2i.measure.measures import KERNEL_SEED, distances_on, replicates_for
-from t2i.measure.pairing import EXACT, clip_scores, exact_scores, pairing_of, remote_scores
+from t2i.measure.pairing import (
+    EXACT,
+    clip_scores,
+    exact_scores,
+    pairing_of,
+    remote_scores,
+    with_pairing,
+)
 from t2i.measure.protocol import (
-    ROWS,
     SCORES,
-    ClipScores,
     DrawingFacts,
-    JudgeScores,
     Protocol,
-    RowScore,
     Scores,
     Subject,
 )
@@ -227,8 +230,7 @@ def score(
     clip = clip_scores(pairing, rulers.clip) if rulers.clip else None
     judges = {EXACT: exact_scores(pairing, rulers.judge)} if rulers.judge else {}
     judges |= {judge.reward: remote_scores(pairing, judge) for judge in rulers.remote}
-    counts = {name: len(row.places) for name, row in pairing.rows.items()}
-    rows = _with_pairing(rows, clip=clip, judges=judges, counts=counts)
+    rows = with_pairing(rows, clip=clip, judges=judges, pairing=pairing)
     protocol = _protocol(task, extractor)
     file = _scores_file(drawing.out, protocol)
     scores = Scores(
@@ -288,21 +290,3 @@ def _subject(checkpoint: Contestant, drawing: Drawing) -> Subject:
         device=str(checkpoint.model.device.type),
         versions={name: version(name) for name in SCORED_WITH},
     )
-
-
-def _with_pairing(
-    rows: dict[str, RowScore],
-    *,
-    clip: ClipScores | None,
-    judges: dict[str, JudgeScores],
-    counts: dict[str, int],
-) -> dict[str, RowScore]:
-    """Add what sees pairing to rows that have captions, and rows that are nothing but that."""
-    found = {name: {"clip_score": score} for name, score in clip.rows.items()} if clip else {}
-    for judge in judges.values():
-        for name, measures in judge.rows.items():
-            found[name] = found.get(name, {}) | measures
-    new = {name: RowScore(ROWS[name], n=counts[name], measures={}) for name in found if name not in rows}
-    return {
-        name: replace(row, measures=row.measures | found.get(name, {})) for name, row in (rows | new).items()
-    }

@@ -237,7 +237,7 @@ def test_a_janus_is_scored_by_the_protocol_of_all_models(janus, shards, call, tm
     out = tmp_path / "out"
     words = ["eval/coco_fid.py", janus, "--num-samples", 10, "--out", out, "--bootstrap", 0]
     assert call(*words) == 2  # it has no held-out images of its own
-    assert call(*words, "--shards", shards) == 0
+    assert call(*words, "--heldout-shards", shards) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores["rows"]) == {"real", "reconstructions", "model"}
     assert (scores["image_size"], scores["n"], scores["checkpoint"]) == (16, 10, str(janus))
