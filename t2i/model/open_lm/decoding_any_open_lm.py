@@ -132,7 +132,7 @@ class WindowCache(RowCache):
 
     def __init__(self, memory: Memory, *, at: Tensor, window: int) -> None:
         super().__init__(memory)
-        self.at, self.end = at, window
+        self.place, self.end = at, window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -140,8 +140,8 @@ class WindowCache(RowCache):
         """Write keys and values (R, H, 1, head_dim) of a layer; return the window."""
         keys, values = self.memory[layer_idx]
         # By a tensor, not by an int: a Python number would be a constant, and each position be compiled again.
-        keys.index_copy_(2, self.at, key_states)
-        values.index_copy_(2, self.at, value_states)
+        keys.index_copy_(2, self.place, key_states)
+        values.index_copy_(2, self.place, value_states)
         return keys[:, :, : self.end], values[:, :, : self.end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -249,7 +249,7 @@ def decoding_body(body: nn.Module, *, num_rows: int | None) -> Any:
     for module in made.modules():
         config = module.__dict__.get("config")
         # Only in the place of SDPA: a class that computes attention by itself goes on doing so.
-        if getattr(config, "_attn_implementation_internal", None) == "sdpa":
+        if config is not None and getattr(config, "_attn_implementation_internal", None) == "sdpa":
             other = configs.setdefault(id(config), copy.copy(config))
             # Past the setter, which would write into configurations inside this one, and these are the model's own.
             other.__dict__["_attn_implementation_internal"] = ATTENTION

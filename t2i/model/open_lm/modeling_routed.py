@@ -157,6 +157,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
                 else AutoModelForCausalLM.from_config(text, trust_remote_code=False)
             )
         self.language_model = language_model
+        # What the language model's class says of itself; asked by `compiles`.
+        self._can_compile_fullgraph = getattr(language_model, "_can_compile_fullgraph", False)
         self.route = Route(config.num_text_rows)
         self.watcher = self.get_input_embeddings().register_forward_pre_hook(self.route.look)
         self._tied_weights_keys = _below("language_model", language_model._tied_weights_keys)
@@ -174,11 +176,6 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     def base_model(self) -> nn.Module:
         """The part that computes hidden states."""
         return body_of(self.language_model)
-
-    @property
-    def _can_compile_fullgraph(self) -> bool:
-        """Whether the language model's class says so of itself; asked by `compiles`."""
-        return getattr(self.language_model, "_can_compile_fullgraph", False)
 
     def image_body(self) -> nn.Module:
         """Mirror the body as image codes pass it, without looking at ids: while codes are sampled there is no text."""
