@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from t2i.errors import UserError
 from t2i.model.contrastive_loss import MAX_SCALE, contrastive_loss
@@ -54,7 +54,7 @@ def sentence_embeddings(captions: list[str], *, folder: Path, device: str = "cpu
 
 
 @torch.inference_mode()
-def _embedded(texts: list[str], tokenizer: AutoTokenizer, model: AutoModel) -> Tensor:
+def _embedded(texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
     batch = tokenizer(texts, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt")
     batch = batch.to(model.device)
     hidden = model(

@@ -7,6 +7,7 @@ those of CLIP (https://arxiv.org/abs/2401.09603, with ViT-L/14 at 336 pixels).
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from cleanfid.resize import make_resizer
@@ -86,9 +87,11 @@ def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
     crop = values.get("crop_size")
     size = crop.get("height") if isinstance(crop, dict) else crop
     mean, deviation = values.get("image_mean"), values.get("image_std")
-    if not isinstance(size, int) or not all(
-        isinstance(each, list) and len(each) == 3 for each in (mean, deviation)
-    ):
+    if not (isinstance(size, int) and _is_three(mean) and _is_three(deviation)):
         shown = json.dumps({"crop_size": crop, "image_mean": mean, "image_std": deviation})
         raise UserError(f"{file} says {shown}; expected a size, three means and three deviations.")
-    return size, mean, deviation
+    return size, cast(list[float], mean), cast(list[float], deviation)
+
+
+def _is_three(values: object) -> bool:
+    return isinstance(values, list) and len(values) == 3

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult
 
 from t2i.errors import UserError
-from t2i.files import check_keys, parse_yaml, read_yaml_list
+from t2i.files import Kind, check_keys, parse_yaml, read_yaml_list
 
 EVAL_RESULTS = ".eval_results"
 """Folder of an export, one file per file of scores."""
@@ -69,7 +69,7 @@ def read_eval_results(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"measures": []}
     row: dict[str, Any] = {"intervals": {}}
     for entry in read_yaml_list(file):
-        kinds = {"entry": {"value": (int, float), "notes": str}}
+        kinds: dict[str, Kind] = {"entry": {"value": (int, float), "notes": str}}
         check_keys({"entry": entry}, kinds, where=where, error=UserError)
         notes: Any = parse_yaml(entry["notes"], name=f"notes of {file}")
         check_keys({"notes": notes}, {"notes": NOTED}, where=where, error=UserError)

@@ -1,7 +1,7 @@
 """What the server counts, as Prometheus reads it."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 
 BOUNDS_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Upper bounds of the histogram of how long requests for images took."""
@@ -19,14 +19,16 @@ class Meters:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.counts: Counter[str] = Counter({name: 0 for name in HELP if name != "t2i_requests_total"})
+        self.counts: defaultdict[str, float] = defaultdict(
+            float, {name: 0.0 for name in HELP if name != "t2i_requests_total"}
+        )
         self.seconds: Counter[str] = Counter()
         self.total_seconds = 0.0
 
     def add(self, name: str, amount: float = 1) -> None:
         """Add to a counter; its name may carry labels, as name{key="value"}."""
         with self.lock:
-            self.counts[name] += amount  # type: ignore[assignment] - a Counter holds any number
+            self.counts[name] += amount
 
     def took(self, seconds: float) -> None:
         """Record how long a request for images took."""

@@ -5,6 +5,7 @@ Neither the package sentencepiece nor the model's own class is needed: pieces, s
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
@@ -46,7 +47,8 @@ def read_pieces(file: Path) -> Pieces:
     Raises:
         UserError: it is no SentencePiece model of BPE or Unigram.
     """
-    model = sentencepiece.ModelProto()
+    # Made by protobuf as the module is imported.
+    model = cast(Any, sentencepiece).ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
     except DecodeError:

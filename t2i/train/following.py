@@ -63,7 +63,7 @@ def follow(run_dir: Path, name: str) -> None:
 
 def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
     kind, folder = LOGGER_TYPE_TO_CLASS[name], run_dir / TRACKERS
-    own = {
+    own: dict[str, dict[str, object]] = {
         "wandb": {
             "name": run_dir.name,
             "id": read_run_id(run_dir) or None,

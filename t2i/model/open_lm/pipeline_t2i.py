@@ -196,7 +196,7 @@ def sampler_of(model: PreTrainedModel) -> ModuleType:
     Raises:
         ValueError: there is neither.
     """
-    draw = getattr(type(model), "draw", None) or _draw_beside(Path(model.name_or_path))
+    draw = getattr(type(model), "draw", None) or _draw_beside(Path(str(model.name_or_path)))
     return sys.modules[draw.__module__]
 
 
