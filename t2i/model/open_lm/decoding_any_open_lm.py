@@ -245,10 +245,12 @@ def hiding(is_hidden: Tensor, dtype: torch.dtype) -> Tensor:
 def decoding_body(body: nn.Module, *, num_rows: int | None) -> Any:
     """Mirror a body with attention that reads shared keys once, and for `num_rows` rows with packed weights."""
     made = mirrored(body, lambda module: None if num_rows is None else packed(module, num_rows=num_rows))
+    # A class that computes attention by itself goes on doing so: Falcon's knows SDPA by name, and no other.
+    if not getattr(made, "_supports_attention_backend", False):
+        return made
     configs: dict[int, PretrainedConfig] = {}
     for module in made.modules():
         config = module.__dict__.get("config")
-        # Only in the place of SDPA: a class that computes attention by itself goes on doing so.
         if config is not None and getattr(config, "_attn_implementation_internal", None) == "sdpa":
             other = configs.setdefault(id(config), copy.copy(config))
             # Past the setter, which would write into configurations inside this one, and these are the model's own.
