@@ -119,7 +119,15 @@ def test_a_class_that_needs_another_cache_continues_as_it_does_by_itself(kind, m
     with torch.inference_mode():
         assert not isinstance(begin_any(model, PROMPTS, **settings)[1], RowDecoder)
     assert torch.equal(sample_codes(model, PROMPTS, **DRAW), slow(model, monkeypatch))
-    with pytest.raises(ValueError, match="KV cache of another kind"):
+    with pytest.raises(ValueError, match=f"the step of {type(model).__name__} cannot be compiled as a whole"):
+        sample_codes(model, PROMPTS, **DRAW, is_compiled=True)
+
+
+def test_a_class_that_says_it_does_not_compile_is_refused_by_a_sentence():
+    model = made("llama")
+    model._can_compile_fullgraph = False  # as classes say whose experts are chosen by values
+    assert is_served(model) and is_served(model, is_fixed=True) and not compiles(model)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be compiled .* is_compiled=False"):
         sample_codes(model, PROMPTS, **DRAW, is_compiled=True)
 
 
@@ -211,6 +219,15 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(kind, monkeypatch):
     for _ in range(2):
         assert torch.equal(sample_codes(model, PROMPTS, **DRAW, is_compiled=True), expected)
     assert len(steps) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_inductors_step_draws_the_same_codes_for_another_batch_too(kind, monkeypatch):
+    model = made(kind, **SERVED[kind])
+    for changes in ({}, {"seeds": [5, 6], "top_k": 8}):
+        found = sample_codes(model, PROMPTS, **{**DRAW, **changes}, is_compiled=True)
+        assert torch.equal(found, slow(model, monkeypatch, **changes))
 
 
 def test_a_class_whose_step_cannot_be_compiled_is_refused_before_the_first_image():

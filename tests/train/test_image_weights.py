@@ -155,11 +155,16 @@ model = AutoModelForCausalLM.from_pretrained("exported", trust_remote_code=True)
 sample_codes = sys.modules[type(model).draw.__module__].sample_codes
 rows = range({layout.image_rows.start}, {layout.image_rows.stop})
 codes = sample_codes(model, image_ids=rows, **{how!r})
+reading = sys.modules[sample_codes.__module__.replace("sampling", "reading")]
+is_fast = reading.is_served(model)
+reading.is_served = lambda *_, **__: False
+slow = sample_codes(model, image_ids=rows, **{how!r})
 ids = torch.arange(5, 65).view(3, 20)
 mask = torch.ones_like(ids)
 text = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
 with torch.inference_mode():
-    torch.save({{"codes": codes, "logits": model(ids).logits, "text": text}}, "said.pt")
+    logits = model(ids).logits
+torch.save({{"codes": codes, "slow": slow, "is_fast": is_fast, "logits": logits, "text": text}}, "said.pt")
 """
     done = processes.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
@@ -168,6 +173,9 @@ with torch.inference_mode():
     said = torch.load(tmp_path / "said.pt", weights_only=True)
     plain = load_model(start)
     assert torch.equal(said["codes"], codes)
+    assert torch.equal(said["slow"], codes)
+    # open_lm's layers are not transformers' own, but they too continue from a cache that is not theirs.
+    assert said["is_fast"]
     assert torch.equal(said["logits"][..., : plain.config.vocab_size], text_logits(plain))
     # What generate() chooses is text of the tokenizer, whatever codes have learned to weigh.
     assert said["text"].max() < layout.num_text_tokens

@@ -76,14 +76,15 @@ def begin_any(
     """Read the prompts as begin_decoding does, with a model of one of transformers' own classes.
 
     Raises:
-        ValueError: is_fixed, and the class does not continue from a cache of fixed shape.
+        ValueError: is_fixed, and the step of this class cannot be compiled.
     """
     begun = None
-    if is_served(model, is_fixed=is_fixed):
+    if compiles(model) if is_fixed else is_served(model):
         begun = begin_rows(model, prompts, empty_prompt=empty_prompt, num_codes=num_codes, is_fixed=is_fixed)
     if begun is None and is_fixed:
         raise ValueError(
-            f"{type(model).__name__} continues from a KV cache of another kind, whose step is not compiled here"
+            f"the step of {type(model).__name__} cannot be compiled as a whole with a KV cache of fixed shape;"
+            " expected a class such as Llama's, Qwen2's or Qwen3's, or is_compiled=False"
         )
     return begun or begin_plain(model, prompts, empty_prompt=empty_prompt, num_codes=num_codes)
 
