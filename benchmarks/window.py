@@ -1,8 +1,8 @@
 """Several codes per pass against one: passes, seconds and equal codes.
 
 Passes depend on what a model was trained on, so a run is needed (docs/window.md has the commands). --exact asks whether
-codes are equal, and takes random weights. Seconds are those of the whole drawing with the run's model, and of one pass
-of a model of SmolLM2-135M's size, whose passes are bound by memory.
+codes are equal, and takes a randomly initialised model. Seconds are those of the whole drawing with the run's model,
+and of one pass of a model of SmolLM2-135M's size, whose passes are bound by memory.
 
 Examples:
     python benchmarks/window.py --run runs/codes256 --shards data/openmoji128
@@ -47,7 +47,7 @@ SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9
 """SmolLM2-135M's size as an open_lm model."""
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE_IDS, EMPTY, NUM_CODES = range(64, 128), [1, 2], 256
-"""Of models of random weights."""
+"""Of randomly initialised models."""
 EXACT_BATCH, EXACT_WINDOW = 250, 4
 
 
@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="results are kept of all only"
     )
-    parser.add_argument("--exact", type=int, default=0, help="only compare so many images of random weights")
+    parser.add_argument(
+        "--exact", type=int, default=0, help="only compare so many images of a randomly initialised model"
+    )
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="of --exact")
     options = side_by_side.parse(parser, parts=["images"])
     torch.set_num_threads(1)
@@ -226,7 +228,7 @@ def time_passes(passes: dict[str, float], *, rounds: int) -> list[side_by_side.R
 
 
 def random_model(sizes: dict[str, int], *, dtype: torch.dtype) -> OpenLMForCausalLM:
-    """Build a model of random weights, large enough that codes depend on what was read."""
+    """Build a randomly initialised model, with weights large enough that codes depend on what was read."""
     torch.manual_seed(0)
     model = OpenLMForCausalLM(OpenLMConfig(vocab_size=128, **sizes)).eval()
     with torch.no_grad():

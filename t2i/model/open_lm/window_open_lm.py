@@ -134,7 +134,7 @@ class Batch:
     """Images on their way, each at a place of its own; what is finished has left."""
 
     codes: Tensor
-    """Of all images of the call (all, K + 1): known ones, then guesses; behind the last, a place to write in vain."""
+    """Of all images of the call (all, K + 1): known ones, then guesses; behind the last, a place that nobody reads."""
     keys: Tensor
     """Of all images (all, K)."""
     images: Tensor
