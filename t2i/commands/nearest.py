@@ -45,7 +45,7 @@ def main() -> None:
     results = compare_rows(model, before=open_one(command.before) if command.before else None)
     path = write_nearest(results, model=model, out=command.out)
     for side, found in (
-        {"input, which is output": results["input"]}.items() if is_tied(model) else results.items()
+        {"input and output (tied)": results["input"]}.items() if is_tied(model) else results.items()
     ):
         median = {kind: found.quantiles(kind)["0.50"] for kind in ROW_KINDS}
         print(

@@ -53,7 +53,7 @@ def sentence_embeddings(captions: list[str], *, folder: Path, device: str = "cpu
     return found[[places[caption] for caption in captions]]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _embedded(texts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
     batch = tokenizer(texts, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt")
     batch = batch.to(model.device)

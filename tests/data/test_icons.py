@@ -159,7 +159,7 @@ def test_every_entry_is_kept_left_out_or_broken(tmp_path):
         "well": {"parent": "good"},
         "lost": {"parent": "nowhere"},
         "round": {"parent": "round"},
-        "mirrored": {"parent": "well", "hFlip": True},
+        "mirrored": {"parent": "well", "hFlip": True, "rotate": "90deg"},
         "odd": 3,
     }
     write_set(tmp_path, "some", icons, aliases=aliases)

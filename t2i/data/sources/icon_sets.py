@@ -187,6 +187,7 @@ def _box(values: Mapping[str, Any], icon: Icon) -> Icon:
         value = values.get(key, usual)
         return float(value) if isinstance(value, int | float) and abs(value) < 1e9 else math.nan
 
+    turns = values.get("rotate")
     return replace(
         icon,
         left=number("left", icon.left),
@@ -194,7 +195,7 @@ def _box(values: Mapping[str, Any], icon: Icon) -> Icon:
         width=number("width", icon.width),
         height=number("height", icon.height),
         # Those of an alias come on top of its icon's.
-        quarter_turns=(icon.quarter_turns + int(number("rotate", 0) if values.get("rotate") else 0)) % 4,
+        quarter_turns=(icon.quarter_turns + (turns if isinstance(turns, int) else 0)) % 4,
         is_flipped=icon.is_flipped ^ (values.get("hFlip") is True),
         is_upside_down=icon.is_upside_down ^ (values.get("vFlip") is True),
     )

@@ -29,7 +29,8 @@ def wordings(study: Study, out: Path, *, arms: list[str]) -> Section:
         *arms,
         *([f"{first} - {second}", "p", "seeds"] if second != first else []),
     ]
-    table, seen = [head], []
+    table = [head]
+    seen: list[str] = []
     for split in splits:
         by_arm = [found[arm].get(split, {}) for arm in arms]
         images = next(iter(next(one for one in by_arm if one).values())).num_pictures
