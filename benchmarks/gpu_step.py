@@ -144,7 +144,7 @@ def variants() -> dict[str, Change]:
 
     def layers_and_softmax(stack: ExitStack, model: OpenLMForCausalLM) -> None:
         layers(stack, model)
-        stack.enter_context(patched(loss, "_softmax", torch.compile(loss._softmax, dynamic=False)))
+        stack.enter_context(patched(loss, "softmax_of", torch.compile(loss.softmax_of, dynamic=False)))
 
     def small_chunks(stack: ExitStack, _: OpenLMForCausalLM) -> None:
         stack.enter_context(patched(loss, "CHUNK_LOGITS", 1_024 * CONFIG.vocab_size))

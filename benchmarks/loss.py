@@ -23,6 +23,7 @@ from training_step import LAYOUT, WIDTH, peak_bytes
 
 from t2i.env import keep_memory
 from t2i.model.loss import summed_loss
+from t2i.model.softmax import Head
 
 TEXT, POSITIONS, CHUNK = 256, 1_276, 512
 """Text labels, all labels, and the positions of a chunk: t2i's own on a CPU."""
@@ -93,7 +94,7 @@ def once(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], float
 
 def own(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     """Compute t2i's loss."""
-    return summed_loss(hidden[None], labels[None], head=head)[0]
+    return summed_loss(hidden[None], labels[None], head=Head(head))[0]
 
 
 def torchs(hidden: Tensor, labels: Tensor, head: Tensor, *, reduction: str = "sum") -> Tensor:

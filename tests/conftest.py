@@ -9,15 +9,14 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-import numpy as np
 import processes
 import pytest
 import torch
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
-from PIL import Image
+from made_shards import make_shards
 
-from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, TrainConfig
+from t2i.config import ASSETS, DataConfig, ModelConfig, RunConfig, TrainConfig
 
 torch.set_num_threads(1)
 processes.guard()
@@ -56,27 +55,7 @@ def one_process():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    from t2i.data.prepare.images import prepare
-    from t2i.data.sources import open_source
-    from t2i.tokens.image import ImageTokenizer
-    from t2i.tokens.text import TextTokenizer
-
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(120):
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(
-            folder / f"{index}.png"
-        )
-        (folder / f"{index}.txt").write_text(f"picture {index} " * rng.integers(1, 4))
-    out = folder.with_name("shards")
-    prepare(
-        open_source(str(folder), heldout_share=0.3),
-        out=out,
-        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
-        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-        config=PrepareConfig(),
-    )
-    return out
+    return make_shards(tmp_path_factory.mktemp("made"), num_images=120)
 
 
 def config_of(shards, run_dir, **train_settings):

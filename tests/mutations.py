@@ -232,10 +232,18 @@ MUTATIONS = (
     ),
     Mutation(
         "online-softmax-forgets-to-shrink",
-        "t2i/model/loss.py",
+        "t2i/model/softmax.py",
         "sums = sums * shrink + powers.sum(-1, keepdim=True)",
         "sums = sums + powers.sum(-1, keepdim=True)",
         "partitions are too large wherever a later tile has the largest logit",
+        LOSS,
+    ),
+    Mutation(
+        "a-cap-has-no-slope",
+        "t2i/model/softmax.py",
+        "return 1 - (logits / self.cap).square()",
+        "return torch.ones_like(logits)",
+        "the gradient of capped logits is that of logits without a cap",
         LOSS,
     ),
     Mutation(
@@ -262,6 +270,14 @@ MUTATIONS = (
         "how.guidance_scale * (unconditional - conditional)",
         "guidance leads away from the caption",
         SAMPLING,
+    ),
+    Mutation(
+        "capped-logits-are-mixed-before-the-cap",
+        "t2i/model/open_lm/sampling_open_lm.py",
+        "mixes_logits=not form.is_linear",
+        "mixes_logits=False",
+        "guidance of a class with capped logits draws other codes",
+        ("tests/model/test_drawing_from_any_class.py",),
     ),
     Mutation(
         "temperature-is-inverted",

@@ -1,4 +1,4 @@
-"""An exported folder under the newest transformers and diffusers, in an environment of its own (needs an index)."""
+"""t2i and its exports under transformers 5, in an environment of its own (needs pip's index)."""
 
 import os
 import sys
@@ -11,7 +11,15 @@ import torch
 
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
+from t2i.runs.metrics_log import read_metrics
 
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / "constraints" / "transformers5.txt"
+TESTS = (
+    "tests/train/test_backbones.py", "tests/train/test_forgetting_less.py", "tests/train/test_image_weights.py",
+    "tests/convert/test_gguf.py", "tests/measure/test_forgetting.py", "tests/model", "tests/runs/test_loading.py",
+)  # fmt: skip
+"""Of training in every way, resuming, exporting, loading, drawing, forgetting and converting."""
 pytestmark = pytest.mark.newest_transformers
 
 SCRIPT = """
@@ -51,20 +59,88 @@ torch.save({"logits": logits, "generated": generated, "version": version}, sys.a
 """
 
 
-def test_the_newest_release_loads_generates_and_draws(finished, tmp_path):
-    export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "exported", command="a test")
-    processes.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "transformers>=5", "diffusers>=0.40"]
+@pytest.fixture(scope="module")
+def newest(tmp_path_factory):
+    """Make the environment that the constraint file describes; return its Python."""
+    folder = tmp_path_factory.mktemp("newest") / "venv"
+    processes.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    pip = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--requirement",
+        CONSTRAINTS,
+        "diffusers>=0.40",
+    ]
     processes.run(pip, check=True)
     # What is not replaced comes from this environment, after the new one's own packages.
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    site = next((folder / "lib").glob("python*/site-packages"))
     (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return python
+
+
+def of_newest(tmp_path):
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    return processes.environment(**modules)
+
+
+@pytest.mark.parametrize("tests", TESTS)
+def test_t2i_passes_its_own_tests(tests, newest, tmp_path):
+    command = [newest, "-m", "pytest", tests]
     done = processes.run(
-        [python, "-c", SCRIPT, str(tmp_path / "found.pt")],
+        command, cwd=ROOT, env=of_newest(tmp_path), capture_output=True, text=True, check=False, timeout=1_200
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_launched_run_trains_and_resumes(newest, finished, tmp_path):
+    launcher = [
+        newest,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--quiet",
+        "--num_gpus",
+        "2",
+        "--module",
+        "t2i",
+        "train",
+    ]
+    settings = {
+        "run-dir": tmp_path / "run",
+        "data.shards": finished.data.shards,
+        "data.seq_len": finished.data.seq_len,
+        "model.init": finished.run_dir,
+        "train.global_batch_tokens": finished.train.global_batch_tokens,
+        "train.save_every": 1,
+        "train.eval_every": 0,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    for steps in (1, 2):
+        command = [
+            *launcher,
+            "--ds_config",
+            ROOT / "ds_configs/zero2_fp32.json",
+            *words,
+            "--train.max_steps",
+            str(steps),
+        ]
+        done = processes.run(
+            command, cwd=ROOT, env=of_newest(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_an_export_loads_generates_and_draws(newest, finished, tmp_path):
+    export(open_model(str(finished.run_dir), needs_images=True), out=tmp_path / "exported", command="a test")
+    done = processes.run(
+        [newest, "-c", SCRIPT, str(tmp_path / "found.pt")],
         cwd=tmp_path / "exported",
-        env=environment,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
         check=False,

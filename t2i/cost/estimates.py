@@ -178,16 +178,17 @@ def flops_a_token(
 
     Source: PaLM, appendix B.
     """
+    sizes = model.get_text_config(decoder=True)  # a model of text and images describes its parts apart
     # Of the heads' width, which some classes set apart from the model's.
-    heads = getattr(model, "num_attention_heads", None) or 1
-    head_width = getattr(model, "head_dim", None) or model.hidden_size // heads
-    attention = 12 * model.num_hidden_layers * heads * head_width * seq_len
+    heads = getattr(sizes, "num_attention_heads", None) or 1
+    head_width = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
+    attention = 12 * sizes.num_hidden_layers * heads * head_width * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
-        other_rows = model.vocab_size - model.vocab_layout["codebook_size"]
-        left_out = (1 - replay_ratio) * model.codes_per_image / seq_len * other_rows * model.hidden_size
+        other_rows = sizes.vocab_size - model.vocab_layout["codebook_size"]
+        left_out = (1 - replay_ratio) * model.codes_per_image / seq_len * other_rows * sizes.hidden_size
     # With adapters the LM head is frozen, and has no gradient of its own to leave out.
-    learns_head = counts.learned_in_head == model.vocab_size * model.hidden_size
+    learns_head = counts.learned_in_head >= sizes.vocab_size * sizes.hidden_size  # more with a bias
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
 

@@ -129,7 +129,7 @@ def rows_of(model: OpenedModel) -> dict[str, SideRows]:
     first, last = layout.first_image_id, layout.first_image_id + layout.codebook_size
     sides: dict[str, Tensor] = {
         "input": cast(nn.Embedding, model.model.get_input_embeddings()).weight,
-        "output": head_of(model.model),
+        "output": head_of(model.model).weight,
     }
     return {
         # Only ids that a token uses: padding of the vocabulary was never trained, so being near it means nothing.
@@ -141,7 +141,7 @@ def rows_of(model: OpenedModel) -> dict[str, SideRows]:
 def is_tied(model: OpenedModel) -> bool:
     """Tell whether the LM head is the input embeddings."""
     embeddings = cast(nn.Embedding, model.model.get_input_embeddings()).weight
-    return embeddings.data_ptr() == head_of(model.model).data_ptr()
+    return embeddings.data_ptr() == head_of(model.model).weight.data_ptr()
 
 
 def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str, SideNearness]:

@@ -18,7 +18,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import write_json
 from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, num_ids
 from t2i.runs.loading import find, open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -148,7 +148,7 @@ def complete(
         UserError: is_chat of a tokenizer without a chat template.
     """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
-    barred = list(range(layout.num_text_tokens, model.config.vocab_size)) or None
+    barred = list(range(layout.num_text_tokens, num_ids(model))) or None
     start, ends = torch.tensor(tokenizer.start_ids, dtype=torch.long), _ends(model, tokenizer)
     found = []
     for prompt in prompts:
@@ -276,7 +276,7 @@ def _sums(model: PreTrainedModel, input_ids: Tensor, layout: VocabLayout) -> Ten
     # Chunked: (N, V) logits of a whole batch would be gigabytes. Not token_losses, which has one softmax, not two.
     sums = torch.zeros(4, dtype=torch.float64)
     for rows, targets in zip(hidden.split(CHUNK_POSITIONS), labels.split(CHUNK_POSITIONS), strict=True):
-        logits = (rows @ head.T.to(rows.dtype)).float()  # (N, V)
+        logits = head.logits(rows)  # (N, V)
         target = logits.gather(1, targets[:, None])[:, 0]
         everything, text = logits.logsumexp(-1), logits[:, : layout.num_text_tokens].logsumexp(-1)
         leaked = 1 - (text - everything).exp()

@@ -4,12 +4,10 @@ A forward pass decides whether a backbone can be trained. A list of names would 
 release.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,42 +19,30 @@ from transformers import (
 
 from t2i.config import ModelConfig
 from t2i.errors import UserError
+from t2i.model.class_form import check_decoding as check_decoding
+from t2i.model.class_form import check_head as check_head
+from t2i.model.class_form import head_of as head_of
+from t2i.model.class_form import num_ids as num_ids
 from t2i.model.foreign_folder import (
+    UNUSABLE,
+    first_line,
     read_description,
     read_generation,
     refuse_own_code,
     settle_generation,
 )
+from t2i.model.open_lm.class_reading_open_lm import reader_of
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
-from t2i.model.open_lm.reading_open_lm import begin_any, body_of
 from t2i.tokens.vocab import VocabLayout
 
-HEAD_TOLERANCE = 1e-2
-"""Maximum difference between logits and hidden states times LM head, relative to the largest logit."""
-LOW_PRECISION_TOLERANCE = 0.1
-"""The same for hidden states in half precision, which round at every layer."""
 OURS: dict[str, tuple[Any, Any]] = {
     OpenLMConfig.model_type: (OpenLMConfig, OpenLMForCausalLM),
     RoutedConfig.model_type: (RoutedConfig, RoutedForCausalLM),
 }
 """Configuration and class of the model types that transformers does not have."""
-UNUSABLE = (
-    ValueError,
-    OSError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-"""What transformers raises for folders that it cannot load; they have no common base class."""
 
 
 def is_open_lm(folder: Path) -> bool:
@@ -84,7 +70,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Pretr
         refuse_own_code(folder, description)
         raise UserError(
             f"{folder} is no language model that transformers knows: its config.json has model_type {kind!r}"
-            f" ({_first_line(error)})."
+            f" ({first_line(error)})."
         ) from error
 
 
@@ -118,19 +104,22 @@ def load_model(
     except UserError:
         raise
     except UNUSABLE as error:
-        raise UserError(f"{folder} is no causal language model: {_first_line(error)}") from error
+        raise UserError(f"{folder} is no causal language model: {first_line(error)}") from error
     # transformers only warns of missing weights, and initialises them randomly.
     strange = {key: names for key, names in report.items() if names}
     if strange:
         raise UserError(f"the weights of {folder} do not fit its config.json: {strange}.")
+    if not (
+        trust_remote_code or config.model_type in OURS or type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise UserError(
+            f"{folder} holds a {config.model_type} model of several parts, and transformers cannot load its language"
+            f" model alone ({type(model).__name__}) from a folder again. Choose a model of text alone."
+        )
     settle_generation(model, name=str(folder))
     if not isinstance(config, OpenLMConfig):
         check_head(model, name=str(folder))
     return cast(PreTrainedModel, model)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -145,7 +134,7 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:
         raise UserError(
-            f"a {config.model_type} model cannot be made as a causal language model: {_first_line(error)}"
+            f"a {config.model_type} model cannot be made as a causal language model: {first_line(error)}"
         ) from error
     return cast(PreTrainedModel, made)
 
@@ -153,12 +142,7 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Compute the last hidden states (B, S, D) of ids (B, S); the LM head turns them into logits."""
     # No logits here: (B, S, V) would be most of a step's memory, so model/loss.py computes them in chunks.
-    return cast(Tensor, body_of(model)(input_ids, use_cache=False).last_hidden_state)
-
-
-def head_of(model: PreTrainedModel) -> Tensor:
-    """Return the weight of the LM head (V, D), which for a tied model is that of the input embeddings."""
-    return cast(Tensor, model.get_output_embeddings().weight)
+    return cast(Tensor, reader_of(model)(input_ids, use_cache=False).last_hidden_state)
 
 
 def trained_seq_len(model: PreTrainedModel) -> int:
@@ -169,67 +153,6 @@ def trained_seq_len(model: PreTrainedModel) -> int:
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:
     """Return the ids that the softmax of image codes was trained over: the image vocabulary, or None for all ids."""
     return layout.image_rows if getattr(model.config, "image_rows_only", False) else None
-
-
-@torch.inference_mode()
-def check_head(model: PreTrainedModel, *, name: str) -> None:
-    """Compare a model's logits with hidden states times LM head, which is what loss and sampler compute.
-
-    Raises:
-        UserError: they differ (a bias, scaled or capped logits), or there is no LM head.
-    """
-    if model.get_output_embeddings() is None:
-        raise UserError(f"{name} ({type(model).__name__}) has no LM head that computes logits.")
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(8)[None] % model.config.vocab_size  # (1, 8): which ids does not matter
-    try:
-        logits = model(ids, use_cache=False).logits.float()
-        product = (hidden_states(model, ids) @ head_of(model).T).float()
-    except UNUSABLE as error:
-        raise UserError(
-            f"{name} ({type(model).__name__}) does not compute logits as a causal language model: {_first_line(error)}"
-        ) from error
-    model.train(was_training)
-    difference = (logits - product).abs().max().item()
-    # "not <=" instead of ">", so that nan is refused too.
-    if not difference <= HEAD_TOLERANCE * max(1.0, logits.abs().max().item()):
-        raise UserError(
-            f"the logits of {name} ({type(model).__name__}) are not hidden states times LM head: they differ by"
-            f" {difference:.1e}. Models with a bias there, or with scaled or capped logits, cannot be trained here."
-        )
-
-
-@torch.inference_mode()
-def check_decoding(model: PreTrainedModel, *, name: str) -> None:
-    """Compare hidden states read id by id, from padded rows, with those of whole rows: what the sampler relies on.
-
-    Raises:
-        UserError: the model's class does not continue from a cache, or gives other values then.
-    """
-    if hasattr(model, "begin_decoding"):  # open_lm's own, which takes other steps
-        return
-    rows = torch.arange(1, 19).view(2, 9).to(model.device) % model.config.vocab_size  # (2, 9)
-    padding, kind = 2, type(model).__name__  # of the second row, on the left
-    try:
-        hidden, decoder = begin_any(
-            model, [rows[0, :6].tolist(), rows[1, padding:6].tolist()], empty_prompt=None, num_codes=3
-        )
-        found = torch.stack([hidden, *(decoder(ids) for ids in rows[:, 6:].T)], dim=1)  # (2, 4, D)
-        wanted = [hidden_states(model, row[None])[0, -4:] for row in (rows[0], rows[1, padding:])]
-    except UNUSABLE as error:
-        raise UserError(
-            f"{name} ({kind}) cannot be drawn from: the class does not continue from padded prompts with a KV cache"
-            f" ({_first_line(error)}). Choose a transformer, such as those of Llama's, Qwen2's or GPT-NeoX's class."
-        ) from error
-    scale = torch.stack(wanted).float().abs().max().item()
-    difference = (found - torch.stack(wanted)).float().abs().max().item()
-    tolerance = HEAD_TOLERANCE if model.dtype == torch.float32 else LOW_PRECISION_TOLERANCE
-    if not difference <= tolerance * max(1.0, scale):
-        raise UserError(
-            f"{name} ({kind}) cannot be drawn from: continued from padded prompts with a KV cache, its hidden states"
-            f" differ by {difference:.1e} from those of whole sequences. Choose a model of another class."
-        )
 
 
 def weight_files(path: Path) -> list[Path]:

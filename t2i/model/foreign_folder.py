@@ -4,10 +4,12 @@ transformers does all three when it opens a folder, and asks on stdin at most. S
 """
 
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -20,6 +22,25 @@ ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
 OWN_CODE = "auto_map"
 """The key of config.json that names classes in the folder's own Python files."""
+UNUSABLE = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What transformers raises for folders that it cannot load; they have no common base class."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_description(folder: Path) -> dict[str, Any]:

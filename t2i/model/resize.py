@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from t2i.errors import UserError
+from t2i.model.foreign_folder import UNUSABLE, first_line
 from t2i.model.trainable import merge_lora
 
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"
@@ -56,6 +57,8 @@ def grow_vocabulary(
         module.weight.detach().clone()
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
+    old_bias = bias_of(model)
+    old_bias = None if old_bias is None else old_bias.detach().clone()
     count = vocab_size - len(old_input)
     if count < 0:
         raise UserError(
@@ -69,7 +72,14 @@ def grow_vocabulary(
             raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
         given = load_file(rows)
     # transformers makes the modules larger and keeps ties; its own values for the new ids are overwritten below.
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    try:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    except UNUSABLE as error:
+        raise UserError(
+            f"transformers cannot grow the vocabulary of a model of class {type(model).__name__}: {first_line(error)}"
+        ) from error
+    if hasattr(model.config, "decoder_vocab_size"):  # Marian's, which transformers leaves as it was
+        model.config.decoder_vocab_size = vocab_size
     sides = [(INPUT_ROWS, old_input)] + ([] if is_tied else [(OUTPUT_ROWS, old_output)])
     for (name, old), weight in zip(sides, ends_of(model).values(), strict=True):
         if isinstance(given, str):
@@ -82,6 +92,11 @@ def grow_vocabulary(
         with torch.no_grad():
             weight[: len(old)] = old  # (V0, D)
             weight[len(old) :] = added  # (V - V0, D)
+    if old_bias is not None:
+        # As an average token has it, so that it prefers neither text nor codes.
+        head = model.get_output_embeddings()
+        head.bias = nn.Parameter(torch.cat([old_bias, old_bias.mean().expand(count)]))
+        model.set_output_embeddings(head)  # some classes hold the bias a second time
 
 
 def ends_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -93,6 +108,11 @@ def ends_of(model: PreTrainedModel) -> dict[str, Tensor]:
     )
     ends = {INPUT_ROWS: embedding}
     return ends if head is embedding else ends | {OUTPUT_ROWS: head}
+
+
+def bias_of(model: PreTrainedModel) -> Tensor | None:
+    """Return the bias (V,) of the LM head; most classes have none."""
+    return cast(Tensor | None, getattr(model.get_output_embeddings(), "bias", None))
 
 
 def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
@@ -142,19 +162,35 @@ class _JoinedRows(nn.Module):
 
 
 class JoinedEmbedding(_JoinedRows):
-    """Input embeddings whose new part is its own parameter."""
+    """Input embeddings whose new part is its own parameter; some classes scale or shift what they look up."""
+
+    def __init__(self, old: nn.Parameter, new: nn.Parameter, *, lookup: nn.Module) -> None:
+        super().__init__(old, new)
+        del lookup.weight
+        self.lookup = lookup
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return nn.functional.embedding(input_ids, self.weight)
+        # No parameter of its own, which an optimizer would see beside the two parts.
+        self.lookup.weight = self.weight
+        try:
+            return self.lookup(input_ids)
+        finally:
+            del self.lookup.weight
 
 
 class JoinedHead(_JoinedRows):
-    """A bias-free LM head whose new part is its own parameter."""
+    """An LM head whose new part is its own parameter."""
+
+    def __init__(self, old: nn.Parameter, new: nn.Parameter, *, bias: nn.Parameter | None) -> None:
+        super().__init__(old, new)
+        self.bias = bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         # Two products: one of more rows might round the logits of text otherwise than the language model did.
-        parts = (nn.functional.linear(hidden, rows) for rows in (self.old, self.new))
-        return torch.cat(list(parts), dim=-1)
+        rows = (self.old, self.new)
+        biases = (None, None) if self.bias is None else self.bias.split([len(part) for part in rows])
+        parts = [nn.functional.linear(hidden, *part) for part in zip(rows, biases, strict=True)]
+        return torch.cat(parts, dim=-1)
 
 
 def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
@@ -162,11 +198,12 @@ def split_rows(model: PreTrainedModel, *, num_old: int) -> None:
 
     Learning rate, L2-SP and freezing can then differ for them. A tied head shares both parameters with the embeddings.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    lookup, bias = model.get_input_embeddings(), bias_of(model)
+    embedding, head = lookup.weight, model.get_output_embeddings().weight
     input_rows = _parts(embedding, num_old=num_old)
     output_rows = input_rows if head is embedding else _parts(head, num_old=num_old)
-    model.set_input_embeddings(JoinedEmbedding(*input_rows))
-    model.set_output_embeddings(JoinedHead(*output_rows))
+    model.set_input_embeddings(JoinedEmbedding(*input_rows, lookup=lookup))
+    model.set_output_embeddings(JoinedHead(*output_rows, bias=bias))
 
 
 def _parts(rows: Tensor, *, num_old: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -4,7 +4,7 @@ The text rows of a pre-trained model may share a large mean, along which its hid
 get none of that, so the model begins with a debt that a randomly initialised one has not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.model.backbone import head_of, hidden_states
+from t2i.model.softmax import Head
 from t2i.tokens.vocab import VocabLayout
 
 NUM_SEQUENCES, NUM_CODES = 16, 64
@@ -63,7 +64,7 @@ def shift_to_uniform(model: PreTrainedModel, probe: Probe) -> None:
     The shift is along the mean hidden state of the places that precede a code. It prefers no code, so among image codes
     the cost stays as it is. Where no shift reaches the uniform cost, the rows stay where they are.
     """
-    wanted, head = uniform_cost(model), head_of(model)
+    wanted, head = uniform_cost(model), head_of(model).weight
     for _ in range(ROUNDS):
         measured = _Measured.by(model, probe)
         excess = [measured.cost(shift) - wanted for shift in (-LARGEST_SHIFT, LARGEST_SHIFT)]
@@ -94,14 +95,16 @@ class _Measured:
 
     text: Tensor
     """(N,) log-sum-exp of the logits of ids that are not new."""
+    head: Head
+    """The new ids' part of the LM head."""
     new: Tensor
-    """(N, V - V0) logits of the new ids."""
+    """(N, V - V0) products of the new ids' weights, which head.shaped turns into logits."""
     targets: Tensor
     """(N,) the codes' places among the new ids."""
     direction: Tensor
     """(D,) along the mean hidden state; its product with that is 1."""
     reach: Tensor
-    """(N,) what one nat of shift adds to the logits of each place."""
+    """(N,) what one nat of shift adds to the products of each place."""
     codes: slice
     """The places of the codes among the new ids."""
 
@@ -111,15 +114,17 @@ class _Measured:
         model.eval()
         hidden = hidden_states(model, probe.ids)[:, :-1]
         model.train(was_training)
-        head, num_old = head_of(model).float(), probe.num_old
+        head, num_old = head_of(model), probe.num_old
         following = probe.ids[:, 1:]
         is_code = following >= probe.first_code
         places = hidden[is_code].float()  # (N, D)
         mean = places.mean(0)
         direction = mean / mean.square().sum()
+        new = head.of(range(num_old, len(head)))
         return cls(
-            text=(places @ head[:num_old].T).logsumexp(1),
-            new=places @ head[num_old:].T,
+            text=head.of(range(num_old)).logits(places).logsumexp(1),
+            head=new,
+            new=replace(new, scale=1.0, cap=None).logits(places),
             targets=following[is_code] - num_old,
             direction=direction,
             reach=places @ direction,
@@ -128,11 +133,12 @@ class _Measured:
 
     def cost(self, shift: float) -> float:
         """Return the mean cost of a code in nats if all new rows move by `shift` along the direction."""
-        logits = self.new + shift * self.reach[:, None]
+        logits = self.head.shaped(self.new + shift * self.reach[:, None])
         total = torch.logaddexp(self.text, logits.logsumexp(1))
         return float((total - logits.gather(1, self.targets[:, None])[:, 0]).mean())
 
     def cost_among_codes(self) -> float:
         """Return the mean cost of a code in nats if nothing but codes were possible."""
-        totals = self.new[:, self.codes].logsumexp(1)
-        return float((totals - self.new.gather(1, self.targets[:, None])[:, 0]).mean())
+        logits = self.head.shaped(self.new)
+        totals = logits[:, self.codes].logsumexp(1)
+        return float((totals - logits.gather(1, self.targets[:, None])[:, 0]).mean())

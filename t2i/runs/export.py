@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder, read_json, read_optional_json, write_json
-from t2i.model.backbone import head_of, hidden_states, load_model, weight_files
+from t2i.model.backbone import head_of, hidden_states, load_model, num_ids, weight_files
 from t2i.model.open_lm import language_model_t2i, pipeline_t2i, sampling_open_lm
 from t2i.model.resize import end_at
 from t2i.model.routing import check_text
@@ -159,7 +159,7 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
 def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bool) -> None:
     """Load the folder as anybody would, and compare what logits are made of: hidden states, and the LM head."""
     # Over the whole vocabulary: a routed model has other weights for its last ids.
-    ids = torch.linspace(0, model.config.vocab_size - 1, NUM_CHECKED, device=model.device).long()[None]
+    ids = torch.linspace(0, num_ids(model) - 1, NUM_CHECKED, device=model.device).long()[None]
     again = load_model(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
     again = again.eval().to(model.device)
     # Rounding may differ a little with the weights' layout in memory. A swapped or lost tensor differs by far more.
@@ -169,5 +169,5 @@ def _check_logits(model: PreTrainedModel, folder: Path, *, trust_remote_code: bo
             f"{folder}, when loaded, gives hidden states that differ by {difference:.1e}; not exported."
         )
     # Not the logits: to read both heads once is quicker than to multiply by them.
-    if not torch.equal(head_of(model), head_of(again)):
+    if not head_of(model).equals(head_of(again)):
         raise CheckpointError(f"{folder}, when loaded, has another LM head; not exported.")

@@ -24,7 +24,7 @@ from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.distributed.run_id import read_run_id
 from t2i.errors import CheckpointError, UserError
 from t2i.files import HUB, hub_name, not_here, sha256_of
-from t2i.model.backbone import check_decoding, load_model, weight_files
+from t2i.model.backbone import check_decoding, load_model, num_ids, weight_files
 from t2i.runs.best_checkpoint import BEST
 from t2i.runs.checkpoint_manifest import CHECKPOINTS, has_manifest
 from t2i.runs.checkpoint_store import newest_readable, verify
@@ -233,7 +233,7 @@ def _read(
             f"{folder} is a plain language model without image codes: its config.json has no vocab_layout."
         )
     else:
-        layout = VocabLayout(model.config.vocab_size, text_tokenizer.num_tokens, codebook_size=0)
+        layout = VocabLayout(num_ids(model), text_tokenizer.num_tokens, codebook_size=0)
     opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
     return _with_images(opened) if needs_images else opened
 

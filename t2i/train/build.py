@@ -17,10 +17,12 @@ from t2i.model.backbone import (
     check_head,
     load_model,
     made_of,
+    num_ids,
     random_model_config,
     read_model_config,
 )
 from t2i.model.control_init import control_init
+from t2i.model.growth_checks import check_reads, check_shapes, check_text_kept, text_logits
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
@@ -85,6 +87,7 @@ def build_model(
         )
     if config.init != "random" and not manifest.is_text and data.mode != "text-only":
         check_decoding(model, name=config.init)  # now: after days of training it would be too late
+    before = text_logits(model, num_text_rows=layout.num_text_rows)
     if start.num_kept < layout.vocab_size and not manifest.is_text:
         _grow(
             start,
@@ -113,6 +116,8 @@ def build_model(
         model.gradient_checkpointing_enable()
     if config.image_weights == "none":
         choose_learned(model, config, train=train, num_kept=start.num_kept)
+    if not isinstance(model.config, OpenLMConfig):
+        check_text_kept(model, before, name=config.init)
     return model, layout
 
 
@@ -129,6 +134,9 @@ def _grow(
     if kind in FROM_SHARDS:
         rows = rows_from_shards(kind, model, data=data, layout=layout, tokenizer=tokenizer, seed=seed)
     grow_vocabulary(model, vocab_size=layout.vocab_size, rows=rows, seed=seed)
+    if not isinstance(model.config, OpenLMConfig):
+        check_shapes(model, name=config.init)
+        check_reads(model, range(start.num_kept, layout.vocab_size), name=config.init)
     if data.mode != "text-only" and (config.init != "random" or kind in FROM_SHARDS):
         sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
         begin_fairly(model, kind, probe=Probe.of(sequences, layout=layout, num_old=start.num_kept))
@@ -170,7 +178,7 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
         UserError: settings that leave nothing to train.
     """
     rank = config.lora_rank
-    has_new = model.config.vocab_size > num_kept
+    has_new = num_ids(model) > num_kept
     if train.new_embeddings_lr is not None and not has_new:
         raise UserError(
             f"train.new_embeddings_lr is {train.new_embeddings_lr}; expected None, because no embedding is new."
@@ -189,7 +197,7 @@ def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None
     if isinstance(model.config, OpenLMConfig):
         # Rotary angles are computed for any position, so more of them cost no parameters.
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
-    elif found is not None and found < seq_len:
+    elif found is not None and 0 <= found < seq_len:  # XLNet's -1 is for any number
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
 
 
@@ -257,7 +265,7 @@ def _kept_rows(
 
     A model that was trained on these codes keeps all. One with other codes keeps those of text and markers.
     """
-    rows, codebook_size = model.config.vocab_size, manifest.codebook_size
+    rows, codebook_size = num_ids(model), manifest.codebook_size
     known = getattr(model.config, "vocab_layout", None)
     text_tokenizer.check_rows(known["num_text_tokens"] if known else rows, model="the language model")
     if known is None:  # it has met no codes at all

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i.model import loss
+from t2i.model import softmax
 from t2i.model.loss import split_sums, summed_loss, token_losses
+from t2i.model.softmax import Head
 
 KINDS = {"num_text_rows": 20, "first_image_id": 27}
 
@@ -20,9 +21,11 @@ def batch(dtype=torch.float32):
 @pytest.mark.parametrize("tile_rows", [7, 48])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_losses_and_gradients_equal_plain_cross_entropy(z_loss, tile_rows, monkeypatch):
-    monkeypatch.setattr(loss, "CPU_TILE_ROWS", tile_rows)  # 48 rows in seven tiles, the last of 6, or in one
+    monkeypatch.setattr(
+        softmax, "CPU_TILE_ROWS", tile_rows
+    )  # 48 rows in seven tiles, the last of 6, or in one
     hidden, labels, head = batch()
-    total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=z_loss)
+    total, losses, partitions = summed_loss(hidden, labels, head=Head(head), z_loss=z_loss)
     (0.5 * total).backward()
     gradients = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
@@ -39,11 +42,42 @@ def test_losses_and_gradients_equal_plain_cross_entropy(z_loss, tile_rows, monke
     assert torch.allclose(gradients[1], head.grad, atol=1e-4)
 
 
+@pytest.mark.parametrize("image_rows", [None, range(27, 48)])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_bias_a_scale_and_a_cap_are_those_of_plain_logits(cap, image_rows, monkeypatch):
+    monkeypatch.setattr(softmax, "CPU_TILE_ROWS", 7)
+    hidden, labels, weight = batch()
+    bias = torch.randn(48, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    head = Head(weight, bias=bias, scale=0.5, cap=cap)
+    total, losses, squares = summed_loss(hidden, labels, head=head, z_loss=0.1, image_rows=image_rows)
+    total.backward()
+    gradients = [value.grad.clone() for value in (hidden, weight, bias)]
+    hidden.grad = weight.grad = bias.grad = None
+    logits = (hidden @ weight.T + bias) / 2
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    torch.testing.assert_close(head.logits(hidden), logits)
+    over = logits.clone()
+    if image_rows:  # image labels are over the image vocabulary alone
+        over[..., : image_rows.start] = over[..., : image_rows.start].masked_fill(
+            (labels >= image_rows.start)[..., None], -torch.inf
+        )
+    plain = F.cross_entropy(over.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    partitions = over.logsumexp(-1).square() * (labels != -100)
+    (plain.sum() + 0.1 * partitions.sum()).backward()
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(squares, partitions, atol=1e-5, rtol=1e-5)
+    # Sums of about 500 terms in fp32, in another order.
+    for found, value in zip(gradients, (hidden, weight, bias), strict=True):
+        torch.testing.assert_close(found, value.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_image_labels_can_be_told_from_image_rows_alone():
     hidden, labels, head = batch()
     image_rows = range(27, 45)  # the last three of 48 rows are no codes
     labels[labels >= 45] = -100
-    total, losses, partitions = summed_loss(hidden, labels, head=head, z_loss=0.1, image_rows=image_rows)
+    total, losses, partitions = summed_loss(
+        hidden, labels, head=Head(head), z_loss=0.1, image_rows=image_rows
+    )
     total.backward()
     gradients = hidden.grad.clone(), head.grad.clone()
     hidden.grad = head.grad = None
@@ -58,23 +92,23 @@ def test_image_labels_can_be_told_from_image_rows_alone():
     assert torch.allclose(partitions, squares, rtol=1e-5)
     assert torch.allclose(gradients[0], hidden.grad, atol=1e-5)
     assert torch.allclose(gradients[1], head.grad, atol=1e-4)
-    measured = token_losses(hidden, labels, head=head, image_rows=image_rows)
+    measured = token_losses(hidden, labels, head=Head(head), image_rows=image_rows)
     assert all(torch.equal(a, b) for a, b in zip((losses, partitions), measured, strict=True))
 
 
 def test_losses_to_measure_and_to_learn_from_are_equal():
     hidden, labels, head = batch()
-    _, *learned = summed_loss(hidden, labels, head=head)
-    measured = token_losses(hidden, labels, head=head)
+    _, *learned = summed_loss(hidden, labels, head=Head(head))
+    measured = token_losses(hidden, labels, head=Head(head))
     assert all(torch.equal(a, b) for a, b in zip(learned, measured, strict=True))
 
 
 def test_bf16_gradients_are_close_to_an_upcast_twin():
     hidden, labels, head = batch(torch.bfloat16)
-    total, *_ = summed_loss(hidden, labels, head=head, z_loss=0.1)
+    total, *_ = summed_loss(hidden, labels, head=Head(head), z_loss=0.1)
     total.backward()
     twins = [value.detach().float().requires_grad_() for value in (hidden, head)]
-    twin, *_ = summed_loss(twins[0], labels, head=twins[1], z_loss=0.1)
+    twin, *_ = summed_loss(twins[0], labels, head=Head(twins[1]), z_loss=0.1)
     twin.backward()
     for value, wanted in zip((hidden, head), twins, strict=True):
         assert value.grad.dtype == torch.bfloat16
@@ -84,7 +118,7 @@ def test_bf16_gradients_are_close_to_an_upcast_twin():
 
 def test_the_split_equals_a_loop_over_tokens():
     hidden, labels, head = batch()
-    losses, squares = token_losses(hidden, labels, head=head)
+    losses, squares = token_losses(hidden, labels, head=Head(head))
     sums = split_sums(losses, labels, squares=squares, **KINDS)
     twin = {"text": [0.0, 0], "image": [0.0, 0], "special": [0.0, 0]}
     for row in range(3):
@@ -105,8 +139,8 @@ def test_the_split_equals_a_loop_over_tokens():
 
 def test_bf16_sums_are_fp32_and_close_to_an_upcast_twin():
     hidden, labels, head = batch(torch.bfloat16)
-    losses, _ = token_losses(hidden, labels, head=head)
-    twin, _ = token_losses(hidden.float(), labels, head=head.float())
+    losses, _ = token_losses(hidden, labels, head=Head(head))
+    twin, _ = token_losses(hidden.float(), labels, head=Head(head.float()))
     assert losses.dtype == torch.float32
     # bf16 logits of size 4 are rounded by up to 0.01 each; the rounding averages out over 480 tokens.
     assert abs(losses.sum() - twin.sum()).item() / (labels != -100).sum().item() < 1e-3
@@ -114,9 +148,9 @@ def test_bf16_sums_are_fp32_and_close_to_an_upcast_twin():
 
 def test_padding_never_reaches_the_loss():
     hidden, labels, head = batch()
-    losses, _ = token_losses(hidden, labels, head=head)
+    losses, _ = token_losses(hidden, labels, head=Head(head))
     assert (losses[labels == -100] == 0).all()
-    nothing, *_ = summed_loss(hidden, torch.full_like(labels, -100), head=head)
+    nothing, *_ = summed_loss(hidden, torch.full_like(labels, -100), head=Head(head))
     nothing.backward()
     assert nothing.item() == 0
     assert (hidden.grad == 0).all() and (head.grad == 0).all()

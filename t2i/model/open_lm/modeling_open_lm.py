@@ -15,9 +15,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import ModelOutput
 
 from .attention_open_lm import Attention, Remember, attention_mask_of, make_norm, positions_of, rotary_angles
+from .class_reading_open_lm import reader_of  # noqa: F401
 from .configuration_open_lm import OpenLMConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401 - transformers copies what is imported here alone
 from .decoding_open_lm import begin_decoding
+from .forms_open_lm import ClassForm  # noqa: F401
 from .layers_open_lm import forward  # noqa: F401
 from .products_open_lm import product  # noqa: F401
 from .race_open_lm import race  # noqa: F401

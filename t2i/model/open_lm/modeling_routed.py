@@ -21,15 +21,17 @@ from transformers.pytorch_utils import Conv1D
 
 # All files of the class, though not all are used here: transformers copies no others.
 from .attention_open_lm import Attention  # noqa: F401
+from .class_reading_open_lm import body_of
 from .configuration_open_lm import OpenLMConfig
 from .configuration_routed import RoutedConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401
 from .decoding_open_lm import begin_decoding  # noqa: F401
+from .forms_open_lm import ClassForm  # noqa: F401
 from .layers_open_lm import forward  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM
 from .products_open_lm import mirror, mirrored
 from .race_open_lm import race  # noqa: F401
-from .reading_open_lm import body_of
+from .reading_open_lm import left_padded  # noqa: F401
 from .sampling_open_lm import draw
 from .window_open_lm import sample_by_window  # noqa: F401
 
@@ -128,14 +130,17 @@ class Sum(nn.Module):
 class RoutedHead(nn.Linear):
     """An LM head that computes text logits by the product that the language model's own head was."""
 
-    def __init__(self, weight: nn.Parameter, num_text_rows: int) -> None:
+    def __init__(self, head: Any, num_text_rows: int) -> None:
         super().__init__(1, 1, bias=False, device="meta")
-        self.weight, self.num_text_rows = weight, num_text_rows
-        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias, self.num_text_rows = head.weight, head.bias, num_text_rows
+        self.out_features, self.in_features = head.weight.shape
 
     def forward(self, hidden: Tensor) -> Tensor:
-        text, image = self.weight[: self.num_text_rows], self.weight[self.num_text_rows :]
-        return torch.cat([F.linear(hidden, text), F.linear(hidden, image)], dim=-1)
+        parts = []
+        for ids in (slice(self.num_text_rows), slice(self.num_text_rows, None)):
+            bias = None if self.bias is None else self.bias[ids]
+            parts.append(F.linear(hidden, self.weight[ids], bias))
+        return torch.cat(parts, dim=-1)
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -163,7 +168,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.watcher = self.get_input_embeddings().register_forward_pre_hook(self.route.look)
         self._tied_weights_keys = _below("language_model", language_model._tied_weights_keys)
         head = language_model.get_output_embeddings()
-        language_model.set_output_embeddings(RoutedHead(head.weight, config.num_text_rows))
+        language_model.set_output_embeddings(RoutedHead(head, config.num_text_rows))
         add_image_weights(language_model, self.route, kind=config.image_weights, rank=config.image_rank)
         self.generation_config = copy.deepcopy(language_model.generation_config)
         self.post_init()

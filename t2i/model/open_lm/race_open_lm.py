@@ -22,6 +22,8 @@ class Draws:
     temperature: float
     top_k: int
     top_p: float
+    mixes_logits: bool = False
+    """Guidance combines logits: they are capped, so mixed hidden states would give others."""
 
     @property
     def is_guided(self) -> bool:
@@ -37,12 +39,17 @@ def next_codes(hidden: Tensor, keys: Tensor, *, to_logits: Callable[[Tensor], Te
 
 def guided_logits(hidden: Tensor, *, to_logits: Callable[[Tensor], Tensor], how: Draws) -> Tensor:
     """Compute logits of the image codes (B, codebook), fp32 or wider, from hidden states (R, D)."""
-    if how.is_guided:
-        # In fp32 or wider: their difference is small.
-        conditional, unconditional = widened(hidden).chunk(2)  # (B, D) each
-        mixed = unconditional + how.guidance_scale * (conditional - unconditional)
-        hidden = mixed.to(hidden.dtype)
-    return widened(to_logits(hidden))
+    if how.is_guided and not how.mixes_logits:
+        hidden = _guided(hidden, how).to(hidden.dtype)
+    logits = widened(to_logits(hidden))
+    return _guided(logits, how) if how.is_guided and how.mixes_logits else logits
+
+
+def _guided(values: Tensor, how: Draws) -> Tensor:
+    """Combine what conditional and unconditional rows (R, ...) have: (B, ...)."""
+    # In fp32 or wider: their difference is small.
+    conditional, unconditional = widened(values).chunk(2)
+    return unconditional + how.guidance_scale * (conditional - unconditional)
 
 
 def widened(numbers: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .class_reading_open_lm import UnpaddedDecoder, body_of, reader_of
 from .decoding_any_open_lm import FIXED_STEP, FixedRowDecoder, Memory, RowDecoder, allocated, cache_name
+from .forms_open_lm import PADDED, ClassForm
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Maximum difference of hidden states, relative to the largest, by which a class's fast decoding counts as equal."""
@@ -29,20 +31,11 @@ UNSERVED = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, As
 Began = tuple[Tensor, RowDecoder | FixedRowDecoder]
 
 
-def body_of(model: PreTrainedModel) -> Any:
-    """Return the part of a causal LM that computes hidden states, without the LM head."""
-    # transformers' own name for it, base_model, is the whole model in some classes, such as Gemma 3's.
-    if model.base_model is not model:
-        return model.base_model
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if len(inner) == 1 else model
-
-
 class PlainDecoder:
     """Continue from the ids read so far, with the model's own forward and KV cache."""
 
     def __init__(self, model: PreTrainedModel, mask: Tensor) -> None:
-        self.body, self.mask = body_of(model), mask  # (R, T)
+        self.body, self.mask = reader_of(model), mask  # (R, T)
         self.cache_name = cache_name(self.body)
         # Counted from each row's first real id, as in training, where prompts are not padded on the left.
         self.positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (R, T)
@@ -72,20 +65,26 @@ def begin_any(
     empty_prompt: Sequence[int] | None,
     num_codes: int,
     is_fixed: bool = False,
-) -> tuple[Tensor, RowDecoder | FixedRowDecoder | PlainDecoder]:
+) -> tuple[Tensor, RowDecoder | FixedRowDecoder | PlainDecoder | UnpaddedDecoder]:
     """Read the prompts as begin_decoding does, with a model of one of transformers' own classes.
 
     Raises:
         ValueError: is_fixed, and the step of this class cannot be compiled.
     """
     begun = None
-    if compiles(model) if is_fixed else is_served(model):
+    form = ClassForm.of(model)
+    if form.reading == PADDED and (compiles(model) if is_fixed else is_served(model)):
         begun = begin_rows(model, prompts, empty_prompt=empty_prompt, num_codes=num_codes, is_fixed=is_fixed)
     if begun is None and is_fixed:
         raise ValueError(
             f"the step of {type(model).__name__} cannot be compiled as a whole with a KV cache of fixed shape;"
             " expected a class such as Llama's, Qwen2's or Qwen3's, or is_compiled=False"
         )
+    if form.reading != PADDED:
+        unpadded = UnpaddedDecoder(
+            model, [*prompts, *([empty_prompt] * len(prompts) if empty_prompt else [])]
+        )
+        return unpadded.begin(), unpadded
     return begun or begin_plain(model, prompts, empty_prompt=empty_prompt, num_codes=num_codes)
 
 
@@ -181,8 +180,8 @@ def is_served(model: PreTrainedModel, *, is_fixed: bool = False) -> bool:
     key = (is_fixed, model.dtype, model.device.type, model.training)
     if key not in answers:
         # Ids of the end of the vocabulary, for these are the image codes.
-        last = model.config.vocab_size - 1
-        ids = last - torch.arange(14, device=model.device).view(2, 7) % model.config.vocab_size
+        last = len(model.get_input_embeddings().weight) - 1
+        ids = last - torch.arange(14, device=model.device).view(2, 7) % (last + 1)
         settings: dict[str, Any] = {"empty_prompt": None, "num_codes": 3}
         try:
             # With a padded row, and without: then there is no mask.

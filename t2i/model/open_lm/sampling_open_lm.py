@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .forms_open_lm import ClassForm
 from .products_open_lm import has_blocks, product
 
 # Under their old names too: files of older exports and others' scripts import them from here.
@@ -47,11 +48,10 @@ def sample_codes(
 ) -> Tensor:
     """Sample one image per prompt: codes (B, K), int64.
 
-    Guidance combines hidden states instead of logits. The LM head has no bias, so both give the same, and this takes
-    one product with the head per pair.
+    Guidance combines hidden states, with one product with the head per pair, unless the class caps its logits.
 
     Args:
-        model: a causal LM with a bias-free LM head; open_lm's allocates its KV cache once.
+        model: a causal LM; open_lm's allocates its KV cache once.
         prompts: ids up to and with `<image>`, of any lengths.
         empty_prompt: the prompt of the null caption.
         image_ids: ids of the image codes, in order of the codes.
@@ -74,16 +74,22 @@ def sample_codes(
         raise ValueError("there is no caption to draw; expected at least one")
     if window != "auto" and (window < 1 or (is_compiled and window > 1)):
         raise ValueError(f"window is {window}; expected auto or a number >= 1, and 1 for a compiled step")
-    how = Draws(image_ids, guidance_scale, temperature, top_k, top_p)
+    form = ClassForm.of(model)
+    how = Draws(image_ids, guidance_scale, temperature, top_k, top_p, mixes_logits=not form.is_linear)
     # After <image> come K codes and nothing else, so the text part of the LM head is never multiplied with.
-    head = model.get_output_embeddings().weight[image_ids.start : image_ids.stop]  # (codebook, D)
+    head, bias = form.head_of(model, image_ids)  # (codebook, D), (codebook,)
+    if is_compiled and not form.is_plain(bias):
+        raise ValueError(
+            f"{type(model).__name__} scales, caps or shifts its logits, which is not compiled here"
+        )
     pace = 1 if is_compiled else pace_of(window, model=model, num_images=len(prompts), how=how)
     keys = image_keys(torch.tensor(seeds, device=model.device), num_codes=num_codes)  # (B, K)
     # Asked by method, not by class, so that an export's class, loaded by remote code, is decoded the fast way too.
     begin = getattr(model, "begin_decoding", None) or functools.partial(begin_any, model)
     empty = empty_prompt if how.is_guided else None
     hidden, decoder = begin(prompts, empty_prompt=empty, num_codes=num_codes, is_fixed=is_compiled)
-    to_logits = product(head, num_rows=len(prompts))
+    multiply = product(head, num_rows=len(hidden) if how.mixes_logits else len(prompts))
+    to_logits = form.logits_after(multiply, bias=bias)
     # The first code is sampled from the prompts' hidden states, so K codes take at most K - 1 passes.
     codes = [next_codes(hidden, keys[:, 0], to_logits=to_logits, how=how)]
     on_code(codes)

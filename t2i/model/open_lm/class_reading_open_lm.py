@@ -1,0 +1,99 @@
+"""What computes the hidden states that a class's LM head is given, and a decoder for classes that take no padding.
+
+This file is uploaded with exported models, so it imports only torch, transformers and the files beside it.
+
+R rows, D width.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .decoding_any_open_lm import cache_name
+from .forms_open_lm import WHOLE, ClassForm
+
+
+def body_of(model: PreTrainedModel) -> Any:
+    """Return the part of a causal LM that computes hidden states, without the LM head."""
+    # transformers' own name for it, base_model, is the whole model in some classes, such as Gemma 3's.
+    if model.base_model is not model:
+        return model.base_model
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else model
+
+
+class HeadInput:
+    """Compute what the LM head of a model is given, where that is not what its body returns."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def forward(self) -> Any:
+        """The model's own forward, whose parameters say what its cache is called."""
+        return self.model.forward
+
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Run the model's own forward on ids (B, S), with one logit per position instead of all."""
+        head: Any = self.model.get_output_embeddings()
+        found: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(hidden)
+            return hidden[..., :1]
+
+        head.forward = keep
+        try:
+            outputs = self.model(input_ids, **kwargs)
+        finally:
+            del head.forward
+        return BaseModelOutputWithPast(
+            last_hidden_state=found[-1], past_key_values=getattr(outputs, "past_key_values", None)
+        )
+
+
+def reader_of(model: PreTrainedModel) -> Any:
+    """Return what computes the hidden states that the LM head of a model is multiplied with."""
+    return HeadInput(model) if ClassForm.of(model).is_transformed else body_of(model)
+
+
+class UnpaddedDecoder:
+    """Continue rows of one length together, without padding, mask and positions, which some classes do not take."""
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
+        self.reader, self.has_cache = reader_of(model), ClassForm.of(model).reading != WHOLE
+        self.cache_name = cache_name(self.reader)
+        places: defaultdict[int, list[int]] = defaultdict(list)
+        for place, row in enumerate(rows):
+            places[len(row)].append(place)
+        self.places = [torch.tensor(group, device=model.device) for group in places.values()]
+        self.ids = [
+            torch.tensor([rows[place] for place in group], device=model.device) for group in places.values()
+        ]
+        self.caches: list[Any] = [None] * len(self.ids)
+
+    def begin(self) -> Tensor:
+        """Read the rows and return their last hidden states (R, D)."""
+        return self._read(self.ids)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Read one more id of each row (R,), and return the last hidden states (R, D)."""
+        new = [ids[places, None] for places in self.places]
+        self.ids = [torch.cat(parts, dim=1) for parts in zip(self.ids, new, strict=True)]
+        return self._read(new if self.has_cache else self.ids)
+
+    def _read(self, parts: list[Tensor]) -> Tensor:
+        found = []
+        for group, ids in enumerate(parts):
+            if self.has_cache:
+                outputs = self.reader(ids, use_cache=True, **{self.cache_name: self.caches[group]})
+                self.caches[group] = outputs.past_key_values
+            else:
+                outputs = self.reader(ids, use_cache=False)
+            found.append(outputs.last_hidden_state[:, -1])
+        return torch.cat(found)[torch.cat(self.places).argsort()]
