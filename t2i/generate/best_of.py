@@ -73,7 +73,7 @@ def code_log_likelihoods(
 
     They are those of drawing without guidance at temperature 1: over image codes alone.
     """
-    head = head_of(model)[layout.image_rows.start : layout.image_rows.stop]
+    head = head_of(model).of(layout.image_rows)
     sums = []
     for start in range(0, len(prompts), ROWS_AT_A_TIME):
         part = codes[start : start + ROWS_AT_A_TIME].to(model.device)  # (B, K)
@@ -89,7 +89,7 @@ def code_log_likelihoods(
         before = torch.tensor([len(row) - 1 for row in rows], device=model.device)[:, None]
         places = before + torch.arange(part.shape[1], device=model.device)  # (B, K)
         chosen = torch.take_along_dim(hidden, places[:, :, None], dim=1)  # (B, K, D)
-        logits = (chosen @ head.T.to(chosen.dtype)).float()  # (B, K, C)
+        logits = head.logits(chosen)  # (B, K, C)
         nats = logits.log_softmax(-1).gather(-1, part[:, :, None].long())[..., 0]  # (B, K)
         sums.append(nats.double().sum(1).cpu())
     return torch.cat(sums)

@@ -118,17 +118,16 @@ def bias_of(model: PreTrainedModel) -> Tensor | None:
 def never_generate(model: PreTrainedModel, ids: list[int]) -> None:
     """Keep transformers' generate() from choosing these ids, now and after the model is saved."""
     # In the generation config, not in the logits: these stay those of open_lm.
-    assert model.generation_config is not None
-    model.generation_config.suppress_tokens = ids or None
+    if model.generation_config is not None:  # some classes have no generate()
+        model.generation_config.suppress_tokens = ids or None
 
 
 def end_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let generate() end at the tokenizer's end token, in both config files; more end tokens of a chat model stay."""
     generation, end = model.generation_config, tokenizer.eos_token_id
-    assert generation is not None
-    known = generation.eos_token_id
-    if end is None:
+    if end is None or generation is None:
         return
+    known = generation.eos_token_id
     # A class's own default may be any other token: Llama's is id 2.
     if end not in (known if isinstance(known, list) else [known]):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

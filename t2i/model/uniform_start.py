@@ -82,7 +82,7 @@ def narrow_to_fair(model: PreTrainedModel, probe: Probe) -> None:
     Rows that differ as those of text do make a model sure of one code or another, before it has seen any. Halved again
     and again, they keep their directions. Input embeddings that are not tied to the head stay as far apart as they are.
     """
-    codes = head_of(model)[probe.first_code : probe.first_code + probe.codebook_size]  # (codebook, D)
+    codes = head_of(model).weight[probe.first_code : probe.first_code + probe.codebook_size]  # (codebook, D)
     for _ in range(MOST_HALVINGS):
         if _Measured.by(model, probe).cost_among_codes() <= log(len(codes)) + FAIR_EXCESS_NATS:
             return
