@@ -7,7 +7,7 @@ R rows, D width.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class HeadInput:
         finally:
             del head.forward
         return BaseModelOutputWithPast(
-            last_hidden_state=found[-1], past_key_values=getattr(outputs, "past_key_values", None)
+            last_hidden_state=cast(Any, found[-1]), past_key_values=getattr(outputs, "past_key_values", None)
         )
 
 

@@ -11,7 +11,7 @@ image, T positions so far, D width.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +180,7 @@ def is_served(model: PreTrainedModel, *, is_fixed: bool = False) -> bool:
     key = (is_fixed, model.dtype, model.device.type, model.training)
     if key not in answers:
         # Ids of the end of the vocabulary, for these are the image codes.
-        last = len(model.get_input_embeddings().weight) - 1
+        last = cast(Tensor, model.get_input_embeddings().weight).shape[0] - 1
         ids = last - torch.arange(14, device=model.device).view(2, 7) % (last + 1)
         settings: dict[str, Any] = {"empty_prompt": None, "num_codes": 3}
         try:
