@@ -17,10 +17,9 @@ def test_the_page_is_made_from_the_results():
 
 
 @pytest.mark.parametrize("found", read_results(), ids=lambda found: found["transformers"])
-def test_of_the_classes_that_transformers_maps_at_least_85_in_100_pass_or_are_refused_by_a_sentence(found):
+def test_of_the_classes_that_were_tried_at_least_85_in_100_pass(found):
     results = [row["result"] for row in found["rows"].values()]
-    assert results.count(PASSES) + results.count("refused") >= 0.85 * len(results)
-    assert results.count("fails") <= 0.01 * len(results)
+    assert results.count(PASSES) >= 0.85 * len(results) and results.count("fails") == 0
     used = {name: found["rows"][kind]["result"] for name, kind in PEOPLE_USE.items()}
     assert set(used.values()) == {PASSES}, used
 
