@@ -59,6 +59,7 @@ class T2IPipeline(DiffusionPipeline):
         temperature: float = 0.9,
         top_k: int = 50,
         top_p: float = 1.0,
+        window: int | str = 1,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -76,6 +77,8 @@ class T2IPipeline(DiffusionPipeline):
             temperature: 0 for the most likely code.
             top_k: keep this many codes; 0 for all.
             top_p: of those, keep the most likely that together reach this probability.
+            window: codes per pass. "auto" takes more where the clock says that they are faster; where two codes are
+                nearly tied, rounding may then decide otherwise from call to call.
             height: of an image, as it is; another size is an error. The same for `width`.
             num_inference_steps: one step per code, as it is; another number is an error.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": codes (B, K).
@@ -112,6 +115,7 @@ class T2IPipeline(DiffusionPipeline):
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
+                    window=window,
                     on_code=on_code,
                 )  # (B, K)
             except _Interrupted as interrupted:
