@@ -35,9 +35,11 @@ def sentence_embeddings(captions: list[str], *, folder: Path, device: str = "cpu
             f"--align-to is {folder}, which has no config.json; expected a folder of a sentence encoder."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        opened = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = opened.to(device).eval()
+    # TypeError: a tokenizer whose file is missing is opened by the name None.
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--align-to {folder} cannot be opened as a sentence encoder: {error}.") from error
     if tokenizer.pad_token is None:  # language models have none, and the mask leaves it out
         tokenizer.pad_token = tokenizer.eos_token

@@ -12,6 +12,7 @@ from PIL import Image
 
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
+from t2i.serve.http_server import ImageServer
 from t2i.verbs import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
@@ -128,22 +129,25 @@ def words_of(verb, folder, data):
         "forgetting": [folder, "--text", "notes.txt", "--max-new-tokens", 2],
         "perplexity": [folder, "--data.shards", data],
         "nearest": [folder],
+        "serve": [folder, "--port", 0],
         "gradients": [folder, "--data.shards", data, "--num-sequences", 2],
     }[verb]  # fmt: skip
 
 
 WHOLE = {
     "prepare", "convert", "train", "verify-resume", "sample", "export", "plan", "forgetting", "perplexity", "nearest",
-    "gradients",
+    "gradients", "serve",
 }  # fmt: skip
 """Verbs that end well where the traps are all that is odd: they have read the folder, not refused it at the door."""
 
 
 @pytest.mark.parametrize("change", [as_it_is, strangers_class, pickles_alone, yaml_tags, engine_of_pickles])
 @pytest.mark.parametrize("verb", SCRIPTS)
-def test_no_command_runs_anything_of_a_strangers_folder(verb, change, traps, shards, call):
+def test_no_command_runs_anything_of_a_strangers_folder(verb, change, traps, shards, call, monkeypatch):
     folder, ran = traps
     change(folder)
+    # Opened and listening is enough; otherwise it would serve until it is told to stop.
+    monkeypatch.setattr("t2i.serve.stopping.serve_until_stopped", ImageServer.server_close)
     Path("images").mkdir()
     Path("notes.txt").write_text("a note of some length, with a few words in it " * 20)
     for index in range(3):

@@ -28,7 +28,7 @@ def images(port, **fields):
 def test_a_served_model_draws_until_it_is_told_to_stop(model_folder):
     command = [sys.executable, str(ROOT / "launchers" / "serve.py"), str(model_folder), "--port", "0"]
     environment = processes.environment(PYTHONPATH=str(ROOT))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with processes.start(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         port = int(re.search(r":(\d+)/v1", process.stdout.readline())[1])
         assert images(port, seed=1)[0] == 200
         with ThreadPoolExecutor(20) as clients:

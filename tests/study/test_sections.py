@@ -295,5 +295,5 @@ def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section
             write_json(made.folder(arm, seed) / "perplexity.json", {"splits": splits})
     found = section(made, "wordings", arms=["pretrained", "random"])
     assert column(found, "held-out images") == ["combinations", "combinations-french"]
-    assert column(found, "pretrained")[0] == "0.5500 (0.5000 to 0.6000)"
+    assert found.table[1][2] == "0.5500 (0.5000 to 0.6000)"
     assert column(found, "pretrained - random")[1].startswith("+0.3000 (95%: +0.3000 to +0.3000)")

@@ -17,7 +17,7 @@ question: Which rate?
 seeds: [0, 1]
 settings: {data: {seq_len: 90}, train: {max_steps: 30, lr: 7.0}}
 tuning: {seed: 9, values: [1.0e-4, 3.0e-4, 1.0e-3], settings: {train: {max_steps: 10}}}
-arms: {pretrained: {model: {hidden_size: 32}}, random: {}}
+arms: {pretrained: {model: {hidden_size: 96}}, random: {}}
 """
 
 
@@ -47,7 +47,7 @@ def test_trials_come_before_the_runs_of_their_arm_on_a_seed_of_their_own(study, 
     flags = " ".join(jobs["tune-random-0.001"].command)
     # The last of two equal flags wins.
     assert flags.rindex("--train.lr 0.001") > flags.rindex("--train.lr 7.0")
-    assert flags.rindex("--train.max-steps 10") > flags.rindex("--train.max-steps 30")
+    assert flags.rindex("--train.max_steps 10") > flags.rindex("--train.max_steps 30")
     assert flags.endswith("--train.seed 9")
     assert [one for one in jobs["random-seed1"].needs if one.startswith("tune-")] == trials[3:]
     assert [job.name for job in first_jobs(study, list(jobs.values()))] == trials
