@@ -129,7 +129,7 @@ def _drop_old(newest: Path, *, run_id: str, keep_last: int, keep_every: int) -> 
     best = best_of(run_dir)
     for step, old in reversed(committed(run_dir).items()):
         # Never what is of a later step or of another run: this run has made nothing in its place.
-        if old in (newest, best) or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
+        if old == newest or step > (named_step(newest) or 0) or not is_made_by(old, run_id):
             continue
         num_kept += 1
         if num_kept <= keep_last or old == best or (keep_every and step % keep_every == 0):
