@@ -42,6 +42,8 @@ def follow(run_dir: Path, name: str) -> None:
     # MLflow names its runs itself.
     known["run"] = getattr(getattr(tracker.tracker, "info", None), "run_id", None)
     position, is_over = 0, False
+    end = threading.Timer(LAST_SECONDS, os._exit, [1])
+    end.daemon = True
     while True:
         rows, position = new_rows(run_dir / METRICS, position)
         for row in rows:
@@ -53,11 +55,10 @@ def follow(run_dir: Path, name: str) -> None:
         write_json(state, known)
         if is_over:
             tracker.finish()
+            end.cancel()
             return
         is_over = bool(select.select([sys.stdin], [], [], LOOK_SECONDS)[0])
         if is_over:
-            end = threading.Timer(LAST_SECONDS, os._exit, [1])
-            end.daemon = True
             end.start()
 
 
