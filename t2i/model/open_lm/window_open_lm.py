@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .race_open_lm import Draws, guided_logits, kept_codes, race
+from .race_open_lm import Draws, guided_logits, kept_codes, next_codes, race
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 """Windows to choose from."""
@@ -32,7 +32,7 @@ MARGIN = 1.05
 FADING = 0.98
 """What is left of a count after one more pass."""
 PRIOR = 8
-"""Images by which the mean number of codes kept is smoothed."""
+"""Right guesses, and as many wrong ones, that are taken as seen."""
 
 
 @runtime_checkable
@@ -56,13 +56,11 @@ class WindowDecoder(Protocol):
 class Pace:
     """Which window to use next: the one by which most codes per second are expected.
 
-    How long passes take is measured, and so is how much of them was kept. No pass is made for that alone.
+    How long passes take is measured, and so is how often guesses were right. No pass is made for that alone.
     """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     """Of the last passes with all images of a batch, by window."""
-    kept: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Codes that were kept, and of how many images, by window."""
     num_right: float = 0
     """Guesses that were right and had only right ones before them."""
     num_guesses: float = 0
@@ -84,9 +82,7 @@ class Pace:
     def saw(self, window: int, *, seconds: float, num_kept: Sequence[int]) -> None:
         """Take in one pass, and how many codes of each image were kept."""
         self.seconds[window] = [*self.seconds.get(window, ())[-7:], seconds]
-        codes, images = self.kept.get(window, (0.0, 0.0))
         # Older passes count less and less: weights change while a model is trained, and captions with them.
-        self.kept[window] = (FADING * codes + sum(num_kept), FADING * images + len(num_kept))
         if window > 1:
             self.num_right = FADING * self.num_right + sum(kept - 1 for kept in num_kept)
             self.num_guesses = FADING * self.num_guesses + sum(min(kept, window - 1) for kept in num_kept)
@@ -97,14 +93,10 @@ class Pace:
         return self._codes(window) / self._time(window) * (MARGIN if window == 1 else 1)
 
     def _codes(self, window: int) -> float:
-        """Return the mean number of codes kept per pass, smoothed by what is expected of guesses that are alike."""
-        chance = (self.num_right + 1) / (self.num_guesses + 2)
-        expected = sum(chance**place for place in range(window))
-        if window in self.kept:
-            codes, images = self.kept[window]
-            return (codes + PRIOR * expected) / (images + PRIOR)
-        last = max(self.kept)
-        return self._codes(last) * expected / sum(chance**place for place in range(last))
+        """Return how many codes are kept per pass if every guess has the chance of those seen so far."""
+        # Half of the guesses, until many were seen: an image may begin with a busy corner.
+        chance = (self.num_right + PRIOR) / (self.num_guesses + 2 * PRIOR)
+        return sum(chance**place for place in range(window))
 
     def _time(self, window: int) -> float:
         """Return the seconds of a pass; of a window that was not tried, by a line through the two largest tried."""
@@ -195,7 +187,9 @@ def sample_by_window(
         wish = pace.window() if isinstance(pace, Pace) else pace
         window = min(wish, num_codes - min(batch.known))
         began = clock()
-        num_kept = _pass(batch, decoder, window, start=start, to_logits=to_logits, how=how)
+        # The pass that windows are compared with is the plain one, without what they need beside it.
+        one_or_several = _single if window == 1 and batch.is_even else _pass
+        num_kept = one_or_several(batch, decoder, window, start=start, to_logits=to_logits, how=how)
         if isinstance(pace, Pace):
             if len(batch.known) == num_images and window == wish:
                 # Not of images near their end: they read again what is known.
@@ -211,6 +205,25 @@ def sample_by_window(
         for place in range(len(codes), min(batch.known, default=num_codes)):
             codes.append(found[:, place])
             on_code(codes)
+
+
+def _single(
+    batch: Batch,
+    decoder: WindowDecoder,
+    window: int,
+    *,
+    start: int,
+    to_logits: Callable[[Tensor], Tensor],
+    how: Draws,
+) -> list[int]:
+    """Draw the next code of each image of the call, all at one place; `window` is 1."""
+    place = batch.known[0]
+    decoder.length = start + place
+    ids = batch.codes[:, place - 1] + how.image_ids.start
+    hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids)  # (R, D)
+    drawn = next_codes(hidden, batch.keys[:, place], to_logits=to_logits, how=how)
+    batch.codes[:, place] = drawn
+    return [window] * len(drawn.tolist())  # waits for the device, as a window's pass does
 
 
 def _pass(
@@ -232,12 +245,7 @@ def _pass(
     starts = start + first[:, 0]
     if how.is_guided:
         ids, starts = torch.cat([ids, ids]), torch.cat([starts, starts])
-    if window == 1 and batch.is_even:
-        # The pass that windows are compared with is the plain one.
-        decoder.length = start + batch.known[0]
-        hidden = decoder(ids[:, 0])  # (R, D)
-    else:
-        hidden = decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
+    hidden = decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
     logits = guided_logits(hidden, to_logits=to_logits, how=how)
     likely = kept_codes(
         logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
