@@ -29,7 +29,6 @@ from t2i.config import TrainConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import count_parameters, estimate_memory, flops_a_token
 from t2i.distributed.launch import start_processes
-from t2i.generate.sample import own_attention
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.sampling_open_lm import sample_codes
@@ -225,8 +224,7 @@ def sampling(*, bandwidth: float, end: float) -> Iterator[side_by_side.Row]:
             if time.monotonic() > end:
                 return
             try:
-                with own_attention():
-                    seconds = timed(functools.partial(draw, is_compiled=is_compiled), rounds=2)
+                seconds = timed(functools.partial(draw, is_compiled=is_compiled), rounds=2)
             except torch.cuda.OutOfMemoryError:
                 print(f"sampling, batch {batch}, {name}: out of memory", flush=True)
                 continue

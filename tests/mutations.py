@@ -854,7 +854,7 @@ MUTATIONS = (
     ),
     Mutation(
         "cudnn-plans-each-length",
-        "t2i/generate/sample.py",
+        "t2i/model/open_lm/sampling_open_lm.py",
         "sdpa_kernel([",
         "sdpa_kernel([SDPBackend.CUDNN_ATTENTION, ",
         "drawing prepares a thousand plans for each length of prompt",

@@ -62,7 +62,6 @@ def test_rows_are_kept_as_they_come_and_engines_are_freed(gpu, monkeypatch, tmp_
         return build(ds_config, sequences, **settings)
 
     def draw(model, prompts, *, is_compiled, **_):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
         if len(prompts) == 8 and is_compiled:
             raise torch.cuda.OutOfMemoryError
 

@@ -4,14 +4,12 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from t2i.config import SampleConfig
@@ -99,29 +97,21 @@ def draw_codes(drawer: Drawer, captions: Sequence[str], *, first_seed: int | Non
     layout, model, settings = drawer.layout, drawer.model, drawer.settings
     prompts, null_prompt = _prompts(drawer, captions)
     start = settings.seed if first_seed is None else first_seed
-    with own_attention():
-        return sample_codes(
-            model,
-            prompts,
-            empty_prompt=null_prompt,
-            image_ids=layout.image_rows,
-            num_codes=model.config.codes_per_image,
-            # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
-            seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            is_compiled=settings.compile,
-            window=settings.window,
-        )
-
-
-def own_attention() -> AbstractContextManager[None]:
-    """Leave out cuDNN's attention while codes are drawn one by one."""
-    # torch prefers it in bf16 on newer GPUs, and it prepares a plan for each new shape, which takes tens of
-    # milliseconds. Here the keys grow by one per code: a thousand plans, most of a minute, for each length of prompt.
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return sample_codes(
+        model,
+        prompts,
+        empty_prompt=null_prompt,
+        image_ids=layout.image_rows,
+        num_codes=model.config.codes_per_image,
+        # A seed belongs to a caption's index, not to a rank or a batch, so any number of processes draws the same.
+        seeds=[(start + index) % MAX_WHOLE for index in range(len(captions))],
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        is_compiled=settings.compile,
+        window=settings.window,
+    )
 
 
 def _prompts(drawer: Drawer, captions: Sequence[str]) -> tuple[list[list[int]], list[int]]:

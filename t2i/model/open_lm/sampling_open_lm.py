@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from .forms_open_lm import ClassForm
@@ -29,6 +30,9 @@ MANY_ROWS = 8
 MARKERS = ("<doc>", "</doc>", "<text>", "</text>", "<image>", "</image>")
 
 
+# Without cuDNN's attention, which prepares a plan for each new shape. The keys grow by one per code, so that it would
+# prepare a thousand, most of a minute, for each length of prompt; torch prefers it in bf16 on newer GPUs.
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 @torch.inference_mode()
 def sample_codes(
     model: PreTrainedModel,
