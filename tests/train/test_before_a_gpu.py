@@ -217,7 +217,8 @@ def test_an_image_tokenizer_trains_with_all_its_tensors_on_one_gpu():
             model = build_vq_model(config)
             pixels = torch.zeros(2, 3, 16, 16)
         codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=0.99)
-        loss, latents = _step_loss(model, pixels, codebook, config)
+        trained, picks = torch.nn.ModuleDict({"model": model}), torch.zeros(2, dtype=torch.long)
+        loss, latents = _step_loss(trained, (pixels, picks), codebook, config)
         assert {loss.device.type, latents.device.type, codebook.sums.device.type} == {"cuda"}
 
 
