@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -103,6 +104,9 @@ def followed(run_dir, monkeypatch):
         with os.fdopen(end) as stdin:
             monkeypatch.setattr(following.sys, "stdin", stdin)
             follow(run_dir, "wandb")
+        # The one that ends a hanging process would end this one a minute later.
+        timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers)
         return Recorder.last
 
     return run
