@@ -58,6 +58,7 @@ LEARN = ("tests/model/test_trainable.py",)
 CODES = ("tests/model/test_code_embeddings.py",)
 OPEN_LM = ("tests/model/test_open_lm.py",)
 SAMPLING = ("tests/model/test_sampling.py", "tests/model/test_open_lm.py")
+ANY_CLASS = ("tests/model/test_decoding_any.py",)
 GPU = ("tests/train/test_before_a_gpu.py",)
 WINDOW = ("tests/model/test_window.py",)
 DATA = ("tests/data/test_loader.py", "tests/data/test_shards.py")
@@ -342,6 +343,38 @@ MUTATIONS = (
         "mask.cumsum(-1)",
         "models with learned positions draw from shifted ones",
         SAMPLING,
+    ),
+    Mutation(
+        "another-class-hides-its-first-id",
+        "t2i/model/open_lm/decoding_any_open_lm.py",
+        "hiding(places < padding[:, None], self.dtype)",
+        "hiding(places <= padding[:, None], self.dtype)",
+        "padded rows of Llama's class never see <doc>",
+        ANY_CLASS,
+    ),
+    Mutation(
+        "another-class-counts-from-one",
+        "t2i/model/open_lm/decoding_any_open_lm.py",
+        "self.positions = (places - padding[:, None]).clamp(min=0)",
+        "self.positions = (places - padding[:, None] + 1).clamp(min=0)",
+        "codes of classes with learned positions are drawn from shifted ones",
+        ANY_CLASS,
+    ),
+    Mutation(
+        "another-class-misses-its-newest-id",
+        "t2i/model/open_lm/decoding_any_open_lm.py",
+        "is_hidden = (places > self.at) |",
+        "is_hidden = (places >= self.at) |",
+        "a compiled step of Llama's class does not see the code before it",
+        ANY_CLASS,
+    ),
+    Mutation(
+        "another-class-counts-padding",
+        "t2i/model/open_lm/decoding_any_open_lm.py",
+        "position_ids=(self.at - self.padding)[:, None]",
+        "position_ids=self.at.expand_as(self.padding)[:, None]",
+        "a compiled step's positions depend on the longest prompt",
+        ANY_CLASS,
     ),
     Mutation(
         "a-window-keeps-a-wrong-guess",

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from t2i.errors import UserError
 from t2i.generate.sample import drawer_of
+from t2i.model.backbone import check_decoding
 from t2i.model.open_lm import decoding_any_open_lm, reading_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
@@ -191,6 +192,7 @@ def test_a_module_in_two_places_stays_one_in_a_mirror():
 def test_a_routed_models_codes_pass_its_image_weights_alone(kind, monkeypatch):
     model = routed(kind)
     assert is_served(model)
+    check_decoding(model, name="some/folder")  # continues with image codes, as the sampler does
     assert not any(isinstance(module, ByKind) for module in model.image_body().modules())
     assert torch.equal(sample_codes(model, PROMPTS, **DRAW), slow(model, monkeypatch))
 
