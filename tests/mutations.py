@@ -549,8 +549,8 @@ MUTATIONS = (
     Mutation(
         "completions-choose-unused-rows",
         "t2i/measure/forgetting.py",
-        "barred = list(range(layout.num_text_tokens, model.config.vocab_size))",
-        "barred = list(range(layout.num_text_rows, model.config.vocab_size))",
+        "barred = list(range(layout.num_text_tokens, num_ids(model)))",
+        "barred = list(range(layout.num_text_rows, num_ids(model)))",
         "a completion holds ids that the tokenizer cannot read",
         FORGETTING,
     ),

@@ -109,6 +109,11 @@ class CompareCommand:
     """scores.json of another, or its folder."""
 
 
+@dataclass(frozen=True)
+class JudgeCommand:
+    """Nothing is asked: the judge is trained on the embedded images."""
+
+
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave_job
     from t2i.measure.compare import lines_of
@@ -284,10 +289,13 @@ def compare(command: CompareCommand) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["compare"]:
-        sys.argv[:2] = [f"{sys.argv[0]} compare"]  # the verb becomes part of the program's name
+    verb = next(iter(sys.argv[1:]), "")
+    if verb in ("compare", "judge"):
+        sys.argv[:2] = [f"{sys.argv[0]} {verb}"]  # the verb becomes part of the program's name
+    if verb == "compare":
         compare(parse(CompareCommand, description=__doc__ or ""))
-    elif sys.argv[1:] == ["judge"]:
+    elif verb == "judge":
+        parse(JudgeCommand, description=__doc__ or "")
         show_judge()
     else:
         score_model(parse(ScoreCommand, description=__doc__ or ""))

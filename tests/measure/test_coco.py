@@ -402,7 +402,7 @@ def test_an_export_carries_its_scores_where_the_hub_reads_them(
     card = ModelCard.load(tmp_path / "exported" / "README.md")
     assert json.loads((tmp_path / "exported" / "coco_scores.json").read_text()) == scores
     results = {result.metric_type: result for result in card.data.eval_results}
-    assert set(results) == {"fid", "kid"}
+    assert set(results) == {"fid", "kid", "mind"}
     assert results["fid"].metric_value == round(scores["fid"], 4)
     assert (results["fid"].dataset_type, results["fid"].dataset_name) == (
         "ms-coco-val2014",

@@ -138,6 +138,7 @@ class TwoSides:
 
     def __init__(self, embedding, head):
         self.embedding, self.lm_head = SimpleNamespace(weight=embedding), SimpleNamespace(weight=head)
+        self.config = SimpleNamespace()
 
     def get_input_embeddings(self):
         return self.embedding
