@@ -119,7 +119,9 @@ def test_a_number_is_refused_by_its_flag_or_taken(kind, monkeypatch):
 
 
 def test_a_wrong_choice_is_a_sentence(monkeypatch):
-    with pytest.raises(UserError, match=r"^--layout is 'square'; expected one of plain, geneval, geneval2, dpg\.$"):
+    with pytest.raises(
+        UserError, match=r"^--layout is 'square'; expected one of plain, geneval, geneval2, dpg\.$"
+    ):
         parsed(monkeypatch, sample.SampleCommand, "x", "--prompts", "a", "--out", "b", "--layout", "square")
     with pytest.raises(
         UserError, match=r"^data\.mode is 'video'; expected one of text-to-image, .* or None\.$"
