@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from PIL.PngImagePlugin import PngInfo
 
 from t2i.config import SamplerConfig
-from t2i.generate.sample import decode_images, own_attention
+from t2i.generate.sample import decode_images
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.sampling_open_lm import caption_codes
 from t2i.runs.loading import OpenedModel
@@ -47,19 +47,18 @@ def batch_drawer(
 
     def draw(images: Sequence[Asked]) -> list[bytes]:
         missing = batch_size - len(images)
-        with own_attention():
-            codes = caption_codes(
-                opened.model,
-                [image.caption for image in images] + [""] * missing + fixed,
-                tokenizer=encode,
-                seeds=[image.seed for image in images] + [0] * (missing + len(fixed)),
-                guidance_scale=sampler.guidance_scale,
-                temperature=sampler.temperature,
-                top_k=sampler.top_k,
-                top_p=sampler.top_p,
-                # Windows would let the other images of a batch decide how this one's products are rounded.
-                window=1,
-            )  # (batch_size + 2, K)
+        codes = caption_codes(
+            opened.model,
+            [image.caption for image in images] + [""] * missing + fixed,
+            tokenizer=encode,
+            seeds=[image.seed for image in images] + [0] * (missing + len(fixed)),
+            guidance_scale=sampler.guidance_scale,
+            temperature=sampler.temperature,
+            top_k=sampler.top_k,
+            top_p=sampler.top_p,
+            # Windows would let the other images of a batch decide how this one's products are rounded.
+            window=1,
+        )  # (batch_size + 2, K)
         pictures = decode_images(opened.needed_image_tokenizer(), codes[:batch_size])
         settings = {**vars(sampler), "weights": opened.weights}
         files = []
