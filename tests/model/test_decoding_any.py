@@ -11,6 +11,7 @@ from t2i.model.open_lm import decoding_any_open_lm, reading_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.decoding_any_open_lm import RowDecoder
+from t2i.model.open_lm.forms_open_lm import PADDED, ClassForm
 from t2i.model.open_lm.modeling_routed import ByKind, RoutedForCausalLM
 from t2i.model.open_lm.products_open_lm import PackedConv1D, PackedLinear, mirrored
 from t2i.model.open_lm.reading_open_lm import begin_any, begin_plain, compiles, is_served
@@ -193,6 +194,7 @@ def test_a_routed_models_codes_pass_its_image_weights_alone(kind, monkeypatch):
     model = routed(kind)
     assert is_served(model)
     check_decoding(model, name="some/folder")  # continues with image codes, as the sampler does
+    assert ClassForm.of(model).reading == PADDED  # the others are slow
     assert not any(isinstance(module, ByKind) for module in model.image_body().modules())
     assert torch.equal(sample_codes(model, PROMPTS, **DRAW), slow(model, monkeypatch))
 
