@@ -49,7 +49,7 @@ class Meters:
         for name, meaning in HELP.items():
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} counter"]
             lines += [
-                f"{key} {value:g}" for key, value in sorted(counts.items()) if key.split("{")[0] == name
+                f"{key} {value:.12g}" for key, value in sorted(counts.items()) if key.split("{")[0] == name
             ]
         lines += [
             "# HELP t2i_waiting_images Images that wait to be drawn.",
