@@ -89,7 +89,8 @@ def main() -> None:
         shares = [flops / value / peak if peak else 0.0 for value in seconds]
         note = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if IS_GPU else "a rehearsal"
         rows.append(side_by_side.stated(f"forward and backward, {what}: MFU", shares, best=max, note=note))
-        side_by_side.write("gpu_step", rows, figures=figures, is_kept=IS_GPU and not options.quick)
+        if IS_GPU:
+            side_by_side.write("gpu_step", rows, figures=figures, is_kept=not options.quick)
     if not options.quick:
         print(profile(made(), ids), flush=True)
 

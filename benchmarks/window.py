@@ -87,8 +87,9 @@ def main() -> None:
             ratio = (NUM_CODES - 1) / passes[f"window {window}"]
             rows.append(side_by_side.stated(what, [ratio], target=target))
         rows += time_passes(passes, rounds=options.rounds)
-    is_kept = not options.quick and len(options.parts) == len(PARTS)
-    side_by_side.write("window", rows, figures={"passes per image": figures}, is_kept=is_kept)
+    if len(options.parts) == len(PARTS):
+        figures_of = {"passes per image": figures}
+        side_by_side.write("window", rows, figures=figures_of, is_kept=not options.quick)
 
 
 @contextmanager

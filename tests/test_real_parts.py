@@ -130,7 +130,7 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
     done("launchers/export.py", run, "--out", exported)
     card = ModelCard.load(exported / "README.md")
     assert [result.metric_value for result in card.data.eval_results] == [
-        round(scores[name], 4) for name in ("fid", "kid")
+        round(scores[name], 4) for name in ("fid", "kid", "mind")
     ]
 
     assert f"Training started from the pre-trained model `{model}`." in card.text

@@ -209,7 +209,8 @@ FREE = {
     "run_dir", "data.num_workers", "data.cache_limit", "model.gradient_checkpointing", "model.trust_remote_code",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.deterministic", "train.compile", "train.spike", "train.spike_score", "train.hang_timeout_seconds",
-    "train.sample_every", "train.sample_prompts", "train.eval_every", "train.eval_images", "train.eval_text",
+    "train.sample_every", "train.sample_prompts", "train.report_to",
+    "train.eval_every", "train.eval_images", "train.eval_text",
 }  # fmt: skip
 """What a resumed run may change: written out, for no rule would notice if one more became free."""
 

@@ -57,9 +57,17 @@ def follow(run_dir: Path, name: str) -> None:
             tracker.finish()
             end.cancel()
             return
-        is_over = bool(select.select([sys.stdin], [], [], LOOK_SECONDS)[0])
+        is_over = is_ended(LOOK_SECONDS)
         if is_over:
             end.start()
+
+
+def is_ended(seconds: float) -> bool:
+    """Wait so long for the run's process to close this one's input, or to end."""
+    # poll, for select takes no file descriptor above 1,023.
+    poll = select.poll()
+    poll.register(sys.stdin)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
@@ -120,7 +128,7 @@ def _show_samples(tracker: GeneralTracker, run_dir: Path, *, after: int, now: in
     for path in sorted((run_dir / SAMPLES).glob("step_*.png")):
         step = int(path.stem.removeprefix("step_"))
         if hasattr(tracker, "log_images") and after < step <= now:
-            with Image.open(path) as sheet:
+            with Image.open(path, formats=("PNG",)) as sheet:
                 # At the step reported last: W&B drops what comes for an earlier one.
                 tracker.log_images({"samples": [sheet.copy()]}, step=now)
             after = step

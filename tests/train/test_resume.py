@@ -188,7 +188,8 @@ def test_a_finished_run_says_so_and_what_to_change(finished, tmp_path, caplog):
     )
     loss = read_metrics(run_dir)[-2]["loss"]
     report = f"Next: python launchers/report.py {run_dir}"
-    assert f"done: step 6, loss {loss:.3f}. Checkpoints: {run_dir / 'checkpoints'}. {report}" in caplog.text
+    assert f"done: step 6, loss {loss:.3f}. Checkpoints: {run_dir / 'checkpoints'}" in caplog.text
+    assert report in caplog.text
 
 
 def test_a_stop_leaves_no_traceback(finished, tmp_path):
@@ -238,4 +239,4 @@ def test_a_run_without_the_state_of_its_engine_does_not_resume_and_keeps_its_che
     drop_engine_state(config.run_dir)
     with pytest.raises(CheckpointError, match=r"step_000003 has no engine/.*--model\.init"):
         train(config, ds_config_path=DS_CONFIG)
-    assert [folder.name for folder in (config.run_dir / "checkpoints").iterdir()] == ["step_000003"]
+    assert [folder.name for folder in (config.run_dir / "checkpoints").glob("step_*")] == ["step_000003"]
