@@ -83,7 +83,8 @@ class RowScore:
             "n_reference": self.n_reference,
             **self.measures,
         }
-        return found | ({"intervals": self.intervals} if self.intervals else {})
+        intervals = {key: list(bounds) for key, bounds in self.intervals.items()}
+        return found | ({"intervals": intervals} if intervals else {})
 
 
 @dataclass(frozen=True)
