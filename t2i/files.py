@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import select
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 import yaml
@@ -277,3 +279,11 @@ def file_hash(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_readable(stream: IO[str] | socket.socket, *, seconds: float = 0) -> bool:
+    """Wait so long until a stream can be read, or its other side has closed it."""
+    # poll, for select takes no file descriptor above 1,023.
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

@@ -1,8 +1,11 @@
 """Files on disks that are full, keep no modes, or hold on to what is open."""
 
 import errno
+import fcntl
 import os
+import resource
 import shutil
+import socket
 import stat
 from pathlib import Path
 
@@ -138,3 +141,15 @@ def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path):
         files.read_json(path)
     with pytest.raises(UserError, match="expected at most 16,777,216"):
         files.read_yaml(path, name="--config x.yaml")
+
+
+def test_a_stream_is_readable_once_its_other_side_is_closed_whatever_its_number():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(2_000, before[0]), before[1]), before[1]))
+    one, other = socket.socketpair()
+    # 1,024 and more: what select does not take.
+    with one, socket.socket(fileno=fcntl.fcntl(one.fileno(), fcntl.F_DUPFD, 1_500)) as far:
+        assert not files.is_readable(far)
+        other.close()
+        assert files.is_readable(far, seconds=1)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -4,7 +4,6 @@ import base64
 import hmac
 import json
 import logging
-import select
 import socket
 import threading
 import time
@@ -17,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+from t2i.files import is_readable
 from t2i.serve.images_request import ImagesRequest, Limits, RefusedError, read_request
 from t2i.serve.meters import Meters
 from t2i.serve.waiting import Asked, ClosedError, FullError, Waiting
@@ -254,8 +254,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _has_left(self) -> bool:
         """Tell whether the client has closed its end."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        return is_readable(self.connection) and not self.connection.recv(1, socket.MSG_PEEK)
 
 
 def _answer_of(

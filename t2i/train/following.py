@@ -5,7 +5,6 @@ It ends when its standard input does, which the run holds open.
 
 import json
 import os
-import select
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from t2i.distributed.run_id import read_run_id
-from t2i.files import read_optional_json, read_yaml, write_json
+from t2i.files import is_readable, read_optional_json, read_yaml, write_json
 from t2i.runs.metrics_log import METRICS, MetricsRow, parse_row, step_of
 from t2i.runs.run_folder import RESOLVED, SAMPLES
 from t2i.train.trackers import TRACKERS
@@ -57,17 +56,9 @@ def follow(run_dir: Path, name: str) -> None:
             tracker.finish()
             end.cancel()
             return
-        is_over = is_ended(LOOK_SECONDS)
+        is_over = is_readable(sys.stdin, seconds=LOOK_SECONDS)
         if is_over:
             end.start()
-
-
-def is_ended(seconds: float) -> bool:
-    """Wait so long for the run's process to close this one's input, or to end."""
-    # poll, for select takes no file descriptor above 1,023.
-    poll = select.poll()
-    poll.register(sys.stdin)
-    return bool(poll.poll(seconds * 1000))
 
 
 def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:

@@ -15,7 +15,7 @@ STUDY = """
 title: Tuned
 question: Which rate?
 seeds: [0, 1]
-settings: {data: {seq_len: 90}, train: {max_steps: 30, lr: 7.0}}
+settings: {data: {seq_len: 90, shards: "{out}/images"}, train: {max_steps: 30, lr: 7.0}}
 tuning: {seed: 9, values: [1.0e-4, 3.0e-4, 1.0e-3], settings: {train: {max_steps: 10}}}
 arms: {pretrained: {model: {hidden_size: 96}}, random: {}}
 """

@@ -130,16 +130,16 @@ def test_every_row_is_reported_once_and_samples_with_them(run_dir, followed):
 
 def test_a_held_out_row_is_reported_though_its_step_was_before(run_dir, followed, monkeypatch):
     append_metrics(run_dir, {"step": 1, "loss": 2.0})
-    real, polls = following.is_ended, []
+    real, polls = following.is_readable, []
 
-    def late(seconds):
+    def late(stream, *, seconds):
         polls.append(seconds)
         if len(polls) > 1:
-            return real(seconds)
+            return real(stream, seconds=seconds)
         append_metrics(run_dir, {"step": 1, "split": "heldout", "image_loss": 3.0})
         return False
 
-    monkeypatch.setattr(following, "is_ended", late)
+    monkeypatch.setattr(following, "is_readable", late)
     assert followed().logged == [(1, {"train/loss": 2.0}), (1, {"heldout/image_loss": 3.0})]
 
 
