@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from t2i.errors import UserError
 from t2i.generate.sample import drawer_of
 from t2i.model.backbone import check_decoding
-from t2i.model.open_lm import decoding_any_open_lm, reading_open_lm
+from t2i.model.open_lm import decoding_any_open_lm, fixed_shape_open_lm, reading_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.decoding_any_open_lm import RowDecoder
@@ -217,7 +217,7 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(kind, monkeypatch):
         return real(step, fullgraph=fullgraph, backend="eager")
 
     monkeypatch.setattr(torch, "compile", without_inductor)
-    monkeypatch.setattr(decoding_any_open_lm, "LEAST_WINDOW", 16)
+    monkeypatch.setattr(fixed_shape_open_lm, "LEAST_WINDOW", 16)
     assert compiles(model)
     expected = slow(model, monkeypatch)
     for _ in range(2):

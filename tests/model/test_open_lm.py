@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2i.errors import UserError
-from t2i.model.open_lm import decoding_open_lm, sampling_open_lm
+from t2i.model.open_lm import fixed_shape_open_lm, sampling_open_lm
 from t2i.model.open_lm.attention_open_lm import rotary_angles, rotate
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
@@ -145,7 +145,7 @@ def test_a_seed_gives_the_same_image_in_batches_of_1_and_7():
 @pytest.mark.parametrize("positions", ["rotary", "none"])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_decoding_token_by_token_equals_the_forward(positions, norm_type, monkeypatch):
-    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
+    monkeypatch.setattr(fixed_shape_open_lm, "LEAST_WINDOW", 4)
     model = tiny(positional_embedding_type=positions, norm_type=norm_type, qk_norm=True, post_embed_norm=True)
     ids, padding = torch.randint(64, (3, 9)), torch.tensor([0, 2, 4])
     mask = (torch.arange(9) >= padding[:, None]).long()
@@ -176,7 +176,7 @@ def test_a_compiled_step_draws_the_same_codes_and_is_kept(guidance_scale, monkey
         return real(step, fullgraph=fullgraph, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", without_inductor)
-    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
+    monkeypatch.setattr(fixed_shape_open_lm, "LEAST_WINDOW", 4)
     settings = {"seeds": range(7), "guidance_scale": guidance_scale, **SETTINGS}
     wanted = sample_codes(model, PROMPTS, **settings)
     assert torch.equal(sample_codes(model, PROMPTS, **settings, is_compiled=True), wanted)
@@ -217,7 +217,7 @@ def test_many_rows_are_compiled_for_onednn_and_run_as_precisely_as_before(batch,
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 7])
 def test_the_compiler_itself_draws_the_same_codes(batch, monkeypatch):
-    monkeypatch.setattr(decoding_open_lm, "LEAST_WINDOW", 4)
+    monkeypatch.setattr(fixed_shape_open_lm, "LEAST_WINDOW", 4)
     model = tiny()
     settings = {"seeds": range(batch), "guidance_scale": 3.0, **SETTINGS}
     wanted = sample_codes(model, PROMPTS[:batch], **settings)

@@ -21,12 +21,11 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .fixed_shape_open_lm import windows
 from .products_open_lm import mirrored, packed
 
 ATTENTION = "t2i_shared_keys"
 """Name of `attend` among transformers' attention functions."""
-FIXED_STEP, MOST_WINDOWS, LEAST_WINDOW = 32, 4, 128
-"""Fixed shapes as open_lm's decoder has them: steps of positions, and windows that are compiled separately."""
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values (R, H, P + K, head_dim) of each layer."""
 
@@ -200,11 +199,8 @@ class FixedRowDecoder(nn.Module):
         return self
 
     def windows(self) -> Iterator[int]:
-        """Yield the window of each step from here: the positions that it must see, rounded up."""
-        num_positions = self.memory[0][0].shape[2]
-        size = max(LEAST_WINDOW, -(-num_positions // MOST_WINDOWS))
-        for seen in range(self.length + 1, num_positions + 1):
-            yield min(num_positions, seen + -seen % size)
+        """Yield the window of each step from here."""
+        return windows(self.length, num_positions=self.memory[0][0].shape[2])
 
     def forward(self, ids: Tensor, window: int) -> Tensor:
         """Append one id per row (R,); compute its normalised hidden state (R, D)."""

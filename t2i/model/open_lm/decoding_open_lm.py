@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .fixed_shape_open_lm import kept_decoder, windows
 from .layers_open_lm import StaticCache, forward, signed, weights_of
 from .products_open_lm import product
 from .reading_open_lm import left_padded
-
-FIXED_STEP = 32
-"""Fixed shapes have a multiple of so many positions, so that a slightly longer prompt needs no new compilation."""
-MOST_WINDOWS, LEAST_WINDOW = 4, 128
-"""Attention in fixed shapes is over a growing window of positions; each size of window is compiled separately."""
 
 
 class Decoder:
@@ -143,11 +139,8 @@ class FixedDecoder(nn.Module):
         self.padding.copy_(padding)
 
     def windows(self) -> Iterator[int]:
-        """Yield the window of each step from here: the positions that it must see, rounded up."""
-        num_positions = self.memory[0].shape[3]
-        size = max(LEAST_WINDOW, -(-num_positions // MOST_WINDOWS))
-        for seen in range(self.length + 1, num_positions + 1):
-            yield min(num_positions, seen + -seen % size)
+        """Yield the window of each step from here."""
+        return windows(self.length, num_positions=self.memory[0].shape[3])
 
     def forward(self, ids: Tensor, window: int) -> Tensor:
         """Append one id per row (R,); compute its normalised hidden state (R, D)."""
@@ -216,20 +209,14 @@ def begin_decoding(
 
 def _kept_decoder(model: PreTrainedModel, *, num_rows: int, least_positions: int) -> FixedDecoder:
     """Return the model's only decoder; a new one if the number of rows differs or it has too few positions."""
-    # In __dict__, past nn.Module's __setattr__: the decoder's buffers must not become part of the model's state.
-    kept: FixedDecoder | None = model.__dict__.get("_fixed_decoder")
     like = model.get_output_embeddings().weight
-    if (
-        kept is not None
-        and kept.padding.device == like.device
-        and kept.memory[0].dtype == like.dtype
-        and len(kept.padding) == num_rows
-        and kept.memory[0].shape[3] >= least_positions
-    ):
-        return kept
-    del kept
-    model.__dict__["_fixed_decoder"] = None  # frees its large memory before the next one's is allocated
-    num_positions = least_positions + -least_positions % FIXED_STEP
-    decoder = FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
-    model.__dict__["_fixed_decoder"] = decoder
-    return decoder
+
+    def fits(kept: FixedDecoder) -> bool:
+        memory = kept.memory[0]
+        is_same = memory.device == like.device and memory.dtype == like.dtype
+        return is_same and len(kept.padding) == num_rows and memory.shape[3] >= least_positions
+
+    def make(num_positions: int) -> FixedDecoder:
+        return FixedDecoder(model, num_rows=num_rows, num_positions=num_positions)
+
+    return kept_decoder(model, fits, make, least_positions=least_positions)

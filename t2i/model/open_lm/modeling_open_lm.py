@@ -19,6 +19,7 @@ from .class_reading_open_lm import reader_of  # noqa: F401
 from .configuration_open_lm import OpenLMConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401 - transformers copies what is imported here alone
 from .decoding_open_lm import begin_decoding
+from .fixed_shape_open_lm import windows  # noqa: F401
 from .forms_open_lm import ClassForm  # noqa: F401
 from .layers_open_lm import forward  # noqa: F401
 from .products_open_lm import product  # noqa: F401

@@ -26,6 +26,7 @@ from .configuration_open_lm import OpenLMConfig
 from .configuration_routed import RoutedConfig
 from .decoding_any_open_lm import RowDecoder  # noqa: F401
 from .decoding_open_lm import begin_decoding  # noqa: F401
+from .fixed_shape_open_lm import windows  # noqa: F401
 from .forms_open_lm import ClassForm  # noqa: F401
 from .layers_open_lm import forward  # noqa: F401
 from .modeling_open_lm import OpenLMForCausalLM

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .class_reading_open_lm import UnpaddedDecoder, body_of, reader_of
-from .decoding_any_open_lm import FIXED_STEP, FixedRowDecoder, Memory, RowDecoder, allocated, cache_name
+from .decoding_any_open_lm import FixedRowDecoder, Memory, RowDecoder, allocated, cache_name
+from .fixed_shape_open_lm import kept_decoder
 from .forms_open_lm import PADDED, ClassForm
 
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -136,16 +137,14 @@ def _kept_decoder(
     model: PreTrainedModel, like: Memory, *, num_rows: int, least_positions: int
 ) -> FixedRowDecoder:
     """Return the model's only decoder of fixed shape; a new one if these rows and positions do not fit."""
-    # In __dict__, past nn.Module's __setattr__: the decoder's buffers must not become part of the model's state.
-    kept: FixedRowDecoder | None = model.__dict__.get("_fixed_decoder")
-    if kept is not None and kept.fits(like, num_rows=num_rows, least_positions=least_positions):
-        return kept
-    del kept
-    model.__dict__["_fixed_decoder"] = None  # frees its large memory before the next one's is allocated
-    num_positions = least_positions + -least_positions % FIXED_STEP
-    decoder = FixedRowDecoder(steps_body(model), like, num_rows=num_rows, num_positions=num_positions)
-    model.__dict__["_fixed_decoder"] = decoder
-    return decoder
+
+    def fits(kept: FixedRowDecoder) -> bool:
+        return kept.fits(like, num_rows=num_rows, least_positions=least_positions)
+
+    def make(num_positions: int) -> FixedRowDecoder:
+        return FixedRowDecoder(steps_body(model), like, num_rows=num_rows, num_positions=num_positions)
+
+    return kept_decoder(model, fits, make, least_positions=least_positions)
 
 
 def holds_all(cache: Any, num_positions: int) -> bool:
