@@ -11,8 +11,6 @@ Examples:
 
 import functools
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 
 import side_by_side
@@ -44,7 +42,9 @@ def main() -> None:
     if not HAS_OWN:
         raise SystemExit(f"torch {torch.__version__} has no linear_cross_entropy; expected 2.14 or newer.")
     num_processes = 1 if options.quick else 3
-    memory = {name: [memory_of(name) for _ in range(num_processes)] for name in CANDIDATES}
+    memory = {
+        name: [side_by_side.memory_of(__file__, name) for _ in range(num_processes)] for name in CANDIDATES
+    }
     candidates = {name: make() for name, make in CANDIDATES.items()}
     seconds = side_by_side.alternate(candidates, rounds=options.rounds)
     rows = []
@@ -132,14 +132,6 @@ def difference() -> float:
         total = once(loss)()
         found.append((torch.tensor(total), hidden.grad, head.grad))
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
-
-
-def memory_of(name: str) -> int:
-    """Measure a candidate in its own process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

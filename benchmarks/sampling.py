@@ -73,16 +73,7 @@ def measure(
     llama = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).eval()
 
-    t2i = functools.partial(
-        sample_codes,
-        ours,
-        prompts,
-        empty_prompt=EMPTY,
-        image_ids=range(FIRST_IMAGE_ID, FIRST_IMAGE_ID + CODEBOOK),
-        num_codes=num_codes,
-        seeds=range(batch),
-        top_k=1_000,
-    )
+    t2i = ours_of(ours, prompts, num_codes=num_codes)
 
     candidates = {
         "limit": products_alone(batch, num_codes=num_codes),
@@ -97,6 +88,20 @@ def measure(
     # Not all: the compiler rounds products in another order, and at a tie another code wins.
     equal = (t2i() == t2i(is_compiled=True)).float().mean().item()
     return seconds, equal, side_by_side.time_by_operator(t2i)
+
+
+def ours_of(model: torch.nn.Module, prompts: list[list[int]], *, num_codes: int) -> functools.partial[Tensor]:
+    """Build what t2i draws with, whose settings are those of `generate`."""
+    return functools.partial(
+        sample_codes,
+        model,
+        prompts,
+        empty_prompt=EMPTY,
+        image_ids=range(FIRST_IMAGE_ID, FIRST_IMAGE_ID + CODEBOOK),
+        num_codes=num_codes,
+        seeds=range(len(prompts)),
+        top_k=1_000,
+    )
 
 
 def generate(

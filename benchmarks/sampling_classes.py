@@ -14,12 +14,11 @@ from collections.abc import Callable
 import sampling
 import side_by_side
 import torch
-from sampling import CODEBOOK, EMPTY, FIRST_IMAGE_ID, HEADS, INNER, LAYERS, LENGTHS, VOCABULARY, WIDTH
+from sampling import HEADS, INNER, LAYERS, LENGTHS, VOCABULARY, WIDTH
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2i.model.open_lm import reading_open_lm
-from t2i.model.open_lm.sampling_open_lm import sample_codes
 
 CLASSES = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 
@@ -76,16 +75,7 @@ def candidates_of(kind: str, *, batch: int, num_codes: int) -> dict[str, Callabl
         head_dim=WIDTH // HEADS,
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    t2i = functools.partial(
-        sample_codes,
-        model,
-        prompts,
-        empty_prompt=EMPTY,
-        image_ids=range(FIRST_IMAGE_ID, FIRST_IMAGE_ID + CODEBOOK),
-        num_codes=num_codes,
-        seeds=range(batch),
-        top_k=1_000,
-    )
+    t2i = sampling.ours_of(model, prompts, num_codes=num_codes)
     return {
         "t2i": t2i,
         "t2i compiled": functools.partial(t2i, is_compiled=True),

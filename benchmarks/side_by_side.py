@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,14 @@ from t2i.runs.run_folder import git_commit
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 5
 MOST_OPERATORS = 8
+
+
+def memory_of(script: str, name: str) -> int:
+    """Measure a candidate of a benchmark in a process of its own, in bytes; the script prints them for --memory."""
+    done = subprocess.run(
+        [sys.executable, script, "--memory", name], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1])
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:

@@ -10,8 +10,6 @@ Examples:
 import json
 import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,8 +58,10 @@ def main() -> None:
         return
     # Before any candidate is built here: each is measured in a fresh process, whose peak is its own.
     names = ["t2i"] if options.quick else [name for name in CANDIDATES if name != "limit"]
-    memory = {name: [memory_of(name)] for name in names}
-    memory["t2i"] += [memory_of("t2i") for _ in range(min(options.rounds, MEMORY_ROUNDS) - 1)]
+    memory = {name: [side_by_side.memory_of(__file__, name)] for name in names}
+    memory["t2i"] += [
+        side_by_side.memory_of(__file__, "t2i") for _ in range(min(options.rounds, MEMORY_ROUNDS) - 1)
+    ]
     # A compilation takes a minute, so that a quick run leaves it out.
     named = {name: make for name, make in CANDIDATES.items() if not (options.quick and "compiled" in name)}
     steps = {name: make() for name, make in named.items()}
@@ -222,14 +222,6 @@ def peak_bytes(step: Callable[[], None]) -> int:
     step()
     step()  # the second meets the optimizer's state, which the first creates
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def memory_of(name: str) -> int:
-    """Measure a candidate in its own process."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--memory", name], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every process draws its share (draw_rows), and one of them measures (score).
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -154,19 +155,12 @@ def _draw_row(
     world_size: int,
 ) -> list[Path]:
     """Draw by this package's sampler, or by the loop for models of others."""
-    if isinstance(drawer, OthersModel):
-        return draw_others_folder(
-            drawer,
-            captions,
-            out=out,
-            config=config,
-            batch_size=drawing.batch_size,
-            rank=rank,
-            world_size=world_size,
-            description=description,
-        )
-    return draw_folder(
-        drawer,
+    draw = (
+        partial(draw_others_folder, drawer)
+        if isinstance(drawer, OthersModel)
+        else partial(draw_folder, drawer, ranker=drawing.ranker)
+    )
+    return draw(
         captions,
         out=out,
         config=config,
@@ -174,7 +168,6 @@ def _draw_row(
         rank=rank,
         world_size=world_size,
         description=description,
-        ranker=drawing.ranker,
     )
 
 
