@@ -6,6 +6,7 @@ import platform
 import shutil
 import socket
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +43,11 @@ VARIABLES = {
 }
 """Every environment variable that t2i reads or sets itself; libraries read more."""
 
+OF_A_JOB = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+)  # fmt: skip
+"""Variables that make a process a rank of a job."""
+
 BUFFER_BYTES = 69_206_024
 """Shared memory per rank of DeepSpeed's reduction on CPUs."""
 SPARE_BYTES = 2**23
@@ -52,6 +58,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt."""
 DEFAULT_PORT = 29500
 """Port at which the ranks of a job find each other, if started by `deepspeed`."""
+
+
+def with_own_code(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables of a process that finds this t2i first, wherever it is started."""
+    path = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {**environment, "PYTHONPATH": path}
+
+
+def outside_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables of a process that does not take itself for a rank of this job."""
+    return {key: value for key, value in environment.items() if key not in OF_A_JOB}
 
 
 def extensions_folder() -> Path:

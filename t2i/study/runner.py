@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO
 
 from t2i.config.renamed import with_new_flags
+from t2i.env import with_own_code
 from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.runs.engine_state import drop_engine_state
 from t2i.shipped import find_shipped
@@ -29,7 +30,6 @@ from t2i.study.spec import TRAIN, Study
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 2.0
 STOPPED = Stopped.exit_code
 
@@ -101,11 +101,10 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
     began = time.monotonic()
     logger.warning("%s", job.name)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (out / "logs" / f"{job.name}.log").open("a") as log:
         process = subprocess.Popen(
             [*prefix, str(find_shipped(Path(script))), *flags],
-            env=environment,
+            env=with_own_code(os.environ),
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=(lock.fileno(),),  # the job holds its lock too, should this worker be killed

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from t2i.distributed.collectives import of_all_ranks, on_first_rank
+from t2i.env import outside_job
 from t2i.errors import CheckpointError
 from t2i.runs.trust import only_plain_values
 from t2i.train.deepspeed_internals import (
@@ -100,8 +101,7 @@ def convert(source: Path, target: Path) -> None:
     command += ["--input_folder", str(source.relative_to(parent))]
     command += ["--output_folder", str(target.relative_to(parent))]
     # Without these the converter would take itself for a rank of this job and wait for the others.
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    environment = outside_job(os.environ)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CheckpointError(f"{source} could not be converted: {done.stderr.strip()[-500:]}")

@@ -1,7 +1,8 @@
 """Where a run's new embeddings begin: drawn, read from a file, or made from the shards; and at what cost."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,18 +70,19 @@ def rows_from_shards(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
-    seen = _seen(data, tokenizer=tokenizer) if kind == "captions" else None
+    deviations: Callable[[Tensor], Tensor]
+    if kind == "captions":
+        captions, codes = _seen(data, tokenizer=tokenizer)
+        deviations = partial(
+            deviations_by_captions, captions=captions, codes=codes, codebook_size=layout.codebook_size
+        )
+    else:
+        vectors = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER).code_vectors()
+        deviations = partial(deviations_by_vectors, vectors=vectors, generator=generator)
     # Each end by its own text embeddings: an untied LM head lives in another space than the input embeddings.
     for name, old in ends_of(model).items():
         rows, text = old.detach(), old.detach()[: layout.num_text_tokens].cpu()
-        if seen is not None:
-            captions, codes = seen
-            moved = deviations_by_captions(
-                text, captions=captions, codes=codes, codebook_size=layout.codebook_size
-            )
-        else:
-            vectors = ImageTokenizer.load(data.shards / IMAGE_TOKENIZER).code_vectors()
-            moved = deviations_by_vectors(text, vectors, generator=generator)
+        moved = deviations(text)
         count = layout.vocab_size - len(rows)
         made = new_rows(text, count=count, kind="mean", generator=generator)
         place = layout.first_image_id - len(rows)

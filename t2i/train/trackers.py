@@ -14,21 +14,17 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from t2i.env import outside_job, with_own_code
 from t2i.errors import UserError
 from t2i.files import lines_of
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).parents[2]
 TENSORBOARD = "tensorboard"
 TRACKERS = "trackers"
 """Folder of a run with what its trackers keep and say."""
 LAST_SECONDS = 5.0
 """How long a run waits at its end for its trackers."""
-OF_A_JOB = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-)  # fmt: skip
-"""Variables that would make a tracker's process a rank of the job."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -61,12 +57,10 @@ class Trackers:
     def _started(self, name: str) -> "subprocess.Popen[bytes]":
         folder = self.run_dir / TRACKERS
         folder.mkdir(exist_ok=True)
-        kept = {key: value for key, value in os.environ.items() if key not in OF_A_JOB}
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         with (folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "t2i.train.following", str(self.run_dir.resolve()), name],
-                env={**kept, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                env=with_own_code(outside_job(os.environ)) | {"CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.PIPE,  # its end tells that the run has ended, however it ended
                 stdout=log,
                 stderr=log,
