@@ -159,7 +159,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if language_model is None:
             language_model = (
                 OpenLMForCausalLM(text)
-                if isinstance(text, OpenLMConfig)
+                if text.model_type == OpenLMConfig.model_type
                 else AutoModelForCausalLM.from_config(text, trust_remote_code=False)
             )
         self.language_model = language_model
