@@ -4,31 +4,21 @@ transformers reads the weights. The text tokenizer is made here from the file's 
 the start token for the end token, and splits digits otherwise than many of these models do.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from t2i.convert.gguf_file import PAIRS_NEIGHBOURS, GgufFile, load_weights, open_gguf, read_tensors
 from t2i.convert.gguf_reference import Sizes, gguf_logits
 from t2i.convert.proof import Tell, prove_logits
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
-from t2i.model.foreign_folder import refuse_adapters
 from t2i.model.resize import end_at, never_generate
 from t2i.tokens.pieces import Pieces, tokenizer_of_pieces
 from t2i.tokens.text import PROBE, TextTokenizer
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-
-PAIRS_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
-"""Architectures that the proof knows, and how their files keep the pairs that positions turn."""
 
 SPECIAL_TOKEN, USER_TOKEN = 3, 4
 """GGUF's types of tokens that text is never split into, and of added words that it is."""
@@ -40,33 +30,6 @@ GPT2 = ("gpt-2", "olmo", "mpt", "phi-2")
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 OWN_RULE = {"llama-bpe": LETTERS + r"\p{N}{1,3}" + REST, "qwen2": LETTERS + r"\p{N}" + REST}
 SPLITS = (*GPT2, *SINGLE_DIGITS, *OWN_RULE)
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file's metadata, read and checked, and its tensors, not read yet."""
-
-    path: Path
-    reader: "GGUFReader"
-    values: Mapping[str, Any]
-
-    @property
-    def architecture(self) -> str:
-        """The model's class, such as llama."""
-        return str(self.values.get("general.architecture"))
-
-    def of_model(self, key: str) -> Any:
-        """Return a value of the architecture's own; CheckpointError if the file lacks it."""
-        return self._needed(f"{self.architecture}.{key}")
-
-    def of_tokenizer(self, key: str) -> Any:
-        """Return a value of the text tokenizer; CheckpointError if the file lacks it."""
-        return self._needed(f"tokenizer.ggml.{key}")
-
-    def _needed(self, name: str) -> Any:
-        if name not in self.values:
-            raise CheckpointError(f"{self.path} has no {name}, which a {self.architecture} model needs.")
-        return self.values[name]
 
 
 def convert_gguf(
@@ -92,7 +55,7 @@ def convert_gguf(
     with new_folder(out) as part:
         file = open_gguf(checkpoint)
         made = TextTokenizer.load(text_tokenizer).tokenizer if text_tokenizer else tokenizer_of(file)
-        model = _load(file)
+        model = load_weights(file)
         set_ends(model, made, end_token=end_token, file=file)
         model.to(getattr(torch, dtype)).save_pretrained(part)
         made.save_pretrained(part)
@@ -100,46 +63,11 @@ def convert_gguf(
         tell(prove_text(part))
         # From GGUF's own names and order of heads, by another path than transformers' reader takes.
         written = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, trust_remote_code=False)
-        tensors = {name: tensor.to(getattr(torch, dtype)).float() for name, tensor in _tensors(file).items()}
+        tensors = {
+            name: tensor.to(getattr(torch, dtype)).float() for name, tensor in read_tensors(file).items()
+        }
         reference = partial(gguf_logits, tensors, sizes=_sizes(file))
         tell(prove_logits(written.eval(), reference, of="the file's own tensors"))
-
-
-def open_gguf(path: Path) -> GgufFile:
-    """Read a file's metadata.
-
-    Raises:
-        UserError: the extra is not installed, there is no such file, or its architecture is not supported.
-        CheckpointError: it is no GGUF file, or is broken.
-    """
-    try:
-        # Here, because it is an extra.
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(
-            "reading GGUF files needs the package gguf: install t2i with its extra, t2i[gguf]."
-        ) from error
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path} is no file; expected a .gguf file.")
-    try:
-        reader = GGUFReader(path)
-        values = {name: field.contents() for name, field in reader.fields.items()}
-    # Its reader has no errors of its own: whatever a broken header leads to.
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise CheckpointError(f"{path} is no GGUF file, or is broken: {error}.") from error
-    file = GgufFile(path, reader, values)
-    if file.architecture not in PAIRS_NEIGHBOURS:
-        known = ", ".join(PAIRS_NEIGHBOURS)
-        raise UserError(f"{path} holds a model of class {file.architecture}; expected one of {known}.")
-    scaling = values.get(f"{file.architecture}.rope.scaling.type", "none")
-    if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        # transformers' reader leaves them out, so that the model would be another beyond its first positions.
-        raise UserError(f"{path} scales its rotary positions; expected a model without such scaling.")
-    num_tokens = len(file.of_tokenizer("tokens"))
-    num_rows = next((int(one.shape[-1]) for one in reader.tensors if one.name == "token_embd.weight"), 0)
-    if num_rows != num_tokens:  # transformers' reader makes as many embeddings as there are tokens
-        raise UserError(f"{path} lists {num_tokens} tokens and has {num_rows} embeddings; expected as many.")
-    return file
 
 
 def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
@@ -237,48 +165,12 @@ def prove_text(folder: Path) -> str:
     return f"checked: the text tokenizer gives a text of {len(PROBE)} characters back from {count} ids"
 
 
-def _load(file: GgufFile) -> PreTrainedModel:
-    """Load the weights with transformers' reader, dequantised to fp32.
-
-    Raises:
-        UserError: a quantisation that the package gguf cannot undo.
-        CheckpointError: tensors are missing or broken.
-    """
-    # transformers looks at what else lies there: adapters, and code for generate() unless its settings are given.
-    refuse_adapters(file.path.parent)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.path.parent,
-            gguf_file=file.path.name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            generation_config=GenerationConfig(),
-        )
-    except NotImplementedError as error:
-        kinds = ", ".join(sorted({tensor.tensor_type.name for tensor in file.reader.tensors}))
-        raise UserError(
-            f"{file.path} is quantised as {kinds}, which cannot be undone here: {error}"
-        ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{file.path} cannot be read as {file.architecture}: {error}") from error
-    return cast(PreTrainedModel, model)
-
-
 def _split_rule(rule: str) -> pre_tokenizers.PreTokenizer:
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in OWN_RULE)
     if rule in GPT2:
         return whole
     first = Regex(OWN_RULE.get(rule, r"\p{N}"))
     return pre_tokenizers.Sequence([pre_tokenizers.Split(first, behavior="isolated"), whole])
-
-
-def _tensors(file: GgufFile) -> dict[str, Tensor]:
-    from gguf import dequantize
-
-    return {
-        tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float()
-        for tensor in file.reader.tensors
-    }
 
 
 def _sizes(file: GgufFile) -> Sizes:

@@ -102,7 +102,8 @@ def model_config(
         rows = num_text_rows(model)
         # The tokenizer's own number of ids is not known here, and only the total matters to a plan.
         model.vocab_layout = VocabLayout(rows, rows, codebook_size=data.codebook_size).to_dict()
-        model.vocab_size = VocabLayout(**model.vocab_layout).vocab_size
+        # A model of text and images describes its parts apart.
+        model.get_text_config(decoder=True).vocab_size = VocabLayout(**model.vocab_layout).vocab_size
         model.codes_per_image, model.image_rows_only = data.codes_per_image, image_rows_only
     return model
 
@@ -110,4 +111,5 @@ def model_config(
 def num_text_rows(model: PretrainedConfig) -> int:
     """Count the text embeddings, which are all embeddings of a plain language model."""
     layout: dict[str, int] = getattr(model, "vocab_layout", None) or {}
-    return layout.get("num_text_rows", model.vocab_size)
+    rows: int = layout.get("num_text_rows") or model.get_text_config(decoder=True).vocab_size
+    return rows

@@ -18,7 +18,7 @@ def _counted(plan: Plan) -> list[str]:
     per_rank = plan.global_batch // plan.asked.num_gpus
     return [
         f"model    {counts.total:,} parameters, {counts.learned:,} trainable; vocabulary"
-        f" {plan.model.vocab_size:,}{sized}",
+        f" {plan.model.get_text_config(decoder=True).vocab_size:,}{sized}",
         f"step     {plan.global_batch} sequences of {plan.seq_len} = {plan.tokens_a_step:,} tokens;"
         f" {per_rank} per {plan.device.unit}, as {plan.accumulation} x {plan.micro_batch}",
         f"run      {steps:,} steps = {steps * plan.tokens_a_step:,} tokens,"

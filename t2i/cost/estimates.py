@@ -36,6 +36,8 @@ class Counts:
     """Parameters of the matrices that every token is multiplied by: all but norms and an untied embedding."""
     learned_in_products: int
     learned_in_head: int
+    inner_width: int
+    """Width inside a layer's feed-forward part: the widest input that a matrix has."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,20 @@ def count_parameters(
 
 def counts_of(model: PreTrainedModel) -> Counts:
     """Count the parameters of a model."""
-    config = model.config
-    embedding = set() if config.tie_word_embeddings else set(model.get_input_embeddings().parameters())
     values = list(model.parameters())
-    products = [value for value in values if value.dim() == 2 and value not in embedding]
+    # Embeddings are looked up. Tied ones are the LM head's matrix too.
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = set(embedding.parameters()) - set(head.parameters())
+    products = [value for value in values if value.dim() == 2 and value not in looked_up]
     return Counts(
         total=sum(value.numel() for value in values),
         learned=sum(value.numel() for value in values if value.requires_grad),
         # A position passes the language model's copy of a matrix, or that of images, and not both.
         in_products=sum(value.numel() for value in products) - num_idle(model),
         learned_in_products=sum(value.numel() for value in products if value.requires_grad),
-        learned_in_head=sum(
-            value.numel() for value in model.get_output_embeddings().parameters() if value.requires_grad
-        ),
+        learned_in_head=sum(value.numel() for value in head.parameters() if value.requires_grad),
+        # Matrices say it alike in every class, whose configurations call it by many names or not at all.
+        inner_width=max(value.shape[1] for value in products),
     )
 
 
@@ -125,23 +128,28 @@ def estimate_memory(
     zero = ds_config["zero_optimization"]
     # While one bucket is reduced, the next one is filled.
     num_buckets = 2 if zero.get("overlap_comm") and num_gpus > 1 else 1
-    rows = model.vocab_size
+    sizes = model.get_text_config(decoder=True)  # a model of text and images describes its parts apart
+    rows = sizes.vocab_size
     positions = loss.CHUNK_LOGITS // rows
     return Memory(
         weights=element * counts.total,
         gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
         optimizer=12 * counts.learned / num_gpus,
         buckets=element * num_buckets * zero.get("reduce_bucket_size", DEFAULT_BUCKET),
-        logits=rows * (positions + model.hidden_size) * LOGIT_BYTES[element]
-        + 16 * positions * model.hidden_size,
+        logits=rows * (positions + sizes.hidden_size) * LOGIT_BYTES[element]
+        + 16 * positions * sizes.hidden_size,
         activations=activation_bytes(
-            model, num_tokens=num_tokens, element_bytes=element, is_checkpointed=is_checkpointed
+            sizes,
+            inner_width=counts.inner_width,
+            num_tokens=num_tokens,
+            element_bytes=element,
+            is_checkpointed=is_checkpointed,
         ),
     )
 
 
 def activation_bytes(
-    model: PretrainedConfig, *, num_tokens: int, element_bytes: int, is_checkpointed: bool
+    model: PretrainedConfig, *, inner_width: int, num_tokens: int, element_bytes: int, is_checkpointed: bool
 ) -> float:
     """Estimate the bytes that the forward pass keeps for the backward pass; attention scores are never stored.
 
@@ -150,13 +158,14 @@ def activation_bytes(
     feed-forward's width it keeps gate, value, activation and product (4). Gradient checkpointing keeps each layer's
     input (1) and one whole layer.
     """
-    width, inner = model.hidden_size, model.intermediate_size
+    width = model.hidden_size
     # Rotary is what most other model classes have, which do not say so.
     positions = getattr(model, "positional_embedding_type", "rotary")
     is_turned = positions == "rotary" or getattr(model, "qk_norm", False)
     # In fp32: mean and deviation of two norms, and attention's normaliser of each head.
-    statistics = 4 * (4 + model.num_attention_heads)
-    layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner) + statistics
+    heads = [getattr(layer, "num_attention_heads", None) or 0 for layer in _layers(model)]
+    statistics = 4 * (4 + sum(heads) / len(heads))
+    layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner_width) + statistics
     # Outside the layers: the last norm, and the hidden states, places and labels that the loss counts.
     outside = element_bytes * 2 * width + 24
     kept = layer if not is_checkpointed else element_bytes * width
@@ -178,11 +187,8 @@ def flops_a_token(
 
     Source: PaLM, appendix B.
     """
-    sizes = model.get_text_config(decoder=True)  # a model of text and images describes its parts apart
-    # Of the heads' width, which some classes set apart from the model's.
-    heads = getattr(sizes, "num_attention_heads", None) or 1
-    head_width = getattr(sizes, "head_dim", None) or sizes.hidden_size // heads
-    attention = 12 * sizes.num_hidden_layers * heads * head_width * seq_len
+    sizes = model.get_text_config(decoder=True)
+    attention = 12 * sum(_width_of_heads(layer) for layer in _layers(sizes)) * seq_len
     left_out = 0.0
     if getattr(model, "image_rows_only", False):
         other_rows = sizes.vocab_size - model.vocab_layout["codebook_size"]
@@ -191,6 +197,19 @@ def flops_a_token(
     learns_head = counts.learned_in_head >= sizes.vocab_size * sizes.hidden_size  # more with a bias
     products = 4 * (counts.in_products - left_out)
     return products + 2 * (counts.learned_in_products - learns_head * left_out) + attention
+
+
+def _layers(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Describe each layer: transformers 5 does so where they differ, as Gemma 4's do."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
+def _width_of_heads(config: PretrainedConfig) -> int:
+    """Return the width of all heads of a layer together, which some classes set apart from the model's."""
+    heads: int = getattr(config, "num_attention_heads", None) or 1
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def least_step_seconds(

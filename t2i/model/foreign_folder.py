@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -34,6 +35,7 @@ UNUSABLE = (
     AssertionError,
     pickle.UnpicklingError,
     SafetensorError,
+    StrictDataclassError,
 )
 """What transformers raises for folders that it cannot load; they have no common base class."""
 
@@ -124,12 +126,18 @@ def read_generation(folder: Path, config: Any) -> GenerationConfig:
     # Given to from_pretrained, which would otherwise also run custom_generate/generate.py of a local folder, whatever
     # trust_remote_code says.
     values = read_optional_json(folder / GENERATION, error=UserError)
+    file = folder / (GENERATION if values else "config.json")
     try:
-        found = GenerationConfig.from_dict(values) if values else GenerationConfig.from_model_config(config)
+        if values:
+            found = GenerationConfig.from_dict(values)
+        else:
+            found = GenerationConfig.from_model_config(config)
+            # transformers 5 leaves these out of a configuration.
+            found.update(**read_description(folder))
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{folder / GENERATION} is not taken by transformers: {reason:.200}. Mend or remove that file."
+            f"{file} is not taken by transformers: {reason:.200}. Mend or remove that file."
         ) from error
     found._from_model_config = False  # or generate() would make it anew from config.json
     return found

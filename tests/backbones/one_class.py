@@ -10,7 +10,8 @@ import torch
 from backbones.tiny import POSITIONS, tiny_config
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from t2i.config import ASSETS, DataConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from t2i.config import ASSETS, DataConfig, ModelConfig, PlanConfig, RunConfig, SampleConfig, TrainConfig
+from t2i.cost.plan import make_plan
 from t2i.data.shards.manifest import read_manifest
 from t2i.errors import UserError
 from t2i.generate.sample import draw_codes, drawer_of
@@ -20,6 +21,7 @@ from t2i.runs.loading import OpenedModel, open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train.build import build_model
+from t2i.train.ds_config import read_ds_config
 from t2i.train.main import train
 
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2_fp32.json"
@@ -84,6 +86,7 @@ def _try(found: Found, *, shards: Path, folder: Path) -> None:
     tokenizer.tokenizer.save_pretrained(start)
     config = _config(shards, start=start, run_dir=folder / "run")
     found.step = "train"
+    plan(config)
     train(config, ds_config_path=DS_CONFIG)
     found.step = "resume"
     train(replace(config, train=replace(config.train, max_steps=3)), ds_config_path=DS_CONFIG)
@@ -120,6 +123,18 @@ def _config(shards: Path, *, start: Path, run_dir: Path) -> RunConfig:
             keep_last=1,
         ),
     )
+
+
+def plan(config: RunConfig) -> None:
+    """Estimate what the run needs, as a person does before the first step."""
+    described = make_plan(
+        config.data,
+        model=config.model,
+        train=config.train,
+        ds_config=read_ds_config(DS_CONFIG),
+        plan=PlanConfig(gpu="cpu"),
+    )
+    assert described.counts.total > 0 and described.step_seconds > 0, described
 
 
 def _drawn(opened: OpenedModel) -> torch.Tensor:

@@ -26,7 +26,8 @@ step the model itself is asked, on a few ids.
   `config.json`, and repeated exactly. Logits that follow in another way are refused.
 - **How it continues a prompt.** Hidden states of padded prompts with a KV cache are compared with those of whole
   sequences. A class that takes no padding is read without it. A class whose cache cannot be continued, such as
-  Mamba's, is drawn from whole sequences, which is exact and slow. A class that sees later ids is refused.
+  Mamba's in transformers 4, is drawn from whole sequences, which is exact and slow. A class that sees later ids is
+  refused.
 - **Whether text stays.** Once its vocabulary is grown, its text logits are those from before, or it is refused.
 
 What differs from most classes is written into `config.json` as `class_form`, where the sampler reads it. Logits with a

@@ -31,7 +31,7 @@ from backbones.page import results_file, write_page  # noqa: E402
 from made_shards import make_shards  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 400
 
 
 def tried(model_type: str, *, shards: Path, timeout_seconds: int = TIMEOUT_SECONDS) -> Found:

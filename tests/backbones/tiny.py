@@ -10,7 +10,8 @@ IS_NEWEST = int(transformers.__version__.split(".")[0]) >= 5
 SMALL: tuple[tuple[int, tuple[str, ...]], ...] = (
     (WIDTH, ("hidden_size", "d_model", "n_embd", "dim_model", "embedding_size", "model_dim", "embedding_dim",
              "word_embed_proj_dim", "attention_hidden_size", "lru_width", "hidden_dim", "input_embedding_size",
-             "hidden_size_global", "cross_attention_hidden_size", "emb_dim", "d_embed", "output_dim")),
+             "hidden_size_global", "cross_attention_hidden_size", "emb_dim", "d_embed", "output_dim",
+             "adapter_in_dim", "adapter_out_dim", "adapter_input_size")),
     (48, ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff", "dim_ff",
           "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "feed_forward_size",
           "intermediate_size_mlp", "expert_ffn_hidden_size", "d_inner", "shared_intermediate_size",
@@ -82,6 +83,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "n_mamba_heads": 8, "num_mem_blocks": 1, "adapter_rank": 8},
 }  # fmt: skip
 """Fields of a class, by its model_type, that a rule for all would get wrong."""
+ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+if IS_NEWEST:
+    EXCEPTIONS |= {
+        "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY}},
+        "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
+        "dory": {
+            "num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        "qwen4_exp_text": {
+            "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+        },
+        "zamba": {
+            "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+            "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16,
+        },
+        "zamba2": {
+            "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16,
+            "n_mamba_heads": 8, "num_mem_blocks": 1, "adapter_rank": 8,
+        },
+    }  # fmt: skip
 
 
 def tiny_config(model_type: str, *, vocab_size: int) -> PretrainedConfig:

@@ -105,7 +105,7 @@ def metadata(writer, config):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(SIZES["rope_theta"])
     if config.model_type == "qwen3":
         writer.add_key_length(config.head_dim)
 
@@ -269,7 +269,7 @@ def test_an_unknown_quantisation_is_refused_by_name(written, tmp_path, monkeypat
         raise NotImplementedError("no dequantisation")
 
     monkeypatch.setattr("gguf.quants.dequantize", cannot)
-    monkeypatch.setattr("t2i.convert.gguf.AutoModelForCausalLM.from_pretrained", cannot)
+    monkeypatch.setattr("t2i.convert.gguf_file.AutoModelForCausalLM.from_pretrained", cannot)
     with pytest.raises(UserError, match="is quantised as F32, Q8_0, which cannot be undone here"):
         convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
 

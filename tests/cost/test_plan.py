@@ -5,6 +5,7 @@ import runpy
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3ForCausalLM
 
 from t2i.cli import flags_of
 from t2i.config import EMBEDDED_SHARDS, DataConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
@@ -214,6 +215,38 @@ def test_flops_of_a_class_whose_heads_are_wider_than_the_model_are_those_that_to
     assert counter.get_total_flops() == pytest.approx(per_token * ids.numel(), rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "inner_width"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, 128),
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, 128),
+        ("opt", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}, 48),
+        ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, 128),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "expand": 3}, 96),
+    ],
+)
+def test_memory_is_estimated_of_classes_that_name_their_sizes_otherwise(kind, sizes, inner_width):
+    config = AutoConfig.for_model(kind, vocab_size=100, **sizes)
+    with torch.device("meta"):
+        counts = counts_of(AutoModelForCausalLM.from_config(config))
+    assert counts.inner_width == inner_width
+    how = {"counts": counts, "ds_config": ZERO2, "num_gpus": 1, "is_checkpointed": False}
+    memory = [estimate_memory(config, num_tokens=num_tokens, **how) for num_tokens in (0, 10, 20)]
+    assert memory[0].activations == 0
+    assert memory[2].activations == 2 * memory[1].activations > 0
+    assert flops_a_token(config, counts=counts, seq_len=96) > 6 * counts.in_products
+
+
+def test_sizes_of_a_model_of_images_and_text_are_those_of_its_language_model():
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 80, "num_attention_heads": 4}
+    alone = AutoConfig.for_model("gemma3_text", vocab_size=100, head_dim=8, **text)
+    both = AutoConfig.for_model("gemma3", text_config=alone.to_dict())
+    with torch.device("meta"):
+        counts = counts_of(AutoModelForCausalLM.from_config(alone))
+    how = {"counts": counts, "ds_config": ZERO2, "num_gpus": 1, "num_tokens": 96, "is_checkpointed": True}
+    assert estimate_memory(both, **how) == estimate_memory(alone, **how)
+
+
 def test_states_equal_deepspeeds_own_estimate_but_for_the_shard_of_gradients_in_half_precision():
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -287,17 +320,16 @@ def test_activations_are_those_that_a_forward_pass_keeps(settings, is_checkpoint
     assert loss.requires_grad
     # The gradient of hidden states, which the loss keeps by itself.
     measured += ids.numel() * config.hidden_size * dtype.itemsize
-    whole = activation_bytes(
-        config, num_tokens=ids.numel(), element_bytes=dtype.itemsize, is_checkpointed=is_checkpointed
+    estimate = partial(
+        activation_bytes,
+        inner_width=config.intermediate_size,
+        num_tokens=ids.numel(),
+        element_bytes=dtype.itemsize,
     )
+    whole = estimate(config, is_checkpointed=is_checkpointed)
     # With checkpointing the estimate holds one layer whole, which exists only in the backward pass.
     shallow, deep = (
-        activation_bytes(
-            tiny_config(**settings, num_hidden_layers=layers),
-            num_tokens=ids.numel(),
-            element_bytes=dtype.itemsize,
-            is_checkpointed=False,
-        )
+        estimate(tiny_config(**settings, num_hidden_layers=layers), is_checkpointed=False)
         for layers in (1, 2)
     )
     # Indices, masks and rotary angles are left out of the estimate: 2% at this width, less at any other.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2i.errors import UserError
@@ -28,7 +29,9 @@ DRAWN = {
     "rwkv": {},
 }
 RECURRENT = ("mamba", "rwkv")
-READINGS = {"bart": "unpadded", "mamba": "whole", "rwkv": "whole"}
+# transformers 5 continues Mamba's state, if nothing was padded.
+MAMBA = "whole" if int(transformers.__version__.split(".")[0]) < 5 else "unpadded"
+READINGS = {"bart": "unpadded", "mamba": MAMBA, "rwkv": "whole"}
 
 
 def made(kind, **changes):
