@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import Trainable
 from t2i.errors import UserError
-from t2i.model.open_lm.modeling_routed import FEED_FORWARD_NAMES, is_norm
+from t2i.model.open_lm.class_reading_open_lm import FEED_FORWARD_NAMES, is_norm
 
 ADAPTER = "default"
 SCALE = 2.0

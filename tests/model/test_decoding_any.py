@@ -12,7 +12,7 @@ from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.decoding_any_open_lm import RowDecoder
 from t2i.model.open_lm.forms_open_lm import PADDED, ClassForm
-from t2i.model.open_lm.modeling_routed import ByKind, RoutedForCausalLM
+from t2i.model.open_lm.modeling_routed import Routed, RoutedAddition, RoutedForCausalLM
 from t2i.model.open_lm.products_open_lm import PackedConv1D, PackedLinear, mirrored
 from t2i.model.open_lm.reading_open_lm import begin_any, begin_plain, compiles, is_served
 from t2i.model.open_lm.sampling_open_lm import sample_codes
@@ -195,8 +195,25 @@ def test_a_routed_models_codes_pass_its_image_weights_alone(kind, monkeypatch):
     assert is_served(model)
     check_decoding(model, name="some/folder")  # continues with image codes, as the sampler does
     assert ClassForm.of(model).reading == PADDED  # the others are slow
-    assert not any(isinstance(module, ByKind) for module in model.image_body().modules())
+    assert not any(type(module) in (Routed, RoutedAddition) for module in model.image_body().modules())
     assert torch.equal(sample_codes(model, PROMPTS, **DRAW), slow(model, monkeypatch))
+    model(torch.tensor([[1, 2, FIRST]]))
+    model.image_body()(torch.tensor([[FIRST, FIRST]]))
+    assert model.route.text.tolist() == [0, 1]  # a mirror looks at no ids
+
+
+def test_new_embeddings_of_a_routed_model_are_looked_at_and_the_old_ones_no_longer():
+    model = routed()
+    old = model.get_input_embeddings()
+    for _ in range(2):
+        model.set_input_embeddings(old)
+    assert len(old._forward_pre_hooks) == 1
+    new = torch.nn.Embedding(*old.weight.shape)
+    model.set_input_embeddings(new)
+    old(torch.tensor([[1, FIRST]]))
+    assert len(model.route.image) == 0
+    new(torch.tensor([[1, FIRST]]))
+    assert model.route.image.tolist() == [1]
 
 
 def test_a_routed_open_lm_is_served_too(monkeypatch):

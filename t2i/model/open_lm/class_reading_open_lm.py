@@ -1,4 +1,6 @@
-"""What computes the hidden states that a class's LM head is given, and a decoder for classes that take no padding.
+"""The parts of a class's model: what computes the hidden states that its LM head is given, its norms and matrices.
+
+Beside them, a decoder for classes that take no padding.
 
 This file is uploaded with exported models, so it imports only torch, transformers and the files beside it.
 
@@ -10,12 +12,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from .decoding_any_open_lm import cache_name
 from .forms_open_lm import WHOLE, ClassForm
+
+FEED_FORWARD_NAMES = ("feed_forward", "mlp")
+"""Names of the feed-forward part of a layer: open_lm's and those of transformers' classes."""
 
 
 def body_of(model: PreTrainedModel) -> Any:
@@ -25,6 +31,38 @@ def body_of(model: PreTrainedModel) -> Any:
         return model.base_model
     inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     return inner[0] if len(inner) == 1 else model
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a norm: it owns vectors only."""
+    # By shape, not by name or class: every model family has its own RMSNorm.
+    own = list(module.parameters(recurse=False))
+    return bool(own) and all(value.dim() == 1 for value in own)
+
+
+def parts_of(model: PreTrainedModel, kind: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Find parts of a model's layers: each part's layer, its name there, and itself.
+
+    Args:
+        kind: "feed-forward": the feed-forward parts; "lora": the matrices; "all": matrices and norms, and the norms
+            beside the layers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    body = body_of(model)
+    inside = [(layer, *part) for layer in layers for part in layer.named_modules()]
+    beside = [(body, *part) for part in body.named_children()]
+    matrices = [part for part in inside if isinstance(part[2], nn.Linear | Conv1D)]
+    found = {
+        "feed-forward": [part for part in inside if part[1] in FEED_FORWARD_NAMES],
+        "lora": matrices,
+        "all": matrices + [part for part in inside + beside if is_norm(part[2])],
+    }[kind]
+    if not found:
+        raise ValueError(f"the layers of {type(model).__name__} have no {kind} part to route")
+    return found
 
 
 class HeadInput:

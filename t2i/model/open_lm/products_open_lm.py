@@ -5,12 +5,14 @@ This file is uploaded with exported models, so it imports only torch and transfo
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def product(weight: Tensor, *, num_rows: int, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
@@ -52,6 +54,26 @@ class PackedConv1D(Conv1D):  # type: ignore[misc]
         return self.multiply(x)
 
 
+class SplitHead(nn.Linear):
+    """An LM head that computes the logits of its first ids by a product of their own."""
+
+    num_first: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = []
+        for ids in (slice(self.num_first), slice(self.num_first, None)):
+            bias = None if self.bias is None else self.bias[ids]
+            parts.append(F.linear(input, self.weight[ids], bias))
+        return torch.cat(parts, dim=-1)
+
+
+def split_head(head: nn.Module, *, num_first: int) -> SplitHead:
+    """Mirror an LM head, so that further ids do not change how the logits of its first ids are rounded."""
+    made = mirror(head, SplitHead)
+    made.num_first = num_first
+    return made
+
+
 def mirrored(
     module: nn.Module,
     change: Callable[[nn.Module], nn.Module | None],
@@ -71,7 +93,7 @@ def mirrored(
         return seen[id(module)]
     made = change(module)
     if made is None:
-        made = mirror(module)
+        made = mirror(module, type(module))
         made._modules.update(
             # Some classes have None in the place of a module.
             (name, None if child is None else mirrored(child, change, seen=seen))
@@ -81,9 +103,9 @@ def mirrored(
     return made
 
 
-def mirror(module: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
-    """Copy one module with its tensors and children shared, as an object of its own class or of another."""
-    copied = object.__new__(kind or type(module))
+def mirror(module: nn.Module, kind: type[Kind]) -> Kind:
+    """Copy one module with its tensors and children shared, as an object of a class."""
+    copied = object.__new__(kind)
     # Past __setattr__, which would register what is registered already.
     copied.__dict__.update(module.__dict__)
     for registered in ("_modules", "_parameters", "_buffers"):
