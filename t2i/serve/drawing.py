@@ -41,16 +41,12 @@ def batch_drawer(
         longest *= 2
     fixed = [longest, ""]
 
-    # By our own class, as when it was trained: whatever a caption spells, it makes no special token.
-    def encode(text: str, **_: bool) -> dict[str, list[int]]:
-        return {"input_ids": opened.text_tokenizer.encode(text).tolist()}
-
     def draw(images: Sequence[Asked]) -> list[bytes]:
         missing = batch_size - len(images)
         codes = caption_codes(
             opened.model,
             [image.caption for image in images] + [""] * missing + fixed,
-            tokenizer=encode,
+            tokenizer=opened.text_tokenizer.tokenizer,
             seeds=[image.seed for image in images] + [0] * (missing + len(fixed)),
             guidance_scale=sampler.guidance_scale,
             temperature=sampler.temperature,

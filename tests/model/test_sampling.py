@@ -1,5 +1,7 @@
 """What the sampler draws, by values that are known: planted logits, counted draws."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -74,6 +76,9 @@ def always_the_same(favourite):
 
 class Words:
     """A text tokenizer for which each word is the id that it spells."""
+
+    unk_token = eos_token = None
+    added_tokens_decoder: ClassVar[dict] = {}
 
     def __call__(self, text, **_):
         return {"input_ids": [int(word) for word in text.split()]}

@@ -96,9 +96,6 @@ def drawn_by_the_export(folder, tokenizer, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     script = importlib.import_module("draw")
     theirs = AutoTokenizer.from_pretrained(folder)
-    ids = theirs(SPELLED, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if tokenizer.special.keys().isdisjoint(ids):  # a Unigram model's file cannot say it
-        assert ids == tokenizer.encode(SPELLED).tolist()
     images = script.draw(
         AutoModelForCausalLM.from_pretrained(folder).eval(),
         [SPELLED, ""],

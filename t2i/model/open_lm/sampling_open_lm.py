@@ -219,11 +219,7 @@ def caption_codes(
     # Captions are truncated as in training: longer sequences would use positions that were never trained.
     length = config.sequence_length or config.max_position_embeddings
     room = length - config.codes_per_image - len(MARKERS)
-    texts = [
-        # A caption that spells a special token is text, not a marker.
-        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        for text in captions
-    ]
+    texts = [caption_ids(text, tokenizer) for text in captions]
     rows = config.vocab_layout["num_text_rows"]
     first = rows + len(MARKERS) + 1  # after <pad>
     return sample_codes(
@@ -237,7 +233,25 @@ def caption_codes(
     )
 
 
-def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:
+def caption_ids(text: str, tokenizer: Any) -> list[int]:
+    """Encode a caption without special tokens, even if it spells one: then it is text, as in training."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # An unknown character is text, and so is its token, unless it also ends documents.
+    unknown = None if tokenizer.unk_token == tokenizer.eos_token else tokenizer.unk_token
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number: one.content for number, one in added if one.special and one.content != unknown}
+    if special.keys().isdisjoint(ids):
+        return ids
+    # Unigram models hold special tokens as words too, and find them in a text. Cut in two, they do not.
+    model = tokenizer.backend_tokenizer.model
+    halves = {number: (token[:1], token[1:]) for number, token in special.items()}
+    spelled = {
+        number: [one.id for half in both for one in model.tokenize(half)] for number, both in halves.items()
+    }
+    return [own for number in ids for own in spelled.get(number, [number])]
+
+
+def prompt_ids(text_ids: Sequence[int], *, num_text_rows: int, mode: str = "text-to-image") -> list[int]:
     """Return the ids of `<doc> <text> caption </text> <image>`, without the text for an image-only model.
 
     Raises:
@@ -248,7 +262,7 @@ def prompt_ids(caption_ids: Sequence[int], *, num_text_rows: int, mode: str = "t
         raise ValueError("this model was trained on text only; it samples no images")
     if mode == "image-only":
         return [doc, image]
-    return [doc, text, *caption_ids, end_text, image]
+    return [doc, text, *text_ids, end_text, image]
 
 
 @torch.inference_mode()
