@@ -155,6 +155,59 @@ class Batch:
         return rows
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Images on their way, and all that draws their next codes."""
+
+    batch: Batch
+    decoder: WindowDecoder
+    start: int
+    """The length of the decoder less the number of known codes, of which the last is not read yet."""
+    to_logits: Callable[[Tensor], Tensor]
+    how: Draws
+
+    def single(self) -> list[int]:
+        """Draw the next code of each image of the call, all at one place; of each, one code becomes known."""
+        batch, how = self.batch, self.how
+        place = batch.known[0]
+        self.decoder.length = self.start + place
+        ids = batch.codes[:, place - 1] + how.image_ids.start
+        hidden = self.decoder(torch.cat([ids, ids]) if how.is_guided else ids)  # (R, D)
+        drawn = next_codes(hidden, batch.keys[:, place], to_logits=self.to_logits, how=how)
+        batch.codes[:, place] = drawn
+        return [1] * len(drawn.tolist())  # waits for the device, as a window's pass does
+
+    def several(self, window: int) -> list[int]:
+        """Draw the next codes of each image, and guess those behind; return how many of each became known."""
+        batch, how = self.batch, self.how
+        rows, num_codes = batch.images[:, None], batch.keys.shape[1]
+        known = torch.tensor(batch.known, device=rows.device)[:, None]  # (B, 1)
+        # Every image takes W places. Behind the last code is none, so near the end some that are known are read again.
+        first = known.clamp(max=num_codes - window)
+        places = first + torch.arange(window, device=rows.device)  # (B, W)
+        ids = batch.codes[rows, places - 1] + how.image_ids.start
+        starts = self.start + first[:, 0]
+        if how.is_guided:
+            ids, starts = torch.cat([ids, ids]), torch.cat([starts, starts])
+        hidden = self.decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
+        logits = guided_logits(hidden, to_logits=self.to_logits, how=how)
+        likely = kept_codes(
+            logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
+        )  # (B W, N) each
+        drawn = race(*likely, batch.keys_at(places)).view_as(places)
+        guessed = batch.codes[rows, places]
+        drawn = guessed.where(
+            places < known, drawn
+        )  # what is known stays, even where rounding would decide otherwise
+        num_right = (guessed == drawn)[:, :-1].long().cumprod(1).sum(1, keepdim=True)
+        batch.codes[rows, places] = drawn
+        num_kept: list[int] = (first + num_right + 1 - known)[
+            :, 0
+        ].tolist()  # waits for the device, once per pass
+        _guess(batch, likely, first + window, count=max(num_kept))
+        return num_kept
+
+
 def sample_by_window(
     codes: list[Tensor],
     decoder: WindowDecoder,
@@ -180,6 +233,7 @@ def sample_by_window(
     # Nothing is known yet but the first code, which is as good a guess as any for the others.
     found = codes[0][:, None].repeat(1, num_codes + 1)
     batch = Batch(found, keys, torch.arange(num_images, device=keys.device), [1] * num_images)
+    passes = Passes(batch, decoder, start, to_logits, how)
     while len(codes) < num_codes:
         if isinstance(pace, Pace) and pace.pays is False and batch.is_even:
             decoder.length = start + batch.known[0]
@@ -188,8 +242,7 @@ def sample_by_window(
         window = min(wish, num_codes - min(batch.known))
         began = clock()
         # The pass that windows are compared with is the plain one, without what they need beside it.
-        one_or_several = _single if window == 1 and batch.is_even else _pass
-        num_kept = one_or_several(batch, decoder, window, start=start, to_logits=to_logits, how=how)
+        num_kept = passes.single() if window == 1 and batch.is_even else passes.several(window)
         if isinstance(pace, Pace):
             if len(batch.known) == num_images and window == wish:
                 # Not of images near their end: they read again what is known.
@@ -205,63 +258,6 @@ def sample_by_window(
         for place in range(len(codes), min(batch.known, default=num_codes)):
             codes.append(found[:, place])
             on_code(codes)
-
-
-def _single(
-    batch: Batch,
-    decoder: WindowDecoder,
-    window: int,
-    *,
-    start: int,
-    to_logits: Callable[[Tensor], Tensor],
-    how: Draws,
-) -> list[int]:
-    """Draw the next code of each image of the call, all at one place; `window` is 1."""
-    place = batch.known[0]
-    decoder.length = start + place
-    ids = batch.codes[:, place - 1] + how.image_ids.start
-    hidden = decoder(torch.cat([ids, ids]) if how.is_guided else ids)  # (R, D)
-    drawn = next_codes(hidden, batch.keys[:, place], to_logits=to_logits, how=how)
-    batch.codes[:, place] = drawn
-    return [window] * len(drawn.tolist())  # waits for the device, as a window's pass does
-
-
-def _pass(
-    batch: Batch,
-    decoder: WindowDecoder,
-    window: int,
-    *,
-    start: int,
-    to_logits: Callable[[Tensor], Tensor],
-    how: Draws,
-) -> list[int]:
-    """Draw the next codes of each image in one pass, and guess those behind; return how many of each became known."""
-    rows, num_codes = batch.images[:, None], batch.keys.shape[1]
-    known = torch.tensor(batch.known, device=rows.device)[:, None]  # (B, 1)
-    # Every image takes W places. Behind the last code is none, so near the end some that are known are read again.
-    first = known.clamp(max=num_codes - window)
-    places = first + torch.arange(window, device=rows.device)  # (B, W)
-    ids = batch.codes[rows, places - 1] + how.image_ids.start
-    starts = start + first[:, 0]
-    if how.is_guided:
-        ids, starts = torch.cat([ids, ids]), torch.cat([starts, starts])
-    hidden = decoder.read(ids, starts).flatten(0, 1)  # (R W, D)
-    logits = guided_logits(hidden, to_logits=to_logits, how=how)
-    likely = kept_codes(
-        logits, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
-    )  # (B W, N) each
-    drawn = race(*likely, batch.keys_at(places)).view_as(places)
-    guessed = batch.codes[rows, places]
-    drawn = guessed.where(
-        places < known, drawn
-    )  # what is known stays, even where rounding would decide otherwise
-    num_right = (guessed == drawn)[:, :-1].long().cumprod(1).sum(1, keepdim=True)
-    batch.codes[rows, places] = drawn
-    num_kept: list[int] = (first + num_right + 1 - known)[
-        :, 0
-    ].tolist()  # waits for the device, once per pass
-    _guess(batch, likely, first + window, count=max(num_kept))
-    return num_kept
 
 
 def _guess(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count: int) -> None:
