@@ -87,7 +87,9 @@ def build_model(
         )
     if config.init != "random" and not manifest.is_text and data.mode != "text-only":
         check_decoding(model, name=config.init)  # now: after days of training it would be too late
-    before = text_logits(model, num_text_rows=layout.num_text_rows)
+    # open_lm's own class is known to keep its text.
+    is_checked = not isinstance(model.config, OpenLMConfig) or config.image_weights != "none"
+    before = text_logits(model, num_text_rows=layout.num_text_rows) if is_checked else None
     if start.num_kept < layout.vocab_size and not manifest.is_text:
         _grow(
             start,
@@ -116,7 +118,7 @@ def build_model(
         model.gradient_checkpointing_enable()
     if config.image_weights == "none":
         choose_learned(model, config, train=train, num_kept=start.num_kept)
-    if not isinstance(model.config, OpenLMConfig):
+    if before is not None:
         check_text_kept(model, before, name=config.init)
     return model, layout
 

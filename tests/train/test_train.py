@@ -23,6 +23,7 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
+from t2i.train import build
 from t2i.train.build import build_model
 from t2i.train.main import train
 from t2i.train.metrics import measured
@@ -266,6 +267,14 @@ def test_new_rows_learn_at_their_own_rate(finished, tmp_path):
     for name in ("model.tok_embeddings.weight", "output.weight"):
         assert torch.equal(end[name][num_old:], start[name][num_old:])
         assert not torch.equal(end[name][:num_old], start[name][:num_old])
+
+
+def test_text_logits_are_not_computed_for_a_class_whose_are_not_compared(finished, monkeypatch):
+    def unexpected(*_, **__):
+        raise AssertionError("text logits of open_lm's class")
+
+    monkeypatch.setattr(build, "text_logits", unexpected)
+    _untrained(finished)
 
 
 def _untrained(config):
