@@ -17,7 +17,7 @@ COMMIT = "c0ffee" + "0" * 34
 LINES = """
 import sys
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("user/a--model", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("user/a-model", trust_remote_code=True)
 assert "t2i" not in sys.modules
 print(pipe("a cat", num_images_per_prompt=2).images[1].size)
 """
@@ -40,9 +40,9 @@ def hub(model_folder, tmp_path):
         def do_GET(self):
             _, _, name = self.path.split("?")[0].partition("/resolve/")
             path = files.get(name.partition("/")[2])
-            if self.path.startswith("/api/models/user/a--model"):
+            if self.path.startswith("/api/models/user/a-model"):
                 siblings = [{"rfilename": name} for name in files]
-                body = json.dumps({"id": "user/a--model", "sha": COMMIT, "siblings": siblings}).encode()
+                body = json.dumps({"id": "user/a-model", "sha": COMMIT, "siblings": siblings}).encode()
             else:
                 body = path.read_bytes() if path else b""
             self.send_response(200 if body else 404)
