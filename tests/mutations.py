@@ -895,7 +895,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the-codebook-counts-on-the-cpu",
-        "t2i/image_tokenizer/train.py",
+        "t2i/image_tokenizer/codebook.py",
         "weight.new_ones(len(weight))",
         "torch.ones(len(weight))",
         "an image tokenizer cannot be trained on a GPU",

@@ -24,6 +24,7 @@ from t2i.measure.images import readable
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
 FEATURES = "efficientnet_lite0"
+CONFIG = "config.json"
 LEAST_IMAGES = 2
 """Images that a Frechet distance can be measured on at all."""
 
@@ -38,7 +39,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         UserError: `out` holds a finished tokenizer, or the state of a training with other settings.
         DataError: there are no images to train on, or too few to measure it on.
     """
-    if (out / "config.json").exists():
+    if (out / CONFIG).exists():
         raise UserError(f"--out {out} already holds a tokenizer; choose another.")
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = (pair for pair in source.pairs if pair.split == "heldout")
@@ -60,8 +61,9 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     (part / "README.md").write_text(
         _card(source, measures, config, num_trained=len(pictures), command=command)
     )
-    # Files, not the folder: `out` holds the training's state, which is removed last.
-    for path in part.iterdir():
+    # Files, not the folder: `out` holds the training's state, which is removed last. Before it comes config.json, which
+    # says that all is there: a kill before it leaves a training that the same command finishes.
+    for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
         path.replace(out / path.name)
     part.rmdir()
     (out / STATE_FILE).unlink()

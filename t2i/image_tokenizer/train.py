@@ -4,10 +4,11 @@ The autoencoder is first trained without a codebook. K-means on its latents then
 on, codes are exponential averages of their latents, and unused codes are moved onto latents.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
-from t2i.errors import DataError, NumericalError, UserError
+from t2i.errors import NumericalError, UserError
 from t2i.files import whole_file
 from t2i.image_tokenizer.alignment import Alignment
+from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.tokens.image import pixels_of
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,6 @@ Batch = tuple[Tensor, Tensor]
 """Pixels (B, 3, H, W), and the numbers of the images (B,)."""
 STATE_FILE = "training_state.pt"
 KMEANS_LATENTS = 65_536
-KMEANS_ITERATIONS = 20
 
 
 def build_vq_model(config: TokenizerConfig) -> VQModel:
@@ -51,68 +52,58 @@ def build_vq_model(config: TokenizerConfig) -> VQModel:
     )
 
 
-class Codebook:
-    """Codes as exponential averages of the latents that chose them.
+@dataclass(frozen=True)
+class Training:
+    """What a training changes, and what a saved state must have been started with."""
 
-    Source: van den Oord et al. 2017, Neural discrete representation learning, appendix A.1.
-    """
+    config: TokenizerConfig
+    images: str
+    """Hash of the training images."""
+    trained: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+    codebook: Codebook
+    generator: torch.Generator
 
-    def __init__(self, weight: Tensor, *, decay: float, counts: Tensor | None = None) -> None:
-        # Updated in place, because it is the model's own parameter.
-        self.weight = weight  # (N, C)
-        self.decay = decay
-        self.counts = weight.new_ones(len(weight)) if counts is None else counts
-        self.sums = weight.detach() * self.counts[:, None]
+    def save(self, path: Path, *, step: int) -> None:
+        """Write all of it; `step` is the next one."""
+        state = {
+            "config": asdict(self.config),
+            "images": self.images,
+            "step": step,
+            **{name: module.state_dict() for name, module in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "counts": self.codebook.counts,
+            "sums": self.codebook.sums,
+            "generator": self.generator.get_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A kill leaves the old state or the new one.
+        with whole_file(path) as written:
+            torch.save(state, written)
 
-    def nearest(self, latents: Tensor) -> Tensor:
-        """Return the nearest codes (M,) of latents (M, C)."""
-        return torch.cdist(latents, self.weight).argmin(1)
-
-    @torch.no_grad()
-    def follow(self, latents: Tensor, codes: Tensor) -> None:
-        """Move each code towards the mean of the latents that chose it."""
-        ones = torch.ones_like(latents[:, 0])
-        zeros = torch.zeros_like(self.counts)
-        self.counts.lerp_(zeros.index_add(0, codes, ones), 1 - self.decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add(0, codes, latents), 1 - self.decay)
-        # A code that no latent chose stays where it is: its sum and its count have both faded to nothing.
-        used = (self.counts > 1e-4)[:, None]
-        self.weight.copy_(torch.where(used, self.sums / self.counts[:, None], self.weight))
-
-    @torch.no_grad()
-    def revive(self, latents: Tensor, *, generator: torch.Generator) -> int:
-        """Move codes with less than 3% of the mean count onto random latents; return how many."""
-        even_share = float(self.counts.mean())
-        dead = (self.counts < 0.03 * even_share).nonzero().flatten()
-        picks = torch.randint(len(latents), (len(dead),), generator=generator).to(latents.device)
-        self.weight[dead] = latents[picks]
-        # With the mean count, or the next average would move the code far, or count it as unused again.
-        self.counts[dead] = even_share
-        self.sums[dead] = latents[picks] * even_share
-        return len(dead)
-
-
-def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> Tensor:
-    """Cluster points (M, C) into centres (N, C) by Lloyd's iterations, starting from random points.
-
-    Raises:
-        DataError: there are fewer points than centres.
-    """
-    if len(points) < num_centres:
-        raise DataError(
-            f"{len(points)} latents are too few for {num_centres} codes: use more images or fewer codes."
-        )
-    centres = points[torch.randperm(len(points), generator=generator)[:num_centres].to(points.device)].clone()
-    for _ in range(KMEANS_ITERATIONS):
-        distances, nearest = torch.cdist(points, centres).min(1)
-        counts = torch.bincount(nearest, minlength=num_centres)
-        sums = torch.zeros_like(centres).index_add(0, nearest, points)
-        empty = counts == 0
-        centres = sums / counts.clamp(min=1)[:, None]
-        # An empty cluster is moved onto a point that its centre serves worst, or its code would never be
-        # used.
-        centres[empty] = points[distances.topk(int(empty.sum())).indices]
-    return centres
+    def restore(self, path: Path) -> int:
+        """Load a saved state if there is one, and return the step to resume from."""
+        if not path.exists():
+            return 0
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
+        # Trainings that were begun before a setting was there had its default.
+        begun = {**asdict(TokenizerConfig()), **state["config"]}
+        changed = [key for key, value in asdict(self.config).items() if begun[key] != value]
+        # Of another share too: images that were held out would be trained on.
+        changed += ["images"] if state.get("images", self.images) != self.images else []
+        if changed:
+            raise UserError(
+                f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
+            )
+        # One without alignment is the model's alone, as it always was.
+        for name, module in self.trained.items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.codebook.counts.copy_(state["counts"])
+        self.codebook.sums.copy_(state["sums"])
+        self.generator.set_state(state["generator"])
+        logger.info("resuming from step %d of %d", state["step"], self.config.max_steps)
+        return int(state["step"])
 
 
 def reconstruction_loss(
@@ -137,7 +128,7 @@ def train_image_tokenizer(
         sentences: (N, E) embeddings of the images' captions, which the codes are aligned to; None for no alignment.
 
     Raises:
-        UserError: `out` holds the state of a training with other settings.
+        UserError: `out` holds the state of a training with other settings or images.
         NumericalError: a loss is not finite.
     """
     torch.manual_seed(config.seed)
@@ -149,7 +140,9 @@ def train_image_tokenizer(
         trained["alignment"] = Alignment(sentences, latent_channels=config.latent_channels).to(model.device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
-    first_step = _restore(out / STATE_FILE, config, trained, optimizer, codebook, generator)
+    images = hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()
+    training = Training(config, images, trained, optimizer, codebook, generator)
+    first_step = training.restore(out / STATE_FILE)
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
     batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(pictures, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
@@ -173,8 +166,8 @@ def train_image_tokenizer(
             codebook.revive(latents, generator=generator)
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % config.save_every == 0:
-            _save(out / STATE_FILE, config, trained, optimizer, codebook, generator, step + 1)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
+            training.save(out / STATE_FILE, step=step + 1)
     return model
 
 
@@ -240,58 +233,3 @@ def _set_lr(optimizer: torch.optim.Optimizer, config: TokenizerConfig, step: int
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
     for group in optimizer.param_groups:
         group["lr"] = config.lr * warm_up * cosine
-
-
-def _save(
-    path: Path,
-    config: TokenizerConfig,
-    trained: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    codebook: Codebook,
-    generator: torch.Generator,
-    step: int,
-) -> None:
-    state = {
-        "config": asdict(config),
-        "step": step,
-        **{name: module.state_dict() for name, module in trained.items()},
-        "optimizer": optimizer.state_dict(),
-        "counts": codebook.counts,
-        "sums": codebook.sums,
-        "generator": generator.get_state(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A kill leaves the old state or the new one.
-    with whole_file(path) as written:
-        torch.save(state, written)
-
-
-def _restore(
-    path: Path,
-    config: TokenizerConfig,
-    trained: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    codebook: Codebook,
-    generator: torch.Generator,
-) -> int:
-    """Load a saved state if there is one, and return the step to resume from."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
-    # Trainings that were begun before a setting was there had its default.
-    begun = {**asdict(TokenizerConfig()), **state["config"]}
-    if begun != asdict(config):
-        changed = [key for key, value in asdict(config).items() if begun.get(key) != value]
-        raise UserError(
-            f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
-        )
-    # One without alignment is the model's alone, as it always was.
-    trained["model"].load_state_dict(state["model"])
-    if "alignment" in trained:
-        trained["alignment"].load_state_dict(state["alignment"])
-    optimizer.load_state_dict(state["optimizer"])
-    codebook.counts.copy_(state["counts"])
-    codebook.sums.copy_(state["sums"])
-    generator.set_state(state["generator"])
-    logger.info("resuming from step %d of %d", state["step"], config.max_steps)
-    return int(state["step"])

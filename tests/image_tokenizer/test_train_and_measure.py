@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.image_tokenizer import train as image_tokenizer
+from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.quality import structural_similarity
-from t2i.image_tokenizer.train import Codebook, build_vq_model, kmeans, train_image_tokenizer
+from t2i.image_tokenizer.train import build_vq_model, train_image_tokenizer
 from t2i.tokens.image import ImageTokenizer
 
 TINY = TokenizerConfig(
@@ -131,6 +133,8 @@ def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monk
     )
     with pytest.raises(UserError, match="other settings \\(lr\\)"):
         train_image_tokenizer(pictures, config=replace(TINY, lr=0.1), out=tmp_path / "stopped")
+    with pytest.raises(UserError, match="other settings \\(images\\)"):
+        train_image_tokenizer(pictures[1:], config=TINY, out=tmp_path / "stopped")
 
 
 def test_a_folder_of_images_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatch):
@@ -148,6 +152,39 @@ def test_a_folder_of_images_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatc
     assert not list(out.glob("*.pt"))
     with pytest.raises(UserError, match="already holds a tokenizer"):
         make_tokenizer(source, out=out, config=TINY, command="again")
+
+
+def test_a_training_shorter_than_its_first_save_is_finished(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    config = replace(TINY, max_steps=3, save_every=500)
+    make_tokenizer(
+        open_source(folder, heldout_share=0.3), out=tmp_path / "made", config=config, command="test"
+    )
+    assert not list((tmp_path / "made").glob("*.pt"))
+
+
+def test_a_kill_while_files_are_put_in_place_leaves_what_the_same_command_finishes(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    source, out, replaced = open_source(folder, heldout_share=0.3), tmp_path / "made", []
+    put = Path.replace
+
+    def killed(path, target):
+        if path.parent.name == ".part":
+            replaced.append(path.name)
+            if len(replaced) == 4:
+                raise KeyboardInterrupt
+        return put(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_tokenizer(source, out=out, config=TINY, command="test")
+    assert replaced[-1] == "config.json"
+    made = make_tokenizer(source, out=out, config=TINY, command="test")
+    assert made.num_pictures >= 2
+    assert ImageTokenizer.load(out).num_codes(16) == 64
 
 
 def test_channels_must_suit_spatial_norms():

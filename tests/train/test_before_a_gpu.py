@@ -21,7 +21,8 @@ from t2i.distributed import launch, rendezvous
 from t2i.env import cuda_compiler_problem, operators_needed
 from t2i.errors import UserError
 from t2i.generate import sample
-from t2i.image_tokenizer.train import Codebook, _step_loss, build_vq_model
+from t2i.image_tokenizer.codebook import Codebook
+from t2i.image_tokenizer.train import _step_loss, build_vq_model
 from t2i.model.backbone import load_model
 from t2i.model.loss import _chunks
 from t2i.model.resize import on_cpu
