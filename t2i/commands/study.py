@@ -13,6 +13,7 @@ share the work.
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,24 +80,21 @@ def main() -> None:
         status = 0
         if not command.report:
             with local_workers([*again, "--jobs-only"], count=command.workers - 1):
-                status = work_through(study, jobs, out=out)
+                status = work_through(study, out=out)
         if not command.jobs_only:
             report(study, jobs, out=out, again=command_line("study", *flags))
         sys.exit(status)
 
 
-def work_through(study: Any, jobs: Any, *, out: Path) -> int:
-    from t2i.study.jobs import first_jobs, jobs_of
+def work_through(study: Any, *, out: Path) -> int:
+    from t2i.study.jobs import jobs_of
     from t2i.study.runner import exit_status, work
 
-    if study.tuning:
-        # Runs are trained with what the trials choose, so their commands are known only now.
-        work(first_jobs(study, jobs), study=study, out=out)
-        jobs = jobs_of(study, out=out)
-    records = work(jobs, study=study, out=out)
+    records = work(partial(jobs_of, study, out=out), study=study, out=out)
     for name, record in records.items():
         if record.state != "done":
-            print(f"{name}: {record.state}; see {out / 'logs' / name}.log")
+            log = out / "logs" / f"{name}.log"
+            print(f"{name}: {record.state}; {record.reason or f'see {log}'}")
     return exit_status(records.values())
 
 

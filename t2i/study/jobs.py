@@ -5,10 +5,18 @@ from pathlib import Path
 
 from t2i.cli import flags_of_mapping, read_flags
 from t2i.config import RunConfig
-from t2i.errors import UserError
+from t2i.errors import NumericalError, UserError
 from t2i.files import read_optional_json, write_json
 from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec
-from t2i.study.tuning import check_tuning, trial_dir, trial_name, trials, tuned_flags, tuning_of
+from t2i.study.tuning import (
+    check_tuning,
+    trial_dir,
+    trial_name,
+    trials,
+    tuned_flags,
+    tuning_of,
+    untuned_reason,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,10 @@ class Job:
     """Names of jobs that must be done first."""
     run_dir: Path | None = None
     """The run folder of a job that trains; None for other jobs."""
+    done_codes: tuple[int, ...] = (0,)
+    """Exit statuses with which it is done."""
+    refusal: str = ""
+    """Why it cannot be run once its needs are met; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Record:
     """Time that the process took; None where there was none."""
     command: tuple[str, ...] = ()
     reason: str = ""
-    """Why it was skipped."""
+    """Why it was skipped, or could not be run."""
     attempt: str = ""
     """Random name of this try, by which others see that there was one; empty for an open job."""
     time: float | None = None
@@ -62,7 +74,7 @@ def read_study(file: Path) -> Study:
 def jobs_of(study: Study, *, out: Path) -> list[Job]:
     """List a study's jobs in the order that one worker does them: steps, trials, runs, measures.
 
-    Runs take the values that the trials have chosen by now, so a study with tuning is listed again after its trials.
+    Runs take the values that the trials have chosen by now.
     """
     jobs: list[Job] = []
     for step in study.steps:
@@ -86,12 +98,6 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
                 command = [measure.command, str(run / measure.at), *flags]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
     return jobs
-
-
-def first_jobs(study: Study, jobs: list[Job]) -> list[Job]:
-    """List the jobs that must have ended before the commands of the runs are known: steps and trials."""
-    names = {step.name for step in study.steps} | {trial_name(arm, value) for arm, value in trials(study)}
-    return [job for job in jobs if job.name in names]
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -155,12 +161,16 @@ def _record_file(out: Path, name: str) -> Path:
 def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, ...]) -> Job:
     flags = _run_flags(study, arm, seed, out=out)
     command = [TRAIN, "--ds_config", study.ds_config, *flags]
-    return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed))
+    refusal = untuned_reason(study, arm=arm, out=out)
+    return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed), refusal=refusal)
 
 
 def _trial_job(study: Study, arm: str, value: float, *, out: Path, needs: tuple[str, ...]) -> Job:
     command = [TRAIN, "--ds_config", study.ds_config, *_trial_flags(study, arm, value, out=out)]
-    return Job(trial_name(arm, value), command, needs=needs, run_dir=trial_dir(out, arm, value))
+    # A loss that is not finite is a trial's answer, which a second try would give again.
+    codes = (0, NumericalError.exit_code)
+    name, folder = trial_name(arm, value), trial_dir(out, arm, value)
+    return Job(name, command, needs=needs, run_dir=folder, done_codes=codes)
 
 
 def _trial_flags(study: Study, arm: str, value: float, *, out: Path) -> list[str]:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from typing import IO
 
 from t2i.config.renamed import with_new_flags
 from t2i.env import with_own_code
-from t2i.errors import CheckpointError, Stopped, UserError
+from t2i.errors import CheckpointError, DataError, Stopped, UserError
 from t2i.runs.engine_state import drop_engine_state
 from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, read_record, write_record
@@ -34,8 +34,11 @@ WAIT_SECONDS = 2.0
 STOPPED = Stopped.exit_code
 
 
-def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
+def work(listed: Callable[[], list[Job]], *, study: Study, out: Path) -> dict[str, Record]:
     """Run every job that is not done; return all records by name.
+
+    Args:
+        listed: lists the jobs, always by the same names; a run's command is known once its arm's trials have ended.
 
     Raises:
         UserError: a finished job was run with another command.
@@ -43,12 +46,15 @@ def work(jobs: list[Job], *, study: Study, out: Path) -> dict[str, Record]:
     """
     for folder in ("jobs", "locks", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+    jobs = listed()
     for job in jobs:
         _same_command(job, out)
     before = {job.name: read_record(out, job.name) for job in jobs}
     # Until every job is done or was tried since: other workers, on other machines, try some of them.
     while True:
         records = {job.name: read_record(out, job.name) for job in jobs}
+        # After the records: trials that have ended by these have chosen what runs are listed with.
+        jobs = listed()
         settled = {name for name, record in records.items() if _is_settled(record, before[name])}
         waiting = [job for job in jobs if job.name not in settled]
         if not waiting:
@@ -77,11 +83,13 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
     failed = [name for name in job.needs if name in settled and records[name].state != "done"]
     if failed:
         reason = f"needs {failed[0]}, which is not done"
-        record = Record("skipped", reason=reason, attempt=_new_attempt(), time=time.time())
-        write_record(out, job.name, record)
+        write_record(out, job.name, _not_run("skipped", reason))
         return True
     if not set(job.needs) <= settled:
         return False
+    if job.refusal:
+        write_record(out, job.name, _not_run("failed", job.refusal, code=DataError.exit_code))
+        return True
     with _claimed(out / "locks" / job.name) as lock:
         if lock is None:
             return False
@@ -114,7 +122,7 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
             code = process.wait()
     if signals or code == STOPPED:
         raise Stopped(f"Stopped at {job.name}; run the same command to resume.")
-    state = "done" if code == 0 else "failed"
+    state = "done" if code in job.done_codes else "failed"
     if code:
         logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
     return Record(
@@ -125,6 +133,10 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
         attempt=_new_attempt(),
         time=time.time(),
     )
+
+
+def _not_run(state: str, reason: str, *, code: int | None = None) -> Record:
+    return Record(state, code=code, reason=reason, attempt=_new_attempt(), time=time.time())
 
 
 def _new_attempt() -> str:

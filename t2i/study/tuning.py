@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i.errors import UserError
+from t2i.errors import NumericalError, UserError
 from t2i.runs.metrics_log import read_metrics, step_of
 from t2i.runs.run_folder import read_status
 from t2i.study.spec import Study, Tuning
@@ -25,6 +25,8 @@ class Tuned:
     """Value -> held-out loss at the end; nan for one that did not finish or whose loss is not finite."""
     chosen: float | None
     """The value of the lowest loss; None before all trials have ended, or if none has a loss."""
+    has_ended: bool
+    """Whether every trial has ended, well or by a loss that is not finite."""
 
     @property
     def is_at_edge(self) -> bool:
@@ -59,9 +61,9 @@ def tuned(study: Study, *, arm: str, out: Path) -> Tuned:
     folders = {value: trial_dir(out, arm, value) for value in tuning.values}
     losses = {value: _last_loss(folder, key=tuning.loss) for value, folder in folders.items()}
     finite = {value: loss for value, loss in losses.items() if math.isfinite(loss)}
-    # A run that ended in nan has ended too; one that is still training might become the best.
-    has_ended = all(_state(folder) in (DONE, "failed") for folder in folders.values())
-    return Tuned(losses, min(finite, key=finite.__getitem__) if finite and has_ended else None)
+    has_ended = all(map(_has_ended, folders.values()))
+    chosen = min(finite, key=finite.__getitem__) if finite and has_ended else None
+    return Tuned(losses, chosen, has_ended)
 
 
 def tuned_flags(study: Study, *, arm: str, out: Path) -> list[str]:
@@ -70,6 +72,16 @@ def tuned_flags(study: Study, *, arm: str, out: Path) -> list[str]:
         return []
     chosen = tuned(study, arm=arm, out=out).chosen
     return [] if chosen is None else [f"--{study.tuning.key.replace('_', '-')}", f"{chosen:g}"]
+
+
+def untuned_reason(study: Study, *, arm: str, out: Path) -> str:
+    """Say why an arm's runs cannot be trained though its trials have ended; empty if they can."""
+    if study.tuning is None:
+        return ""
+    found = tuned(study, arm=arm, out=out)
+    if found.chosen is not None or not found.has_ended:
+        return ""
+    return f"no trial of {arm} ended with a finite held-out {study.tuning.loss}"
 
 
 def check_tuning(study: Study) -> None:
@@ -85,8 +97,9 @@ def check_tuning(study: Study) -> None:
     taken = sorted({seed for arm in study.arms for seed in study.seeds_of(arm)})
     if tuning.seed in taken:
         raise UserError(f"{where}.seed is {tuning.seed}; expected none of the seeds of the runs ({taken}).")
-    numbers = [value for value in tuning.values if isinstance(value, int | float) and value > 0]
-    if len(numbers) < 2 or len(set(numbers)) < len(tuning.values):
+    # By name, since a value that is written alike would be tried in the same folder.
+    names = {f"{value:g}" for value in tuning.values if value > 0}
+    if len(names) < 2 or len(names) < len(tuning.values):
         raise UserError(f"{where}.values is {tuning.values}; expected at least two different numbers > 0.")
     group, _, name = tuning.key.partition(".")
     for arm, settings in study.arms.items():
@@ -95,13 +108,15 @@ def check_tuning(study: Study) -> None:
             raise UserError(f"{study.file}: arm {arm} sets {tuning.key}, which tuning chooses; remove one.")
 
 
-def _state(folder: Path) -> str:
+def _has_ended(folder: Path) -> bool:
+    # A loss that is not finite says what the trial was for. One that was killed, or had no disk left, has said nothing.
     status = read_status(folder)
-    return status.state if status else ""
+    return status is not None and (status.state == DONE or status.code == NumericalError.exit_code)
 
 
 def _last_loss(folder: Path, *, key: str) -> float:
-    if _state(folder) != DONE:
+    status = read_status(folder)
+    if status is None or status.state != DONE:
         return math.nan
     rows = [row for row in read_metrics(folder) if row.get("split") == "heldout"]
     value = max(rows, key=step_of).get(key) if rows else None

@@ -235,23 +235,23 @@ def test_a_run_that_is_done_keeps_no_state_of_its_optimizer(toy, monkeypatch):
     dropped = []
     monkeypatch.setattr("t2i.study.runner.drop_engine_state", dropped.append)
     jobs = [replace(job(name, code=code), run_dir=folder / name) for name, code in (("a", 0), ("bad", 4))]
-    work([*jobs, job("measure")], study=study, out=folder / "out")
+    work(lambda: [*jobs, job("measure")], study=study, out=folder / "out")
     assert dropped == [folder / "a"]  # one that failed may resume
 
 
 def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     job, study, folder = toy
     jobs = [job("a"), job("bad", code=4), job("c", needs=("a",)), job("d", needs=("bad",))]
-    records = work(jobs, study=study, out=folder / "out")
+    records = work(lambda: jobs, study=study, out=folder / "out")
     assert {name: record.state for name, record in records.items()} == {
         "a": "done", "bad": "failed", "c": "done", "d": "skipped",
     }  # fmt: skip
     assert records["bad"].code == 4
     mended = [jobs[0], job("bad"), *jobs[2:]]
-    assert {record.state for record in work(mended, study=study, out=folder / "out").values()} == {"done"}
+    assert {record.state for record in work(lambda: mended, study=study, out=folder / "out").values()} == {"done"}
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
-        work([job("a", seconds=0.1)], study=study, out=folder / "out")
+        work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
 
 
 def test_two_workers_never_take_one_job(toy):
@@ -262,7 +262,7 @@ def test_two_workers_never_take_one_job(toy):
         patched.setattr("t2i.study.runner.WAIT_SECONDS", 0.02)
         patched.setattr(signal, "signal", lambda number, handler: None)
         workers = [
-            threading.Thread(target=work, args=(jobs,), kwargs={"study": study, "out": folder / "out"})
+            threading.Thread(target=work, args=(lambda: jobs,), kwargs={"study": study, "out": folder / "out"})
             for _ in range(2)
         ]
         for worker in workers:
@@ -283,7 +283,7 @@ folder = Path(sys.argv[1])
 def job(name, seconds):
     return Job(name, [str(folder / "toy.py"), str(folder), name, seconds, "0"])
 jobs = [job("a", "0"), job("slow", "1.5"), job("c", "0")]
-run_command(lambda: runner.work(jobs, study=read_study(folder / "study.yaml"), out=folder / "out"))
+run_command(lambda: runner.work(lambda: jobs, study=read_study(folder / "study.yaml"), out=folder / "out"))
 """
 
 
@@ -332,7 +332,7 @@ def test_no_clock_decides_what_is_tried(toy, monkeypatch):
     jobs = [job("bad", code=4), job("c", needs=("bad",))]
     for now in (2e9, 1e9, 5e8):  # the clock is set back before each call, and in the call it stands
         monkeypatch.setattr(time, "time", lambda now=now: now)
-        records = work(jobs, study=study, out=folder / "out")
+        records = work(lambda: jobs, study=study, out=folder / "out")
         assert {name: record.state for name, record in records.items()} == {"bad": "failed", "c": "skipped"}
     assert calls(folder) == ["bad"] * 3
     assert all(record.seconds is None or record.seconds >= 0 for record in records.values())
@@ -365,4 +365,4 @@ def test_a_study_on_a_disk_without_locks_is_refused_with_the_path(toy, monkeypat
     with pytest.raises(
         CheckpointError, match=r"locks/a cannot be locked: No locks available.*choose an --out"
     ):
-        work([job("a")], study=study, out=folder / "out")
+        work(lambda: [job("a")], study=study, out=folder / "out")

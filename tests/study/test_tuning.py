@@ -1,13 +1,13 @@
 """Each arm at its own best learning rate: trials on a seed that is left out, and runs that take what they chose."""
 
 import pytest
-from made_runs import Made
+from made_runs import Made, write_json
 from matplotlib import pyplot
 
 from t2i.errors import UserError
 from t2i.report.sections.registry import make_section
 from t2i.study.cost import run_costs
-from t2i.study.jobs import first_jobs, jobs_of, read_study
+from t2i.study.jobs import jobs_of, read_study
 from t2i.study.spec import SectionSpec
 from t2i.study.tuning import trial_dir, tuned
 
@@ -27,12 +27,14 @@ def study(tmp_path):
     return read_study(tmp_path / "study.yaml")
 
 
-def write_trials(out, arm, losses, *, state="done"):
-    """Write an arm's trials by hand, with these held-out losses at the end; None for one that failed."""
+def write_trials(out, arm, losses, *, state="done", code=4):
+    """Write an arm's trials by hand, with these held-out losses at the end; None for one that failed with a code."""
     made = Made(out, **{arm: [0]})
     for value, loss in zip((1e-4, 3e-4, 1e-3), losses, strict=True):
         heldout = [] if loss is None else [{"image_loss": 9.0}, {"image_loss": loss}]
         made.run(arm, 0, heldout=heldout, state="failed" if loss is None else state)
+        if loss is None:
+            write_json(made.folder(arm, 0) / "status.json", {"state": "failed", "code": code})
         made.folder(arm, 0).rename(trial_dir(out, arm, value))
 
 
@@ -50,7 +52,6 @@ def test_trials_come_before_the_runs_of_their_arm_on_a_seed_of_their_own(study, 
     assert flags.rindex("--train.max_steps 10") > flags.rindex("--train.max_steps 30")
     assert flags.endswith("--train.seed 9")
     assert [one for one in jobs["random-seed1"].needs if one.startswith("tune-")] == trials[3:]
-    assert [job.name for job in first_jobs(study, list(jobs.values()))] == trials
     assert {cost.name for cost in run_costs(study, out=tmp_path)} >= {*trials, "random-seed0"}
 
 
@@ -96,28 +97,77 @@ def test_a_tuning_that_cannot_be_is_refused_before_anything_runs(tmp_path, chang
         read_study(tmp_path / "study.yaml")
 
 
-def test_the_command_lists_its_runs_again_after_the_trials(study, tmp_path, monkeypatch):
-    """Run the command's own order with a trainer that writes down its flags and a loss that the rate decides."""
+def test_a_trial_that_was_killed_is_no_answer(study, tmp_path):
+    write_trials(tmp_path, "pretrained", [5.0, None, 4.0], code=-9)
+    assert tuned(study, arm="pretrained", out=tmp_path).chosen is None
+
+
+@pytest.fixture
+def trained(study, tmp_path, monkeypatch):
+    """Run the command's own order with a trainer that notes its flags; its loss, or its exit status, is the rate's."""
     from t2i.commands.study import work_through
 
-    script = tmp_path / "toy.py"
-    script.write_text(
-        "import json, sys\nfrom pathlib import Path\n"
-        "flags = sys.argv[1:]\nvalue = lambda name: flags[len(flags) - 1 - flags[::-1].index(name) + 1]\n"
-        "run = Path(value('--run-dir'))\n(run / 'checkpoints').mkdir(parents=True)\n"
-        "loss = abs(float(value('--train.lr')) - (3e-4 if 'pretrained' in run.name else 1e-4))\n"
-        "row = {'step': 10, 'split': 'heldout', 'image_loss': loss}\n"
-        "(run / 'metrics.jsonl').write_text(json.dumps(row) + chr(10))\n"
-        "(run / 'lr').write_text(value('--train.lr'))\n"
-        "status = {'state': 'done', 'code': 0, 'step': 10, 'reason': '', 'next': ''}\n"
-        "(run / 'status.json').write_text(json.dumps(status))\n"
-    )
-    monkeypatch.setattr("t2i.study.runner.find_shipped", lambda path: script)
-    assert work_through(study, jobs_of(study, out=tmp_path / "out"), out=tmp_path / "out") == 0
-    rates = {path.parent.name: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/lr")}
-    assert rates["pretrained-seed0"] == rates["pretrained-seed1"] == "0.0003"
-    assert rates["random-seed0"] == rates["random-seed1"] == "0.0001"
-    # A second call does nothing again, and takes no finished run for one of another command.
-    before = sorted((tmp_path / "out" / "jobs").iterdir())
-    assert work_through(study, jobs_of(study, out=tmp_path / "out"), out=tmp_path / "out") == 0
-    assert sorted((tmp_path / "out" / "jobs").iterdir()) == before
+    def train(loss):
+        script = tmp_path / "toy.py"
+        script.write_text(TRAINER + f"loss, code = {loss}\n" + ENDING)
+        monkeypatch.setattr("t2i.study.runner.find_shipped", lambda path: script)
+        status = work_through(study, out=tmp_path / "out")
+        rates = {path.parent.name: path.read_text() for path in (tmp_path / "out" / "runs").glob("*/lr")}
+        return status, {name: rate.split() for name, rate in rates.items()}
+
+    return train
+
+
+TRAINER = """
+import json, sys
+from pathlib import Path
+flags = sys.argv[1:]
+value = lambda name: flags[len(flags) - 1 - flags[::-1].index(name) + 1]
+run = Path(value("--run-dir"))
+run.mkdir(parents=True, exist_ok=True)
+rate = float(value("--train.lr"))
+with (run / "lr").open("a") as file:
+    file.write(value("--train.lr") + " ")
+"""
+ENDING = """
+if loss is not None:
+    row = {"step": 10, "split": "heldout", "image_loss": loss}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + chr(10))
+if code >= 0:
+    state = "failed" if code else "done"
+    (run / "status.json").write_text(json.dumps({"state": state, "code": code}))
+sys.exit(abs(code))
+"""
+
+
+def test_runs_take_their_rates_in_the_same_call_and_a_second_one_does_nothing(trained, tmp_path):
+    status, rates = trained("abs(rate - (3e-4 if 'pretrained' in run.name else 1e-4)), 0")
+    assert status == 0
+    assert rates["pretrained-seed0"] == rates["pretrained-seed1"] == ["0.0003"]
+    assert rates["random-seed0"] == rates["random-seed1"] == ["0.0001"]
+    assert trained("1.0, 0") == (0, rates)
+
+
+def test_a_rate_that_diverges_is_an_answer(trained):
+    """Status 4: it is not tried again, and the arm's runs take the best of the others."""
+    status, rates = trained("(None, 4) if rate == 1e-3 else (rate, 0)")
+    assert status == 0
+    assert rates["random-seed0"] == ["0.0001"]
+    assert rates["tune-random-0.001"] == ["0.001"]
+
+
+def test_runs_whose_trial_was_killed_wait_for_a_call_in_which_it_is_not(trained):
+    """Else its second try would be followed by runs at the rate that is written in the study's settings."""
+    status, rates = trained("(None, -9) if rate == 3e-4 else (rate, 0)")
+    assert status == 9 and not any("seed" in name for name in rates)
+    assert rates["tune-random-0.0003"] == ["0.0003"]  # once in a call
+    status, rates = trained("rate - 1, 0")
+    assert status == 0 and rates["random-seed0"] == ["0.0003"]
+
+
+def test_runs_of_an_arm_without_a_loss_are_refused(trained, capsys):
+    status, rates = trained("(None, 4) if 'random' in run.name else (rate, 0)")
+    assert status == 3 and rates["pretrained-seed0"] == ["0.0001"]
+    assert not any(name.startswith("random-seed") for name in rates)
+    said = "random-seed0: failed; no trial of random ended with a finite held-out image_loss"
+    assert said in capsys.readouterr().out
