@@ -38,7 +38,7 @@ VARIABLES = {
     "PYTHONPATH": "a study's jobs and a run's trackers get the folder of t2i put first",
     "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
     "T2I_API_KEY": "key that clients of `t2i serve` must send; without one, only this machine can reach it",
-    "MLFLOW_TRACKING_URI": "where MLflow keeps runs; by default trackers/mlruns in the run's folder",
+    "MLFLOW_TRACKING_URI": "where MLflow keeps runs; by default trackers/mlflow.db in the run's folder",
     "HF_ENDPOINT": "address of the hub that exports are uploaded to; Hugging Face's own",
 }
 """Every environment variable that t2i reads or sets itself; libraries read more."""

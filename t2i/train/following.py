@@ -74,7 +74,8 @@ def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
         "trackio": {"name": run_dir.name, "resume": "allow"},
     }
     if name == "mlflow":
-        os.environ.setdefault("MLFLOW_TRACKING_URI", (folder / "mlruns").as_uri())
+        # A database: MLflow 3 refuses a folder of files.
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     return kind(PROJECT, **own[name])
 
 

@@ -159,3 +159,10 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "mlflow" else name)
     with pytest.raises(UserError, match=r"train\.report_to names mlflow, which is not installed"):
         check_trackers(["tensorboard", "mlflow"])
+
+
+def test_mlflow_keeps_runs_in_a_database_because_it_refuses_folders_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setitem(following.LOGGER_TYPE_TO_CLASS, "mlflow", lambda *_, **__: None)
+    following._opened("mlflow", run_dir=tmp_path, run=None)
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/trackers/mlflow.db"
