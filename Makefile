@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help install demo lint test test-slow test-s3 test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
-	@echo "make demo      the whole story on the embedded pictures; OUT=DIR, by default $(OUT)"
+	@echo "make demo      the whole story on the embedded images; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make test      the test suite"
 	@echo "make mutations one-line mistakes in a copy of the code, and whether tests notice them (a quarter of an hour)"
@@ -50,17 +50,17 @@ $(VENV)/.installed: pyproject.toml
 
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
-	@echo "[1/5] captioned pictures become tokens"
+	@echo "[1/5] captioned images become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 400
-	@echo "[3/5] its pictures beside their yardsticks"
+	@echo "[3/5] its images beside their yardsticks"
 	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"
 	test -d $(OUT)/export || $(BIN)/python launchers/export.py $(OUT) --out $(OUT)/export
 	@echo "[5/5] a report"
 	$(BIN)/python launchers/report.py $(OUT)
-	@echo 'Try: $(BIN)/python launchers/sample.py $(OUT) --prompts "woman: dark skin tone" --out pictures'
+	@echo 'Try: $(BIN)/python launchers/sample.py $(OUT) --prompts "woman: dark skin tone" --out images'
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -139,7 +139,7 @@ def score_model(command: ScoreCommand) -> None:
         batch_size=command.batch_size,
     )
     rank, world_size = processes.process_index, processes.num_processes
-    if processes.is_main_process and task.reference.cache:  # a broken picture is named before days of drawing
+    if processes.is_main_process and task.reference.cache:  # a broken image is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
     facts = DrawingFacts(

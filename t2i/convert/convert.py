@@ -181,9 +181,9 @@ def prove_codes(folder: Path, *, tensors: dict[str, Tensor], layout: SourceLayou
     pixels = to_pixels([openmoji.render(key) for key in PROOF_IMAGES])
     latents = source_latents(tensors, pixels, layout=layout)
     codes = source_codes(tensors, latents, layout=layout).flatten(1)  # (B, K)
-    pictures = source_pixels(tensors, codes.view(-1, *latents.shape[2:]), layout=layout)
+    images = source_pixels(tensors, codes.view(-1, *latents.shape[2:]), layout=layout)
     latent_error = (tokenizer.model.encode(pixels).latents - latents).abs().max().item()
-    pixel_error = (tokenizer.decode(codes) - pictures).abs().max().item()
+    pixel_error = (tokenizer.decode(codes) - images).abs().max().item()
     num_equal = int((tokenizer.encode(pixels) == codes).sum())
     found = (
         f"latents differ by {latent_error:.1e}, pixels by {pixel_error:.1e},"

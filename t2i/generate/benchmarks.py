@@ -50,9 +50,9 @@ class Benchmark:
 
     def write_sheets(self) -> None:
         """Combine drawn images into sheets, once all of them exist; called in one process."""
-        for path, pictures in self.sheets.items():
+        for path, images in self.sheets.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            grid([Image.open(picture).convert("RGB") for picture in pictures], columns=2).save(path)
+            grid([Image.open(image).convert("RGB") for image in images], columns=2).save(path)
 
 
 def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:

@@ -44,12 +44,12 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = (pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
-    pictures, captions = read_captioned(source, split="train", image_size=config.image_size)
+    images, captions = read_captioned(source, split="train", image_size=config.image_size)
     sentences = None
     if config.align_to:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sentences = sentence_embeddings(captions, folder=Path(config.align_to), device=device)
-    model = train_image_tokenizer(pictures, config=config, out=out, sentences=sentences)
+    model = train_image_tokenizer(images, config=config, out=out, sentences=sentences)
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
@@ -58,9 +58,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     measures = measure_folder(
         part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"
     )
-    (part / "README.md").write_text(
-        _card(source, measures, config, num_trained=len(pictures), command=command)
-    )
+    (part / "README.md").write_text(_card(source, measures, config, num_trained=len(images), command=command))
     # Files, not the folder: `out` holds the training's state, which is removed last. Before it comes config.json, which
     # says that all is there: a kill before it leaves a training that the same command finishes.
     for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
@@ -93,16 +91,16 @@ def measure_folder(
     tokenizer = ImageTokenizer.load(folder, device=device)
     # Called for its check, before minutes of reading.
     tokenizer.num_codes(image_size)
-    pictures = read_images(source, split=split, image_size=image_size, num_images=num_images)
-    _check_enough(len(pictures), source=source, split=split)
+    images = read_images(source, split=split, image_size=image_size, num_images=num_images)
+    _check_enough(len(images), source=source, split=split)
     extractor = load_features(FEATURES, device=device)
-    measures, back = evaluate_tokenizer(tokenizer, pictures, extractor=extractor)
-    step = max(1, len(pictures) // 32)
-    shown, columns = min(32, len(pictures) // step), min(8, len(pictures))
+    measures, back = evaluate_tokenizer(tokenizer, images, extractor=extractor)
+    step = max(1, len(images) // 32)
+    shown, columns = min(32, len(images) // step), min(8, len(images))
     rows = []
     for start in range(0, shown // columns * columns, columns):
-        for images in (pictures[::step], back[::step]):
-            rows.append(np.concatenate(list(images[start : start + columns]), axis=1))
+        for side in (images[::step], back[::step]):
+            rows.append(np.concatenate(list(side[start : start + columns]), axis=1))
     Image.fromarray(np.concatenate(rows)).save(grid)
     return measures
 
@@ -124,16 +122,16 @@ def read_captioned(
     if num_images is not None:
         # By a hash: the same images each time, and not those that a sorted source begins with.
         pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_images]
-    pictures, captions = [], []
+    images, captions = [], []
     for pair in tqdm(pairs, unit="image", desc=f"read {split}"):
         try:
-            pictures.append(np.asarray(centre_crop_resize(pair.open().image, size=image_size)))
+            images.append(np.asarray(centre_crop_resize(pair.open().image, size=image_size)))
         except UNREADABLE:
             continue
         captions.append(pair.caption)
-    if not pictures:
+    if not images:
         raise DataError(f"{source.name} has no {split} image that can be decoded.")
-    return np.stack(pictures), captions
+    return np.stack(images), captions
 
 
 def _check_enough(found: int, *, source: Source, split: str) -> None:

@@ -34,12 +34,12 @@ class Reconstruction:
 
 
 def evaluate_tokenizer(
-    tokenizer: ImageTokenizer, pictures: np.ndarray, *, extractor: FeatureExtractor, batch_size: int = 32
+    tokenizer: ImageTokenizer, images: np.ndarray, *, extractor: FeatureExtractor, batch_size: int = 32
 ) -> tuple[Reconstruction, np.ndarray]:
     """Encode and decode uint8 images (N, H, W, 3); return the measures and the reconstructions."""
     codes, back, psnr, ssim = [], [], [], []
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.from_numpy(pictures[start : start + batch_size])
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size])
         codes.append(tokenizer.encode(pixels_of(batch)))
         decoded = images_of(tokenizer.decode(codes[-1])).cpu()
         # Clamped, because an image that comes back unchanged would have an infinite ratio.
@@ -49,10 +49,10 @@ def evaluate_tokenizer(
         back.append(decoded.numpy())
     reconstructed = np.concatenate(back)
     real, made = (
-        statistics(extract(images, extractor, batch_size=batch_size)) for images in (pictures, reconstructed)
+        statistics(extract(side, extractor, batch_size=batch_size)) for side in (images, reconstructed)
     )
     measures = Reconstruction(
-        num_pictures=len(pictures),
+        num_pictures=len(images),
         psnr=float(torch.cat(psnr).mean()),
         ssim=float(torch.cat(ssim).mean()),
         codes_in_use=torch.cat(codes).unique().numel() / tokenizer.codebook_size,
@@ -65,7 +65,7 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Compare uint8 images (B, H, W, 3) by their grey values: (B,), where 1 means equal."""
     # Luma weights of ITU-R BT.601.
     weights = torch.tensor([0.299, 0.587, 0.114])
-    x, y = ((picture.float() @ weights)[:, None] for picture in (first, second))  # (B, 1, H, W)
+    x, y = ((image.float() @ weights)[:, None] for image in (first, second))  # (B, 1, H, W)
     offsets = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     line = torch.exp(-(offsets.float() ** 2) / (2 * SSIM_SIGMA**2))
     window = torch.outer(line, line)[None, None] / line.sum() ** 2

@@ -118,7 +118,7 @@ def reconstruction_loss(
 
 
 def train_image_tokenizer(
-    pictures: np.ndarray, *, config: TokenizerConfig, out: Path, sentences: Tensor | None = None
+    images: np.ndarray, *, config: TokenizerConfig, out: Path, sentences: Tensor | None = None
 ) -> VQModel:
     """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
 
@@ -144,7 +144,7 @@ def train_image_tokenizer(
     training = Training(config, images, trained, optimizer, codebook, generator)
     first_step = training.restore(out / STATE_FILE)
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
-    batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(pictures, config, generator))
+    batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(images, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     for step in bar:
         if step == num_continuous:
@@ -201,12 +201,12 @@ def _gradients(pixels: Tensor) -> Tensor:
     return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
 
 
-def _batches(pictures: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Batch]:
+def _batches(images: np.ndarray, config: TokenizerConfig, generator: torch.Generator) -> Iterator[Batch]:
     """Draw random batches without end, half of the images mirrored, some recoloured."""
     size = (config.batch_size, 1, 1, 1)
     while True:
-        picks = torch.randint(len(pictures), size[:1], generator=generator)
-        pixels = pixels_of(torch.from_numpy(pictures[picks.numpy()]))
+        picks = torch.randint(len(images), size[:1], generator=generator)
+        pixels = pixels_of(torch.from_numpy(images[picks.numpy()]))
         mirrored = torch.rand(size, generator=generator) < 0.5
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
         # Channels are swapped so that rare colours are seen as often as others.

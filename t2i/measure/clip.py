@@ -87,13 +87,13 @@ def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
     return _unit(torch.cat(embedded))
 
 
-def clip_score(pictures: Tensor, captions: Tensor) -> float:
+def clip_score(images: Tensor, captions: Tensor) -> float:
     """Compute RULE on embedded images and captions (N, D), one caption per image.
 
     Source: https://arxiv.org/abs/2104.08718, with the weight 100 that text-to-image papers report.
     """
     # A negative cosine counts as 0, as in the paper: below that, how unrelated two things are says nothing.
-    return 100 * (pictures * captions).sum(-1).clamp(min=0).mean().item()
+    return 100 * (images * captions).sum(-1).clamp(min=0).mean().item()
 
 
 def _unit(vectors: Tensor) -> Tensor:

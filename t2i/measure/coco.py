@@ -16,7 +16,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform, sha256_of
 from t2i.measure.feature_cache import Reference
 from t2i.measure.features import cache_folder
-from t2i.measure.images import Pictures, read_image
+from t2i.measure.images import LazyImages, read_image
 from t2i.measure.score import Task
 
 CAPTIONS_FILE = Path("annotations", "captions_val2014.json")
@@ -57,17 +57,17 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
     chosen = choice.captions
     # Each image once, though five captions may be drawn: repeated, it would count five times in the matched row.
     own_ids = list(dict.fromkeys(caption.image_id for caption in chosen))
-    places = {image_id: place for place, image_id in enumerate(coco.pictures)}
-    sizes = _sizes(list(coco.pictures.values()))
+    places = {image_id: place for place, image_id in enumerate(coco.images)}
+    sizes = _sizes(list(coco.images.values()))
     return Task(
         data="MS COCO val2014",
         captions={name_of(caption): caption.text for caption in chosen},
         captions_rule=choice.rule,
-        own=_images([coco.pictures[image_id] for image_id in own_ids], size=image_size),
+        own=_images([coco.images[image_id] for image_id in own_ids], size=image_size),
         # All of val2014: sampled anew for each list, the reference would move FID by more than most improvements.
         reference=Reference(
-            name=f"all {len(coco.pictures):,} images of MS COCO val2014",
-            pictures=_images(list(coco.pictures.values()), size=image_size),
+            name=f"all {len(coco.images):,} images of MS COCO val2014",
+            images=_images(list(coco.images.values()), size=image_size),
             # By names and sizes: hashing its 6 GB would take minutes before each measure.
             which={"pictures": sizes},
             crop=LANCZOS_CROP,
@@ -127,7 +127,7 @@ def listed_captions(coco: CaptionFile, file: Path, *, num_samples: int | None) -
     captions = []
     for number, row in enumerate(listed[:count]):
         image_id = by_text.get(row.text) if row.image_id is None else row.image_id
-        if image_id is None or image_id not in coco.pictures:
+        if image_id is None or image_id not in coco.images:
             wanted = f"caption {row.text!r:.80}" if image_id is None else f"image {image_id}"
             raise DataError(f"{file}, row {number + 1}: val2014 has no {wanted}.")
         captions.append(Caption(number, image_id, row.text))
@@ -160,8 +160,8 @@ def centre_crop_lanczos(image: Image.Image, *, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _images(files: list[Path], *, size: int) -> Pictures:
-    return Pictures(
+def _images(files: list[Path], *, size: int) -> LazyImages:
+    return LazyImages(
         [partial(read_image, file) for file in files], crop=partial(centre_crop_lanczos, size=size)
     )
 

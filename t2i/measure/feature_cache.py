@@ -14,7 +14,7 @@ import numpy as np
 from t2i.measure.distances import FrechetStatistics, statistics
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.features import extract
-from t2i.measure.images import Pictures
+from t2i.measure.images import LazyImages
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Reference:
 
     name: str
     """In words."""
-    pictures: Pictures
+    images: LazyImages
     which: dict[str, object]
     """Which images these are, as plain JSON."""
     crop: str
@@ -65,7 +65,7 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
     """Compute a reference's features, or read them from the cache."""
     if reference.cache is None:
         return with_statistics(
-            extract(reference.pictures, extractor, batch_size=FEATURE_BATCH, progress=progress)
+            extract(reference.images, extractor, batch_size=FEATURE_BATCH, progress=progress)
         )
     made_of = {
         **reference.made_of(),
@@ -78,7 +78,7 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
     folder = reference.cache / _hash(made_of)[:32]
     if not folder.is_dir():
         logger.info("computing features of %s once, into %s", reference.name, folder)
-        features = extract(reference.pictures, extractor, batch_size=FEATURE_BATCH, progress=progress)
+        features = extract(reference.images, extractor, batch_size=FEATURE_BATCH, progress=progress)
         _publish(with_statistics(features), made_of, folder)
     return _load(folder)
 

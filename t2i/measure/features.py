@@ -243,19 +243,19 @@ def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
     )
 
 
-def _read(picture: np.ndarray | Path) -> np.ndarray:
+def _read(image: np.ndarray | Path) -> np.ndarray:
     """Return one image as uint8 (H, W, 3)."""
-    if isinstance(picture, Path):
-        return np.asarray(read_image(picture))
+    if isinstance(image, Path):
+        return np.asarray(read_image(image))
     # Refused and not converted: floats in [0, 1] would pass as nearly black images, and give a number.
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise DataError(f"An image is {picture.dtype} {picture.shape}; expected uint8 (H, W, 3).")
-    return picture
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(f"An image is {image.dtype} {image.shape}; expected uint8 (H, W, 3).")
+    return image
 
 
-def _pixels(pictures: list[np.ndarray]) -> Tensor:
+def _pixels(images: list[np.ndarray]) -> Tensor:
     """Stack images (H, W, 3) as float32 pixels (B, 3, H, W), still in [0, 255]."""
-    shapes = {picture.shape for picture in pictures}
+    shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise DataError(f"Resize legacy_tensorflow needs images of one size; found {sorted(shapes)}.")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()

@@ -16,7 +16,7 @@ from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
 from t2i.measure.heldout import CaptionMeter, caption_meter
-from t2i.measure.images import encode, pictures, readable
+from t2i.measure.images import encode, images_of_pairs, readable
 from t2i.measure.score import Task
 from t2i.model.backbone import trained_seq_len
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
@@ -98,7 +98,7 @@ def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     source, size = manifest.source, manifest.image_size
     reference = Reference(
         name=f"{len(halves.reference)} held-out images of {source}",
-        pictures=pictures(halves.reference, size=size),
+        images=images_of_pairs(halves.reference, size=size),
         which={"keys": [pair.key for pair in halves.reference], "source": source},
         crop=BICUBIC_CROP,
         image_size=size,
@@ -107,7 +107,7 @@ def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
         data=f"{source}, held-out images",
         captions={f"{index:05d}": pair.caption for index, pair in enumerate(halves.drawn)},
         captions_rule=HALF_RULE.format(source=source),
-        own=pictures(halves.drawn, size=size),
+        own=images_of_pairs(halves.drawn, size=size),
         # No own_places: the two halves share no image, so no row is compared with itself.
         reference=reference,
     )
@@ -141,7 +141,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
         pairs = list(readable(spread))
         if len(pairs) < 2:  # no shuffled caption to compare with
             continue
-        codes = encode(pictures(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())
+        codes = encode(images_of_pairs(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())
         samples = [
             Sample(
                 key=pair.key,

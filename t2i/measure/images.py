@@ -24,7 +24,7 @@ READ_AHEAD = 64
 
 
 @dataclass(frozen=True)
-class Pictures:
+class LazyImages:
     """uint8 RGB images (H, W, 3), each opened and cropped only when it is reached."""
 
     openers: Sequence[Callable[[], Image.Image]]
@@ -46,23 +46,25 @@ class Pictures:
 class Reconstructions:
     """The same images after a round trip through an image tokenizer."""
 
-    pictures: Pictures
+    images: LazyImages
     tokenizer: AnyTokenizer
     batch_size: int = 32
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # The model can draw nothing better than this round trip, so its distance is the best that a model can reach.
-        for batch in batches(self.pictures, size=self.batch_size):
+        for batch in batches(self.images, size=self.batch_size):
             pixels = pixels_of(torch.from_numpy(np.stack(batch)))
             yield from images_of(self.tokenizer.decode(self.tokenizer.encode(pixels))).cpu().numpy()
 
 
-def pictures(pairs: Sequence[Pair], *, size: int) -> Pictures:
+def images_of_pairs(pairs: Sequence[Pair], *, size: int) -> LazyImages:
     """Line up pairs' images as the model sees them, size x size."""
-    return Pictures([partial(_image_of, pair) for pair in pairs], crop=partial(centre_crop_resize, size=size))
+    return LazyImages(
+        [partial(_image_of, pair) for pair in pairs], crop=partial(centre_crop_resize, size=size)
+    )
 
 
 def _image_of(pair: Pair) -> Image.Image:
@@ -85,12 +87,12 @@ def _opens(pair: Pair) -> bool:
     return True
 
 
-def encode(pictures: Pictures, tokenizer: ImageTokenizer, *, batch_size: int = 32) -> np.ndarray:
+def encode(images: LazyImages, tokenizer: ImageTokenizer, *, batch_size: int = 32) -> np.ndarray:
     """Map images to codes (N, K)."""
     return np.concatenate(
         [
             tokenizer.encode(pixels_of(torch.from_numpy(np.stack(batch)))).cpu().numpy()
-            for batch in batches(pictures, size=batch_size)
+            for batch in batches(images, size=batch_size)
         ]
     )
 

@@ -24,7 +24,7 @@ from t2i.files import hash_uniform, whole_file
 from t2i.measure import descriptors
 from t2i.measure.attributes import NAMES, Attributes, attributes_of
 from t2i.measure.features import cache_folder
-from t2i.measure.images import Reconstructions, pictures
+from t2i.measure.images import Reconstructions, images_of_pairs
 from t2i.measure.shuffled import unrelated
 from t2i.tokens.image import ImageTokenizer
 
@@ -112,7 +112,7 @@ def yardsticks(judge: Judge, tokenizer: ImageTokenizer) -> dict[str, Verdict]:
     pairs = sorted(held_out, key=lambda pair: hash_uniform("judge", pair.key))
     captions = [pair.caption for pair in pairs]
     others = unrelated(captions, shift=1) or []
-    images = pictures(pairs, size=descriptors.SIDE)
+    images = images_of_pairs(pairs, size=descriptors.SIDE)
     read = judge.read(images)
     return {
         "real": judged(read, captions),
@@ -133,7 +133,7 @@ def load_judge(*, folder: Path | None = None) -> Judge:
     if not file.is_file():
         logger.info("training the judge of %d images once, into %s", len(pairs), file)
         judge = train_judge(
-            pictures(pairs, size=descriptors.SIDE), [pair.caption for pair in pairs], made_of=made_of
+            images_of_pairs(pairs, size=descriptors.SIDE), [pair.caption for pair in pairs], made_of=made_of
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         _save(judge, file)

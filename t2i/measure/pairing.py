@@ -10,7 +10,7 @@ from torch import Tensor
 from t2i.generate.others.family import AnyTokenizer
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
-from t2i.measure.images import Pictures, Reconstructions
+from t2i.measure.images import LazyImages, Reconstructions
 from t2i.measure.judge import Judge, judged
 from t2i.measure.protocol import ROWS, ClipScores, JudgeScores, RowScore
 from t2i.measure.remote_judge import RemoteJudge, ask
@@ -49,7 +49,7 @@ class Pairing:
 
 def pairing_of(
     captions: dict[str, str],
-    own: Pictures,
+    own: LazyImages,
     *,
     image_ids: Sequence[int] | None,
     num_real: int,

@@ -25,7 +25,7 @@ from t2i.measure.clip import Clip
 from t2i.measure.distances import sample_size_note
 from t2i.measure.extractor import FeatureExtractor, metric_key
 from t2i.measure.feature_cache import Reference
-from t2i.measure.images import Pictures
+from t2i.measure.images import LazyImages
 from t2i.measure.judge import Judge
 from t2i.measure.measures import KERNEL_SEED, distances_on, replicates_for
 from t2i.measure.pairing import (
@@ -69,7 +69,7 @@ class Task:
     """Image name -> caption, in the order of the seeds."""
     captions_rule: str
     """How the list was chosen."""
-    own: Pictures
+    own: LazyImages
     """Real images of the captions, each once, in the order of their first captions, which come before all others."""
     reference: Reference
     own_places: list[int] | None = None

@@ -55,15 +55,15 @@ def batch_drawer(
             # Windows would let the other images of a batch decide how this one's products are rounded.
             window=1,
         )  # (batch_size + 2, K)
-        pictures = decode_images(opened.needed_image_tokenizer(), codes[:batch_size])
+        drawn = decode_images(opened.needed_image_tokenizer(), codes[:batch_size])
         settings = {**vars(sampler), "weights": opened.weights}
         files = []
-        for image, picture in zip(images, pictures, strict=False):
+        for image, pixels in zip(images, drawn, strict=False):
             metadata = PngInfo()
             for key, value in {"caption": image.caption, "seed": image.seed, **settings}.items():
                 metadata.add_text(key, str(value))
             file = io.BytesIO()
-            picture.save(file, format="PNG", pnginfo=metadata)
+            pixels.save(file, format="PNG", pnginfo=metadata)
             files.append(file.getvalue())
         return files
 

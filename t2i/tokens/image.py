@@ -58,9 +58,9 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
     return pixels_of(torch.from_numpy(np.stack([np.asarray(image) for image in images])))  # (B, 3, H, W)
 
 
-def pixels_of(pictures: Tensor) -> Tensor:
+def pixels_of(images: Tensor) -> Tensor:
     """Scale uint8 images (B, H, W, 3) to float32 pixels (B, 3, H, W) in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def images_of(pixels: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class MetricsWriter:
             self.waiting = rows
         self._show(lambda events: _add_scalars(events, row))
 
-    def show(self, picture: Image.Image, *, step: int) -> None:
+    def show(self, image: Image.Image, *, step: int) -> None:
         """Show a grid of sampled images in TensorBoard."""
-        self._show(lambda events: events.add_image("samples", np.asarray(picture), step, dataformats="HWC"))
+        self._show(lambda events: events.add_image("samples", np.asarray(image), step, dataformats="HWC"))
 
     def close(self) -> None:
         """Flush TensorBoard's events, and tell the other trackers that the run has ended."""

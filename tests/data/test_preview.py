@@ -36,8 +36,8 @@ def test_a_preview_shows_crops_decoded_codes_and_ids(source, tokenizers):
     codes = tokenizers["image_tokenizer"].encode(to_pixels(crops))
     decoded = images_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
     for row, crop, back, codes_of_one in zip(rows, crops, decoded, codes.tolist(), strict=True):
-        assert (np.asarray(row.pictures[0]) == np.asarray(crop)).all()
-        assert (np.asarray(row.pictures[1]) == back).all()
+        assert (np.asarray(row.images[0]) == np.asarray(crop)).all()
+        assert (np.asarray(row.images[1]) == back).all()
         ids = tokenizers["text_tokenizer"].encode(row.caption).tolist()
         assert f"{len(ids)} ids: {' '.join(map(str, ids))}\n" in row.facts
         assert f"64 codes: {' '.join(map(str, codes_of_one[:12]))} ..." in row.facts
@@ -73,7 +73,7 @@ def test_shards_show_what_their_codes_and_ids_say(source, tokenizers, tmp_path):
     assert [row.caption for row in rows] == [sample["caption"] for sample in samples]
     codes = torch.tensor(np.stack([sample["codes"] for sample in samples]).astype(int))
     decoded = images_of(tokenizers["image_tokenizer"].decode(codes)).numpy()
-    assert all((np.asarray(row.pictures[0]) == back).all() for row, back in zip(rows, decoded, strict=True))
+    assert all((np.asarray(row.images[0]) == back).all() for row, back in zip(rows, decoded, strict=True))
     own = ImageTokenizer.load(tmp_path / "moved" / "image_tokenizer")
     check_image_tokenizer(tmp_path / "moved", own)
 

@@ -28,7 +28,7 @@ def test_a_published_list_is_drawn_in_its_order_with_each_images_first_caption_f
     name, coco_folder, tmp_path
 ):
     coco = read_val2014(coco_folder)
-    ids = sorted(coco.pictures)[3:5]
+    ids = sorted(coco.images)[3:5]
     (tmp_path / name).write_text(LISTS[name].format(*ids))
     choice = listed_captions(coco, tmp_path / name, num_samples=None)
     found = [(each.image_id, each.text, each.caption_id) for each in choice.captions]
@@ -45,7 +45,7 @@ def test_a_published_list_is_drawn_in_its_order_with_each_images_first_caption_f
 @pytest.mark.parametrize("name", ["coco_captions.csv", "captions.txt"])
 def test_a_list_without_images_finds_them_by_their_captions(name, coco_folder, tmp_path):
     coco = read_val2014(coco_folder)
-    ids = sorted(coco.pictures)
+    ids = sorted(coco.images)
     coco.captions[ids[7]][0] = replace(coco.captions[ids[7]][0], text="A bus, seen from here,")
     coco.captions[ids[2]][1] = replace(coco.captions[ids[2]][1], text="A bus, seen from here,")
     other = coco.captions[ids[9]][4].text
@@ -59,7 +59,7 @@ def test_a_list_without_images_finds_them_by_their_captions(name, coco_folder, t
 
 def test_a_list_that_does_not_fit_is_refused_by_its_row(coco_folder, tmp_path):
     coco = read_val2014(coco_folder)
-    known = min(coco.pictures)
+    known = min(coco.images)
     for name, text, sentence in (
         ("a.csv", "image_id,text\n1000,A bus.\n", "a.csv, row 1: val2014 has no image 1000"),
         ("b.txt", "A bus that nobody described.\n" * 2, "b.txt, row 1: val2014 has no caption 'A bus that"),
@@ -86,7 +86,7 @@ def test_a_list_of_a_paper_is_scored_and_named(
     model_folder, coco_folder, narrow_inception_file, call, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    ids = sorted(read_val2014(coco_folder).pictures)[:4]
+    ids = sorted(read_val2014(coco_folder).images)[:4]
     file = tmp_path / "uid_caption.csv"
     file.write_text("uid,caption\n" + "".join(f"{id_}_mscoco_0,A bus {id_}.\n" for id_ in ids))
     words = ["--coco", coco_folder, "--inception", narrow_inception_file, "--out", tmp_path / "out"]

@@ -115,7 +115,7 @@ def test_the_list_takes_distinct_images_first_and_does_not_depend_on_the_files_o
 
 def test_the_order_of_images_is_pinned():
     """The list of everybody's 30,000 captions hangs on it: sha256 of coco, seed and id, joined by \\x1f."""
-    coco = CaptionFile(pictures={}, captions={id_: [Caption(0, id_, "")] for id_ in range(50)})
+    coco = CaptionFile(images={}, captions={id_: [Caption(0, id_, "")] for id_ in range(50)})
     wanted = sorted(coco.captions, key=lambda id_: hashlib.sha256(f"coco\x1f0\x1f{id_}".encode()).digest())
     assert [each.image_id for each in drawn_captions(coco, num_samples=50, seed=0).captions] == wanted
 
@@ -126,7 +126,7 @@ def test_reference_images_are_cut_before_they_are_resized(coco_folder):
     assert modes == {"RGB", "L", "CMYK"}
     coco = read_val2014(coco_folder)
     task = coco_task(coco, drawn_captions(coco, num_samples=2, seed=0), image_size=32)
-    for picture, file in zip(task.reference.pictures, files, strict=True):
+    for picture, file in zip(task.reference.images, files, strict=True):
         np.testing.assert_array_equal(picture, np.asarray(square(file, 32)))
     frame = Image.new("RGB", (90, 40), "red")
     frame.paste("blue", (25, 0, 65, 40))

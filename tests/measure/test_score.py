@@ -14,7 +14,7 @@ from t2i.measure import score as scoring
 from t2i.measure.clip import Clip
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.feature_cache import Reference
-from t2i.measure.images import Pictures
+from t2i.measure.images import LazyImages
 from t2i.measure.judge import Head, Judge
 from t2i.measure.pairing import clip_scores, pairing_of
 from t2i.measure.protocol import DrawingFacts
@@ -30,7 +30,7 @@ def images(count, *, seed):
 
 
 def images_of(arrays):
-    return Pictures(
+    return LazyImages(
         [lambda array=array: Image.fromarray(array) for array in arrays], crop=lambda image: image
     )
 

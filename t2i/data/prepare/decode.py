@@ -28,7 +28,7 @@ TASK_PAIRS = 16
 class Decoded:
     """The result of decoding one pair's image."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     """The image and its shifted views; empty if it was not usable."""
     changed: tuple[str, ...] = ()
     """What was lost or guessed when it was decoded."""

@@ -186,10 +186,10 @@ def _encode(
             assert pair.codes is not None, "a source of ids has nothing else"
             yield _row(pair, pair.codes.astype(code_type), encoder.text_tokenizer, changed=pair.changed)
         return
-    pictures = _images(pairs, encoder, broken=broken, tally=tally)
+    images = _images(pairs, encoder, broken=broken, tally=tally)
     # Batches start anew with each unit. In lower precision codes may depend on the batch, and shards must
     # be the same whichever rank encodes the unit.
-    for batch in iter(lambda: list(islice(pictures, encoder.config.batch_size)), []):
+    for batch in iter(lambda: list(islice(images, encoder.config.batch_size)), []):
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image, _ in batch])).cpu().numpy()
         for (pair, number, _, changed), row in zip(batch, codes.astype(code_type), strict=True):
             yield _row(pair, row, encoder.text_tokenizer, number=number, changed=changed)
@@ -223,7 +223,7 @@ def _images(
         if decoded.broken:
             broken.append({"key": pair.key, "reason": decoded.broken})
         changed = (*pair.changed, *decoded.changed)
-        yield from ((pair, number, image, changed) for number, image in enumerate(decoded.pictures))
+        yield from ((pair, number, image, changed) for number, image in enumerate(decoded.images))
 
 
 def view_key(key: str, number: int) -> str:

@@ -40,7 +40,7 @@ NUM_ROUND_TRIP, NUM_COMPARED = 8, 32
 class Shown:
     """One row of a sheet."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     caption: str
     facts: str
     """Key, ids and codes, to be printed."""
@@ -95,30 +95,30 @@ def show_shards(folder: Path, *, split: str = "train", num: int) -> list[Shown]:
     samples = list(read_split(folder, split, num_samples=num))
     codes = torch.from_numpy(np.stack([sample["codes"] for sample in samples]).astype("int64"))  # (B, K)
     shown = []
-    for sample, picture in zip(samples, decode_codes(codes, image_tokenizer), strict=True):
+    for sample, image in zip(samples, decode_codes(codes, image_tokenizer), strict=True):
         ids = sample["caption_ids"].astype("int64")
         # From the ids, not the stored text: the model reads the ids.
         caption = text_tokenizer.decode(torch.from_numpy(ids))
         facts = _facts(sample["key"], split, ids.tolist(), sample["codes"].tolist())
-        shown.append(Shown([picture], caption, facts))
+        shown.append(Shown([image], caption, facts))
     return shown
 
 
 def decode_codes(codes: torch.Tensor, tokenizer: ImageTokenizer) -> list[Image.Image]:
     """Decode codes (B, K) to images."""
-    return [Image.fromarray(picture) for picture in images_of(tokenizer.decode(codes)).cpu().numpy()]
+    return [Image.fromarray(one) for one in images_of(tokenizer.decode(codes)).cpu().numpy()]
 
 
 def draw_sheet(rows: list[Shown]) -> Image.Image:
     """Draw one row per sample: its images, then its caption."""
-    side = max(96, rows[0].pictures[0].height)
-    left = MARGIN + len(rows[0].pictures) * (side + MARGIN)
+    side = max(96, rows[0].images[0].height)
+    left = MARGIN + len(rows[0].images) * (side + MARGIN)
     sheet = Image.new("RGB", (left + TEXT_WIDTH, MARGIN + len(rows) * (side + MARGIN)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, row in enumerate(rows):
         top = MARGIN + number * (side + MARGIN)
-        for place, picture in enumerate(row.pictures):
-            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
+        for place, image in enumerate(row.images):
+            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (MARGIN + place * (side + MARGIN), top))
         lines = textwrap.wrap(row.caption, TEXT_COLUMNS)[: side // 18]
         draw.multiline_text((left, top), "\n".join(lines), fill="black", font=font, spacing=4)
@@ -198,11 +198,11 @@ def write_round_trip(part: Path, source: Source, tokenizer: ImageTokenizer, conf
     exact = ImageTokenizer(tokenizer.model, folder=tokenizer.folder, device=tokenizer.model.device)
     pixels = torch.cat(batches)[:: max(1, len(sampled) // NUM_ROUND_TRIP)][:NUM_ROUND_TRIP]
     codes = exact.encode(pixels).cpu()
-    pictures, decoded = images_of(pixels), images_of(exact.decode(codes)).cpu()
-    tensors = {"pictures": pictures.contiguous(), "codes": codes, "decoded": decoded.contiguous()}
+    images, decoded = images_of(pixels), images_of(exact.decode(codes)).cpu()
+    tensors = {"pictures": images.contiguous(), "codes": codes, "decoded": decoded.contiguous()}
     # Not by save_file: its files cannot be read by other users, and it reports a full disk as an error of its own.
     write_bytes_whole(part / ROUND_TRIP, save(tensors))
-    rows = torch.stack([pictures, decoded])  # (2, N, H, W, 3)
+    rows = torch.stack([images, decoded])  # (2, N, H, W, 3)
     grid = rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
     buffer = io.BytesIO()
     Image.fromarray(grid.numpy()).save(buffer, "PNG")
@@ -222,6 +222,6 @@ def _usable(
             looked.tally.left_out[decoded.left_out] += 1
         if decoded.broken:
             looked.broken[decoded.broken] += 1
-        if decoded.pictures:
+        if decoded.images:
             looked.tally.changed.update((*pair.changed, *decoded.changed))
-            yield pair, decoded.pictures[0]
+            yield pair, decoded.images[0]

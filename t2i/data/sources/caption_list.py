@@ -63,7 +63,7 @@ def _rows(file: Path) -> Iterator[ListedCaption]:
     for number, row in enumerate(read_table_rows(file), 1):
         columns = {str(name).strip().lower(): name for name in row}
         caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
-        picture = next((columns[name] for name in IMAGE_ID_COLUMNS if name in columns), None)
+        image = next((columns[name] for name in IMAGE_ID_COLUMNS if name in columns), None)
         if caption is None or row[caption] in ("", None):
             wanted = ", ".join(LIST_COLUMNS)
             found = ", ".join(map(str, row))
@@ -75,7 +75,7 @@ def _rows(file: Path) -> Iterator[ListedCaption]:
         except LeftOut as reason:
             raise DataError(f"{file}: row {number} cannot be used: {reason}.") from reason
         yield ListedCaption(
-            text, None if picture is None else _image_id(row[picture], where=f"{file}: row {number}")
+            text, None if image is None else _image_id(row[image], where=f"{file}: row {number}")
         )
 
 

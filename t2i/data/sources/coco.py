@@ -26,7 +26,7 @@ class Caption:
 class CaptionFile:
     """The content of one of COCO's captions files."""
 
-    pictures: dict[int, Path]
+    images: dict[int, Path]
     """Image id -> its file, which may be missing; sorted by id."""
     captions: dict[int, list[Caption]]
     """Image id -> its captions, sorted by caption id."""
@@ -43,7 +43,7 @@ def list_coco(tally: Tally, *, folder: Path) -> Iterator[Entry]:
     files = caption_files(folder)
     for name in files:
         content = read_captions(folder, name)
-        for image_id, path in content.pictures.items():
+        for image_id, path in content.images.items():
             captions = content.captions.get(image_id, [])
             # An image without a caption is an entry too.
             tally.seen += max(len(captions), 1)
@@ -74,15 +74,15 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     home = _image_folder(folder, name)
     content = read_json(file)
     check_keys(content, {"images": list, "annotations": list}, where=file)
-    pictures: dict[int, Path] = {}
+    images: dict[int, Path] = {}
     for image in content["images"]:
         _check_entry(image, {"id": int, "file_name": str}, where=f"{file}: images")
         # The base name alone: the file may come from a stranger, and `../` must not lead out of the folder.
-        pictures[image["id"]] = home / Path(image["file_name"]).name
+        images[image["id"]] = home / Path(image["file_name"]).name
     captions: dict[int, list[Caption]] = {}
     for note in content["annotations"]:
         _check_entry(note, {"id": int, "image_id": int, "caption": str}, where=f"{file}: annotations")
-        if note["image_id"] not in pictures:
+        if note["image_id"] not in images:
             raise DataError(
                 f"{file}: caption {note['id']} names image {note['image_id']}, which is not listed."
             )
@@ -91,7 +91,7 @@ def read_captions(folder: Path, name: str) -> CaptionFile:
     # Sorted by id, because the order of the keys and of the shards must not depend on the order in the file.
     for of_image in captions.values():
         of_image.sort(key=lambda caption: caption.caption_id)
-    return CaptionFile(pictures=dict(sorted(pictures.items())), captions=captions)
+    return CaptionFile(images=dict(sorted(images.items())), captions=captions)
 
 
 def _check_entry(entry: object, wanted: dict[str, Kind], *, where: str) -> None:

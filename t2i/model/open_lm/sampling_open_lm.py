@@ -199,7 +199,7 @@ def draw(
         window=window,
     )
     pixels = codes_to_pixels(image_tokenizer, codes)
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def caption_codes(
