@@ -264,6 +264,22 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def results_file(out: Path | None, *, default: Path) -> Path:
+    """Choose the file that a measure is written to, and make its folder, before anything is measured.
+
+    Args:
+        out: what the user asks for; None for the default.
+
+    Raises:
+        UserError: it is a folder.
+    """
+    path = out or default
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; expected a file, such as {path / default.name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def hash_uniform(*parts: object) -> float:
     """Map parts to a number in [0, 1), evenly distributed, by a hash of their text."""
     # Python's own hash() differs from process to process, and a generator depends on the order of its draws.

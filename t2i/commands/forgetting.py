@@ -51,8 +51,12 @@ class ForgettingCommand:
 
 def main() -> None:
     command = parse(ForgettingCommand, description=__doc__ or "")
-    from t2i.measure.forgetting import PROMPTS, measure_forgetting, write_forgetting
+    from t2i.files import results_file, write_json
+    from t2i.measure.forgetting import FORGETTING, PROMPTS, measure_forgetting
+    from t2i.runs.loading import find
 
+    folder, run_dir = find(command.ckpt)
+    path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
     results = measure_forgetting(
         {"model": command.ckpt, **({"reference": command.reference} if command.reference else {})},
         texts={"text": command.text, **({"captions": str(command.captions)} if command.captions else {})},
@@ -64,7 +68,7 @@ def main() -> None:
         dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
-    path = write_forgetting(results, ckpt=command.ckpt, out=command.out)
+    write_json(path, results.to_json())
     for name, found in results.models.items():
         for kind, cost in found.costs.items():
             print(

@@ -36,7 +36,8 @@ def main() -> None:
     command = parse(GradientsCommand, description=__doc__ or "")
     import torch
 
-    from t2i.measure.gradients import gradient_shares, heldout_sequences, write_gradients
+    from t2i.files import results_file
+    from t2i.measure.gradients import GRADIENTS, gradient_shares, heldout_sequences, write_gradients
     from t2i.measure.perplexity import data_of
     from t2i.runs.loading import open_model
 
@@ -48,10 +49,11 @@ def main() -> None:
         dtype="float32",  # whatever is stored: gradients of bf16 weights round at every layer
         trust_remote_code=command.trust_remote_code,
     )
+    path = results_file(command.out, default=model.home / GRADIENTS)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)
-    path = write_gradients(results, model=model, out=command.out)
+    write_gradients(results, model=model, path=path)
     for kind, one in results.by_kind().items():
         print(
             f"{kind:8s} {one.token_share:7.2%} of tokens, {one.loss_share:7.2%} of the loss,"

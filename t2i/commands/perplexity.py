@@ -43,7 +43,8 @@ def main() -> None:
     command = parse(PerplexityCommand, description=__doc__ or "")
     import torch
 
-    from t2i.measure.perplexity import data_of, measure_perplexity, write_perplexity
+    from t2i.files import results_file
+    from t2i.measure.perplexity import PERPLEXITY, data_of, measure_perplexity, write_perplexity
     from t2i.runs.loading import open_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,11 +55,12 @@ def main() -> None:
         dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
+    path = results_file(command.out, default=model.home / PERPLEXITY)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(
         model, config=config, batch_size=command.batch_size, num_images=command.num_images or None
     )
-    path = write_perplexity(results, model=model, config=config, out=command.out)
+    write_perplexity(results, model=model, config=config, path=path)
     for split, found in results.items():
         print(f"{split} ({found.num_pictures} images)")
         for kind in ("text", "image", "special", "total"):

@@ -172,12 +172,10 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
     return results
 
 
-def write_nearest(results: dict[str, SideNearness], *, model: OpenedModel, out: Path | None) -> Path:
-    """Write nearest.json, by default (None) into the model's run or folder; return its path."""
-    path = out or model.home / NEAREST
+def write_nearest(results: dict[str, SideNearness], *, model: OpenedModel, path: Path) -> None:
+    """Write what nearest.json holds."""
     sides = {side: found.to_json() for side, found in results.items()}
     write_json(path, {"checkpoint": str(model.folder), **sides})
-    return path
 
 
 def random_nearer(image: Tensor, random: Tensor) -> float:

@@ -15,11 +15,10 @@ from t2i.data.shards.reader import read_split
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError, UserError
-from t2i.files import write_json
 from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
 from t2i.model.backbone import head_of, hidden_states, num_ids
-from t2i.runs.loading import find, open_model
+from t2i.runs.loading import open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -145,7 +144,7 @@ def complete(
         is_chat: prompts are a user's turns, put into the tokenizer's chat template; the answers are returned.
 
     Raises:
-        UserError: is_chat of a tokenizer without a chat template.
+        UserError: is_chat of a tokenizer without a chat template, or a prompt without a token.
     """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, num_ids(model))) or None
@@ -154,6 +153,10 @@ def complete(
     for prompt in prompts:
         # Begun as the tokenizer begins a text: without its `<bos>`, Gemma completes nothing that makes sense.
         asked = _turn(tokenizer, prompt) if is_chat else torch.cat([start, tokenizer.encode(prompt)])
+        if not len(asked):
+            raise UserError(
+                "--prompts holds an empty prompt; expected words, as this tokenizer begins a text with nothing."
+            )
         ids = asked[None].to(model.device)
         made: Tensor = cast(Any, model).generate(
             ids,
@@ -242,10 +245,7 @@ def measure_forgetting(
             trust_remote_code=trust_remote_code,
         )
         tokenizer, layout = opened.text_tokenizer, opened.layout
-        costs = {}
-        for kind, text in texts.items():
-            ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
-            costs[kind] = text_cost(opened.model, ids, layout=layout)
+        # Before the texts, which take longer: a prompt may be refused.
         completed = complete(
             opened.model,
             prompts,
@@ -254,18 +254,14 @@ def measure_forgetting(
             max_new_tokens=max_new_tokens,
             is_chat=is_chat,
         )
+        costs = {}
+        for kind, text in texts.items():
+            ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
+            costs[kind] = text_cost(opened.model, ids, layout=layout)
         models[name] = KeptLanguage(
             str(opened.folder), costs=costs, completions=completed, dtype=opened.dtype
         )
     return Forgetting(texts, prompts=prompts, models=models)
-
-
-def write_forgetting(results: Forgetting, *, ckpt: str, out: Path | None) -> Path:
-    """Write forgetting.json, by default (None) into the checkpoint's run or folder; return its path."""
-    folder, run_dir = find(ckpt)
-    path = out or (run_dir or folder) / FORGETTING
-    write_json(path, results.to_json())
-    return path
 
 
 def _sums(model: PreTrainedModel, input_ids: Tensor, layout: VocabLayout) -> Tensor:

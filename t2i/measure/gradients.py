@@ -12,6 +12,7 @@ from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.reader import read_split
 from t2i.errors import DataError
 from t2i.files import write_json
+from t2i.measure.perplexity import read_pairs_manifest
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import kinds_of, summed_loss
 from t2i.runs.loading import OpenedModel
@@ -25,8 +26,9 @@ def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: 
     """Read held-out pairs as sequences (N, S), as training would see them without dropped captions.
 
     Raises:
-        DataError: the shards have no held-out pairs.
+        DataError: the shards have no held-out pairs, or other codes than the model's.
     """
+    read_pairs_manifest(config, model=model)
     samples = list(read_split(config.shards, "heldout", num_samples=num_sequences))
     if not samples:
         raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
@@ -104,11 +106,9 @@ def gradient_shares(model: OpenedModel, input_ids: Tensor, *, batch_size: int = 
     return GradientShares(**shares, cosine_text_image=dot / both if both else None)
 
 
-def write_gradients(shares: GradientShares, *, model: OpenedModel, out: Path | None) -> Path:
-    """Write gradients.json, by default (None) into the model's run or folder; return its path."""
-    path = out or model.home / GRADIENTS
+def write_gradients(shares: GradientShares, *, model: OpenedModel, path: Path) -> None:
+    """Write what gradients.json holds."""
     write_json(path, {"checkpoint": str(model.folder), **asdict(shares)})
-    return path
 
 
 def _part(model: OpenedModel, input_ids: Tensor, labels: Tensor, *, kind: str, batch_size: int) -> _Part:

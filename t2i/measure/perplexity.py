@@ -11,14 +11,14 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
-from t2i.data.shards.manifest import TRAIN, read_manifest
+from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest, read_manifest_file
 from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.files import write_json
 from t2i.measure.heldout import CaptionMeter, caption_meter, with_ids
-from t2i.model.backbone import head_of, hidden_states, softmax_rows
+from t2i.model.backbone import head_of, hidden_states, softmax_rows, trained_seq_len
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
-from t2i.runs.loading import OpenedModel
+from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import read_settings
 from t2i.tokens.sequence import Mode, next_token_labels
 
@@ -44,7 +44,7 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     if chosen is None:
         raise UserError(f"{model.folder} is in no run folder; say with --data.shards what to measure it on.")
     # As long as in training: positions beyond were never trained, and would cost more for that alone.
-    seq_len = trained.seq_len or model.model.config.max_position_embeddings
+    seq_len = trained.seq_len or trained_seq_len(model.model)
     remote = trained.remote if shards is None else ""
     return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
 
@@ -59,7 +59,7 @@ class RunData:
     """Where shards are downloaded from that are not in `shards` yet."""
     mode: str = "text-to-image"
     seq_len: int = 0
-    """0 for a model without a run, which is measured at its full length."""
+    """0 for a model without a run, whose config.json says it."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,9 @@ class SplitCosts:
 
 
 def write_perplexity(
-    splits: dict[str, SplitCosts], *, model: OpenedModel, config: DataConfig, out: Path | None
-) -> Path:
-    """Write perplexity.json, by default (None) into the model's run or folder; return its path."""
-    path = out or model.home / PERPLEXITY
+    splits: dict[str, SplitCosts], *, model: OpenedModel, config: DataConfig, path: Path
+) -> None:
+    """Write what perplexity.json holds."""
     about = {
         "checkpoint": str(model.folder),
         "shards": str(config.shards),
@@ -123,7 +122,6 @@ def write_perplexity(
         "image_rows_only": softmax_rows(model.model, layout=model.layout) is not None,
     }
     write_json(path, {**about, "splits": {split: costs.to_json() for split, costs in splits.items()}})
-    return path
 
 
 def measure_perplexity(
@@ -137,14 +135,7 @@ def measure_perplexity(
     Raises:
         DataError: the shards have other codes than the model, or no held-out split.
     """
-    if config.remote:
-        fetch_shards(config.shards, remote=config.remote)
-    manifest = read_manifest(config.shards)
-    if manifest.is_text:
-        raise DataError(f"{config.shards} holds text only, which eval/forgetting.py measures.")
-    if manifest.codebook_size != model.layout.codebook_size:
-        found, known = manifest.codebook_size, model.layout.codebook_size
-        raise DataError(f"{config.shards} has {found} codes; the model of {model.folder} has {known}.")
+    manifest = read_pairs_manifest(config, model=model)
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
     for split in (split for split in manifest.counts if split != TRAIN):
@@ -163,6 +154,35 @@ def measure_perplexity(
     if not results:
         raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     return results
+
+
+def read_pairs_manifest(config: DataConfig, *, model: OpenedModel) -> Manifest:
+    """Read the manifest of image shards whose codes mean to the model what they meant in training.
+
+    Raises:
+        DataError: they hold text only, or other codes than the model's.
+    """
+    if config.remote:
+        fetch_shards(config.shards, remote=config.remote)
+    manifest = read_manifest(config.shards)
+    if manifest.is_text:
+        raise DataError(f"{config.shards} holds text only, which eval/forgetting.py measures.")
+    sizes = (manifest.codebook_size, manifest.codes_per_image)
+    known = (model.layout.codebook_size, getattr(model.model.config, "codes_per_image", 0))
+    if sizes != known:
+        raise DataError(
+            f"{config.shards} has {sizes[0]} codes, {sizes[1]} per image; the model of {model.folder} has {known[0]}"
+            f" codes, {known[1]} per image."
+        )
+    trained = model.home / DATA_MANIFEST
+    maker = read_manifest_file(trained).image_tokenizer if trained.is_file() else None
+    # Codes have a meaning under one image tokenizer only, and another one may have as many.
+    if maker is not None and maker.fingerprint != manifest.code_maker.fingerprint:
+        raise DataError(
+            f"{config.shards} was made with the image tokenizer {manifest.code_maker.name}; the model of {model.folder}"
+            f" was trained with another one, {maker.name}."
+        )
+    return manifest
 
 
 @torch.inference_mode()

@@ -102,8 +102,8 @@ def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
     assert set(results) == {"input", "output"}
     assert len(results["input"].nearest_tokens) == now.layout.codebook_size
     assert 0.5 < results["input"].cka < 1
-    path = write_nearest(results, model=now, out=tmp_path / "nearest.json")
-    side = json.loads(path.read_text())["output"]
+    write_nearest(results, model=now, path=tmp_path / "nearest.json")
+    side = json.loads((tmp_path / "nearest.json").read_text())["output"]
     assert set(side) == {"image", "text", "random", "compared", "nearest_tokens", "cosines", "cka"}
     assert set(side["image"]) == {"0.05", "0.25", "0.50", "0.75", "0.95"}
     assert side["compared"] == {"random_nearer": results["output"].random_nearer}

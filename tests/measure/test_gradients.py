@@ -62,7 +62,8 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
     assert (alone.text.tokens, alone.text.norm, alone.cosine_text_image) == (0, 0, None)
     assert alone.image.norm_share == pytest.approx(1)
 
-    written = json.loads(write_gradients(found, model=model, out=tmp_path / "gradients.json").read_text())
+    write_gradients(found, model=model, path=tmp_path / "gradients.json")
+    written = json.loads((tmp_path / "gradients.json").read_text())
     assert set(written) == {"checkpoint", "text", "image", "special", "cosine_text_image"}
     shares = {"token_share", "loss_share", "norm_share"}
     assert set(written["image"]) == {"tokens", "norm", "norm_layers"} | shares

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from t2i.config import DataConfig
 from t2i.data.shards.reader import read_split
 from t2i.errors import DataError, UserError
+from t2i.measure.gradients import heldout_sequences
 from t2i.measure.perplexity import by_place, data_of, measure_perplexity, write_perplexity
 from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
@@ -88,8 +90,8 @@ def test_image_only_sequences_have_no_text(model, finished):
 
 def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
     config = data_of(model, shards=None, mode=None)
-    path = write_perplexity(results, model=model, config=config, out=tmp_path / "perplexity.json")
-    written = json.loads(path.read_text())
+    write_perplexity(results, model=model, config=config, path=tmp_path / "perplexity.json")
+    written = json.loads((tmp_path / "perplexity.json").read_text())
     assert set(written["splits"]["heldout"]) == {
         *("num_pictures", "text", "image", "special", "total", "bits_per_pixel"),
         *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column", "captions"),
@@ -103,8 +105,31 @@ def test_what_cannot_be_measured_is_refused(model, finished):
     with pytest.raises(UserError, match="say with --data.shards"):
         data_of(replace(model, run_dir=None), shards=None, mode=None)
     other = replace(model, layout=replace(model.layout, codebook_size=5))
-    with pytest.raises(DataError, match="has 1024 codes; the model of .* has 5"):
+    with pytest.raises(DataError, match="has 1024 codes, 64 per image; the model of .* has 5 codes, 64"):
         measure_perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))
+
+
+def test_shards_of_another_image_tokenizer_are_refused_though_it_has_as_many_codes(model, finished, tmp_path):
+    shards = shutil.copytree(finished.data.shards, tmp_path / "shards")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["image_tokenizer"] = {"name": "another", "fingerprint": "0" * 64}
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    config = DataConfig(shards, seq_len=90)
+    with pytest.raises(DataError, match="was made with the image tokenizer another; the model of"):
+        measure_perplexity(model, config=config)
+    with pytest.raises(DataError, match="was made with the image tokenizer another; the model of"):
+        heldout_sequences(model, config=config, num_sequences=2)
+
+
+def test_a_model_without_a_run_is_measured_at_the_length_that_it_was_trained_with(model, finished):
+    exported = replace(model, run_dir=None)
+    assert model.model.config.sequence_length == 90
+    assert data_of(exported, shards=finished.data.shards, mode=None).seq_len == 90
+    model.model.config.sequence_length = 80
+    try:
+        assert data_of(exported, shards=finished.data.shards, mode=None).seq_len == 80
+    finally:
+        model.model.config.sequence_length = 90
 
 
 def test_fewer_images_are_spread_and_captions_are_measured(model, finished, results):

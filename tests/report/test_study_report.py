@@ -107,19 +107,22 @@ def made(finished, tmp_path_factory):
     record = {"state": "failed", "code": 4, "seconds": 60.0, "time": 0}
     (out / "jobs" / "broken-seed1.json").write_text(json.dumps(record))
     model = open_model(str(run_dir(out, "fast", 0)), needs_images=False)
-    write_nearest(compare_rows(model, before=None), model=model, out=None)
+    write_nearest(compare_rows(model, before=None), model=model, path=model.home / "nearest.json")
     for seed in study.seeds:
         for place, arm in enumerate(("fast", "slow")):
             one = open_model(str(run_dir(out, arm, seed)), needs_images=False)
             config = data_of(one, shards=None, mode=None)
             perplexity.write_perplexity(
-                perplexity.measure_perplexity(one, config=config), model=one, config=config, out=None
+                perplexity.measure_perplexity(one, config=config),
+                model=one,
+                config=config,
+                path=one.home / "perplexity.json",
             )
             scores = {"fd_test": 10.0 + place, "n": 4, "features": "none"}
             (one.run_dir / "eval" / "step_000006").mkdir(parents=True)
             (one.run_dir / "eval" / "step_000006" / "scores.json").write_text(json.dumps(scores))
     ids = heldout_sequences(model, config=data_of(model, shards=None, mode=None), num_sequences=8)
-    write_gradients(gradient_shares(model, ids), model=model, out=None)
+    write_gradients(gradient_shares(model, ids), model=model, path=model.home / "gradients.json")
     results = measure_forgetting(
         {"model": str(run_dir(out, "fast", 0))},
         texts={"text": str(out / "text"), "captions": str(finished.data.shards)},
