@@ -67,6 +67,11 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1
         if path.suffix in LISTS or (is_word and is_file(path)):
             return [row.text for row in read_caption_list(path)]
+    files = [prompt for prompt in prompts if Path(prompt).suffix in LISTS and is_file(prompt)]
+    if files:
+        raise UserError(
+            f"--prompts names {len(prompts)} captions, of which {files[0]} is a file; expected captions, or one file."
+        )
     # An empty one is the null caption: dropped, it would shift the numbers of the others.
     return list(prompts)
 
@@ -75,6 +80,8 @@ def ranker_for(command: SampleCommand) -> "Ranker | None":
     from t2i.measure.remote_judge import RemoteJudge, check_service, ranker_of
 
     if command.sample.best_by != "judge":
+        if command.judge_url or command.judges:
+            raise UserError("--judge-url and --judges are for --best-by judge; --best-by is likelihood.")
         return None
     if not command.judge_url or len(command.judges) != 1:
         raise UserError("--best-by judge expects --judge-url and one of its --judges.")

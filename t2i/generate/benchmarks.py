@@ -19,7 +19,7 @@ from typing import Literal
 from PIL import Image
 
 from t2i.errors import DataError
-from t2i.files import is_file, lines_of, write_whole
+from t2i.files import check_keys, is_file, lines_of, parse_json, write_whole
 from t2i.generate.grid import grid
 
 PER_PROMPT = 4
@@ -70,20 +70,23 @@ def read_benchmark(layout: Layout, *, prompts: Path, out: Path) -> Benchmark:
     return readers[layout](prompts, out)
 
 
-def _rows(file: Path, *, usual: str) -> list[str]:
-    """Read the lines of a .jsonl file of prompts, which a benchmark calls `usual`."""
+def _rows(file: Path, *, usual: str) -> list[tuple[str, str]]:
+    """Read the lines of a .jsonl file of prompts, which a benchmark calls `usual`: each line and its prompt."""
     if not is_file(file):
         raise DataError(f"--prompts {file} is no file; {usual}.")
-    text = file.read_text(encoding="utf-8", errors="replace")
-    rows = [line for line in lines_of(text) if line.strip()]
+    rows = []
+    for number, line in enumerate(lines_of(file.read_text(encoding="utf-8-sig", errors="replace")), 1):
+        if line.strip():
+            values = parse_json(line, where=f"{file}, line {number}")
+            check_keys(values, {"prompt": str}, where=f"{file}, line {number}")
+            rows.append((line, values["prompt"]))
     if not rows:
         raise DataError(f"--prompts {file} is empty; {usual}, which has a JSON object per line.")
     return rows
 
 
 def _geneval2(file: Path, out: Path) -> Benchmark:
-    rows = _rows(file, usual="GenEval 2's is geneval2_data.jsonl")
-    prompts = [_prompt(row, file, number + 1) for number, row in enumerate(rows)]
+    prompts = [prompt for _, prompt in _rows(file, usual="GenEval 2's is geneval2_data.jsonl")]
     repeated = next((prompt for place, prompt in enumerate(prompts) if prompt in prompts[:place]), None)
     if repeated is not None:
         raise DataError(
@@ -101,8 +104,8 @@ def _geneval(file: Path, out: Path) -> Benchmark:
     rows = _rows(file, usual="GenEval's is evaluation_metadata.jsonl")
     captions: dict[str, str] = {}
     metadata = {}
-    for number, row in enumerate(rows):
-        captions |= dict.fromkeys(_names(f"{number:05d}/samples/", digits=4), _prompt(row, file, number + 1))
+    for number, (row, prompt) in enumerate(rows):
+        captions |= dict.fromkeys(_names(f"{number:05d}/samples/", digits=4), prompt)
         metadata[out / f"{number:05d}" / "metadata.jsonl"] = (
             row  # as it stands: the scorer reads keys that we do not
         )
@@ -116,25 +119,19 @@ def _dpg(folder: Path, out: Path) -> Benchmark:
             f"--prompts {folder} holds no .txt file; DPG-Bench's is the folder dpg_bench/prompts."
         )
     # Beside `out`, not in it: the scorer takes every file of its folder for a sheet.
-    drawn = out.with_name(f"{out.name}-single")
+    whole = out.resolve()  # `.` has no name
+    drawn = whole.with_name(f"{whole.name}-single")
     captions: dict[str, str] = {}
     sheets = {}
     for file in files:
         names = _names(f"{file.stem}_", digits=1)
-        captions |= dict.fromkeys(names, " ".join(file.read_text(encoding="utf-8", errors="replace").split()))
+        prompt = " ".join(file.read_text(encoding="utf-8-sig", errors="replace").split())
+        if not prompt:
+            raise DataError(f"--prompts: {file} is empty; expected a prompt.")
+        captions |= dict.fromkeys(names, prompt)
         sheets[out / f"{file.stem}.png"] = [drawn / f"{name}.png" for name in names]
     return Benchmark(captions=captions, drawn=drawn, metadata={}, sheets=sheets)
 
 
 def _names(prefix: str, *, digits: int) -> list[str]:
     return [f"{prefix}{place:0{digits}d}" for place in range(PER_PROMPT)]
-
-
-def _prompt(row: str, file: Path, line: int) -> str:
-    try:
-        prompt = json.loads(row)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{file}, line {line}: expected a JSON object with a prompt; found {row[:80]}."
-        ) from error
-    return str(prompt)

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from t2i.config import SampleConfig
+from t2i.files import whole_file
 from t2i.generate.beside import SETTINGS
 from t2i.generate.captions import captions_sha256
 from t2i.generate.claim import claim_folder
@@ -65,7 +66,7 @@ def draw_images(
 
 
 def settings_of(
-    captions: dict[str, str], *, weights: str, config: SampleConfig, batch_size: int
+    captions: dict[str, str], *, weights: str, dtype: str, config: SampleConfig, batch_size: int
 ) -> dict[str, object]:
     """Return what decides the images of any model, as plain JSON."""
     return {
@@ -79,6 +80,7 @@ def settings_of(
         # Matrix products depend on the batch's shape in their last bits, so the batch size is part of an image.
         "batch_size": batch_size,
         "captions_sha256": captions_sha256(captions),
+        **({} if dtype == "float32" else {"dtype": dtype}),
     }
 
 
@@ -95,7 +97,6 @@ def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
     metadata = PngInfo()
     for key, value in facts.items():
         metadata.add_text(key, str(value))
-    # Aside and renamed: that an image exists must mean that it is whole, for it is never drawn again.
-    temporary = path.with_suffix(".tmp")
-    image.save(temporary, format="PNG", pnginfo=metadata)
-    temporary.replace(path)
+    # That an image exists must mean that it is whole, for it is never drawn again.
+    with whole_file(path) as written:
+        image.save(written, format="PNG", pnginfo=metadata)

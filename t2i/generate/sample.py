@@ -65,7 +65,11 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
             f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
             " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
         )
-    if settings.best_of > 1 and settings.best_by == "judge" and ranker is None:
+    if settings.best_by == "judge" and settings.best_of == 1:
+        raise UserError(
+            "--best-by judge chooses among several images; --best-of is 1, expected a number >= 2."
+        )
+    if settings.best_by == "judge" and ranker is None:
         raise UserError("--best-by judge expects --judge-url and one of its --judges; there is none.")
     if settings.compile and settings.window not in ("auto", 1):
         raise UserError(
@@ -208,11 +212,10 @@ def drawing_settings(
     ranker: Ranker | None = None,
 ) -> dict[str, object]:
     """Return all that decides the images of a drawing, as plain JSON."""
-    settings = settings_of(captions, weights=opened.weights, config=config, batch_size=batch_size)
-    is_ranked = config.best_of > 1 and config.best_by == "judge"
-    # Left out where it is fp32, as are settings that change nothing: folders from before can be continued.
-    settings |= {} if opened.dtype == "float32" else {"dtype": opened.dtype}
-    return settings | ({"ranked_by": ranker.name} if ranker and is_ranked else {})
+    settings = settings_of(
+        captions, weights=opened.weights, dtype=opened.dtype, config=config, batch_size=batch_size
+    )
+    return settings | ({"ranked_by": ranker.name} if ranker and config.best_by == "judge" else {})
 
 
 def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int) -> list[Image.Image]:

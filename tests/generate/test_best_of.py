@@ -95,3 +95,5 @@ def test_one_of_one_is_drawn_as_before_and_a_judge_must_be_there(opened, tmp_pat
     assert "best" not in (tmp_path / "a" / "settings.json").read_text() and len(paths) == 5
     with pytest.raises(UserError, match="--best-by judge expects --judge-url"):
         drawer_of(opened, settings=SampleConfig(best_of=2, best_by="judge"))
+    with pytest.raises(UserError, match="--best-of is 1, expected a number >= 2"):
+        drawer_of(opened, settings=SampleConfig(best_by="judge"))

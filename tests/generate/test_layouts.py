@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,8 +85,26 @@ def test_prompts_of_another_kind_are_refused(model_folder, draw, tmp_path, capsy
     with pytest.raises(DataError, match="is no file; GenEval's is evaluation_metadata.jsonl"):
         read_benchmark("geneval", prompts=tmp_path, out=tmp_path / "out")
     (tmp_path / "captions.txt").write_text("a red cup\n")
-    with pytest.raises(DataError, match="line 1: expected a JSON object with a prompt; found a red cup"):
+    with pytest.raises(DataError, match="line 1 is not JSON"):
         read_benchmark("geneval", prompts=tmp_path / "captions.txt", out=tmp_path / "out")
+    # With the byte order mark of a spreadsheet program; the line is that of the file.
+    (tmp_path / "rows.jsonl").write_text('\ufeff{"prompt": "a cup"}\n\n{"prompt": null}\n')
+    for layout in ("geneval", "geneval2"):
+        with pytest.raises(DataError, match=r"rows\.jsonl, line 3: prompt is None; expected str"):
+            read_benchmark(layout, prompts=tmp_path / "rows.jsonl", out=tmp_path / "out")
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "1.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"dpg/1\.txt is empty; expected a prompt"):
+        read_benchmark("dpg", prompts=tmp_path / "dpg", out=tmp_path / "out")
     assert draw(model_folder, "--layout", "dpg", "--prompts", "a", "b", "--out", tmp_path / "out") == 2
     assert "expects one --prompts path; found 2" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_dpg_bench_is_drawn_beside_the_working_folder_too(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "1.txt").write_text("a cup")
+    monkeypatch.chdir(tmp_path / "here")
+    work = read_benchmark("dpg", prompts=tmp_path / "prompts", out=Path())
+    assert work.drawn == tmp_path / "here-single"

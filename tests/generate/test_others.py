@@ -206,6 +206,8 @@ def test_images_are_drawn_into_a_folder_that_is_resumed(opened, tmp_path):
         draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(seed=8)})
     with pytest.raises(UserError, match="--best-of"):
         draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(best_of=2)})
+    with pytest.raises(UserError, match="--window"):
+        draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(window=8)})
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
@@ -227,6 +229,10 @@ def test_other_folders_are_refused(janus, chameleon, model_folder, tmp_path):
     assert (kind_of(janus), kind_of(model_folder), kind_of(tmp_path)) == ("janus", None, None)
     with pytest.raises(UserError, match="a janus draws one size"):
         open_others(janus, image_size=8)
+    assert [open_others(janus, dtype=dtype).dtype for dtype in ("auto", "bfloat16")] == [
+        "float32",
+        "bfloat16",
+    ]
     copy = shutil.copytree(chameleon, tmp_path / "copy", ignore=shutil.ignore_patterns("image_tokenizer"))
     with pytest.raises(UserError, match="cannot decode images"):
         open_others(copy)

@@ -1,10 +1,13 @@
 """Captions and folders that launchers/sample.py is given."""
 
 import json
+import os
 from functools import partial
 
 import pytest
 from PIL import Image
+
+from t2i.generate import image_files
 
 
 @pytest.fixture
@@ -61,3 +64,33 @@ def test_a_window_draws_the_same_images(model_folder, draw, tmp_path, capsys):
     asked = (model_folder, "--prompts", "a cat", "--out", tmp_path / "none", "--window", "3", "--compile")
     assert draw(*asked) == 2
     assert "--window is 3; expected 1 or auto with --compile" in capsys.readouterr().err
+
+
+def test_flags_that_would_change_nothing_are_refused(model_folder, draw, tmp_path, capsys):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a cat\n")
+    for words, sentence in (
+        (["--prompts", tmp_path / "a.txt", tmp_path / "b.txt"], "a.txt is a file; expected captions, or one file"),
+        (["--prompts", "a", "--best-of", 2, "--judge-url", "http://x", "--judges", "a"], "are for --best-by judge"),
+        (["--prompts", "a", "--best-of", 2, "--best-by", "judge", "--judge-url", "x", "--judges", "a"],
+         "--judge-url is x; expected an address such as http://"),
+    ):  # fmt: skip
+        assert draw(model_folder, *words, "--out", tmp_path / "out") == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_that_draw_the_same_image_do_not_write_into_one_file(tmp_path, monkeypatch):
+    image, path = Image.new("RGB", (8, 8)), tmp_path / "0.png"
+    save = Image.Image.save
+
+    def other_is_quicker(self, file, **settings):
+        save(self, file, **settings)
+        monkeypatch.setattr(Image.Image, "save", save)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        image_files._write(path, image, {})
+
+    monkeypatch.setattr(Image.Image, "save", other_is_quicker)
+    image_files._write(path, image, {})
+    assert Image.open(path).size == (8, 8)
+    assert [file.name for file in tmp_path.iterdir()] == ["0.png"]

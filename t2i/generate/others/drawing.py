@@ -32,9 +32,9 @@ def draw_others_folder(
     Raises:
         UserError: `out` holds images of another drawing, or the settings are of this package's models alone.
     """
-    if config.best_of != 1 or config.compile:
+    if config.best_of != 1 or config.compile or config.window not in ("auto", 1):
         raise UserError(
-            f"--best-of and --compile are for models of this package; {opened.folder} is a {opened.kind}."
+            f"--best-of, --compile and --window are for models of this package; {opened.folder} is a {opened.kind}."
         )
     texts = list(captions.values())
 
@@ -48,7 +48,9 @@ def draw_others_folder(
         captions,
         out=out,
         draw=draw,
-        settings=settings_of(captions, weights=opened.weights, config=config, batch_size=batch_size),
+        settings=settings_of(
+            captions, weights=opened.weights, dtype=opened.dtype, config=config, batch_size=batch_size
+        ),
         checkpoint=opened.folder,
         batch_size=batch_size,
         rank=rank,

@@ -16,12 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from t2i.config import Dtype
 from t2i.errors import UserError
 from t2i.files import read_json
 from t2i.generate.others.family import Family, OthersModel, OthersTokenizer
 from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
-from t2i.runs.loading import weights_sha256
+from t2i.runs.loading import dtype_of, weights_sha256
 from t2i.tokens.image import ImageTokenizer
 
 EMU3_SIZE = 720
@@ -61,11 +62,16 @@ def kind_of(folder: Path) -> str | None:
 
 
 def open_others(
-    folder: Path, *, device: torch.device | str = "cpu", image_size: int | None = None
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: Dtype = "auto",
+    image_size: int | None = None,
 ) -> OthersModel:
     """Open a Janus, an Emu3 or a Chameleon in transformers' layout.
 
     Args:
+        dtype: of the weights; `auto` as they are stored on a GPU, and float32 on a CPU.
         image_size: pixels per side that an Emu3 draws; None for EMU3_SIZE. The others have one size.
 
     Raises:
@@ -77,9 +83,11 @@ def open_others(
     if image_size is not None and kind != "emu3":
         raise UserError(f"--image-size is {image_size}; a {kind} draws one size. Expected none.")
     read_description(folder)  # refuses what would be fetched and run
-    cls, _ = KINDS[kind]
+    (cls, _), kept = KINDS[kind], dtype_of(dtype, device=device)
     try:
-        model = cls.from_pretrained(folder, dtype="auto", local_files_only=True, trust_remote_code=False)
+        model = cls.from_pretrained(
+            folder, dtype="auto" if kept == "stored" else kept, local_files_only=True, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNUSABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
