@@ -18,7 +18,7 @@ not measured alike. `judge` trains the exact judge of the embedded images, and s
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,8 +26,10 @@ import tyro
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
+from t2i.commands.scores import CompareCommand, JudgeCommand, compare, show_judge
 from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
+from t2i.settings import OR_ZERO
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -69,8 +71,9 @@ class ScoreCommand:
     """Feature network. Default: inception with --coco, else efficientnet_lite0. clip measures CMMD as well."""
     features_folder: Path | None = None
     """Folder of --features dinov2 or clip, in transformers' layout."""
-    bootstrap: Annotated[int | None, Ge(0), Le(100_000)] = None
-    """Resamplings per 95% interval; 0 for no intervals. Default: 100, or 0 for more than 5,000 images."""
+    bootstrap: Annotated[int | None, Ge(2), Le(100_000), OR_ZERO] = None
+    """Resamplings per 95% interval; 0 for no intervals. Default: 100, or 0 for more than 5,000 images. Fewer than 10
+    images have no interval."""
     inception: Path | None = None
     """Inception-2015-12-05 weights; by default clean-fid's address, hash-checked."""
     resize: Literal["clean", "legacy_tensorflow"] = "clean"
@@ -99,21 +102,6 @@ class ScoreCommand:
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
-@dataclass(frozen=True)
-class CompareCommand:
-    """The two scores."""
-
-    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """scores.json of one model, the folder that holds it, or a file of an export's .eval_results/."""
-    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """scores.json of another, or its folder."""
-
-
-@dataclass(frozen=True)
-class JudgeCommand:
-    """Nothing is asked: the judge is trained on the embedded images."""
-
-
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave_job
     from t2i.measure.compare import lines_of
@@ -124,8 +112,7 @@ def score_model(command: ScoreCommand) -> None:
     from t2i.runs.loading import OpenedModel
 
     started = time.perf_counter()
-    if command.captions and (command.coco is None or command.list_seed):
-        raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
+    check_flags(command)
     processes = join()
     rulers = rulers_of(command, processes)
     checkpoint = contestant_of(command, processes)
@@ -155,6 +142,22 @@ def score_model(command: ScoreCommand) -> None:
     leave_job(processes)
 
 
+def check_flags(command: ScoreCommand) -> None:
+    """Refuse flags that would change nothing."""
+    if command.captions and (command.coco is None or command.list_seed):
+        raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
+    if command.list_seed and command.coco is None:
+        raise UserError(
+            f"--list-seed is {command.list_seed}, the seed of a choice of COCO's captions: it wants --coco."
+        )
+    if command.coco and command.heldout_shards:
+        raise UserError("--coco and --heldout-shards both name images; expected one of them.")
+    if bool(command.judge_url) != bool(command.judges):
+        raise UserError("--judge-url and --judges go together: the address of a service, and its judges.")
+    if command.judge_revision and not command.judges:
+        raise UserError(f"--judge-revision is {command.judge_revision}; expected --judges that it is of.")
+
+
 def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]":
     if command.controls is None:
         return () if command.coco or not is_ours else ("untrained",)
@@ -170,7 +173,13 @@ def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contesta
 
     folder = Path(command.ckpt)
     if kind_of(folder):
-        return open_others(folder, device=processes.device, image_size=command.image_size)
+        return open_others(
+            folder, device=processes.device, dtype=command.dtype, image_size=command.image_size
+        )
+    if command.image_size is not None:
+        raise UserError(
+            f"--image-size is {command.image_size}; it is for an Emu3. {command.ckpt} draws one size."
+        )
     return open_model(
         command.ckpt,
         device=processes.device,
@@ -186,24 +195,23 @@ def manifest_of(command: ScoreCommand, checkpoint: "Contestant") -> "Manifest":
     from t2i.runs.loading import OpenedModel
 
     if command.heldout_shards is not None:
-        return read_manifest_file(command.heldout_shards / "manifest.json")
-    if not isinstance(checkpoint, OpenedModel):
+        manifest = read_manifest_file(command.heldout_shards / "manifest.json")
+    elif isinstance(checkpoint, OpenedModel):
+        manifest = read_data_manifest(checkpoint)
+    else:
         raise UserError(
             f"{checkpoint.folder} is a {checkpoint.kind}: name images with --coco or --heldout-shards."
         )
-    return read_data_manifest(checkpoint)
+    # Shards of another model's size hold the same images.
+    return replace(manifest, image_size=checkpoint.image_size())
 
 
 def task_of(command: ScoreCommand, checkpoint: "Contestant") -> "Task":
     from t2i.measure.coco import NUM_SAMPLES, coco_task, drawn_captions, listed_captions, read_val2014
     from t2i.measure.heldout_images import halves_task
-    from t2i.runs.loading import OpenedModel
 
     if command.coco is None:
-        manifest = manifest_of(command, checkpoint)
-        if not isinstance(checkpoint, OpenedModel):  # shards of another model's size hold the same images
-            manifest = replace(manifest, image_size=checkpoint.image_size())
-        return halves_task(manifest, num_samples=command.num_samples)
+        return halves_task(manifest_of(command, checkpoint), num_samples=command.num_samples)
     coco = read_val2014(command.coco)
     if command.captions:
         choice = listed_captions(coco, command.captions, num_samples=command.num_samples)
@@ -239,8 +247,6 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
 def remote_judges(command: ScoreCommand) -> "tuple[RemoteJudge, ...]":
     from t2i.measure.remote_judge import RemoteJudge, check_revision, check_service
 
-    if bool(command.judge_url) != bool(command.judges):
-        raise UserError("--judge-url and --judges go together: the address of a service, and its judges.")
     judges = tuple(
         RemoteJudge(command.judge_url, reward, revision=command.judge_revision) for reward in command.judges
     )
@@ -264,28 +270,6 @@ def captions_heard(command: ScoreCommand, checkpoint: "Contestant") -> "dict[str
     if command.coco or not isinstance(checkpoint, OpenedModel):
         return None
     return caption_meters(checkpoint, manifest_of(command, checkpoint))
-
-
-def show_judge() -> None:
-    from t2i.config import ASSETS
-    from t2i.measure.compare import verdict_line
-    from t2i.measure.judge import load_judge, yardsticks
-    from t2i.tokens.image import ImageTokenizer
-
-    judge = load_judge()
-    for row, verdict in yardsticks(judge, ImageTokenizer.load(ASSETS / "image_tokenizer")).items():
-        print(f"{row}: {verdict_line(asdict(verdict))}; mean {verdict.mean():.1%}")
-    print(f"Judge {judge.sha256()}, trained on {judge.made_of['train_images']:,} real images.")
-
-
-def compare(command: CompareCommand) -> None:
-    from t2i.measure.compare import check_protocols, differing_subjects, read_scores, table
-
-    a, b = read_scores(command.a), read_scores(command.b)
-    check_protocols(a, b)
-    for file, scores in ((command.a, a), (command.b, b)):
-        print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
-    print("\n".join(["Measured alike. They differ in (first | second):", *differing_subjects(a, b)]))
 
 
 def main() -> None:

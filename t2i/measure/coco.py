@@ -52,11 +52,15 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
         image_size: pixels per side that the model draws.
 
     Raises:
-        DataError: images are missing.
+        DataError: images are missing, or too few to fit a Gaussian to each row.
     """
     chosen = choice.captions
     # Each image once, though five captions may be drawn: repeated, it would count five times in the matched row.
     own_ids = list(dict.fromkeys(caption.image_id for caption in chosen))
+    if len(own_ids) < 2 or len(coco.images) < 4:
+        raise DataError(
+            f"The captions are of {len(own_ids)} of {len(coco.images)} images; expected at least 2 of 4."
+        )
     places = {image_id: place for place, image_id in enumerate(coco.images)}
     sizes = _sizes(list(coco.images.values()))
     return Task(

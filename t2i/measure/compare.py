@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.files import check_keys, read_json
+from t2i.files import Kind, check_keys, read_json
 from t2i.measure.protocol import CLIP, JUDGES, RULES, SCORES, Protocol, RowScore, Scores, Subject
 from t2i.runs.eval_results import read_eval_results
 
@@ -33,8 +33,8 @@ def read_scores(file: Path) -> ReadScores:
     where = f"{file} is no scores.json"
     check_keys(scores, {"rows": dict, "measures": list}, where=where, error=UserError)
     measures = [str(measure) for measure in scores["measures"]]
-    for row in scores["rows"]:
-        check_keys(scores["rows"], {row: {"what": str, "n": int}}, where=where, error=UserError)
+    for name, row in scores["rows"].items():
+        _check_row(row, measures, where=f"{where}: rows: {name}")
     rows = {
         name: RowScore(
             row["what"],
@@ -45,6 +45,28 @@ def read_scores(file: Path) -> ReadScores:
         for name, row in scores["rows"].items()
     }
     return ReadScores(measures, rows=rows, entries=scores)
+
+
+def _check_row(row: object, measures: list[str], *, where: str) -> None:
+    """Refuse what is no row of a scores.json.
+
+    Raises:
+        UserError: a key is missing or of another type.
+    """
+    number = (int, float)
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {row!r:.80}; expected an object of keys.")
+    kinds: dict[str, Kind] = {key: number for key in measures if key in row}
+    check_keys(row, {"what": str, "n": int, **kinds}, where=where, error=UserError)
+    intervals = row.get("intervals", {})
+    if not isinstance(intervals, dict) or not all(map(_is_pair, intervals.values())):
+        raise UserError(f"{where}: intervals is {intervals!r:.80}; expected two numbers per measure.")
+
+
+def _is_pair(bounds: object) -> bool:
+    return (
+        isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(one, int | float) for one in bounds)
+    )
 
 
 def check_protocols(a: ReadScores, b: ReadScores) -> None:

@@ -8,9 +8,11 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
+from t2i.errors import DataError
 from t2i.measure.distances import FrechetStatistics, statistics
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.features import extract
@@ -87,24 +89,31 @@ def _publish(measured: Measured, made_of: dict[str, object], folder: Path) -> No
     """Write a folder under another name and rename it; another process may have been quicker."""
     # Named by machine and process: nodes of one job may share the folder.
     part = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)  # of a process of the same number that was killed
     part.mkdir(parents=True)
     # Features beside the Gaussian: the kernel distance needs them all, and rows without some images are fitted anew.
-    np.save(part / FEATURES_FILE, measured.features)
     gaussian = measured.statistics
-    np.savez(part / STATISTICS, mean=gaussian.mean, cov=gaussian.cov, n=gaussian.n)
-    (part / MADE_OF).write_text(json.dumps(made_of))
     try:
+        np.save(part / FEATURES_FILE, measured.features)
+        np.savez(part / STATISTICS, mean=gaussian.mean, cov=gaussian.cov, n=gaussian.n)
+        (part / MADE_OF).write_text(json.dumps(made_of))
         part.rename(folder)
     except OSError:  # a folder that is not empty cannot be renamed over: somebody was quicker
         if not folder.is_dir():
             raise
-        shutil.rmtree(part)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _load(folder: Path) -> Measured:
-    with np.load(folder / STATISTICS) as arrays:
-        gaussian = FrechetStatistics(mean=arrays["mean"], cov=arrays["cov"], n=int(arrays["n"]))
-    return Measured(features=np.load(folder / FEATURES_FILE), statistics=gaussian)
+    try:
+        with np.load(folder / STATISTICS) as arrays:
+            gaussian = FrechetStatistics(mean=arrays["mean"], cov=arrays["cov"], n=int(arrays["n"]))
+        return Measured(features=np.load(folder / FEATURES_FILE), statistics=gaussian)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise DataError(
+            f"{folder}, cached features, is damaged: {error}. Remove it to compute them again."
+        ) from error
 
 
 def _hash(facts: dict[str, object]) -> str:

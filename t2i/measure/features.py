@@ -10,7 +10,6 @@ import http.client
 import io
 import logging
 import os
-import tempfile
 import urllib.request
 import warnings
 from collections.abc import Iterable, Sized
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.errors import DataError, UserError
+from t2i.files import write_bytes_whole
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.folder_features import FOLDER_FEATURES, folder_features
 from t2i.measure.images import batches, read_image
@@ -148,7 +148,9 @@ def cached_inception() -> Path:
     path = cache_folder() / INCEPTION_URL.rpartition("/")[2]
     if not path.is_file():
         logger.info("Downloading Inception's weights (96 MB) from %s to %s", INCEPTION_URL, path)
-        _publish(_download(path), path)
+        data = _download(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_whole(path, data)
     return path
 
 
@@ -165,14 +167,6 @@ def _download(path: Path) -> bytes:
         ) from error
     _check(data, INCEPTION_URL)
     return data
-
-
-def _publish(data: bytes, path: Path) -> None:
-    """Write a file atomically, also when several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        part.write(data)
-    Path(part.name).replace(path)  # the last one wins; all of them checked the same hash
 
 
 def _check(data: bytes, origin: Path | str) -> None:

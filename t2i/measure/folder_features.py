@@ -87,11 +87,13 @@ def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
     crop = values.get("crop_size")
     size = crop.get("height") if isinstance(crop, dict) else crop
     mean, deviation = values.get("image_mean"), values.get("image_std")
-    if not (isinstance(size, int) and _is_three(mean) and _is_three(deviation)):
+    if not (isinstance(size, int) and size > 0 and _is_three(mean) and _is_three(deviation)):
         shown = json.dumps({"crop_size": crop, "image_mean": mean, "image_std": deviation})
         raise UserError(f"{file} says {shown}; expected a size, three means and three deviations.")
     return size, cast(list[float], mean), cast(list[float], deviation)
 
 
 def _is_three(values: object) -> bool:
-    return isinstance(values, list) and len(values) == 3
+    return (
+        isinstance(values, list) and len(values) == 3 and all(isinstance(one, int | float) for one in values)
+    )

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i.data.sources import Pair, open_source
+from t2i.errors import DataError
 from t2i.files import hash_uniform, whole_file
 from t2i.measure import descriptors
 from t2i.measure.attributes import NAMES, Attributes, attributes_of
@@ -205,9 +206,14 @@ def _save(judge: Judge, file: Path) -> None:
 
 
 def _load(file: Path) -> Judge:
-    with safe_open(file, framework="pt") as opened:
-        facts = json.loads(opened.metadata()["judge"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["judge"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{file}, a trained judge, is damaged: {error}. Remove it to train it again."
+        ) from error
     heads = {
         name: Head(tuple(classes), tensors[f"{name}.weight"], tensors[f"{name}.bias"])
         for name, classes in facts["classes"].items()

@@ -23,6 +23,8 @@ REPLICATES = 100
 """Resamplings per interval: the standard deviation of so many is known to 7%."""
 BOOTSTRAP_MOST = 5_000
 """Images up to which intervals are made without being asked for; 30,000 take minutes per row."""
+LEAST_RESAMPLED = 10
+"""Images that an interval needs. Of three, each ninth resampling is one image alone, which has no kernel distance."""
 NORMAL_95 = 1.96
 CMMD = "cmmd"
 
@@ -44,7 +46,7 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """95%, if the reference stays and the images are drawn again; None if it was not asked for."""
+    """95%, if the reference stays and the images are drawn again; None if it was not asked for, or of few images."""
 
 
 def distances_on(features: str) -> dict[str, Distance]:
@@ -92,7 +94,7 @@ def replicates_for(asked: int | None, *, n: int) -> int:
 
 
 def measure(made: Measured, reference: Measured, *, features: str, replicates: int) -> dict[str, Estimate]:
-    """Measure all distances of `made` to the reference, each with an interval if replicates >= 2.
+    """Measure all distances of `made` to the reference, each with an interval if replicates >= 2 and there are enough.
 
     The reference is part of the protocol, so it stays as it is: only the images of `made` are resampled.
     """
@@ -101,7 +103,7 @@ def measure(made: Measured, reference: Measured, *, features: str, replicates: i
     for key, distance in distances_on(features).items():
         value = distance.value(made, reference)
         interval = None
-        if replicates >= 2:
+        if replicates >= 2 and len(made.features) >= LEAST_RESAMPLED:
             interval = interval_of(value, distance.resampled(made, reference, counts))
         found[key] = Estimate(value, interval)
     return found

@@ -57,6 +57,10 @@ class RemoteJudge:
     timeout_seconds: float = TIMEOUT_SECONDS
     wait_seconds: float = WAIT_SECONDS
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--judge-url is {self.url}; expected an address such as http://localhost:8080.")
+
     def protocol(self, revisions: set[str], *, captions: Sequence[str]) -> dict[str, object]:
         """Say who judged what.
 

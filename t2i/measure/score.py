@@ -14,7 +14,7 @@ import torch
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.files import read_json, write_json, write_whole
+from t2i.files import read_json, read_optional_json, write_json, write_whole
 from t2i.generate.best_of import Ranker
 from t2i.generate.captions import caption_lines, captions_sha256
 from t2i.generate.image_files import sampler_settings
@@ -119,6 +119,7 @@ def draw_rows(
     listed = drawing.out / CAPTIONS_DRAWN
     if listed.is_file() and listed.read_text() != caption_lines(task.captions):
         raise UserError(f"{listed} holds another list of captions. Choose another --out.")
+    read_optional_json(drawing.out / SCORES)  # a damaged one is named now, not after days of drawing
     # Seeds that no caption of the model's row has: the two differ by the chance of one drawing, and by nothing else.
     others = replace(
         drawing.config, seed=(drawing.config.seed + len(task.captions) * drawing.config.best_of) % MAX_WHOLE

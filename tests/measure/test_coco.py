@@ -31,7 +31,7 @@ from t2i.data.sources.coco import Caption, CaptionFile
 from t2i.errors import DataError, UserError
 from t2i.measure import feature_cache as reference
 from t2i.measure.clip import clip_score, embed_captions, embed_images, load_clip
-from t2i.measure.coco import centre_crop_lanczos, coco_task, drawn_captions, read_val2014
+from t2i.measure.coco import Choice, centre_crop_lanczos, coco_task, drawn_captions, read_val2014
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
 from t2i.tokens.image import ImageTokenizer, to_pixels
@@ -212,7 +212,7 @@ def test_a_second_run_draws_and_computes_nothing_again_and_other_settings_are_re
 
 
 def test_a_reference_is_kept_by_what_made_it(
-    model_folder, coco_folder, narrow_inception_file, call, tmp_path, monkeypatch
+    model_folder, coco_folder, narrow_inception_file, call, tmp_path, monkeypatch, capsys
 ):
     coco = shutil.copytree(coco_folder, tmp_path / "coco")
     out = tmp_path / "out"
@@ -241,6 +241,52 @@ def test_a_reference_is_kept_by_what_made_it(
     assert run() == 3
     assert hashes[0] == hashes[1] != hashes[2]  # the network's resize is no part of the pictures
     assert not [path for path in kept.iterdir() if path.name.startswith(".")]
+    for file in kept.glob("*/features.npy"):
+        file.write_bytes(file.read_bytes()[:200])
+    assert call(*words) == 3
+    assert "cached features, is damaged: " in capsys.readouterr().err
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    folder = tmp_path / "kept"
+    left = tmp_path / f".kept.{os.uname().nodename}.{os.getpid()}"
+    (left / "half").mkdir(parents=True)
+    measured = reference.with_statistics(np.eye(3, dtype=np.float32))
+    reference._publish(measured, {}, folder)
+    np.testing.assert_array_equal(reference._load(folder).features, measured.features)
+    assert not left.exists()
+
+
+def test_flags_that_would_change_nothing_are_refused(model_folder, coco_folder, call, tmp_path, capsys):
+    for words, sentence in (
+        (["--list-seed", 3], "it wants --coco"),
+        (["--coco", coco_folder, "--heldout-shards", tmp_path], "expected one of them"),
+        (["--judge-revision", "v3"], "expected --judges that it is of"),
+        (["--image-size", 256], "it is for an Emu3"),
+        (["--bootstrap", 1], "--bootstrap"),
+    ):
+        assert call(model_folder, *words, "--out", tmp_path / "out") == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_scores_json_is_named_before_anything_is_drawn(
+    model_folder, coco_folder, narrow_inception_file, call, tmp_path, capsys
+):
+    (tmp_path / "scores.json").write_text("{")
+    words = [
+        "--coco",
+        coco_folder,
+        "--inception",
+        narrow_inception_file,
+        "--num-samples",
+        4,
+        "--out",
+        tmp_path,
+    ]
+    assert call(model_folder, *words) == 3
+    assert "scores.json is not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_broken_image_of_the_reference_is_named_before_anything_is_drawn(
@@ -330,6 +376,9 @@ def test_a_folder_that_is_not_coco_is_refused_by_name(coco_folder, tmp_path):
     read = read_val2014(coco)
     with pytest.raises(DataError, match=f"1 of the 24 images .* are missing, first .*{gone.name}"):
         coco_task(read, drawn_captions(read, num_samples=2, seed=0), image_size=32)
+    one = Choice([each for each in read.captions[min(read.captions)]][:2], rule="two captions of one image")
+    with pytest.raises(DataError, match="The captions are of 1 of 24 images; expected at least 2 of 4"):
+        coco_task(read, one, image_size=32)
     file = coco / "annotations" / "captions_val2014.json"
     content = json.loads(file.read_text())
     for broken, found in (

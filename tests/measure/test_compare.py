@@ -58,3 +58,18 @@ def test_a_table_shows_half_of_an_interval_where_there_is_one():
     row = RowScore("drawn", n=5, measures={"fid": 12.5, "kid": 0.25}, intervals={"fid": (11.0, 14.0)})
     line = table([row], measures=["fid", "kid", "mind"])[1]
     assert line.split() == ["drawn", "5", "12.5000", "±1.5", "0.2500"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (3, "rows: model is 3; expected an object"),
+        ({"what": "drawn", "n": 5, "fid": None}, "rows: model: fid is None; expected int or float"),
+        ({"what": "drawn", "n": 5, "fid": 2.0, "intervals": 3}, "intervals is 3; expected two numbers per measure"),
+        ({"what": "drawn", "n": 5, "fid": 2.0, "intervals": {"fid": [1, "a"]}}, "expected two numbers per measure"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_form_are_a_sentence(tmp_path, row, sentence):
+    (tmp_path / "scores.json").write_text(json.dumps({"rows": {"model": row}, "measures": ["fid"]}))
+    with pytest.raises(UserError, match=sentence):
+        read_scores(tmp_path)

@@ -87,6 +87,10 @@ def test_folders_of_another_kind_are_refused(dinov2, clip, tmp_path):
     (dinov2 / "preprocessor_config.json").write_text(json.dumps({"crop_size": 28}))
     with pytest.raises(UserError, match=r"three means and three deviations"):
         load_features("dinov2", folder=dinov2)
+    words = {"crop_size": 28, "image_mean": ["a", 0, 0], "image_std": [1, 1, 1]}
+    (dinov2 / "preprocessor_config.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match="expected a size, three means and three deviations"):
+        load_features("dinov2", folder=dinov2)
     (dinov2 / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"preprocessor_config\.json missing"):
         load_features("dinov2", folder=dinov2)

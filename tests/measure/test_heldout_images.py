@@ -6,9 +6,11 @@ import pytest
 from measure.conftest import write_coco
 from PIL import Image
 
+from t2i.commands.score import ScoreCommand, manifest_of, task_of
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
-from t2i.measure.heldout_images import heldout_halves
+from t2i.measure.heldout_images import caption_meters, heldout_halves
+from t2i.runs.loading import open_model
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +63,13 @@ def test_a_folder_of_too_few_images_in_all_says_so(tmp_path):
     source = open_source(made_folder(tmp_path / "images", count=20), heldout_share=0.5)
     with pytest.raises(DataError, match="It has 20 images in all, which is too few to hold so many out"):
         heldout_halves(source, num_samples=None)
+
+
+def test_shards_of_another_image_size_are_measured_at_the_models(model_folder, shards):
+    opened = open_model(
+        str(model_folder), needs_images=True
+    )  # it draws 32 pixels per side; the shards have 64
+    command = ScoreCommand(str(model_folder), heldout_shards=shards)
+    assert task_of(command, opened).reference.image_size == opened.image_size() == 32
+    meters = caption_meters(opened, manifest_of(command, opened))
+    assert meters["heldout"].own is not None

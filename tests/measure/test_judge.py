@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from t2i.data.sources.openmoji import captioned_keys, code_points
+from t2i.errors import DataError
 from t2i.measure import descriptors
 from t2i.measure import judge as judging
 from t2i.measure.attributes import NAMES, attributes_of
@@ -111,6 +112,11 @@ def test_a_judge_is_trained_once_and_named_by_its_data(tmp_path, monkeypatch):
     assert again.sha256() == first.sha256() and file.stat().st_mtime_ns == before
     assert again.read(images) == first.read(images) == {"colour": ["red", "blue", "green", "red"]}
     assert first.made_of["train_images"] == 4 and json.dumps(first.made_of)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(DataError, match="a trained judge, is damaged: .* Remove it to train it again"):
+        load_judge(folder=tmp_path)
+    file.write_bytes(whole)
     monkeypatch.undo()
     monkeypatch.setattr(judging, "open_source", lambda name: source)
     pairs[0] = judging.Pair(key="0", caption="blue thing", split="train", open=pairs[0].open)

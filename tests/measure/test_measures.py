@@ -134,6 +134,14 @@ def test_intervals_are_made_unasked_of_few_images_only():
     assert list(found) == ["fid", "kid", "mind"] and all(each.interval is None for each in found.values())
 
 
+def test_two_images_have_no_interval_rather_than_one_of_nan():
+    # Half of their resamplings are one image twice, which has no pair of two images.
+    few, many = (with_statistics(gaussian(n, 4, seed=1)) for n in (2, 10))
+    assert all(one.interval is None for one in measure(few, many, features="clip", replicates=20).values())
+    enough = measure(many, many, features="clip", replicates=20)
+    assert all(np.isfinite(one.interval).all() for one in enough.values())
+
+
 def test_resamplings_are_of_n_images_and_the_same_each_time():
     counts = bootstrap_counts(50, replicates=7)
     assert counts.shape == (7, 50) and (counts.sum(1) == 50).all()

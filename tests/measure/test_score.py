@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from t2i.config import SampleConfig
-from t2i.measure import descriptors
+from t2i.measure import descriptors, measures
 from t2i.measure import pairing as pairs
 from t2i.measure import score as scoring
 from t2i.measure.clip import Clip
@@ -139,6 +139,7 @@ def judge_of_redness(monkeypatch):
 
 
 def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(measures, "LEAST_RESAMPLED", 5)
     extractor = FeatureExtractor(
         name="mean_colour",
         dims=3,

@@ -1,0 +1,44 @@
+"""What `t2i score` does with scores and judges that are there: compare two scores, say how often a judge is right."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """The two scores."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """scores.json of one model, the folder that holds it, or a file of an export's .eval_results/."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """scores.json of another, or its folder."""
+
+
+@dataclass(frozen=True)
+class JudgeCommand:
+    """Nothing is asked: the judge is trained on the embedded images."""
+
+
+def show_judge() -> None:
+    from t2i.config import ASSETS
+    from t2i.measure.compare import verdict_line
+    from t2i.measure.judge import load_judge, yardsticks
+    from t2i.tokens.image import ImageTokenizer
+
+    judge = load_judge()
+    for row, verdict in yardsticks(judge, ImageTokenizer.load(ASSETS / "image_tokenizer")).items():
+        print(f"{row}: {verdict_line(asdict(verdict))}; mean {verdict.mean():.1%}")
+    print(f"Judge {judge.sha256()}, trained on {judge.made_of['train_images']:,} real images.")
+
+
+def compare(command: CompareCommand) -> None:
+    from t2i.measure.compare import check_protocols, differing_subjects, read_scores, table
+
+    a, b = read_scores(command.a), read_scores(command.b)
+    check_protocols(a, b)
+    for file, scores in ((command.a, a), (command.b, b)):
+        print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
+    print("\n".join(["Measured alike. They differ in (first | second):", *differing_subjects(a, b)]))
