@@ -362,7 +362,9 @@ def test_a_job_that_was_done_with_old_flags_is_not_done_again(tmp_path):
     job = Job("first", ["x.py", "--data.subsample_every", "2"])
     assert work(lambda: [job], study=study, out=tmp_path)["first"].state == "done"
     with pytest.raises(UserError, match="first was done with another command"):
-        work(lambda: [replace(job, command=["x.py", "--data.subsample_every", "3"])], study=study, out=tmp_path)
+        work(
+            lambda: [replace(job, command=["x.py", "--data.subsample_every", "3"])], study=study, out=tmp_path
+        )
 
 
 OF_OLD_FOLDER = RunConfig(

@@ -248,7 +248,9 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     }  # fmt: skip
     assert records["bad"].code == 4
     mended = [jobs[0], job("bad"), *jobs[2:]]
-    assert {record.state for record in work(lambda: mended, study=study, out=folder / "out").values()} == {"done"}
+    assert {record.state for record in work(lambda: mended, study=study, out=folder / "out").values()} == {
+        "done"
+    }
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
@@ -262,7 +264,9 @@ def test_two_workers_never_take_one_job(toy):
         patched.setattr("t2i.study.runner.WAIT_SECONDS", 0.02)
         patched.setattr(signal, "signal", lambda number, handler: None)
         workers = [
-            threading.Thread(target=work, args=(lambda: jobs,), kwargs={"study": study, "out": folder / "out"})
+            threading.Thread(
+                target=work, args=(lambda: jobs,), kwargs={"study": study, "out": folder / "out"}
+            )
             for _ in range(2)
         ]
         for worker in workers:
