@@ -1,4 +1,4 @@
-"""What `t2i score` does with scores and judges that are there: compare two scores, say how often a judge is right."""
+"""Two scores that are there, compared, and how often the exact judge is right: the verbs compare and judge of score."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
