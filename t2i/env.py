@@ -37,7 +37,9 @@ VARIABLES = {
     "PATH": "programs of the Python environment are put first, for ninja",
     "PYTHONPATH": "a study's jobs and a run's trackers get the folder of t2i put first",
     "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
-    "T2I_API_KEY": "key that clients of `t2i serve` must send; without one, only this machine can reach it",
+    "T2I_API_KEY": "key that clients of `t2i serve` and `t2i play` must give; without one, only this machine is let in",
+    "GRADIO_ANALYTICS_ENABLED": "set to False by `t2i play`: Gradio reports nothing",
+    "GRADIO_TEMP_DIR": "set by `t2i play`: files that its page shows, which are removed at its end",
     "MLFLOW_TRACKING_URI": "where MLflow keeps runs; by default trackers/mlflow.db in the run's folder",
     "HF_ENDPOINT": "address of the hub that exports are uploaded to; Hugging Face's own",
 }

@@ -14,6 +14,7 @@ SCRIPTS = {
     "sample": "launchers/sample.py",
     "export": "launchers/export.py",
     "serve": "launchers/serve.py",
+    "play": "launchers/play.py",
     "plan": "launchers/plan.py",
     "study": "launchers/study.py",
     "report": "launchers/report.py",

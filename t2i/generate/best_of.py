@@ -65,16 +65,23 @@ def caption_gains(
     return matched - code_log_likelihoods(model, [null_prompt] * len(prompts), codes, layout=layout)
 
 
-@torch.inference_mode()
 def code_log_likelihoods(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], codes: Tensor, *, layout: VocabLayout
 ) -> Tensor:
-    """Sum the log-likelihoods of codes (B, K) after prompts, in nats: (B,) float64, on the CPU.
+    """Sum the log-likelihoods of codes (B, K) after prompts, in nats: (B,) float64, on the CPU."""
+    return log_likelihoods_by_place(model, prompts, codes, layout=layout).sum(1)
+
+
+@torch.inference_mode()
+def log_likelihoods_by_place(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], codes: Tensor, *, layout: VocabLayout
+) -> Tensor:
+    """Compute the log-likelihood of each of codes (B, K) after prompts, in nats: (B, K) float64, on the CPU.
 
     They are those of drawing without guidance at temperature 1: over image codes alone.
     """
     head = head_of(model).of(layout.image_rows)
-    sums = []
+    found = []
     for start in range(0, len(prompts), ROWS_AT_A_TIME):
         part = codes[start : start + ROWS_AT_A_TIME].to(model.device)  # (B, K)
         rows = [torch.tensor(each, device=model.device) for each in prompts[start : start + ROWS_AT_A_TIME]]
@@ -91,5 +98,5 @@ def code_log_likelihoods(
         chosen = torch.take_along_dim(hidden, places[:, :, None], dim=1)  # (B, K, D)
         logits = head.logits(chosen)  # (B, K, C)
         nats = logits.log_softmax(-1).gather(-1, part[:, :, None].long())[..., 0]  # (B, K)
-        sums.append(nats.double().sum(1).cpu())
-    return torch.cat(sums)
+        found.append(nats.double().cpu())
+    return torch.cat(found)

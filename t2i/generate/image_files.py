@@ -15,6 +15,8 @@ from t2i.generate.beside import SETTINGS
 from t2i.generate.captions import captions_sha256
 from t2i.generate.claim import claim_folder
 
+PLACE = "place"
+"""Key of a PNG file for the image's index in its drawing: it was sampled with the settings' seed + this."""
 LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
 """Settings that there were not always, with the values that draw what was drawn before."""
 
@@ -44,8 +46,9 @@ def draw_images(
     facts = {"checkpoint": str(checkpoint.resolve()), **settings}
 
     def write(images: list[Image.Image], start: int) -> None:
-        for path, name, image in zip(paths[start:], names[start:], images, strict=False):
-            _write(path, image, {"caption": captions[name], **facts})
+        for place, image in enumerate(images, start):
+            # The settings' seed is the first image's, so an image names its place too.
+            _write(paths[place], image, {"caption": captions[names[place]], PLACE: place, **facts})
 
     # A batch with one missing image is drawn whole: its other images decide the shape of the products.
     missing = [

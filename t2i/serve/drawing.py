@@ -3,7 +3,10 @@
 import io
 from collections.abc import Callable, Sequence
 
+import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from t2i.config import SamplerConfig
 from t2i.generate.sample import decode_images
@@ -27,44 +30,79 @@ def cut_caption(opened: OpenedModel, caption: str) -> str:
     return caption if len(ids) <= room_of(opened) else opened.text_tokenizer.decode(ids[: room_of(opened)])
 
 
-def batch_drawer(
-    opened: OpenedModel, *, sampler: SamplerConfig, batch_size: int
-) -> Callable[[Sequence[Asked]], list[bytes]]:
-    """Make the function that draws up to batch_size images to PNG files.
+class OneShape:
+    """Samples up to batch_size images at a time, always in a batch of one shape.
 
     Rounding depends on the shape of a batch, and where two codes are nearly tied, rounding decides. So every batch has
     one shape: it is filled up to batch_size, and two more captions keep the other sizes the same. The longest fixes the
     length of all prompts; the empty one sees to it that there is always padding, hence always a mask.
     """
-    longest = "a "
-    while len(opened.text_tokenizer.encode(longest)) < room_of(opened):
-        longest *= 2
-    fixed = [longest, ""]
 
-    def draw(images: Sequence[Asked]) -> list[bytes]:
-        missing = batch_size - len(images)
+    def __init__(self, opened: OpenedModel, *, batch_size: int) -> None:
+        self.opened, self.batch_size = opened, batch_size
+        longest = "a "
+        while len(opened.text_tokenizer.encode(longest)) < room_of(opened):
+            longest *= 2
+        self._fixed = [longest, ""]
+
+    def codes(
+        self,
+        images: Sequence[Asked],
+        *,
+        sampler: SamplerConfig,
+        on_code: Callable[[list[Tensor]], object] = len,
+    ) -> Tensor:
+        """Sample codes (B, K) of B images, at most batch_size.
+
+        Args:
+            on_code: called after each code with all codes so far, of whose rows the first B are these images; what it
+                raises ends the sampling.
+        """
+        missing = self.batch_size - len(images)
         codes = caption_codes(
-            opened.model,
-            [image.caption for image in images] + [""] * missing + fixed,
-            tokenizer=opened.text_tokenizer.tokenizer,
-            seeds=[image.seed for image in images] + [0] * (missing + len(fixed)),
+            self.opened.model,
+            [image.caption for image in images] + [""] * missing + self._fixed,
+            tokenizer=self.opened.text_tokenizer.tokenizer,
+            seeds=[image.seed for image in images] + [0] * (missing + len(self._fixed)),
             guidance_scale=sampler.guidance_scale,
             temperature=sampler.temperature,
             top_k=sampler.top_k,
             top_p=sampler.top_p,
             # Windows would let the other images of a batch decide how this one's products are rounded.
             window=1,
+            on_code=on_code,
         )  # (batch_size + 2, K)
-        drawn = decode_images(opened.needed_image_tokenizer(), codes[:batch_size])
-        settings = {**vars(sampler), "weights": opened.weights}
-        files = []
-        for image, pixels in zip(images, drawn, strict=False):
-            metadata = PngInfo()
-            for key, value in {"caption": image.caption, "seed": image.seed, **settings}.items():
-                metadata.add_text(key, str(value))
-            file = io.BytesIO()
-            pixels.save(file, format="PNG", pnginfo=metadata)
-            files.append(file.getvalue())
-        return files
+        return codes[: len(images)]
+
+    def decoded(self, codes: Tensor) -> list[Image.Image]:
+        """Decode codes (B, K) to B images, in the batch's one shape too."""
+        missing = self.batch_size - len(codes)
+        filled = torch.nn.functional.pad(codes, (0, 0, 0, missing))  # (batch_size, K)
+        return decode_images(self.opened.needed_image_tokenizer(), filled)[: len(codes)]
+
+
+def png_file(image: Asked, drawn: Image.Image, *, sampler: SamplerConfig, weights: str) -> bytes:
+    """Write a drawn image as a PNG file that carries its caption and settings."""
+    metadata = PngInfo()
+    facts = {"caption": image.caption, "seed": image.seed, **vars(sampler), "weights": weights}
+    for key, value in facts.items():
+        metadata.add_text(key, str(value))
+    file = io.BytesIO()
+    drawn.save(file, format="PNG", pnginfo=metadata)
+    return file.getvalue()
+
+
+def batch_drawer(
+    opened: OpenedModel, *, sampler: SamplerConfig, batch_size: int
+) -> Callable[[Sequence[Asked]], list[bytes]]:
+    """Make the function that draws up to batch_size images to PNG files."""
+    shape = OneShape(opened, batch_size=batch_size)
+
+    def draw(images: Sequence[Asked]) -> list[bytes]:
+        pictures = shape.decoded(shape.codes(images, sampler=sampler))
+        return [
+            png_file(image, picture, sampler=sampler, weights=opened.weights)
+            for image, picture in zip(images, pictures, strict=True)
+        ]
 
     return draw

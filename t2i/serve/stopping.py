@@ -30,8 +30,8 @@ def accepting(server: ImageServer) -> Iterator[ImageServer]:
         server.server_close()
 
 
-def serve_until_stopped(server: ImageServer) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second Ctrl-C ends at once."""
+def stop_signal() -> threading.Event:
+    """Return an event that SIGTERM or Ctrl-C sets from now on; a second Ctrl-C interrupts."""
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:
@@ -40,6 +40,12 @@ def serve_until_stopped(server: ImageServer) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    return stopped
+
+
+def serve_until_stopped(server: ImageServer) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second Ctrl-C ends at once."""
+    stopped = stop_signal()
     with accepting(server):
         stopped.wait()
         logger.info("Stopping: %d images wait, and are drawn first.", len(server.service.waiting))

@@ -130,6 +130,7 @@ def words_of(verb, folder, data):
         "perplexity": [folder, "--data.shards", data],
         "nearest": [folder],
         "serve": [folder, "--port", 0],
+        "play": [folder, "--port", 0],
         "gradients": [folder, "--data.shards", data, "--num-sequences", 2],
     }[verb]  # fmt: skip
 
@@ -148,6 +149,9 @@ def test_no_command_runs_anything_of_a_strangers_folder(verb, change, traps, sha
     change(folder)
     # Opened and listening is enough; otherwise it would serve until it is told to stop.
     monkeypatch.setattr("t2i.serve.stopping.serve_until_stopped", ImageServer.server_close)
+    monkeypatch.setattr(
+        "t2i.play.serving.serve_until_stopped", lambda page, *, listening, give_up: listening.close()
+    )
     Path("images").mkdir()
     Path("notes.txt").write_text("a note of some length, with a few words in it " * 20)
     for index in range(3):

@@ -1,0 +1,108 @@
+"""The page's web server: who may ask, what a browser may load, and an end by Ctrl-C."""
+
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from t2i.errors import UserError
+from t2i.serve.http_server import LOOPBACK
+from t2i.serve.stopping import stop_signal
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+HEADERS = {
+    # Nothing of elsewhere is loaded or asked, whatever a caption may bring about.
+    b"content-security-policy": (
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+        b" img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:;"
+        b" connect-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'"
+    ),
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+}
+LAST_ANSWERS_SECONDS = 2
+"""How long pages that are open may take to be told of the end."""
+
+
+class Door:
+    """An ASGI application that lets in who may, and adds HEADERS to every answer."""
+
+    def __init__(self, application: Application, *, is_open: bool) -> None:
+        """Stand before an application.
+
+        Args:
+            is_open: whether a password is asked for inside; otherwise only requests for this machine's own name are
+                let in, as pages of other sites cannot make them.
+        """
+        self._application, self._is_open = application, is_open
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._application(scope, receive, send)
+            return
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        name = host.rsplit(":", 1)[0].strip("[]")
+        if not self._is_open and name not in LOOPBACK:
+            await send({"type": "http.response.start", "status": 403, "headers": [*HEADERS.items()]})
+            await send({"type": "http.response.body", "body": b"this page answers to localhost alone"})
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS.items()]
+            await send(message)
+
+        await self._application(scope, receive, send_with_headers)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address.
+
+    Raises:
+        UserError: it is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise UserError(f"{host}:{port} cannot be listened at: {error}.") from error
+    return listening
+
+
+def serve_until_stopped(
+    application: Application, *, listening: socket.socket, give_up: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
+
+    Args:
+        give_up: ends the work that pages wait for.
+    """
+    import uvicorn  # comes with Gradio
+
+    stopped = stop_signal()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            log_level="critical",
+            timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,  # an open page never ends by itself
+        )
+    )
+    # In a thread, where uvicorn leaves signals alone.
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="serving", daemon=True)
+    thread.start()
+    stopped.wait()
+    logger.info("Stopping.")
+    give_up()
+    server.should_exit = True
+    thread.join()

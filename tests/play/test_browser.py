@@ -1,0 +1,160 @@
+"""The page as somebody uses it: typed into, clicked, waited for, looked at."""
+
+import importlib.util
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from play_page import CHROMIUM, Tab, opened, served
+
+MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason="pip install '.[play,browser]' for these"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH"),
+]
+SCRIPT = "<script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\"> a cat"
+
+
+@pytest.fixture(scope="module")
+def url(model_folder):
+    with served(model_folder, "--beside", model_folder, "--reference", model_folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def slow_url(finished):
+    # Wide batches of a run's model: slow enough to be cancelled.
+    with served(finished.run_dir, "--batch-size", 64, "--max-images", 1000) as address:
+        yield address
+
+
+@pytest.fixture
+def page(url):
+    with opened(url) as found:
+        yield found
+
+
+def test_images_appear_while_they_are_drawn_and_one_seed_gives_one_file(page, tmp_path):
+    tab = Tab(page, "Draw")
+    tab.draw("a cat", seed=7, count=3)
+    said = tab.wait_for("Status", "Drawn: 16 of 16 passes, ")
+    assert said.endswith("seeds 7 to 9.")
+    assert tab.panel.locator(".drawn img").count() == 3
+    first = tab.files()
+    assert list(first) == ["seed_7.png", "seed_8.png", "seed_9.png"] and len({*first.values()}) == 3
+    tab.draw("a dog", seed=1)
+    tab.wait_for("Status", "Drawn: 16 of 16 passes")
+    tab.draw("a cat", seed=8, count=1)
+    page.wait_for_function("document.querySelector('.status textarea').value.endsWith('seed 8.')")
+    assert tab.files() == {"seed_8.png": first["seed_8.png"]}
+    facts = Image.open(io.BytesIO(first["seed_8.png"])).text
+    assert (facts["caption"], facts["seed"], facts["top_k"]) == ("a cat", "8", "50")
+    page.screenshot(path=tmp_path / "page.png")
+    assert np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).std() > 10  # something is shown
+
+
+def test_a_drawn_file_gives_its_settings_back(page, tmp_path):
+    tab = Tab(page, "Draw")
+    tab.slide("Top-k", 9)
+    tab.draw("a <b>cat</b>", seed=2**60, count=1)
+    tab.wait_for("Status", "Drawn")
+    [(name, file)] = tab.files().items()
+    (tmp_path / name).write_bytes(file)
+    page.reload()
+    tab = Tab(page, "Draw")
+    assert tab.field("Prompt").input_value() == ""
+    tab.panel.locator(".dropped input[type=file]").set_input_files(tmp_path / name)
+    tab.wait_for("Status", "Its settings are in the fields.")
+    assert tab.field("Prompt").input_value() == "a <b>cat</b>"
+    assert tab.field("Seed").input_value() == str(2**60)
+    assert tab.panel.get_by_label("number input for Top-k").input_value() == "9"
+    tab.button("Draw").click()
+    tab.wait_for("Status", "Drawn")
+    assert tab.files() == {name: file}
+
+
+def test_a_caption_is_text_wherever_it_is_shown(page):
+    tab = Tab(page, "Draw")
+    tab.draw(SCRIPT * 3, seed=1)
+    said = tab.wait_for("Status", "Drawn")
+    assert "this is read: <script>" in said  # it is longer than the model reads
+    tab.draw("a cat", seed=SCRIPT)
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for()
+    assert "The seed is '<script>document.title" in toast.inner_text()
+    assert page.title() == "t2i: tiny"
+    assert page.locator("img[src=x]").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "sentence"),
+    [("-4", "The seed is '-4'; expected a whole number from 0 to"), ("1.5", "The seed is '1.5'; expected")],
+)
+def test_what_is_wrong_is_said_on_the_page(page, seed, sentence):
+    tab = Tab(page, "Draw")
+    tab.draw("a cat", seed=seed)
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for()
+    assert sentence in toast.inner_text()
+
+
+def test_a_file_that_is_no_drawing_is_said_on_the_page(page, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    tab = Tab(page, "Draw")
+    tab.panel.locator(".dropped input[type=file]").set_input_files(tmp_path / "plain.png")
+    toast = page.get_by_test_id("toast-body")
+    toast.wait_for()
+    assert "plain.png carries no settings of a drawing" in toast.inner_text()
+
+
+def test_two_models_draw_beside_each_other_and_a_captions_worth_is_shown(page):
+    tab = Tab(page, "Compare")
+    tab.draw("a cat", seed=7, count=2, button="Draw by both")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.status textarea')].some(e => e.value.split('Drawn:').length === 3)"
+    )
+    assert tab.panel.locator(".drawn img").count() == 4
+    tab.panel.locator(".drawn img").first.click()
+    page.wait_for_function("document.querySelector('.caption textarea, .caption input').value === 'a cat'")
+    tab.button("Measure").click()
+    page.wait_for_function(
+        "document.querySelector('.worth textarea, .worth input').value.includes('per code')"
+    )
+    assert tab.panel.locator(".maps img").count() >= 2
+
+
+def test_a_text_is_completed_by_both_models(page):
+    tab = Tab(page, "Text")
+    tab.field("Prompt").fill("To be or <i>not</i>")
+    tab.button("Complete").click()
+    tab.wait_for("Status", "Done.")
+    own, origin = (tab.panel.locator(f".{name} textarea").input_value() for name in ("own", "origin"))
+    assert own and own == origin
+
+
+def test_cancel_ends_a_drawing_and_the_next_one_begins(slow_url):
+    with opened(slow_url) as page:
+        tab = Tab(page, "Draw")
+        tab.draw("a cat", seed=1, count=900)
+        tab.wait_for("Status", "Drawing: ")
+        tab.button("Cancel").click()
+        tab.wait_for("Status", "Cancelled.")
+        tab.draw("a dog", seed=2, count=1)
+        tab.wait_for("Status", "Drawn")
+        assert list(tab.files()) == ["seed_2.png"]
+
+
+def test_a_run_is_shown_with_its_curves(slow_url):
+    with opened(slow_url) as page:
+        tab = Tab(page, "Run")
+        assert tab.field("The run").input_value().startswith("done: step 6 of 6")
+        assert tab.panel.locator(".figures svg").count() == 2
+
+
+def test_nothing_of_elsewhere_is_asked(page, url):
+    for name in ("Compare", "Text", "Run", "Draw"):
+        Tab(page, name)
+    assert len(page.asked) > 10
+    assert [address for address in page.asked if not address.startswith((url, "data:", "blob:"))] == []
