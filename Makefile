@@ -7,7 +7,7 @@ OUT ?= runs/demo
 SECONDS ?= 60
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help install demo lint test test-slow test-s3 test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons
+.PHONY: help install demo lint test test-slow test-s3 test-browser test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded images; OUT=DIR, by default $(OUT)"
@@ -17,6 +17,7 @@ help:
 	@echo "make fuzz      random sources with a known truth, read and compared, then damaged; SECONDS=N, by default $(SECONDS)"
 	@echo "make test-slow drawing by a step that torch's compiler made (a minute)"
 	@echo "make test-s3   training from a bucket of an S3 server on this machine"
+	@echo "make test-browser the page of t2i play in a Chromium of the system"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
@@ -82,6 +83,10 @@ test-slow: install
 
 test-s3: install
 	$(BIN)/python -m pytest -m s3
+
+test-browser: install
+	$(BIN)/pip install --quiet --editable '.[play,browser]'
+	$(BIN)/python -m pytest -m browser
 
 faults: install
 	$(BIN)/python -m pytest tests/faults -m fault --fault-report docs/reliability_report.md

@@ -70,6 +70,7 @@ PERPLEXITY = ("tests/measure/test_perplexity.py",)
 NEAREST = ("tests/measure/test_embeddings.py",)
 FRECHET = ("tests/measure/test_distances.py",)
 MEASURES = ("tests/measure/test_measures.py",)
+PLAY = ("tests/play/test_drawing.py", "tests/play/test_measuring.py")
 BEST_OF = ("tests/generate/test_best_of.py",)
 JUDGE = ("tests/measure/test_judge.py",)
 SCORE = ("tests/measure/test_score.py", "tests/measure/test_coco.py")
@@ -633,6 +634,22 @@ MUTATIONS = (
         "[len(row) for row in rows]",
         "codes are scored at the position after them",
         BEST_OF,
+    ),
+    Mutation(
+        "worth-of-a-caption-is-its-cost",
+        "t2i/play/worth.py",
+        "matched - null",
+        "null - matched",
+        "places are red where the caption makes them less likely",
+        PLAY,
+    ),
+    Mutation(
+        "images-of-a-page-share-a-seed",
+        "t2i/play/asked.py",
+        "Asked(self.prompt, self.seed + index)",
+        "Asked(self.prompt, self.seed)",
+        "all images of a drawing on the page are one",
+        PLAY,
     ),
     Mutation(
         "mind-without-sorting",

@@ -24,9 +24,8 @@ def url(model_folder):
 
 
 @pytest.fixture(scope="module")
-def slow_url(finished):
-    # Wide batches of a run's model: slow enough to be cancelled.
-    with served(finished.run_dir, "--batch-size", 64, "--max-images", 1000) as address:
+def run_url(finished):
+    with served(finished.run_dir, "--batch-size", 4, "--max-images", 1000) as address:
         yield address
 
 
@@ -84,7 +83,7 @@ def test_a_caption_is_text_wherever_it_is_shown(page):
     toast = page.get_by_test_id("toast-body")
     toast.wait_for()
     assert "The seed is '<script>document.title" in toast.inner_text()
-    assert page.title() == "t2i: tiny"
+    assert page.title().startswith("t2i: ")
     assert page.locator("img[src=x]").count() == 0
 
 
@@ -134,10 +133,10 @@ def test_a_text_is_completed_by_both_models(page):
     assert own and own == origin
 
 
-def test_cancel_ends_a_drawing_and_the_next_one_begins(slow_url):
-    with opened(slow_url) as page:
+def test_cancel_ends_a_drawing_and_the_next_one_begins(run_url):
+    with opened(run_url) as page:
         tab = Tab(page, "Draw")
-        tab.draw("a cat", seed=1, count=900)
+        tab.draw("a cat", seed=1, count=1000)
         tab.wait_for("Status", "Drawing: ")
         tab.button("Cancel").click()
         tab.wait_for("Status", "Cancelled.")
@@ -146,8 +145,8 @@ def test_cancel_ends_a_drawing_and_the_next_one_begins(slow_url):
         assert list(tab.files()) == ["seed_2.png"]
 
 
-def test_a_run_is_shown_with_its_curves(slow_url):
-    with opened(slow_url) as page:
+def test_a_run_is_shown_with_its_curves(run_url):
+    with opened(run_url) as page:
         tab = Tab(page, "Run")
         assert tab.field("The run").input_value().startswith("done: step 6 of 6")
         assert tab.panel.locator(".figures svg").count() == 2

@@ -1,10 +1,11 @@
-"""The same seed gives the same image: by `t2i sample`, diffusers' pipeline and the server, and in every batch."""
+"""The same seed gives the same image: by `t2i sample`, diffusers' pipeline, the server, the page; in every batch."""
 
 import base64
 import io
 import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from PIL import Image
 
 from t2i.config import SampleConfig, SamplerConfig
 from t2i.generate.sample import draw_codes, draw_folder, drawer_of
+from t2i.play.asked import Drawing
+from t2i.play.drawing import draw_by_rows
+from t2i.play.opening import painters_of
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
 from t2i.serve.drawing import batch_drawer, cut_caption
@@ -34,7 +38,7 @@ def pixels(file):
     return np.asarray(Image.open(file)).astype(int)
 
 
-def test_one_seed_gives_one_image_by_all_three_ways_and_at_each_batch_size(opened, tmp_path):
+def test_one_seed_gives_one_image_by_all_ways_and_at_each_batch_size(opened, tmp_path):
     export(opened, out=tmp_path / "exported", command="a test")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
@@ -46,6 +50,10 @@ def test_one_seed_gives_one_image_by_all_three_ways_and_at_each_batch_size(opene
         paths = draw_folder(opened, captions, out=out, config=SampleConfig(seed=SEED), batch_size=size)
         draw = batch_drawer(opened, sampler=SamplerConfig(), batch_size=size)
         by_server = [draw([Asked(text, SEED + index)])[0] for index, text in enumerate(CAPTIONS)]
+        [painter] = painters_of([opened], batch_size=size)
+        drawings = [Drawing(text, 1, SEED + index, SamplerConfig()) for index, text in enumerate(CAPTIONS)]
+        by_page = [[*draw_by_rows(painter, each, given_up=Event())][-1].files[0] for each in drawings]
+        assert by_page == by_server
         for path, file, image in zip(paths, by_server, by_pipe, strict=True):
             # Rounding of the image tokenizer moves a pixel by 1; another code would move some by 4 at least.
             assert np.abs(pixels(path) - np.asarray(image)).max() <= 1

@@ -32,10 +32,10 @@ def draw_tab(play: Play) -> Any:
         with said_on_page():
             drawing = read_drawing(*fields, most_images=play.most_images)
             given_up = play.visitors.begin(str(request.session_hash), tab=TAB)
-            yield [], "Begins.", gr.File(visible=False)
+            yield [], "Begins.", None
             for drawn in draw_by_rows(painter, drawing, given_up=given_up):
                 kept = play.kept(drawn)
-                files = gr.File(kept, visible=True) if drawn.is_finished else gr.skip()
+                files = kept if drawn.is_finished else gr.skip()
                 yield shown(drawn, kept=kept), status_of(drawn, prompt=drawing.prompt), files
 
     def settings_of_file(path: str | None) -> tuple[Any, ...]:
@@ -62,7 +62,7 @@ def draw_tab(play: Play) -> Any:
                 label="PNG files with their settings inside",
                 file_count="multiple",
                 interactive=False,
-                visible=False,
+                height=150,
                 elem_classes="files",
             )
     outputs = [images, status, files]

@@ -21,8 +21,8 @@ ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibil
 """For events that use a model: they queue for it, over all tabs and pages."""
 BUTTONS = ["download", "fullscreen"]
 """Of images; Gradio's own have one more, which uploads them."""
-AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-"""For events that no model is needed for."""
+AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+"""For events that no model is needed for. They are queued too: otherwise Gradio would not show what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,13 @@ def gallery(label: str, **how: Any) -> Any:
     """Lay out a gallery of drawn images."""
     # As PNG: another format would lose codes' colours and the settings inside.
     return gr.Gallery(
-        label=label, format="png", object_fit="contain", interactive=False, buttons=BUTTONS, **how
+        label=label,
+        format="png",
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        buttons=BUTTONS,
+        **how,
     )
 
 
@@ -156,4 +162,4 @@ def cancel_button(play: Play, *, tab: str, begun: Sequence[Any], status: Any) ->
         return "Cancelled."
 
     button = gr.Button("Cancel", min_width=80, elem_classes="cancel")
-    button.click(cancel, outputs=status, cancels=list(begun), **AT_ONCE)
+    button.click(cancel, outputs=status, cancels=list(begun), queue=False, api_visibility="private")
