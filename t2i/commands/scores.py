@@ -1,4 +1,9 @@
-"""Two scores that are there, compared, and how often the exact judge is right: the verbs compare and judge of score."""
+"""Compare two scores that are there, or say how often the exact judge is right: the other verbs of `score`.
+
+Examples:
+  python eval/coco_fid.py compare A/scores.json B/scores.json
+  python eval/coco_fid.py judge
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
