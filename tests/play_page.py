@@ -21,9 +21,12 @@ def served(*words, cwd=ROOT):
     command = [sys.executable, str(ROOT / "launchers" / "play.py"), *map(str, words), "--port", "0"]
     environment = processes.environment(PYTHONPATH=str(ROOT))
     with processes.start(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd) as process:
-        yield re.search(r"http://\S+", process.stdout.readline())[0]
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(60) == 0
+        try:
+            yield re.search(r"http://\S+", process.stdout.readline())[0]
+        finally:
+            os.kill(process.pid, signal.SIGINT)
+            status = process.wait(60)
+        assert status == 0
 
 
 @contextmanager
@@ -39,8 +42,10 @@ def opened(url, **view):
         page.on("request", lambda request: page.asked.append(request.url))
         page.goto(url)
         Tab(page, "Draw").button("Draw").wait_for()
-        yield page
-        browser.close()
+        try:
+            yield page
+        finally:
+            browser.close()
 
 
 class Tab:

@@ -20,8 +20,8 @@ MOST_UPLOAD = "32mb"
 KEPT_SECONDS = 24 * 3600
 """How long files that the page has shown are kept."""
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
-.gradio-container main { width: 100%; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto; }
+.drawn .grid-wrap, .maps .grid-wrap { max-height: none !important; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 1rem; }
 .figures svg { width: 100%; height: auto; background: white; }
 """
