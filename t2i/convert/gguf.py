@@ -78,15 +78,22 @@ def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
         CheckpointError: the file lacks a part of it.
     """
     kind, rule = (file.values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind == "llama":
-        made = tokenizer_of_pieces(_pieces(file))
-    elif kind == "gpt2" and rule in SPLITS:
-        made = _byte_level(file, rule=str(rule))
-    else:
+    if kind != "llama" and (kind != "gpt2" or rule not in SPLITS):
         raise UserError(
             f"{file.path} has a text tokenizer of kind {kind} that splits text by rule {rule}; expected kind llama, or"
             f" kind gpt2 and one of {', '.join(SPLITS)}. Give the model's own folder or hub name by --text-tokenizer."
         )
+    try:
+        return _tokenizer(file, rule=None if kind == "llama" else str(rule))
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers has no class of its own for what it cannot use
+        raise CheckpointError(f"{file.path} has a broken text tokenizer: {error}.") from error
+
+
+def _tokenizer(file: GgufFile, *, rule: str | None) -> PreTrainedTokenizerFast:
+    """Make the text tokenizer: byte-level BPE that splits text by a rule, or SentencePiece's BPE."""
+    made = _byte_level(file, rule=rule) if rule else tokenizer_of_pieces(_pieces(file))
     tokens = file.of_tokenizer("tokens")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
     for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
@@ -118,9 +125,9 @@ def _byte_level(file: GgufFile, *, rule: str) -> Tokenizer:
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
     made.pre_tokenizer = _split_rule(rule)
     made.decoder = decoders.ByteLevel()
-    kinds = file.values.get("tokenizer.ggml.token_type", [])
+    kinds = file.values.get("tokenizer.ggml.token_type", [0] * len(tokens))
     for kind_of, special in ((SPECIAL_TOKEN, True), (USER_TOKEN, False)):
-        added = [token for token, found in zip(tokens, kinds, strict=False) if found == kind_of]
+        added = [token for token, found in zip(tokens, kinds, strict=True) if found == kind_of]
         made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     return made
 

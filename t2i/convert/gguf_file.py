@@ -1,5 +1,6 @@
 """A GGUF file, llama.cpp's format of quantised language models: its metadata, checked, and its weights."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 PAIRS_NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
 """Architectures that the proof knows, and how their files keep the pairs that positions turn."""
+PARTS = r"(?:attn_(?:q|k|v|output)|ffn_(?:gate|up|down))\.(?:weight|bias)"
+NORMS = r"(?:attn|ffn|attn_q|attn_k)_norm\.weight"
+TENSOR = re.compile(rf"(?:token_embd|output_norm|output)\.weight|blk\.(\d+)\.(?:{PARTS}|{NORMS})")
+"""Names of the tensors of these architectures; others, such as a mixture's experts, would be left out of the folder."""
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)
 """How transformers 5 reads quantised weights; there is none before."""
 
@@ -79,11 +84,34 @@ def open_gguf(path: Path) -> GgufFile:
     if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         # transformers' reader leaves them out, so that the model would be another beyond its first positions.
         raise UserError(f"{path} scales its rotary positions; expected a model without such scaling.")
+    _check_tensors(file)
     num_tokens = len(file.of_tokenizer("tokens"))
     num_rows = next((int(one.shape[-1]) for one in reader.tensors if one.name == "token_embd.weight"), 0)
     if num_rows != num_tokens:  # transformers' reader makes as many embeddings as there are tokens
         raise UserError(f"{path} lists {num_tokens} tokens and has {num_rows} embeddings; expected as many.")
     return file
+
+
+def _check_tensors(file: GgufFile) -> None:
+    """Check that the file has tensors of these architectures alone, in as many blocks as it states.
+
+    Raises:
+        UserError: a tensor is unknown.
+        CheckpointError: there are more or fewer blocks.
+    """
+    blocks = set()
+    for tensor in file.reader.tensors:
+        if (found := TENSOR.fullmatch(tensor.name)) is None:
+            raise UserError(
+                f"{file.path} has a tensor {tensor.name}, which no plain {file.architecture} model has."
+            )
+        blocks |= {int(found[1])} if found[1] else set()
+    stated = file.of_model("block_count")
+    # Read as they are stated, layers beyond would be left out, by the reference too.
+    if stated != len(blocks) or blocks != set(range(len(blocks))):
+        raise CheckpointError(
+            f"{file.path} states {stated} blocks and has tensors of {len(blocks)}; expected as many."
+        )
 
 
 def load_weights(file: GgufFile) -> PreTrainedModel:
@@ -111,7 +139,7 @@ def load_weights(file: GgufFile) -> PreTrainedModel:
         raise UserError(
             f"{file.path} is quantised as {kinds}, which cannot be undone here: {error}"
         ) from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{file.path} cannot be read as {file.architecture}: {error}") from error
     return cast(PreTrainedModel, model)
 

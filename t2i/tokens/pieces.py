@@ -40,6 +40,15 @@ class Pieces:
     charsmap: bytes = b""
     """Compiled rules that replace characters; empty for none."""
 
+    def __post_init__(self) -> None:
+        counts = len(self.texts), len(self.scores), len(self.kinds)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"it has {counts[0]} pieces, {counts[1]} scores and {counts[2]} kinds; expected as many"
+            )
+        if UNKNOWN not in self.kinds:
+            raise ValueError("none of its pieces is for what no piece holds")
+
 
 def read_pieces(file: Path) -> Pieces:
     """Read a tokenizer.model.

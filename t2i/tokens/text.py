@@ -192,8 +192,13 @@ def _from_file(file: Path) -> PreTrainedTokenizerFast:
 
 def _from_pieces(folder: Path) -> PreTrainedTokenizerFast:
     """Make a tokenizer of a tokenizer.model, with the names of special tokens that its folder gives."""
-    pieces = read_pieces(folder / MODEL)
-    made = tokenizer_of_pieces(pieces)
+    try:
+        pieces = read_pieces(folder / MODEL)
+        made = tokenizer_of_pieces(pieces)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers has no class of its own for what it cannot use
+        raise UserError(f"the text tokenizer {folder / MODEL} is broken: {error}.") from error
     named = read_optional_json(folder / CONFIG, error=UserError)
     if named.get("add_bos_token") is False:
         made.post_processor = None

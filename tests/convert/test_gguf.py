@@ -262,6 +262,61 @@ def test_a_file_without_merges_and_more_ids_than_embeddings_are_refused(written,
         convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
 
 
+def stating(name, value):
+    """Change what a file states, or leave it out."""
+
+    def change(writer):
+        stated = writer.kv_data[0]
+        if value is None:
+            del stated[name]
+        else:
+            stated[name].value = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (stating("llama.block_count", 1), "states 1 blocks and has tensors of 2"),
+        (stating("llama.block_count", 4_000_000_000), "states 4000000000 blocks and has tensors of 2"),
+        (stating("llama.attention.head_count", 0), "cannot be read as llama"),
+        (stating("llama.attention.head_count_kv", 0), "cannot be read as llama"),
+        (stating("tokenizer.ggml.eos_token_id", 99_999), "a broken text tokenizer"),
+        (stating("tokenizer.ggml.merges", ["a b", "ab"]), "a broken text tokenizer"),
+        (stating("tokenizer.ggml.merges", ["zz qq"]), "a broken text tokenizer.*zz"),
+        (stating("tokenizer.ggml.token_type", [3, 3]), "a broken text tokenizer"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(written, tmp_path, change, said):
+    """With fewer blocks than there are, model and reference would both leave the last ones out."""
+    _, path = written(changes=[change])
+    with pytest.raises(CheckpointError, match=said):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("bos_token_id", 99_999, "a broken text tokenizer"),
+        ("scores", [0.0, 1.0], "285 pieces, 2 scores and 285 kinds"),
+        ("token_type", [1] * 285, "none of its pieces is for what no piece holds"),
+    ],
+)
+def test_pieces_that_contradict_themselves_are_refused(written, tmp_path, name, value, said):
+    _, path = written(words=["▁", "a"], changes=[stating(f"tokenizer.ggml.{name}", value)])
+    with pytest.raises(CheckpointError, match=said):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+
+
+def test_a_mixture_of_experts_is_refused_by_its_tensors(written, tmp_path):
+    experts = np.ones((8, 64, 96), np.float32)
+    _, path = written(changes=[lambda writer: writer.add_tensor("blk.0.ffn_up_exps.weight", experts)])
+    with pytest.raises(UserError, match="blk.0.ffn_up_exps.weight, which no plain llama model has"):
+        convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+
+
 def test_an_unknown_quantisation_is_refused_by_name(written, tmp_path, monkeypatch):
     _, path = written(quantised=True)
 

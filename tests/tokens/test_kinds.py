@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 from twins.tokenizer_kinds import KINDS, write_tokenizer
 
 from t2i.errors import UserError
@@ -157,6 +158,15 @@ def test_pieces_are_merged_best_first():
     assert made.encode("ab a é", add_special_tokens=False).tokens == ["▁ab", "▁a", "▁", "<0xC3>", "<0xA9>"]
     assert made.encode("ab").tokens[0] == "<s>"
     assert made.decode(made.encode("  ab é").ids) == "  ab é"
+
+
+def test_a_sentencepiece_model_without_an_unknown_piece_is_one_sentence(tmp_path):
+    model = sentencepiece_model.ModelProto()
+    model.trainer_spec.model_type = 2
+    model.pieces.add(piece="a", score=0.0, type=1)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="tokenizer.model is broken: none of its pieces is for what no piece"):
+        TextTokenizer.load(tmp_path)
 
 
 def test_what_is_no_sentencepiece_model_is_one_sentence(tmp_path):
