@@ -120,6 +120,12 @@ def test_sources_that_are_none_are_refused(tmp_path, tokenizer):
         prepare(tmp_path, tmp_path / "out", tokenizer)
 
 
+def test_an_empty_file_is_no_document_and_a_byte_order_mark_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" \n")
+    (tmp_path / "b.txt").write_bytes("\ufeffA text.".encode())
+    assert list(open_documents(f"text:{tmp_path}").texts) == ["A text."]
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(documents, "DOCUMENTED_PACKAGES", ("numpy", "no_such_package"))
     with pytest.raises(DataError, match="reads no_such_package, which is not installed"):

@@ -11,7 +11,8 @@ from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import TRAIN, read_manifest
 from t2i.data.shards.reader import check_shards, read_split
 from t2i.data.sources import LeftOut, Tally, open_source, reopen_source
-from t2i.data.sources.icon_sets import MAX_BODY, Icon, draw_icon, open_icon, read_icon_set
+from t2i.data.sources.icon_drawing import Icon, draw_icon, open_icon
+from t2i.data.sources.icon_sets import MAX_BODY, read_icon_set
 from t2i.data.sources.icon_words import shares_word
 from t2i.data.sources.iconify import read_icon_sets
 from t2i.errors import DataError, UserError
@@ -152,6 +153,8 @@ def test_every_entry_is_kept_left_out_or_broken(tmp_path):
         "reads-another": '<g xlink:href="other.svg#a"/>',
         "no-size": {"body": RED, "width": 0},
         "no-number": {"body": RED, "width": "wide"},
+        "no-place": {"body": RED, "left": "here"},
+        "by-class": "<style>.a { mask: url(#b) }</style>" + RED,
         "broken": "<rect",
         "white": '<rect width="16" height="16" fill="white"/>',
     }
@@ -161,6 +164,7 @@ def test_every_entry_is_kept_left_out_or_broken(tmp_path):
         "round": {"parent": "round"},
         "mirrored": {"parent": "well", "hFlip": True, "rotate": "90deg"},
         "odd": 3,
+        "narrow": {"parent": "good", "width": -1},
     }
     write_set(tmp_path, "some", icons, aliases=aliases)
     source = open_source(f"iconify:{tmp_path}", heldout_share=0.0)
@@ -180,7 +184,8 @@ def test_every_entry_is_kept_left_out_or_broken(tmp_path):
         f"an icon over {MAX_BODY:,} characters": 1,
         "an icon that its set has withdrawn (hidden)": 1,
         "an icon that holds or names other images, files or scripts": 2,
-        "an icon without a size": 2,
+        "an icon without a size or a place": 4,
+        "an icon whose style sheet refers to elements": 1,
         "an icon that draws nothing on white": 1,
         "another name of an icon (alias)": 1,
         "an alias of an icon that is not kept": 3,
@@ -204,6 +209,43 @@ def test_icons_are_drawn_whole_turned_and_in_black_where_they_take_their_colour_
         open_icon(Icon("<g/>"))
 
 
+def chained(kind):
+    """Three hundred elements, each of which is filled or cut by the next."""
+    inner = '<rect width="9" height="9" {}="url(#a{})"/>'
+    names = {"pattern": "fill", "clipPath": "clip-path"}
+    links = [f'<{kind} id="a{n}">{inner.format(names[kind], n + 1)}</{kind}>' for n in range(300)]
+    return "".join(links) + inner.format(names[kind], 0)
+
+
+FILTER = '<filter id="f"><{}/></filter><rect width="16" height="16" filter="url(#f)"/>'
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("<g>" * 20_000 + RED + "</g>" * 20_000, "more than 100 levels"),
+        (chained("pattern"), "more than 100 levels"),
+        (chained("clipPath"), "more than 100 levels"),
+        (FILTER.format('feTurbulence baseFrequency="0.01" numOctaves="100000000"'), "numOctaves 100000000"),
+        (FILTER.format('feMorphology radius="1 1e4"'), "radius 1 1e4; expected at most 0.8"),
+        ('</g></svg><svg xmlns="http://www.w3.org/2000/svg"><g>', "no XML"),
+        ("<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/passwd'>]><text>&b;</text>", "no XML"),
+    ],
+    ids=["nested", "patterns", "clips", "noise", "thickening", "two roots", "entity"],
+)
+def test_a_strangers_icon_neither_ends_the_process_nor_takes_for_ever(body, said):
+    """Without the checks the first three end this process by a signal."""
+    with pytest.raises(ValueError, match=said):
+        draw_icon(Icon(body))
+
+
+def test_circles_of_references_and_far_places_are_drawn():
+    circle = '<g id="a"><use href="#a"/></g>'
+    assert pixels(Icon(circle + '<rect width="16" height="16"/>')).max() == 0
+    far = Icon('<rect x="1234567.5" width="16" height="16"/>', left=1234567.5)
+    assert pixels(far)[2:-2, 2:-2].max() == 0
+
+
 def test_a_set_states_its_style_maker_and_licence(tmp_path):
     info = {"name": "Noto Emoji (v1)", "author": {"name": "Google"}, "license": {"title": "Apache 2.0"}}
     file = write_set(tmp_path, "noto-v1", {"a": RED}, info=info)
@@ -217,11 +259,11 @@ def test_a_set_states_its_style_maker_and_licence(tmp_path):
 def test_icons_that_are_no_emoji_have_names_for_captions(tmp_path, caplog):
     # A font of icons numbers them privately: the number of one set says nothing of another's.
     for prefix, name in (("one", "abacus"), ("two", "bell-off")):
-        write_set(tmp_path, prefix, {name: RED}, chars={"f01c9": name}, info={"name": "Line Icons"})
+        write_set(tmp_path, prefix, {name: RED}, chars={"f01c9": name}, info={"name": f"{prefix} Icons"})
     pairs = open_source(f"iconify:{tmp_path}").pairs
     assert sorted(pair.caption for pair in pairs) == [
-        "abacus, Line Icons style",
-        "bell off, Line Icons style",
+        "abacus, one Icons style",
+        "bell off, two Icons style",
     ]
     assert "no emojibase-data" in caplog.text
 
@@ -234,6 +276,7 @@ def test_icons_that_are_no_emoji_have_names_for_captions(tmp_path, caplog):
         ('{"prefix": "a", "icons": []}', "icons is"),
         ('{"prefix": "a", "icons": {"b": {}}}', "no icon that can be drawn: 1 times an icon without a body"),
         ('{"prefix": "a", "icons": {"b": {"body": "<g/>"}}, "aliases": 4}', "aliases is 4"),
+        ('{"prefix": "a", "icons": {"b": {"body": "<g/>"}}, "info": [4]}', r"info is \[4\]"),
     ],
 )
 def test_a_file_that_is_no_icon_set_is_named(tmp_path, content, said):
@@ -255,12 +298,24 @@ def test_a_folder_without_sets_and_a_set_that_comes_twice_are_refused(tmp_path):
     with pytest.raises(DataError, match="each set once"):
         open_source(f"iconify:{tmp_path}")
     assert open_source(f"iconify:{tmp_path}/n*").pairs
+    # Of one style: a combination that is held out of one would be trained on in the other.
+    write_set(tmp_path / "new", "noto-again", {"a": RED}, info={"name": "Noto"})
+    with pytest.raises(DataError, match="both have the style Noto"):
+        open_source(f"iconify:{tmp_path}/n*")
 
 
 @pytest.mark.parametrize("name", ["words/en/data.json", "dict/index.noun"])
 def test_words_that_are_not_as_their_makers_write_them_are_refused(icons, name):
     write(icons / name, "[1, 2]" if name.endswith("json") else "octopus n x\n")
     with pytest.raises(DataError, match="are not as|is not as"):
+        open_source(f"iconify:{icons}")
+
+
+@pytest.mark.parametrize("wrong", [{"hexcode": 9}, {"hexcode": "smile"}, {"tags": None}, {"label": ""}])
+def test_emoji_that_are_not_as_their_makers_write_them_are_refused(icons, wrong):
+    emoji = {"hexcode": "1F600", "label": "grinning face"} | wrong
+    write(icons / "words" / "en" / "data.json", json.dumps([emoji]))
+    with pytest.raises(DataError, match="is not as emojibase-data has it"):
         open_source(f"iconify:{icons}")
 
 

@@ -86,7 +86,7 @@ def open_documents(source: str) -> Documents:
             )
         if not files:
             raise DataError(f"--source {source}: {path} holds no .txt file.")
-        return Documents(source, (_read(file).strip() for file in files), files=files)
+        return Documents(source, filter(None, (_read(file).strip() for file in files)), files=files)
     if not hub_name(name):
         raise DataError(f"--source {source}: {not_here(name)}.")
     return Documents(source, _dataset_texts(hub_name(name)))
@@ -106,7 +106,7 @@ def _is_prose(paragraph: str) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors of some systems put a byte order mark first
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}.") from error
 

@@ -1,4 +1,4 @@
-"""Icon sets in Iconify's JSON form: read with checks, and their icons drawn.
+"""Icon sets in Iconify's JSON form, read with checks.
 
 A set is one JSON file (`icons.json` of a package @iconify-json/NAME) with the SVG body of each icon, and with other
 names for them. Its maker and licence stand in it or in `info.json` beside it.
@@ -6,7 +6,6 @@ names for them. Its maker and licence stand in it or in `info.json` beside it.
 Source: https://iconify.design/docs/types/iconify-json.html
 """
 
-import io
 import math
 import re
 from collections import Counter
@@ -15,53 +14,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import resvg_py
-from PIL import Image
-
-from t2i.data.sources.caption import LeftOut
-from t2i.data.sources.image import OpenedImage
+from t2i.data.sources.icon_drawing import Icon
 from t2i.errors import DataError
 from t2i.files import check_keys, read_json, read_optional_json
 
 ICONS = "icons.json"
-RENDER_SIZE = 256
-"""Pixels per side at which icons are drawn; shards of smaller images are resized from it."""
-
 MAX_BODY = 2**21
 """Characters of an icon's SVG; the largest of the emoji sets has 0.9 million."""
-
-USUAL_SIDE = 16.0
-"""Width and height where neither the icon nor its set states them."""
 
 OUTSIDE = re.compile(
     r"<(?:image|feImage|script|foreignObject)\b|href\s*=\s*[\"'](?!#|data:)|url\(\s*[\"']?(?!#|data:)"
 )
 """What would make a drawing depend on other files, which a stranger's icon must not read."""
 
+STYLES = re.compile(r"<style\b[^>]*>[^<]*url\(")
+"""References by class, which are followed nowhere here."""
+
+NO_PLACE = "an icon without a size or a place"
 HIDDEN = "an icon that its set has withdrawn (hidden)"
 ALIAS = "another name of an icon (alias)"
-
-SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    ' viewBox="{left:g} {top:g} {side:g} {side:g}"><g transform="{transform}">{body}</g></svg>'
-)
-
-
-@dataclass(frozen=True)
-class Icon:
-    """One icon: its SVG body, the box it is drawn in, and how that is turned."""
-
-    body: str
-    left: float = 0.0
-    top: float = 0.0
-    width: float = USUAL_SIDE
-    height: float = USUAL_SIDE
-    quarter_turns: int = 0
-    """Clockwise, after the flips."""
-    is_flipped: bool = False
-    """Left and right are exchanged."""
-    is_upside_down: bool = False
-    """Top and bottom are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +68,8 @@ def read_icon_set(file: Path) -> IconSet:
     if not isinstance(aliases, dict):
         raise DataError(f"{file}: aliases is {aliases!r:.80}; expected an object of keys.")
     info = values.get("info") or read_optional_json(file.with_name("info.json"))
+    if not isinstance(info, dict):
+        raise DataError(f"{file}: info is {info!r:.80}; expected an object of keys.")
     left_out: Counter[str] = Counter()
     icons, names = _icons(values, left_out), dict[str, str]()
     for name, one in aliases.items():
@@ -116,40 +89,6 @@ def read_icon_set(file: Path) -> IconSet:
         code_points=_code_points(file.with_name("chars.json")),
         left_out=left_out,
     )
-
-
-def open_icon(icon: Icon) -> OpenedImage:
-    """Draw one icon as a source's image.
-
-    Raises:
-        LeftOut: it draws nothing.
-        ValueError: its SVG is broken.
-    """
-    image = draw_icon(icon)
-    if image.convert("L").getextrema() == (255, 255):
-        raise LeftOut("an icon that draws nothing on white")
-    return OpenedImage(image)
-
-
-def draw_icon(icon: Icon, *, size: int = RENDER_SIZE) -> Image.Image:
-    """Draw an icon in the middle of a white square, size x size pixels; `currentColor` is black.
-
-    Raises:
-        ValueError: its SVG is broken, or has too many elements.
-    """
-    # A square, whatever the icon's sides: the centre crop of a wide one would cut off its ends.
-    side = max(icon.width, icon.height)
-    x, y = icon.left + icon.width / 2, icon.top + icon.height / 2
-    across, down = (-1 if icon.is_flipped else 1), (-1 if icon.is_upside_down else 1)
-    turned = (
-        f"rotate({90 * icon.quarter_turns} {x:g} {y:g}) translate({x:g} {y:g})"
-        f" scale({across} {down}) translate({-x:g} {-y:g})"
-    )
-    svg = SVG.format(left=x - side / 2, top=y - side / 2, side=side, transform=turned, body=icon.body)
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-    )
-    return Image.open(io.BytesIO(bytes(png)), formats=["PNG"]).convert("RGB")
 
 
 def _icons(values: Mapping[str, Any], left_out: Counter[str]) -> dict[str, Icon]:
@@ -174,10 +113,15 @@ def _icon(one: object, shared: Icon) -> Icon | str:
         return f"an icon over {MAX_BODY:,} characters"
     if OUTSIDE.search(one["body"]):
         return "an icon that holds or names other images, files or scripts"
+    if STYLES.search(one["body"]):
+        return "an icon whose style sheet refers to elements"
     icon = _box(one, replace(shared, body=one["body"]))
-    if not (icon.width > 0 and icon.height > 0 and math.isfinite(icon.width * icon.height)):
-        return "an icon without a size"
-    return icon
+    return icon if _has_place(icon) else NO_PLACE
+
+
+def _has_place(icon: Icon) -> bool:
+    sides = (icon.width, icon.height)
+    return all(side > 0 for side in sides) and all(map(math.isfinite, (*sides, icon.left, icon.top)))
 
 
 def _box(values: Mapping[str, Any], icon: Icon) -> Icon:
@@ -214,6 +158,8 @@ def _add_alias(
     icon, steps = _resolved(name, aliases=aliases, icons=icons)
     if icon is None:
         left_out["an alias of an icon that is not kept"] += 1
+    elif not _has_place(icon):
+        left_out[NO_PLACE] += 1
     elif isinstance(one, dict) and one.get("hidden") is True:
         left_out[HIDDEN] += 1
     elif icon == icons[steps[-1]]:

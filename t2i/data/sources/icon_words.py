@@ -184,12 +184,14 @@ def _listed(file: Path) -> list[dict[str, Any]]:
     values = parse_json(b'{"all": ' + file.read_bytes() + b"}", where=file)["all"]
     try:
         listed = [one for base in values for one in (base, *base.get("skins", []))]
-        if all({"hexcode", "label"} <= one.keys() for one in listed):
+        if all(
+            one["label"] and plain(one["hexcode"]) and isinstance(one.get("tags", []), list) for one in listed
+        ):
             return listed
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, KeyError, ValueError):
         pass
     raise DataError(
-        f"{file} is not as emojibase-data has it: expected a list of emoji with hexcode and label."
+        f"{file} is not as emojibase-data has it: expected a list of emoji with hexcode, label and perhaps tags."
     )
 
 

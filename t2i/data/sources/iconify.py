@@ -13,7 +13,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from t2i.data.sources.icon_sets import ICONS, Icon, IconSet, open_icon, read_icon_set
+from t2i.data.sources.icon_drawing import Icon, open_icon
+from t2i.data.sources.icon_sets import ICONS, IconSet, read_icon_set
 from t2i.data.sources.icon_words import WORDINGS, Words, read_words
 from t2i.data.sources.pattern import expand_any
 from t2i.data.sources.source import Entry, Tally
@@ -69,6 +70,12 @@ def read_icon_sets(pattern: str) -> IconSets:
         same = next((other for other in sets[:index] if other.prefix == one.prefix), None)
         if same:
             raise DataError(f"{one.file} is the set {one.prefix}, as is {same.file}; expected each set once.")
+        # Captions tell sets by their styles alone, and so what a combination is of.
+        same = next((other for other in sets[:index] if other.style == one.style), None)
+        if same:
+            raise DataError(
+                f"{one.file} and {same.file} both have the style {one.style}; expected one of each."
+            )
     words, credits = read_words(
         [place for place in places if place.is_dir()],
         names=chain.from_iterable(one.icons for one in sets),
