@@ -35,12 +35,21 @@ HASH = "xxh64"
 
 
 class _NoAliases(yaml.SafeLoader):
-    """A safe loader that refuses `*name`: a few lines of aliases can stand for billions of values."""
+    """A safe loader that refuses `*name`: a few lines of aliases can stand for billions of values.
+
+    It refuses a key that comes twice, too, of which YAML's own would keep the last.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}, which is not read")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"it has the key {repeated} twice")
+        return super().construct_mapping(node, deep)
 
 
 def parse_json(text: bytes | str, *, where: Path | str, error: Refusal = DataError) -> dict[str, Any]:

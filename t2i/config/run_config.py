@@ -206,7 +206,7 @@ class TrainConfig:
     """Predict image codes by a softmax over the image vocabulary only. The image losses of such a run, held-out ones
     too, leave out the cost of choosing an image code rather than text. Compare them with one another only."""
     log_every: Annotated[int, Ge(1), MAY_CHANGE] = 1
-    """Steps between rows of metrics.jsonl."""
+    """Steps between rows of metrics.jsonl. The last step and those that are measured have a row in any case."""
     # Training waits for a save: its time is traded for the steps that a crash would lose.
     save_every: Annotated[int, Ge(0), MAY_CHANGE] = 200
     """Steps between checkpoints. The last step is always saved; 0 saves only the last."""

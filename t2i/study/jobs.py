@@ -1,12 +1,16 @@
 """The jobs of a study: processes with their commands, what they wait for, and how they ended."""
 
+import re
+from collections import Counter
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from t2i.cli import flags_of_mapping, read_flags
 from t2i.config import RunConfig
 from t2i.errors import NumericalError, UserError
 from t2i.files import read_optional_json, write_json
+from t2i.shipped import find_shipped
 from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec
 from t2i.study.tuning import (
     check_tuning,
@@ -17,6 +21,8 @@ from t2i.study.tuning import (
     tuning_of,
     untuned_reason,
 )
+
+NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def read_study(file: Path) -> Study:
     if study.base:
         _check_losses(study.base)
     _check_losses(study)
+    _check_jobs(study)
     if study.base:
         _check_shared(study, study.base)
     return study
@@ -98,6 +105,18 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
                 command = [measure.command, str(run / measure.at), *flags]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
     return jobs
+
+
+def changed_words(command: list[str], before: list[str]) -> str:
+    """List the words in which two commands differ; empty if they are the same."""
+    # In order: two settings may have exchanged their values, and then both commands have the same words.
+    places = SequenceMatcher(None, before, command, autojunk=False).get_opcodes()
+    return " ".join(
+        word
+        for kind, *there, first, last in places
+        if kind != "equal"
+        for word in (*before[slice(*there)], *command[first:last])
+    )
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -229,14 +248,38 @@ def _check_losses(study: Study) -> None:
         )
 
 
+def _check_jobs(study: Study) -> None:
+    """Refuse jobs that could not run: by their names, what they need, and the values that trials try."""
+    jobs = jobs_of(study, out=Path("out"))
+    counts = Counter(job.name for job in jobs)
+    for job in jobs:
+        # Each job has a record, a lock and a log.
+        if not NAME.fullmatch(job.name):
+            raise UserError(
+                f"{study.file}: {job.name!r} is no name of a job; expected letters, digits, ., _, + and -."
+            )
+        if counts[job.name] > 1:
+            raise UserError(
+                f"{study.file} has {counts[job.name]} jobs named {job.name}; give each arm, step and measure a name of"
+                " its own."
+            )
+        if missing := [name for name in job.needs if name not in counts]:
+            raise UserError(f"{study.file}: {job.name} needs {missing[0]}, which is no job of this study.")
+    for arm, value in trials(study):
+        trial_config(study, arm=arm, value=value, out=Path("out"))
+    if not find_shipped(Path(study.ds_config)).is_file():
+        raise UserError(
+            f"{study.file}: ds_config is {study.ds_config}, which is neither here nor shipped with t2i."
+        )
+
+
 def _check_shared(study: Study, base: Study) -> None:
     """Refuse a job with the name of a base's job but another command, as both share a folder."""
     out = Path("out")  # any folder: the same one stands in both commands
     theirs = {job.name: job.command for job in jobs_of(base, out=out)}
     for job in jobs_of(study, out=out):
-        changed = sorted(set(job.command) ^ set(theirs.get(job.name, job.command)))
-        if changed:
+        if changed := changed_words(job.command, theirs.get(job.name, job.command)):
             raise UserError(
                 f"{study.file}: {job.name} is another job in its base {base.file.name}, and both work in one folder"
-                f" (differs in {' '.join(changed)}). Give the arm, step or measure a name of its own."
+                f" (differs in {changed}). Give the arm, step or measure a name of its own."
             )

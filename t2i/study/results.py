@@ -106,11 +106,12 @@ def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | No
         {row.step: row.values[value] for row in run.rows if row.split == split and value in row.values}
         for run in runs
     ]
-    # A seed that recorded other steps, such as one resumed with another eval_every, counts where it has both.
-    steps = sorted(set.intersection(*map(set, found))) if found else []
+    tokens = tokens_at(runs[0].rows) if runs else {}
+    # A seed that recorded other steps, such as one resumed with another eval_every, counts where it has both. Runs of
+    # 0.1 with train.log_every have measured steps without a training row, of which nobody knows the tokens.
+    steps = sorted(set.intersection(set(tokens), *map(set, found)))
     if not steps:
         return None
-    tokens = tokens_at(runs[0].rows)
     values = np.array([[one[step] for step in steps] for one in found], dtype=float)
     return Curve(steps, [tokens[step] for step in steps], values, [run.seed for run in runs])
 
@@ -118,7 +119,8 @@ def curve(runs: list[Run], *, value: str, split: str = TRAIN_ROWS) -> Curve | No
 def tokens_at(rows: list[Row]) -> dict[int, int]:
     """Map each training step to the tokens trained on by then; step 0 has none."""
     # Held-out rows carry no count of their own, and text is measured before the first step.
-    return {0: 0} | {row.step: int(row.values["tokens"]) for row in rows if row.split == TRAIN_ROWS}
+    counted = (row for row in rows if row.split == TRAIN_ROWS and "tokens" in row.values)
+    return {0: 0} | {row.step: int(row.values["tokens"]) for row in counted}
 
 
 def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:

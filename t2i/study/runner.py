@@ -25,7 +25,7 @@ from t2i.env import with_own_code
 from t2i.errors import CheckpointError, DataError, Stopped, UserError
 from t2i.runs.engine_state import drop_engine_state
 from t2i.shipped import find_shipped
-from t2i.study.jobs import Job, Record, read_record, write_record
+from t2i.study.jobs import Job, Record, changed_words, read_record, write_record
 from t2i.study.spec import TRAIN, Study
 
 logger = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ def work(listed: Callable[[], list[Job]], *, study: Study, out: Path) -> dict[st
         listed: lists the jobs, always by the same names; a run's command is known once its arm's trials have ended.
 
     Raises:
-        UserError: a finished job was run with another command.
+        UserError: a finished job was run with another command, or one calls a script that does not exist.
         Stopped: on a signal; the running job has saved. Run the same command to resume.
     """
     for folder in ("jobs", "locks", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = listed()
     for job in jobs:
-        _same_command(job, out)
+        _check(job, out)
     before = {job.name: read_record(out, job.name) for job in jobs}
     # Until every job is done or was tried since: other workers, on other machines, try some of them.
     while True:
@@ -178,14 +178,17 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
         yield lock
 
 
-def _same_command(job: Job, out: Path) -> None:
-    # Names alone would let a changed study report the results of the one before it.
+def _check(job: Job, out: Path) -> None:
     record = read_record(out, job.name)
-    done = with_new_flags(record.command)
-    if record.state == "done" and done != job.command:
-        changed = sorted(set(done) ^ set(job.command))
+    if record.state != "done":
+        # Now, and not when its turn comes: a measure's comes after all runs.
+        if not find_shipped(Path(job.command[0])).is_file():
+            raise UserError(f"{job.name} calls {job.command[0]}, which is neither here nor shipped with t2i.")
+        return
+    # Names alone would let a changed study report the results of the one before it.
+    if changed := changed_words(job.command, with_new_flags(record.command)):
         raise UserError(
-            f"{out}: {job.name} was done with another command (differs in {' '.join(changed)}). Choose another --out."
+            f"{out}: {job.name} was done with another command (differs in {changed}). Choose another --out."
         )
 
 

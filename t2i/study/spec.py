@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2i.config import RunConfig
+from t2i.config import PlanConfig, RunConfig
 from t2i.config.renamed import with_new_keys
 from t2i.errors import UserError
 from t2i.files import read_yaml
+from t2i.study.kinds import misfit
 
 TRAIN = "launchers/train.py"
 INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "tuning", "steps")
@@ -147,9 +148,12 @@ def read_spec(file: Path) -> Study:
     base = _read_base(values.pop("base", None), file=file)
     if base is not None:
         values = _with_base(values, base, file)
+    for key in ("steps", "measures", "report"):
+        if said := misfit(values.get(key, []), list[object], name=key):
+            raise UserError(f"{file}: {said}")
     values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
     values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
-    if isinstance(values.get("tuning"), dict):
+    if values.get("tuning") is not None and not isinstance(values["tuning"], Tuning):
         values["tuning"] = _made(Tuning, values["tuning"], file)
     values["report"] = [_section(one, file) for one in values.get("report", [])]
     study = _made(Study, {**values, "file": file}, file)
@@ -157,7 +161,12 @@ def read_spec(file: Path) -> Study:
     trials = {"tuning": study.tuning.settings} if study.tuning else {}
     for name, settings in {"settings": study.settings, **trials, **study.arms}.items():
         check_settings(settings, where=f"{file}: {name}")
+    check_settings(study.assumed, where=f"{file}: assumed", kind=PlanConfig)
     _check_arms(study, list(study.arm_seeds), where="arm_seeds")
+    for arm in study.arms:
+        # Counted as two, one seed would make an interval of itself.
+        if len(seeds := study.seeds_of(arm)) > len(set(seeds)):
+            raise UserError(f"{file}: arm {arm} has the seeds {seeds}; expected each once.")
     for measure in study.measures:
         _check_arms(study, measure.arms, where=f"measures: {measure.name}")
     for section in study.report:
@@ -178,7 +187,7 @@ def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, pr
         name = key.replace("-", "_")  # as on the command line, where both spellings are read
         if name not in known:
             right = nearest_name(f"{prefix}{name}", [f"{prefix}{one}" for one in known])
-            raise UserError(f"{where} has the setting {prefix}{key}, which {TRAIN} does not take; {right}.")
+            raise UserError(f"{where} has the setting {prefix}{key}, which is not known; {right}.")
         group = known[name]
         if isinstance(group, type) and is_dataclass(group) and isinstance(value, dict):
             check_settings(value, where=where, kind=group, prefix=f"{prefix}{name}.")
@@ -214,12 +223,13 @@ def _read_base(name: Setting, *, file: Path) -> Study | None:
     """Read the study that `base` names, a file in the same folder."""
     if name is None:
         return None
-    if not (file.parent / str(name)).is_file():
+    path = file.parent / str(name)
+    if not path.is_file():
         raise UserError(f"{file}: base is {name}, which is not in the same folder.")
-    base = read_spec(file.parent / str(name))
-    if base.base:  # one level: a folder that a chain of files shares would be hard to follow
+    # One level: a folder that a chain of files shares would be hard to follow, and a chain may have no end.
+    if "base" in read_yaml(path, name=str(path)):
         raise UserError(f"{file}: base is {name}, which has a base itself; name that one.")
-    return base
+    return read_spec(path)
 
 
 def _with_base(values: dict[str, object], base: Study, file: Path) -> dict[str, object]:
@@ -240,6 +250,9 @@ def _section(values: object, file: Path) -> SectionSpec:
     if not isinstance(values, dict):
         raise UserError(f"{file}: a section is {values!r}; expected names with values.")
     shared = {key: values[key] for key in ("section", "title", "paper") if key in values}
+    for key, value in shared.items():
+        if said := misfit(value, str, name=key):
+            raise UserError(f"{file}: a section: {said}")
     return SectionSpec(
         **{"section": "", **shared},
         arguments={key: value for key, value in values.items() if key not in shared},
@@ -248,13 +261,16 @@ def _section(values: object, file: Path) -> SectionSpec:
 
 def _made(kind: type[Made], values: object, file: Path) -> Made:
     """Make one entry from the values in the file."""
-    what, known = kind.__name__.lower(), {one.name for one in fields(kind)}
+    what, known = kind.__name__.lower(), {one.name: one.type for one in fields(kind)}
     if not isinstance(values, dict):
         raise UserError(f"{file}: a {what} is {values!r}; expected names with values.")
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(map(str, values)) - known.keys())
     if unknown:
         right = nearest_name(unknown[0], sorted(known))
         raise UserError(f"{file}: unknown key {unknown[0]} of a {what}; {right}.")
+    for key, value in values.items():
+        if said := misfit(value, known[key], name=str(key)):
+            raise UserError(f"{file}: {'' if kind is Study else f'a {what}: '}{said}")
     try:
         return kind(**values)
     except TypeError as error:

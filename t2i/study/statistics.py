@@ -146,14 +146,20 @@ class Worth:
 
 
 def worth_in_tokens(
-    tokens: Sequence[int], first: np.ndarray, second: np.ndarray, *, at: Sequence[int]
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    first_tokens: Sequence[int],
+    second_tokens: Sequence[int],
+    at: Sequence[int],
 ) -> list[Worth]:
     """Compute, at some columns, how many tokens the second arm needs to reach the first arm's loss.
 
     Args:
-        tokens: (T,) tokens trained at each column, the same for both arms.
         first: (seeds, T) losses of the one arm, smoothed before if they are noisy.
         second: (seeds, T) losses of the other, likewise.
+        first_tokens: (T,) tokens that the first was trained on at each column.
+        second_tokens: those of the second, which are others where one of them has text beside its images.
         at: columns of the first arm to ask at.
     """
     first, second = np.atleast_2d(first), np.atleast_2d(second)
@@ -161,7 +167,7 @@ def worth_in_tokens(
     for column in at:
         needed = np.array(
             [
-                tokens_to_reach(tokens, losses, loss=loss)
+                tokens_to_reach(second_tokens, losses, loss=loss)
                 for losses, loss in zip(second, first[:, column], strict=True)
             ]
         )
@@ -171,17 +177,19 @@ def worth_in_tokens(
         if is_earlier:
             needed = np.full_like(needed, np.nan)
         # nan of one seed makes the mean nan: leaving that seed out would average the fast ones alone.
-        extra = needed - tokens[column]
+        extra = needed - first_tokens[column]
         half = float(_half_width(extra))
         found.append(
             Worth(
                 loss=float(first[:, column].mean()),
-                first_tokens=int(tokens[column]),
+                first_tokens=int(first_tokens[column]),
                 extra_tokens=float(extra.mean()),
                 low=float(extra.mean()) - half,
                 high=float(extra.mean()) + half,
                 # A loss that was measured before the first step took no tokens, of which nothing is a multiple.
-                factor=float((needed / tokens[column]).mean()) if tokens[column] else float("nan"),
+                factor=float((needed / first_tokens[column]).mean())
+                if first_tokens[column]
+                else float("nan"),
                 num_reached=num_reached,
                 is_earlier=is_earlier,
             )

@@ -115,8 +115,14 @@ class Trainer:
             while self.progress.step < self.last:
                 self.watchdog.arm(STEP)
                 done = self.stepper.step(batches, self.progress)
-                # A skipped step is always logged: its row names the samples that somebody has to look at.
-                if self.progress.step % config.log_every == 0 or done.was_skipped:
+                due = [
+                    place
+                    for place, work in enumerate(self.periodic)
+                    if work.every and self.is_due(work.every)
+                ]
+                # A skipped step is always logged: its row names the samples that somebody has to look at. So is one
+                # that is measured: what is measured is drawn against the tokens in this row.
+                if self.is_due(config.log_every) or due or done.was_skipped:
                     self.log([done.row])
                 bar.set_postfix(loss=short(done.loss), image=short(done.image_loss))
                 bar.update()
@@ -125,11 +131,6 @@ class Trainer:
                     self.rewind()
                     bar.update(self.progress.step - bar.n)
                     continue
-                due = [
-                    place
-                    for place, work in enumerate(self.periodic)
-                    if work.every and self.is_due(work.every)
-                ]
                 # Measured before the save, so that the checkpoint names what a stop cut short.
                 is_asked = not self.measure(due) or done.read.should_stop
                 is_last = is_asked or self.progress.step == self.last

@@ -43,3 +43,12 @@ def test_arms_without_a_seed_in_common_are_no_pair(made):
     made.run("slow", 1, state="failed")
     made.run("slow", 3, state="running")
     assert paired(held_out(made, "fast"), held_out(made, "slow")) is None
+
+
+def test_steps_whose_tokens_nobody_counted_are_left_out(tmp_path):
+    """Runs of 0.1 have no training row of a step that train.log_every skips."""
+    made = Made(tmp_path, one=[0])
+    folder = made.run("one", 0, heldout=[{"image_loss": 3.0}, {"image_loss": 2.0}])
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(row for row in rows if '"step": 4, "tokens"' not in row))
+    assert held_out(made, "one").steps == [2]

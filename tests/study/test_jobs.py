@@ -109,6 +109,31 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
             "settings has the setting train.max_step, .* perhaps train.max_steps was meant",
         ),
         (("question: Does it help?", "question: [: ?"), "is not YAML"),
+        (("seeds: [0, 1]", "seeds: 2"), "study.yaml: seeds is 2; expected a list"),
+        (("seeds: [0, 1]", "seeds: [1, 1, 0]"), "arm pretrained has the seeds .* expected each once"),
+        (("seeds: [0, 1]", "seeds: [true]"), r"seeds\[0\] is True; expected a whole number"),
+        (("random: {}", "random:"), "arms.random is None; expected names with values"),
+        (("random: {}", "no: {}"), "the name False in arms is False; expected a text"),
+        (("random: {}", "random: {}\n  random: {}"), "is not YAML: it has the key random twice"),
+        (("random: {}", "a/b: {}"), "'a/b-seed0' is no name of a job"),
+        (("name: second", "name: first"), "has 2 jobs named first"),
+        (("title: Tiny", "title: Tiny\nlaunch: deepspeed"), "launch is 'deepspeed'; expected a list"),
+        (("title: Tiny", "title: Tiny\nmeasures:"), "it has the key measures twice"),
+        (("title: Tiny", "title: Tiny\nreport:"), "report is None; expected a list"),
+        (
+            ("title: Tiny", "title: Tiny\nreport: [{section: [ends]}]"),
+            "a section: section is .* expected a text",
+        ),
+        (
+            ("title: Tiny", "title: Tiny\nds_config: mine.json"),
+            "ds_config is mine.json, which is neither here nor",
+        ),
+        (
+            ("title: Tiny", "title: Tiny\nassumed: {num_pair: 3}"),
+            "assumed has the setting num_pair.* num_pairs",
+        ),
+        (("seeds: [1]", "seeds: [7]"), "near-pretrained-seed7 needs pretrained-seed7, which is no job"),
+        (("title: Tiny", "title: Tiny\nbase: study.yaml"), "base is study.yaml, which has a base itself"),
     ],
 )
 def test_a_wrong_study_is_refused_before_anything_runs(tmp_path, change, sentence):
@@ -156,13 +181,19 @@ def test_what_a_study_names_as_its_base_does_is_the_same_job(tmp_path):
     [
         (STUDY, "settings: {train: {max_steps: 4}}", "random-seed0 is another job in its base.* name of its own"),
         (STUDY, "steps: [{name: first, command: other.py}]", "first is another job in its base study.yaml"),
+        (
+            STUDY.replace("random: {}", "random: {train: {lr: 0.5, min_lr_ratio: 0.25}}"),
+            "arms: {random: {train: {lr: 0.25, min_lr_ratio: 0.5}}}",
+            "random-seed0 is another job .*differs in 0.25 --train.min_lr_ratio",
+        ),
         (STUDY.replace("{name: first, ", "{"), "", "study.yaml: a step is incomplete"),
     ],
 )  # fmt: skip
 def test_a_study_and_its_base_agree_on_what_they_share(tmp_path, base, more, sentence):
     written(tmp_path, base)
     other = tmp_path / "other.yaml"
-    other.write_text(f"base: study.yaml\ntitle: O\nquestion: Q?\narms: {{random: {{}}}}\n{more}\n")
+    arms = "" if "arms:" in more else "arms: {random: {}}"
+    other.write_text(f"base: study.yaml\ntitle: O\nquestion: Q?\n{arms}\n{more}\n")
     with pytest.raises(UserError, match=sentence):
         read_study(other)
 
@@ -254,6 +285,14 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
+
+
+def test_a_script_that_does_not_exist_is_missed_before_anything_runs(toy):
+    job, study, folder = toy
+    jobs = [job("a"), Job("near", ["eval/nearer.py"], needs=("a",))]
+    with pytest.raises(UserError, match="near calls eval/nearer.py, which is neither here nor shipped"):
+        work(lambda: jobs, study=study, out=folder / "out")
+    assert not (folder / "calls").exists()
 
 
 def test_two_workers_never_take_one_job(toy):

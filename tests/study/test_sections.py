@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy import stats
 
 from t2i.errors import UserError
 from t2i.report.sections.images import PUBLISHED
-from t2i.report.sections.registry import make_section
+from t2i.report.sections.registry import check_sections, make_section
 from t2i.study.spec import SectionSpec
 
 
@@ -282,6 +283,37 @@ def test_the_run_that_made_a_start_is_charged_as_it_says(tmp_path, section):
     assert "Charged: pretrained: 20 FLOPs before its first step." in found.found
     with pytest.raises(UserError, match="charged is '{out}/nothing'"):
         section(made, "budgets", arms=["pretrained", "random"], charged={"random": "{out}/nothing"})
+
+
+def test_what_is_charged_is_one_of_the_arms_and_asked_for_once_there_are_runs(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0], random=[0])
+    charged = {"pretrained": "{out}/not-yet"}
+    found = section(made, "budgets", arms=["pretrained", "random"], charged=charged)
+    assert "no finished runs" in found.found
+    with pytest.raises(UserError, match="charged names arm pretraind; perhaps pretrained was meant"):
+        section(made, "budgets", arms=["pretrained", "random"], charged={"pretraind": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "said"),
+    [
+        ("comparison", {"arms": ["a"], "value": "loss"}, "arms is .'a'.; expected a list of 2"),
+        ("comparison", {"arms": "ab", "value": "loss"}, "arms is 'ab'; expected a list of 2"),
+        ("overview", {"pairs": [["a", "b"]]}, "pairs is .*; expected names with values"),
+        ("overview", {"pairs": {"x": ["a", 1]}}, r"pairs.x\[1\] is 1; expected a text"),
+        ("budgets", {"arms": ["a", "b"], "charged": {"a": []}}, "charged.a is .*expected a text or a number"),
+        ("curves", {"arms": [], "values": ["loss"]}, "arms is empty"),
+        (
+            "curves",
+            {"arms": ["a"], "values": ["loss"], "perplexity": 1},
+            "perplexity is 1; expected true or false",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_runs(tmp_path, kind, arguments, said):
+    study = replace(Made(tmp_path, a=[0], b=[0]).study, report=[SectionSpec(kind, arguments=arguments)])
+    with pytest.raises(UserError, match=said):
+        check_sections(study)
 
 
 def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section):

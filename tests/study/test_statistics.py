@@ -194,12 +194,25 @@ def test_tokens_to_reach_equals_a_walk_along_the_curve():
     assert tokens_to_reach(tokens, losses, loss=5.5) == -math.inf
 
 
+def worth(tokens, first, second, *, at):
+    return worth_in_tokens(first, second, first_tokens=tokens, second_tokens=tokens, at=at)
+
+
+def test_each_arms_own_tokens_are_counted():
+    """The second has read half as many again at each step, so it needs as many more for the same loss."""
+    losses = np.array([[4.0, 2.0, 1.0]])
+    found = worth_in_tokens(
+        losses, losses, first_tokens=[100, 200, 300], second_tokens=[150, 300, 450], at=[1]
+    )
+    assert (found[0].first_tokens, found[0].extra_tokens, found[0].factor) == (200, 100, 1.5)
+
+
 def test_a_head_start_of_a_hundred_tokens_is_worth_a_hundred():
     tokens = list(range(100, 1100, 100))
     seeds = np.array([0.0, 0.1, -0.1])[:, None]
     behind = 10 / np.arange(1, 11) + seeds
     ahead = 10 / np.arange(2, 12) + seeds
-    early, last = worth_in_tokens(tokens, ahead, behind, at=[3, 9])
+    early, last = worth(tokens, ahead, behind, at=[3, 9])
     assert (early.extra_tokens, early.low, early.high) == pytest.approx((100, 100, 100))
     assert early.factor == pytest.approx(500 / 400)
     assert early.loss == pytest.approx(2)
@@ -209,14 +222,14 @@ def test_a_head_start_of_a_hundred_tokens_is_worth_a_hundred():
 def test_a_loss_that_was_passed_before_the_first_measurement_is_worth_nothing_known():
     tokens = list(range(100, 1100, 100))
     ahead, behind = 10 / np.arange(2, 12)[None], 10 / np.arange(1, 11)[None]
-    first, second = worth_in_tokens(tokens, behind, ahead, at=[0, 1])
+    first, second = worth(tokens, behind, ahead, at=[0, 1])
     assert (first.is_earlier, first.num_reached, math.isnan(first.extra_tokens)) == (True, 1, True)
     assert (second.is_earlier, second.extra_tokens) == (False, pytest.approx(-100))
 
 
 def test_what_was_measured_before_the_first_step_has_no_multiple():
     ahead, behind = np.array([[3.0, 2.0, 1.0]]), np.array([[4.0, 2.5, 2.0]])
-    start, middle, _ = worth_in_tokens([0, 100, 200], ahead, behind, at=[0, 1, 2])
+    start, middle, _ = worth([0, 100, 200], ahead, behind, at=[0, 1, 2])
     assert (start.first_tokens, start.extra_tokens) == (0, pytest.approx(200 / 3))
     assert math.isnan(start.factor)
     assert (middle.extra_tokens, middle.factor) == (100, 2)

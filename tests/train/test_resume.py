@@ -178,6 +178,16 @@ def test_what_was_saved_before_skipped_steps_stays(finished, tmp_path, monkeypat
     assert list(checkpoints.committed(config.run_dir)) == [3, 4]
 
 
+def test_steps_that_are_measured_and_the_last_one_have_a_row(finished, tmp_path):
+    """Held-out losses are drawn against the tokens in it."""
+    settings = replace(finished.train, max_steps=5, log_every=3, eval_every=2)
+    config = replace(finished, run_dir=tmp_path / "run", train=settings)
+    train(config, ds_config_path=DS_CONFIG)
+    rows = read_metrics(config.run_dir)
+    assert [row["step"] for row in rows if "split" not in row] == [2, 3, 4, 5]
+    assert {row["step"] for row in rows if row.get("split") == "heldout"} == {2, 4, 5}
+
+
 def test_a_finished_run_says_so_and_what_to_change(finished, tmp_path, caplog):
     caplog.set_level("INFO", logger="t2i")
     run_dir = shutil.copytree(finished.run_dir, tmp_path / "run")

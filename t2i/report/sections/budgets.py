@@ -10,7 +10,7 @@ from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, difference, in_folder, p_value, verdict_on
 from t2i.study.results import TRAIN_ROWS, Curve, Row, curve, paired, read_rows, runs_of
-from t2i.study.spec import Study
+from t2i.study.spec import Study, nearest_name
 from t2i.study.statistics import paired_test
 
 AXES = {"steps": "optimizer steps", "tokens": "tokens", "flops": "total FLOPs"}
@@ -36,7 +36,7 @@ def budgets(
     study: Study,
     out: Path,
     *,
-    arms: list[str],
+    arms: tuple[str, str],
     charged: dict[str, str | float] | None = None,
     value: str = "image_loss",
 ) -> Section:
@@ -45,24 +45,25 @@ def budgets(
     Args:
         charged: arm -> what its start cost before: a number of FLOPs, or the folder of the run that made it.
     """
-    names = (arms[0], arms[1])
-    known = {arm: _charge(cost, out) for arm, cost in (charged or {}).items()}
-    runs = [runs_of(study, arm=arm, out=out) for arm in names]
+    if unknown := [arm for arm in charged or {} if arm not in arms]:
+        raise UserError(f"budgets: charged names arm {unknown[0]}; {nearest_name(unknown[0], list(arms))}.")
+    runs = [runs_of(study, arm=arm, out=out) for arm in arms]
     pair = paired(*(curve(one, value=value, split="heldout") for one in runs))
     if pair is None:
-        return Section("Equal budgets", f"{' and '.join(names)} have no finished runs of one seed.")
+        return Section("Equal budgets", f"{' and '.join(arms)} have no finished runs of one seed.")
+    known = {arm: _charge(cost, out) for arm, cost in (charged or {}).items()}
     spent = [
         _spent(one, flops_per_token=flops_per_token(of_arm[0].rows), charge=known.get(name, 0.0))
-        for name, one, of_arm in zip(names, pair, runs, strict=True)
+        for name, one, of_arm in zip(arms, pair, runs, strict=True)
     ]
-    table = [["equal", "at", *names, "difference", "p", "seeds"]]
+    table = [["equal", "at", *arms, "difference", "p", "seeds"]]
     sentences = []
     for axis, label in AXES.items():
         amount = min(getattr(one, axis)[-1] for one in spent)
         begun = max(getattr(one, axis)[0] for one in spent)
         if amount < begun:
             # One arm's start cost more than the other arm's whole run: there is no common point to compare at.
-            costly = max(zip(spent, names, strict=True), key=lambda one: one[0].flops[0])[1]
+            costly = max(zip(spent, arms, strict=True), key=lambda one: one[0].flops[0])[1]
             table.append([label, f"{amount:.3g}", *_ends(spent), "none: no equal point", "", ""])
             sentences.append(
                 f"at equal {label} nothing can be compared: by its first measurement {costly} had cost"
@@ -76,13 +77,13 @@ def budgets(
         count = str(test.num_seeds)
         table.append([label, f"{amount:,.6g}", *means, gap, p_value(test.p_value), count])
         sentences.append(
-            f"at equal {label} {gap}, p = {p_value(test.p_value)}, {verdict_on(test.verdict, names[0])}"
+            f"at equal {label} {gap}, p = {p_value(test.p_value)}, {verdict_on(test.verdict, arms[0])}"
         )
     charge = (
         ", ".join(f"{arm}: {cost:.3g} FLOPs before its first step" for arm, cost in known.items()) or "none"
     )
-    sentence = f"{names[0]} - {names[1]}, held-out {value}: {'; '.join(sentences)}. Charged: {charge}."
-    return Section("Equal budgets", sentence, _draw(spent, names=names, value=value), table)
+    sentence = f"{arms[0]} - {arms[1]}, held-out {value}: {'; '.join(sentences)}. Charged: {charge}."
+    return Section("Equal budgets", sentence, _draw(spent, names=arms, value=value), table)
 
 
 def flops_per_token(rows: list[Row]) -> float:

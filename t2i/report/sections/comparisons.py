@@ -30,7 +30,9 @@ from t2i.study.statistics import (
 )
 
 
-def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: str = "heldout") -> Section:
+def comparison(
+    study: Study, out: Path, *, arms: tuple[str, str], value: str, split: str = "heldout"
+) -> Section:
     """Compare two arms: the paired difference during training, the test at its end, the gain in tokens."""
     first_name, second_name = arms
     runs, pair = _pair_of(study, out, arms, value=value, split=split)
@@ -41,7 +43,13 @@ def comparison(study: Study, out: Path, *, arms: list[str], value: str, split: s
     first, second = pair
     test = _test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no target to reach
-    worth = worth_in_tokens(first.tokens, first.values, second.values, at=range(until))
+    worth = worth_in_tokens(
+        first.values,
+        second.values,
+        first_tokens=first.tokens,
+        second_tokens=second.tokens,
+        at=range(until),
+    )
     baselines = image_baselines(runs[0]) if value == "image_loss" else {}
     figure = _draw_difference(
         (first, second),
@@ -107,7 +115,9 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
     return sentence
 
 
-def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str = "image_loss") -> Section:
+def overview(
+    study: Study, out: Path, *, pairs: dict[str, tuple[str, str]], value: str = "image_loss"
+) -> Section:
     """Tabulate the tests of several comparisons, corrected for their number.
 
     Args:
@@ -147,7 +157,12 @@ def overview(study: Study, out: Path, *, pairs: dict[str, list[str]], value: str
 
 
 def sizes(
-    study: Study, out: Path, *, pairs: list[list[str]], names: list[str], value: str = "image_loss"
+    study: Study,
+    out: Path,
+    *,
+    pairs: list[tuple[str, str]],
+    names: tuple[str, str],
+    value: str = "image_loss",
 ) -> Section:
     """Compare pairs of arms that were trained on different amounts of data: the difference against the size.
 
@@ -178,14 +193,14 @@ def sizes(
     figure = _draw_sizes(
         [count for count, _ in found],
         [test for _, test in found],
-        names=(names[0], names[1]),
+        names=names,
         value=value,
     )
     return Section("Data sizes", f"{names[0]} - {names[1]}: {sentence}.", figure, table)
 
 
 def _pair_of(
-    study: Study, out: Path, arms: list[str], *, value: str, split: str = "heldout"
+    study: Study, out: Path, arms: tuple[str, str], *, value: str, split: str = "heldout"
 ) -> tuple[list[list[Run]], tuple[Curve, Curve] | None]:
     """Read two arms: the runs of each, and their curves over common seeds and steps, None if there are none."""
     runs = [runs_of(study, arm=arm, out=out) for arm in arms]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from t2i.report.figures import LABELS, draw_baselines, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, last, without_empty_columns
 from t2i.runs.checkpoint_manifest import read_checkpoint_manifest
-from t2i.runs.checkpoint_store import step_folder
+from t2i.runs.checkpoint_store import last_step, step_folder
 from t2i.study.jobs import run_dir
 from t2i.study.results import TRAIN_ROWS, Curve, Run, curve, image_baselines, read_run, runs_of
 from t2i.study.spec import Study
@@ -75,7 +75,8 @@ def _end(run: Run) -> list[str]:
     if not run.is_done:
         return [run.folder.name, f"{run.state or 'not begun'}: {run.reason}", *[""] * 5]
     end = [row for row in run.rows if row.split == TRAIN_ROWS][-1]
-    facts = read_checkpoint_manifest(step_folder(run.folder, end.step)).facts
+    # Of the newest checkpoint: the last step has a row only in runs since 0.1.
+    facts = read_checkpoint_manifest(step_folder(run.folder, last_step(run.folder))).facts
     return [
         run.folder.name,
         "done",

@@ -6,6 +6,7 @@ from pathlib import Path
 from t2i.errors import UserError
 from t2i.report.sections import budgets, comparisons, curves, embeddings, images, language, tuning, wordings
 from t2i.report.sections.section import Section, SectionKind
+from t2i.study.kinds import misfit
 from t2i.study.spec import SectionSpec, Study, nearest_name
 
 SECTIONS: dict[str, SectionKind] = {
@@ -62,3 +63,10 @@ def _check(spec: SectionSpec, study: Study) -> None:
         inspect.signature(kind.make).bind(study, Path(), **spec.arguments)
     except TypeError as error:  # an argument without a default is missing
         raise UserError(f"{where}: {error}.") from error
+    for name, parameter in inspect.signature(kind.make).parameters.items():
+        value = spec.arguments.get(name, parameter.default)
+        if name not in spec.arguments or value == parameter.default:
+            continue
+        said = misfit(value, parameter.annotation, name=name)
+        if said or value in ([], {}):
+            raise UserError(f"{where}: {said or f'{name} is empty; expected at least one.'}")
