@@ -951,6 +951,22 @@ MUTATIONS = (
         ICONS,
     ),
     Mutation(
+        "extra-tokens-by-the-others-count",
+        "t2i/study/statistics.py",
+        "tokens_to_reach(second_tokens,",
+        "tokens_to_reach(first_tokens,",
+        "what an arm with text beside its images needs is counted without its text",
+        STATISTICS,
+    ),
+    Mutation(
+        "diverged-trial-not-an-answer",
+        "t2i/study/tuning.py",
+        "status.code == NumericalError.exit_code",
+        "status.code == 0",
+        "an arm of which one rate diverges is never trained",
+        TUNING,
+    ),
+    Mutation(
         "worst-learning-rate-chosen",
         "t2i/study/tuning.py",
         "min(finite, key=finite.__getitem__)",

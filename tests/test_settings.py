@@ -195,8 +195,8 @@ def test_the_page_has_every_setting_with_its_resume_rule():
             if not is_dataclass(one.type):
                 assert f"| `{key_of(one.name, group=group)}` |" in text
     assert (
-        "| `train.log_every` | `1` | a whole number >= 1 | yes | Steps between rows of metrics.jsonl. |"
-        in text
+        "| `train.log_every` | `1` | a whole number >= 1 | yes | Steps between rows of metrics.jsonl. The last step and"
+        " those that are measured have a row in any case. |" in text
     )
     assert "| `data.subsample_every` | `1` | a whole number >= 1 | no |" in text
     assert set(GROUPS) == {kind for _, _, kind in PARTS} - {RunConfig}
