@@ -16,15 +16,15 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @contextmanager
-def served(*words, cwd=ROOT):
-    """Serve a page; yield its address."""
+def served(*words, cwd=ROOT, stop=signal.SIGINT, **variables):
+    """Serve a page; yield its address, and see that it ends well when it is told to stop."""
     command = [sys.executable, str(ROOT / "launchers" / "play.py"), *map(str, words), "--port", "0"]
-    environment = processes.environment(PYTHONPATH=str(ROOT))
+    environment = processes.environment(PYTHONPATH=str(ROOT), **variables)
     with processes.start(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd) as process:
         try:
             yield re.search(r"http://\S+", process.stdout.readline())[0]
         finally:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, stop)
             status = process.wait(60)
         assert status == 0
 

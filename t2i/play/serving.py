@@ -64,7 +64,7 @@ class Door:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind an address.
+    """Listen at an address; whoever comes before the page is served waits.
 
     Raises:
         UserError: it is taken, or not this machine's.
@@ -74,7 +74,8 @@ def listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+        listening.listen()
+    except (OSError, OverflowError) as error:
         listening.close()
         raise UserError(f"{host}:{port} cannot be listened at: {error}.") from error
     return listening

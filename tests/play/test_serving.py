@@ -2,23 +2,17 @@
 
 import asyncio
 import importlib.util
-import os
-import re
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-import processes
 import pytest
+from play_page import served
 
 from t2i.errors import UserError
 from t2i.play.opening import check_gradio
 from t2i.play.serving import HEADERS, Door, listen
 
-ROOT = Path(__file__).parents[2]
 has_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="pip install '.[play]' for these"
 )
@@ -60,10 +54,8 @@ def test_a_browser_loads_nothing_of_elsewhere():
 
 
 def test_a_port_that_is_taken_is_a_sentence():
-    with listen("127.0.0.1", 0) as first:
-        first.listen()
-        with pytest.raises(UserError, match="cannot be listened at"):
-            listen("127.0.0.1", first.getsockname()[1])
+    with listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot be listened at"):
+        listen("127.0.0.1", first.getsockname()[1])
 
 
 def test_without_gradio_the_command_names_what_to_install(monkeypatch, call, model_folder, capsys):
@@ -84,34 +76,26 @@ def test_another_address_without_a_key_is_refused(monkeypatch, call, model_folde
 @has_gradio
 @pytest.mark.slow
 def test_the_page_is_whole_without_a_network_and_ends_at_ctrl_c(model_folder):
-    command = [sys.executable, str(ROOT / "launchers" / "play.py"), str(model_folder), "--port", "0"]
-    environment = processes.environment(PYTHONPATH=str(ROOT))
-    with processes.start(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        url = re.search(r"http://\S+", process.stdout.readline())[0]
+    with served(model_folder) as url:
         with urllib.request.urlopen(url, timeout=60) as answer:
             text = answer.read().decode()
         assert "fonts.googleapis" not in text and "cdnjs" not in text
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "evil.example"}), timeout=60)
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(60) == 0
 
 
 @has_gradio
 @pytest.mark.slow
 def test_with_a_key_a_password_is_asked_for(model_folder):
-    command = [sys.executable, str(ROOT / "launchers" / "play.py"), str(model_folder), "--port", "0"]
-    environment = processes.environment(PYTHONPATH=str(ROOT), T2I_API_KEY="secret")
-    with processes.start(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        url = re.search(r"http://\S+", process.stdout.readline())[0]
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"{url}/config", timeout=60)
+    with served(model_folder, stop=signal.SIGTERM, T2I_API_KEY="secret") as url:
+        assert status_of(f"{url}/config") == 401
         for password, status in (("guess", 400), ("secret", 200)):
             form = f"username=me&password={password}".encode()
-            try:
-                found = urllib.request.urlopen(f"{url}/login", data=form, timeout=60).status
-            except urllib.error.HTTPError as refused:
-                found = refused.code
-            assert found == status
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(60) == 0
+            assert status_of(f"{url}/login", data=form) == status
+
+
+def status_of(url, data=None):
+    try:
+        return urllib.request.urlopen(url, data=data, timeout=60).status
+    except urllib.error.HTTPError as refused:
+        return refused.code
