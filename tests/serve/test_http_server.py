@@ -210,7 +210,7 @@ def test_a_stop_draws_what_waits_and_refuses_the_rest():
     with ThreadPoolExecutor(3) as clients:
         with served(draw) as server:
             asked = [clients.submit(images, server, n=4, seed=seed) for seed in (0, 4)]
-            until(lambda: len(server.service.waiting) == 4)
+            until(lambda: (server.service.waiting.num_drawing, len(server.service.waiting)) == (4, 4))
             release = threading.Thread(target=refused_then_released, args=(server, draw))
             release.start()
         release.join()

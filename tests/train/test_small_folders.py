@@ -71,8 +71,14 @@ def test_what_needs_held_out_pairs_says_how_to_have_them(small, tmp_path, one_pr
     run = AlignRun(tmp_path / "aligned", data=DataConfig(small), model="none", align=AlignConfig(num_pairs=8))
     with pytest.raises(DataError, match="holds out 0 pairs; .* Prepare with a larger --heldout-share"):
         align(run)
+    sizes = read_manifest(small)
+    model = SimpleNamespace(
+        layout=VocabLayout(2048, 2048, sizes.codebook_size),
+        model=SimpleNamespace(config=SimpleNamespace(codes_per_image=sizes.codes_per_image)),
+        home=tmp_path,
+    )
     with pytest.raises(DataError, match="has no held-out pairs; prepare with a larger --heldout-share"):
-        heldout_sequences(None, config=DataConfig(small), num_sequences=4)
+        heldout_sequences(model, config=DataConfig(small), num_sequences=4)
 
 
 def test_a_step_of_more_sequences_than_there_are_names_the_value_that_fits(small):
