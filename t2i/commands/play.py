@@ -58,7 +58,7 @@ def main() -> None:
     from t2i.distributed.launch import join
     from t2i.play.serving import listen, serve_until_stopped
     from t2i.runs.loading import open_model
-    from t2i.serve.opening import check_exposure
+    from t2i.serve.opening import check_exposure, url_of
 
     api_key = os.environ.get("T2I_API_KEY") or None
     check_exposure(command.host, api_key=api_key)
@@ -87,6 +87,6 @@ def main() -> None:
         api_key=api_key,
         trust_remote_code=command.trust_remote_code,
     ) as page:
-        host = f"[{command.host}]" if ":" in command.host else command.host
-        print(f"Open http://{host}:{listening.getsockname()[1]} in a browser; Ctrl-C stops.", flush=True)
+        url = url_of(command.host, listening.getsockname()[1])
+        print(f"Open {url} in a browser; Ctrl-C stops.", flush=True)
         serve_until_stopped(page.application, listening=listening, give_up=page.give_up)

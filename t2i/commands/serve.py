@@ -46,7 +46,7 @@ def main() -> None:
     command = parse(ServeCommand, description=__doc__ or "")
     from t2i.distributed.launch import join
     from t2i.runs.loading import open_model
-    from t2i.serve.opening import check_exposure, start
+    from t2i.serve.opening import check_exposure, start, url_of
     from t2i.serve.stopping import serve_until_stopped
 
     api_key = os.environ.get("T2I_API_KEY") or None
@@ -67,7 +67,6 @@ def main() -> None:
         model_name=command.model_name,
         api_key=api_key,
     )
-    host = f"[{command.host}]" if ":" in command.host else command.host
-    model = server.service.limits.model
-    print(f"{model} draws at http://{host}:{server.server_port}/v1; Ctrl-C stops.", flush=True)
+    url = url_of(command.host, server.server_port)
+    print(f"{server.service.limits.model} draws at {url}/v1; Ctrl-C stops.", flush=True)
     serve_until_stopped(server)

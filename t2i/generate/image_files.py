@@ -1,6 +1,6 @@
 """Captions to PNG files, whatever draws them: fixed batches, nothing drawn twice, settings beside the images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -96,10 +96,15 @@ def sampler_settings(config: SampleConfig) -> dict[str, object]:
     return settings
 
 
-def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
-    metadata = PngInfo()
+def png_text(facts: Mapping[str, object]) -> PngInfo:
+    """Return what a PNG file is to carry as text."""
+    text = PngInfo()
     for key, value in facts.items():
-        metadata.add_text(key, str(value))
+        text.add_text(key, str(value))
+    return text
+
+
+def _write(path: Path, image: Image.Image, facts: dict[str, object]) -> None:
     # That an image exists must mean that it is whole, for it is never drawn again.
     with whole_file(path) as written:
-        image.save(written, format="PNG", pnginfo=metadata)
+        image.save(written, format="PNG", pnginfo=png_text(facts))

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 
 from t2i.config import SamplerConfig
 from t2i.errors import UserError
-from t2i.serve.images_request import MOST_SEED, RANDOM_SEEDS
+from t2i.serve.images_request import MOST_CHARACTERS, MOST_SEED, RANDOM_SEEDS
 from t2i.serve.waiting import Asked
-
-MOST_CHARACTERS = 4_000
-"""Of a prompt, as the server's."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from t2i.play.asked import Drawing
 from t2i.play.following import check, follow
 from t2i.runs.loading import OpenedModel
-from t2i.serve.drawing import OneShape, cut_caption, png_file
+from t2i.serve.drawing import OneShape, cut_caption
 from t2i.serve.waiting import Asked
 
 NOT_YET = (236, 236, 240)
@@ -101,12 +101,9 @@ def _draw(painter: Painter, drawing: Drawing, *, tell: Callable[[Drawn], None], 
                 so_far = torch.stack(codes, dim=1)[: len(batch)]  # (B, k)
                 say(unfinished(shape, so_far), index * num_codes + len(codes))
 
-        pictures = shape.decoded(shape.codes(batch, sampler=drawing.sampler, on_code=on_code))
-        images += pictures
-        files += [
-            png_file(image, picture, sampler=drawing.sampler, weights=painter.opened.weights)
-            for image, picture in zip(batch, pictures, strict=True)
-        ]
+        drawn = shape.decoded(shape.codes(batch, sampler=drawing.sampler, on_code=on_code))
+        images += drawn
+        files += shape.files(batch, drawn, sampler=drawing.sampler)
         say([], (index + 1) * num_codes)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from t2i.config import SamplerConfig
+from t2i.generate.image_files import png_text
 from t2i.generate.sample import decode_images
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.sampling_open_lm import caption_codes
@@ -80,15 +80,20 @@ class OneShape:
         filled = torch.nn.functional.pad(codes, (0, 0, 0, missing))  # (batch_size, K)
         return decode_images(self.opened.needed_image_tokenizer(), filled)[: len(codes)]
 
+    def files(
+        self, images: Sequence[Asked], drawn: Sequence[Image.Image], *, sampler: SamplerConfig
+    ) -> list[bytes]:
+        """Write drawn images as PNG files that carry their captions and settings."""
+        shared = {**vars(sampler), "weights": self.opened.weights}
+        return [
+            _png_file(one, {"caption": image.caption, "seed": image.seed, **shared})
+            for image, one in zip(images, drawn, strict=True)
+        ]
 
-def png_file(image: Asked, drawn: Image.Image, *, sampler: SamplerConfig, weights: str) -> bytes:
-    """Write a drawn image as a PNG file that carries its caption and settings."""
-    metadata = PngInfo()
-    facts = {"caption": image.caption, "seed": image.seed, **vars(sampler), "weights": weights}
-    for key, value in facts.items():
-        metadata.add_text(key, str(value))
+
+def _png_file(image: Image.Image, facts: dict[str, object]) -> bytes:
     file = io.BytesIO()
-    drawn.save(file, format="PNG", pnginfo=metadata)
+    image.save(file, format="PNG", pnginfo=png_text(facts))
     return file.getvalue()
 
 
@@ -99,10 +104,7 @@ def batch_drawer(
     shape = OneShape(opened, batch_size=batch_size)
 
     def draw(images: Sequence[Asked]) -> list[bytes]:
-        pictures = shape.decoded(shape.codes(images, sampler=sampler))
-        return [
-            png_file(image, picture, sampler=sampler, weights=opened.weights)
-            for image, picture in zip(images, pictures, strict=True)
-        ]
+        drawn = shape.decoded(shape.codes(images, sampler=sampler))
+        return shape.files(images, drawn, sampler=sampler)
 
     return draw

@@ -8,6 +8,8 @@ from typing import Any
 MOST_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**31
 """Seeds that are chosen for a client are short enough to be typed."""
+MOST_CHARACTERS = 4_000
+"""Of a prompt."""
 
 
 @dataclass(frozen=True)

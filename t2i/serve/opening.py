@@ -8,7 +8,7 @@ from t2i.generate.sample import drawer_of
 from t2i.runs.loading import OpenedModel
 from t2i.serve.drawing import batch_drawer, cut_caption
 from t2i.serve.http_server import LOOPBACK, ImageServer, Service
-from t2i.serve.images_request import Limits
+from t2i.serve.images_request import MOST_CHARACTERS, Limits
 from t2i.serve.meters import Meters
 from t2i.serve.waiting import Waiting
 
@@ -25,6 +25,11 @@ def check_exposure(host: str, *, api_key: str | None) -> None:
         )
 
 
+def url_of(host: str, port: int) -> str:
+    """Return the address that a browser or a client is given."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def start(
     opened: OpenedModel,
     *,
@@ -33,7 +38,7 @@ def start(
     batch_size: int,
     most_waiting: int,
     most_images: int,
-    most_characters: int = 4_000,
+    most_characters: int = MOST_CHARACTERS,
     model_name: str | None = None,
     api_key: str | None = None,
 ) -> ImageServer:

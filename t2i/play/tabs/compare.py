@@ -16,9 +16,9 @@ from t2i.play.tabs.parts import (
     BUTTONS,
     ONE_AT_A_TIME,
     Play,
-    cancel_button,
     drawing_form,
     gallery,
+    let_draw,
     said_on_page,
     shown,
     status_of,
@@ -75,12 +75,7 @@ def _side_by_side(play: Play) -> list[Any]:
                 galleries = [gallery(painter.name, elem_classes="drawn") for painter in play.painters]
             status = gr.Textbox(label="Status", interactive=False, elem_classes="status", max_lines=6)
     outputs = [*galleries, status]
-    begun = [
-        event(draw, form.fields, outputs, show_progress="hidden", **ONE_AT_A_TIME)
-        for event in (form.button.click, form.fields[0].submit)
-    ]
-    with form.buttons:
-        cancel_button(play, tab=TAB, begun=begun, status=status)
+    let_draw(play, form, draw, outputs=outputs, status=status, tab=TAB)
     return galleries
 
 

@@ -11,11 +11,10 @@ from t2i.play.drawing import draw_by_rows
 from t2i.play.png_settings import read_png_settings
 from t2i.play.tabs.parts import (
     AT_ONCE,
-    ONE_AT_A_TIME,
     Play,
-    cancel_button,
     drawing_form,
     gallery,
+    let_draw,
     said_on_page,
     shown,
     status_of,
@@ -66,11 +65,6 @@ def draw_tab(play: Play) -> Any:
                 elem_classes="files",
             )
     outputs = [images, status, files]
-    begun = [
-        event(draw, form.fields, outputs, show_progress="hidden", **ONE_AT_A_TIME)
-        for event in (form.button.click, form.fields[0].submit)
-    ]
-    with form.buttons:
-        cancel_button(play, tab=TAB, begun=begun, status=status)
+    let_draw(play, form, draw, outputs=outputs, status=status, tab=TAB)
     dropped.upload(settings_of_file, dropped, [*form.fields, status], **AT_ONCE)
     return images

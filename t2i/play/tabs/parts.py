@@ -2,7 +2,7 @@
 
 import hashlib
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,18 @@ def drawing_form(play: Play, *, label: str) -> Form:
             info="Of those, the likeliest that reach this probability. Useful: 0.9 to 1.",
         )
     return Form([prompt, count, seed, guidance, temperature, top_k, top_p], button, buttons)
+
+
+def let_draw(
+    play: Play, form: Form, draw: Callable[..., Any], *, outputs: list[Any], status: Any, tab: str
+) -> None:
+    """Let the button of a form and Enter in its prompt draw, and a button beside it give that up."""
+    begun = [
+        event(draw, form.fields, outputs, show_progress="hidden", **ONE_AT_A_TIME)
+        for event in (form.button.click, form.fields[0].submit)
+    ]
+    with form.buttons:
+        cancel_button(play, tab=tab, begun=begun, status=status)
 
 
 def gallery(label: str, **how: Any) -> Any:
