@@ -65,6 +65,11 @@ def exit_code(error: BaseException) -> int:
     return getattr(error, "exit_code", CheckpointError.exit_code if isinstance(error, OSError) else 1)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library's error says, at most 300 characters; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def disk_reason(error: Exception) -> str:
     """Say in one sentence what the disk refused; empty for an error that has nothing to do with a disk."""
     if isinstance(error, OSError):
@@ -81,7 +86,7 @@ def disk_reason(error: Exception) -> str:
     # By name: this file is read first, also by a Python that has no package but its own.
     is_writers = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
     is_writers = is_writers and any(word in str(error) for word in WRITER_WORDS)
-    return f"{str(error).splitlines()[0]} (a full disk?)." if is_writers else ""
+    return f"{first_line(error)} (a full disk?)." if is_writers else ""
 
 
 def run_command(command: Callable[[], None]) -> None:

@@ -86,7 +86,7 @@ class ScoreCommand:
     judge_url: str = ""
     """Address of a reward service, such as UniRL's, whose judges score every row. Default: none."""
     judges: tuple[str, ...] = ()
-    """Which of its judges, such as hpsv3 or pickscore."""
+    """Which of its judges, such as hpsv3 or pickscore. With --best-by judge the first of them chooses; all score."""
     judge_revision: str = ""
     """Revision of their weights, unless the service states it. Scores of two revisions are not compared."""
     controls: tuple[Literal["redrawn", "untrained", "shuffled"], ...] | None = None
@@ -128,6 +128,10 @@ def score_model(command: ScoreCommand) -> None:
     rank, world_size = processes.process_index, processes.num_processes
     if processes.is_main_process and task.reference.cache:  # a broken image is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
+    if command.sample.best_by == "judge" and processes.is_main_process and len(rulers.remote) > 1:
+        logger.info(
+            "%s, the first of --judges, chooses the images that all of them score.", rulers.remote[0].reward
+        )
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
     facts = DrawingFacts(
         processes=world_size,

@@ -2,10 +2,15 @@
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i.errors import DataError
 
 KMEANS_ITERATIONS = 20
+AT_ONCE = 2**26
+"""Distances held in memory at once: a quarter of a gigabyte."""
+MANY_CODES = 4_096
+"""From so many on, an iteration takes seconds."""
 
 
 class Codebook:
@@ -60,8 +65,10 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
             f"{len(points)} latents are too few for {num_centres} codes: use more images or fewer codes."
         )
     centres = points[torch.randperm(len(points), generator=generator)[:num_centres].to(points.device)].clone()
-    for _ in range(KMEANS_ITERATIONS):
-        distances, nearest = torch.cdist(points, centres).min(1)
+    for _ in tqdm(
+        range(KMEANS_ITERATIONS), desc="first codes", unit="iteration", disable=num_centres < MANY_CODES
+    ):
+        distances, nearest = _nearest(points, centres)
         counts = torch.bincount(nearest, minlength=num_centres)
         sums = torch.zeros_like(centres).index_add(0, nearest, points)
         empty = counts == 0
@@ -70,3 +77,9 @@ def kmeans(points: Tensor, *, num_centres: int, generator: torch.Generator) -> T
         # used.
         centres[empty] = points[distances.topk(int(empty.sum())).indices]
     return centres
+
+
+def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each point's distance (M,) to its nearest centre, and that centre's index (M,)."""
+    blocks = [torch.cdist(block, centres).min(1) for block in points.split(max(1, AT_ONCE // len(centres)))]
+    return torch.cat([found.values for found in blocks]), torch.cat([found.indices for found in blocks])

@@ -32,6 +32,8 @@ Batch = tuple[Tensor, Tensor]
 """Pixels (B, 3, H, W), and the numbers of the images (B,)."""
 STATE_FILE = "training_state.pt"
 KMEANS_LATENTS = 65_536
+LATENTS_PER_CODE = 4
+"""At the least, where the codes are many."""
 
 
 def build_vq_model(config: TokenizerConfig) -> VQModel:
@@ -220,7 +222,8 @@ def _start_codebook(
 ) -> None:
     # From batches as training draws them, so that the codes also cover mirrored and recoloured images.
     latents: list[Tensor] = []
-    while sum(map(len, latents)) < KMEANS_LATENTS:
+    wanted = max(KMEANS_LATENTS, LATENTS_PER_CODE * len(codebook.weight))
+    while sum(map(len, latents)) < wanted:
         latents.append(model.encode(next(batches)[0]).latents.permute(0, 2, 3, 1).flatten(0, 2))
     centres = kmeans(torch.cat(latents), num_centres=len(codebook.weight), generator=generator)
     codebook.weight.copy_(centres)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.measure.images import batches, read_image
 from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
@@ -48,8 +48,7 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
         tokenizer = AutoTokenizer.from_pretrained(folder, **plain)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     except UNUSABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--clip {folder} cannot be loaded as a CLIP: {reason:.300}") from error
+        raise UserError(f"--clip {folder} cannot be loaded as a CLIP: {first_line(error)}") from error
     return Clip(
         name=folder.resolve().name,
         weights_sha256=weights_sha256(folder),

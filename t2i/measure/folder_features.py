@@ -14,7 +14,7 @@ from cleanfid.resize import make_resizer
 from torch import Tensor
 from transformers import CLIPModel, Dinov2Model
 
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.files import read_json
 from t2i.measure.extractor import FeatureExtractor
 from t2i.model.backbone import UNUSABLE
@@ -48,8 +48,9 @@ def folder_features(name: str, folder: Path, *, device: torch.device) -> Feature
     try:
         embed, dims = _dinov2(folder, device) if name == "dinov2" else _clip(folder, device)
     except UNUSABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--features-folder {folder} cannot be loaded as {name}: {reason:.300}") from error
+        raise UserError(
+            f"--features-folder {folder} cannot be loaded as {name}: {first_line(error)}"
+        ) from error
     size, mean, deviation = _preprocessing(folder / PREPROCESSOR)
 
     def network(pixels: Tensor) -> Tensor:

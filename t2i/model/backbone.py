@@ -18,14 +18,13 @@ from transformers import (
 )
 
 from t2i.config import ModelConfig
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.model.class_form import check_decoding as check_decoding
 from t2i.model.class_form import check_head as check_head
 from t2i.model.class_form import head_of as head_of
 from t2i.model.class_form import num_ids as num_ids
 from t2i.model.foreign_folder import (
     UNUSABLE,
-    first_line,
     read_description,
     read_generation,
     refuse_own_code,

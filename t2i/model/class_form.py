@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from t2i.errors import UserError
-from t2i.model.foreign_folder import UNUSABLE, first_line
+from t2i.errors import UserError, first_line
+from t2i.model.foreign_folder import UNUSABLE
 from t2i.model.open_lm.class_reading_open_lm import body_of, reader_of
 from t2i.model.open_lm.forms_open_lm import PADDED, UNPADDED, WHOLE, ClassForm
 from t2i.model.open_lm.reading_open_lm import begin_any

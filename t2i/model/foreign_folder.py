@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.files import read_json, read_optional_json
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,6 @@ UNUSABLE = (
     StrictDataclassError,
 )
 """What transformers raises for folders that it cannot load; they have no common base class."""
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -135,9 +130,8 @@ def read_generation(folder: Path, config: Any) -> GenerationConfig:
             # transformers 5 leaves these out of a configuration.
             found.update(**read_description(folder))
     except (ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{file} is not taken by transformers: {reason:.200}. Mend or remove that file."
+            f"{file} is not taken by transformers: {first_line(error)}. Mend or remove that file."
         ) from error
     found._from_model_config = False  # or generate() would make it anew from config.json
     return found

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.model.class_form import are_close, difference, evaluating
-from t2i.model.foreign_folder import UNUSABLE, first_line
+from t2i.model.foreign_folder import UNUSABLE
 from t2i.model.open_lm.class_reading_open_lm import reader_of
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from t2i.errors import UserError
-from t2i.model.foreign_folder import UNUSABLE, first_line
+from t2i.errors import UserError, first_line
+from t2i.model.foreign_folder import UNUSABLE
 from t2i.model.trainable import merge_lora
 
 INPUT_ROWS, OUTPUT_ROWS = "input_rows", "output_rows"

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from t2i.config import Dtype
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.distributed.run_id import read_run_id
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError, UserError, first_line
 from t2i.files import HUB, hub_name, not_here, sha256_of
 from t2i.model.backbone import check_decoding, load_model, num_ids, weight_files
 from t2i.runs.best_checkpoint import BEST
@@ -121,9 +121,7 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"the hub gives no model {HUB}{name}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"the hub gives no model {HUB}{name}: {first_line(error)}") from error
 
 
 def _is_checkpoint(path: Path) -> bool:

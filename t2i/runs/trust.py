@@ -18,7 +18,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from t2i.errors import CheckpointError
+from t2i.errors import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,7 @@ def only_plain_values(folder: Path) -> Iterator[None]:
         with torch.serialization.safe_globals(_known()):
             yield
     except pickle.UnpicklingError as error:
-        what = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0]
-        )
+        what = next((line for line in str(error).splitlines() if "GLOBAL" in line), first_line(error))
         raise CheckpointError(
             f"{folder} holds more than tensors and plain values, so it was not loaded: {what.strip():.300}"
         ) from error

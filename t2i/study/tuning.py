@@ -15,6 +15,8 @@ from t2i.runs.run_folder import read_status
 from t2i.study.spec import Study, Tuning
 
 DONE = "done"
+LOSSES = ("image_loss", "text_loss")
+"""What a trial can be judged by."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def check_tuning(study: Study) -> None:
     """Check a study's tuning.
 
     Raises:
-        UserError: its seed is one of the runs', it has no values, or an arm sets what it tunes.
+        UserError: its seed is one of the runs', it has no values, no run measures its loss, or an arm sets what it
+            tunes.
     """
     tuning = study.tuning
     if tuning is None:
@@ -101,6 +104,8 @@ def check_tuning(study: Study) -> None:
     names = {f"{value:g}" for value in tuning.values if value > 0}
     if len(names) < 2 or len(names) < len(tuning.values):
         raise UserError(f"{where}.values is {tuning.values}; expected at least two different numbers > 0.")
+    if tuning.loss not in LOSSES:
+        raise UserError(f"{where}.loss is {tuning.loss}; expected one of {', '.join(LOSSES)}.")
     group, _, name = tuning.key.partition(".")
     for arm, settings in study.arms.items():
         own = settings.get(group)

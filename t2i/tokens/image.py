@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i.errors import DataError, UserError
+from t2i.errors import DataError, UserError, first_line
 from t2i.files import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -119,8 +119,7 @@ class ImageTokenizer:
             pickle.UnpicklingError,
             SafetensorError,
         ) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the image tokenizer {folder} cannot be loaded: {reason:.300}") from error
+            raise UserError(f"the image tokenizer {folder} cannot be loaded: {first_line(error)}") from error
         return cls(model, folder=folder, device=device, dtype=dtype)
 
     def num_codes(self, image_size: int) -> int:

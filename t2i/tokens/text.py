@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.files import HUB, hub_name, not_here, read_optional_json
 from t2i.tokens.pieces import read_pieces, tokenizer_of_pieces
 
@@ -186,8 +186,7 @@ def _from_file(file: Path) -> PreTrainedTokenizerFast:
             return PreTrainedTokenizerFast(**given)
         return PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False, **given)
     except Exception as error:  # tokenizers has no class of its own for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the text tokenizer {file.parent} cannot be read: {reason:.300}") from error
+        raise UserError(f"the text tokenizer {file.parent} cannot be read: {first_line(error)}") from error
 
 
 def _from_pieces(folder: Path) -> PreTrainedTokenizerFast:
@@ -198,7 +197,7 @@ def _from_pieces(folder: Path) -> PreTrainedTokenizerFast:
     except UserError:
         raise
     except Exception as error:  # tokenizers has no class of its own for what it cannot use
-        raise UserError(f"the text tokenizer {folder / MODEL} is broken: {error}.") from error
+        raise UserError(f"the text tokenizer {folder / MODEL} is broken: {first_line(error)}") from error
     named = read_optional_json(folder / CONFIG, error=UserError)
     if named.get("add_bos_token") is False:
         made.post_processor = None
@@ -219,8 +218,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **OPTIONS)
     except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"the hub gives no text tokenizer {HUB}{name}: {why}") from error
+        raise UserError(f"the hub gives no text tokenizer {HUB}{name}: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{HUB}{name} is a {type(tokenizer).__name__}; expected one with tokenizer.json.")
     return tokenizer

@@ -10,6 +10,7 @@ from PIL import Image
 from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import DataError, NumericalError, UserError
+from t2i.image_tokenizer import codebook
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.image_tokenizer.make import make_tokenizer
@@ -83,6 +84,16 @@ def test_the_last_step_always_uses_the_codebook(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
     with pytest.raises(NumericalError, match="The loss of step 0 is inf"):
         train_image_tokenizer(squares(), config=replace(TINY, edge_weight=1e300), out=tmp_path)
+
+
+def test_kmeans_in_blocks_finds_the_same_centres(monkeypatch):
+    points = torch.randn(500, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centres = [
+        kmeans(points, num_centres=30, generator=torch.Generator().manual_seed(1))
+        for size in (codebook.AT_ONCE, 30 * 7, 1)
+        if monkeypatch.setattr(codebook, "AT_ONCE", size) is None
+    ]
+    assert torch.allclose(centres[0], centres[1]) and torch.allclose(centres[0], centres[2])
 
 
 def test_kmeans_finds_separate_clusters():

@@ -88,6 +88,7 @@ def test_nothing_is_chosen_before_every_trial_has_ended(study, tmp_path):
         (("[1.0e-4, 3.0e-4, 1.0e-3]", "[1.0e-3, 1.0e-3]"), "expected at least two different numbers"),
         (("random: {}", "random: {train: {lr: 1.0}}"), "arm random sets train.lr, which tuning chooses"),
         (("seed: 9, values", "sed: 9, values"), "unknown key sed of a tuning; perhaps seed was meant"),
+        (("seed: 9, values", "seed: 9, loss: image_los, values"), "tuning.loss is image_los; expected"),
         (("{max_steps: 10}", "{max_step: 10}"), "tuning has the setting train.max_step"),
         # Without its point YAML takes it for a text.
         (("[1.0e-4,", "[1e-4,"), r"values\[0\] is '1e-4'; expected a number such as 1.0e-4"),

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from t2i.config import Dtype
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.files import read_json
 from t2i.generate.others.family import Family, OthersModel, OthersTokenizer
 from t2i.model.backbone import UNUSABLE
@@ -90,8 +90,7 @@ def open_others(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except UNUSABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} cannot be loaded as a {kind}: {reason:.300}") from error
+        raise UserError(f"{folder} cannot be loaded as a {kind}: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     model.to(device)
     return opened_of(kind, model, tokenizer, folder=folder, image_size=image_size)
