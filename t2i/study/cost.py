@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from t2i.config import ASSETS, Gpu, PlanConfig, RunConfig
-from t2i.cost.assumptions import known_data
+from t2i.config import ASSETS, Gpu, ModelConfig, PlanConfig, RunConfig
+from t2i.cost.assumptions import is_there, known_data
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, weight_bytes
 from t2i.cost.plan import START_SECONDS, work_of
@@ -18,6 +18,9 @@ from t2i.study.spec import TRAIN, Study
 from t2i.study.tuning import trial_name, trials
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
+
+SIZE = ("init", "family", "hidden_size", "num_layers", "num_heads", "norm_type", "qk_norm")
+"""Settings of model that say what is trained, not how."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     assumed: dict[str, Any] = dict(study.assumed)
     plan = replace(_embedded(), **assumed)
     runs = {step.name: step_config(step, out=out) for step in study.steps if step.command == TRAIN}
+    made = {str(config.run_dir): config.model for config in runs.values()}
     runs |= {
         trial_name(arm, value): trial_config(study, arm=arm, value=value, out=out)
         for arm, value in trials(study)
@@ -81,7 +85,14 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
         run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
     }
     return [
-        _cost(name, config, plan=plan, element_bytes=element, micro_batch=micro_batch, out=out)
+        _cost(
+            name,
+            replace(config, model=_sized(config.model, made)),
+            plan=plan,
+            element_bytes=element,
+            micro_batch=micro_batch,
+            out=out,
+        )
         for name, config in runs.items()
     ]
 
@@ -124,6 +135,18 @@ def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> 
     products = (one.executed_flops / (device.peak_flops * num_gpus * mfu) for one in costs)
     least = (0.0 if gpu == "cpu" else one.shape.least_seconds(num_gpus=num_gpus) for one in costs)
     return sum(START_SECONDS + max(pair) for pair in zip(products, least, strict=True))
+
+
+def _sized(model: ModelConfig, made: dict[str, ModelConfig]) -> ModelConfig:
+    """Give a start that a step of the study has yet to make the size that the step will give it.
+
+    Args:
+        made: run folder of a step -> what it trains.
+    """
+    start = made.get(model.init)
+    if start is None or is_there(model.init):
+        return model
+    return _sized(replace(model, **{name: getattr(start, name) for name in SIZE}), made)
 
 
 def _cost(

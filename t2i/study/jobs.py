@@ -85,7 +85,7 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
     """
     jobs: list[Job] = []
     for step in study.steps:
-        command = [step.command, *flags_of_mapping(filled(step.flags, out=out))]
+        command = [*_words(step.command), *flags_of_mapping(filled(step.flags, out=out))]
         # Without `needs` a step waits for all before it: right for a list read from top to bottom, if not the quickest.
         before = tuple(job.name for job in jobs)
         needed = before if step.needs is None else tuple(step.needs)
@@ -102,9 +102,14 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
             for seed in measure.seeds or study.seeds_of(arm):
                 name, run = run_name(arm, seed), run_dir(out, arm, seed)
                 flags = flags_of_mapping(filled(measure.flags, out=out, run=run))
-                command = [measure.command, str(run / measure.at), *flags]
+                command = [*_words(measure.command), str(run / measure.at), *flags]
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
     return jobs
+
+
+def _words(command: str) -> list[str]:
+    """Split a script from its word; an empty command stays one, so that it is missed by name."""
+    return command.split() or [command]
 
 
 def changed_words(command: list[str], before: list[str]) -> str:

@@ -34,7 +34,7 @@ class Step:
 
     name: str
     command: str
-    """Script, from the repository's root."""
+    """Script, from the repository's root; behind it its word, where it has several: `launchers/tokenizer.py train`."""
     flags: Settings = field(default_factory=dict)
     needs: list[str] | None = None
     """Steps that must be done before; None for all that are listed before."""

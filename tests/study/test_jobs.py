@@ -287,11 +287,20 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
 
 
+def test_a_command_may_name_one_of_a_scripts_words(tmp_path):
+    text = STUDY.replace(
+        "{name: first, command: step.py,", "{name: first, command: launchers/tokenizer.py train,"
+    )
+    first = jobs_of(read_study(written(tmp_path, text)), out=Path("o"))[0]
+    assert first.command == ["launchers/tokenizer.py", "train", "--out", "o/made"]
+
+
 def test_a_script_that_does_not_exist_is_missed_before_anything_runs(toy):
     job, study, folder = toy
-    jobs = [job("a"), Job("near", ["eval/nearer.py"], needs=("a",))]
-    with pytest.raises(UserError, match="near calls eval/nearer.py, which is neither here nor shipped"):
-        work(lambda: jobs, study=study, out=folder / "out")
+    for script in ("eval/nearer.py", ""):
+        jobs = [job("a"), Job("near", [script], needs=("a",))]
+        with pytest.raises(UserError, match=f"near calls {script}, which is neither here nor shipped"):
+            work(lambda jobs=jobs: jobs, study=study, out=folder / "out")
     assert not (folder / "calls").exists()
 
 

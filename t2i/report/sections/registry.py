@@ -4,7 +4,17 @@ import inspect
 from pathlib import Path
 
 from t2i.errors import UserError
-from t2i.report.sections import budgets, comparisons, curves, embeddings, images, language, tuning, wordings
+from t2i.report.sections import (
+    budgets,
+    comparisons,
+    curves,
+    embeddings,
+    images,
+    language,
+    law,
+    tuning,
+    wordings,
+)
 from t2i.report.sections.section import Section, SectionKind
 from t2i.study.kinds import misfit
 from t2i.study.spec import SectionSpec, Study, nearest_name
@@ -15,6 +25,7 @@ SECTIONS: dict[str, SectionKind] = {
         *curves.SECTIONS,
         *comparisons.SECTIONS,
         *budgets.SECTIONS,
+        *law.SECTIONS,
         *tuning.SECTIONS,
         *wordings.SECTIONS,
         *images.SECTIONS,
