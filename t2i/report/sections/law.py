@@ -141,10 +141,20 @@ def _predictions(fit: Fit, grid: Grid, held_out: dict[str, list[int]]) -> list[P
     known = [
         float(grid.losses({arm: [step]}).mean()) if _has(grid, arm, [step]) else None for arm, step in places
     ]
-    columns = (cells.parameters, cells.tokens, cells.ages, *fit.predicted(cells))
+    loss, low, high = fit.predicted(cells)
     return [
-        Prediction(arm, step, *map(float, numbers), measured)
-        for (arm, step), measured, *numbers in zip(places, known, *columns, strict=True)
+        Prediction(
+            arm,
+            step,
+            parameters=float(cells.parameters[cell]),
+            tokens=float(cells.tokens[cell]),
+            age=float(cells.ages[cell]),
+            loss=float(loss[cell]),
+            low=float(low[cell]),
+            high=float(high[cell]),
+            measured=known[cell],
+        )
+        for cell, (arm, step) in enumerate(places)
     ]
 
 
