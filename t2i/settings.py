@@ -87,7 +87,7 @@ def key_of(name: str, *, group: str) -> str:
 
 
 def fits(value: object, hint: Hint) -> bool:
-    """Tell whether an annotation allows a value; texts, paths and groups are not checked."""
+    """Tell whether an annotation allows a value; texts and groups are not checked, and of paths that there is one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if not fits(value, arguments[0]):
@@ -108,7 +108,8 @@ def fits(value: object, hint: Hint) -> bool:
     if hint is float:
         # The difference of a finite number to itself is 0; that of nan or an infinity is not.
         return isinstance(value, Real) and not isinstance(value, bool) and value - value == 0
-    return True
+    # An empty path would be the folder that the command happens to run in.
+    return hint is not Path or str(value) != ""
 
 
 def _is_in_range(value: Any, metadata: tuple[object, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Read this process's command line, and keep other libraries quiet."""
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from t2i.cli.names import check_names, flag_names
+from t2i.cli.names import check_names, flag_hints, flag_names
 from t2i.cli.rules import REGISTRY, Refused
 from t2i.cli.run_file import run_file_flags
 from t2i.config.renamed import with_new_flags
@@ -55,8 +56,8 @@ def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") ->
         UserError: an unknown flag, or a setting that is out of range or of another type.
         SystemExit: a flag is missing, or has no value; tyro has reported it.
     """
-    renamed = with_new_flags(words)
-    check_names(renamed, known=flag_names(kind))
+    renamed = with_new_flags([_at_home(word) for word in words])
+    check_names(renamed, hints=flag_hints(kind))
     try:
         return tyro.cli(kind, args=renamed, description=description, registry=REGISTRY)
     except Refused as refused:
@@ -66,11 +67,18 @@ def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") ->
 def _config_file(arguments: list[str]) -> str | None:
     """Find the FILE of `--config FILE` or `--config=FILE`; None if it is missing, which tyro reports."""
     # By hand: the file's flags have to be known before tyro reads the whole line.
+    found = None
     for place, word in enumerate(arguments):
-        name, _, value = word.partition("=")
-        if name == "--config":
-            return value or next(iter(arguments[place + 1 :]), None)
-    return None
+        name, equals, value = _at_home(word).partition("=")
+        if name == "--config":  # the last one counts, as of every flag
+            found = value if equals else next(iter(arguments[place + 1 :]), None)
+    return found
+
+
+def _at_home(word: str) -> str:
+    """Put the home folder in the place of `~`, which a shell leaves behind an equals sign, and in a run file."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{name}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word  # noqa: PTH111
 
 
 def _with_size(words: list[str]) -> list[str]:

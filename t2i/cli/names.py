@@ -1,54 +1,85 @@
-"""Names of flags: those that a command has, and the nearest to one that it has not."""
+"""Names of flags: those that a command has, what each takes, and the nearest to one that it has not."""
 
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Annotated, get_args, get_origin
 
 import tyro
 
 from t2i.errors import UserError
-from t2i.settings import hints_of
+from t2i.settings import Hint, hints_of
 
 POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 NOT_OURS = ("--help", "--tyro-")
 """How flags begin that tyro itself knows, such as those that write completions for a shell."""
+SPELLINGS = ("true", "false", "yes", "no", "on", "off")
+"""Words that other programs take as the value of a switch."""
 LEAST_LIKENESS = 0.7
 """Of difflib's ratio, for a name to be suggested: --outt is 0.86 like --out and 0.6 like --layout."""
 
 
 def flag_names(kind: type) -> set[str]:
     """List the flags of a dataclass, or of each of a union's, as tyro names them: train.max-steps, no-compile."""
+    return set(flag_hints(kind))
+
+
+def flag_hints(kind: type) -> dict[str, Hint]:
+    """Map the flags of a dataclass, or of each of a union's, to the annotations of their fields."""
     kinds = [kind] if is_dataclass(kind) else get_args(kind)
-    return {name.replace("_", "-") for one in kinds for name in _names(one, prefix="")}
+    return {name.replace("_", "-"): hint for one in kinds for name, hint in _hints(one, prefix="")}
 
 
-def _names(kind: type, *, prefix: str) -> Iterator[str]:
+def _hints(kind: type, *, prefix: str) -> Iterator[tuple[str, Hint]]:
     for name, hint in hints_of(kind).items():
         is_marked = get_origin(hint) is Annotated
         inner, marks = (get_args(hint)[0], hint.__metadata__) if is_marked else (hint, ())
         if is_dataclass(inner):
             is_flat = any(getattr(mark, "name", None) == "" for mark in marks)
-            yield from _names(inner, prefix=prefix if is_flat else f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from _hints(inner, prefix=prefix if is_flat else f"{prefix}{name}.")  # type: ignore[arg-type]
         elif POSITIONAL not in marks:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", hint
             if inner is bool:
-                yield f"{prefix}no-{name}"
+                yield f"{prefix}no-{name}", hint
 
 
-def check_names(words: Sequence[str], *, known: set[str]) -> None:
-    """Refuse flags that a command does not have.
+def is_switch(hint: Hint) -> bool:
+    """Tell whether a flag is given alone, or with `no-` in its name, and takes no value."""
+    return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is bool
+
+
+def without_no(name: str) -> str:
+    """Take the `no-` from the last part of a switch's name, which turns it off: train.no-compile -> train.compile."""
+    group, dot, last = name.rpartition(".")
+    return f"{group}{dot}{last.removeprefix('no-')}"
+
+
+def check_names(words: Sequence[str], *, hints: Mapping[str, Hint]) -> None:
+    """Refuse flags that a command does not have, and values of flags that take none.
 
     tyro would refuse them too, but among what else it misses, in a frame, and without the name that was meant.
     """
     given = [word.partition("=")[0] for word in words if word.startswith("--")]
     if any(name.startswith(NOT_OURS) for name in given):
         return
-    unknown = [name for name in given if name[2:].replace("_", "-") not in known]
+    unknown = [name for name in given if name[2:].replace("_", "-") not in hints]
     if unknown:
-        meant = " ".join(f"There is no flag {name}{nearest(name, known, form='--{}')}." for name in unknown)
+        meant = " ".join(
+            f"There is no flag {name}{nearest(name, set(hints), form='--{}')}." for name in unknown
+        )
         raise UserError(f"{meant} `{sys.argv[0]} --help` lists all flags.")
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if not (word.startswith("--") and is_switch(hints[name[2:].replace("_", "-")])):
+            continue
+        # A word behind a switch may be the name of a model, but hardly one of these.
+        found = value if equals else following if following.lower() in SPELLINGS else None
+        if found is not None:
+            raise UserError(
+                f"{name} has the value {found!r}; expected no value: the switch alone, or with `no-` before the last"
+                " part of its name to turn it off."
+            )
 
 
 def nearest(name: str, known: set[str], *, form: str) -> str:

@@ -58,6 +58,20 @@ def _number(word: str, kind: type[int] | type[float]) -> int | float | str:
         return word
 
 
+@REGISTRY.primitive_rule
+def _path_as_given(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read paths; an empty text, as of a shell's variable that is not set, stays one and is refused by its key."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]) if words[0] else "",
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 @REGISTRY.struct_rule
 def _with_ranges(info: StructTypeInfo) -> StructConstructorSpec | None:
     # tyro's own dataclass is generic; ours have no parameters.

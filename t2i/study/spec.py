@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from t2i.cli import is_kind, shown
 from t2i.config import PlanConfig, RunConfig
 from t2i.config.renamed import with_new_keys
 from t2i.errors import UserError
 from t2i.files import read_yaml
+from t2i.settings import expected, hints_of
 from t2i.study.kinds import misfit
 
 TRAIN = "launchers/train.py"
@@ -182,7 +184,7 @@ def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, pr
     Raises:
         UserError: the first name that a run does not have.
     """
-    known = {one.name: one.type for one in fields(kind)}
+    known, hints = {one.name: one.type for one in fields(kind)}, hints_of(kind)
     for key, value in settings.items():
         name = key.replace("-", "_")  # as on the command line, where both spellings are read
         if name not in known:
@@ -191,6 +193,9 @@ def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, pr
         group = known[name]
         if isinstance(group, type) and is_dataclass(group) and isinstance(value, dict):
             check_settings(value, where=where, kind=group, prefix=f"{prefix}{name}.")
+        elif is_dataclass(group) or not is_kind(value, hints[name]):
+            wanted = "settings of its own" if is_dataclass(group) else expected(hints[name])
+            raise UserError(f"{where}: {prefix}{key} is {shown(value)}; expected {wanted}.")
 
 
 def nearest_name(name: str, known: list[str]) -> str:

@@ -96,8 +96,10 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
         ),
         (
             ("seq_len: 90", "seq_len: [90, 91]"),
-            "arm pretrained has settings that launchers/train.py does not take",
+            r"settings: data.seq_len is \[90, 91\]; expected a whole number from 1 to 1,000,000",
         ),
+        (("random: {}", "random: {model: {init: }}"), "random: model.init is empty; expected a text"),
+        (("random: {}", "random: {train: }"), "random: train is empty; expected settings of its own"),
         (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
         (("  - {name: first", "  - first\n  - {name: more"), "a step is 'first'; expected"),
         (
