@@ -253,6 +253,16 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def refuse_existing(out: Path) -> None:
+    """Check that nothing is where a new folder is to be, also no link that leads nowhere.
+
+    Raises:
+        UserError: there is.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"--out {out} already exists; choose another.")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder to write into, which becomes `out` if there was no error.
@@ -260,8 +270,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         UserError: `out` exists.
     """
-    if out.exists():
-        raise UserError(f"--out {out} already exists; choose another.")
+    refuse_existing(out)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -13,7 +13,7 @@ for every source.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,11 +107,31 @@ def open_text_tokenizer(command: PrepareCommand) -> Any:
     return tokenizer
 
 
+def check_documents(command: PrepareCommand) -> None:
+    """Refuse what would be ignored: settings of images, and more than one process."""
+    from t2i.distributed.heartbeat import place_in_job
+
+    groups = (command.reading, command.shards)
+    chosen = [
+        f"--{name.replace('_', '-')}"
+        for group in groups
+        for name, value in asdict(group).items()
+        if value != getattr(type(group)(), name)
+    ]
+    if chosen:
+        raise UserError(
+            f"--source {command.source} has documents, not images; leave out {', '.join(chosen)}."
+        )
+    if (number := place_in_job()[1]) > 1:
+        raise UserError(f"--source {command.source} is packed by one process; found {number}.")
+
+
 def pack_documents(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.text import prepare_text
     from t2i.data.sources.documents import open_documents
     from t2i.data.sources.splits import USUAL_SHARE
 
+    check_documents(command)
     manifest = prepare_text(
         open_documents(command.source),
         out=out,

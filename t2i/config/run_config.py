@@ -249,6 +249,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self, group="train")
+        if self.new_embeddings_lr is not None and not self.lr:
+            raise UserError(
+                f"train.new_embeddings_lr is {self.new_embeddings_lr} and train.lr 0; expected train.lr > 0, of whose"
+                " schedule the other is a multiple."
+            )
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class AlignRun:
     run_dir: Annotated[Path, MAY_CHANGE]
     """Folder for the aligned embeddings and metrics."""
     data: DataConfig
-    """Captions are never dropped here, and sequences are text-to-image."""
+    """Captions are never dropped here, no text is replayed, and sequences are text-to-image."""
     model: str
     """The language model, a CKPT."""
     trust_remote_code: Annotated[bool, MAY_CHANGE] = False

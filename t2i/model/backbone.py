@@ -154,6 +154,29 @@ def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None
     return layout.image_rows if getattr(model.config, "image_rows_only", False) else None
 
 
+def known_layout(model: PreTrainedModel, *, name: str) -> VocabLayout | None:
+    """Read the vocabulary layout of a model that knows image codes, from its config.json; None for any other model.
+
+    Raises:
+        UserError: it is not as t2i writes it, or of another vocabulary than the model has.
+    """
+    found = getattr(model.config, "vocab_layout", None)
+    if found is None:
+        return None
+    try:
+        layout = VocabLayout(**found)
+        size = layout.vocab_size
+    except TypeError as error:
+        raise UserError(
+            f"{name}: vocab_layout in config.json is {found!r:.200}; expected the four numbers that t2i writes there."
+        ) from error
+    if size != num_ids(model):
+        raise UserError(
+            f"{name}: vocab_layout in config.json is of {size} ids; expected {num_ids(model)}, the model's embeddings."
+        )
+    return layout
+
+
 def weight_files(path: Path) -> list[Path]:
     """List the weight files of a checkpoint: the file itself, or those in a Hugging Face folder.
 

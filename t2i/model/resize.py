@@ -218,7 +218,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, _JoinedRows):
             old, new = state.pop(f"{name}.old"), state.pop(f"{name}.new")
             # One tensor for both ends of a tied model: safetensors then saves it once.
-            state[f"{name}.weight"] = joined.setdefault(id(module.new), torch.cat([old, new]))
+            # On the CPU, as merge_lora does.
+            state[f"{name}.weight"] = joined.setdefault(id(module.new), torch.cat([old.cpu(), new.cpu()]))
     merge_lora(model, state)
     return state
 

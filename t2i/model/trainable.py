@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.config import Trainable
-from t2i.errors import UserError
+from t2i.errors import UserError, first_line
 from t2i.model.open_lm.class_reading_open_lm import FEED_FORWARD_NAMES, is_norm
 
 ADAPTER = "default"
@@ -135,8 +135,22 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
         value.requires_grad_(".lora_" in name or name.endswith(".new"))
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Compute what is inside a layer again in the backward pass, in place of keeping it.
+
+    Raises:
+        UserError: the model's class cannot.
+    """
+    # Not the reentrant form, transformers 4's own: it gives no gradient where what enters the layers has none, as
+    # under LoRA without new embeddings.
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"model.gradient_checkpointing is on; expected off: {first_line(error)}") from error
+
+
 def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Merge, in a state dict of `model`, the adapters into the matrices that they belong to.
+    """Merge, in a state dict of `model`, the adapters into the matrices that they belong to, on the CPU.
 
     The checkpoint is then a plain model of its class, which sampling and export open without peft.
     """
@@ -145,7 +159,8 @@ def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     ]
     for name, module in adapted:
         weight = state.pop(f"{name}.base_layer.weight")
-        delta = module.get_delta_weight(ADAPTER).detach()
+        # Not where the model is: a GPU that trains it may have no room for a second one.
+        weight, delta = weight.cpu(), module.get_delta_weight(ADAPTER).detach().cpu()
         for key in [key for key in state if key.startswith(f"{name}.lora_")]:
             del state[key]
         state[f"{name}.weight"] = weight + delta.to(weight.dtype)

@@ -24,7 +24,7 @@ from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.distributed.run_id import read_run_id
 from t2i.errors import CheckpointError, UserError, first_line
 from t2i.files import HUB, hub_name, not_here, sha256_of
-from t2i.model.backbone import check_decoding, load_model, num_ids, weight_files
+from t2i.model.backbone import check_decoding, known_layout, load_model, num_ids, weight_files
 from t2i.runs.best_checkpoint import BEST
 from t2i.runs.checkpoint_manifest import CHECKPOINTS, has_manifest
 from t2i.runs.checkpoint_store import newest_readable, verify
@@ -220,18 +220,15 @@ def _read(
     # First, so that a folder without a tokenizer is refused before gigabytes of weights are read.
     text_tokenizer = TextTokenizer.load(folder)
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
-    known = getattr(model.config, "vocab_layout", None)
+    layout = known_layout(model, name=str(folder))
     text_tokenizer.check_rows(
-        known["num_text_tokens"] if known else model.config.vocab_size, model=f"the model of {folder}"
+        layout.num_text_tokens if layout else num_ids(model), model=f"the model of {folder}"
     )
-    if known is not None:
-        layout = VocabLayout(**known)
-    elif needs_images:
+    if layout is None and needs_images:
         raise UserError(
             f"{folder} is a plain language model without image codes: its config.json has no vocab_layout."
         )
-    else:
-        layout = VocabLayout(num_ids(model), text_tokenizer.num_tokens, codebook_size=0)
+    layout = layout or VocabLayout(num_ids(model), text_tokenizer.num_tokens, codebook_size=0)
     opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
     return _with_images(opened) if needs_images else opened
 

@@ -27,11 +27,11 @@ from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.build import Start, loaded_start
 from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy
 from t2i.train.inputs import found_start, manifest_of
 from t2i.train.metrics import MetricsWriter
 from t2i.train.new_embeddings import first_sequences
+from t2i.train.start import Start, loaded_start
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,11 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
 
     Raises:
         UserError: more pairs per step than the data has, or a model that was trained on these codes already.
-        DataError: too few held-out pairs to measure retrieval among.
+        DataError: the shards have no images, or too few held-out pairs to measure retrieval among.
     """
     manifest, config = manifest_of(run.data), run.align
+    if manifest.is_text:
+        raise DataError(f"{run.data.shards} holds text only; expected shards of captioned images to align.")
     count = num_trained_on(manifest, subsample_every=run.data.subsample_every)
     if count < config.num_pairs:
         raise UserError(
@@ -60,8 +62,9 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         )
     is_first = dist.get_rank() == 0
     lock = open_run(run, ds_config={}) if is_first else None
-    # A dropped caption leaves no pair, and only text-to-image sequences hold both an image and its caption.
-    data = replace(run.data, mode="text-to-image", caption_dropout=0.0)
+    # A dropped caption leaves no pair, nor does replayed text, and only text-to-image sequences hold both an image and
+    # its caption.
+    data = replace(run.data, mode="text-to-image", caption_dropout=0.0, replay_ratio=0.0, replay_shards=None)
     folder = found_start(run.model)
     tokenizer = TextTokenizer.load(Path(folder))
     start = loaded_start(

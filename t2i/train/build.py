@@ -1,7 +1,7 @@
 """The model to train: randomly initialised or loaded, with its vocabulary grown by the image codes."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,24 +12,14 @@ from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.files import read_json
-from t2i.model.backbone import (
-    check_decoding,
-    check_head,
-    load_model,
-    made_of,
-    num_ids,
-    random_model_config,
-    read_model_config,
-)
-from t2i.model.control_init import control_init
+from t2i.model.backbone import check_decoding, num_ids
 from t2i.model.growth_checks import check_reads, check_shapes, check_text_kept, text_logits
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 from t2i.model.resize import end_at, grow_vocabulary, never_generate, split_rows
 from t2i.model.routing import route, text_hash
-from t2i.model.trainable import add_lora, set_trainable
+from t2i.model.trainable import add_lora, recompute_activations, set_trainable
 from t2i.model.uniform_start import Probe
-from t2i.runs.loading import DATA_MANIFEST, find, reading
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.new_embeddings import (
@@ -39,17 +29,9 @@ from t2i.train.new_embeddings import (
     first_sequences,
     rows_from_shards,
 )
+from t2i.train.start import Start, starting_model
 
-
-@dataclass(frozen=True)
-class Start:
-    """A language model before its vocabulary grows, and what its ids mean."""
-
-    model: PreTrainedModel
-    layout: VocabLayout
-    """The vocabulary that the grown model will have."""
-    num_kept: int
-    """Ids from 0 whose embeddings and LM head stay as they are."""
+logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -90,7 +72,13 @@ def build_model(
     # open_lm's own class is known to keep its text.
     is_checked = not isinstance(model.config, OpenLMConfig) or config.image_weights != "none"
     before = text_logits(model, num_text_rows=layout.num_text_rows) if is_checked else None
-    if start.num_kept < layout.vocab_size and not manifest.is_text:
+    is_grown = start.num_kept < layout.vocab_size and not manifest.is_text
+    if not is_grown and config.new_embeddings != "auto":
+        logger.warning(
+            "model.new_embeddings %s is not used: no embedding of %s is new.",
+            *(config.new_embeddings, config.init),
+        )
+    if is_grown:
         _grow(
             start,
             config,
@@ -115,12 +103,14 @@ def build_model(
     model.config.sequence_mode, model.config.sequence_length = data.mode, data.seq_len
     _check_positions(model, seq_len=data.seq_len, name=config.init)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        recompute_activations(model)
     if config.image_weights == "none":
         choose_learned(model, config, train=train, num_kept=start.num_kept)
     if before is not None:
         check_text_kept(model, before, name=config.init)
-    return model, layout
+    # transformers opens a model for evaluation: it would recompute no activation, and drop nothing out, where the same
+    # model drawn anew would.
+    return model.train(), layout
 
 
 def _grow(
@@ -201,95 +191,3 @@ def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
     elif found is not None and 0 <= found < seq_len:  # XLNet's -1 is for any number
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")
-
-
-def fresh_start(config: ModelConfig, *, manifest: Manifest, text_tokenizer: TextTokenizer) -> Start:
-    """Make a model of model.init's architecture, drawn by its class's own rule, with the vocabulary that can be kept.
-
-    Raises:
-        UserError: model.init_std is given, and the class takes no deviation.
-    """
-    folder, _ = find(config.init)
-    description = read_model_config(folder, trust_remote_code=config.trust_remote_code)
-    if config.init_std is not None:
-        if not hasattr(description, "initializer_range"):
-            raise UserError(
-                f"model.init_std is {config.init_std}; expected None, because {type(description).__name__} draws by a"
-                " rule without such a deviation."
-            )
-        description.initializer_range = config.init_std
-    model = made_of(description, trust_remote_code=config.trust_remote_code)
-    check_head(model, name=config.init)  # a loaded model has passed it
-    return _kept_rows(model, knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
-
-
-def starting_model(
-    config: ModelConfig, *, seq_len: int, seed: int, manifest: Manifest, text_tokenizer: TextTokenizer
-) -> Start:
-    """Make or load the language model, as a control if asked, with the vocabulary that can be kept."""
-    if config.control_init == "fresh":
-        return fresh_start(config, manifest=manifest, text_tokenizer=text_tokenizer)
-    if config.init != "random":
-        start = loaded_start(
-            config.init,
-            manifest=manifest,
-            text_tokenizer=text_tokenizer,
-            trust_remote_code=config.trust_remote_code,
-        )
-    else:
-        size = random_model_config(config, num_text_tokens=text_tokenizer.num_tokens, seq_len=seq_len)
-        start = _kept_rows(made_of(size), knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)
-    if config.control_init != "none":
-        control_init(start.model, kind=config.control_init, seed=seed)
-    return start
-
-
-def loaded_start(
-    name: str, *, manifest: Manifest, text_tokenizer: TextTokenizer, trust_remote_code: bool
-) -> Start:
-    """Load a CKPT with the vocabulary that can be kept."""
-    folder, run_dir = find(name)
-    with reading(folder):
-        # fp32 whatever the file holds: DeepSpeed's JSON says in which precision to train.
-        model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return _kept_rows(
-        model,
-        knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),
-        manifest=manifest,
-        text_tokenizer=text_tokenizer,
-    )
-
-
-def _kept_rows(
-    model: PreTrainedModel, *, knows_codes: bool, manifest: Manifest, text_tokenizer: TextTokenizer
-) -> Start:
-    """Cut off the embeddings and the LM head of ids that mean nothing for these shards.
-
-    A model that was trained on these codes keeps all. One with other codes keeps those of text and markers.
-    """
-    rows, codebook_size = num_ids(model), manifest.codebook_size
-    known = getattr(model.config, "vocab_layout", None)
-    text_tokenizer.check_rows(known["num_text_tokens"] if known else rows, model="the language model")
-    if known is None:  # it has met no codes at all
-        return Start(model, VocabLayout(rows, text_tokenizer.num_tokens, codebook_size), num_kept=rows)
-    layout = VocabLayout(**known)
-    if knows_codes or manifest.is_text:
-        return Start(model, layout, num_kept=rows)
-    if isinstance(model, RoutedForCausalLM):
-        raise UserError(
-            "model.init has image weights for other image codes; expected shards of the codes that it was trained on,"
-            " or the language model that it began from."
-        )
-    layout = VocabLayout(layout.num_text_rows, layout.num_text_tokens, codebook_size)
-    model.resize_token_embeddings(layout.first_image_id, mean_resizing=False)
-    return Start(model, layout, num_kept=layout.first_image_id)
-
-
-def _knows_codes(home: Path, manifest: Manifest) -> bool:
-    """Tell whether the model of a folder was trained on codes of the image tokenizer that made these shards."""
-    file = home / DATA_MANIFEST
-    if not file.is_file():
-        return False
-    # By fingerprint of the tokenizer's weights: two tokenizers may share a name and mean other images by a code.
-    trained_on = read_json(file).get("image_tokenizer")
-    return isinstance(trained_on, dict) and trained_on.get("fingerprint") == manifest.code_maker.fingerprint

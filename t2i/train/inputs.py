@@ -14,6 +14,7 @@ from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import check_listing
 from t2i.data.shards.manifest import (
     IMAGE_TOKENIZER,
+    MANIFEST,
     TEXT_TOKENIZER,
     Manifest,
     check_text_use,
@@ -21,9 +22,10 @@ from t2i.data.shards.manifest import (
 )
 from t2i.data.shards.reader import check_image_tokenizer, fetch_shards
 from t2i.data.sources import open_source
+from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.env import torch_compile_problem
-from t2i.errors import UserError
+from t2i.errors import DataError, UserError
 from t2i.files import hub_name, not_here
 from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
@@ -58,7 +60,7 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     Before DeepSpeed is started, which takes seconds, and minutes where it first compiles its operators.
 
     Raises:
-        DataError: there are no such shards.
+        DataError: there are no such shards, or no such text to measure.
         UserError: they are too few for a step, model.init or a file of embeddings does not exist, a tracker is not
             installed, prompts to sample would not be used, or there is no compiler to compile with.
     """
@@ -76,6 +78,7 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
         raise UserError(f"model.init: {missing}.")
     check_trackers(config.train.report_to)
+    _check_eval_text(config.train.eval_text)
     if prompts := config.train.sample_prompts:
         if not config.train.sample_every or data.mode != "text-to-image":
             needed = "train.sample_every > 0 and data.mode text-to-image"
@@ -84,6 +87,15 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     rows = Path(model.new_embeddings)
     if rows.suffix == ".safetensors" and not rows.is_file():
         raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
+
+
+def _check_eval_text(text: str) -> None:
+    if not text or (Path(text) / MANIFEST).is_file():
+        return
+    try:
+        open_documents(f"{PREFIX}{text}")
+    except DataError as error:
+        raise DataError(f"train.eval_text is {text}, of which no text can be read. {error}") from error
 
 
 def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:
@@ -150,7 +162,10 @@ def found_start(init: str) -> str:
     # Asked of one rank: the run that it names may be saving a newer checkpoint at this moment.
     if init == "random":
         return init
-    return on_first_rank(lambda: str(find(init)[0]))
+    found: str = on_first_rank(lambda: str(find(init)[0]))
+    if found != init:
+        logger.info("model.init %s: %s", init, found)  # the newest one of a run that may still be training
+    return found
 
 
 def warn_of_other_tokenizer(tokenizer: TextTokenizer, manifest: Manifest) -> None:

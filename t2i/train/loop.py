@@ -82,7 +82,9 @@ class Trainer:
                 )
             at_start = [place for place, work in enumerate(self.periodic) if work.at_start]
             self.requests.begin()
-            self._steps(owed=self.progress.owed if restored else at_start)
+            # What is measured may have changed since: there may be less of it.
+            pending = [place for place in self.progress.owed if place < len(self.periodic)]
+            self._steps(owed=pending if restored else at_start)
             if self.writer:
                 self._say_end()
         finally:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from t2i.config import RunConfig
 from t2i.errors import Stopped
+from t2i.model.backbone import weight_files
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
@@ -31,7 +32,9 @@ def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tu
     Every rank of a launched job calls this. Steps that are saved already are not trained again.
     """
     # Without evaluations and samples, which change no weight and take most of such a short run.
-    quiet = replace(config.train, save_every=0, eval_every=0, sample_every=0, eval_text="")
+    quiet = replace(
+        config.train, save_every=0, eval_every=0, sample_every=0, sample_prompts=None, eval_text=""
+    )
     whole, halves = (
         replace(config, run_dir=config.run_dir / name, train=quiet) for name in ("whole", "halves")
     )
@@ -59,18 +62,18 @@ def _differing_row(found: Path, wanted: Path) -> str:
 
 def _differing_checkpoint(found: Path, wanted: Path) -> str:
     resumed, other = (checkpoints.verify(folder) for folder in (found, wanted))
-    with (
-        safe_open(found / "model.safetensors", framework="pt") as ours,
-        safe_open(wanted / "model.safetensors", framework="pt") as theirs,
-    ):
-        for name in theirs.keys():  # noqa: SIM118  (not a mapping)
-            if not (ours.get_tensor(name) == theirs.get_tensor(name)).all():
-                distance = (ours.get_tensor(name) - theirs.get_tensor(name)).abs().max().item()
-                return f"weights of {name} differ by up to {distance:.2e} after {other.step} steps."
-    ours, theirs = resumed.facts, other.facts
+    for file in weight_files(wanted):  # several, of a large model
+        with (
+            safe_open(found / file.name, framework="pt") as ours,
+            safe_open(file, framework="pt") as theirs,
+        ):
+            for name in theirs.keys():  # noqa: SIM118  (not a mapping)
+                if not (ours.get_tensor(name) == theirs.get_tensor(name)).all():
+                    distance = (ours.get_tensor(name) - theirs.get_tensor(name)).abs().max().item()
+                    return f"weights of {name} differ by up to {distance:.2e} after {other.step} steps."
     for what, one, two in (
-        ("Adam's moments", ours.optimizer_bits, theirs.optimizer_bits),
-        ("the place in the data", ours.loader, theirs.loader),
+        ("Adam's moments", resumed.facts.optimizer_bits, other.facts.optimizer_bits),
+        ("the place in the data", resumed.facts.loader, other.facts.loader),
     ):
         if one != two:
             return f"{what} differ after {other.step} steps: {one} after resuming, {two} without."

@@ -119,7 +119,7 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def language_model(finished, tmp_path_factory):
-    from t2i.train.build import starting_model
+    from t2i.train.start import starting_model
 
     tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
     start = starting_model(

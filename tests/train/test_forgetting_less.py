@@ -138,7 +138,7 @@ def test_text_of_another_length_is_refused_before_a_model_is_made(finished, text
 @pytest.fixture(scope="module")
 def start(finished, tmp_path_factory, tokenizer):
     """A language model's folder, as a run of text alone leaves it."""
-    from t2i.train.build import starting_model
+    from t2i.train.start import starting_model
 
     folder = tmp_path_factory.mktemp("language-model")
     found = starting_model(
