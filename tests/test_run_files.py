@@ -106,3 +106,7 @@ def test_an_empty_path_is_refused_and_not_the_present_folder(flag, monkeypatch):
 def test_a_switch_with_a_value_is_refused(words, monkeypatch):
     with pytest.raises(UserError, match=r"compile has the value '\w+'; expected no value"):
         read(monkeypatch, *words)
+
+
+def test_a_command_line_without_a_word_has_its_defaults(monkeypatch):
+    assert read(monkeypatch) == TrainCommand()

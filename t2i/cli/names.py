@@ -69,7 +69,7 @@ def check_names(words: Sequence[str], *, hints: Mapping[str, Hint]) -> None:
             f"There is no flag {name}{nearest(name, set(hints), form='--{}')}." for name in unknown
         )
         raise UserError(f"{meant} `{sys.argv[0]} --help` lists all flags.")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if not (word.startswith("--") and is_switch(hints[name[2:].replace("_", "-")])):
             continue

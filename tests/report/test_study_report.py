@@ -34,9 +34,9 @@ from t2i.study.results import Curve, curve, paired, runs_of
 from t2i.study.spec import SectionSpec
 from t2i.tokens.text import TextTokenizer
 from t2i.train.align import align
-from t2i.train.start import starting_model
 from t2i.train.ds_config import read_ds_config
 from t2i.train.main import start_processes, train
+from t2i.train.start import starting_model
 
 ROOT = Path(__file__).parents[2]
 
