@@ -59,6 +59,7 @@ def main() -> None:
     from t2i.play.serving import listen, serve_until_stopped
     from t2i.runs.loading import open_model
     from t2i.serve.opening import check_exposure, url_of
+    from t2i.serve.stopping import stop_signal
 
     api_key = os.environ.get("T2I_API_KEY") or None
     check_exposure(command.host, api_key=api_key)
@@ -88,5 +89,6 @@ def main() -> None:
         trust_remote_code=command.trust_remote_code,
     ) as page:
         url = url_of(command.host, listening.getsockname()[1])
+        stopped = stop_signal()  # before the address is said: who waits for it may stop the page at once
         print(f"Open {url} in a browser; Ctrl-C stops.", flush=True)
-        serve_until_stopped(page.application, listening=listening, give_up=page.give_up)
+        serve_until_stopped(page.application, listening=listening, stopped=stopped, give_up=page.give_up)

@@ -34,9 +34,9 @@ class ServeCommand:
     max_waiting: Annotated[int, Ge(1), Le(1_000_000)] = 256
     """Images that may wait; further requests are answered with status 429."""
     max_images: Annotated[int, Ge(1), Le(1_000)] = 10
-    """Images per request."""
+    """Images per request, and never more than may wait."""
     model_name: str | None = None
-    """What clients call the model; by default the folder's name."""
+    """What clients call the model; by default its name on the hub, or the folder's."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     sample: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
@@ -47,7 +47,7 @@ def main() -> None:
     from t2i.distributed.launch import join
     from t2i.runs.loading import open_model
     from t2i.serve.opening import check_exposure, start, url_of
-    from t2i.serve.stopping import serve_until_stopped
+    from t2i.serve.stopping import serve_until_stopped, stop_signal
 
     api_key = os.environ.get("T2I_API_KEY") or None
     check_exposure(command.host, api_key=api_key)
@@ -68,5 +68,6 @@ def main() -> None:
         api_key=api_key,
     )
     url = url_of(command.host, server.server_port)
+    stopped = stop_signal()  # before the address is said: who waits for it may stop the server at once
     print(f"{server.service.limits.model} draws at {url}/v1; Ctrl-C stops.", flush=True)
-    serve_until_stopped(server)
+    serve_until_stopped(server, stopped=stopped)

@@ -48,7 +48,7 @@ def painters_of(models: Sequence[OpenedModel], *, batch_size: int) -> tuple[Pain
     for opened in models:
         drawer_of(opened, settings=SampleConfig())
     busy = Lock()
-    names = [opened.home.resolve().name for opened in models]
+    names = [opened.name for opened in models]
     if len(set(names)) < len(names):  # two checkpoints of one run, or folders of one name
         names = [str(opened.folder) for opened in models]
     return tuple(

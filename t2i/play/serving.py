@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from t2i.errors import UserError
-from t2i.serve.http_server import LOOPBACK
-from t2i.serve.stopping import stop_signal
+from t2i.serve.clients import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Door:
 
         Args:
             is_open: whether a password is asked for inside; otherwise only requests for this machine's own name are
-                let in, as pages of other sites cannot make them.
+                let in, which a site whose name was made to lead here cannot make.
         """
         self._application, self._is_open = application, is_open
 
@@ -48,11 +47,9 @@ class Door:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
             return
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        name = host.rsplit(":", 1)[0].strip("[]")
-        if not self._is_open and name not in LOOPBACK:
+        if refusal := self._refusal(scope):
             await send({"type": "http.response.start", "status": 403, "headers": [*HEADERS.items()]})
-            await send({"type": "http.response.body", "body": b"this page answers to localhost alone"})
+            await send({"type": "http.response.body", "body": refusal})
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -61,6 +58,19 @@ class Door:
             await send(message)
 
         await self._application(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: Message) -> bytes:
+        """Say why a request is not let in; empty if it is."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
+        if not self._is_open and not is_loopback(host):
+            return b"this page answers to localhost alone"
+        # Browsers send forms and uploads to any address, for any site, and add who is asking. A link may lead here.
+        is_link = scope.get("method") == "GET" and headers.get(b"sec-fetch-mode") == "navigate"
+        is_elsewhere = headers.get(b"sec-fetch-site") == "cross-site" and not is_link
+        if is_elsewhere or (origin and not self._is_open and not is_loopback(origin.partition("://")[2])):
+            return b"this page answers to no other site's pages"
+        return b""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -82,16 +92,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_until_stopped(
-    application: Application, *, listening: socket.socket, give_up: Callable[[], None]
+    application: Application,
+    *,
+    listening: socket.socket,
+    stopped: threading.Event,
+    give_up: Callable[[], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
+    """Serve until the event of stop_signal is set; a second Ctrl-C ends at once.
 
     Args:
         give_up: ends the work that pages wait for.
     """
     import uvicorn  # comes with Gradio
 
-    stopped = stop_signal()
     server = uvicorn.Server(
         uvicorn.Config(
             application,

@@ -11,7 +11,7 @@ from torch import Tensor
 from t2i.errors import UserError
 from t2i.generate.best_of import log_likelihoods_by_place
 from t2i.runs.loading import OpenedModel
-from t2i.serve.drawing import cut_caption
+from t2i.serve.drawing import room_of
 from t2i.tokens.image import centre_crop_resize, to_pixels
 from t2i.tokens.sequence import prompt
 
@@ -68,7 +68,7 @@ def worth_of(opened: OpenedModel, caption: str, image: Image.Image) -> Worth:
         raise UserError(f"This model was trained on {mode} sequences: it reads no captions.")
     shown = centre_crop_resize(image.convert("RGB"), size=opened.image_size())
     codes = opened.needed_image_tokenizer().encode(to_pixels([shown]))  # (1, K)
-    ids = opened.text_tokenizer.encode(cut_caption(opened, caption))
+    ids = opened.text_tokenizer.encode(caption)[: room_of(opened)]
     prompts = [prompt(each, layout=opened.layout, mode=mode).tolist() for each in (ids, torch.tensor([]))]
     matched, null = log_likelihoods_by_place(
         opened.model, prompts, codes.repeat(2, 1), layout=opened.layout

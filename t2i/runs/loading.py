@@ -55,6 +55,14 @@ class OpenedModel:
     """None if the CKPT was opened without images."""
     weights: str = "not hashed"
     """SHA-256 of the weights on disk if the CKPT was opened for images; else a text."""
+    hub: str = ""
+    """Its name on the hub, if it was opened by it."""
+
+    @property
+    def name(self) -> str:
+        """Return what people call the model: its name on the hub, else its folder's."""
+        # The folder of a hub's model is named by a hash.
+        return self.hub or self.home.resolve().name
 
     @property
     def home(self) -> Path:
@@ -170,6 +178,7 @@ def open_model(
                 return _read(
                     folder,
                     run_dir,
+                    hub=hub_name(name),
                     needs_images=needs_images,
                     device=device,
                     dtype=dtype_of(dtype, device=device),
@@ -212,6 +221,7 @@ def _read(
     folder: Path,
     run_dir: Path | None,
     *,
+    hub: str,
     needs_images: bool,
     device: torch.device | str,
     dtype: torch.dtype | Literal["stored"],
@@ -229,7 +239,7 @@ def _read(
             f"{folder} is a plain language model without image codes: its config.json has no vocab_layout."
         )
     layout = layout or VocabLayout(num_ids(model), text_tokenizer.num_tokens, codebook_size=0)
-    opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout)
+    opened = OpenedModel(folder, run_dir, model, text_tokenizer, layout, hub=hub)
     return _with_images(opened) if needs_images else opened
 
 

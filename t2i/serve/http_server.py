@@ -1,13 +1,11 @@
 """The routes over HTTP: one thread per connection, which waits while the drawing thread draws."""
 
-import base64
-import hmac
 import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,14 +15,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from t2i.files import is_readable
-from t2i.serve.images_request import ImagesRequest, Limits, RefusedError, read_request
+from t2i.serve.answers import ALLOWED, HEALTH, IMAGES, METRICS, MODELS, answer_of, headers_of
+from t2i.serve.clients import has_key, is_loopback
+from t2i.serve.images_request import Limits, RefusedError, read_request
 from t2i.serve.meters import Meters
 from t2i.serve.waiting import Asked, ClosedError, FullError, Waiting
 
 logger = logging.getLogger(__name__)
 
-IMAGES, MODELS, HEALTH, METRICS = "/v1/images/generations", "/v1/models", "/health", "/metrics"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_BODY_BYTES = 2**16
 MOST_CONNECTIONS = 256
 """Connections at once, each of which is a thread."""
@@ -32,6 +30,8 @@ BACKLOG = 1_024
 """Connections that wait to be accepted; with Python's five, a burst of clients is turned away."""
 SILENT_SECONDS = 30
 """How long a client may take for the next piece of its request."""
+LAST_BYTES, LAST_SECONDS = 2**24, 5.0
+"""How much of a refused body is read, and for how long, before its connection is closed."""
 LOOK_SECONDS = 0.5
 """How often it is looked whether a client still waits for its images."""
 JSON_TYPE, TEXT_TYPE = "application/json", "text/plain; version=0.0.4; charset=utf-8"
@@ -115,43 +115,65 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = SILENT_SECONDS
     server_version, sys_version = "t2i", ""
+    _has_unread = False
+    """Whether a part of the request was not read, which would be taken for the next request."""
 
     def do_GET(self) -> None:
-        """Answer GET."""
+        """Answer GET, and HEAD, which wants the same without the content."""
         self._answer({MODELS: self._models, HEALTH: self._health, METRICS: self._metrics})
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         """Answer POST."""
         self._answer({IMAGES: self._images})
+
+    def do_OPTIONS(self) -> None:
+        """Refuse what no route has."""
+        self._answer({})
+
+    do_PUT = do_PATCH = do_DELETE = do_OPTIONS
+
+    def finish(self) -> None:
+        """Close the connection, once the client has had the time to read its answer."""
+        with suppress(OSError):
+            if self._has_unread:
+                self._read_rest()
+        super().finish()
+
+    def _read_rest(self) -> None:
+        # A connection that is closed while its client still sends is reset, and the answer is lost with it.
+        self.connection.shutdown(socket.SHUT_WR)
+        end, left = time.monotonic() + LAST_SECONDS, LAST_BYTES
+        while left > 0 and (seconds := end - time.monotonic()) > 0:
+            self.connection.settimeout(seconds)
+            piece = self.connection.recv(2**16)
+            left -= len(piece) or left  # nothing: the client has closed it
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Say nothing: _answer logs."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what http.server itself refuses in the same form as the rest."""
-        self.close_connection = True
+        self.close_connection = self._has_unread = True
         text = message or HTTPStatus(code).phrase
         self._send(code, json.dumps(RefusedError(code, text).to_json()), kind=JSON_TYPE)
 
     def _answer(self, routes: dict[str, Callable[[], tuple[str, str]]]) -> None:
         path, start = self.path.split("?")[0].rstrip("/") or "/", time.monotonic()
-        known = (IMAGES, MODELS, HEALTH, METRICS)
-        route = path if path in known else MODELS if path.startswith(f"{MODELS}/") else "other"
-        self._body_is_read = False
+        route = path if path in ALLOWED else MODELS if path.startswith(f"{MODELS}/") else "other"
+        self._has_unread = self.headers.get("Content-Length", "0") != "0" or self._is_chunked()
         with self.server.answering():
-            status, kind, headers = 200, JSON_TYPE, {}
+            status, kind = 200, JSON_TYPE
             try:
                 self._check_client(path)
                 if route not in routes:
                     raise RefusedError(
-                        405 if route in known else 404, f"there is no {self.command} {path:.100}"
+                        405 if route in ALLOWED else 404, f"there is no {self.command} {path:.100}"
                     )
                 text, kind = routes[route]()
             except RefusedError as refused:
                 status, text = refused.status, json.dumps(refused.to_json())
-                headers = {"Retry-After": "1"} if status in (429, 503) else {}
-                # What was not read of a request would be taken for the next one.
-                self.close_connection |= self.command == "POST" and not self._body_is_read
             except ConnectionAbortedError:
                 status, text = 499, ""
             seconds = time.monotonic() - start
@@ -159,8 +181,9 @@ class Handler(BaseHTTPRequestHandler):
             if route == IMAGES and status == 200:
                 self.server.service.meters.took(seconds)
             logger.info("%s %s %d %.2f s", self.command, route, status, seconds)
+            self.close_connection |= self._has_unread
             if text:
-                self._send(status, text, kind=kind, **headers)
+                self._send(status, text, kind=kind, **headers_of(status, route))
 
     def _send(self, status: int, text: str, *, kind: str, **headers: str) -> None:
         body = text.encode()
@@ -173,17 +196,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def _check_client(self, path: str) -> None:
         """Refuse clients without the key, and pages of other sites that a browser on this machine has open."""
-        name = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
-        key = self.server.service.api_key
+        host, key = self.headers.get("Host", ""), self.server.service.api_key
         # A page cannot know the key; and behind a proxy the name is the proxy's.
-        if not key and name and name not in LOOPBACK:
+        if not key and host and not is_loopback(host):
             raise RefusedError(403, "this server answers to localhost alone")
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode()
-        if key and path != HEALTH and not hmac.compare_digest(given, key.encode()):
+        if key and path != HEALTH and not has_key(self.headers.get("Authorization", ""), key=key):
             raise RefusedError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _health(self) -> tuple[str, str]:
@@ -213,31 +235,44 @@ class Handler(BaseHTTPRequestHandler):
     def _images(self) -> tuple[str, str]:
         service = self.server.service
         request = read_request(self._read_body(), limits=service.limits)
-        caption = service.cut_caption(request.prompt)
-        images = [Asked(caption, request.seed + index) for index in range(request.num_images)]
+        images = [Asked(request.prompt, request.seed + index) for index in range(request.num_images)]
         try:
             service.waiting.add(images)
         except FullError as error:
             raise RefusedError(429, "too many images wait; try again later", code="queue_full") from error
         except ClosedError as error:
             raise RefusedError(503, "the server stops", code="stopping") from error
-        files = [self._wait_for(image.drawn, images) for image in images]
-        return json.dumps(_answer_of(request, images, files, side=service.limits.image_size)), JSON_TYPE
+        try:
+            files = [self._wait_for(image.drawn) for image in images]
+        finally:
+            for image in images:  # those that nobody waits for any more
+                image.drawn.cancel()
+        read, side = service.cut_caption(request.prompt), service.limits.image_size
+        return json.dumps(answer_of(request, images, files, read=read, side=side)), JSON_TYPE
 
     def _read_body(self) -> bytes:
         if self.headers.get_content_type() != JSON_TYPE:
             raise RefusedError(415, f"expected Content-Type: {JSON_TYPE}")
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise RefusedError(411, "expected a Content-Length")
+        # Both at once are how a request is hidden in another one's body.
+        if not length.isdecimal() or self._is_chunked():
+            raise RefusedError(411, "expected a Content-Length, and no Transfer-Encoding")
         if len(length) > 9 or int(length) > MOST_BODY_BYTES:
             raise RefusedError(413, f"the body has {length:.20} bytes; expected at most {MOST_BODY_BYTES}")
         body = self.rfile.read(int(length))
-        self._body_is_read = True
+        self._has_unread = False
         return body
 
-    def _wait_for(self, drawn: Future[bytes], images: Sequence[Asked]) -> bytes:
-        """Wait for a file; nothing is drawn for a client that has left meanwhile."""
+    def _is_chunked(self) -> bool:
+        return "Transfer-Encoding" in self.headers
+
+    def _wait_for(self, drawn: Future[bytes]) -> bytes:
+        """Wait for a file.
+
+        Raises:
+            RefusedError: it could not be drawn.
+            ConnectionAbortedError: the client has left meanwhile.
+        """
         while True:
             try:
                 return drawn.result(timeout=LOOK_SECONDS)
@@ -245,8 +280,6 @@ class Handler(BaseHTTPRequestHandler):
                 if drawn.done():  # it is the drawing thread's own
                     raise RefusedError(500, f"the image could not be drawn: {error}") from error
                 if self._has_left():
-                    for image in images:
-                        image.drawn.cancel()
                     raise ConnectionAbortedError from None
             except Exception as error:  # the drawing thread's, whatever it was
                 logger.error("a batch could not be drawn", exc_info=error)
@@ -254,19 +287,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _has_left(self) -> bool:
         """Tell whether the client has closed its end."""
-        return is_readable(self.connection) and not self.connection.recv(1, socket.MSG_PEEK)
-
-
-def _answer_of(
-    request: ImagesRequest, images: Sequence[Asked], files: Sequence[bytes], *, side: int
-) -> dict[str, Any]:
-    """Write OpenAI's answer, with each image's seed, and its caption where the model reads less than was sent."""
-    data = [
-        {
-            "b64_json": base64.b64encode(file).decode(),
-            "seed": image.seed,
-            **({} if image.caption == request.prompt else {"revised_prompt": image.caption}),
-        }
-        for image, file in zip(images, files, strict=True)
-    ]
-    return {"created": int(time.time()), "data": data, "output_format": "png", "size": f"{side}x{side}"}
+        try:
+            return is_readable(self.connection) and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:  # it was killed, or cut off
+            return True

@@ -6,8 +6,9 @@ from t2i.config import SampleConfig, SamplerConfig
 from t2i.errors import UserError
 from t2i.generate.sample import drawer_of
 from t2i.runs.loading import OpenedModel
+from t2i.serve.clients import LOOPBACK
 from t2i.serve.drawing import batch_drawer, cut_caption
-from t2i.serve.http_server import LOOPBACK, ImageServer, Service
+from t2i.serve.http_server import ImageServer, Service
 from t2i.serve.images_request import MOST_CHARACTERS, Limits
 from t2i.serve.meters import Meters
 from t2i.serve.waiting import Waiting
@@ -59,9 +60,11 @@ def start(
         waiting,
         meters=meters,
         limits=Limits(
-            model_name or opened.home.resolve().name,
+            model_name or opened.name,
             image_size=opened.image_size(),
-            most_images=most_images,
+            most_images=min(
+                most_images, most_waiting
+            ),  # more than may wait would be sent away again and again
             most_characters=most_characters,
         ),
         cut_caption=lambda caption: cut_caption(opened, caption),

@@ -43,9 +43,8 @@ def stop_signal() -> threading.Event:
     return stopped
 
 
-def serve_until_stopped(server: ImageServer) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second Ctrl-C ends at once."""
-    stopped = stop_signal()
+def serve_until_stopped(server: ImageServer, *, stopped: threading.Event) -> None:
+    """Serve until the event of stop_signal is set; a second Ctrl-C ends at once."""
     with accepting(server):
         stopped.wait()
         logger.info("Stopping: %d images wait, and are drawn first.", len(server.service.waiting))

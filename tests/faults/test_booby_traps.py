@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from PIL import Image
 
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
-from t2i.serve.http_server import ImageServer
 from t2i.verbs import SCRIPTS
 
 ROOT = Path(__file__).parents[2]
@@ -148,9 +148,13 @@ def test_no_command_runs_anything_of_a_strangers_folder(verb, change, traps, sha
     folder, ran = traps
     change(folder)
     # Opened and listening is enough; otherwise it would serve until it is told to stop.
-    monkeypatch.setattr("t2i.serve.stopping.serve_until_stopped", ImageServer.server_close)
+    monkeypatch.setattr("t2i.serve.stopping.stop_signal", threading.Event)
     monkeypatch.setattr(
-        "t2i.play.serving.serve_until_stopped", lambda page, *, listening, give_up: listening.close()
+        "t2i.serve.stopping.serve_until_stopped", lambda server, *, stopped: server.server_close()
+    )
+    monkeypatch.setattr(
+        "t2i.play.serving.serve_until_stopped",
+        lambda page, *, listening, stopped, give_up: listening.close(),
     )
     Path("images").mkdir()
     Path("notes.txt").write_text("a note of some length, with a few words in it " * 20)

@@ -23,19 +23,20 @@ async def page(scope, receive, send):
     await send({"type": "http.response.body", "body": b"the page"})
 
 
-def asked(host, *, is_open):
+def asked(host, *, is_open, method="GET", **headers):
     """Return the status and the headers that a request for a host gets."""
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "headers": [(b"host", host.encode())]}
+    others = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "headers": [(b"host", host.encode()), *others]}
     asyncio.run(Door(page, is_open=is_open)(scope, None, send))
     return sent[0]["status"], dict(sent[0]["headers"])
 
 
-@pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1", "[::1]:7860"])
+@pytest.mark.parametrize("host", ["localhost:7860", "127.0.0.1", "[::1]:7860", "[::1]", "LocalHost"])
 def test_this_machine_is_let_in(host):
     status, headers = asked(host, is_open=False)
     assert status == 200 and headers[b"content-type"] == b"text/html"
@@ -46,6 +47,24 @@ def test_this_machine_is_let_in(host):
 def test_a_page_of_another_site_is_not_let_in_unless_a_password_is_asked(host):
     assert asked(host, is_open=False)[0] == 403
     assert asked(host, is_open=True)[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example:7860"])
+def test_a_form_of_another_site_is_not_let_in(origin):
+    for method in ("GET", "POST"):
+        assert asked("localhost:7860", is_open=False, method=method, origin=origin)[0] == 403
+    for own in ("http://localhost:7860", "http://127.0.0.1", "https://[::1]:7860"):
+        assert asked("localhost:7860", is_open=False, method="POST", origin=own)[0] == 200
+
+
+def test_behind_a_password_a_link_of_another_site_is_let_in_and_nothing_else():
+    def status(method, site, mode):
+        # A proxy may give the page another name than the one that the browser knows.
+        names = {"origin": "https://the.proxy", "sec_fetch_site": site, "sec_fetch_mode": mode}
+        return asked("10.0.0.7:7860", is_open=True, method=method, **names)[0]
+
+    assert status("GET", "cross-site", "navigate") == status("POST", "same-origin", "cors") == 200
+    assert status("GET", "cross-site", "cors") == status("POST", "cross-site", "navigate") == 403
 
 
 def test_a_browser_loads_nothing_of_elsewhere():

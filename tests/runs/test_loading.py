@@ -1,5 +1,7 @@
 """Which names are paths and which are asked of the hub."""
 
+import shutil
+
 import pytest
 
 from t2i.errors import UserError
@@ -41,3 +43,10 @@ def test_what_the_hub_does_not_give_is_said_in_one_sentence():
     with pytest.raises(UserError, match="the hub gives no model hf:nobody/nothing: ") as caught:
         loading.find("hf:nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_hub_is_called_by_its_name_there(model_folder, tmp_path, monkeypatch):
+    snapshot = shutil.copytree(model_folder, tmp_path / "snapshots" / "0c1d2e")
+    monkeypatch.setattr(loading, "snapshot_download", lambda name: str(snapshot))
+    assert loading.open_model("hf:somebody/tiny", needs_images=False).name == "somebody/tiny"
+    assert loading.open_model(str(model_folder), needs_images=False).name == model_folder.name

@@ -48,6 +48,27 @@ def test_a_served_model_draws_until_it_is_told_to_stop(model_folder):
         assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("verb", ["serve", "play"])
+def test_who_reads_the_address_may_stop_it_at_once(verb, model_folder, call, monkeypatch):
+    if verb == "play":
+        pytest.importorskip("gradio", reason="pip install '.[play]' for this")
+    heard = []
+
+    def stop(*words, **_):
+        if "http://127.0.0.1" in str(words[0]):
+            heard.append(words[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("builtins.print", stop)
+    try:
+        assert call(f"launchers/{verb}.py", model_folder, "--port", 0) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(heard) == 1
+
+
 def test_another_address_without_a_key_is_refused_at_once(model_folder):
     done = processes.run(
         [sys.executable, str(ROOT / "launchers" / "serve.py"), str(model_folder), "--host", "0.0.0.0"],

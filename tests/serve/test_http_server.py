@@ -3,6 +3,8 @@
 import base64
 import http.client
 import json
+import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from t2i.serve.clients import has_key
 from t2i.serve.http_server import BACKLOG, ImageServer, Service
 from t2i.serve.images_request import Limits, RefusedError, read_request
 from t2i.serve.meters import Meters
@@ -73,8 +76,10 @@ def test_images_come_with_their_seeds_and_unknown_fields_are_ignored():
         assert drawn(answer) == ["a cat 7", "a cat 8"]
         assert [each["seed"] for each in answer["data"]] == [7, 8]
         assert "revised_prompt" not in answer["data"][0]
-        _, long = images(server, prompt="a cat that is longer than the model reads", seed=1)
+        prompt = "a cat that is longer than the model reads"
+        _, long = images(server, prompt=prompt, seed=1)
         assert long["data"][0]["revised_prompt"] == "a cat that is longer"
+        assert drawn(long) == [f"{prompt} 1"]  # cut by the sampler, as everywhere
         _, other = images(server)
         assert other["data"][0]["seed"] != images(server)[1]["data"][0]["seed"]
 
@@ -123,15 +128,16 @@ def test_routes_limits_and_hosts_are_checked():
         assert ask(server, "GET", "/health")[1]["status"] == "ok"
         assert ask(server, "GET", "/nowhere")[0] == 404
         assert ask(server, "GET", "/v1/images/generations")[0] == 405
-        assert (
-            ask(server, "PUT", "/v1/models")[1]["error"]["type"] == "server_error"
-        )  # 501, http.server's own
+        assert ask(server, "BREW", "/v1/models")[1]["error"]["type"] == "server_error"  # http.server's own
         assert ask(server, "POST", "/v1/images/generations", "{}", **{"Content-Type": "text/plain"})[0] == 415
         assert ask(server, "POST", "/v1/images/generations", " " * 70_000)[0] == 413
         # A page of another site, whose name was made to lead here.
-        assert ask(server, "GET", "/v1/models", Host="evil.example:80")[0] == 403
+        for host in ("evil.example:80", "localhost.evil.example", "[::1].evil.example", ":80"):
+            assert ask(server, "GET", "/v1/models", Host=host)[0] == 403
+        for host in ("LOCALHOST:80", "127.0.0.1", "[::1]", "[::1]:8000"):
+            assert ask(server, "GET", "/v1/models", Host=host)[0] == 200
         counted = ask(server, "GET", "/metrics")[1]
-        assert 't2i_requests_total{route="/v1/models",status="200"} 2' in counted
+        assert 't2i_requests_total{route="/v1/models",status="200"} 6' in counted
         assert "t2i_waiting_images 0" in counted
 
 
@@ -143,6 +149,68 @@ def test_a_key_is_asked_for_everywhere_but_health():
         status, answer = ask(server, "GET", "/v1/models", Authorization="Bearer wrong")
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert ask(server, "GET", "/v1/models", Authorization="Bearer secret")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "given", ["secret", "Basic secret", "Bearer", "Bearer secre", "Bearer secret2", "Bearer é"]
+)
+def test_a_key_in_another_form_is_none(given):
+    assert not has_key(given, key="secret")
+
+
+def test_a_key_is_compared_by_its_bytes():
+    assert has_key("bearer  secret", key="secret")
+    # As http.client reads what a client sent in UTF-8, and os.environ what is no UTF-8.
+    assert has_key("Bearer é".encode().decode("latin-1"), key="é")
+    assert has_key("Bearer \xe9", key="\udce9")
+
+
+def conversation(server, *requests):
+    """Send requests at once on one connection; return all that is answered until the server closes it."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        connection.sendall("".join(requests).encode())
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(2**16), b"")).decode()
+
+
+def test_what_is_left_of_a_request_is_not_taken_for_the_next_one():
+    hidden = "GET /metrics HTTP/1.1\r\n\r\n"
+    with served(Drawing()) as server:
+        for start in (
+            f"GET /health HTTP/1.1\r\nContent-Length: {len(hidden)}",
+            "GET /health HTTP/1.1\r\nTransfer-Encoding: chunked",
+            f"POST /nowhere HTTP/1.1\r\nContent-Length: {len(hidden)}",
+            "POST /v1/images/generations HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 0"
+            "\r\nTransfer-Encoding: chunked",
+        ):
+            said = conversation(server, start, "\r\n\r\n", hidden)
+            assert said.count("HTTP/1.1 ") == 1 and "Connection: close" in said
+        assert conversation(server, "GET /health HTTP/1.1\r\n\r\n" * 2).count("HTTP/1.1 200") == 2
+
+
+def test_a_body_that_is_too_large_is_answered_though_it_is_not_read():
+    with served(Drawing(), api_key="secret") as server:
+        for path, status in (("/v1/images/generations", 413), ("/v1/images/edits", 404)):
+            answer = ask(server, "POST", path, " " * 2**23, Authorization="Bearer secret")
+            assert (answer[0], answer[1]["error"]["type"]) == (status, "invalid_request_error")
+        assert ask(server, "POST", "/v1/images/generations", " " * 2**23)[0] == 401
+
+
+def test_each_method_gets_an_answer():
+    with served(Drawing()) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        for path, status in (("/health", 200), ("/v1/models/other", 404), ("/health", 200)):
+            connection.request("HEAD", path)
+            answer = connection.getresponse()
+            # Of the length that GET's content would have; a part of it would be taken for the next answer.
+            assert answer.status == status and int(answer.getheader("Content-Length")) > 0
+            assert answer.read() == b""
+        for method in ("OPTIONS", "PUT", "DELETE", "PATCH", "GET"):
+            connection.request(method, "/v1/images/generations")
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("Allow")) == (405, "POST")
+            assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
+        connection.close()
 
 
 def test_fifty_clients_lose_nothing_and_are_drawn_in_batches():
@@ -186,7 +254,8 @@ def test_a_failed_batch_is_said_and_the_next_is_drawn():
         assert images(server)[0] == 200
 
 
-def test_nothing_is_drawn_for_a_client_that_has_left():
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_nothing_is_drawn_for_a_client_that_has_left(is_killed):
     draw = Drawing()
     draw.go.clear()
     with served(draw) as server, ThreadPoolExecutor(1) as clients:
@@ -196,6 +265,8 @@ def test_nothing_is_drawn_for_a_client_that_has_left():
         body = json.dumps({"prompt": "left", "n": 2})
         connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
         until(lambda: len(server.service.waiting) == 2)
+        # With a linger time of 0 the kernel resets the connection, as it does for a process that was killed.
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_killed, 0))
         connection.close()
         until(lambda: 'status="499"' in server.service.meters.text(waiting=0))
         draw.go.set()

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import math
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -14,16 +16,20 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from t2i.config import SampleConfig, SamplerConfig
+from t2i.generate.best_of import caption_gains
 from t2i.generate.sample import draw_codes, draw_folder, drawer_of
 from t2i.play.asked import Drawing
 from t2i.play.drawing import draw_by_rows
 from t2i.play.opening import painters_of
+from t2i.play.worth import worth_of
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
-from t2i.serve.drawing import batch_drawer, cut_caption
+from t2i.serve.drawing import batch_drawer, cut_caption, room_of
 from t2i.serve.opening import check_exposure, start
 from t2i.serve.stopping import accepting
 from t2i.serve.waiting import Asked
+from t2i.tokens.image import to_pixels
+from t2i.tokens.sequence import prompt as prompt_of
 
 CAPTIONS = [f"picture {index} of a cat" for index in range(6)]
 SEED = 40
@@ -32,6 +38,16 @@ SEED = 40
 @pytest.fixture(scope="module")
 def opened(model_folder):
     return open_model(str(model_folder), needs_images=True)
+
+
+def asked(server, **fields):
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.server_port}/v1/images/generations",
+        data=json.dumps(fields).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
 
 
 def pixels(file):
@@ -87,13 +103,8 @@ def test_fifty_clients_get_what_one_alone_gets(opened):
     server = start(opened, address=("127.0.0.1", 0), **how)
 
     def drawn(seed):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{server.server_port}/v1/images/generations",
-            data=json.dumps({"prompt": CAPTIONS[seed % 6], "seed": seed}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+        [answer] = asked(server, prompt=CAPTIONS[seed % 6], seed=seed)["data"]
+        return base64.b64decode(answer["b64_json"])
 
     with accepting(server), ThreadPoolExecutor(50) as clients:
         together = list(clients.map(drawn, range(50)))
@@ -106,6 +117,40 @@ def test_a_prompt_is_cut_to_what_the_model_reads(opened):
     assert "a cat a cat" in long
     assert len(long) < 300
     assert cut_caption(opened, "a cat") == "a cat"
+
+
+def test_a_prompt_that_is_cut_within_a_letter_gives_one_image_by_all_ways(opened, tmp_path):
+    prompt = "\U0001f9ff" * 60
+    read = cut_caption(opened, prompt)
+    ids = [opened.text_tokenizer.encode(text)[: room_of(opened)].tolist() for text in (prompt, read)]
+    assert ids[0] != ids[1]  # what a part of a letter is shown as is another text
+    sampler = SamplerConfig(temperature=0)
+    paths = draw_folder(opened, {"0": prompt}, out=tmp_path, config=SampleConfig(temperature=0), batch_size=1)
+    server = start(
+        opened, sampler=sampler, address=("127.0.0.1", 0), batch_size=1, most_waiting=1, most_images=1
+    )
+    with accepting(server):
+        [answer] = asked(server, prompt=prompt, seed=SEED)["data"]
+    by_server = base64.b64decode(answer["b64_json"])
+    assert answer["revised_prompt"] == read
+    [painter] = painters_of([opened], batch_size=1)
+    by_page = [*draw_by_rows(painter, Drawing(prompt, 1, SEED, sampler), given_up=Event())][-1].files[0]
+    assert by_server == by_page
+    assert np.abs(pixels(paths[0]) - pixels(io.BytesIO(by_server))).max() <= 1
+    image = Image.open(paths[0])
+    codes = opened.needed_image_tokenizer().encode(to_pixels([image]))
+    prompts = [prompt_of(torch.tensor(text), layout=opened.layout).tolist() for text in (ids[0], [])]
+    gain = caption_gains(opened.model, prompts[:1], codes, null_prompt=prompts[1], layout=opened.layout)
+    assert math.isclose(worth_of(opened, prompt, image).by_place.sum().item(), gain.item(), abs_tol=1e-4)
+
+
+def test_more_images_than_may_wait_are_not_said_to_come_later(opened):
+    how = {"sampler": SamplerConfig(), "batch_size": 1, "most_waiting": 3, "most_images": 10}
+    with accepting(start(opened, address=("127.0.0.1", 0), **how)) as server:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            asked(server, prompt="a cat", n=4)
+        assert "n is 4; expected a whole number from 1 to 3" in refused.value.read().decode()
+        assert len(asked(server, prompt="a cat", n=3)["data"]) == 3
 
 
 def test_other_machines_need_a_key(opened):
