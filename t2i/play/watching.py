@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from t2i.files import lines_of
+from t2i.files import check_keys
 from t2i.report.figures import loss_curves
 from t2i.runs.checkpoint_manifest import committed, has_manifest, read_checkpoint_manifest, steps_of
 from t2i.runs.metrics_log import METRICS, has_step
-from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES, STATUS, read_settings, read_status
+from t2i.runs.run_folder import RESOLVED, SAMPLES, STATUS, read_sample_captions, read_settings, read_status
 from t2i.study.results import TRAIN_ROWS, Row, image_baselines, read_run
 
 RECENT_STEPS = 50
@@ -85,7 +85,6 @@ def watch(run_dir: Path, *, price: float = 0.0) -> Watched:
     """
     run = read_run(run_dir, seed=0)
     baselines = image_baselines([run])
-    captions = run_dir / SAMPLES / SAMPLE_CAPTIONS
     return Watched(
         forecast=_forecast(run_dir, run.rows, price=price),
         curves={
@@ -94,7 +93,7 @@ def watch(run_dir: Path, *, price: float = 0.0) -> Watched:
             if any(f"{kind}_loss" in row.values for row in run.rows)
         },
         grids=grids_of(run_dir),
-        captions=lines_of(captions.read_text()) if captions.is_file() else [],
+        captions=read_sample_captions(run_dir),
     )
 
 
@@ -113,7 +112,9 @@ def _forecast(run_dir: Path, rows: list[Row], *, price: float) -> Forecast:
     train = [row for row in rows if row.split == TRAIN_ROWS]
     recent = [row.values["step_seconds"] for row in train[-RECENT_STEPS:] if "step_seconds" in row.values]
     last = train[-1] if train else Row(0, TRAIN_ROWS, values={})
-    max_steps = int(read_settings(run_dir)["train"]["max_steps"])
+    settings = read_settings(run_dir)
+    check_keys(settings, {"train": {"max_steps": int}}, where=run_dir / RESOLVED)
+    max_steps = settings["train"]["max_steps"]
     status = read_status(run_dir)
     left = sum(recent) / len(recent) * max(0, max_steps - last.step) if recent else None
     return Forecast(

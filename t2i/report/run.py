@@ -14,7 +14,7 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import DataError, UserError
-from t2i.files import check_keys, lines_of, read_json, read_optional_json, write_whole
+from t2i.files import check_keys, read_json, read_optional_json, write_whole
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
@@ -22,9 +22,9 @@ from t2i.runs.checkpoint_manifest import steps_of
 from t2i.runs.run_folder import (
     ENVIRONMENT,
     RESOLVED,
-    SAMPLE_CAPTIONS,
     SAMPLES,
     Status,
+    read_sample_captions,
     read_settings,
     read_status,
     report_command,
@@ -110,7 +110,8 @@ def follow_run(run_dir: Path, *, every_seconds: int) -> None:
     while (status := read_status(run_dir)) and status.state == "running":
         try:
             write_report(run_dir, refresh_seconds=every_seconds)
-        except OSError as error:  # something that the run removed meanwhile; the next page will have it right
+        # Something that the run removed or changed meanwhile; the next page will have it right.
+        except (OSError, DataError) as error:
             logger.warning("the page could not be written: %s", error)
         time.sleep(every_seconds)
     write_report(run_dir)
@@ -148,7 +149,7 @@ def _page(run_dir: Path) -> RunPage:
         },
         images=_images(measured / "model", manifest) if measured and manifest else [],
         samples=[(step, _data_url(_image(path))) for step, path in _spread(run_dir / SAMPLES)],
-        sample_captions=_lines(run_dir / SAMPLES / SAMPLE_CAPTIONS),
+        sample_captions=read_sample_captions(run_dir),
         samples_are_held_out=manifest is None or bool(manifest.counts.get("heldout")),
         commands=_commands(run_dir),
     )
@@ -229,10 +230,6 @@ def _commands(run_dir: Path) -> list[str]:
     if _measured(run_dir):
         commands.append(command_line("score", str(run_dir)))
     return [*commands, report_command(run_dir)]
-
-
-def _lines(path: Path) -> list[str]:
-    return lines_of(path.read_text()) if path.is_file() else []
 
 
 def _data_url(image: Image.Image) -> str:

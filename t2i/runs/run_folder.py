@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, Protocol
@@ -19,7 +20,7 @@ from t2i.config import DsConfig
 from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.distributed.run_id import give_run_id
 from t2i.errors import CheckpointError, UserError
-from t2i.files import read_optional_json, read_yaml, write_json, write_whole
+from t2i.files import lines_of, read_optional_json, read_yaml, write_json, write_whole
 from t2i.runs.checkpoint_store import CHECKPOINTS, last_step
 from t2i.runs.metrics_log import has_step
 from t2i.settings import changed_settings
@@ -224,6 +225,19 @@ def write_status(
         next_command = report_command(run_dir) if state == "done" else own_command_line()
     status = Status(state, code, step, reason, next_command, time=time.strftime("%FT%T%z"))
     write_json(run_dir / STATUS, dataclasses.asdict(status))
+
+
+def write_sample_captions(run_dir: Path, captions: Sequence[str]) -> None:
+    """Write the captions of a run's grids of samples, one per line."""
+    write_whole(
+        run_dir / SAMPLES / SAMPLE_CAPTIONS, "".join(f"{' '.join(text.split())}\n" for text in captions)
+    )
+
+
+def read_sample_captions(run_dir: Path) -> list[str]:
+    """Read the captions of a run's grids of samples; none where nothing was sampled."""
+    file = run_dir / SAMPLES / SAMPLE_CAPTIONS
+    return lines_of(file.read_bytes().decode(errors="replace")) if file.is_file() else []
 
 
 def report_command(run_dir: Path) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from t2i.distributed.run_id import read_run_id
 from t2i.files import is_readable, read_optional_json, read_yaml, write_json
+from t2i.runs.checkpoint_manifest import steps_of
 from t2i.runs.metrics_log import METRICS, MetricsRow, parse_row, step_of
 from t2i.runs.run_folder import RESOLVED, SAMPLES
 from t2i.train.trackers import TRACKERS
@@ -62,16 +63,17 @@ def follow(run_dir: Path, name: str) -> None:
 
 
 def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
-    kind, folder = LOGGER_TYPE_TO_CLASS[name], run_dir / TRACKERS
+    kind, folder, run_id = LOGGER_TYPE_TO_CLASS[name], run_dir / TRACKERS, read_run_id(run_dir)
     own: dict[str, dict[str, object]] = {
         "wandb": {
             "name": run_dir.name,
-            "id": read_run_id(run_dir) or None,
+            "id": run_id or None,
             "resume": "allow",
             "dir": str(folder),
         },
         "mlflow": {"run_name": run_dir.name, "run_id": run},
-        "trackio": {"name": run_dir.name, "resume": "allow"},
+        # Its runs have no id beside the name, and another run's folder may have the same name.
+        "trackio": {"name": " ".join([run_dir.name, run_id[:8]]).strip(), "resume": "allow"},
     }
     if name == "mlflow":
         # A database: MLflow 3 refuses a folder of files.
@@ -117,8 +119,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _show_samples(tracker: GeneralTracker, run_dir: Path, *, after: int, now: int) -> int:
     """Show grids of sampled images, where accelerate's tracker takes images; return the last one's step."""
-    for path in sorted((run_dir / SAMPLES).glob("step_*.png")):
-        step = int(path.stem.removeprefix("step_"))
+    for step, path in steps_of((run_dir / SAMPLES).glob("step_*.png")).items():
         if hasattr(tracker, "log_images") and after < step <= now:
             with Image.open(path, formats=("PNG",)) as sheet:
                 # At the step reported last: W&B drops what comes for an earlier one.

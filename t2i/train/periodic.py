@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from t2i.config import DataConfig, TrainConfig
 from t2i.data.loader import num_trained_on
 from t2i.data.shards.reader import read_split
+from t2i.files import whole_file
 from t2i.generate.sample import Drawer, draw_grid
 from t2i.measure.forgetting import text_cost, text_sequences
 from t2i.measure.heldout import heldout_rows, heldout_text_rows
 from t2i.measure.reduce import Interrupted, ShouldStop
 from t2i.runs.metrics_log import MetricsRow
-from t2i.runs.run_folder import SAMPLE_CAPTIONS, SAMPLES
+from t2i.runs.run_folder import SAMPLES, write_sample_captions
 from t2i.tokens.image import centre_crop_resize
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.engine import Learner
@@ -180,10 +181,12 @@ def _samples(drawer: Drawer, *, prompts: Sequence[Prompt], writer: MetricsWriter
         if writer and captions:
             folder = writer.run_dir / SAMPLES
             folder.mkdir(exist_ok=True)
-            (folder / SAMPLE_CAPTIONS).write_text("\n".join(captions) + "\n")
+            write_sample_captions(writer.run_dir, captions)
             with interruptible(drawer.model, should_stop), on_device_of(drawer):
                 sheet = draw_grid(drawer, captions, beside=beside)
-            sheet.save(folder / f"step_{step:06d}.png")
+            # Whole or not at all: the report, the page and the trackers read it while the run goes on.
+            with whole_file(folder / f"step_{step:06d}.png") as file:
+                sheet.save(file, format="PNG")
             writer.show(sheet, step=step)
         return []
 

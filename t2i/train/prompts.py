@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from t2i.data.sources.caption import LeftOut
+from t2i.data.sources.caption import LeftOut, read_captions
 from t2i.data.sources.caption_list import LIST_COLUMNS, read_caption_list
 from t2i.data.sources.image import decode_image
 from t2i.data.sources.tables import TABLES, read_table_rows
@@ -48,14 +48,18 @@ def read_prompts(file: Path) -> list[Prompt]:
 def _of_row(row: dict[str, object], *, file: Path, number: int) -> Prompt:
     where, columns = f"{file}: row {number}", {str(name).strip().lower(): name for name in row}
     text = next((row[columns[name]] for name in LIST_COLUMNS if name in columns), None)
-    if not isinstance(text, str) or not text:
+    if text in ("", None):
         found, wanted = ", ".join(map(str, row)), ", ".join(LIST_COLUMNS)
         raise DataError(f"{where} has the columns {found}; expected a prompt in one of {wanted}.")
+    try:
+        prompt = read_captions(text, takes_all=False, encoding="utf-8")[0].text
+    except LeftOut as reason:
+        raise DataError(f"{where} cannot be used: {reason}.") from reason
     name = next((row[columns[name]] for name in IMAGE_COLUMNS if name in columns), None)
     if not name:
-        return Prompt(" ".join(text.split()), None)
+        return Prompt(prompt, None)
     path = file.parent / str(name)
     try:
-        return Prompt(" ".join(text.split()), decode_image(path.read_bytes()).image)
+        return Prompt(prompt, decode_image(path.read_bytes()).image)
     except (OSError, ValueError, LeftOut) as error:
         raise DataError(f"{where} names the image {path}, which cannot be read: {error}.") from error

@@ -12,6 +12,7 @@ from t2i.report import run as run_page
 from t2i.report.run import write_report
 from t2i.report.sections.section import Section
 from t2i.report.study import HTML, MARKDOWN, Part, StudyPage, rendered
+from t2i.runs.run_folder import read_sample_captions, write_sample_captions
 from t2i.study.jobs import Record
 from t2i.study.spec import Study
 
@@ -44,6 +45,28 @@ def test_a_runs_page_tells_its_last_step_and_escapes_words(run_dir):
     assert cells == ["heldout", "4.500", "4.750", "5.250", "8"]
     assert "<script>" not in page
     assert page.count(ESCAPED) == 2  # the caption and the command
+
+
+def test_a_file_that_is_half_written_ends_no_page_that_follows_a_run(run_dir, monkeypatch):
+    grid, status = run_dir / "samples" / "step_000004.png", run_dir / "status.json"
+    status.write_text(json.dumps({"state": "running"}))
+    grid.write_bytes(b"\x89PNG\r\n")
+
+    def wait(seconds):
+        Image.new("RGB", (2, 2)).save(grid)
+        status.write_text(json.dumps({"state": "done"}))
+
+    monkeypatch.setattr(run_page.time, "sleep", wait)
+    run_page.follow_run(run_dir, every_seconds=30)
+    assert "drawn at step 4" in (run_dir / "report.html").read_text()
+
+
+def test_captions_of_samples_are_one_per_line_in_utf_8(run_dir):
+    write_sample_captions(run_dir, ["a cat\nof 2 colours", "猫\u2028 \u00e9"])
+    assert (run_dir / "samples" / "captions.txt").read_bytes().decode().split("\n")[1] == "猫 é"
+    assert read_sample_captions(run_dir) == ["a cat of 2 colours", "猫 é"]
+    (run_dir / "samples" / "captions.txt").write_bytes(b"a \xff cat\n")
+    assert read_sample_captions(run_dir) == ["a \ufffd cat"]
 
 
 def test_a_page_refreshes_itself_while_the_run_lasts_and_not_after(run_dir, monkeypatch):

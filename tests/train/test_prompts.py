@@ -37,12 +37,20 @@ def test_lines_and_rows_are_prompts_and_some_have_an_image(tmp_path):
         ([{"text": "a", "image": "gone.png"}], r"row 1 names the image .*gone\.png, which cannot be read"),
         ([{"title": "a"}], "row 1 has the columns title; expected a prompt in one of caption, text, prompt"),
         ([{"text": "a"}] * (MOST_PROMPTS + 1), "has 65 prompts; expected 1 to 64"),
+        ([{"text": "a"}, {"text": 5}], "row 2 cannot be used: "),
         ([], "has 0 prompts"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         read_prompts(written(tmp_path, rows))
+
+
+def test_a_table_that_is_not_utf_8_is_refused_before_the_run(tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_bytes("text\na café\n".encode("latin-1"))  # as spreadsheet programs write it
+    with pytest.raises(DataError, match="row 1 cannot be used: a caption that is neither UTF-8"):
+        read_prompts(file)
 
 
 def test_a_real_image_stands_to_the_right_of_the_drawn_one(tmp_path, model_folder):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from t2i.distributed.run_id import give_run_id
 from t2i.errors import UserError
 from t2i.runs.metrics_log import append_metrics
 from t2i.train import following, trackers
@@ -126,6 +127,26 @@ def test_every_row_is_reported_once_and_samples_with_them(run_dir, followed):
     append_metrics(run_dir, {"step": 5, "loss": 1.0})
     resumed = followed()
     assert (resumed.logged, resumed.images) == ([(5, {"train/loss": 1.0})], [(5, (4, 4))])
+
+
+def test_a_stray_file_among_the_samples_is_left_out(run_dir, followed):
+    append_metrics(run_dir, {"step": 1, "loss": 2.0})
+    (run_dir / "samples").mkdir()
+    for name in ("step_000001.png", "step_000001 copy.png", "step_.png"):
+        Image.new("RGB", (4, 4)).save(run_dir / "samples" / name)
+    assert followed().images == [(1, (4, 4))]
+
+
+def test_runs_of_one_name_are_not_one_run_of_trackio(tmp_path, monkeypatch):
+    monkeypatch.setitem(following.LOGGER_TYPE_TO_CLASS, "trackio", Recorder)
+    names = []
+    for parent in ("first", "second"):
+        run = tmp_path / parent / "train"
+        run.mkdir(parents=True)
+        give_run_id(run)
+        names += [following._opened("trackio", run_dir=run, run=None).how["name"] for _ in range(2)]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert all(name.startswith("train ") for name in names)
 
 
 def test_a_held_out_row_is_reported_though_its_step_was_before(run_dir, followed, monkeypatch):
