@@ -1,6 +1,7 @@
 """An exported folder as diffusers' pipeline: the lines that people type first, without t2i."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,16 @@ def test_each_step_is_told_of_and_may_be_the_last(pipe):
         ({"prompt": []}, "prompt is"),
         ({"prompt": [3]}, "prompt is"),
         ({"generator": [seeded(1), seeded(2)]}, "expected one for each of 1 images"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "has latents; expected codes alone"),
+        # Each of these would draw something, and nobody would know that it is noise.
+        ({"guidance_scale": -1}, "guidance_scale is -1; expected a finite number >= 0"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"temperature": -0.5}, "temperature is -0.5; expected a finite number >= 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1; expected a whole number >= 0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0; expected a number > 0 and <= 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
     ],
     ids=str,
 )

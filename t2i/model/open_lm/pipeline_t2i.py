@@ -91,6 +91,10 @@ class T2IPipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check_prompts(prompts, num_images_per_prompt=num_images_per_prompt, output_type=output_type)
         self._check_shape(height=height, width=width, num_inference_steps=num_inference_steps)
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "codes"]:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; expected codes alone"
+            )
         captions = [text for text in prompts for _ in range(num_images_per_prompt)]
         sampler, num_codes = sampler_of(self.language_model), self.language_model.config.codes_per_image
         self._interrupt = False
@@ -100,7 +104,7 @@ class T2IPipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is not None:
                     so_far, step = torch.stack(codes, dim=1), len(codes) - 1
-                    given = {name: {"codes": so_far}[name] for name in callback_on_step_end_tensor_inputs}
+                    given = {name: so_far for name in callback_on_step_end_tensor_inputs}
                     callback_on_step_end(self, step, step, given)
                 if self._interrupt and len(codes) < num_codes:
                     raise _Interrupted(torch.stack(codes, dim=1))

@@ -5,6 +5,7 @@ This file is uploaded with exported models, so it imports only torch.
 B captions, R = 2 B rows with guidance (conditional, then unconditional), K codes per image, D width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,18 @@ class Draws:
     top_p: float
     mixes_logits: bool = False
     """Guidance combines logits: they are capped, so mixed hidden states would give others."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that would draw noise, or one code again and again, without a word."""
+        expected = {
+            "guidance_scale": ("a finite number >= 0", 0 <= self.guidance_scale < math.inf),
+            "temperature": ("a finite number >= 0", 0 <= self.temperature < math.inf),
+            "top_k": ("a whole number >= 0", self.top_k >= 0 and self.top_k == int(self.top_k)),
+            "top_p": ("a number > 0 and <= 1", 0 < self.top_p <= 1),
+        }
+        for name, (what, holds) in expected.items():
+            if not holds:  # nan holds nothing
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {what}")
 
     @property
     def is_guided(self) -> bool:

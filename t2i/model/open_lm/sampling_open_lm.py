@@ -72,7 +72,8 @@ def sample_codes(
             step, and for weights of 16 bits. A model whose decoder has no window is read by 1.
 
     Raises:
-        ValueError: no prompt, a window < 1, or a compiled step of a model whose class has none or with a window.
+        ValueError: no prompt, a setting out of its range, or a compiled step of a model whose class has none or with a
+            window.
     """
     if not len(prompts):
         raise ValueError("there is no caption to draw; expected at least one")
