@@ -15,6 +15,7 @@ from t2i.play.tabs.draw import draw_tab
 from t2i.play.tabs.parts import Play
 from t2i.play.tabs.run import run_tab
 from t2i.play.tabs.text import text_tab
+from t2i.runs.run_folder import SAMPLES
 
 MOST_UPLOAD = "32mb"
 KEPT_SECONDS = 24 * 3600
@@ -69,6 +70,9 @@ def make_application(play: Play, *, api_key: str | None, most_waiting: int) -> F
     """
     page = make_page(play)
     page.queue(max_size=most_waiting, api_open=False)
+    # Of a page that is mounted and not launched, Gradio 6.17 checks no path: a browser could name any file as uploaded.
+    page.has_launched = True
+    run_dir = play.painters[0].opened.run_dir
 
     def may_enter(name: str, password: str) -> bool:
         return hmac.compare_digest(password.encode(), (api_key or "").encode())
@@ -83,6 +87,7 @@ def make_application(play: Play, *, api_key: str | None, most_waiting: int) -> F
         # What is not foreseen stays in the log: the page would show its text as HTML.
         show_error=False,
         max_file_size=MOST_UPLOAD,
+        allowed_paths=[] if run_dir is None else [str((run_dir / SAMPLES).resolve())],
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,

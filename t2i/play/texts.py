@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from threading import Event, Lock
 
 from t2i.errors import CheckpointError, DataError, UserError
+from t2i.files import check_keys
 from t2i.measure.forgetting import complete
 from t2i.play.asked import read_text
 from t2i.play.following import check, follow
@@ -49,7 +50,12 @@ def _init_of(opened: OpenedModel) -> tuple[str, str]:
     """Return the name of a run's model.init, or an empty one and the reason why there is none."""
     if not (opened.home / RESOLVED).is_file():
         return "", f"{opened.home} does not say what it came from; name it by --reference."
-    init = str(read_settings(opened.home)["model"]["init"])
+    try:
+        settings = read_settings(opened.home)
+        check_keys(settings, {"model": {"init": str}}, where=opened.home / RESOLVED)
+    except (UserError, DataError) as error:  # the model can be played with all the same
+        return "", f"It is not known what this model came from: {error}"
+    init = settings["model"]["init"]
     if init == "random":
         return (
             "",

@@ -16,6 +16,7 @@ from t2i.play.tabs.parts import (
     gallery,
     let_draw,
     said_on_page,
+    sampler_sliders,
     shown,
     status_of,
 )
@@ -43,7 +44,8 @@ def draw_tab(play: Play) -> Any:
         with said_on_page():
             found = read_png_settings(Path(path), weights=painter.opened.weights)
         notes = " ".join(["Its settings are in the fields.", *found.notes])
-        return found.prompt, 1, str(found.seed), *vars(found.sampler).values(), notes
+        sliders = sampler_sliders(found.sampler, codebook_size=painter.opened.layout.codebook_size)
+        return found.prompt, 1, str(found.seed), *sliders, notes
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):

@@ -21,6 +21,8 @@ ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibil
 """For events that use a model: they queue for it, over all tabs and pages."""
 BUTTONS = ["download", "fullscreen"]
 """Of images; Gradio's own have one more, which uploads them."""
+BROKEN = (UserError, DataError, CheckpointError)
+"""What a user, a file or a folder can cause, with a sentence that says it."""
 AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """For events that no model is needed for. They are queued too: otherwise Gradio would not show what is wrong."""
 
@@ -60,7 +62,7 @@ def said_on_page() -> Iterator[None]:
     """Let the page say what a user can cause; Gradio would show its text as HTML, so it is escaped."""
     try:
         yield
-    except (UserError, DataError, CheckpointError) as error:
+    except BROKEN as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
@@ -87,39 +89,34 @@ def drawing_form(play: Play, *, label: str) -> Form:
     with gr.Row() as buttons:
         button = gr.Button(label, variant="primary", min_width=80, elem_classes="draw")
     with gr.Accordion("Sampler"):
-        guidance = gr.Slider(
-            0,
-            10,
-            value=sampler.guidance_scale,
-            step=0.1,
-            label="Guidance",
-            info="Useful: 1.5 to 4; 1 is none.",
-        )
-        temperature = gr.Slider(
-            0,
-            2,
-            value=sampler.temperature,
-            step=0.05,
-            label="Temperature",
-            info="Useful: 0.7 to 1.1; 0 is the likeliest code.",
-        )
-        top_k = gr.Slider(
-            0,
-            play.painters[0].opened.layout.codebook_size,
-            value=sampler.top_k,
-            step=1,
-            label="Top-k",
-            info="The k likeliest codes. Useful: 20 to 200; 0 is all.",
-        )
-        top_p = gr.Slider(
+        sliders = sampler_sliders(sampler, codebook_size=play.painters[0].opened.layout.codebook_size)
+    return Form([prompt, count, seed, *sliders], button, buttons)
+
+
+def sampler_sliders(sampler: SamplerConfig, *, codebook_size: int) -> list[Any]:
+    """Make the sliders of a sampler, in the order of read_drawing.
+
+    Each reaches as far as its value, which a flag or a dropped file may set beyond what is useful: Gradio refuses what
+    is outside.
+    """
+    useful = {
+        "guidance_scale": (0, 10, 0.1, "Guidance", "Useful: 1.5 to 4; 1 is none."),
+        "temperature": (0, 2, 0.05, "Temperature", "Useful: 0.7 to 1.1; 0 is the likeliest code."),
+        "top_k": (0, codebook_size, 1, "Top-k", "The k likeliest codes. Useful: 20 to 200; 0 is all."),
+        "top_p": (
             0.01,
             1,
-            value=sampler.top_p,
-            step=0.01,
-            label="Top-p",
-            info="Of those, the likeliest that reach this probability. Useful: 0.9 to 1.",
-        )
-    return Form([prompt, count, seed, guidance, temperature, top_k, top_p], button, buttons)
+            0.01,
+            "Top-p",
+            "Of those, the likeliest that reach this probability. Useful: 0.9 to 1.",
+        ),
+    }
+    sliders = []
+    for name, (least, most, step, label, info) in useful.items():
+        value = getattr(sampler, name)
+        reach = {"minimum": min(least, value), "maximum": max(most, value)}
+        sliders.append(gr.Slider(**reach, value=value, step=step, label=label, info=info))
+    return sliders
 
 
 def let_draw(

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from t2i.play.tabs.parts import AT_ONCE, BUTTONS, Play, said_on_page
+from t2i.play.tabs.parts import AT_ONCE, BROKEN, BUTTONS, Play, said_on_page
 from t2i.play.watching import Watched, grids_of, is_watchable, version_of, watch
 
 EVERY_SECONDS = 10
@@ -21,7 +21,11 @@ def run_tab(play: Play) -> None:
             "The model does not lie in a run folder with a recorded step, so there is no run to watch."
         )
         return
-    watched = watch(run_dir, price=play.price)
+    try:
+        watched = watch(run_dir, price=play.price)
+    except BROKEN as error:  # the model can be played with all the same
+        gr.Textbox(f"The run cannot be shown: {error}", label="The run", interactive=False)
+        return
     seen = gr.State(version_of(run_dir))
     said = gr.Textbox(_said(watched), label="The run", lines=3, interactive=False, elem_classes="forecast")
     curves = gr.HTML(_curves(watched), elem_classes="curves")
