@@ -264,6 +264,14 @@ MUTATIONS = (
         "learned position embeddings stay frozen, against the paper's level 2",
         LEARN,
     ),
+    Mutation(
+        "a-loaded-model-is-trained-as-it-is-opened",
+        "t2i/train/build.py",
+        "return model.train(), layout",
+        "return model, layout",
+        "gradient checkpointing and dropout of a loaded model are off, whatever the settings say",
+        ("tests/train/test_combinations.py",),
+    ),
     # The sampler.
     Mutation(
         "guidance-has-the-wrong-sign",
