@@ -72,11 +72,16 @@ def made(tmp_path):
         {
             "name": f"language-{width}",
             "command": "launchers/train.py",
-            "flags": {"run_dir": f"{{out}}/language-{width}", "model": size(width)},
+            "flags": {
+                "run_dir": f"{{out}}/language-{width}",
+                "model": size(width),
+                "data": {"shards": "{out}/text"},
+            },
         }
         for width in (32, 64, 128)
     ]
-    study = yaml.safe_load((tmp_path / "study.yaml").read_text()) | {"arms": ARMS, "steps": language}
+    own = {"arms": ARMS, "steps": language, "settings": {"data": {"shards": "{out}/images"}}}
+    study = yaml.safe_load((tmp_path / "study.yaml").read_text()) | own
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     made.study = read_study(tmp_path / "study.yaml")
     return made
