@@ -86,6 +86,11 @@ def key_of(name: str, *, group: str) -> str:
     return f"{group}.{name}" if group else f"--{name.replace('_', '-')}"
 
 
+def bare(hint: Hint) -> Any:
+    """Take the range and other marks from an annotation: Annotated[int, Ge(1)] -> int."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def fits(value: object, hint: Hint) -> bool:
     """Tell whether an annotation allows a value; texts and groups are not checked, and of paths that there is one."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -4,12 +4,12 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Annotated, get_args, get_origin
+from typing import get_args
 
 import tyro
 
 from t2i.errors import UserError
-from t2i.settings import Hint, hints_of
+from t2i.settings import Hint, bare, hints_of
 
 POSITIONAL = get_args(tyro.conf.Positional[str])[1]
 NOT_OURS = ("--help", "--tyro-")
@@ -33,20 +33,19 @@ def flag_hints(kind: type) -> dict[str, Hint]:
 
 def _hints(kind: type, *, prefix: str) -> Iterator[tuple[str, Hint]]:
     for name, hint in hints_of(kind).items():
-        is_marked = get_origin(hint) is Annotated
-        inner, marks = (get_args(hint)[0], hint.__metadata__) if is_marked else (hint, ())
+        inner, marks = bare(hint), getattr(hint, "__metadata__", ())
         if is_dataclass(inner):
             is_flat = any(getattr(mark, "name", None) == "" for mark in marks)
             yield from _hints(inner, prefix=prefix if is_flat else f"{prefix}{name}.")  # type: ignore[arg-type]
         elif POSITIONAL not in marks:
             yield f"{prefix}{name}", hint
-            if inner is bool:
+            if is_switch(hint):
                 yield f"{prefix}no-{name}", hint
 
 
 def is_switch(hint: Hint) -> bool:
     """Tell whether a flag is given alone, or with `no-` in its name, and takes no value."""
-    return (get_args(hint)[0] if get_origin(hint) is Annotated else hint) is bool
+    return bare(hint) is bool
 
 
 def without_no(name: str) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 from tyro.constructors import (
@@ -16,7 +16,7 @@ from tyro.constructors import (
 )
 
 from t2i.errors import UserError
-from t2i.settings import has_range, hints_of, range_of, texts_of
+from t2i.settings import bare, has_range, hints_of, range_of, texts_of
 from t2i.verbs import as_typed
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def _default(one: "Field[object]", given: object) -> object:
 
 def _with_hint(hint: Any, *, text: str) -> Any:
     """Add to an annotation how its default is shown in --help."""
-    if is_dataclass(get_args(hint)[0] if get_origin(hint) is Annotated else hint):
+    if is_dataclass(bare(hint)):
         return hint
     # None is what stands for the default that the text names; to say both would say that there is none.
     is_said = "default" in text.lower()

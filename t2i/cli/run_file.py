@@ -3,13 +3,13 @@
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import get_args, get_origin
 
 from t2i.cli.names import flag_hints, is_switch, nearest, without_no
 from t2i.config.renamed import with_new_flags
 from t2i.errors import UserError
 from t2i.files import read_yaml
-from t2i.settings import Hint, expected
+from t2i.settings import Hint, bare, expected
 
 RUN_FILE = "config"
 """The flag that names a run file, which no run file can do."""
@@ -62,7 +62,7 @@ def _check(key: str, value: object, *, name: str, hints: Mapping[str, Hint], whe
 
 def is_kind(value: object, hint: Hint) -> bool:
     """Tell whether YAML's value has the form that a flag takes; numbers and words are checked when they are read."""
-    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    inner = bare(hint)
     if value is None:
         return type(None) in get_args(inner)
     if isinstance(value, bool) or is_switch(hint):

@@ -123,6 +123,11 @@ def tokens_at(rows: list[Row]) -> dict[int, int]:
     return {0: 0} | {row.step: int(row.values["tokens"]) for row in counted}
 
 
+def tokens_spent(rows: list[Row]) -> int:
+    """Count the tokens that a run was trained on; 0 for one that has not trained."""
+    return max(tokens_at(rows).values())
+
+
 def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
     """Keep the seeds and steps that both have; None if there are none."""
     if first is None or second is None:

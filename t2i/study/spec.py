@@ -21,6 +21,8 @@ from t2i.settings import expected, hints_of
 from t2i.study.kinds import misfit
 
 TRAIN = "launchers/train.py"
+BY_ARM = ("ages", "held_out", "charged")
+"""Arguments of sections that are mappings of arms."""
 INHERITED = ("seeds", "ds_config", "launch", "settings", "assumed", "tuning", "steps")
 """Keys that a study takes from its base. Arms, measures and sections are its own, for they are its question."""
 
@@ -84,11 +86,13 @@ class SectionSpec:
     """Arguments of the kind's function, by name."""
 
     def arms(self) -> list[str]:
-        """List the arms that the section names, alone or in pairs."""
+        """List the arms that the section names: alone, in pairs, or as keys of what it says of each."""
         pairs = self.arguments.get("pairs")
         named = list(pairs.values()) if isinstance(pairs, dict) else pairs
         lists = [self.arguments.get("arms"), *(named if isinstance(named, list) else [])]
-        return [str(arm) for one in lists if isinstance(one, list) for arm in one]
+        given = [self.arguments.get(name) for name in BY_ARM]
+        keys = [arm for one in given if isinstance(one, dict) for arm in one]
+        return [str(arm) for one in (*lists, keys) if isinstance(one, list) for arm in one]
 
 
 @dataclass(frozen=True)

@@ -83,19 +83,17 @@ def periodic_work(
         # At the start too: forgetting is a difference to what the model knew before the first step.
         found.append(Periodic(every=config.eval_every, work=_kept_text(model, layout, ids), at_start=True))
     # Precomputed tokens have no decoder, and only text-to-image sequences were trained to follow a caption.
-    can_draw = inputs.image_tokenizer is not None and data.mode == "text-to-image"
-    if config.sample_every and not can_draw and writer:
+    if config.sample_every and inputs.image_tokenizer is not None and data.mode == "text-to-image":
+        drawer = Drawer(model, tokenizer, inputs.image_tokenizer, layout)
+        prompts = _prompts(config.sample_prompts, data=data, is_first=writer is not None)
+        work = _samples(drawer, prompts=prompts, writer=writer)
+        found.append(Periodic(every=config.sample_every, work=work))
+    elif config.sample_every and writer:
         logger.warning(
             "train.sample_every is %d, but nothing is drawn: that takes shards with an image tokenizer, and data.mode"
             " text-to-image.",
             config.sample_every,
         )
-    if config.sample_every and can_draw:
-        assert inputs.image_tokenizer is not None
-        drawer = Drawer(model, tokenizer, inputs.image_tokenizer, layout)
-        prompts = _prompts(config.sample_prompts, data=data, is_first=writer is not None)
-        work = _samples(drawer, prompts=prompts, writer=writer)
-        found.append(Periodic(every=config.sample_every, work=work))
     return found
 
 

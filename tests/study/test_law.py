@@ -129,6 +129,10 @@ def test_cells_are_predicted_before_their_runs_and_the_prediction_stays(made, mo
 def test_a_law_names_arms_of_the_study(made):
     with pytest.raises(UserError, match="law: w128-rando is no arm of the study; perhaps w128-random"):
         law_section(made, held_out={"w128-rando": [4]})
+    for arm in ARMS:
+        train(made, arm)
+    with pytest.raises(UserError, match="law: held_out has step 7; measured are 2, 4, 6, 8, 10"):
+        law_section(made, held_out={"w128-late": [7]})
     with pytest.raises(UserError, match="language-9 is no run that has trained"):
         law_section(made, ages={arm: "{out}/language-9" for arm in ARMS})
 
@@ -136,3 +140,11 @@ def test_a_law_names_arms_of_the_study(made):
 def test_a_start_that_a_step_has_yet_to_make_is_counted_by_its_size(made):
     flops = {cost.name: cost.flops for cost in run_costs(made.study, out=made.out)}
     assert flops["w128-late-seed0"] == flops["w128-random-seed0"] > 2 * flops["w64-late-seed0"]
+
+
+def test_a_law_of_no_arm_is_refused_before_anything_runs(made):
+    file = made.out / "study.yaml"
+    entry = {"section": "law", "ages": {"w32-random": 0}, "steps": [2], "held_out": {"w128-rando": [2]}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"report": [entry]}))
+    with pytest.raises(UserError, match="names arm w128-rando; perhaps w128-random was meant"):
+        read_study(file)

@@ -9,6 +9,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from built_models import built
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
@@ -21,7 +22,6 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.align import align
-from t2i.train.build import build_model
 from t2i.train.contrastive import AlignedRows, retrieval_accuracy
 
 ROOT = Path(__file__).parents[2]
@@ -167,13 +167,7 @@ def test_its_rows_file_grows_the_model(run, language_model, finished):
         ),
     )
     tokenizer = TextTokenizer.load(language_model)
-    model, layout = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(run.data.shards),
-        text_tokenizer=tokenizer,
-    )
+    model, layout = built(config, tokenizer)
     given = load_file(run.run_dir / "rows.safetensors")
     assert torch.equal(model.get_input_embeddings().weight[layout.num_text_rows :], given[INPUT_ROWS])
     assert torch.equal(model.get_output_embeddings().weight[layout.num_text_rows :], given[OUTPUT_ROWS])

@@ -8,6 +8,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from built_models import built
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,6 @@ from transformers import (
 
 from t2i.config import ASSETS, SampleConfig
 from t2i.cost.estimates import count_parameters
-from t2i.data.shards.manifest import read_manifest
 from t2i.errors import UserError
 from t2i.generate.sample import draw_codes, drawer_of
 from t2i.measure.embeddings import compare_rows
@@ -37,7 +37,6 @@ from t2i.runs.export import export
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
-from t2i.train.build import build_model
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
@@ -64,17 +63,6 @@ def made(family, folder, tokenizer, **changes):
     model.save_pretrained(folder)
     tokenizer.tokenizer.save_pretrained(folder)
     return folder
-
-
-def built(config, tokenizer):
-    """Build a run's model: it and its layout."""
-    return build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

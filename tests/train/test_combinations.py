@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from built_models import built
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +30,6 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train import inputs, main, resume_check
 from t2i.train.align import align
-from t2i.train.build import build_model
 from t2i.train.main import train
 from t2i.train.periodic import periodic_work
 from t2i.train.progress import Progress
@@ -64,16 +64,6 @@ def made(folder, tokenizer, **changes):
 @pytest.fixture(scope="module")
 def llama(tokenizer, tmp_path_factory):
     return made(tmp_path_factory.mktemp("llama"), tokenizer, attention_dropout=0.5)
-
-
-def built(config, tokenizer):
-    return build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
 
 
 def loaded(folder):

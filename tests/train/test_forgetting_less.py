@@ -8,6 +8,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from built_models import built
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
@@ -24,7 +25,6 @@ from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine
-from t2i.train.build import build_model
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
@@ -57,13 +57,7 @@ def checkpoint(run_dir, step):
 
 
 def untrained(config, tokenizer):
-    model, layout = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
+    model, layout = built(config, tokenizer)
     return merged_state_dict(model), layout
 
 

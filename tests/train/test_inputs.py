@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from built_models import built
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS, DataConfig
@@ -28,17 +29,6 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def tokenizer():
     return TextTokenizer.load(ASSETS / "text_tokenizer")
-
-
-def built(config, tokenizer):
-    model, layout = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-    )
-    return model, layout
 
 
 def checkpoint(run_dir, step):

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from built_models import built
 from train.test_backbones import DS_CONFIG, made
 
 from t2i.config import ASSETS
-from t2i.data.shards.manifest import read_manifest
 from t2i.errors import DataError, UserError
 from t2i.model.uniform_start import FAIR_EXCESS_NATS, Probe, code_cost, uniform_cost
 from t2i.runs.loading import open_model
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train import build as building
-from t2i.train.build import build_model
 from t2i.train.inputs import check_before_start
 from t2i.train.main import train
 from t2i.train.new_embeddings import first_sequences
@@ -36,17 +35,6 @@ def start(request, tokenizer, tmp_path_factory):
 def begun(finished, start, kind, **settings):
     model = replace(finished.model, init=str(start), new_embeddings=kind)
     return replace(finished, model=model, train=replace(finished.train, **settings))
-
-
-def built(config, tokenizer, **given):
-    return build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=read_manifest(config.data.shards),
-        text_tokenizer=tokenizer,
-        **given,
-    )
 
 
 @pytest.mark.parametrize("kind", ["codebook", "captions"])

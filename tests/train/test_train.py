@@ -12,19 +12,18 @@ import processes
 import pytest
 import torch
 import yaml
+from built_models import built
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
 from t2i.data.batching import accumulation
-from t2i.data.shards.manifest import read_manifest
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.train import build
-from t2i.train.build import build_model
 from t2i.train.main import train
 from t2i.train.metrics import measured
 
@@ -278,12 +277,5 @@ def test_text_logits_are_not_computed_for_a_class_whose_are_not_compared(finishe
 
 
 def _untrained(config):
-    manifest = read_manifest(config.data.shards)
-    model, _ = build_model(
-        config.model,
-        data=config.data,
-        train=config.train,
-        manifest=manifest,
-        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-    )
+    model, _ = built(config, TextTokenizer.load(ASSETS / "text_tokenizer"))
     return merged_state_dict(model)

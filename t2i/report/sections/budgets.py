@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, difference, in_folder, p_value, verdict_on
-from t2i.study.results import TRAIN_ROWS, Curve, Row, curve, paired, read_rows, runs_of
+from t2i.study.results import TRAIN_ROWS, Curve, Row, curve, paired, read_rows, runs_of, tokens_spent
 from t2i.study.spec import Study, nearest_name
 from t2i.study.statistics import paired_test
 
@@ -108,12 +108,11 @@ def _charge(cost: str | float, out: Path) -> float:
     if isinstance(cost, int | float) and cost >= 0:
         return float(cost)
     rows = read_rows(in_folder(str(cost), out))
-    trained = [row.values["tokens"] for row in rows if row.split == TRAIN_ROWS and "tokens" in row.values]
-    if not trained:
+    if not (spent := tokens_spent(rows)):
         raise UserError(
             f"budgets: charged is {cost!r}; expected FLOPs, or the folder of a run that has trained."
         )
-    return trained[-1] * flops_per_token(rows)
+    return spent * flops_per_token(rows)
 
 
 def _spent(one: Curve, *, flops_per_token: float, charge: float) -> Spent:

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 
 from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
-from t2i.report.sections.section import Section, SectionKind, spent_tokens
+from t2i.report.sections.section import Section, SectionKind, in_folder
 from t2i.study.cost import run_costs
 from t2i.study.jobs import run_name
 from t2i.study.law import COVERAGE, Cells, Fit, fit_law
-from t2i.study.results import Curve, curve, runs_of
+from t2i.study.results import Curve, curve, read_rows, runs_of, tokens_spent
 from t2i.study.spec import Study, nearest_name
 
 
@@ -29,7 +29,7 @@ class Grid:
     def cells(self, arms: dict[str, list[int]]) -> Cells:
         """Make cells of arms at steps."""
         places = [(arm, step) for arm, steps in arms.items() for step in steps]
-        tokens = self._tokens()
+        tokens = self.tokens()
         return Cells(
             [arm for arm, _ in places],
             np.array([self.parameters[arm] for arm, _ in places]),
@@ -46,7 +46,8 @@ class Grid:
         ]
         return np.stack(columns, axis=1)
 
-    def _tokens(self) -> dict[int, int]:
+    def tokens(self) -> dict[int, int]:
+        """Map measured steps to tokens."""
         # Of any arm: all see the same sequences in the same order.
         one = next(iter(self.curves.values()))
         return dict(zip(one.steps, one.tokens, strict=True))
@@ -77,6 +78,9 @@ def law(
         return Section(
             "A law", f"Nothing is fitted: {', '.join(missing)} have no finished runs at steps {steps}."
         )
+    known = grid.tokens()
+    if unknown := sorted({step for steps in held_out.values() for step in steps} - known.keys()):
+        raise UserError(f"law: held_out has step {unknown[0]}; measured are {', '.join(map(str, known))}.")
     cells = grid.cells(fitted)
     try:
         fit = fit_law(cells, grid.losses(fitted))
@@ -128,7 +132,12 @@ def _grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) 
 
 
 def _age(age: str | float, out: Path) -> float:
-    return float(age) if isinstance(age, int | float) else float(spent_tokens(age, out))
+    if isinstance(age, int | float):
+        return float(age)
+    folder = in_folder(age, out)
+    if not (spent := tokens_spent(read_rows(folder))):
+        raise UserError(f"law: {folder} is no run that has trained; ages names it.")
+    return float(spent)
 
 
 def _has(grid: Grid, arm: str, steps: list[int]) -> bool:

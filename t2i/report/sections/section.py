@@ -7,8 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from t2i.errors import UserError
-from t2i.study.results import TRAIN_ROWS, Curve, read_rows
+from t2i.study.results import Curve
 
 
 @dataclass
@@ -41,19 +40,6 @@ class SectionKind:
 def in_folder(path: str, out: Path) -> Path:
     """Put the study's folder into a path of the study file."""
     return Path(path.replace("{out}", str(out)))
-
-
-def spent_tokens(folder: str, out: Path) -> int:
-    """Count the tokens that a run, named in the study file, was trained on.
-
-    Raises:
-        UserError: the folder has none.
-    """
-    path = in_folder(folder, out)
-    rows = [row for row in read_rows(path) if row.split == TRAIN_ROWS and "tokens" in row.values]
-    if not rows:
-        raise UserError(f"{path} is no run that has trained; the report's section names it.")
-    return int(rows[-1].values["tokens"])
 
 
 def last(one: Curve | None) -> str:
