@@ -14,6 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NAMES = (
     "sampling",
     "sampling_classes",
+    "window",
     "training_step",
     "loss",
     "precision",

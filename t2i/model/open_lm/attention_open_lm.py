@@ -39,8 +39,9 @@ def rotary_angles(positions: Tensor, *, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads (B, H, S, head_dim) by halves, in fp32, and return them in their own dtype."""
-    first, second = heads.float().chunk(2, dim=-1)
-    return (heads.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)
+    wide = heads.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(heads.dtype)
 
 
 def eager_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
