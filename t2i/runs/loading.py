@@ -1,4 +1,4 @@
-"""Open a CKPT: a run folder, one of its checkpoints, an exported folder, or a hub name (hf:USER/NAME)."""
+"""Open a CKPT: a run folder, one of its checkpoints, an exported folder, a hub name (hf:USER/NAME), or `demo`."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from t2i.config import Dtype
+from t2i.config import ASSETS, Dtype
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
 from t2i.distributed.run_id import read_run_id
 from t2i.errors import CheckpointError, UserError, first_line
@@ -35,6 +35,8 @@ from t2i.tokens.vocab import VocabLayout
 
 DATA_MANIFEST = "data_manifest.json"
 """Copy of the manifest of the shards that the model was trained on."""
+SHIPPED_MODEL = "demo"
+"""The CKPT that comes with t2i: what `make demo` has trained."""
 MOST_TRIES = 5
 """Checkpoints that are tried one after the other, while the run that makes them removes them."""
 
@@ -104,6 +106,8 @@ def find(name: str) -> tuple[Path, Path | None]:
         return _downloaded(hub), None
     refusal = f"{name:.200} is no run folder, checkpoint or exported folder"
     if missing := not_here(name):
+        if name == SHIPPED_MODEL:
+            return ASSETS / SHIPPED_MODEL, None
         raise UserError(f"{refusal}: {missing}.")
     path = Path(name)
     if path.name == BEST and path.is_symlink():  # measures are kept by the step's own name

@@ -126,6 +126,19 @@ def test_cells_are_predicted_before_their_runs_and_the_prediction_stays(made, mo
     assert "Of 3 held-out cells, 2 fell into their 90% intervals." in after.found
 
 
+def test_a_start_that_is_not_made_yet_has_the_age_that_its_step_plans(made, monkeypatch):
+    monkeypatch.setattr("t2i.study.law.DRAWS", 20)
+    for arm in ARMS:
+        if not arm.startswith("w128"):
+            train(made, arm)
+    ages = {arm: "{out}/language-128" if arm == "w128-late" else 0 for arm in ARMS} | {
+        "w32-late": 5e5, "w64-late": 5e5
+    }
+    found = law_section(made, ages=ages)
+    (cost,) = [cost for cost in run_costs(made.study, out=made.out) if cost.name == "language-128"]
+    assert [row[3] for row in found.table] == ["age", "0", "0", f"{cost.tokens:.3g}"]
+
+
 def test_a_law_names_arms_of_the_study(made):
     with pytest.raises(UserError, match="law: w128-rando is no arm of the study; perhaps w128-random"):
         law_section(made, held_out={"w128-rando": [4]})

@@ -10,10 +10,10 @@ from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, in_folder
 from t2i.study.cost import run_costs
-from t2i.study.jobs import run_name
+from t2i.study.jobs import run_name, step_config
 from t2i.study.law import COVERAGE, Cells, Fit, fit_law
 from t2i.study.results import Curve, curve, read_rows, runs_of, tokens_spent
-from t2i.study.spec import Study, nearest_name
+from t2i.study.spec import TRAIN, Study, nearest_name
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def law(
     Without finished runs of the held-out arms it says what is predicted of them.
 
     Args:
-        ages: arm -> tokens of text that its start had seen, or the folder of the run that made it; 0 for none.
+        ages: arm -> tokens of text that its start had seen, or the folder of the run that made it, such as that of a
+            step of the study; 0 for none.
         steps: those of the fitted cells.
         held_out: arm -> steps; these arms are not fitted.
     """
@@ -123,18 +124,24 @@ def _check_arms(study: Study, ages: dict[str, str | float], held_out: dict[str, 
 def _grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) -> Grid:
     costs = {one.name: one for one in run_costs(study, out=out)}
     own = {arm: costs[run_name(arm, study.seeds_of(arm)[0])] for arm in ages}
+    # By plan, done or not: cells are predicted before the steps that only these cells need.
+    planned = {
+        step_config(step, out=out).run_dir: costs[step.name].tokens for step in study.steps if step.command == TRAIN
+    }
     curves = {arm: curve(runs_of(study, arm=arm, out=out), value=value, split="heldout") for arm in ages}
     return Grid(
         parameters={arm: one.flops / one.tokens / 6 for arm, one in own.items()},
-        ages={arm: _age(age, out) for arm, age in ages.items()},
+        ages={arm: _age(age, out, planned=planned) for arm, age in ages.items()},
         curves={arm: one for arm, one in curves.items() if one is not None},
     )
 
 
-def _age(age: str | float, out: Path) -> float:
+def _age(age: str | float, out: Path, *, planned: dict[Path, int]) -> float:
     if isinstance(age, int | float):
         return float(age)
     folder = in_folder(age, out)
+    if folder in planned:
+        return float(planned[folder])
     if not (spent := tokens_spent(read_rows(folder))):
         raise UserError(f"law: {folder} is no run that has trained; ages names it.")
     return float(spent)
