@@ -42,6 +42,8 @@ class StudyCommand:
     """GPUs of each kind, for --plan."""
     mfu: Annotated[float, Gt(0), Le(1)] = 0.4
     """Share of a device's peak that training reaches, for --plan: a guess until measured."""
+    price: Annotated[float, Ge(0), Le(1_000_000)] = 0.0
+    """US dollars per GPU-hour, for --plan; 0 for no cost."""
     report: bool = False
     """Only write the report of finished runs."""
     jobs_only: bool = False
@@ -109,5 +111,5 @@ def print_plan(study: Any, command: StudyCommand, *, num_jobs: int, out: Path) -
 
     machines = [("cpu", 1), *((name, command.num_gpus) for name in command.gpu)]
     costs = run_costs(study, out=out)
-    print("\n".join(cost_lines(costs, machines=machines, mfu=command.mfu)))
+    print("\n".join(cost_lines(costs, machines=machines, mfu=command.mfu, price=command.price)))
     print(f"and {num_jobs - len(costs)} steps and measures beside them.")

@@ -97,11 +97,14 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     ]
 
 
-def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: float) -> list[str]:
+def cost_lines(
+    costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: float, price: float = 0.0
+) -> list[str]:
     """Describe a study's cost, a line per run, and the time that runs not done yet take on each machine.
 
     Args:
         machines: name and number of devices, as seconds_on takes them.
+        price: dollars per GPU-hour; 0 for no cost.
     """
     lines = [
         f"{one.name:32s} {one.tokens:>16,} tokens  {one.flops:.2e} FLOPs  {one.disk_bytes / 1e9:>9.3g} GB"
@@ -123,7 +126,8 @@ def cost_lines(costs: list[RunCost], *, machines: list[tuple[Gpu, int]], mfu: fl
         on_cpu = "bf16" if any(one.shape.is_half for one in left) else "fp32"
         where = f"this machine's CPU, {on_cpu}" if name == "cpu" else f"{count} x {name}, bf16"
         time = f"{minutes:,.0f} minutes" if minutes < 600 else f"{minutes / 60:,.0f} hours"
-        lines.append(f"  about {time} of training left, at {mfu:.0%} of the peak of {where}")
+        dollars = f"; {minutes / 60 * count * price:,.2f} dollars" if price and name != "cpu" else ""
+        lines.append(f"  about {time} of training left, at {mfu:.0%} of the peak of {where}{dollars}")
     return lines
 
 

@@ -300,6 +300,10 @@ def test_prices_are_operations_over_speed_and_what_was_measured(made):
     lines = cost_lines(again, machines=[("h100-80gb", 8)], mfu=0.5)
     assert "took 0.6 minutes" in lines[0]
     assert "8 x h100-80gb, bf16" in lines[-1]
+    hours = seconds_on(again[1:], gpu="h100-80gb", num_gpus=8, mfu=0.5) / 3600
+    priced = cost_lines(again, machines=[("h100-80gb", 8), ("cpu", 1)], mfu=0.5, price=3000.0)
+    assert priced[-2] == f"{lines[-1]}; {24_000 * hours:,.2f} dollars"
+    assert "dollars" not in priced[-1] + lines[-1]
     assert "this machine's CPU, fp32" in cost_lines(costs, machines=[("cpu", 1)], mfu=0.5)[-1]
     halves = [replace(one, shape=replace(one.shape, is_half=True)) for one in costs]
     assert "this machine's CPU, bf16" in cost_lines(halves, machines=[("cpu", 1)], mfu=0.5)[-1]

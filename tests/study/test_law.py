@@ -132,7 +132,8 @@ def test_a_start_that_is_not_made_yet_has_the_age_that_its_step_plans(made, monk
         if not arm.startswith("w128"):
             train(made, arm)
     ages = {arm: "{out}/language-128" if arm == "w128-late" else 0 for arm in ARMS} | {
-        "w32-late": 5e5, "w64-late": 5e5
+        "w32-late": 5e5,
+        "w64-late": 5e5,
     }
     found = law_section(made, ages=ages)
     (cost,) = [cost for cost in run_costs(made.study, out=made.out) if cost.name == "language-128"]

@@ -80,6 +80,25 @@ def test_comparisons_are_corrected_for_their_number(tmp_path, section):
     assert "is seen in 1: sure." in found.found
 
 
+def test_a_difference_is_compared_with_that_of_another_pair(tmp_path, section):
+    made = Made(tmp_path, known=[0, 1, 2], plain=[0, 1, 2], aligned=[1, 2, 3], strange=[1, 2, 3])
+    gaps = {0: (-0.1, None), 1: (-0.2, -0.5), 2: (-0.1, -0.3), 3: (None, -9.0)}
+    for seed, pair in gaps.items():
+        for (first, second), gap in zip((("known", "plain"), ("aligned", "strange")), pair, strict=True):
+            if gap is not None:
+                made.run(first, seed, heldout=held_out(3.0 + gap))
+                made.run(second, seed, heldout=held_out(3.0))
+    pairs = {"plain codes": ["known", "plain"], "aligned codes": ["aligned", "strange"]}
+    found = section(made, "overview", pairs=pairs, against="plain codes").found
+    # Of the seeds that both pairs have.
+    wanted = stats.ttest_1samp([-0.3, -0.2], 0)
+    assert "The difference of aligned codes minus that of plain codes is -0.2500 nats" in found
+    assert f"paired over 2 seeds, not corrected: p = {wanted.pvalue:.3f}" in found
+    assert "minus" not in section(made, "overview", pairs=pairs).found
+    with pytest.raises(UserError, match="against is plain; expected one of plain codes, aligned codes"):
+        section(made, "overview", pairs=pairs, against="plain")
+
+
 def test_what_a_caption_is_worth_is_told_apart_for_none_and_a_strangers(tmp_path, section):
     made = Made(tmp_path, fast=[0, 1])
     for seed in (0, 1):

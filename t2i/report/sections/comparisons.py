@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from t2i.errors import UserError
 from t2i.report.figures import COLOURS, LABELS, draw_baselines, draw_mean_and_range, finish, panels, styles
 from t2i.report.sections.section import (
     Section,
@@ -116,20 +117,26 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
 
 
 def overview(
-    study: Study, out: Path, *, pairs: dict[str, tuple[str, str]], value: str = "image_loss"
+    study: Study,
+    out: Path,
+    *,
+    pairs: dict[str, tuple[str, str]],
+    value: str = "image_loss",
+    against: str = "",
 ) -> Section:
     """Tabulate the tests of several comparisons, corrected for their number.
 
     Args:
         pairs: what each comparison is called -> its first and second arm.
+        against: the comparison whose difference is subtracted from those of the others, seed by seed: is pre-training
+            worth more there than here? Empty for none.
     """
-    tests: dict[
-        str, PairedTest
-    ] = {}  # pairs without finished runs are left out, and not counted by the correction
-    for name, arms in pairs.items():
-        _, pair = _pair_of(study, out, arms, value=value)
-        if pair is not None:
-            tests[name] = _test_at_end(*pair)
+    if against and against not in pairs:
+        raise UserError(f"overview: against is {against}; expected one of {', '.join(pairs)}.")
+    found = {name: _pair_of(study, out, arms, value=value)[1] for name, arms in pairs.items()}
+    # Pairs without finished runs are left out, and not counted by the correction.
+    finished = {name: pair for name, pair in found.items() if pair is not None}
+    tests = {name: _test_at_end(*pair) for name, pair in finished.items()}
     if not tests:
         return Section("Comparisons", "No pair of arms is finished.")
     # Twenty tests at 5% find one difference where there is none; Holm's correction keeps that chance at 5% for all.
@@ -152,8 +159,28 @@ def overview(
         f"Paired t-tests of held-out {value} at the end of training, {len(tests)} in all"
         f" ({below} below zero); corrected for their number (Holm), a difference is seen in {len(seen)}"
         + (f": {', '.join(seen)}." if seen else ".")
+        + _between_pairs(finished, against)
     )
     return Section("Comparisons", sentence, _draw_overview(tests, value=value), table)
+
+
+def _between_pairs(pairs: dict[str, tuple[Curve, Curve]], against: str) -> str:
+    """Test by how much the difference of each pair differs from that of the pair `against`; empty without it."""
+    gaps = {
+        name: dict(zip(first.seeds, (first.values - second.values)[:, -1].tolist(), strict=True))
+        for name, (first, second) in pairs.items()
+    }
+    base = gaps.pop(against, {})
+    said = ""
+    for name, gap in gaps.items():
+        if seeds := [seed for seed in base if seed in gap]:
+            test = paired_test([gap[seed] for seed in seeds], [base[seed] for seed in seeds])
+            said += (
+                f" The difference of {name} minus that of {against} is {test.mean:+.4f} nats"
+                f" {interval(test.low, test.high, '{:+.4f}')}, paired over {test.num_seeds} seeds, not corrected:"
+                f" p = {p_value(test.p_value)}."
+            )
+    return said
 
 
 def sizes(

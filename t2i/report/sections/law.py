@@ -126,7 +126,9 @@ def _grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) 
     own = {arm: costs[run_name(arm, study.seeds_of(arm)[0])] for arm in ages}
     # By plan, done or not: cells are predicted before the steps that only these cells need.
     planned = {
-        step_config(step, out=out).run_dir: costs[step.name].tokens for step in study.steps if step.command == TRAIN
+        step_config(step, out=out).run_dir: costs[step.name].tokens
+        for step in study.steps
+        if step.command == TRAIN
     }
     curves = {arm: curve(runs_of(study, arm=arm, out=out), value=value, split="heldout") for arm in ages}
     return Grid(
