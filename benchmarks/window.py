@@ -2,7 +2,7 @@
 
 Passes depend on what a model was trained on, so a run is needed: `make codes256` trains it. --exact asks whether codes
 are equal, and takes a randomly initialised model. Seconds are those of the whole drawing with the run's model on one
-core, and of one pass on two cores by a model of SmolLM2-135M's size, whose passes are bound by memory.
+core, and of one whole pass, draws included, on two cores by a model of SmolLM2-135M's size, which is bound by memory.
 
 Examples:
     python benchmarks/window.py
@@ -28,9 +28,10 @@ from t2i.model.open_lm import window_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.open_lm.products_open_lm import product
 from t2i.model.open_lm.race_open_lm import Draws, guided_logits, image_keys, kept_codes, waits
 from t2i.model.open_lm.sampling_open_lm import sample_codes
-from t2i.model.open_lm.window_open_lm import Batch
+from t2i.model.open_lm.window_open_lm import Batch, Passes
 from t2i.runs.loading import open_model
 
 CAPTIONS = 8
@@ -49,6 +50,8 @@ PASSES_PER_ROUND = 4
 """A single pass takes hundredths of a second, so more of them are timed than of whole images."""
 SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1_536}
 """SmolLM2-135M's size as an open_lm model."""
+CODEBOOK = range(1_024, 2_048)
+"""Its image ids: as many codes as the run's model draws from."""
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE_IDS, EMPTY, NUM_CODES = range(64, 128), [1, 2], 256
 """Of randomly initialised models."""
@@ -91,13 +94,14 @@ def main() -> None:
             with guessing(rule):
                 figures[f"guesses: {name}"] = count_passes(drawer, few, (8, 32), {})
     if "images" in options.parts:
-        for batch in (1, 8, 32):
+        for batch in (1, 8) if options.quick else (1, 8, 32):
             rows += time_images(drawer, captions[:batch], rounds=options.rounds)
     if "pass" in options.parts:
         figures["by default"] = passes = count_passes(drawer, few, WINDOWS, {})
         for window in WINDOWS:
             what = f"window {window}: passes of one code at a time / passes, {CAPTIONS} captions"
-            target = ">= 3" if window == max(WINDOWS) else ""
+            # Of the largest window that is chosen by default.
+            target = ">= 3" if window == max(window_open_lm.WINDOWS) else ""
             ratio = (NUM_CODES - 1) / passes[f"window {window}"]
             rows.append(side_by_side.stated(what, [ratio], target=target))
         timed, shares = time_passes(passes, rounds=options.rounds)
@@ -215,27 +219,16 @@ def time_passes(
     passes: dict[str, float], *, rounds: int
 ) -> tuple[list[side_by_side.Row], dict[str, dict[str, float]]]:
     """Time single passes of SmolLM2-135M's size on two cores; multiply with the run's model's passes per image."""
-    model = random_model(SMOLLM2, dtype=torch.float32)
-    prompt = [[3, 4, 5, *range(10)]]
-    with torch.inference_mode():
-        _, decoder = model.begin_decoding(prompt, empty_prompt=EMPTY, num_codes=NUM_CODES)
-    start = decoder.length + NUM_CODES // 2  # as long as the cache is on average
-
-    @torch.inference_mode()
-    def one() -> None:
-        decoder.length = start
-        decoder(torch.zeros(2, dtype=torch.long))
-
-    @torch.inference_mode()
-    def several(window: int) -> None:
-        decoder.read(torch.zeros(2, window, dtype=torch.long), torch.tensor([start, start]))
-
+    halfway, rewind = half_an_image(random_model(SMOLLM2, image_ids=CODEBOOK, dtype=torch.float32))
     windows = (2, 4, 8, 16, 32)
-    candidates: dict[str, Callable[[], object]] = {"1": one}
-    candidates |= {str(window): functools.partial(several, window) for window in windows}
+    candidates: dict[str, Callable[[], object]] = {"1": halfway.single}
+    candidates |= {str(window): functools.partial(halfway.several, window) for window in windows}
     torch.set_num_threads(2)
-    # On two cores a person waits for the slower one, so these are seconds on the clock.
-    seconds = side_by_side.alternate(candidates, rounds=rounds * PASSES_PER_ROUND, clock=time.perf_counter)
+    with torch.inference_mode():
+        # On two cores a person waits for the slower one, so these are seconds on the clock.
+        seconds = side_by_side.alternate(
+            candidates, rounds=rounds * PASSES_PER_ROUND, clock=time.perf_counter, before=rewind
+        )
     torch.set_num_threads(1)
     rows = []
     for window in windows:
@@ -247,16 +240,40 @@ def time_passes(
         )
     best = max(rows, key=lambda row: row.ratio)
     best = replace(best, what="SmolLM2-135M's size, batch 1, two cores: the best window", target=">= 1.5")
-    shares = {
-        f"{name} codes": side_by_side.time_by_operator(candidates[name]) for name in ("1", "4", "8", "16")
-    }
+    shares = {}
+    for name in ("1", "4", "8", "16"):
+        rewind()
+        with torch.inference_mode():
+            shares[f"{name} codes"] = side_by_side.time_by_operator(candidates[name])
     return [*rows, best.say()], shares
 
 
-def random_model(sizes: dict[str, int], *, dtype: torch.dtype) -> OpenLMForCausalLM:
+@torch.inference_mode()
+def half_an_image(model: OpenLMForCausalLM) -> tuple[Passes, Callable[[], object]]:
+    """Begin an image as sample_codes does, and go to its middle, where the cache is as long as it is on average.
+
+    Returns:
+        what makes a whole pass: the body, the head, top-k, the race and guesses; and a function that undoes a pass.
+    """
+    _, decoder = model.begin_decoding([[3, 4, 5, *range(10)]], empty_prompt=EMPTY, num_codes=NUM_CODES)
+    to_logits = product(model.output.weight[CODEBOOK.start :], num_rows=1)
+    how = Draws(CODEBOOK, guidance_scale=2.0, temperature=0.9, top_k=50, top_p=1.0)
+    codes = torch.randint(len(CODEBOOK), (1, NUM_CODES + 1), generator=torch.Generator().manual_seed(0))
+    keys = image_keys(torch.tensor([0]), num_codes=NUM_CODES)
+    batch = Batch(codes.clone(), keys, torch.arange(1), [NUM_CODES // 2])
+
+    def rewind() -> None:
+        # Else the guesses of one pass would be right in the next, and more and more be guessed behind them.
+        batch.codes.copy_(codes)
+        batch.known = [NUM_CODES // 2]
+
+    return Passes(batch, decoder, decoder.length - 1, to_logits, how), rewind
+
+
+def random_model(sizes: dict[str, int], *, image_ids: range, dtype: torch.dtype) -> OpenLMForCausalLM:
     """Build a randomly initialised model, with weights large enough that codes depend on what was read."""
     torch.manual_seed(0)
-    model = OpenLMForCausalLM(OpenLMConfig(vocab_size=128, **sizes)).eval()
+    model = OpenLMForCausalLM(OpenLMConfig(vocab_size=image_ids.stop, **sizes)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2)
@@ -270,7 +287,7 @@ def compare(num_images: int, *, dtype: torch.dtype) -> dict[str, float]:
     An image is compared up to its first code that differs, for then the rest is another image's. Of that code the
     margin is measured: by how much, in the logarithm, its race or the last place within top-k was decided.
     """
-    model = random_model(TINY, dtype=dtype)
+    model = random_model(TINY, image_ids=IMAGE_IDS, dtype=dtype)
     how = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 20}
     compared, margins, passes = 0, [], 0
     for first in range(0, num_images, EXACT_BATCH):
