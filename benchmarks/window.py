@@ -19,18 +19,17 @@ from pathlib import Path
 
 import side_by_side
 import torch
+from exactness import EMPTY, NUM_CODES, compare, random_model
+from guesses import bigram_chances, counting, guessing, rules_of
 from torch import Tensor
 
 from t2i.config import SampleConfig
 from t2i.data.shards.reader import read_split
 from t2i.generate.sample import Drawer, draw_codes, drawer_of
 from t2i.model.open_lm import window_open_lm
-from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
-from t2i.model.open_lm.decoding_open_lm import Decoder
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.products_open_lm import product
-from t2i.model.open_lm.race_open_lm import Draws, guided_logits, image_keys, kept_codes, waits
-from t2i.model.open_lm.sampling_open_lm import sample_codes
+from t2i.model.open_lm.race_open_lm import Draws, image_keys, kept_codes
 from t2i.model.open_lm.window_open_lm import Batch, Passes
 from t2i.runs.loading import open_model
 
@@ -52,10 +51,6 @@ SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9
 """SmolLM2-135M's size as an open_lm model."""
 CODEBOOK = range(1_024, 2_048)
 """Its image ids: as many codes as the run's model draws from."""
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-IMAGE_IDS, EMPTY, NUM_CODES = range(64, 128), [1, 2], 256
-"""Of randomly initialised models."""
-EXACT_BATCH, EXACT_WINDOW = 250, 4
 
 
 def main() -> None:
@@ -90,7 +85,8 @@ def main() -> None:
     figures, profiles, rows = {}, {}, []
     if "passes" in options.parts:
         figures = {name: count_passes(drawer, few, (8, 32), how) for name, how in HOWS.items()}
-        for name, rule in RULES.items():
+        chances = bigram_chances(options.shards, codebook_size=drawer.layout.codebook_size)
+        for name, rule in rules_of(chances).items():
             with guessing(rule):
                 figures[f"guesses: {name}"] = count_passes(drawer, few, (8, 32), {})
     if "images" in options.parts:
@@ -110,23 +106,6 @@ def main() -> None:
     if len(options.parts) == len(PARTS):
         figures_of = {"passes per image": figures, **profiles}
         side_by_side.write("window", rows, figures=figures_of, is_kept=not options.quick)
-
-
-@contextmanager
-def counting() -> Iterator[list[int]]:
-    """Collect the number of rows of each pass."""
-    rows: list[int] = []
-    read = Decoder.read
-
-    def counted(decoder: Decoder, ids: Tensor, starts: Tensor) -> Tensor:
-        rows.append(len(ids))
-        return read(decoder, ids, starts)
-
-    Decoder.read = counted
-    try:
-        yield rows
-    finally:
-        Decoder.read = read
 
 
 def count_passes(
@@ -163,39 +142,6 @@ def measuring_entropy() -> Iterator[list[float]]:
         window_open_lm.kept_codes = kept_codes
 
 
-def repeat(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count: int) -> None:
-    """Guess the last draw again."""
-    places = (start + torch.arange(count)).clamp(max=NUM_CODES)
-    rows = batch.images[:, None]
-    batch.codes[rows, places] = batch.codes[rows, start - 1].expand(-1, count)
-
-
-def above(batch: Batch, likely: tuple[Tensor, Tensor], start: Tensor, *, count: int) -> None:
-    """Guess the code above, in the grid of codes."""
-    side = int(NUM_CODES**0.5)
-    for place in range(count):  # one after the other: the code above may be a guess of this very pass
-        column = (start[:, 0] + place).clamp(max=NUM_CODES)
-        batch.codes[batch.images, column] = batch.codes[batch.images, (column - side).clamp(min=0)]
-
-
-RULES: dict[str, Callable[..., None]] = {
-    "the last place's probabilities, own noise": window_open_lm._guess,
-    "the last draw": repeat,
-    "the code above": above,
-}
-
-
-@contextmanager
-def guessing(rule: Callable[..., None]) -> Iterator[None]:
-    """Guess by another rule."""
-    before = window_open_lm._guess
-    window_open_lm._guess = rule
-    try:
-        yield
-    finally:
-        window_open_lm._guess = before
-
-
 def time_images(drawer: Drawer, captions: list[str], *, rounds: int) -> list[side_by_side.Row]:
     """Time whole drawings of one batch: window auto and 8 against one code at a time."""
     candidates = {
@@ -215,6 +161,7 @@ def time_images(drawer: Drawer, captions: list[str], *, rounds: int) -> list[sid
     ]
 
 
+@torch.inference_mode()
 def time_passes(
     passes: dict[str, float], *, rounds: int
 ) -> tuple[list[side_by_side.Row], dict[str, dict[str, float]]]:
@@ -224,11 +171,10 @@ def time_passes(
     candidates: dict[str, Callable[[], object]] = {"1": halfway.single}
     candidates |= {str(window): functools.partial(halfway.several, window) for window in windows}
     torch.set_num_threads(2)
-    with torch.inference_mode():
-        # On two cores a person waits for the slower one, so these are seconds on the clock.
-        seconds = side_by_side.alternate(
-            candidates, rounds=rounds * PASSES_PER_ROUND, clock=time.perf_counter, before=rewind
-        )
+    # On two cores a person waits for the slower one, so these are seconds on the clock.
+    seconds = side_by_side.alternate(
+        candidates, rounds=rounds * PASSES_PER_ROUND, clock=time.perf_counter, before=rewind
+    )
     torch.set_num_threads(1)
     rows = []
     for window in windows:
@@ -243,8 +189,7 @@ def time_passes(
     shares = {}
     for name in ("1", "4", "8", "16"):
         rewind()
-        with torch.inference_mode():
-            shares[f"{name} codes"] = side_by_side.time_by_operator(candidates[name])
+        shares[f"{name} codes"] = side_by_side.time_by_operator(candidates[name])
     return [*rows, best.say()], shares
 
 
@@ -268,79 +213,6 @@ def half_an_image(model: OpenLMForCausalLM) -> tuple[Passes, Callable[[], object
         batch.known = [NUM_CODES // 2]
 
     return Passes(batch, decoder, decoder.length - 1, to_logits, how), rewind
-
-
-def random_model(sizes: dict[str, int], *, image_ids: range, dtype: torch.dtype) -> OpenLMForCausalLM:
-    """Build a randomly initialised model, with weights large enough that codes depend on what was read."""
-    torch.manual_seed(0)
-    model = OpenLMForCausalLM(OpenLMConfig(vocab_size=image_ids.stop, **sizes)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(2)
-    return model.to(dtype)
-
-
-@torch.inference_mode()
-def compare(num_images: int, *, dtype: torch.dtype) -> dict[str, float]:
-    """Draw images by one code per pass and by windows; count the codes compared and those that differ.
-
-    An image is compared up to its first code that differs, for then the rest is another image's. Of that code the
-    margin is measured: by how much, in the logarithm, its race or the last place within top-k was decided.
-    """
-    model = random_model(TINY, image_ids=IMAGE_IDS, dtype=dtype)
-    how = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 20}
-    compared, margins, passes = 0, [], 0
-    for first in range(0, num_images, EXACT_BATCH):
-        seeds = range(first, min(first + EXACT_BATCH, num_images))
-        prompts = [[3 + seed % 50] * (1 + seed % 7) for seed in seeds]
-        settings = {
-            "empty_prompt": EMPTY,
-            "image_ids": IMAGE_IDS,
-            "num_codes": NUM_CODES,
-            "seeds": seeds,
-            **how,
-        }
-        one = sample_codes(model, prompts, window=1, **settings)
-        with counting() as rows:
-            several = sample_codes(model, prompts, window=EXACT_WINDOW, **settings)
-        passes += sum(rows) // 2
-        is_equal = (one == several).long().cumprod(1).sum(1)  # codes before the first that differs
-        compared += int((is_equal + 1).clamp(max=NUM_CODES).sum())
-        for index in (is_equal < NUM_CODES).nonzero()[:, 0].tolist():
-            known = one[index, : is_equal[index]]
-            margins.append(margin(model, prompts[index], known, seed=seeds[index], **how))
-    return {
-        "images": num_images,
-        "codes compared": compared,
-        "codes that differ": len(margins),
-        "largest margin of those": max(margins, default=0.0),
-        "passes per image": passes / num_images,
-    }
-
-
-def margin(
-    model: OpenLMForCausalLM,
-    prompt: list[int],
-    known: Tensor,
-    *,
-    seed: int,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-) -> float:
-    """Return by how much the code after `known` is decided, in the logarithm."""
-    states = [
-        model.model(torch.tensor([[*start, *(known + IMAGE_IDS.start).tolist()]])).last_hidden_state[:, -1]
-        for start in (prompt, EMPTY)
-    ]
-    how = Draws(IMAGE_IDS, guidance_scale, temperature, top_k, 1.0)
-    head = model.output.weight[IMAGE_IDS.start : IMAGE_IDS.stop]
-    logits = guided_logits(torch.cat(states), to_logits=lambda rows: rows @ head.T, how=how)
-    probabilities, codes = kept_codes(logits, temperature=temperature, top_k=top_k, top_p=1.0)
-    keys = image_keys(torch.tensor([seed]), num_codes=NUM_CODES)[:, len(known)]
-    best = (probabilities.log() - waits(keys, codes).log()).topk(2).values[0]
-    edge = (logits / temperature).topk(top_k + 1).values[0]
-    return min((best[0] - best[1]).item(), (edge[-2] - edge[-1]).item())
 
 
 if __name__ == "__main__":

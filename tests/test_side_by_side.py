@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-SHARED = ("side_by_side", "page")
+SHARED = ("side_by_side", "page", "guesses", "exactness")
 BY_HAND = ("needed_images", "serving")
 """Experiments with options of their own, whose numbers stand where they are used; `make bench` does not run them."""
 
