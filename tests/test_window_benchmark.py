@@ -1,5 +1,7 @@
 """benchmarks/window.py on tiny models: passes are timed whole, and every rule of guessing gives the same codes."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import ROOT
@@ -53,7 +55,7 @@ def test_bigrams_are_counted_and_no_rule_changes_a_code(window, monkeypatch):
     chances = window.bigram_chances(None, codebook_size=64)
     wanted, pairs = torch.zeros(64, 64), 5 * (NUM_CODES - 1)
     for codes in trained.tolist():
-        for first, second in zip(codes, codes[1:], strict=False):
+        for first, second in itertools.pairwise(codes):
             wanted[first, second] += 1
             wanted[:, second] += 1 / pairs
     assert torch.allclose(chances, wanted / wanted.sum(1, keepdim=True), atol=1e-5)
@@ -66,3 +68,27 @@ def test_bigrams_are_counted_and_no_rule_changes_a_code(window, monkeypatch):
             assert torch.equal(sample_codes(model, [[3], [4]], window=4, **how), one_by_one), name
         passes[name] = sum(rows)
     assert len(passes) == len(set(passes.values())) == 5  # each guesses otherwise
+
+
+def test_a_code_that_differs_is_held_against_the_rounding_of_its_margin(window, monkeypatch):
+    import exactness
+
+    found = window.compare(2, dtype=torch.float64)
+    assert (found["codes compared"], found["codes that differ"]) == (2 * window.NUM_CODES, 0)
+    assert found["margins below their own rounding"] == "0 of 0"
+
+    def wrong_once(*given, window, **rest):
+        codes = sample_codes(*given, window=window, **rest)
+        codes[1, 9] += window > 1
+        return codes
+
+    monkeypatch.setattr(exactness, "sample_codes", wrong_once)
+    found = window.compare(2, dtype=torch.float32)
+    assert (found["codes compared"], found["codes that differ"]) == (window.NUM_CODES + 10, 1)
+    # No close race: float32 and float64 agree on it.
+    assert found["margins below their own rounding"] == "0 of 1"
+    ((margin, truth),) = found["margins there and in float64"]
+    assert margin == pytest.approx(truth, abs=1e-3) and margin > 0.001
+    close, other = exactness.Decision(3, 1e-4), exactness.Decision(4, 1e-4)
+    assert close.is_below_rounding(other) and close.is_below_rounding(exactness.Decision(3, 3e-4))
+    assert not close.is_below_rounding(exactness.Decision(3, 1.5e-4))
