@@ -15,6 +15,8 @@ import torch.utils.cpp_extension
 from conftest import ROOT, config_of
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i.config import ASSETS, TokenizerConfig, TrainConfig
 from t2i.distributed import launch, rendezvous
@@ -25,13 +27,16 @@ from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.train import _step_loss, build_vq_model
 from t2i.model.backbone import load_model
 from t2i.model.loss import _chunks
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import on_cpu
 from t2i.runs.loading import dtype_of, open_model
 from t2i.tokens.image import ImageTokenizer
+from t2i.tokens.vocab import VocabLayout
 from t2i.train import main
 from t2i.train.deepspeed_internals import measure_in_parts
 from t2i.train.ds_config import read_ds_config
-from t2i.train.engine import whole_ds_config
+from t2i.train.engine import Learner, whole_ds_config
 from t2i.train.periodic import on_device_of
 
 ZERO2 = read_ds_config(ROOT / "ds_configs" / "zero2.json")
@@ -154,6 +159,62 @@ def test_a_gpu_walks_memory_in_few_large_parts():
     assert (len(seen[0]), seen[1]) == (2**7 + 1, [2**27, 1])
     # Three of one size, a gigabyte of logits each; nine of 1,152 before.
     assert chunks == [3_456] * 3 and 3_456 * 66_824 <= 2**28
+
+
+class Waits(TorchDispatchMode):
+    """Collect operators whose result a host must wait for: a number, or a shape that depends on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal", "bincount")
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        name = operator.overloadpacket.__name__
+        places = arguments[1] if name in ("index", "index_put", "index_put_") else ()
+        # By a mask, an operator looks for the places first, as nonzero does.
+        is_masked = any(place is not None and place.dtype == torch.bool for place in places)
+        if name in self.NAMES or is_masked:
+            self.found.append(name)
+        return operator(*arguments, **(keywords or {}))
+
+
+class Moves(TorchFunctionMode):
+    """Collect what makes a tensor out of the host's numbers, or may move one: a CPU hides it from dispatch."""
+
+    NAMES = ("tensor", "as_tensor", "from_numpy", "cpu", "cuda", "numpy", "to")
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        name, where = getattr(function, "__name__", ""), [*arguments[1:], *(keywords or {}).values()]
+        is_cast = name == "to" and all(isinstance(each, torch.dtype) for each in where)  # stays where it is
+        if name in self.NAMES and not is_cast:
+            self.found.append(name)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(("is_image_only", "waits"), [(False, ["nonzero"]), (True, ["nonzero", "nonzero"])])
+def test_a_micro_batch_waits_only_for_the_places_that_count(is_image_only, waits):
+    layout = VocabLayout(40, num_text_tokens=40, codebook_size=32)
+    config = OpenLMConfig(layout.vocab_size, 32, 2, 2, image_rows_only=is_image_only)
+    learner = Learner(OpenLMForCausalLM(config).train(), layout=layout, z_loss=1e-4)
+    ids = torch.randint(layout.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    found = []
+    with Moves(found), Waits(found):
+        total, _ = learner(ids, labels)
+        (total / ids.numel()).backward()
+    # How many labels count decides the shape of the logits: one wait for each softmax, before the first product with
+    # the head and behind the queued body. Each other wait would leave a GPU without work while the host catches up.
+    assert found == waits
+    with Moves(found), Waits(found):
+        total.detach().item(), ids[ids > 3], ids.cpu(), ids.to("cpu"), ids.float(), torch.tensor([1])
+    assert found[len(waits) :] == ["_local_scalar_dense", "index", "cpu", "to", "tensor"]
 
 
 def test_a_saved_tensor_with_two_names_is_moved_once():
