@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i.cli.command_line import read_flags
+from t2i.commands.score import ScoreCommand
 from t2i.config import SampleConfig
 from t2i.measure import descriptors, measures
 from t2i.measure import pairing as pairs
@@ -19,6 +21,7 @@ from t2i.measure.judge import Head, Judge
 from t2i.measure.pairing import clip_scores, pairing_of
 from t2i.measure.protocol import DrawingFacts
 from t2i.measure.score import Drawing, Rulers, Task, draw_rows, score
+from t2i.model.open_lm import sampling_open_lm
 from t2i.runs.loading import open_model
 
 OWN_PLACES = [7, 2, 9, 0, 5]
@@ -66,6 +69,26 @@ def test_the_redrawn_row_has_the_captions_and_other_seeds(task, drawing, monkeyp
     assert captions == again == task.captions
     seeds = [set(range(config.seed, config.seed + 5)) for config in (first, second)]
     assert not seeds[0] & seeds[1] and replace(second, seed=first.seed) == first
+
+
+def test_the_flag_window_reaches_the_drawing_and_changes_no_image(
+    task, drawing, model_folder, tmp_path, monkeypatch
+):
+    windows, by_window = [], sampling_open_lm.sample_by_window
+
+    def spy(*given, pace, **rest):
+        windows.append(pace)
+        return by_window(*given, pace=pace, **rest)
+
+    monkeypatch.setattr(sampling_open_lm, "sample_by_window", spy)
+    opened, drawn = open_model(str(model_folder), needs_images=True), []
+    for window in ("1", "4"):
+        command = read_flags(ScoreCommand, [str(model_folder), "--window", window])
+        how = replace(drawing, out=tmp_path / window, config=command.sample, controls=())
+        paths = draw_rows(opened, task, drawing=how)["model"]
+        drawn.append([Image.open(path).tobytes() for path in paths])
+    # Five captions are two batches of at most four.
+    assert windows == [4, 4] and drawn[0] == drawn[1]
 
 
 def pairing(task, drawn, *, num_real=5):

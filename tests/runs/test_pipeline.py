@@ -48,6 +48,21 @@ def test_images_come_in_every_form(pipe):
     assert torch.equal(codes[2:], alone)  # image i has seed 7 + i
 
 
+def test_a_window_draws_the_same_image_in_fewer_passes(pipe, monkeypatch):
+    sampler, windows = sampler_of(pipe.language_model), []
+    by_window = sampler.sample_by_window
+
+    def spy(*given, pace, **rest):
+        windows.append(pace)
+        return by_window(*given, pace=pace, **rest)
+
+    monkeypatch.setattr(sampler, "sample_by_window", spy)
+    one_by_one = pipe("a cat", generator=seeded(7), output_type="latent").images
+    assert windows == []
+    several = pipe("a cat", generator=seeded(7), output_type="latent", window=4).images
+    assert windows == [4] and torch.equal(several, one_by_one)
+
+
 def test_each_step_is_told_of_and_may_be_the_last(pipe):
     seen = []
 
