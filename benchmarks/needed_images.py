@@ -3,13 +3,13 @@
 Examples:
     python benchmarks/needed_images.py
     python benchmarks/needed_images.py --cache /tmp/features --rounds 20
+    python benchmarks/needed_images.py --quick
 
 Sets of n images that differ in a known way from the real ones are compared with n real ones. A measure sees the
 difference if it is larger than 95% of what it says of real images against real ones, at the same n. The table has the
 least n of its steps from which on it does so in at least 80% of the rounds. Images and features are the embedded ones.
 """
 
-import argparse
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -26,15 +26,15 @@ from t2i.data.sources import Pair, open_source
 from t2i.files import hash_uniform
 from t2i.measure.attributes import attributes_of
 from t2i.measure.features import extract, load_features
-from t2i.measure.images import Reconstructions, pictures
+from t2i.measure.images import Reconstructions, images_of_pairs
 from t2i.measure.judge import judged, load_judge
 from t2i.measure.shuffled import unrelated
 from t2i.measure.sliced import directions_of
 from t2i.tokens.image import ImageTokenizer
 
 STEPS = (8, 16, 32, 64, 128, 256, 512)
-CHANGED = 1_024
-"""Images that are reconstructed and compressed: of each round's real ones, none is among them."""
+ROUNDS, CHANGED = 100, 1_024
+QUICK = {"images": 256, "changed": 64, "steps": STEPS[:3]}
 SEEN, FALSE_ALARMS = 0.8, 0.05
 JPEG_QUALITY = 30
 SIDE = 64
@@ -50,30 +50,37 @@ class Pool:
     projected: np.ndarray
     """(N, P) on MIND's directions."""
     dims: int
+    num_real: int
+    num_changed: int
+    """Images that are reconstructed and compressed: of each round's real ones, none is among them."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=100)
+    parser = side_by_side.parser_of(__doc__)
+    parser.set_defaults(rounds=ROUNDS)
     parser.add_argument("--cache", type=Path, help="folder that keeps features between two calls")
-    options = parser.parse_args()
+    parser.add_argument("--images", type=int, help="use so many of the embedded images; by default all")
+    parser.add_argument("--changed", type=int, default=CHANGED, help="so many of them are made worse")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=STEPS, help="images per side, up to --changed"
+    )
+    options = side_by_side.parse(parser, **QUICK)
     torch.set_num_threads(1)
     pairs = sorted(open_source("openmoji").pairs, key=lambda pair: hash_uniform("needed", pair.key))
-    pool, kinds = pool_of(pairs, cache=options.cache)
-    rng = np.random.default_rng(0)
+    pairs = pairs[: options.images]
+    pool, kinds = pool_of(pairs, num_changed=options.changed, cache=options.cache)
+    rng, steps = np.random.default_rng(0), options.steps
     power = {
-        name: [powers(pool, choose, n=n, num_real=len(pairs), rounds=options.rounds, rng=rng) for n in STEPS]
-        for name, choose in differences(kinds, num_real=len(pairs)).items()
+        name: [powers(pool, choose, n=n, rounds=options.rounds, rng=rng) for n in steps]
+        for name, choose in differences(kinds, pool).items()
     }
     held_out = [pair for pair in pairs if pair.split != "train"]
-    read = load_judge().read(pictures(held_out, size=SIDE))
+    read = load_judge().read(images_of_pairs(held_out, size=SIDE))
     captions = [pair.caption for pair in held_out]
-    judge = [judge_powers(read, captions, n=n, rounds=options.rounds, rng=rng) for n in STEPS]
-    lines = [table_line(name, found) for name, found in power.items()]
+    judge = [judge_powers(read, captions, n=n, rounds=options.rounds, rng=rng) for n in steps]
+    lines = [table_line(name, found, steps) for name, found in power.items()]
     lines.append(
-        "| a quarter of captions exchanged | not seen | not seen | not seen | " + needed(judge) + " |"
+        f"| a quarter of captions exchanged | not seen | not seen | not seen | {needed(judge, steps)} |"
     )
     print(
         "\n".join(
@@ -87,16 +94,16 @@ def main() -> None:
     facts = {
         "machine": side_by_side.machine(),
         "rounds": options.rounds,
-        "steps": STEPS,
+        "steps": steps,
         "num_real": len(pairs),
     }
     print(json.dumps({**facts, "power": power, "judge": judge}))
 
 
-def pool_of(pairs: Sequence[Pair], *, cache: Path | None) -> tuple[Pool, list[str]]:
-    """Compute features of the real images, then of the first CHANGED reconstructed, and compressed."""
-    real = pictures(pairs, size=SIDE)
-    some = pictures(pairs[:CHANGED], size=SIDE)
+def pool_of(pairs: Sequence[Pair], *, num_changed: int, cache: Path | None) -> tuple[Pool, list[str]]:
+    """Compute features of the real images, then of the first `num_changed` reconstructed, and compressed."""
+    real = images_of_pairs(pairs, size=SIDE)
+    some = images_of_pairs(pairs[:num_changed], size=SIDE)
     tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
     sets = {
         "real": real,
@@ -106,7 +113,7 @@ def pool_of(pairs: Sequence[Pair], *, cache: Path | None) -> tuple[Pool, list[st
     extractor = load_features("efficientnet_lite0")
     features = []
     for name, images in sets.items():
-        file = cache / f"{name}.npy" if cache else None
+        file = cache / f"{name}-{len(pairs)}-{num_changed}.npy" if cache else None
         if file and file.is_file():
             features.append(np.load(file))
             continue
@@ -116,7 +123,8 @@ def pool_of(pairs: Sequence[Pair], *, cache: Path | None) -> tuple[Pool, list[st
     everything = np.concatenate(features).astype(np.float64)
     projected = np.concatenate([everything @ each for each in directions_of(everything.shape[1])], axis=1)
     kinds = [attributes_of(pair.caption).get("kind", "") for pair in pairs]
-    return Pool(everything @ everything.T, projected, everything.shape[1]), kinds
+    gram = everything @ everything.T
+    return Pool(gram, projected, everything.shape[1], len(pairs), num_changed), kinds
 
 
 def compressed(image: np.ndarray) -> np.ndarray:
@@ -127,10 +135,10 @@ def compressed(image: np.ndarray) -> np.ndarray:
 
 
 Choose = Callable[[np.ndarray], np.ndarray]
-"""Places of n real images among the first CHANGED -> places of the images that a bad model would have drawn."""
+"""Places of n real images among the changed -> places of the images that a bad model would have drawn."""
 
 
-def differences(kinds: Sequence[str], *, num_real: int) -> dict[str, Choose]:
+def differences(kinds: Sequence[str], pool: Pool) -> dict[str, Choose]:
     """Name ways in which images can differ from real ones."""
 
     def some(share: float, first: int) -> Choose:
@@ -144,28 +152,26 @@ def differences(kinds: Sequence[str], *, num_real: int) -> dict[str, Choose]:
 
     def without_flags(places: np.ndarray) -> np.ndarray:
         taken = set(places.tolist())
-        others = [place for place in range(CHANGED) if kinds[place] != "flag" and place not in taken]
+        others = [place for place in range(pool.num_changed) if kinds[place] != "flag" and place not in taken]
         kept = [place for place in places if kinds[place] != "flag"]
         return np.array(kept + others[: len(places) - len(kept)])
 
     return {
-        "all reconstructed by the embedded tokenizer": some(1, num_real),
-        "a quarter reconstructed": some(0.25, num_real),
-        f"all compressed (JPEG, quality {JPEG_QUALITY})": some(1, num_real + CHANGED),
+        "all reconstructed by the embedded tokenizer": some(1, pool.num_real),
+        "a quarter reconstructed": some(0.25, pool.num_real),
+        f"all compressed (JPEG, quality {JPEG_QUALITY})": some(1, pool.num_real + pool.num_changed),
         "no flags (a kind of 6% is missing)": without_flags,
         "half of the images twice": lambda places: np.concatenate([places[: len(places) // 2]] * 2),
     }
 
 
-def powers(
-    pool: Pool, choose: Choose, *, n: int, num_real: int, rounds: int, rng: np.random.Generator
-) -> dict[str, float]:
+def powers(pool: Pool, choose: Choose, *, n: int, rounds: int, rng: np.random.Generator) -> dict[str, float]:
     """Count how often each measure sees a difference at n images per side."""
     null: dict[str, list[float]] = {name: [] for name in MEASURES}
     seen: dict[str, list[float]] = {name: [] for name in MEASURES}
     for _ in range(rounds):
-        made = rng.permutation(CHANGED)[:n]
-        real = CHANGED + rng.permutation(num_real - CHANGED)[: 2 * n]
+        made = rng.permutation(pool.num_changed)[:n]
+        real = pool.num_changed + rng.permutation(pool.num_real - pool.num_changed)[: 2 * n]
         for found, places in ((null, real[n:]), (seen, choose(made))):
             for name, value in distances(pool, places, real[:n]).items():
                 found[name].append(value)
@@ -213,18 +219,18 @@ def judge_powers(
     return {"judge": float(np.mean(np.array(seen) < np.quantile(null, FALSE_ALARMS)))}
 
 
-def table_line(name: str, found: Sequence[dict[str, float]]) -> str:
-    cells = [needed([{"one": each[measure]} for each in found]) for measure in MEASURES]
+def table_line(name: str, found: Sequence[dict[str, float]], steps: Sequence[int]) -> str:
+    cells = [needed([{"one": each[measure]} for each in found], steps) for measure in MEASURES]
     return f"| {name} | {' | '.join(cells)} | |"
 
 
-def needed(found: Sequence[dict[str, float]]) -> str:
+def needed(found: Sequence[dict[str, float]], steps: Sequence[int]) -> str:
     """Name the least n from which on the difference is seen."""
     powers_by_step = [next(iter(each.values())) for each in found]
-    for place, n in enumerate(STEPS):
+    for place, n in enumerate(steps):
         if all(power >= SEEN for power in powers_by_step[place:]):
             return str(n)
-    return f"more than {STEPS[-1]}"
+    return f"more than {steps[-1]}"
 
 
 if __name__ == "__main__":

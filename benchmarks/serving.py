@@ -5,9 +5,9 @@ Clients are threads of this process, which share the processor with the server; 
 Examples:
     python benchmarks/serving.py runs/train
     python benchmarks/serving.py exported --clients 50 --requests 200 --batch-size 8
+    python benchmarks/serving.py exported --quick
 """
 
-import argparse
 import base64
 import json
 import statistics
@@ -16,6 +16,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import emoji
+import side_by_side
 import torch
 
 from t2i.config import SampleConfig, SamplerConfig
@@ -48,15 +49,13 @@ def ask(port: int, *, prompt: str, seed: int) -> tuple[float, bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = side_by_side.parser_of(__doc__)
     parser.add_argument("ckpt")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--images", type=int, default=64, help="drawn at each batch size")
-    given = parser.parse_args()
+    given = side_by_side.parse(parser, clients=4, requests=8, images=4)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     opened = open_model(given.ckpt, needs_images=True, device=device)
