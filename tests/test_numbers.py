@@ -1,8 +1,8 @@
 """A result on a page is in a file of results, with its number of seeds and its interval, or says what it is.
 
-What is checked, section by section: every number with decimals and every percentage outside code. It stands in a report or JSON that the
-section links (rounded to the digits on the page, or as per cent), or is the sum or difference of two numbers of its own
-table row, or is named in a comment that says where it came from:
+What is checked, section by section: every number with decimals and every percentage outside code. It stands in a report
+or JSON that the section links (rounded to the digits on the page, or as per cent), or is the sum or difference of two
+numbers of its own table row, or is named in a comment that says where it came from:
 
     <!-- results not in a linked file: 3.39 3.34. From metrics.jsonl of the language models, one run each. -->
 

@@ -12,6 +12,9 @@ SHARED = ("side_by_side", "page", "guesses", "exactness")
 BY_HAND = ("needed_images", "serving")
 """`make bench` does not run them: they print what the docs quote beside their command, and keep no results."""
 
+CONTESTS = ("speedrun",)
+"""No comparison of candidates: whole runs, each kept on a page of its own. One seed (`--seeds 1`) is the short form."""
+
 
 @pytest.fixture
 def side_by_side(monkeypatch, tmp_path):
@@ -47,7 +50,7 @@ def test_a_quick_run_is_one_round_and_publishes_nothing(side_by_side, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in BENCHMARKS if file.stem not in SHARED], ids=lambda file: file.stem
+    "file", [file for file in BENCHMARKS if file.stem not in SHARED + CONTESTS], ids=lambda file: file.stem
 )
 def test_every_benchmark_has_a_quick_run(file):
     called = [
