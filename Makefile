@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # What training on this processor is faster with: without these instructions bf16 is many times slower than fp32.
 CPU_CONFIG ?= ds_configs/$(if $(shell grep -m 1 -wo -e avx512_bf16 -e amx_bf16 /proc/cpuinfo),zero2_bf16_cpu,zero2_fp32).json
 
-.PHONY: help install demo lint test test-slow test-s3 test-browser test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons codes256 speedrun
+.PHONY: help install demo lint test test-slow test-s3 test-browser test-newest test-backbones backbones-table mutations fuzz faults bench docs reference smollm2 minilm icons codes256 speedrun shipped-demo
 help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded images; OUT=DIR, by default $(OUT)"
@@ -53,12 +53,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --editable '.[dev]'
 	@echo "$(CURDIR)" > $@
 
+# Half of the default batch and more steps: docs/speedrun.md has what was tried.
+DEMO := --train.global-batch-tokens 1536 --train.max-steps 5600 --train.lr 2e-3 --train.sample-every 1400
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
 	@echo "[1/5] captioned images become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
-	$(BIN)/deepspeed --quiet launchers/train.py --ds_config ds_configs/zero2_fp32.json --run-dir $(OUT) --train.sample-every 400
+	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --run-dir $(OUT) $(DEMO)
 	@echo "[3/5] its images beside their yardsticks"
 	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"
@@ -147,6 +149,15 @@ codes256: install
 	$(BIN)/python launchers/prepare.py --source openmoji --image-size 128 --views 2 --out data/openmoji128
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --data.shards data/openmoji128 \
 		--data.seq-len 288 --train.global-batch-tokens 6912 --train.max-steps 2400 --run-dir runs/codes256
+
+# The model that `t2i play demo` opens: what it needs of the demo's export beside what the package has.
+SHIPPED := t2i/assets/demo
+shipped-demo: demo
+	mkdir -p $(SHIPPED)
+	cp $(addprefix $(OUT)/export/,config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json \
+		special_tokens_map.json data_manifest.json roundtrip.safetensors) $(SHIPPED)
+	sed -i "s|$(CURDIR)/||" $(SHIPPED)/data_manifest.json
+	ln -sfn ../image_tokenizer $(SHIPPED)/image_tokenizer
 
 # What learns to draw fastest? docs/speedrun.md has the records, and says how to try something.
 speedrun: install

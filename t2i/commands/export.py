@@ -18,7 +18,7 @@ class ExportCommand:
     """The checkpoint and the new folder."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint or an exported folder."""
+    """A run folder, a checkpoint, an exported folder, or demo, which comes with t2i."""
     out: Path
     """New folder."""
     trust_remote_code: bool = False

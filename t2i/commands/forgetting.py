@@ -24,7 +24,7 @@ class ForgettingCommand:
     """The model, its reference and the text."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     text: str
     """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset name."""
     reference: Annotated[str | None, CKPT] = None

@@ -25,7 +25,7 @@ class PerplexityCommand:
     """The model and the held-out data."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     data: HeldoutData = field(default_factory=HeldoutData)
     num_images: Annotated[int, Ge(0)] = 0
     """Images of each held-out split, evenly spread; 0 for all."""

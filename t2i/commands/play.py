@@ -25,7 +25,7 @@ class PlayCommand:
     """The models, the address, the limits and the sampler that the page begins with."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     beside: Annotated[str | None, CKPT] = None
     """Another CKPT, which draws beside it under the same seeds."""
     reference: Annotated[str | None, CKPT] = None

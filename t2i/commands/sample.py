@@ -33,7 +33,7 @@ class SampleCommand:
     """The model, the captions and the sampler."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     prompts: tuple[str, ...]
     """Captions, or one file: .txt with one caption per line, or .csv, .tsv, .jsonl, .parquet with a column caption,
     text or prompt. With --layout: the benchmark's prompts."""

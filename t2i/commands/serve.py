@@ -24,7 +24,7 @@ class ServeCommand:
     """The model, the address, the limits and the sampler."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME)."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     host: str = "127.0.0.1"
     """Address to listen at. Any but this machine's own expects an API key in the environment variable T2I_API_KEY."""
     port: Annotated[int, Ge(0), Le(65_535)] = 8000

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from t2i.config import ASSETS, SampleConfig
 from t2i.errors import UserError
 from t2i.files import hub_name
+from t2i.generate.sample import draw_codes, drawer_of
 from t2i.runs import loading
 
 
@@ -50,3 +52,18 @@ def test_a_model_of_the_hub_is_called_by_its_name_there(model_folder, tmp_path, 
     monkeypatch.setattr(loading, "snapshot_download", lambda name: str(snapshot))
     assert loading.open_model("hf:somebody/tiny", needs_images=False).name == "somebody/tiny"
     assert loading.open_model(str(model_folder), needs_images=False).name == model_folder.name
+
+
+def test_demo_is_the_model_that_comes_with_t2i(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, run_dir = loading.find("demo")
+    assert run_dir is None and folder.is_relative_to(ASSETS)
+    assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) < 12e6
+    opened = loading.open_model("demo", needs_images=True)
+    drawer = drawer_of(opened, settings=SampleConfig())
+    (codes,) = draw_codes(drawer, ["woman: dark skin tone"])
+    assert codes.shape == (opened.model.config.codes_per_image,)
+    # A folder of the user's own comes first.
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(UserError, match=r"it has neither checkpoints/ nor config\.json\.$"):
+        loading.find("demo")
