@@ -94,6 +94,7 @@ def _check_form(values: dict[str, Any], limits: Limits) -> None:
         "size": ("auto", f"{side}x{side}"),
         "response_format": ("b64_json",),
         "output_format": ("png",),
+        "background": ("auto", "opaque"),
         "stream": (False,),
     }
     for name, choices in served.items():

@@ -97,6 +97,7 @@ WRONG = [
     ({"size": "1024x1024"}, 400, "size"),
     ({"response_format": "url"}, 400, "response_format"),
     ({"output_format": "webp"}, 400, "output_format"),
+    ({"background": "transparent"}, 400, "background"),
     ({"stream": True}, 400, "stream"),
     ({"model": "dall-e-3"}, 404, "model"),
 ]
