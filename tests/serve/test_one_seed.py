@@ -8,12 +8,14 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from t2i.config import SampleConfig, SamplerConfig
 from t2i.generate.best_of import caption_gains
@@ -24,7 +26,7 @@ from t2i.play.opening import painters_of
 from t2i.play.worth import worth_of
 from t2i.runs.export import export
 from t2i.runs.loading import open_model
-from t2i.serve.drawing import batch_drawer, cut_caption, room_of
+from t2i.serve.drawing import OneShape, batch_drawer, cut_caption, room_of
 from t2i.serve.opening import check_exposure, start
 from t2i.serve.stopping import accepting
 from t2i.serve.waiting import Asked
@@ -76,14 +78,38 @@ def test_one_seed_gives_one_image_by_all_ways_and_at_each_batch_size(opened, tmp
             assert np.abs(pixels(path) - pixels(io.BytesIO(file))).max() <= 1
 
 
-def test_codes_of_the_pipeline_are_those_of_sample(opened, tmp_path):
+def codes_of_draw(model, captions, *, pipe, seed):
+    """Draw as an exported folder's card says; return the codes (B, K) that its image tokenizer is given."""
+    with patch.object(pipe.image_tokenizer, "decode", wraps=pipe.image_tokenizer.decode) as decode:
+        model.draw(
+            captions, tokenizer=pipe.tokenizer, image_tokenizer=pipe.image_tokenizer, seed=seed, window=1
+        )
+    return decode.call_args.args[0].unflatten(0, (len(captions), -1))
+
+
+def test_one_seed_gives_the_same_codes_by_all_ways_and_at_each_batch_size(opened, tmp_path):
     export(opened, out=tmp_path / "exported", command="a test")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True).eval()
     drawer = drawer_of(opened, settings=SampleConfig(seed=SEED, window=1))
-    generator = torch.Generator().manual_seed(SEED)
-    assert torch.equal(
-        pipe(CAPTIONS, generator=generator, output_type="latent").images, draw_codes(drawer, CAPTIONS)
-    )
+    whole = draw_codes(drawer, CAPTIONS)  # (6, K)
+    assert len(whole.unique(dim=0)) == len(CAPTIONS)
+    for size in (1, 2, 6):
+        shape, found = OneShape(opened, batch_size=size), []
+        for at in range(0, len(CAPTIONS), size):
+            captions, seed = CAPTIONS[at : at + size], SEED + at
+            images = [Asked(text, seed + index) for index, text in enumerate(captions)]
+            generator = torch.Generator().manual_seed(seed)
+            ways = {
+                "sample": draw_codes(drawer, captions, first_seed=seed),
+                "server": shape.codes(images, sampler=SamplerConfig()),
+                "pipeline": pipe(captions, generator=generator, output_type="latent").images,
+                "draw": codes_of_draw(model, captions, pipe=pipe, seed=seed),
+            }
+            found.append(ways)
+        for way in found[0]:
+            assert torch.equal(torch.cat([ways[way] for ways in found]), whole), f"{way}, {size} at a time"
 
 
 def test_a_batch_of_the_server_gives_the_same_file_at_every_place_and_beside_anything(opened):
