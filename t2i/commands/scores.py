@@ -17,9 +17,9 @@ class CompareCommand:
     """The two scores."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """scores.json of one model, the folder that holds it, or a file of an export's .eval_results/."""
+    """scores.json of one model, its folder, a file of an export's .eval_results/, or the export's card, README.md."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """scores.json of another, or its folder."""
+    """Those of another, in any of these forms."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from t2i.errors import UserError
 from t2i.files import Kind, check_keys, read_json
 from t2i.measure.protocol import CLIP, JUDGES, RULES, SCORES, Protocol, RowScore, Scores, Subject
-from t2i.runs.eval_results import read_eval_results
+from t2i.runs.eval_results import read_card, read_eval_results
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,15 @@ class ReadScores:
 
 
 def read_scores(file: Path) -> ReadScores:
-    """Read a scores.json, that of a folder, or a file of .eval_results/ that an export holds.
+    """Read a scores.json, that of a folder, a file of .eval_results/ that an export holds, or its card.
 
     Raises:
         UserError: the file holds no scores.
     """
     file = file / SCORES if file.is_dir() else file
-    is_listed = file.suffix in (".yaml", ".yml")
-    scores = read_eval_results(file) if is_listed else read_json(file, error=UserError)
+    forms = {".yaml": read_eval_results, ".yml": read_eval_results, ".md": read_card}
+    read = forms.get(file.suffix)
+    scores = read(file) if read else read_json(file, error=UserError)
     where = f"{file} is no scores.json"
     check_keys(scores, {"rows": dict, "measures": list}, where=where, error=UserError)
     measures = [str(measure) for measure in scores["measures"]]

@@ -4,11 +4,12 @@ Source: https://huggingface.co/docs/hub/eval-results.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 
 from t2i.errors import UserError
 from t2i.files import Kind, check_keys, parse_yaml, read_yaml_list
@@ -66,19 +67,48 @@ def read_eval_results(file: Path) -> dict[str, Any]:
         UserError: it is another file, or one whose notes do not say how the scores were measured.
     """
     where = f"{file} holds no scores of an export"
-    found: dict[str, Any] = {"measures": []}
-    row: dict[str, Any] = {"intervals": {}}
+    entries = []
     for entry in read_yaml_list(file):
         kinds: dict[str, Kind] = {"entry": {"value": (int, float), "notes": str}}
         check_keys({"entry": entry}, kinds, where=where, error=UserError)
-        notes: Any = parse_yaml(entry["notes"], name=f"notes of {file}")
-        check_keys({"notes": notes}, {"notes": NOTED}, where=where, error=UserError)
-        key, interval = notes.pop("measure"), notes.pop("interval", None)
+        entries.append((entry["value"], parse_yaml(entry["notes"], name=f"notes of {file}")))
+    return _scores_of(entries, where=where)
+
+
+def read_card(file: Path) -> dict[str, Any]:
+    """Read the model-index of an export's card, back into the form of scores.json; values have four digits there.
+
+    Raises:
+        UserError: it is no card with the scores of an export, or it holds those of several data sets.
+    """
+    where = f"{file} holds no scores of an export"
+    try:
+        results = ModelCard.load(file).data.eval_results or []
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: {error}") from error
+    data = sorted({result.dataset_name for result in results})
+    if len(data) != 1:
+        raise UserError(
+            f"{where}: its model-index has the data sets {', '.join(data) or 'none'}; expected one. Each file of scores"
+            f" that an export holds, and each of its {EVAL_RESULTS}/, has those of one."
+        )
+    return _scores_of([(result.metric_value, result.metric_args) for result in results], where=where)
+
+
+def _scores_of(entries: Iterable[tuple[Any, Any]], *, where: str) -> dict[str, Any]:
+    """Put values, each with its notes, into the form of scores.json."""
+    found: dict[str, Any] = {"measures": []}
+    row: dict[str, Any] = {"intervals": {}}
+    for value, notes in entries:
+        kinds: dict[str, Kind] = {"value": (int, float), "notes": NOTED}
+        check_keys({"value": value, "notes": notes}, kinds, where=where, error=UserError)
+        rest = {name: said for name, said in notes.items() if name not in ("measure", "what", "interval")}
+        key = notes["measure"]
         found["measures"].append(key)
-        row |= {key: entry["value"], "what": notes.pop("what"), "n": notes["n"]}
-        if interval is not None:
-            row["intervals"][key] = interval
-        found |= {**notes, key: entry["value"]}
+        row |= {key: value, "what": notes["what"], "n": notes["n"]}
+        if "interval" in notes:
+            row["intervals"][key] = notes["interval"]
+        found |= {**rest, key: value}
     return {**found, "rows": {"model": row}}
 
 
