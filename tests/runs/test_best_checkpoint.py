@@ -1,11 +1,15 @@
 """The checkpoint with the lowest held-out loss: kept, named, and opened by its name; and what is said of a rise."""
 
+from dataclasses import replace
+
 import pytest
+from conftest import ROOT
 
 from t2i.distributed.run_id import give_run_id, read_run_id
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.best_checkpoint import best_of
 from t2i.runs.loading import find
+from t2i.train.main import train
 from t2i.train.progress import Progress
 
 
@@ -74,3 +78,18 @@ def test_overfitting_is_said_once_after_three_rises(losses, is_said):
         progress.note_heldout(loss)  # measured again where a run was resumed
         found.append(progress.has_begun_to_rise())
     assert found == is_said
+
+
+def test_a_run_whose_heldout_loss_rises_says_so_once_and_names_the_best_checkpoint(
+    finished, tmp_path, monkeypatch, caplog
+):
+    losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4])
+    monkeypatch.setattr("t2i.train.loop.heldout_loss", lambda rows: next(losses) if rows else None)
+    settings = replace(finished.train, max_steps=6, eval_every=1, save_every=1)
+    config = replace(finished, run_dir=tmp_path / "run", train=settings)
+    train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    [said] = [each.getMessage() for each in caplog.records if "begins to overfit" in each.getMessage()]
+    assert said.startswith("the held-out loss has risen in 3 evaluations in a row, from 2.000 to 2.300")
+    best = config.run_dir / "checkpoints" / "step_000002"
+    assert said.endswith(f"The checkpoint of its lowest is kept: {best}.")
+    assert best.is_dir()

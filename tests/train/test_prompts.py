@@ -1,5 +1,6 @@
 """Prompts of a file along a run: drawn again and again, each beside its image if it has one."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ from PIL import Image
 from t2i.config import SampleConfig
 from t2i.errors import DataError
 from t2i.generate.sample import drawer_of
+from t2i.play.watching import grids_of
 from t2i.runs.loading import open_model
+from t2i.runs.run_folder import read_sample_captions
 from t2i.train.periodic import _samples
 from t2i.train.prompts import MOST_PROMPTS, read_prompts
 
@@ -64,3 +67,28 @@ def test_a_real_image_stands_to_the_right_of_the_drawn_one(tmp_path, model_folde
     assert sheet.getpixel((32 + 16, 16)) == (255, 255, 255)
     assert sheet.getpixel((3 * 32 + 16, 16)) == (255, 0, 0)
     assert shown == [7]
+
+
+def test_a_run_leaves_a_grid_of_its_prompts(finished, tmp_path, call):
+    file = written(tmp_path, [{"text": "a dog"}, {"text": "red", "image": "red.png"}])
+    run, data, model, settings = tmp_path / "run", finished.data, finished.model, finished.train
+    words = {
+        "--ds_config": "ds_configs/zero2_fp32.json",
+        "--run-dir": run,
+        "--data.shards": data.shards,
+        "--data.seq-len": data.seq_len,
+        "--model.hidden-size": model.hidden_size,
+        "--model.num-layers": model.num_layers,
+        "--model.num-heads": model.num_heads,
+        "--train.global-batch-tokens": settings.global_batch_tokens,
+        "--train.max-steps": 2,
+        "--train.sample-every": 1,
+        "--train.sample-prompts": file,
+    }
+    assert call("launchers/train.py", *itertools.chain(*words.items())) == 0
+    assert read_sample_captions(run) == ["a dog", "red"]
+    assert list(grids_of(run)) == [1, 2]
+    sheet = Image.open(grids_of(run)[2])
+    side = sheet.height
+    assert sheet.width == 8 * side  # drawn, white, drawn, red, and white up to eight
+    assert sheet.getpixel((3 * side + side // 2, side // 2)) == (255, 0, 0)

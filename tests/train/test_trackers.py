@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +15,16 @@ from PIL import Image
 
 from t2i.distributed.run_id import give_run_id
 from t2i.errors import UserError
-from t2i.runs.metrics_log import append_metrics
+from t2i.runs.metrics_log import append_metrics, read_metrics
+from t2i.runs.run_folder import read_status
 from t2i.train import following, trackers
 from t2i.train.following import follow, new_rows
+from t2i.train.main import train
 from t2i.train.metrics import MetricsWriter
 from t2i.train.trackers import Trackers, check_trackers
 
-HANGS = "import time\ndef init(**_):\n    print('asked', flush=True)\n    time.sleep(1000)\n"
+DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2_fp32.json"
+HANGS = "import os, time\ndef init(**_):\n    print('asked', os.getpid(), flush=True)\n    time.sleep(1000)\n"
 FAILS = "def init(**_):\n    raise ConnectionError('no network')\n"
 
 
@@ -58,6 +63,23 @@ def test_a_tracker_that_hangs_delays_a_run_by_no_more_than_a_moment(tmp_path, ru
     assert not (run_dir / "tensorboard").exists()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_run_takes_its_steps_and_ends_though_its_tracker_hangs(finished, tmp_path, monkeypatch, caplog):
+    stand_in(tmp_path, monkeypatch, HANGS)
+    monkeypatch.syspath_prepend(tmp_path)  # the run itself asks whether it is installed
+    monkeypatch.setattr(trackers, "LAST_SECONDS", 0.5)
+    settings = replace(finished.train, max_steps=2, eval_every=0, save_every=2, report_to=("wandb",))
+    config = replace(finished, run_dir=tmp_path / "run", train=settings)
+    train(config, ds_config_path=DS_CONFIG)
+    assert [row["step"] for row in read_metrics(config.run_dir) if "split" not in row] == [1, 2]
+    assert read_status(config.run_dir).state == "done"
+    assert "wandb is not done yet" in caplog.text
+    log, end = config.run_dir / "trackers" / "wandb.log", time.monotonic() + 60
+    while "asked" not in log.read_text():  # it was reached, and hangs
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    os.kill(int(log.read_text().split("asked ")[1].split()[0]), signal.SIGKILL)
 
 
 def test_a_tracker_that_fails_is_said_at_the_end(tmp_path, run_dir, monkeypatch, caplog):

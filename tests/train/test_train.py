@@ -1,6 +1,7 @@
 """The whole training path on tiny pictures: one process here, two through the real launcher."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from t2i.errors import NumericalError, Stopped, UserError
 from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import report_command
 from t2i.tokens.text import TextTokenizer
 from t2i.train import build
 from t2i.train.main import train
@@ -56,7 +58,7 @@ def test_a_run_explains_itself(finished):
     assert (run_dir / "latest").read_text().strip() == "checkpoints/step_000006"
 
 
-def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path, monkeypatch):
+def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path, monkeypatch, caplog):
     # As Python 3.11.2, Debian 12's, pickles enums.
     by_name = lambda stage, _: (getattr, (type(stage), stage.name))  # noqa: E731
     monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
@@ -64,7 +66,13 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(finished, tmp_path, mo
     with pytest.raises(Stopped, match="Stopped at step 3 of 6"):
         train(config, ds_config_path=DS_CONFIG, stop_at=3)
     assert json.loads((config.run_dir / "status.json").read_text())["code"] == 75
-    train(config, ds_config_path=DS_CONFIG)
+    with caplog.at_level("INFO", logger="t2i"):
+        train(config, ds_config_path=DS_CONFIG)
+    # Where to look, at the end: the run has evaluated its last step alone.
+    said = re.search(r"done: step 6, loss \d\.\d{3}\. Checkpoints: (\S+), (.*)\. Next: (.*)", caplog.text)
+    assert said[1] == str(config.run_dir / "checkpoints")
+    assert said[2] == "the best by held-out loss: step_000006"
+    assert said[3] == report_command(config.run_dir)
     whole, resumed = weights(finished.run_dir, 6), weights(config.run_dir, 6)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = [
