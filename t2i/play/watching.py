@@ -103,7 +103,7 @@ def grids_of(run_dir: Path) -> dict[int, Path]:
 
 
 def version_of(run_dir: Path) -> tuple[int, int]:
-    """Return what changes whenever a run has recorded or drawn something more, or has ended."""
+    """Return what changes whenever a run has recorded or drawn something more, or has ended: bytes, and grids."""
     files = [run_dir / METRICS, run_dir / STATUS]
     return sum(file.stat().st_size for file in files if file.is_file()), len(grids_of(run_dir))
 

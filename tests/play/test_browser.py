@@ -2,11 +2,16 @@
 
 import importlib.util
 import io
+import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from play_page import CHROMIUM, Tab, opened, served
+
+from t2i.runs.metrics_log import append_metrics
+from t2i.runs.run_folder import write_status
 
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -150,6 +155,63 @@ def test_a_run_is_shown_with_its_curves(run_url):
         tab = Tab(page, "Run")
         assert tab.field("The run").input_value().startswith("done: step 6 of 6")
         assert tab.panel.locator(".figures svg").count() == 2
+
+
+def test_a_run_is_watched_while_it_trains(finished, tmp_path):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+    write_status(run, state="running", step=6, next_command="")
+    with served(run) as url, opened(url) as page:
+        tab = Tab(page, "Run")
+        tab.wait_for("The run", "running: step 6 of 6")
+        before = tab.panel.locator(".figures").inner_html()
+        assert not tab.panel.locator(".steps").is_visible()
+        (run / "samples").mkdir()
+        for step in (7, 8, 9):
+            append_metrics(run, {"step": step, "tokens": step, "image_loss": 5.0, "seconds": 60.0 * step})
+            Image.new("RGB", (64, 32), (10 * step, 0, 0)).save(run / "samples" / f"step_{step:06d}.png")
+        tab.wait_for("The run", "running: step 9 of 6, 9 min in steps so far.")
+        tab.panel.get_by_text("Drawn at step 9").wait_for()
+        assert tab.panel.locator(".grid img").is_visible() and tab.panel.locator(".steps").is_visible()
+        assert tab.panel.locator(".figures").inner_html() != before
+        tab.slide("Samples: first to last", 0)
+        tab.panel.get_by_text("Drawn at step 7").wait_for()
+        write_status(run, state="done", step=9, next_command="")
+        tab.wait_for("The run", "done: step 9 of 6")
+        assert tab.panel.get_by_text(
+            "Drawn at step 7"
+        ).is_visible()  # who looks at an older one is left at it
+
+
+def test_a_drawing_is_seen_before_it_is_done(run_url):
+    with opened(run_url) as page:
+        tab = Tab(page, "Draw")
+        tab.draw("a cat", seed=1, count=100)
+        said = tab.wait_for("Status", "Drawing: ")
+        assert 0 < int(re.match(r"Drawing: (\d+) of 1600 passes", said)[1]) < 1600
+        tab.panel.locator(".drawn img").first.wait_for()
+        tab.wait_for("Status", "Drawn: 1600 of 1600 passes")
+
+
+def test_a_third_visitor_is_told_that_the_page_is_busy(finished):
+    with (
+        served(finished.run_dir, "--max-waiting", 1, "--max-images", 1000) as url,
+        opened(url) as page,
+    ):
+        tabs = [Tab(page, "Draw")]
+        for _ in range(2):
+            visitor = page.context.browser.new_page()
+            visitor.goto(url)
+            tabs.append(Tab(visitor, "Draw"))
+        tabs[0].draw("a cat", seed=1, count=1000)
+        tabs[0].wait_for("Status", "Drawing: ")
+        with tabs[1].page.expect_response(lambda answer: "queue/join" in answer.url):
+            tabs[1].draw("a dog", seed=2)
+        tabs[2].draw("a bird", seed=3)
+        toast = tabs[2].page.get_by_test_id("toast-body")
+        toast.wait_for(timeout=30_000)
+        assert "busy" in toast.inner_text() or "full" in toast.inner_text()
+        tabs[0].button("Cancel").click()
+        tabs[1].wait_for("Status", "Drawn: ")  # who waited is drawn for
 
 
 def test_nothing_of_elsewhere_is_asked(page, url):

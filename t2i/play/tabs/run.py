@@ -43,21 +43,24 @@ def run_tab(play: Play) -> None:
         "\n".join(watched.captions), label="Captions, in reading order", interactive=False, max_lines=16
     )
 
-    def look(place: float, before: object) -> tuple[Any, ...]:
+    def look(place: float, before: tuple[int, int]) -> tuple[Any, ...]:
         version = version_of(run_dir)
         if version == before:
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
         with said_on_page():
             now = watch(run_dir, price=play.price)
-        # Who looks at an older grid is left at it.
-        was_at_end = place >= len(now.grids) - 2
-        return version, _said(now), _curves(now), gr.Slider(**_range(now)) if was_at_end else gr.skip()
+        # Who looks at an older grid than the last one at the look before is left at it.
+        if place < before[1] - 1:
+            return version, _said(now), _curves(now), gr.skip(), gr.skip()
+        # The image too: at the first grid the slider does not move.
+        newest = gr.Image(**_grid(run_dir, len(now.grids) - 1))
+        return version, _said(now), _curves(now), gr.Slider(**_range(now)), newest
 
     timer = gr.Timer(EVERY_SECONDS, active=watched.forecast.state == "running")
     timer.tick(
         look,
         [slider, seen],
-        [seen, said, curves, slider],
+        [seen, said, curves, slider, image],
         show_progress="hidden",
         concurrency_id="figures",  # matplotlib draws one at a time
         concurrency_limit=1,
