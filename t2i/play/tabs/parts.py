@@ -17,8 +17,14 @@ from t2i.play.drawing import Drawn, Painter
 from t2i.play.following import Visitors
 from t2i.play.texts import Origin
 
-ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-"""For events that use a model: they queue for it, over all tabs and pages."""
+ONE_AT_A_TIME = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "api_visibility": "private",
+    "trigger_mode": "always_last",
+}
+"""For events that use a model: they queue for it, over all tabs and pages. What is clicked while the page is busy with
+the same event follows it, as the fields are then; Gradio would drop it without a word."""
 BUTTONS = ["download", "fullscreen"]
 """Of images; Gradio's own have one more, which uploads them."""
 BROKEN = (UserError, DataError, CheckpointError)
