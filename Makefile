@@ -53,14 +53,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check --editable '.[dev]'
 	@echo "$(CURDIR)" > $@
 
-# Half of the default batch and more steps: docs/speedrun.md has what was tried.
-DEMO := --train.global-batch-tokens 1536 --train.max-steps 5600 --train.lr 2e-3 --train.sample-every 1400
 # Each line can be copied and run alone; finished work is not repeated.
 demo: install
 	@echo "[1/5] captioned images become tokens"
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
-	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --run-dir $(OUT) $(DEMO)
+	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --run-dir $(OUT) \
+		--train.global-batch-tokens 1536 --train.max-steps 5600 --train.lr 2e-3 --train.sample-every 1400
 	@echo "[3/5] its images beside their yardsticks"
 	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"
