@@ -158,7 +158,7 @@ shipped-demo: demo
 	sed -i "s|$(CURDIR)/||" $(SHIPPED)/data_manifest.json
 	ln -sfn ../image_tokenizer $(SHIPPED)/image_tokenizer
 
-# What learns to draw fastest? docs/speedrun.md has the records, and says how to try something.
+# What learns to draw fastest? Writes docs/speedrun.md, with the records and how to try something.
 speedrun: install
 	$(BIN)/python benchmarks/speedrun.py
 

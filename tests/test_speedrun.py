@@ -29,8 +29,6 @@ def a_try(speedrun, name, *, seconds, num_seeds=5, loss=0.0, judge=0.0):
                 "caption": 0.5,
                 "judge": speedrun.JUDGE_TARGET + judge,
                 "frechet": 100.0,
-                "judge_of_real": 0.9,
-                "judge_of_reconstructions": 0.8,
             }
             for seed in range(num_seeds)
         ],
@@ -62,8 +60,7 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
     (tmp_path / "eval" / "step_000010").mkdir(parents=True)
     (tmp_path / "latest").write_text("step_000010\n")
     (tmp_path / "eval" / "step_000010" / "scores.json").write_text(
-        '{"rows": {"real": {"judge": 0.9}, "reconstructions": {"judge": 0.8},'
-        ' "model": {"judge": 0.5, "fd_efficientnet_lite0": 99.0}}}'
+        '{"rows": {"model": {"judge": 0.5, "fd_efficientnet_lite0": 99.0}}}'
     )
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "step_seconds": 2.0}\n{"step": 10, "step_seconds": 3.5}\n'
@@ -74,3 +71,7 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
     # Training resumes where it ended, which costs nothing; what is scored stays.
     (train,) = called
     assert train[1:4] == ["-m", "t2i", "train"] and train[train.index("--train.seed") + 1] == "3"
+
+
+def test_the_first_try_is_the_demo(speedrun):
+    assert " ".join(speedrun.DEMO) in (ROOT / "Makefile").read_text()
