@@ -45,6 +45,11 @@ EXPLANATIONS = {
         "reads the true length. So it gains most at batch 1. Most of what is left is the draw of a thousand "
         "codes out of 16,384."
     ),
+    "window": (
+        "The image is the same by every window: docs/window.md says why. Fewer passes do not save as much time. "
+        "On a CPU the products of a pass are bound by memory up to some eight rows only, and a window of 8 with "
+        "guidance has sixteen. More training does not make codes easier to guess."
+    ),
     "training_step": (
         "Where the rest of the time goes: DeepSpeed averages, measures, clips and copies 41 million gradients "
         "and weights, and Adam updates them. Each is a walk through memory. Then there are the powers and sums of "
