@@ -22,6 +22,7 @@ from annotated_types import Ge, Gt, Le
 
 from t2i.cli import parse
 from t2i.config import Gpu
+from t2i.errors import UserError
 from t2i.shipped import find_shipped
 from t2i.verbs import command_line, is_typed_as_verb
 
@@ -59,6 +60,7 @@ class StudyCommand:
 def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
     from t2i.report.sections.registry import check_sections
+    from t2i.study.inputs import missing_inputs
     from t2i.study.jobs import jobs_of, read_study
     from t2i.study.runner import local_workers, submit
 
@@ -72,7 +74,12 @@ def main() -> None:
         *(["-m", "t2i", "study"] if is_typed_as_verb() else ["launchers/study.py"]),
         *flags,
     ]
+    missing = missing_inputs(study, out=out)
+    if missing and not (command.plan or command.report):
+        raise UserError(f"{command.study}: {'; '.join(missing)}.")
     if command.plan:
+        for one in missing:
+            print(f"{one}: the plan takes the sizes that the study's settings and `assumed` state.")
         print_plan(study, command, num_jobs=len(jobs), out=out)
     elif command.launcher == "slurm":
         options = shlex.split(command.sbatch)

@@ -13,9 +13,9 @@ from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, weight_byte
 from t2i.cost.plan import START_SECONDS, work_of
 from t2i.data.batching import accumulation, global_batch
 from t2i.files import read_json
-from t2i.study.jobs import read_record, run_config, run_name, step_config, trial_config
-from t2i.study.spec import TRAIN, Study
-from t2i.study.tuning import trial_name, trials
+from t2i.study.inputs import training_runs
+from t2i.study.jobs import read_record
+from t2i.study.spec import Study
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
 
@@ -75,15 +75,8 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     # Shards of a study are made by its own steps, so they are seldom there when the plan is asked for.
     assumed: dict[str, Any] = dict(study.assumed)
     plan = replace(_embedded(), **assumed)
-    runs = {step.name: step_config(step, out=out) for step in study.steps if step.command == TRAIN}
+    runs = training_runs(study, out=out)
     made = {str(config.run_dir): config.model for config in runs.values()}
-    runs |= {
-        trial_name(arm, value): trial_config(study, arm=arm, value=value, out=out)
-        for arm, value in trials(study)
-    }
-    runs |= {
-        run_name(arm, seed): run_config(study, arm=arm, seed=seed, out=out) for arm, seed in study.runs()
-    }
     return [
         _cost(
             name,

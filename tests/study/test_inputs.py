@@ -1,0 +1,62 @@
+"""A study asks for what it needs before anything runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from t2i.commands import study as command
+from t2i.errors import UserError
+from t2i.study.inputs import missing_inputs
+from t2i.study.jobs import read_study
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The shipped study of one's own model and shards, in a folder that has neither."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text((ROOT / "launchers/studies/own.yaml").read_text())
+    return tmp_path / "mine.yaml"
+
+
+def test_a_model_and_shards_that_are_not_there_are_said_before_anything_runs(own, monkeypatch, capsys):
+    said = "model.init is models/mine .*not here, and no step makes it; data.shards is data/mine "
+    monkeypatch.setattr("sys.argv", ["study.py", "mine.yaml"])
+    with pytest.raises(UserError, match=said):
+        command.main()
+    assert not Path("runs").exists()
+    monkeypatch.setattr("sys.argv", ["study.py", "mine.yaml", "--plan", "--gpu", "h100-80gb", "--price", "3"])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "models/mine" in printed and "`assumed` state" in printed and " dollars" in printed
+    for name in ("models", "data"):
+        (own.parent / name / "mine").mkdir(parents=True)
+    assert missing_inputs(read_study(own), out=Path("runs/mine")) == []
+
+
+def test_what_a_step_makes_or_the_hub_has_is_not_missed(own):
+    study = yaml.safe_load(own.read_text())
+    study["settings"] |= {
+        "model": {"init": "{out}/made/checkpoints/best"},
+        "data": {"shards": "elsewhere/shards", "seq_len": 320},
+    }
+    study["arms"] = {
+        "pretrained": {},
+        "random": {"model": {"init": "hf:somebody/something"}},
+        "demo": {"model": {"init": "demo"}},
+    }
+    study["steps"] = [
+        {
+            "name": "shards",
+            "command": "launchers/prepare.py",
+            "flags": {"source": "openmoji", "out": "elsewhere"},
+        },
+        {"name": "model", "command": "launchers/train.py", "flags": {"run_dir": "{out}/made"}},
+    ]
+    own.write_text(yaml.safe_dump(study))
+    assert missing_inputs(read_study(own), out=Path("runs/mine")) == []
+    study["steps"].pop()
+    own.write_text(yaml.safe_dump(study))
+    (missing,) = missing_inputs(read_study(own), out=Path("runs/mine"))
+    assert missing.startswith("model.init is runs/mine/made/checkpoints/best (in tune-pretrained-0.0003)")
