@@ -9,13 +9,15 @@ import torch
 from built_models import built
 from train.test_backbones import DS_CONFIG, made
 
-from t2i.config import ASSETS
+from t2i.config import ASSETS, AlignConfig, AlignRun
+from t2i.distributed.launch import start_processes
 from t2i.errors import DataError, UserError
 from t2i.model.uniform_start import FAIR_EXCESS_NATS, Probe, code_cost, uniform_cost
 from t2i.runs.loading import open_model
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.train import build as building
+from t2i.train.align import ROWS_FILE, align
 from t2i.train.inputs import check_before_start
 from t2i.train.main import train
 from t2i.train.new_embeddings import first_sequences
@@ -102,3 +104,31 @@ def test_a_resumed_run_measures_nothing_anew_and_ends_as_one_that_was_never_stop
         open_model(str(run.run_dir), needs_images=False).model.state_dict() for run in (whole, halves)
     )
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def probed(config, tokenizer):
+    """Measure what an image code costs at a run's start, and what a uniform guess does."""
+    model, layout = built(config, tokenizer)
+    sequences = first_sequences(config.data, layout=layout, tokenizer=tokenizer)
+    return code_cost(model, Probe.of(sequences, layout=layout, num_old=layout.num_text_rows)), uniform_cost(
+        model
+    )
+
+
+@pytest.mark.parametrize("control", ["fresh", "within-tensors", "moments", "layer-order"])
+def test_a_control_begins_no_dearer_than_a_uniform_guess(control, finished, start, tokenizer):
+    config = begun(finished, start, "auto")
+    cost, uniform = probed(replace(config, model=replace(config.model, control_init=control)), tokenizer)
+    # Fresh embeddings are drawn like those of text, whose logits differ by about a nat; the others are shifted.
+    assert cost <= uniform + (1 if control == "fresh" else FAIR_EXCESS_NATS)
+
+
+def test_aligned_embeddings_begin_at_the_uniform_cost(finished, start, tokenizer, tmp_path):
+    start_processes()
+    data = replace(finished.data, seq_len=96)
+    run = AlignRun(
+        run_dir=tmp_path / "aligned", model=str(start), data=data, align=AlignConfig(num_pairs=8, max_steps=2)
+    )
+    align(run)
+    cost, uniform = probed(begun(finished, start, str(tmp_path / "aligned" / ROWS_FILE)), tokenizer)
+    assert cost <= uniform + FAIR_EXCESS_NATS
