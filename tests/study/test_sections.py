@@ -335,6 +335,31 @@ def test_arguments_of_another_kind_are_refused_before_anything_runs(tmp_path, ki
         check_sections(study)
 
 
+def test_what_is_drawn_stands_by_arm_with_a_test_of_two(tmp_path, section):
+    made = Made(tmp_path, known=[0, 1, 2], random=[0, 1, 2])
+    judged = {"known": [0.6, 0.7, 0.65], "random": [0.5, 0.55, 0.52]}
+    for arm, values in judged.items():
+        for seed, judge in enumerate(values):
+            folder = made.run(arm, seed, heldout=held_out(3.0))
+            scores = {"judge": judge, "mind_efficientnet_lite0": 100 * judge, "n": 128, "features": "lite0"}
+            write_json(folder / "eval" / "step_000002" / "scores.json", scores)
+    both = ["judge", "mind_efficientnet_lite0"]
+    found = section(made, "scores", arms=["known", "random"], measures=both)
+    assert column(found, "judge") == ["0.65 (0.6 to 0.7)", "0.5233 (0.5 to 0.55)"]
+    assert column(found, "images") == ["128", "128"] and column(found, "seeds") == ["3", "3"]
+    plain = stats.ttest_rel(judged["known"], judged["random"]).pvalue
+    assert "known - random, paired t-tests over 3 seeds" in found.found
+    assert found.found.count(f"p = {2 * plain:.3g}") == 2  # two tests of the same order, corrected
+    # A run without one of the measures is left out, of a test too.
+    without = {"judge": 0.6, "n": 128, "features": "lite0"}
+    write_json(made.folder("known", 0) / "eval" / "step_000002" / "scores.json", without)
+    assert column(section(made, "scores", arms=["known", "random"], measures=both), "seeds") == ["2", "3"]
+    assert (
+        "No run has clip and judge"
+        in section(made, "scores", arms=["known"], measures=["clip", "judge"]).found
+    )
+
+
 def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section):
     made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
     for arm, worth in (("pretrained", 0.5), ("random", 0.2)):

@@ -12,6 +12,7 @@ from t2i.report.sections import (
     images,
     language,
     law,
+    scores,
     tuning,
     wordings,
 )
@@ -29,6 +30,7 @@ SECTIONS: dict[str, SectionKind] = {
         *tuning.SECTIONS,
         *wordings.SECTIONS,
         *images.SECTIONS,
+        *scores.SECTIONS,
         *embeddings.SECTIONS,
         *language.SECTIONS,
     )
