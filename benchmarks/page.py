@@ -40,10 +40,11 @@ in the same run. Tables of figures call it "limit".
 """
 EXPLANATIONS = {
     "sampling": (
-        "Where the rest of the time goes: attention, and the choice of the 50 likeliest of 16,384 codes, are no "
-        "products of the limit; the profile below has their shares. The compiled step saves many small calls per layer, but "
-        "attends to a whole window of the cache, where the eager one reads the true length. Where products are as "
-        "fast as on this processor, that costs what it saves, and the compiled step misses its target."
+        "Where the rest of the time goes: attention, and the choice of the 50 likeliest of 16,384 codes, are "
+        "no products of the limit; the profile below has their shares. The compiled step saves many small "
+        "calls per layer, but attends to a whole window of the cache, where the eager one reads the true "
+        "length. Where products are as fast as on this processor, that costs what it saves, and the compiled "
+        "step misses its target."
     ),
     "window": (
         "The image is the same by every window: docs/window.md says why. Fewer passes do not save as much time. "
