@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from t2i.commands.scores import show_judge
 from t2i.data.sources.openmoji import captioned_keys, code_points
 from t2i.errors import DataError
 from t2i.measure import descriptors
@@ -121,6 +122,34 @@ def test_a_judge_is_trained_once_and_named_by_its_data(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "open_source", lambda name: source)
     pairs[0] = judging.Pair(key="0", caption="blue thing", split="train", open=pairs[0].open)
     assert load_judge(folder=tmp_path).sha256() != first.sha256()
+
+
+def test_yardsticks_are_of_real_images_what_a_tokenizer_leaves_and_captions_of_others(monkeypatch, capsys):
+    train, captions = coloured(["red", "blue", "green"] * 8)
+    judge = train_judge(train, captions, made_of={"train_images": len(train)})
+    images, said = coloured(["green", "red", "blue", "red"])
+    pairs = [
+        judging.Pair(
+            key=str(place),
+            caption=caption,
+            split="heldout" if place else "train",
+            open=lambda image=image: type("Opened", (), {"image": judging_image(image)}),
+        )
+        for place, (image, caption) in enumerate(zip(images, said, strict=True))
+    ]
+    monkeypatch.setattr(judging, "open_source", lambda name: type("Source", (), {"pairs": pairs}))
+    # An image tokenizer that takes red for blue and blue for red.
+    monkeypatch.setattr(
+        judging, "Reconstructions", lambda images, tokenizer: [one[..., ::-1] for one in images]
+    )
+    monkeypatch.setattr(judging, "load_judge", lambda: judge)
+    show_judge()
+    # Of red, blue and red, which are not of the training split. A caption of another is never an equal one.
+    real, left, others, last = capsys.readouterr().out.splitlines()
+    assert real.startswith("real: ") and real.endswith("mean 100.0%")
+    assert left.startswith("reconstructions: ") and left.endswith("mean 0.0%")
+    assert others.startswith("mismatched: ") and others.endswith("colour 0% of 3; mean 0.0%")
+    assert last == f"Judge {judge.sha256()}, trained on 24 real images."
 
 
 def judging_image(array):
