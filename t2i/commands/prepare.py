@@ -34,8 +34,8 @@ class PrepareCommand:
     source: str = "openmoji"
     """`openmoji`, a folder (.txt captions, metadata, tars or parquet), tars or parquet by path, {a..b} and *, a .csv or
     .jsonl that names images, coco:DIR, iconify:FOLDER of icon sets, a Hugging Face dataset (hf:USER/NAME or
-    hf:FOLDER), or ids:DIR of precomputed tokens. For text-only training: text:docstrings, text:FILE.txt, text:FOLDER or
-    text:hf:USER/NAME."""
+    hf:FOLDER), or ids:DIR of precomputed tokens. For text-only training: text:docstrings, text:code,
+    text:FILE.txt, text:FOLDER or text:hf:USER/NAME; text:shuffled:docstrings and so on for words in random order."""
     out: Path | None = None
     """New shard folder."""
     check: Path | None = None

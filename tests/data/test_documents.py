@@ -152,3 +152,33 @@ def test_documentation_is_read_and_prose_kept(tmp_path):
         "This paragraph has quite enough words to be taken for prose by any reader of it.", "",
     ]  # fmt: skip
     assert documentation_strings(tmp_path / "broken.py") == []
+
+
+def test_code_is_read_without_its_docstrings_and_comments(tmp_path):
+    (tmp_path / "module.py").write_text(
+        '"""Words."""\n# A comment.\nclass Empty:\n    """Only words."""\n\ndef double(x):\n'
+        '    """More."""\n    return 2 * x  # twice\n'
+    )
+    (tmp_path / "broken.py").write_text("def (:\n")
+    (code,) = documents.code_without_words(tmp_path / "module.py")
+    assert code == "class Empty:\n    pass\n\ndef double(x):\n    return 2 * x"
+    assert documents.code_without_words(tmp_path / "broken.py") == [""]
+    found = open_documents("text:code:yaml")
+    texts = list(found.texts)
+    assert list(found.versions) == ["yaml"] and any("def safe_load(stream)" in text for text in texts)
+    assert not any('"""' in text for text in texts)
+    with pytest.raises(DataError, match="text:code reads nowhere, which is not installed"):
+        open_documents("text:code:nowhere")
+
+
+def test_shuffled_documents_have_the_same_words_in_another_order(folder):
+    plain, mixed = open_documents(f"text:{folder}"), open_documents(f"text:shuffled:{folder}")
+    pairs = list(zip(plain.texts, mixed.texts, strict=True))
+    assert all(sorted(a.split()) == sorted(b.split()) for a, b in pairs)
+    assert sum(a != b for a, b in pairs) > 0.9 * len(pairs)
+    assert list(open_documents(f"text:shuffled:{folder}").texts) == [b for _, b in pairs]
+    assert mixed.name == f"text:shuffled:{folder}" and mixed.files == plain.files
+    assert (
+        open_documents("text:shuffled:docstrings:yaml").versions
+        == open_documents("text:docstrings:yaml").versions
+    )

@@ -1,16 +1,17 @@
-"""Documents for text-only training: docstrings of installed packages, text files, or a dataset's text column."""
+"""Documents for text-only training: docstrings or code of installed packages, text files, a dataset's text column."""
 
 import ast
 import importlib.metadata
 import importlib.util
 import logging
+import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from t2i.data.sources.folder import list_files
 from t2i.data.sources.source import Listed, Tally
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "text:"
 """Prefix of a source of documents: text:docstrings, text:PATH, text:hf:USER/NAME."""
+SHUFFLED = "shuffled:"
+"""Behind the prefix: another source, whose documents have their words in random order."""
 
 DOCUMENTED_PACKAGES = (
     "accelerate", "datasets", "deepspeed", "diffusers", "huggingface_hub", "matplotlib", "networkx", "numpy", "pandas",
@@ -31,6 +34,7 @@ DOCUMENTED_PACKAGES = (
 DISTRIBUTIONS = {"PIL": "pillow", "streaming": "mosaicml-streaming", "yaml": "pyyaml"}
 """Distribution names that differ from the import name."""
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MIN_WORDS = 12
 """Shorter paragraphs are mostly headings, lists of names or formulas."""
 
@@ -56,22 +60,25 @@ def open_documents(source: str) -> Documents:
     """Open a source of documents.
 
     Args:
-        source: `text:` followed by `docstrings`, `docstrings:PACKAGE,PACKAGE`, a text file (each paragraph is a
-            document), a folder of .txt files, or hf:USER/NAME, a Hugging Face dataset.
+        source: `text:` followed by `docstrings`, `code` (the same packages' Python without docstrings and comments),
+            either with `:PACKAGE,PACKAGE`, a text file (each paragraph is a document), a folder of .txt files, or
+            hf:USER/NAME, a Hugging Face dataset. `text:shuffled:` before any of these shuffles each document's words.
 
     Raises:
         DataError: the file does not exist, or a package is not installed.
     """
     name = source.removeprefix(PREFIX)
-    if name.split(":")[0] == "docstrings":
-        chosen = name.removeprefix("docstrings").removeprefix(":")
+    if name.startswith(SHUFFLED):
+        inner = open_documents(PREFIX + name.removeprefix(SHUFFLED))
+        return replace(inner, name=source, texts=map(shuffled, inner.texts))
+    kind, _, chosen = name.partition(":")
+    if kind in READERS:
         packages = tuple(chosen.split(",")) if chosen else DOCUMENTED_PACKAGES
-        folders = [_folder(package) for package in packages]
+        folders = [_folder(package, kind) for package in packages]
         if not chosen:
             folders.insert(0, Path(sysconfig.get_paths()["stdlib"]))
-        return Documents(
-            source, _documentation(folders), {package: _version(package) for package in packages}
-        )
+        versions = {package: _version(package, kind) for package in packages}
+        return Documents(source, _documents_of(folders, READERS[kind]), versions)
     path = Path(name)
     if path.is_file():
         return Documents(source, _paragraphs(_read(path)), files=[path])
@@ -90,6 +97,13 @@ def open_documents(source: str) -> Documents:
     if not hub_name(name):
         raise DataError(f"--source {source}: {not_here(name)}.")
     return Documents(source, _dataset_texts(hub_name(name)))
+
+
+def shuffled(text: str) -> str:
+    """Put a document's words in a random order, which depends on the document alone."""
+    words = text.split()
+    random.Random(text).shuffle(words)
+    return " ".join(words)
 
 
 def prose(text: str) -> str:
@@ -115,27 +129,27 @@ def _paragraphs(text: str) -> list[str]:
     return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
-def _documentation(folders: list[Path]) -> Iterator[str]:
-    """Read the docstrings of folders, file by file in sorted order."""
+def _documents_of(folders: list[Path], read: Callable[[Path], Iterable[str]]) -> Iterator[str]:
+    """Read the Python files of folders in sorted order."""
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             # The standard library's folder holds site-packages, which has everything else that is installed.
             if "site-packages" not in path.relative_to(folder).parts:
-                yield from filter(None, map(prose, documentation_strings(path)))
+                yield from filter(None, read(path))
 
 
-def _folder(package: str) -> Path:
+def _folder(package: str, kind: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"--source text:docstrings reads {package}, which is not installed.")
+        raise DataError(f"--source text:{kind} reads {package}, which is not installed.")
     return Path(spec.submodule_search_locations[0])
 
 
-def _version(package: str) -> str:
+def _version(package: str, kind: str) -> str:
     try:
         return importlib.metadata.version(DISTRIBUTIONS.get(package, package))
     except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(f"--source text:docstrings reads {package}, which is not installed.") from error
+        raise DataError(f"--source text:{kind} reads {package}, which is not installed.") from error
 
 
 def _dataset_texts(name: str) -> Iterator[str]:
@@ -161,12 +175,36 @@ def _dataset_texts(name: str) -> Iterator[str]:
 
 def documentation_strings(path: Path) -> list[str]:
     """Read the docstrings of one Python file; one that this Python cannot parse has none."""
+    nodes = filter(_is_documented, ast.walk(_parsed(path)))
+    return [text for text in map(ast.get_docstring, nodes) if text]
+
+
+def code_without_words(path: Path) -> list[str]:
+    """Read the code of one Python file without docstrings and comments, as one document."""
+    tree = _parsed(path)
+    for node in filter(_is_documented, ast.walk(tree)):
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return [ast.unparse(tree)]
+
+
+def _parsed(path: Path) -> ast.Module:
+    """Parse a Python file; one that this Python cannot parse is empty."""
     try:
         # Invalid escapes in other people's code are not ours to report.
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
-            tree = ast.parse(path.read_bytes())
+            return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return [text for text in found if text]
+        return ast.Module([], [])
+
+
+def _is_documented(node: ast.AST) -> TypeGuard[Documented]:
+    return isinstance(node, Documented)
+
+
+def _prose_of(path: Path) -> Iterator[str]:
+    return map(prose, documentation_strings(path))
+
+
+READERS: dict[str, Callable[[Path], Iterable[str]]] = {"docstrings": _prose_of, "code": code_without_words}
+"""What can be read from installed packages -> the documents of one of their files."""
