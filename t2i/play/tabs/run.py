@@ -10,7 +10,7 @@ from t2i.play.tabs.parts import AT_ONCE, BROKEN, BUTTONS, Play, said_on_page
 from t2i.play.watching import Watched, grids_of, is_watchable, version_of, watch
 
 EVERY_SECONDS = 10
-"""Between looks at a run that is training."""
+"""Between looks at a run, which may go on after it was done."""
 
 
 def run_tab(play: Play) -> None:
@@ -56,7 +56,7 @@ def run_tab(play: Play) -> None:
         newest = gr.Image(**_grid(run_dir, len(now.grids) - 1))
         return version, _said(now), _curves(now), gr.Slider(**_range(now)), newest
 
-    timer = gr.Timer(EVERY_SECONDS, active=watched.forecast.state == "running")
+    timer = gr.Timer(EVERY_SECONDS)
     timer.tick(
         look,
         [slider, seen],
