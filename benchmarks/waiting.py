@@ -77,7 +77,7 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     from t2i.config import ASSETS, TrainConfig
     from t2i.env import keep_memory
     from t2i.model.backbone import load_model
-    from t2i.runs.checkpoint_store import last_step, step_folder
+    from t2i.runs.checkpoint_store import step_folder
     from t2i.runs.export import export
     from t2i.runs.loading import OpenedModel
     from t2i.tokens.image import ImageTokenizer
@@ -103,8 +103,9 @@ def saves_against_copies(folder: Path, *, rounds: int) -> list[side_by_side.Row]
     steps = itertools.count(1)
 
     def save() -> Path:
-        saver.save(Progress(step=next(steps)), must_succeed=True)
-        return step_folder(run_dir, last_step(run_dir))
+        step = next(steps)
+        saver.save(Progress(step=step), must_succeed=True)
+        return step_folder(run_dir, step)
 
     what = "waiting: a checkpoint of 41M parameters / cp and hash"
     saves = against_copy(what, save, scratch=folder, rounds=rounds)
