@@ -59,13 +59,13 @@ EXPLANATIONS = {
         "Bytes vary, because a heap is not laid out alike in each process."
     ),
     "loss": (
-        "Where sums are enough, torch's function is slightly faster than t2i's: called once for one sum, and also "
-        "called twice, for a sum over text and one over images. It takes two to three times the bytes. It is slower "
-        "where it gives a loss per position, whose logits it computes again in the backward pass. So speed alone would "
-        "not decide for t2i's own. What decides: it takes the least memory; and one walk over the logits gives what "
-        "training records, the loss of each position and its log-partition, text and image apart. torch's gives no "
-        "log-partition, which the z-loss needs. The target is for the candidate that gives a loss per position: it "
-        "would be used if it were not slower by a tenth."
+        "Where sums are enough, torch's function takes about as long as t2i's, called once for one sum or "
+        "twice for a sum over text and one over images, and several times the bytes. It is slower where it "
+        "gives a loss per position, whose logits it computes again in the backward pass. So speed alone would "
+        "not decide for t2i's own. What decides: it takes the least memory; and one walk over the logits "
+        "gives what training records, the loss of each position and its log-partition, text and image apart. "
+        "torch's gives no log-partition, which the z-loss needs. The target is for the candidate that gives a "
+        "loss per position: it would be used if it were not slower by a tenth."
     ),
     "precision": (
         "Only products of matrices gain. The ratio is one of this processor: bf16 is tens of times slower than fp32 "
