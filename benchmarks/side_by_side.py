@@ -165,7 +165,7 @@ def write(
     # A number without its machine, load and commit cannot be compared with the next one.
     facts = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": git_commit(),
+        "commit": commit(),
         "machine": machine(),
         "load": [round(value, 1) for value in os.getloadavg()],
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
@@ -174,6 +174,22 @@ def write(
     # Written even where a target is missed: the page shows what was measured, not what was hoped for.
     whole = {**facts, "rows": rows_as_dicts, "figures": figures or {}}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Name the commit, with `+` if files differ from it, but for what benchmarks themselves have written."""
+    others = [
+        "git",
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ".",
+        ":!benchmarks/results",
+        ":!docs/performance.md",
+    ]
+    done = subprocess.run(others, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+    return git_commit().removesuffix("+") + ("+" if done.stdout else "")
 
 
 def machine() -> str:

@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+import subprocess
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
@@ -71,3 +73,20 @@ def test_what_a_benchmark_imports_of_t2i_exists(file):
             missing = [name.name for name in node.names if not hasattr(module, name.name)]
             # A module of a package is its attribute only once it is imported.
             assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), missing
+
+
+def test_results_of_a_clean_checkout_do_not_call_it_changed(side_by_side, monkeypatch, tmp_path):
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    for name in ("code.py", "benchmarks/results/some.json", "docs/performance.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git(["git", "init", "--quiet"])
+    git(["git", "add", "."])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "all"])
+    monkeypatch.setattr(side_by_side, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(side_by_side, "git_commit", lambda: "0123abc+")
+    (tmp_path / "benchmarks/results/some.json").write_text("2")
+    (tmp_path / "docs/performance.md").write_text("2")
+    assert side_by_side.commit() == "0123abc"
+    (tmp_path / "code.py").write_text("2")
+    assert side_by_side.commit() == "0123abc+"
