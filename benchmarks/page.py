@@ -82,7 +82,10 @@ EXPLANATIONS = {
         "takes ten times as long. An export copies the weights as they are stored, and is loaded back: hidden states "
         "before and after must be equal. In a profile, copying took a quarter of its time and the check under half."
     ),
-    "growth": "![seconds against sizes](growth.svg)",
+    "growth": (
+        "![seconds against sizes](growth.svg) Where an exponent misses its target by little: weights of few layers may "
+        "stay in the processor's cache from one code to the next, and those of many do not. That is a guess."
+    ),
 }
 """What a section's tables do not explain."""
 
