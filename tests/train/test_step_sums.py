@@ -1,5 +1,6 @@
 """What a step's losses add up to over micro-batches and ranks, against one sum over all tokens by hand."""
 
+import importlib
 import math
 from functools import reduce
 from operator import add
@@ -79,7 +80,9 @@ def one_of_two(rank, folder):
 
 
 def test_two_ranks_read_the_same_sums_and_whatever_one_was_asked(tmp_path):
-    mp.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    # By the name that tests/ on the path gives it: pytest's own begins with `tests.`, which some packages install too.
+    importable = importlib.import_module("train.test_step_sums")
+    mp.spawn(importable.one_of_two, args=(tmp_path,), nprocs=2)
     loss, z_loss = by_hand(*learner_and_step())
     for rank in range(2):
         tokens, read = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
