@@ -163,17 +163,21 @@ def write(
         return
     RESULTS.mkdir(exist_ok=True)
     # A number without its machine, load and commit cannot be compared with the next one.
-    facts = {
+    made = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
         "load": [round(value, 1) for value in os.getloadavg()],
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        **facts(),
     }
     rows_as_dicts = [{**asdict(row), "met": row.is_met} for row in rows]
     # Written even where a target is missed: the page shows what was measured, not what was hoped for.
-    whole = {**facts, "rows": rows_as_dicts, "figures": figures or {}}
+    whole = {**made, "rows": rows_as_dicts, "figures": figures or {}}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def facts() -> dict[str, str]:
+    """Say of which code, on what and when something was measured."""
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    return {"commit": commit(), "machine": machine(), "date": date}
 
 
 def commit() -> str:
@@ -187,6 +191,7 @@ def commit() -> str:
         ".",
         ":!benchmarks/results",
         ":!docs/performance.md",
+        ":!docs/speedrun.md",
     ]
     done = subprocess.run(others, cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
     return git_commit().removesuffix("+") + ("+" if done.stdout else "")

@@ -13,7 +13,6 @@ Stop it and run it again to resume: finished seeds are not trained again.
 """
 
 import argparse
-import datetime
 import json
 import math
 import shlex
@@ -23,10 +22,9 @@ import sys
 from pathlib import Path
 
 import side_by_side
-from scipy import stats
 
 from t2i.runs.metrics_log import read_metrics
-from t2i.runs.run_folder import git_commit
+from t2i.study.statistics import paired_test
 
 ROOT = Path(__file__).parents[1]
 FILE, PAGE = side_by_side.RESULTS / "speedrun.json", ROOT / "docs" / "speedrun.md"
@@ -62,14 +60,7 @@ def main() -> None:
     for seed in range(options.seeds):
         runs.append(run_of(flags, seed=seed, folder=options.out / slug(name) / f"seed{seed}"))
         print(f"{name}, seed {seed}: {said(runs[-1])}", flush=True)
-    made = {
-        "name": name,
-        "flags": flags,
-        "runs": runs,
-        "commit": git_commit(),
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "machine": side_by_side.machine(),
-    }
+    made = {"name": name, "flags": flags, "runs": runs, **side_by_side.facts()}
     # The same try again, with more seeds or on another machine, takes the place of the earlier one.
     tries = [one for one in tries if one["name"] != name] + [made]
     FILE.write_text(json.dumps(tries, indent=1) + "\n")
@@ -144,9 +135,8 @@ def mean(one: dict, key: str) -> float:
 def interval(one: dict, key: str) -> float:
     """Return half of the 95% t interval of the mean; nan for one seed."""
     values = [run[key] for run in one["runs"]]
-    if len(values) < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+    test = paired_test(values, [0.0] * len(values))
+    return test.high - test.mean
 
 
 def slug(name: str) -> str:

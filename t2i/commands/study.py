@@ -74,8 +74,8 @@ def main() -> None:
         *(["-m", "t2i", "study"] if is_typed_as_verb() else ["launchers/study.py"]),
         *flags,
     ]
-    missing = missing_inputs(study, out=out)
-    if missing and not (command.plan or command.report):
+    missing = [] if command.report and not command.plan else missing_inputs(study, out=out)
+    if missing and not command.plan:
         raise UserError(f"{command.study}: {'; '.join(missing)}.")
     if command.plan:
         for one in missing:
