@@ -11,7 +11,6 @@ least n of its steps from which on it does so in at least 80% of the rounds. Ima
 """
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +90,8 @@ def main() -> None:
             ]
         )
     )
-    facts = {
-        "machine": side_by_side.machine(),
-        "rounds": options.rounds,
-        "steps": steps,
-        "num_real": len(pairs),
-    }
-    print(json.dumps({**facts, "power": power, "judge": judge}))
+    figures = {"rounds": options.rounds, "steps": steps, "num_real": len(pairs), "power": power, "judge": judge}
+    side_by_side.write("needed_images", [], figures=figures, is_kept=not options.quick)
 
 
 def pool_of(pairs: Sequence[Pair], *, num_changed: int, cache: Path | None) -> tuple[Pool, list[str]]:

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 SHARED = ("side_by_side", "page", "guesses", "exactness")
-BY_HAND = ("needed_images", "serving")
-"""`make bench` does not run them: they print what the docs quote beside their command, and keep no results."""
+BY_HAND = ("serving",)
+"""`make bench` does not run it: it prints what the docs quote beside its command, and keeps no results."""
 
 CONTESTS = ("speedrun",)
 """No comparison of candidates: whole runs, each kept on a page of its own. One seed (`--seeds 1`) is the short form."""
