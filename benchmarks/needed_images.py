@@ -90,7 +90,13 @@ def main() -> None:
             ]
         )
     )
-    figures = {"rounds": options.rounds, "steps": steps, "num_real": len(pairs), "power": power, "judge": judge}
+    figures = {
+        "rounds": options.rounds,
+        "steps": steps,
+        "num_real": len(pairs),
+        "power": power,
+        "judge": judge,
+    }
     side_by_side.write("needed_images", [], figures=figures, is_kept=not options.quick)
 
 

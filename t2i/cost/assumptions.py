@@ -9,7 +9,7 @@ from t2i.config import EMBEDDED_SHARDS, EMBEDDED_VIEWS, ModelConfig, PlanConfig
 from t2i.data.shards.manifest import MANIFEST, read_manifest
 from t2i.errors import UserError
 from t2i.model.backbone import random_model_config, read_model_config
-from t2i.runs.loading import find
+from t2i.runs.loading import SHIPPED_MODEL, find
 from t2i.tokens.vocab import VocabLayout
 from t2i.verbs import command_line
 
@@ -81,8 +81,8 @@ def _id_bytes(num_values: int) -> int:
 
 
 def is_there(init: str) -> bool:
-    """Tell whether model.init exists on this disk."""
-    return init != "random" and Path(init).exists()
+    """Tell whether model.init exists on this disk, or comes with t2i."""
+    return init != "random" and (init == SHIPPED_MODEL or Path(init).exists())
 
 
 def model_config(

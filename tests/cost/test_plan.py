@@ -109,6 +109,15 @@ def test_the_papers_plan():
     assert "models/open_lm_1b is not here" in text and "data/pairs256 is not made yet" in text
 
 
+def test_the_model_that_comes_with_t2i_is_sized_by_its_own_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(
+        RunConfig(model=ModelConfig(init="demo", hidden_size=64)), ds_config=ZERO2, plan=PlanConfig()
+    )
+    assert plan.model.hidden_size == 192
+    assert "is not here" not in "\n".join(describe(plan))
+
+
 def test_a_small_run_is_bound_by_starting_kernels_and_takes_its_minute_to_start(shards):
     config = RunConfig(data=DataConfig(shards=shards, seq_len=90))
     plan = plan_of(config, ds_config=ZERO2, plan=PlanConfig())
