@@ -109,11 +109,9 @@ def test_the_papers_plan():
     assert "models/open_lm_1b is not here" in text and "data/pairs256 is not made yet" in text
 
 
-def test_the_model_that_comes_with_t2i_is_sized_by_its_own_config(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plan = plan_of(
-        RunConfig(model=ModelConfig(init="demo", hidden_size=64)), ds_config=ZERO2, plan=PlanConfig()
-    )
+def test_the_model_that_comes_with_t2i_is_sized_by_its_own_config(shards):
+    config = RunConfig(data=DataConfig(shards=shards), model=ModelConfig(init="demo", hidden_size=64))
+    plan = plan_of(config, ds_config=ZERO2, plan=PlanConfig())
     assert plan.model.hidden_size == 192
     assert "is not here" not in "\n".join(describe(plan))
 
