@@ -19,7 +19,7 @@ from t2i.study.spec import Study
 from t2i.tokens.text import TextTokenizer
 from t2i.train.ds_config import read_ds_config
 
-SIZE = ("init", "family", "hidden_size", "num_layers", "num_heads", "norm_type", "qk_norm")
+SIZE = ("family", "hidden_size", "num_layers", "num_heads", "norm_type", "qk_norm")
 """Settings of model that say what is trained, not how."""
 
 
@@ -143,7 +143,10 @@ def _sized(model: ModelConfig, made: dict[str, ModelConfig]) -> ModelConfig:
     start = made.get(model.init)
     if start is None or is_there(model.init):
         return model
-    return _sized(replace(model, **{name: getattr(start, name) for name in SIZE}), made)
+    # A start that is drawn at random keeps its name: whatever needs a loaded model, such as a control, stays valid.
+    init = model.init if start.init == "random" else start.init
+    sized = replace(model, init=init, **{name: getattr(start, name) for name in SIZE})
+    return sized if init == model.init else _sized(sized, made)
 
 
 def _cost(

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from t2i.commands import study as command
 from t2i.errors import UserError
+from t2i.study.cost import run_costs
 from t2i.study.inputs import missing_inputs
 from t2i.study.jobs import read_study
 
@@ -60,3 +61,15 @@ def test_what_a_step_makes_or_the_hub_has_is_not_missed(own):
     own.write_text(yaml.safe_dump(study))
     (missing,) = missing_inputs(read_study(own), out=Path("runs/mine"))
     assert missing.startswith("model.init is runs/mine/made/checkpoints/best (in tune-pretrained-0.0003)")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "launchers" / "studies").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_study_that_comes_with_t2i_has_a_price_before_any_of_its_steps_is_made(
+    file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    study = read_study(file)
+    costs = run_costs(study, out=tmp_path / "out")
+    assert len(costs) >= len(study.arms) and all(one.flops > 0 for one in costs)
