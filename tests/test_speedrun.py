@@ -63,15 +63,41 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
         '{"rows": {"model": {"judge": 0.5, "fd_efficientnet_lite0": 99.0}}}'
     )
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 5, "step_seconds": 2.0}\n{"step": 10, "step_seconds": 3.5}\n'
+        '{"step": 5, "step_seconds": 1.0, "seconds": 2.0}\n{"step": 10, "step_seconds": 1.0, "seconds": 5.5}\n'
         '{"step": 10, "split": "heldout", "image_loss": 3.5, "image_loss_wrong_caption": 4.25}\n'
     )
     run = speedrun.run_of(["--train.lr", "3e-3"], seed=3, folder=tmp_path)
-    assert (run["seconds"], run["steps"], run["loss"], run["caption"]) == (5.5, 2, 3.5, 0.75)
+    assert (run["seconds"], run["steps"], run["loss"], run["caption"]) == (5.5, 10, 3.5, 0.75)
     # Training resumes where it ended, which costs nothing; what is scored stays.
     (train,) = called
     assert train[1:4] == ["-m", "t2i", "train"] and train[train.index("--train.seed") + 1] == "3"
 
 
-def test_the_first_try_is_the_demo(speedrun):
-    assert " ".join(speedrun.DEMO) in (ROOT / "Makefile").read_text()
+def test_seeds_of_another_commit_are_not_this_ones(speedrun, monkeypatch, tmp_path):
+    folders = []
+
+    def run_of(flags, *, seed, folder):
+        folders.append(folder)
+        return a_try(speedrun, "a try", seconds=300)["runs"][seed]
+
+    monkeypatch.setattr(speedrun, "run_of", run_of)
+    monkeypatch.setattr(speedrun, "use_two_cores", lambda: None)
+    monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
+    monkeypatch.setattr(speedrun, "PAGE", tmp_path / "speedrun.md")
+    for commit in ("a" * 40, "b" * 40):
+        facts = {"commit": commit, "machine": "a machine", "date": "2026-01-01"}
+        monkeypatch.setattr(speedrun.side_by_side, "facts", lambda facts=facts: facts)
+        monkeypatch.setattr("sys.argv", ["speedrun.py", "--name", "a try", "--out", str(tmp_path)])
+        speedrun.main()
+    assert len(set(folders)) == 10
+    (kept,) = speedrun.json.loads((tmp_path / "speedrun.json").read_text())
+    assert kept["commit"] == "b" * 40
+
+
+@pytest.mark.parametrize("flag", ["--data.shards", "--train.eval-images", "--train.seed"])
+def test_what_is_the_same_for_all_tries_is_no_trys_to_set(speedrun, monkeypatch, tmp_path, flag, capsys):
+    monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
+    monkeypatch.setattr("sys.argv", ["speedrun.py", "--name", "a try", "--", flag, "1"])
+    with pytest.raises(SystemExit):
+        speedrun.main()
+    assert f"{flag} is the same for all tries" in capsys.readouterr().err
