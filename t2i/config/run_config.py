@@ -94,8 +94,8 @@ class ModelConfig:
     over the vocabulary does. `mean`: at the mean of those of text. `own`: drawn with the mean and deviation of those.
     `random`: drawn around zero, by open_lm's rule. `codebook`: as uniform, with codes apart as their vectors in the
     image tokenizer are. `captions`: as uniform, with codes apart by the words in captions of images that have them. Or
-    a .safetensors file such as launchers/align.py makes. `auto`: uniform for a loaded model, own with control_init
-    fresh, random with init random."""
+    a .safetensors file such as launchers/align.py makes. `auto`: random with init random; else codebook, or uniform
+    where the shards hold precomputed tokens without their image tokenizer."""
     control_init: ControlInit = "none"
     """Control initialisation, which destroys what model.init knows. `fresh`: the same architecture from scratch, drawn
     by its class's own rule. Or shuffle each tensor, redraw it with its moments, or permute the layers."""
@@ -159,15 +159,6 @@ class ModelConfig:
                 f"model.image_weights is {kind} and model.lora_rank {self.lora_rank}; expected a rank with lora, and 0"
                 " with the others."
             )
-
-    @property
-    def new_embeddings_kind(self) -> str:
-        """The word or file that new_embeddings stands for, which `auto` leaves to the start."""
-        if self.new_embeddings != "auto":
-            return self.new_embeddings
-        if self.init == "random":
-            return "random"
-        return "own" if self.control_init == "fresh" else "uniform"
 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]

@@ -27,6 +27,7 @@ from t2i.train.new_embeddings import (
     begin_fairly,
     check_new_embeddings,
     first_sequences,
+    kind_of,
     rows_from_shards,
 )
 from t2i.train.start import Start, starting_model
@@ -55,7 +56,8 @@ def build_model(
         UserError: model.init is no CKPT, its tokenizer has more ids than it has embeddings, or settings contradict.
         DataError: the shards lack what new embeddings are made from.
     """
-    check_new_embeddings(config.new_embeddings_kind, data=data, manifest=manifest)
+    kind = kind_of(config, manifest=manifest)
+    check_new_embeddings(kind, data=data, manifest=manifest)
     # Here and not earlier: what other code drew before must not change a randomly initialised model.
     torch.manual_seed(train.seed)
     start = starting_model(
@@ -82,6 +84,7 @@ def build_model(
         _grow(
             start,
             config,
+            kind=kind,
             data=data,
             tokenizer=text_tokenizer,
             seed=train.seed,
@@ -114,10 +117,17 @@ def build_model(
 
 
 def _grow(
-    start: Start, config: ModelConfig, *, data: DataConfig, tokenizer: TextTokenizer, seed: int, resumes: bool
+    start: Start,
+    config: ModelConfig,
+    *,
+    kind: str,
+    data: DataConfig,
+    tokenizer: TextTokenizer,
+    seed: int,
+    resumes: bool,
 ) -> None:
     """Give the model of a start its new embeddings."""
-    model, layout, kind = start.model, start.layout, config.new_embeddings_kind
+    model, layout = start.model, start.layout
     if resumes:
         # The checkpoint brings them. What they began as is not asked for again: L2-SP pulls to old weights alone.
         grow_vocabulary(model, vocab_size=layout.vocab_size, rows="random", seed=seed)

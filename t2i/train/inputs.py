@@ -31,7 +31,7 @@ from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
 from t2i.tokens.text import TextTokenizer
-from t2i.train.new_embeddings import check_new_embeddings
+from t2i.train.new_embeddings import check_new_embeddings, kind_of
 from t2i.train.prompts import read_prompts
 from t2i.train.trackers import check_trackers
 
@@ -74,7 +74,7 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
             manifest = read_manifest(one.shards)
             check_amount(one, manifest=manifest, a_step=a_step, world_size=world_size)
             if one.shards == data.shards:
-                check_new_embeddings(model.new_embeddings_kind, data=one, manifest=manifest)
+                check_new_embeddings(kind_of(model, manifest=manifest), data=one, manifest=manifest)
     if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
         raise UserError(f"model.init: {missing}.")
     check_trackers(config.train.report_to)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from t2i.config import DataConfig
+from t2i.config import DataConfig, ModelConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.manifest import IMAGE_TOKENIZER, Manifest
 from t2i.data.shards.reader import read_split
@@ -33,6 +33,16 @@ FROM_SHARDS = ("codebook", "captions")
 """What model.new_embeddings makes from the shards: from their image tokenizer, or from their captions."""
 MOST_CAPTIONS = 20_000
 """Captions that are read: more would take minutes, and each code then has some hundred images."""
+
+
+def kind_of(config: ModelConfig, *, manifest: Manifest) -> str:
+    """Return the word or file that model.new_embeddings stands for, which `auto` leaves to the start and the shards."""
+    if config.new_embeddings != "auto":
+        return config.new_embeddings
+    if config.init == "random":
+        return "random"
+    # By one rule whatever of the loaded model is kept, so that a control differs from it in nothing else.
+    return "codebook" if manifest.has_image_tokenizer else "uniform"
 
 
 def check_new_embeddings(kind: str, *, data: DataConfig, manifest: Manifest) -> None:

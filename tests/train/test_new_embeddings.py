@@ -9,7 +9,8 @@ import torch
 from built_models import built
 from train.test_backbones import DS_CONFIG, made
 
-from t2i.config import ASSETS, AlignConfig, AlignRun
+from t2i.config import ASSETS, AlignConfig, AlignRun, ModelConfig
+from t2i.data.shards.manifest import read_manifest
 from t2i.distributed.launch import start_processes
 from t2i.errors import DataError, UserError
 from t2i.model.uniform_start import FAIR_EXCESS_NATS, Probe, code_cost, uniform_cost
@@ -20,7 +21,7 @@ from t2i.train import build as building
 from t2i.train.align import ROWS_FILE, align
 from t2i.train.inputs import check_before_start
 from t2i.train.main import train
-from t2i.train.new_embeddings import first_sequences
+from t2i.train.new_embeddings import first_sequences, kind_of
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +120,18 @@ def probed(config, tokenizer):
 def test_a_control_begins_no_dearer_than_a_uniform_guess(control, finished, start, tokenizer):
     config = begun(finished, start, "auto")
     cost, uniform = probed(replace(config, model=replace(config.model, control_init=control)), tokenizer)
-    # Fresh embeddings are drawn like those of text, whose logits differ by about a nat; the others are shifted.
-    assert cost <= uniform + (1 if control == "fresh" else FAIR_EXCESS_NATS)
+    assert cost <= uniform + FAIR_EXCESS_NATS
+
+
+def test_auto_is_one_rule_for_a_loaded_model_and_for_its_controls(finished):
+    manifest = read_manifest(finished.data.shards)
+    loaded = ModelConfig(init="models/any")
+    controls = [replace(loaded, control_init=control) for control in ("fresh", "within-tensors")]
+    assert {kind_of(one, manifest=manifest) for one in (loaded, *controls)} == {"codebook"}
+    without = replace(manifest, given_ids=True)
+    assert {kind_of(one, manifest=without) for one in (loaded, *controls)} == {"uniform"}
+    assert kind_of(ModelConfig(), manifest=manifest) == "random"
+    assert kind_of(replace(loaded, new_embeddings="own"), manifest=manifest) == "own"
 
 
 def test_aligned_embeddings_begin_at_the_uniform_cost(finished, start, tokenizer, tmp_path):
