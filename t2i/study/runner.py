@@ -41,28 +41,32 @@ def work(listed: Callable[[], list[Job]], *, study: Study, out: Path) -> dict[st
         listed: lists the jobs, always by the same names; a run's command is known once its arm's trials have ended.
 
     Raises:
-        UserError: a finished job was run with another command, or one calls a script that does not exist.
+        UserError: a job was done with another command, before or meanwhile by another worker, or one calls a script
+            that does not exist.
         Stopped: on a signal; the running job has saved. Run the same command to resume.
     """
     for folder in ("jobs", "locks", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = listed()
-    for job in jobs:
-        _check(job, out)
     before = {job.name: read_record(out, job.name) for job in jobs}
-    # Until every job is done or was tried since: other workers, on other machines, try some of them.
-    while True:
-        records = {job.name: read_record(out, job.name) for job in jobs}
-        # After the records: trials that have ended by these have chosen what runs are listed with.
-        jobs = listed()
-        settled = {name for name, record in records.items() if _is_settled(record, before[name])}
-        waiting = [job for job in jobs if job.name not in settled]
-        if not waiting:
-            return records
-        # Nothing could be started: others hold what is left, or it waits for what they hold. A worker then waits, and
-        # does not leave: what another ends, or leaves unfinished, may free the next job.
-        if not any(_try(job, records, settled, study=study, out=out) for job in waiting):
-            time.sleep(WAIT_SECONDS)  # a poll: workers on many machines share a folder and nothing else
+    for job in jobs:
+        _check_script(job, before[job.name])
+    with _stopped_by_signals():
+        # Until every job is done or was tried since: other workers, on other machines, try some of them.
+        while True:
+            records = {job.name: read_record(out, job.name) for job in jobs}
+            # After the records: trials that have ended by these have chosen what runs are listed with.
+            jobs = listed()
+            for job in jobs:
+                _check_command(job, records[job.name], out)
+            settled = {name for name, record in records.items() if _is_settled(record, before[name])}
+            waiting = [job for job in jobs if job.name not in settled]
+            if not waiting:
+                return records
+            # Nothing could be started: others hold what is left, or it waits for what they hold. A worker then waits,
+            # and does not leave: what another ends, or leaves unfinished, may free the next job.
+            if not any(_try(job, records, settled, study=study, out=out) for job in waiting):
+                time.sleep(WAIT_SECONDS)  # a poll: workers on many machines share a folder and nothing else
 
 
 def exit_status(records: Iterable[Record]) -> int:
@@ -152,12 +156,30 @@ def _signals_passed_on(process: "subprocess.Popen[bytes]") -> Iterator[list[int]
         signals.append(number)
         process.send_signal(signal.SIGTERM)  # also for Ctrl-C, as a run saves on SIGTERM before it ends
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled(pass_on):
         yield signals
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raise Stopped on SIGTERM and Ctrl-C while no job runs, also in a worker that a shell told to ignore Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("Stopped; run the same command to resume.")
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM and Ctrl-C so, and as before afterwards."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager
@@ -178,17 +200,18 @@ def _claimed(path: Path) -> Iterator[IO[str] | None]:
         yield lock
 
 
-def _check(job: Job, out: Path) -> None:
-    record = read_record(out, job.name)
-    if record.state != "done":
-        # Now, and not when its turn comes: a measure's comes after all runs.
-        if not find_shipped(Path(job.command[0])).is_file():
-            raise UserError(f"{job.name} calls {job.command[0]}, which is neither here nor shipped with t2i.")
-        return
-    # Names alone would let a changed study report the results of the one before it.
-    if changed := changed_words(job.command, with_new_flags(record.command)):
+def _check_script(job: Job, record: Record) -> None:
+    # Now, and not when its turn comes: a measure's comes after all runs.
+    if record.state != "done" and not find_shipped(Path(job.command[0])).is_file():
+        raise UserError(f"{job.name} calls {job.command[0]}, which is neither here nor shipped with t2i.")
+
+
+def _check_command(job: Job, record: Record, out: Path) -> None:
+    # Names alone would let a changed study report the results of the one before it, or of a worker that still is at it.
+    if record.state == "done" and (changed := changed_words(job.command, with_new_flags(record.command))):
         raise UserError(
-            f"{out}: {job.name} was done with another command (differs in {changed}). Choose another --out."
+            f"{out}: {job.name} was done with another command (differs in {changed}). Choose another --out, and end"
+            " workers of another version of the study."
         )
 
 

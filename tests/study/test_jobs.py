@@ -14,7 +14,7 @@ import processes
 import pytest
 
 from t2i.errors import CheckpointError, UserError
-from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config
+from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
 from t2i.study.runner import exit_status, local_workers, submit, work
 
 ROOT = Path(__file__).parents[2]
@@ -379,6 +379,42 @@ def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp
 def test_an_open_job_has_no_record(toy):
     _, _, folder = toy
     assert read_record(folder / "out", "a") == Record("open")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_waits_stops_on_a_signal_even_where_its_shell_ignores_ctrl_c(toy, number):
+    _, _, folder = toy
+    (folder / "out" / "locks").mkdir(parents=True)
+    with (folder / "out" / "locks" / "slow").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another worker that has the last job
+        worker = processes.start(
+            [sys.executable, "-c", WORKER, str(folder)],
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            ),  # as `nohup ... &` does in a script
+            env=processes.environment(PYTHONPATH=str(ROOT)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (folder / "out" / "jobs" / "c.json").exists():
+            assert worker.poll() is None
+            time.sleep(0.05)
+        worker.send_signal(number)
+        _, said = worker.communicate(timeout=60)
+    assert (worker.returncode, said.strip()[-40:]) == (75, "Stopped; run the same command to resume.")
+
+
+def test_what_another_worker_did_with_another_command_is_no_result_of_this_study(toy, monkeypatch):
+    job, study, folder = toy
+    out, mine = folder / "out", job("a")
+
+    def run(job, lock, *, study, out):
+        write_record(out, "b", Record("done", code=0, command=("toy.py", "of another version")))
+        return Record("done", code=0, command=tuple(job.command))
+
+    monkeypatch.setattr("t2i.study.runner._run", run)
+    with pytest.raises(UserError, match="b was done with another command"):
+        work(lambda: [mine, job("b")], study=study, out=out)
 
 
 def test_no_clock_decides_what_is_tried(toy, monkeypatch):
