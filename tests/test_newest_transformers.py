@@ -18,8 +18,9 @@ CONSTRAINTS = ROOT / "constraints" / "transformers5.txt"
 TESTS = (
     "tests/train/test_backbones.py", "tests/train/test_forgetting_less.py", "tests/train/test_image_weights.py",
     "tests/convert/test_gguf.py", "tests/measure/test_forgetting.py", "tests/model", "tests/runs/test_loading.py",
+    "tests/measure/test_coco.py", "tests/measure/test_folder_features.py", "tests/generate/test_others.py",
 )  # fmt: skip
-"""Of training in every way, resuming, exporting, loading, drawing, forgetting and converting."""
+"""Of training in every way, resuming, exporting, loading, drawing, forgetting, converting and scoring."""
 pytestmark = pytest.mark.newest_transformers
 
 SCRIPT = """

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from t2i.errors import UserError, first_line
 from t2i.measure.images import batches, read_image
@@ -66,7 +67,7 @@ def embed_images(images: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
         opened = [read_image(image) if isinstance(image, Path) else image for image in batch]
         # Resize, crop and scaling come from the CLIP's own preprocessor_config.json, as its training had them.
         pixels = clip.processor(images=opened, return_tensors="pt")["pixel_values"]
-        embedded.append(clip.model.get_image_features(pixel_values=pixels.to(clip.model.device)))
+        embedded.append(image_features(clip.model, pixels.to(clip.model.device)))
     return _unit(torch.cat(embedded))
 
 
@@ -79,11 +80,18 @@ def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
             clip.model.device
         )
         embedded.append(
-            clip.model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            _features_of(
+                clip.model.get_text_features(
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                )
             )
         )
     return _unit(torch.cat(embedded))
+
+
+def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Embed scaled pixels (B, 3, H, W): (B, D), not of length 1."""
+    return _features_of(model.get_image_features(pixel_values=pixels))
 
 
 def clip_score(images: Tensor, captions: Tensor) -> float:
@@ -93,6 +101,11 @@ def clip_score(images: Tensor, captions: Tensor) -> float:
     """
     # A negative cosine counts as 0, as in the paper: below that, how unrelated two things are says nothing.
     return 100 * (images * captions).sum(-1).clamp(min=0).mean().item()
+
+
+def _features_of(found: Tensor | ModelOutput) -> Tensor:
+    """Take the features (B, D) out of what a CLIP returns: transformers 4 gives them, transformers 5 an output."""
+    return found if isinstance(found, Tensor) else found["pooler_output"]
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import CLIPModel, Dinov2Model
 
 from t2i.errors import UserError, first_line
 from t2i.files import read_json
+from t2i.measure.clip import image_features
 from t2i.measure.extractor import FeatureExtractor
 from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
@@ -79,7 +80,7 @@ def _dinov2(folder: Path, device: torch.device) -> tuple[Embed, int]:
 def _clip(folder: Path, device: torch.device) -> tuple[Embed, int]:
     model = CLIPModel.from_pretrained(folder, **LOADING).eval().requires_grad_(False)
     model.to(device)
-    return lambda pixels: model.get_image_features(pixel_values=pixels), model.config.projection_dim
+    return lambda pixels: image_features(model, pixels), model.config.projection_dim
 
 
 def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:

@@ -91,7 +91,9 @@ def emu3(tmp_path_factory):
         hidden_size=32,
     )
     text = Emu3TextConfig(vocab_size=2_130, bos_token_id=FIRST, pad_token_id=PAD, eos_token_id=2_129, **SIZES)
-    model = Emu3ForConditionalGeneration(Emu3Config(vq, text, names)).eval()
+    model = Emu3ForConditionalGeneration(
+        Emu3Config(vq_config=vq, text_config=text, vocabulary_map=names)
+    ).eval()
     return save(model, tmp_path_factory.mktemp("models") / "emu3")
 
 

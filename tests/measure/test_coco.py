@@ -57,7 +57,8 @@ def clip_folder(tmp_path_factory):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = CLIPTextConfig(vocab_size=2048, max_position_embeddings=20, eos_token_id=0, **sizes)
     vision = CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
-    CLIPModel(CLIPConfig.from_text_vision_configs(text, vision, projection_dim=8)).save_pretrained(folder)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_file=str(ASSETS / "text_tokenizer" / "tokenizer.json"),
         model_max_length=20,

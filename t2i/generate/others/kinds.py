@@ -164,7 +164,9 @@ def _emu3(model: Any, tokenizer: PreTrainedTokenizerBase, *, given: Given) -> tu
 
     def encode(pixels: Tensor) -> Tensor:
         sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
-        return torch.stack(core.vqmodel.encode(_on(pixels, model), sizes)).reshape(len(pixels), -1)
+        found = core.vqmodel.encode(_on(pixels, model), sizes)
+        # transformers 4 returns the codes alone, transformers 5 an output that has them.
+        return torch.stack(getattr(found, "image_tokens", found)).reshape(len(pixels), -1)
 
     images = OthersTokenizer(
         encode=encode,
