@@ -636,6 +636,14 @@ MUTATIONS = (
         BEST_OF,
     ),
     Mutation(
+        "best-of-names-the-first-candidate",
+        "t2i/generate/best_of.py",
+        "best.candidates.masked_fill(is_better.cpu(), turn)",
+        "best.candidates",
+        "an image that was kept cannot be drawn again from what its file says",
+        BEST_OF,
+    ),
+    Mutation(
         "likelihood-of-the-code-before",
         "t2i/generate/best_of.py",
         "[len(row) - 1 for row in rows]",

@@ -25,21 +25,34 @@ class Ranker:
     """Images and their captions -> how well each fits, larger for better."""
 
 
-def keep_best(candidates: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Keep the codes of highest score per caption; of equal ones, the first.
+@dataclass(frozen=True)
+class Best:
+    """What was kept of several candidates per caption."""
+
+    codes: Tensor
+    """(B, K)."""
+    candidates: Tensor
+    """Which candidate each is, counted from 0: (B,)."""
+
+
+def keep_best(candidates: Iterable[tuple[Tensor, Tensor]]) -> Best:
+    """Keep the candidate of highest score per caption; of equal ones, the first.
 
     Args:
         candidates: codes (B, K) and their scores (B,), once per candidate.
     """
-    best: Tensor | None = None
+    best: Best | None = None
     highest = torch.empty(0)
-    for codes, scores in candidates:
+    for turn, (codes, scores) in enumerate(candidates):
         if best is None:
-            best, highest = codes, scores
+            best, highest = Best(codes, torch.zeros(len(codes), dtype=torch.long)), scores
             continue
         # Not `>=`: a candidate that is no better changes nothing, so more candidates keep an image that was best.
         is_better = scores > highest
-        best = torch.where(is_better.to(codes.device)[:, None], codes, best)
+        best = Best(
+            torch.where(is_better.to(codes.device)[:, None], codes, best.codes),
+            best.candidates.masked_fill(is_better.cpu(), turn),
+        )
         highest = torch.where(is_better, scores, highest)
     if best is None:
         raise ValueError("There are no candidates; expected at least one.")

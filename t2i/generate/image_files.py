@@ -16,7 +16,10 @@ from t2i.generate.captions import captions_sha256
 from t2i.generate.claim import claim_folder
 
 PLACE = "place"
-"""Key of a PNG file for the image's index in its drawing: it was sampled with the settings' seed + this."""
+"""Key of a PNG file for the image's index in its drawing: it was sampled with the settings' seed + this, unless it
+names a seed of its own."""
+CANDIDATE, IMAGE_SEED = "candidate", "image_seed"
+"""Keys of a PNG file that is the best of several: which candidate it is, counted from 0, and the seed of that one."""
 LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
 """Settings that there were not always, with the values that draw what was drawn before."""
 
@@ -37,6 +40,7 @@ def draw_images(
     """Draw every caption to out/NAME.png by `draw`, which draws the batch that begins at an index.
 
     Args:
+        draw: its images carry in `info` what their files say of them alone.
         settings: all that decides the images; see drawing_settings.
         checkpoint: what draws, for the PNG files.
     """
@@ -48,7 +52,8 @@ def draw_images(
     def write(images: list[Image.Image], start: int) -> None:
         for place, image in enumerate(images, start):
             # The settings' seed is the first image's, so an image names its place too.
-            _write(paths[place], image, {"caption": captions[names[place]], PLACE: place, **facts})
+            own = {"caption": captions[names[place]], PLACE: place, **facts}
+            _write(paths[place], image, own | {str(key): said for key, said in image.info.items()})
 
     # A batch with one missing image is drawn whole: its other images decide the shape of the products.
     missing = [

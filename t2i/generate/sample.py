@@ -17,7 +17,7 @@ from t2i.errors import UserError
 from t2i.generate.beside import SETTINGS
 from t2i.generate.best_of import Ranker, caption_gains, keep_best
 from t2i.generate.grid import grid
-from t2i.generate.image_files import draw_images, settings_of
+from t2i.generate.image_files import CANDIDATE, IMAGE_SEED, draw_images, settings_of
 from t2i.generate.others.family import AnyTokenizer
 from t2i.model.backbone import trained_seq_len
 from t2i.model.open_lm.reading_open_lm import compiles
@@ -232,7 +232,11 @@ def _draw_batch(drawer: Drawer, texts: list[str], *, start: int, batch_size: int
     if settings.best_of == 1:
         return decode_images(drawer.image_tokenizer, next(drawn))
     best = keep_best((codes, _fits(drawer, batch, codes)) for codes in drawn)
-    return decode_images(drawer.image_tokenizer, best)
+    images = decode_images(drawer.image_tokenizer, best.codes)
+    for place, (image, candidate) in enumerate(zip(images, best.candidates.tolist(), strict=True), start):
+        seed = (settings.seed + place + candidate * len(texts)) % MAX_WHOLE
+        image.info |= {CANDIDATE: candidate, IMAGE_SEED: seed}
+    return images
 
 
 def _fits(drawer: Drawer, captions: list[str], codes: Tensor) -> Tensor:

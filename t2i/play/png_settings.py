@@ -8,7 +8,7 @@ from PIL import Image
 
 from t2i.config import SamplerConfig
 from t2i.errors import UserError
-from t2i.generate.image_files import PLACE
+from t2i.generate.image_files import IMAGE_SEED, PLACE
 from t2i.play.asked import read_drawing
 from t2i.serve.images_request import MOST_SEED
 
@@ -43,8 +43,7 @@ def read_png_settings(path: Path, *, weights: str) -> PngSettings:
             f"{path.name:.80} carries no settings of a drawing: {', '.join(missing)} missing in its PNG text."
             " Programs that edit images leave it out."
         )
-    # `t2i sample` writes the seed of its first image.
-    seed = _whole(facts["seed"], key="seed") + _whole(facts.get(PLACE, "0"), key=PLACE)
+    seed = _seed_of(facts)
     drawing = read_drawing(
         facts["caption"],
         1,
@@ -55,11 +54,18 @@ def read_png_settings(path: Path, *, weights: str) -> PngSettings:
     return PngSettings(drawing.prompt, drawing.seed, drawing.sampler, tuple(_notes(facts, weights=weights)))
 
 
+def _seed_of(facts: Mapping[str, str]) -> int:
+    if IMAGE_SEED in facts:
+        return _whole(facts[IMAGE_SEED], key=IMAGE_SEED)
+    # `t2i sample` writes the seed of its first image.
+    return _whole(facts["seed"], key="seed") + _whole(facts.get(PLACE, "0"), key=PLACE)
+
+
 def _notes(facts: Mapping[str, str], *, weights: str) -> list[str]:
     notes = []
     if facts.get("weights") != weights:
         notes.append("It was drawn by other weights, so the same settings draw another image here.")
-    if facts.get("best_of", "1") != "1":
+    if facts.get("best_of", "1") != "1" and IMAGE_SEED not in facts:
         notes.append("It is the best of several candidates; this is the seed of the first.")
     if "batch_size" in facts and PLACE not in facts:
         notes.append("The seed is that of the first image of its drawing.")

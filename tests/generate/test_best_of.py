@@ -24,7 +24,8 @@ def opened(model_folder):
 def test_the_highest_score_is_kept_per_caption_and_the_first_of_equals():
     codes = [torch.full((3, 2), turn) for turn in range(3)]
     scores = [torch.tensor(each) for each in ([1.0, 5.0, 2.0], [2.0, 1.0, 2.0], [3.0, 4.0, 1.0])]
-    assert keep_best(zip(codes, scores, strict=True)).tolist() == [[2, 2], [0, 0], [0, 0]]
+    best = keep_best(zip(codes, scores, strict=True))
+    assert best.codes.tolist() == [[2, 2], [0, 0], [0, 0]] and best.candidates.tolist() == [2, 0, 0]
     with pytest.raises(ValueError, match="no candidates"):
         keep_best([])
 

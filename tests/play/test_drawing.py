@@ -201,6 +201,17 @@ def test_a_png_of_sample_gives_its_own_seed_back(opened, painter, tmp_path):
     assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(paths[2]))).max() <= 1
 
 
+def test_a_png_of_the_best_of_several_gives_the_seed_of_its_candidate(opened, painter, tmp_path):
+    config = SampleConfig(seed=5, best_of=3)
+    paths = draw_folder(opened, {str(index): "a cat" for index in range(4)}, out=tmp_path, config=config)
+    kept = [read_png_settings(path, weights=opened.weights) for path in paths]
+    assert any(found.seed != 5 + place for place, found in enumerate(kept))
+    for place, (path, found) in enumerate(zip(paths, kept, strict=True)):
+        assert (found.seed - 5) % 4 == place and found.notes == ()
+        again = drawn_by(painter, found.prompt, seed=found.seed, sampler=found.sampler)[-1].images[0]
+        assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(path))).max() <= 1
+
+
 def test_a_file_without_settings_is_a_sentence(tmp_path):
     plain, text = tmp_path / "plain.png", tmp_path / "text.png"
     Image.new("RGB", (8, 8)).save(plain)
