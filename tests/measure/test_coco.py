@@ -262,7 +262,6 @@ def test_flags_that_would_change_nothing_are_refused(model_folder, coco_folder, 
     for words, sentence in (
         (["--list-seed", 3], "it wants --coco"),
         (["--coco", coco_folder, "--heldout-shards", tmp_path], "expected one of them"),
-        (["--judge-revision", "v3"], "expected --judges that it is of"),
         (["--image-size", 256], "it is for an Emu3"),
         (["--bootstrap", 1], "--bootstrap"),
     ):
@@ -427,14 +426,16 @@ def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (5, 40, 24, 3), dtype=np.uint8))
     captions = [f"caption {index} " * (1 + 20 * (index == 3)) for index in range(5)]
-    found = clip_score(embed_images(pictures, clip), embed_captions(captions, clip))
+    # Half of them turned round: in which direction random weights point depends on transformers' release.
+    signs = torch.tensor([1.0, -1, 1, -1, 1])
+    found = clip_score(embed_images(pictures, clip), embed_captions(captions, clip) * signs[:, None])
     cosines = []
-    for picture, caption in zip(pictures, captions, strict=True):
+    for picture, caption, sign in zip(pictures, captions, signs.tolist(), strict=True):
         tokens = clip.tokenizer(caption, truncation=True, return_tensors="pt")
         pixels = clip.processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             outputs = clip.model(input_ids=tokens["input_ids"], pixel_values=pixels)
-        cosines.append((outputs.logits_per_image / clip.model.logit_scale.exp()).item())
+        cosines.append(sign * (outputs.logits_per_image / clip.model.logit_scale.exp()).item())
     assert min(cosines) < 0 < max(cosines)  # so that the floor at zero shows
     # float32 in batches of another shape
     assert found == pytest.approx(100 * np.mean(np.maximum(cosines, 0)), rel=1e-4)
