@@ -21,6 +21,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
+from t2i.commands.judges import JudgeFlags, judges_of
 from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
 
@@ -42,18 +43,13 @@ class SampleCommand:
     layout: Literal["plain", "geneval", "geneval2", "dpg"] = "plain"
     """plain: 00000.png and so on, after those that are there. geneval, geneval2: prompts from its .jsonl file. dpg:
     from its folder of .txt files."""
-    judge_url: str = ""
-    """Address of a reward service, such as UniRL's, for --best-by judge."""
-    judges: tuple[str, ...] = ()
-    """Its judge that chooses, such as hpsv3."""
-    judge_revision: str = ""
-    """Revision of the judge's weights, which is kept beside the images."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Images per batch and process."""
     dtype: Dtype = "auto"
     """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
+    judging: Annotated[JudgeFlags, tyro.conf.arg(name="")] = field(default_factory=JudgeFlags)
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -77,16 +73,16 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
 
 
 def ranker_for(command: SampleCommand) -> "Ranker | None":
-    from t2i.measure.remote_judge import RemoteJudge, check_service, ranker_of
+    from t2i.measure.remote_judge import ranker_of
 
+    flags = command.judging
     if command.sample.best_by != "judge":
-        if command.judge_url or command.judges:
+        if flags.judge_url or flags.judges or flags.judge_revision:
             raise UserError("--judge-url and --judges are for --best-by judge; --best-by is likelihood.")
         return None
-    if not command.judge_url or len(command.judges) != 1:
+    if not flags.judge_url or len(flags.judges) != 1:
         raise UserError("--best-by judge expects --judge-url and one of its --judges.")
-    judge = RemoteJudge(command.judge_url, command.judges[0], revision=command.judge_revision)
-    check_service(judge)
+    (judge,) = judges_of(flags)
     return ranker_of(judge)
 
 

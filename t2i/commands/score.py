@@ -5,7 +5,7 @@ Examples:
   python eval/coco_fid.py runs/train --coco data/coco --clip models/clip-vit-large-patch14
   torchrun --nproc-per-node 8 eval/coco_fid.py runs/train --coco data/coco --num-samples 30000
   python eval/coco_fid.py runs/train --coco data/coco --captions uid_caption.csv
-  python eval/coco_fid.py runs/train --judge-url http://localhost:8080 --judges hpsv3 --judge-revision v3.0
+  python eval/coco_fid.py runs/train --judge-url http://localhost:8080 --judges hpsv3=v3.0
   python eval/coco_fid.py compare A/scores.json B/scores.json
   python eval/coco_fid.py judge
 
@@ -26,6 +26,7 @@ import tyro
 from annotated_types import Ge, Le
 
 from t2i.cli import Ckpt, parse
+from t2i.commands.judges import JudgeFlags, check_judges, judges_of
 from t2i.commands.scores import CompareCommand, JudgeCommand, compare, show_judge
 from t2i.config import Dtype, SampleConfig
 from t2i.errors import UserError
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from t2i.data.shards.manifest import Manifest
     from t2i.measure.heldout import CaptionMeter
     from t2i.measure.judge import Judge
-    from t2i.measure.remote_judge import RemoteJudge
     from t2i.measure.score import Contestant, Control, Rulers, Task
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,6 @@ class ScoreCommand:
     exact_judge: bool = True
     """With the embedded images: judge whether images show what captions state (kind, colour, skin tone, flag, count).
     The judge is trained once, in some seconds."""
-    judge_url: str = ""
-    """Address of a reward service, such as UniRL's, whose judges score every row. Default: none."""
-    judges: tuple[str, ...] = ()
-    """Which of its judges, such as hpsv3 or pickscore. With --best-by judge the first of them chooses; all score."""
-    judge_revision: str = ""
-    """Revision of their weights, unless the service states it. Scores of two revisions are not compared."""
     controls: tuple[Literal["redrawn", "untrained", "shuffled"], ...] | None = None
     """Rows drawn beside the model's, each at its full cost: untrained, by the same architecture before training;
     redrawn, again by other seeds, which shows what chance does (once called shuffled). Default: untrained; none with
@@ -99,6 +93,7 @@ class ScoreCommand:
     """Number type of the model. auto: as it is stored on a GPU, and float32 on a CPU."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
+    judging: Annotated[JudgeFlags, tyro.conf.arg(name="")] = field(default_factory=JudgeFlags)
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 
@@ -117,18 +112,19 @@ def score_model(command: ScoreCommand) -> None:
     rulers = rulers_of(command, processes)
     checkpoint = contestant_of(command, processes)
     task = task_of(command, checkpoint)
-    folder = checkpoint.measures_folder("coco" if command.coco else "eval")
+    out = command.out or checkpoint.measures_folder("coco" if command.coco else "eval")
+    is_judged = command.sample.best_by == "judge"
     drawing = Drawing(
-        out=command.out or folder,
+        out=out,
         config=command.sample,
         controls=controls_of(command, is_ours=isinstance(checkpoint, OpenedModel)),
-        ranker=ranker_of(rulers.remote[0]) if rulers.remote else None,
+        ranker=ranker_of(rulers.remote[0]) if is_judged and rulers.remote else None,
         batch_size=command.batch_size,
     )
     rank, world_size = processes.process_index, processes.num_processes
     if processes.is_main_process and task.reference.cache:  # a broken image is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
-    if command.sample.best_by == "judge" and processes.is_main_process and len(rulers.remote) > 1:
+    if is_judged and processes.is_main_process and len(rulers.remote) > 1:
         logger.info(
             "%s, the first of --judges, chooses the images that all of them score.", rulers.remote[0].reward
         )
@@ -156,10 +152,7 @@ def check_flags(command: ScoreCommand) -> None:
         )
     if command.coco and command.heldout_shards:
         raise UserError("--coco and --heldout-shards both name images; expected one of them.")
-    if bool(command.judge_url) != bool(command.judges):
-        raise UserError("--judge-url and --judges go together: the address of a service, and its judges.")
-    if command.judge_revision and not command.judges:
-        raise UserError(f"--judge-revision is {command.judge_revision}; expected --judges that it is of.")
+    check_judges(command.judging)
 
 
 def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]":
@@ -243,21 +236,9 @@ def rulers_of(command: ScoreCommand, processes: "PartialState") -> "Rulers":
     return Rulers(
         extractor,
         clip=load_clip(command.clip, device=device) if command.clip else None,
-        remote=remote_judges(command),
+        remote=judges_of(command.judging),
         replicates=command.bootstrap,
     )
-
-
-def remote_judges(command: ScoreCommand) -> "tuple[RemoteJudge, ...]":
-    from t2i.measure.remote_judge import RemoteJudge, check_revision, check_service
-
-    judges = tuple(
-        RemoteJudge(command.judge_url, reward, revision=command.judge_revision) for reward in command.judges
-    )
-    for judge in judges:
-        check_service(judge)
-        check_revision(judge)
-    return judges
 
 
 def exact_judge(command: ScoreCommand, checkpoint: "Contestant") -> "Judge | None":

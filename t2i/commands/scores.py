@@ -40,10 +40,13 @@ def show_judge() -> None:
 
 
 def compare(command: CompareCommand) -> None:
-    from t2i.measure.compare import check_protocols, differing_subjects, read_scores, table
+    from t2i.measure.compare import check_protocols, differing_subjects, lone_judges, read_scores, table
 
     a, b = read_scores(command.a), read_scores(command.b)
     check_protocols(a, b)
     for file, scores in ((command.a, a), (command.b, b)):
         print("\n".join([str(file), *table(scores.rows.values(), measures=scores.measures)]))
+    for file, judges in zip((command.a, command.b), lone_judges(a, b), strict=True):
+        if judges:
+            print(f"Compared with nothing, as they judged {file} alone: {', '.join(judges)}.")
     print("\n".join(["Measured alike. They differ in (first | second):", *differing_subjects(a, b)]))

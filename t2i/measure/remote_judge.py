@@ -1,47 +1,36 @@
-"""Judges of others, such as PickScore, HPSv3 or GenEval 2, asked by HTTP: none of their code is imported here.
+"""Judges of others, such as PickScore, HPSv3 or GenEval 2, asked by HTTP: none of their code is imported here."""
 
-The wire is that of UniRL's reward service (https://github.com/Tencent-Hunyuan/UniRL, unirl-reward-service): images and
-texts go to POST /score, and numbers come back by the name of the reward.
-"""
-
-import base64
-import http.client
-import io
-import json
 import logging
-import math
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.files import parse_json
 from t2i.generate.best_of import Ranker
 from t2i.generate.captions import captions_sha256
 from t2i.measure.images import batches, read_image
+from t2i.measure.judge_answers import Score, answer_key, keep_answers, read_answers
+from t2i.measure.judge_wire import (
+    TIMEOUT_SECONDS,
+    TRIES,
+    WAIT_SECONDS,
+    answer_of,
+    request_of,
+    revisions_of,
+    scores_of,
+    shown,
+    wait,
+)
 
 logger = logging.getLogger(__name__)
 
 BATCH = 8
 """Images per request."""
-TIMEOUT_SECONDS = 300.0
-"""A judge of some billion parameters takes a minute for a batch, and longer while it is loaded."""
-TRIES = 3
-WAIT_SECONDS = 2.0
-"""Before the second try; twice as long before each further one."""
-AGAIN = (408, 429, 500, 502, 503, 504)
-"""Statuses of a service that is busy or starting."""
-UNREACHED = (OSError, http.client.HTTPException)
-"""What a request ends with that got no answer; a time-out is an OSError."""
-SHOWN = 200
-"""Characters of an answer that an error quotes."""
+NAMED = 3
+"""Images that an error names."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,10 @@ class RemoteJudge:
     """What the service calls it, such as hpsv3."""
     revision: str = ""
     """Of its weights, in the user's words; empty if the service says it."""
+    service_revision: str | None = None
+    """As the service says it; empty if it says none, None before it was asked."""
+    answers: Path | None = None
+    """File that its answers are kept in; None for none."""
     timeout_seconds: float = TIMEOUT_SECONDS
     wait_seconds: float = WAIT_SECONDS
 
@@ -61,24 +54,38 @@ class RemoteJudge:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--judge-url is {self.url}; expected an address such as http://localhost:8080.")
 
+    @property
+    def name(self) -> str:
+        """Name it with its revision, in the words of both."""
+        stated = f"(service: {self.service_revision})" if self.service_revision else ""
+        return " ".join(each for each in (self.reward, self.revision, stated) if each)
+
     def protocol(self, revisions: set[str], *, captions: Sequence[str]) -> dict[str, object]:
         """Say who judged what.
+
+        Args:
+            revisions: those that the service stated.
 
         Raises:
             UserError: it is not known which revision judged, or there was more than one.
         """
-        known = {each for each in revisions | {self.revision} if each}
-        # A judge whose weights are not named cannot be compared with itself tomorrow.
-        if len(known) != 1:
-            found = "is not stated" if not known else f"is {' and '.join(sorted(known))}"
+        stated = {each for each in (*revisions, self.service_revision) if each}
+        if len(stated) > 1:
             raise UserError(
-                f"The revision of judge {self.reward} at {self.url} {found}; expected one. Name it with"
-                " --judge-revision, as the service gives none or another."
+                f"Judge {self.reward} at {self.url} states the revisions {' and '.join(sorted(stated))}; expected one."
             )
+        # A judge whose weights are not named cannot be compared with itself tomorrow.
+        if not stated and not self.revision:
+            raise UserError(
+                f"The revision of judge {self.reward} at {self.url} is not stated; expected one. Name it:"
+                f" --judges {self.reward}=REVISION."
+            )
+        # Side by side: what a service says may be the version of its wrapper, which knows nothing of the weights.
+        revision = {"revision": self.revision, "service_revision": next(iter(stated), "")}
         prompts = {str(place): caption for place, caption in enumerate(captions)}
         return {
             "reward": self.reward,
-            "revision": known.pop(),
+            **{key: value for key, value in revision.items() if value},
             "prompts_sha256": captions_sha256(prompts),
             "images": "PNG, as drawn",
         }
@@ -88,7 +95,7 @@ class RemoteJudge:
 class Answers:
     """What a judge said of some images."""
 
-    scores: list[dict[str, float]]
+    scores: list[Score]
     """Per image, measure -> score. Keys are the reward's name, and behind it that of a part of it."""
     revision: str
     """As the service says it; empty if it does not."""
@@ -98,45 +105,70 @@ class Answers:
         return {key: sum(each[key] for each in self.scores) / len(self.scores) for key in self.scores[0]}
 
 
+@dataclass(frozen=True)
+class Item:
+    """An image to be judged."""
+
+    name: str
+    """Its file, or its place among the images."""
+    image: Image.Image
+    caption: str
+    key: str
+    """Of its answer."""
+
+
 def check_service(judge: RemoteJudge) -> None:
     """Ask a service whether it has the reward, before anything is drawn.
 
     Raises:
         UserError: it does not answer, or has no such reward.
     """
-    answer = _answer(judge, "/rewards", body=None)
-    rewards = answer.get("rewards")
+    rewards = _answer(judge, "/rewards", body=None).get("rewards")
     if not isinstance(rewards, list) or judge.reward not in rewards:
-        raise UserError(f"{judge.url} has no judge {judge.reward}; it has: {_shown(rewards)}.")
+        raise UserError(f"{judge.url} has no judge {judge.reward}; it has: {shown(rewards)}.")
 
 
-def check_revision(judge: RemoteJudge) -> None:
+def check_revision(judge: RemoteJudge) -> RemoteJudge:
     """Let a judge score one grey image, so that one that fails or has no revision is known before anything is drawn.
+
+    Returns:
+        The judge with the revision that its service states.
 
     Raises:
         UserError: it fails, or its revision is not known.
     """
     grey = np.full((64, 64, 3), 128, dtype=np.uint8)
-    answers = ask(judge, [grey], ["a grey square"])
-    judge.protocol({answers.revision}, captions=[])
+    checked = replace(judge, service_revision=ask(judge, [grey], ["a grey square"]).revision)
+    checked.protocol(set(), captions=[])
+    return checked
 
 
 def ask(judge: RemoteJudge, images: Iterable[np.ndarray | Path], captions: Sequence[str]) -> Answers:
-    """Let a judge score images, each under its caption, BATCH at a time.
+    """Let a judge score images, each under its caption, BATCH at a time; what is kept is not asked for again.
 
     Raises:
         UserError: the service did not answer, or not with a finite number per image.
     """
-    scores: list[dict[str, float]] = []
-    revisions = set()
-    for batch in batches(zip(images, captions, strict=True), size=BATCH):
-        answer = _answer(judge, "/score", body={"protocol_version": "1", "requests": _requests(judge, batch)})
-        scores += _scores(answer, judge, count=len(batch))
-        revisions |= _revisions(answer)
+    known = read_answers(judge.answers) if judge.answers else {}
+    scores: list[Score] = []
+    revisions = {judge.service_revision or ""}
+    pairs = zip(images, captions, strict=True)
+    for start, batch in enumerate(batches(pairs, size=BATCH)):
+        items = [_item(judge, *pair, place=start * BATCH + place) for place, pair in enumerate(batch)]
+        missing = [item for item in items if item.key not in known]
+        found, problems, stated = _judged(judge, missing)
+        if judge.answers:
+            keep_answers(judge.answers, found)
+        if problems:
+            raise UserError(_said_of(problems, judge=judge, count=len(batch)))
+        revisions |= stated
+        known |= found
+        scores += [known[item.key] for item in items]
+    revisions -= {""}
     names = {tuple(sorted(each)) for each in scores}
     if len(names) != 1 or len(revisions) > 1:
-        found = _shown(sorted(map(list, names)) if len(names) != 1 else sorted(revisions))
-        raise UserError(f"{judge.url} answers differently from image to image: {found}.")
+        differing = sorted(map(list, names)) if len(names) != 1 else sorted(revisions)
+        raise UserError(f"{judge.url} answers differently from image to image: {shown(differing)}.")
     return Answers(scores, revision=next(iter(revisions), ""))
 
 
@@ -147,90 +179,78 @@ def ranker_of(judge: RemoteJudge) -> Ranker:
         answers = ask(judge, [np.asarray(image) for image in images], captions)
         return [headline(each, reward=judge.reward) for each in answers.scores]
 
-    return Ranker(f"{judge.reward} {judge.revision}".strip(), rank)
+    return Ranker(judge.name, rank)
 
 
-def _requests(judge: RemoteJudge, batch: list[tuple[np.ndarray | Path, str]]) -> list[dict[str, object]]:
-    return [
-        {
-            "history": [{"text": caption, "image_b64": _encoded(image)}],
-            "required_rewards": [judge.reward],
-            "metadata": None,
-        }
-        for image, caption in batch
-    ]
-
-
-def _encoded(image: np.ndarray | Path) -> str:
-    """Write an image as PNG: another loss by JPEG would be judged too."""
-    opened = read_image(image) if isinstance(image, Path) else Image.fromarray(image)
-    buffer = io.BytesIO()
-    opened.save(buffer, format="PNG")  # written anew: a drawn file carries its caption and checkpoint along
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _scores(answer: dict[str, Any], judge: RemoteJudge, *, count: int) -> list[dict[str, float]]:
-    results, errors = answer.get("results"), answer.get("errors")
-    if not isinstance(results, list) or len(results) != count:
-        raise UserError(f"{judge.url} answered {_shown(answer)}; expected {count} results, one per image.")
-    # A service that says nothing of errors may leave their list out, or cut it short.
-    errors = [*(errors if isinstance(errors, list) else []), *[{}] * count]
-    scores = []
-    for result, error in zip(results, errors, strict=False):
-        parts = result.get(judge.reward) if isinstance(result, dict) else None
-        if not isinstance(parts, dict) or not parts:
-            said = error.get(judge.reward, result) if isinstance(error, dict) else result
-            raise UserError(f"{judge.url} did not score an image by {judge.reward}: {_shown(said)}.")
-        bad = {name: value for name, value in parts.items() if not _is_finite(value)}
-        if bad:
-            raise UserError(f"{judge.url} scored an image as {_shown(bad)}; expected finite numbers.")
-        scores.append({_key(judge.reward, name): float(value) for name, value in parts.items()})
-    return scores
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _key(reward: str, part: str) -> str:
-    """Name a measure: a reward of one part carries the same name twice."""
-    return reward if part == reward else f"{reward}_{part}"
-
-
-def headline(score: dict[str, float], *, reward: str) -> float:
+def headline(score: Score, *, reward: str) -> float:
     """Choose the number that images are ranked by: the part named as the reward, else the first."""
     return score.get(reward, next(iter(score.values())))
 
 
-def _revisions(answer: dict[str, Any]) -> set[str]:
-    identities = answer.get("identities") or []
-    stated = (each.get("scorer_version") for each in identities if isinstance(each, dict))
-    return {str(revision) for revision in stated if revision}
+def _item(judge: RemoteJudge, image: np.ndarray | Path, caption: str, *, place: int) -> Item:
+    is_file = isinstance(image, Path)
+    opened = read_image(image) if isinstance(image, Path) else Image.fromarray(image)
+    name = str(image) if is_file else f"image {place}"
+    return Item(name, opened, caption, key=answer_key(opened, caption, judge=judge.name))
 
 
-def _answer(judge: RemoteJudge, path: str, *, body: dict[str, object] | None) -> dict[str, Any]:
-    """Ask, again if the service is busy or does not answer; GET without a body, else POST."""
-    url = judge.url.rstrip("/") + path
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    # Around proxies: images of a private model go to the address that was named, and nowhere else.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(judge.wait_seconds * 2 ** (attempt - 1))
-        try:
-            with opener.open(request, timeout=judge.timeout_seconds) as response:
-                return parse_json(response.read(), where=url, error=UserError)
-        except urllib.error.HTTPError as error:
-            said = f"status {error.code}, {_shown(error.read(SHOWN).decode(errors='replace'))}"
-            if error.code not in AGAIN:  # the request itself is wrong, and would be again
-                raise UserError(f"{url} refused a request: {said}.") from error
-        except UNREACHED as error:
-            said = str(getattr(error, "reason", None) or error) or type(error).__name__
-        logger.warning("%s did not answer (%s), try %d of %d", url, said, attempt + 1, TRIES)
-    raise UserError(f"{url} did not answer {TRIES} times, last with: {said}. Is the service running?")
+def _judged(
+    judge: RemoteJudge, items: Sequence[Item]
+) -> tuple[dict[str, Score], list[tuple[Item, str]], set[str]]:
+    """Ask for the scores of a batch, again for those that an answer lacks.
+
+    Returns:
+        Scores by the keys of their items, items without one and why, and the revisions that the service stated.
+    """
+    found: dict[str, Score] = {}
+    revisions: set[str] = set()
+    problems = [(item, "") for item in items]
+    for attempt in range(TRIES if items else 0):
+        wait(attempt, wait_seconds=judge.wait_seconds)
+        left = [item for item, _ in problems]
+        requests = [request_of(item.image, item.caption, reward=judge.reward) for item in left]
+        answer = _answer(judge, "/score", body={"protocol_version": "1", "requests": requests})
+        revisions |= revisions_of(answer)
+        _check_unchanged(judge, revisions)
+        scores = scores_of(answer, reward=judge.reward, count=len(left), url=judge.url)
+        judged = list(zip(left, scores, strict=True))
+        found |= {item.key: score for item, score in judged if not isinstance(score, str)}
+        problems = [(item, score) for item, score in judged if isinstance(score, str)]
+        if not problems:
+            break
+        said = (judge.url, len(problems), len(left), problems[0][1], attempt + 1, TRIES)
+        logger.warning("%s did not score %d of %d images (%s), try %d of %d", *said)
+    return found, problems, revisions
 
 
-def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+def _check_unchanged(judge: RemoteJudge, revisions: set[str]) -> None:
+    """Refuse the answer of another judge than the one that was checked.
+
+    Raises:
+        UserError: the service states another revision.
+    """
+    others = revisions - {judge.service_revision}
+    if judge.service_revision is not None and others:
+        raise UserError(
+            f"{judge.url} now states revision {' and '.join(sorted(others))} of {judge.reward}; at first it stated"
+            f" {judge.service_revision or 'none'}. Run the command again with one revision."
+        )
+
+
+def _said_of(problems: Sequence[tuple[Item, str]], *, judge: RemoteJudge, count: int) -> str:
+    lines = [f"{item.name}, {shown(item.caption)!r}: {reason}" for item, reason in problems[:NAMED]]
+    return "\n".join(
+        [
+            f"{judge.url} did not score {len(problems)} of {count} images by {judge.reward} in {TRIES} tries:",
+            *lines,
+        ]
+    )
+
+
+def _answer(judge: RemoteJudge, path: str, *, body: dict[str, object] | None) -> dict[str, object]:
+    return answer_of(
+        judge.url.rstrip("/") + path,
+        body=body,
+        timeout_seconds=judge.timeout_seconds,
+        wait_seconds=judge.wait_seconds,
+    )

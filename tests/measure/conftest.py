@@ -1,7 +1,12 @@
-"""A COCO-shaped folder, and a stand-in for Inception's file."""
+"""A COCO-shaped folder, a stand-in for Inception's file, and one for a reward service."""
 
+import base64
 import hashlib
+import io
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2i.measure import features
+from t2i.measure.judge_wire import request_of
+from t2i.measure.remote_judge import RemoteJudge
 
 NUM_IMAGES = 24
 
@@ -87,3 +94,80 @@ def inception_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def narrow_inception_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same with 32 features, whose distances take no time."""
     return write_inception(tmp_path / "inception-2015-12-05.pt", monkeypatch, dims=32)
+
+
+class Service:
+    """A reward service whose score is the image's brightness plus a hundred per letter of its caption."""
+
+    def __init__(self):
+        self.bodies, self.answers, self.paths = [], [], []
+        self.pause, self.revision = 0.0, ""
+
+    def score(self, body):
+        results = []
+        for request in body["requests"]:
+            (turn,) = request["history"]
+            image = np.asarray(Image.open(io.BytesIO(base64.b64decode(turn["image_b64"]))))
+            (reward,) = request["required_rewards"]
+            results.append({reward: {reward: float(image.mean()) + 100 * len(turn["text"]), "style": 1}})
+        stated = [{"scorer_version": self.revision}] * len(results) if self.revision else []
+        return {"results": results, "errors": [{} for _ in results], "identities": stated}
+
+    def score_of(self, images, captions):
+        """Answer for images as it would be asked."""
+        pairs = zip(images, captions, strict=True)
+        return self.score(
+            {"requests": [request_of(Image.fromarray(each), text, reward="hpsv3") for each, text in pairs]}
+        )
+
+    def reply(self, path, body):
+        """Take the next prepared answer, a status and what is said with it; else the right one."""
+        if self.answers:
+            return self.answers.pop(0)
+        if path == "/rewards":
+            return 200, {"rewards": ["hpsv3", "pickscore"]}
+        return 200, self.score(body)
+
+
+@pytest.fixture
+def service():
+    service = Service()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(None)
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            service.bodies.append(body)
+            self.answer(body)
+
+        def answer(self, body):
+            service.paths.append(self.path)
+            time.sleep(service.pause)
+            status, said = service.reply(self.path, body)
+            text = said if isinstance(said, bytes) else json.dumps(said).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+            except OSError:
+                pass  # the client did not wait
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    service.url = f"http://127.0.0.1:{server.server_port}"
+    yield service
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def judge(service):
+    return RemoteJudge(service.url, "hpsv3", revision="v3.0", wait_seconds=0.01)

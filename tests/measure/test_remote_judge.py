@@ -1,91 +1,16 @@
 """Judges behind HTTP, as a stub on loopback that speaks the wire of UniRL's reward service."""
 
-import base64
-import io
-import json
-import threading
-import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from t2i.errors import UserError
-from t2i.measure.remote_judge import RemoteJudge, ask, check_service, headline
+from t2i.measure.remote_judge import ask, check_revision, check_service, headline
 
 IMAGES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(0, 200, 10)]
 CAPTIONS = [f"caption {place}" for place, _ in enumerate(IMAGES)]
-
-
-class Service:
-    """A reward service whose score is the image's brightness plus a hundred per letter of its caption."""
-
-    def __init__(self):
-        self.bodies, self.answers, self.paths = [], [], []
-        self.pause = 0.0
-
-    def score(self, body):
-        results = []
-        for request in body["requests"]:
-            (turn,) = request["history"]
-            image = np.asarray(Image.open(io.BytesIO(base64.b64decode(turn["image_b64"]))))
-            (reward,) = request["required_rewards"]
-            results.append({reward: {reward: float(image.mean()) + 100 * len(turn["text"]), "style": 1}})
-        return {"results": results, "errors": [{} for _ in results]}
-
-    def reply(self, path, body):
-        """Take the next prepared answer, a status and what is said with it; else the right one."""
-        if self.answers:
-            return self.answers.pop(0)
-        if path == "/rewards":
-            return 200, {"rewards": ["hpsv3", "pickscore"]}
-        return 200, self.score(body)
-
-
-@pytest.fixture
-def service():
-    service = Service()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer(None)
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            service.bodies.append(body)
-            self.answer(body)
-
-        def answer(self, body):
-            service.paths.append(self.path)
-            time.sleep(service.pause)
-            status, said = service.reply(self.path, body)
-            text = said if isinstance(said, bytes) else json.dumps(said).encode()
-            try:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-            except OSError:
-                pass  # the client did not wait
-
-        def log_message(self, *words):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    service.url = f"http://127.0.0.1:{server.server_port}"
-    yield service
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def judge(service):
-    return RemoteJudge(service.url, "hpsv3", revision="v3.0", wait_seconds=0.01)
 
 
 def test_each_image_is_scored_under_its_caption(service, judge, tmp_path):
@@ -135,13 +60,53 @@ def test_nobody_at_the_address_is_said(judge):
         check_service(replace(judge, url="http://127.0.0.1:9"))
 
 
+def test_only_images_without_a_score_are_asked_for_again(service, judge, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(IMAGES[1]).save(file)
+    images = [IMAGES[0], file, *IMAGES[2:]]
+    score = {"hpsv3": {"hpsv3": 7.0, "style": 1}}
+    timed_out = {"results": [score, {}, *[score] * 6], "errors": [{}, {"hpsv3": "timeout"}, *[{}] * 6]}
+    service.answers = [(200, timed_out), (200, b'{"results": [{"hpsv3": {"hpsv3": NaN}}]}')]
+    answers = ask(judge, images, CAPTIONS)
+    assert [each["hpsv3"] for each in answers.scores[:8]] == [7, 10 + 100 * len(CAPTIONS[1]), *[7] * 6]
+    assert [len(body["requests"]) for body in service.bodies] == [8, 1, 1, 8, 4]
+    service.answers = [
+        (200, timed_out),
+        *[(200, b'{"results": [{}], "errors": [{"hpsv3": "too dark"}]}')] * 2,
+    ]
+    with pytest.raises(
+        UserError, match=r"did not score 1 of 8 images by hpsv3 in 3 tries:\n.*a\.png, 'caption 1': too"
+    ):
+        ask(judge, images, CAPTIONS)
+
+
+def test_a_second_try_asks_for_nothing_that_was_answered(service, judge, tmp_path):
+    kept = replace(judge, answers=tmp_path / "out" / "answers.jsonl")
+    broken = (200, {"results": [{}] * 8, "errors": [{"hpsv3": "too dark"}] * 8})
+    service.answers = [(200, service.score_of(IMAGES[:8], CAPTIONS[:8])), *[broken] * 3]
+    with pytest.raises(UserError, match=r"image 8, 'caption 8': too dark(.|\n)*image 10"):
+        ask(kept, IMAGES, CAPTIONS)
+    with kept.answers.open("a") as file:
+        file.write('{"key": "cut o')  # the process was killed while it wrote
+    service.bodies.clear()
+    answers = ask(kept, IMAGES, CAPTIONS)
+    assert [len(body["requests"]) for body in service.bodies] == [8, 4]
+    assert answers == ask(judge, IMAGES, CAPTIONS)
+    service.bodies.clear()
+    assert ask(kept, IMAGES, CAPTIONS) == answers and not service.bodies
+    # Another revision, caption or image is another question.
+    ask(replace(kept, revision="v2.1"), IMAGES[:1], CAPTIONS[:1])
+    ask(replace(kept, service_revision=""), IMAGES[:2], CAPTIONS[1::-1])
+    assert [len(body["requests"]) for body in service.bodies] == [1, 2]
+
+
 BAD = {
     "is not JSON": b"<html>",
     "holds list": b"[]",
     "expected 2 results": {"results": [{"hpsv3": {"hpsv3": 1}}]},
     "CUDA out of memory": {"results": [{}, {}], "errors": [{"hpsv3": "CUDA out of memory"}, {}]},
-    "did not score an image by hpsv3": {"results": [{"hpsv3": {}}, {"hpsv3": {}}]},
-    r"NaN.*expected finite": b'{"results": [{"hpsv3": {"hpsv3": NaN}}, {"hpsv3": {"hpsv3": 1}}]}',
+    r"did not score 2 of 2 images by hpsv3": {"results": [{"hpsv3": {}}, {"hpsv3": {}}]},
+    r"NaN.*expected finite": b'{"results": [{"hpsv3": {"hpsv3": NaN}}, {"hpsv3": {"hpsv3": NaN}}]}',
     r"true.*expected finite": {"results": [{"hpsv3": {"hpsv3": True}}] * 2},
     r"null.*expected finite": {"results": [{"hpsv3": {"hpsv3": None}}] * 2},
     "from image to image": {"results": [{"hpsv3": {"a": 1}}, {"hpsv3": {"b": 1}}]},
@@ -150,58 +115,40 @@ BAD = {
 
 @pytest.mark.parametrize("said", BAD)
 def test_bad_answers_are_refused_by_what_they_say(said, service, judge):
-    service.answers = [(200, BAD[said])]
+    service.answers = [(200, BAD[said])] * 3
     with pytest.raises(UserError, match=said):
         ask(judge, IMAGES[:2], CAPTIONS[:2])
 
 
-def test_a_judge_is_named_by_its_revision_and_prompts(service, judge):
+def test_a_judge_is_named_by_both_revisions_and_its_prompts(service, judge):
     named = judge.protocol({""}, captions=CAPTIONS)
-    assert (named["reward"], named["revision"]) == ("hpsv3", "v3.0")
+    assert (named["reward"], named["revision"]) == ("hpsv3", "v3.0") and "service_revision" not in named
     assert judge.protocol(set(), captions=CAPTIONS[1:])["prompts_sha256"] != named["prompts_sha256"]
-    with pytest.raises(UserError, match="is not stated; expected one"):
-        replace(judge, revision="").protocol({""}, captions=CAPTIONS)
-    # The service says which weights it has: that is what counts, and it must not be another than was said.
-    result = {"hpsv3": {"hpsv3": 1}}
-    service.answers = [(200, {"results": [result] * 2, "identities": [{"scorer_version": "abc"}] * 2})]
-    answers = ask(judge, IMAGES[:2], CAPTIONS[:2])
-    assert answers.revision == "abc"
-    assert replace(judge, revision="").protocol({"abc"}, captions=CAPTIONS)["revision"] == "abc"
-    with pytest.raises(UserError, match=r"is abc and v3\.0; expected one"):
-        judge.protocol({answers.revision}, captions=CAPTIONS)
+    with pytest.raises(UserError, match=r"is not stated; expected one\. Name it: --judges hpsv3=REVISION"):
+        check_revision(replace(judge, revision=""))
+    # A wrapper's version, as the service states it, contradicts no revision of weights, as the user does.
+    service.revision = "1"
+    checked = check_revision(judge)
+    both = checked.protocol(set(), captions=CAPTIONS)
+    assert (both["revision"], both["service_revision"], checked.name) == (
+        "v3.0",
+        "1",
+        "hpsv3 v3.0 (service: 1)",
+    )
+    unnamed = check_revision(replace(judge, revision=""))
+    assert unnamed.name == "hpsv3 (service: 1)"
+    assert "revision" not in unnamed.protocol({"1"}, captions=CAPTIONS)
+    with pytest.raises(UserError, match="states the revisions 1 and 2; expected one"):
+        judge.protocol({"1", "2"}, captions=CAPTIONS)
+
+
+def test_a_service_that_changes_while_it_is_used_is_noticed(service, judge):
+    checked = check_revision(judge)
+    service.revision = "2"
+    with pytest.raises(UserError, match="now states revision 2 of hpsv3; at first it stated none"):
+        ask(checked, IMAGES[:1], CAPTIONS[:1])
 
 
 def test_images_are_not_sent_through_a_proxy(service, judge, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert len(ask(judge, IMAGES[:1], CAPTIONS[:1]).scores) == 1
-
-
-def test_scores_carry_what_a_judge_said_of_every_row(
-    service, model_folder, coco_folder, narrow_inception_file, call, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    words = ["eval/coco_fid.py", model_folder, "--coco", coco_folder, "--num-samples", 6, "--out", out]
-    words += ["--inception", narrow_inception_file, "--bootstrap", 0, "--best-of", 2, "--best-by", "judge"]
-    words += ["--judge-url", service.url, "--judges", "hpsv3"]
-    assert call(*words) == 2
-    assert "Name it with --judge-revision" in capsys.readouterr().err
-    assert not out.exists()  # found out before anything was drawn
-    assert call(*words, "--judge-revision", "v3.0") == 0
-    scores = json.loads((out / "scores.json").read_text())
-    captions = [json.loads(line)["caption"] for line in (out / "captions.jsonl").read_text().splitlines()]
-    files = sorted((out / "model").glob("*.png"))
-    assert scores["judges"]["hpsv3"]["revision"] == "v3.0" and scores["sampler"]["best_of"] == 2
-    brightness = np.mean([np.asarray(Image.open(file)).mean() for file in files])
-    letters = np.mean([len(caption) for caption in captions])
-    assert scores["hpsv3"] == pytest.approx(brightness + 100 * letters)
-    rows = scores["rows"]
-    assert {row for row, found in rows.items() if "hpsv3" in found} == {
-        "real",
-        "reconstructions",
-        "model",
-        "other_captions",
-        "mismatched",
-    }
-    assert "matched" in rows and rows["mismatched"]["n"] == rows["real"]["n"]
-    assert call("eval/coco_fid.py", "compare", out, out) == 0

@@ -1,0 +1,127 @@
+"""The wire of UniRL's reward service: images and texts go to POST /score, numbers come back by the reward's name.
+
+Source: https://github.com/Tencent-Hunyuan/UniRL, unirl-reward-service.
+"""
+
+import base64
+import http.client
+import io
+import json
+import logging
+import math
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from PIL import Image
+
+from t2i.errors import UserError
+from t2i.files import parse_json
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS = 300.0
+"""A judge of some billion parameters takes a minute for a batch, and longer while it is loaded."""
+TRIES = 3
+WAIT_SECONDS = 2.0
+"""Before the second try; twice as long before each further one."""
+AGAIN = (408, 429, 500, 502, 503, 504)
+"""Statuses of a service that is busy or starting."""
+UNREACHED = (OSError, http.client.HTTPException)
+"""What a request ends with that got no answer; a time-out is an OSError."""
+SHOWN = 200
+"""Characters of an answer that an error quotes."""
+
+
+def answer_of(
+    url: str, *, body: dict[str, object] | None, timeout_seconds: float, wait_seconds: float
+) -> dict[str, Any]:
+    """Ask, again if the service is busy or does not answer; GET without a body, else POST.
+
+    Raises:
+        UserError: it refused the request, or did not answer.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    # Around proxies: images of a private model go to the address that was named, and nowhere else.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for attempt in range(TRIES):
+        wait(attempt, wait_seconds=wait_seconds)
+        try:
+            with opener.open(request, timeout=timeout_seconds) as response:
+                return parse_json(response.read(), where=url, error=UserError)
+        except urllib.error.HTTPError as error:
+            said = f"status {error.code}, {shown(error.read(SHOWN).decode(errors='replace'))}"
+            if error.code not in AGAIN:  # the request itself is wrong, and would be again
+                raise UserError(f"{url} refused a request: {said}.") from error
+        except UNREACHED as error:
+            said = str(getattr(error, "reason", None) or error) or type(error).__name__
+        logger.warning("%s did not answer (%s), try %d of %d", url, said, attempt + 1, TRIES)
+    raise UserError(f"{url} did not answer {TRIES} times, last with: {said}. Is the service running?")
+
+
+def wait(attempt: int, *, wait_seconds: float) -> None:
+    """Wait before a try, counted from 0: the first waits for nothing, each further one twice as long."""
+    if attempt:
+        time.sleep(wait_seconds * 2 ** (attempt - 1))
+
+
+def request_of(image: Image.Image, caption: str, *, reward: str) -> dict[str, object]:
+    """Ask for one image's score under its caption."""
+    buffer = io.BytesIO()
+    # As PNG: another loss by JPEG would be judged too. Written anew: a drawn file carries its caption along.
+    image.save(buffer, format="PNG")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return {
+        "history": [{"text": caption, "image_b64": encoded}],
+        "required_rewards": [reward],
+        "metadata": None,
+    }
+
+
+def scores_of(answer: dict[str, Any], *, reward: str, count: int, url: str) -> list[dict[str, float] | str]:
+    """Read an answer: per image its measures, or why it has none.
+
+    Raises:
+        UserError: it is not an answer to `count` images.
+    """
+    results, errors = answer.get("results"), answer.get("errors")
+    if not isinstance(results, list) or len(results) != count:
+        raise UserError(f"{url} answered {shown(answer)}; expected {count} results, one per image.")
+    # A service that says nothing of errors may leave their list out, or cut it short.
+    errors = [*(errors if isinstance(errors, list) else []), *[{}] * count]
+    return [_score_of(*each, reward=reward) for each in zip(results, errors, strict=False)]
+
+
+def _score_of(result: object, error: object, *, reward: str) -> dict[str, float] | str:
+    said = error.get(reward) if isinstance(error, dict) else None
+    parts = result.get(reward) if isinstance(result, dict) else None
+    if said or not isinstance(parts, dict) or not parts:
+        return shown(said or result)
+    bad = {name: value for name, value in parts.items() if not _is_finite(value)}
+    if bad:
+        return f"{shown(bad)}; expected finite numbers"
+    return {_key(reward, name): float(value) for name, value in parts.items()}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _key(reward: str, part: str) -> str:
+    """Name a measure: a reward of one part carries the same name twice."""
+    return reward if part == reward else f"{reward}_{part}"
+
+
+def revisions_of(answer: dict[str, Any]) -> set[str]:
+    """List the revisions that an answer states; none where the service says nothing of them."""
+    identities = answer.get("identities") or []
+    stated = (each.get("scorer_version") for each in identities if isinstance(each, dict))
+    return {str(revision) for revision in stated if revision}
+
+
+def shown(value: object) -> str:
+    """Quote the beginning of what a service said."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
