@@ -7,7 +7,19 @@ from typing import Any
 
 from t2i.errors import UserError
 from t2i.files import Kind, check_keys, read_json
-from t2i.measure.protocol import CLIP, JUDGES, RULES, SCORES, Protocol, RowScore, Scores, Subject
+from t2i.measure.protocol import (
+    BOOTSTRAP,
+    CHOSE,
+    CLIP,
+    CLIP_RULE,
+    JUDGES,
+    RULES,
+    SCORES,
+    Protocol,
+    RowScore,
+    Scores,
+    Subject,
+)
 from t2i.runs.eval_results import read_card, read_eval_results
 
 
@@ -77,12 +89,16 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
         UserError: the entries that differ, one per line.
     """
     keys = tuple(each.name for each in fields(Protocol))
-    if CLIP in a.entries and CLIP in b.entries:
-        keys += (CLIP,)
+    keys += tuple(key for key in (CLIP, CLIP_RULE, BOOTSTRAP) if key in a.entries and key in b.entries)
     # One wrong comparison costs more than a refused one: FID moves more by its protocol than by most improvements.
     lines = differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)
     for key in (RULES, JUDGES):
         lines += _differing_where_both(a.entries, b.entries, key=key)
+    left, right = _judges_behind_http(a), _judges_behind_http(b)
+    if left and right and not left & right:
+        lines.append(
+            f"judges: {', '.join(sorted(left))} | {', '.join(sorted(right))}; expected one that judged both"
+        )
     if lines:
         raise UserError("These scores were measured by different protocols:\n" + "\n".join(lines))
 
@@ -96,6 +112,18 @@ def _differing_where_both(a: Mapping[str, object], b: Mapping[str, object], *, k
     shared = {name for name in left if name in right}
     lines = differing_entries(left, right, keys=tuple(sorted(shared)))
     return [f"{key}.{line}" for line in lines]
+
+
+def lone_judges(a: ReadScores, b: ReadScores) -> tuple[list[str], list[str]]:
+    """List the judges behind HTTP that judged the first alone, and those that judged the second alone."""
+    left, right = _judges_behind_http(a), _judges_behind_http(b)
+    return sorted(left - right), sorted(right - left)
+
+
+def _judges_behind_http(scores: ReadScores) -> set[str]:
+    judges = scores.entries.get(JUDGES)
+    entries = judges.items() if isinstance(judges, dict) else ()
+    return {name for name, entry in entries if isinstance(entry, dict) and "reward" in entry}
 
 
 def _in_todays_words(entries: Mapping[str, object]) -> dict[str, object]:
@@ -151,6 +179,10 @@ def lines_of(scores: Scores, *, out: Path) -> list[str]:
     lines = table(scores.rows.values(), measures=scores.measures)
     for name, judge in scores.judges.items():
         lines += [f"{name}, {row}: {verdict_line(verdict)}" for row, verdict in judge.details.items()]
+        if CHOSE in judge.protocol:
+            lines.append(
+                f"{name} chose the images of {scores.subject.checkpoint}, so its own score says little."
+            )
     for split, meter in (scores.facts.captions_heard or {}).items():
         matched, shuffled, null = (
             "unknown" if loss is None else f"{loss:.3f}" for loss in (meter.own, meter.wrong, meter.empty)

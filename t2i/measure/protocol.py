@@ -1,5 +1,6 @@
 """What scores.json says: the rows of one model, and all that tells whether two scores may be compared."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,12 @@ class Subject:
     versions: dict[str, str]
 
 
-CLIP = "clip_sha256"
-"""The CLIP that a score was taken with, compared only where both have one."""
+CLIP, CLIP_RULE, BOOTSTRAP = "clip_sha256", "clip_rule", "bootstrap"
+"""The CLIP that a score was taken with, how it is computed, and how intervals are: compared only where both have it."""
 RULES, JUDGES = "rules", "judges"
 """How each measure is computed, and who judged: compared by name, where both files have it. Older files have none."""
+CHOSE = "chose_the_images"
+"""Mark of a judge that scores the images that it chose itself."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class ClipScores:
             "clip_score_other_captions": self.other_captions,
             "clip": self.name,
             CLIP: self.weights_sha256,
-            "clip_rule": self.rule,
+            CLIP_RULE: self.rule,
         }
 
 
@@ -145,6 +148,15 @@ class JudgeScores:
 
 
 @dataclass(frozen=True)
+class Bootstrap:
+    """What intervals are made of."""
+
+    replicates: int
+    """Resamplings per interval; 0 for no intervals."""
+    seed: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """All rows of one model, and all that a comparison has to know."""
 
@@ -155,6 +167,7 @@ class Scores:
     """None for no CLIP score."""
     rules: dict[str, str]
     """How each distance is computed, in words."""
+    bootstrap: Bootstrap
     judges: dict[str, JudgeScores]
     """By the judge's key in scores.json."""
     note: str
@@ -180,11 +193,23 @@ class Scores:
             "note": self.note,
             **asdict(self.protocol),
             RULES: self.rules,
+            # Without intervals there is nothing to compare in how they would have been made.
+            **({BOOTSTRAP: asdict(self.bootstrap)} if self.bootstrap.replicates else {}),
             JUDGES: {name: judge.protocol for name, judge in self.judges.items()},
             "judged": {name: judge.details for name, judge in self.judges.items() if judge.details},
             **asdict(self.subject),
-            "seeds": "image i of captions.jsonl is drawn with sampler.seed + i",
+            "seeds": seeds_rule(self.subject.sampler, n=self.protocol.n),
             **self.facts.to_json(),
             "seconds_to_measure": self.seconds_to_measure,
             "file": self.file,
         }
+
+
+def seeds_rule(sampler: Mapping[str, object], *, n: int) -> str:
+    """Say which image is drawn by which seed."""
+    if sampler.get("best_of", 1) == 1:
+        return "image i of captions.jsonl is drawn with sampler.seed + i"
+    return (
+        f"candidate j of image i of captions.jsonl is drawn with sampler.seed + i + {n} j; the PNG file of the one that"
+        " was kept names its candidate and image_seed"
+    )

@@ -27,9 +27,11 @@ from t2i.measure.extractor import FeatureExtractor, metric_key
 from t2i.measure.feature_cache import Reference
 from t2i.measure.images import LazyImages
 from t2i.measure.judge import Judge
-from t2i.measure.measures import KERNEL_SEED, distances_on, replicates_for
+from t2i.measure.judge_answers import ANSWERS
+from t2i.measure.measures import BOOTSTRAP_SEED, KERNEL_SEED, distances_on, replicates_for
 from t2i.measure.pairing import (
     EXACT,
+    Pairing,
     clip_scores,
     exact_scores,
     pairing_of,
@@ -37,8 +39,11 @@ from t2i.measure.pairing import (
     with_pairing,
 )
 from t2i.measure.protocol import (
+    CHOSE,
     SCORES,
+    Bootstrap,
     DrawingFacts,
+    JudgeScores,
     Protocol,
     Scores,
     Subject,
@@ -90,6 +95,12 @@ class Drawing:
     """Images drawn at a time; the last bits of an image depend on it."""
     ranker: Ranker | None = None
     """Judges candidates where config.best_by says so."""
+
+    @property
+    def ranked_by(self) -> str | None:
+        """Name the judge that chose the images; None if none did."""
+        is_chosen = self.config.best_by == "judge" and self.config.best_of > 1
+        return self.ranker.name if self.ranker and is_chosen else None
 
 
 @dataclass(frozen=True)
@@ -205,13 +216,14 @@ def score(
     started = time.perf_counter()
     extractor = rulers.extractor
     tokenizer = checkpoint.needed_image_tokenizer()
+    replicates = replicates_for(rulers.replicates, n=len(task.captions))
     # One process measures everything: drawing is nearly all of the time, and ranks then need not agree on order.
     rows = distance_rows(
         task,
         drawn=drawn,
         tokenizer=tokenizer,
         extractor=extractor,
-        replicates=replicates_for(rulers.replicates, n=len(task.captions)),
+        replicates=replicates,
     )
     pairing = pairing_of(
         task.captions,
@@ -223,7 +235,7 @@ def score(
     )
     clip = clip_scores(pairing, rulers.clip) if rulers.clip else None
     judges = {EXACT: exact_scores(pairing, rulers.judge)} if rulers.judge else {}
-    judges |= {judge.reward: remote_scores(pairing, judge) for judge in rulers.remote}
+    judges |= {judge.reward: _judged(pairing, judge, drawing=drawing) for judge in rulers.remote}
     rows = with_pairing(rows, clip=clip, judges=judges, pairing=pairing)
     protocol = _protocol(task, extractor)
     file = _scores_file(drawing.out, protocol)
@@ -233,6 +245,7 @@ def score(
         subject=_subject(checkpoint, drawing),
         clip=clip,
         rules={key: distance.rule for key, distance in distances_on(extractor.name).items()},
+        bootstrap=Bootstrap(replicates, seed=BOOTSTRAP_SEED),
         judges=judges,
         note=sample_size_note(metric_key(extractor.name), n=len(task.captions), dims=extractor.dims),
         facts=facts,
@@ -243,6 +256,13 @@ def score(
     write_whole(drawing.out / CAPTIONS_DRAWN, caption_lines(task.captions))
     write_json(file, scores.to_json())
     return scores
+
+
+def _judged(pairing: Pairing, judge: RemoteJudge, *, drawing: Drawing) -> JudgeScores:
+    """Let a judge score every row, its answers kept; say so if it chose the images that it scores."""
+    scores = remote_scores(pairing, replace(judge, answers=drawing.out / ANSWERS))
+    chose = {CHOSE: True} if drawing.ranked_by == judge.name else {}
+    return replace(scores, protocol=scores.protocol | chose)
 
 
 def _scores_file(out: Path, protocol: Protocol) -> Path:
@@ -278,7 +298,8 @@ def _subject(checkpoint: Contestant, drawing: Drawing) -> Subject:
         checkpoint=str(checkpoint.folder),
         weights_sha256=checkpoint.weights,
         image_tokenizer_sha256=checkpoint.needed_image_tokenizer().fingerprint(),
-        sampler=sampler_settings(drawing.config),
+        sampler=sampler_settings(drawing.config)
+        | ({"ranked_by": drawing.ranked_by} if drawing.ranked_by else {}),
         batch_size=drawing.batch_size,
         dtype=checkpoint.dtype,
         device=str(checkpoint.model.device.type),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2i.errors import UserError
-from t2i.measure.compare import check_protocols, read_scores, table
+from t2i.measure.compare import check_protocols, lone_judges, read_scores, table
 from t2i.measure.protocol import RowScore
 
 OLD = Path(__file__).parents[1] / "fixtures" / "written_by_0_1_0" / "run" / "eval" / "step_000004"
@@ -34,9 +34,41 @@ def test_scores_of_two_judges_are_refused(tmp_path):
         check_protocols(first, scores(tmp_path, "d", **judges(prompts_sha256="abc")))
 
 
-def test_a_judge_of_one_alone_is_no_difference(tmp_path):
-    other = {"judges": {"pickscore": {"revision": "v1"}}}
-    check_protocols(scores(tmp_path, "a", **judges()), scores(tmp_path, "b", **other))
+def test_scores_without_a_judge_in_common_are_refused(tmp_path):
+    other = {"pickscore": {"reward": "pickscore", "revision": "v1"}}
+    first = scores(tmp_path, "a", **judges())
+    with pytest.raises(UserError, match=r"judges: hpsv3 \| pickscore; expected one that judged both"):
+        check_protocols(first, scores(tmp_path, "b", judges=other))
+    both = scores(tmp_path, "c", judges={**judges()["judges"], **other})
+    check_protocols(first, both)
+    assert lone_judges(first, both) == ([], ["pickscore"])
+    # The exact judge is no judge of others: it judges embedded images alone.
+    exact = scores(tmp_path, "d", judges={"judge": {"sha256": "abc"}})
+    check_protocols(first, exact)
+    assert lone_judges(first, exact) == (["hpsv3"], [])
+
+
+def test_a_judge_of_one_alone_is_named(tmp_path, call, capsys):
+    scores(tmp_path, "a", **judges())
+    scores(tmp_path, "b")
+    assert call("eval/coco_fid.py", "compare", tmp_path / "a.json", tmp_path / "b.json") == 0
+    assert f"as they judged {tmp_path / 'a.json'} alone: hpsv3." in capsys.readouterr().out
+
+
+def test_a_score_by_the_judge_that_chose_is_another_score(tmp_path):
+    first = scores(tmp_path, "a", **judges())
+    with pytest.raises(UserError, match=r"judges\.hpsv3\.chose_the_images: not stated \| True"):
+        check_protocols(first, scores(tmp_path, "b", **judges(chose_the_images=True)))
+
+
+def test_rules_of_clip_and_of_intervals_are_compared_where_both_have_them(tmp_path):
+    clip, bootstrap = {"clip_rule": "100 max(cos, 0)"}, {"bootstrap": {"replicates": 100, "seed": 0}}
+    first = scores(tmp_path, "a", **clip, **bootstrap)
+    check_protocols(first, scores(tmp_path, "b"))
+    with pytest.raises(UserError, match=r"clip_rule: 100 max\(cos, 0\) \| cos"):
+        check_protocols(first, scores(tmp_path, "c", clip_rule="cos"))
+    with pytest.raises(UserError, match=r"bootstrap\.replicates: 100 \| 200"):
+        check_protocols(first, scores(tmp_path, "d", bootstrap={"replicates": 200, "seed": 0}))
 
 
 def test_measures_by_two_rules_are_refused(tmp_path):
