@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -113,6 +114,7 @@ def score_model(command: ScoreCommand) -> None:
     checkpoint = contestant_of(command, processes)
     task = task_of(command, checkpoint)
     out = command.out or checkpoint.measures_folder("coco" if command.coco else "eval")
+    check_writable(out)
     is_judged = command.sample.best_by == "judge"
     drawing = Drawing(
         out=out,
@@ -162,6 +164,22 @@ def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]
         logger.warning("--controls shuffled is now called redrawn; the old name works until 0.2.")
     names: dict[str, Control] = {"redrawn": "redrawn", "untrained": "untrained", "shuffled": "redrawn"}
     return tuple(names[control] for control in command.controls)
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written before anything is measured or drawn for it.
+
+    Raises:
+        UserError: it cannot, as the folder of a model that others share may be.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. Name another folder with --out."
+        ) from error
 
 
 def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contestant":

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     ChameleonConfig,
     ChameleonForConditionalGeneration,
@@ -240,13 +241,27 @@ def test_other_folders_are_refused(janus, chameleon, model_folder, tmp_path):
         open_others(copy)
 
 
-def test_a_janus_is_scored_by_the_protocol_of_all_models(janus, shards, call, tmp_path, monkeypatch):
+def test_each_is_scored_by_the_protocol_of_all_models(opened, shards, call, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    words = ["eval/coco_fid.py", janus, "--num-samples", 10, "--out", out, "--bootstrap", 0]
+    out, side = tmp_path / "out", opened.image_size()
+    words = ["eval/coco_fid.py", opened.folder, "--num-samples", 10, "--out", out, "--bootstrap", 0]
+    words += ["--image-size", side] if opened.kind == "emu3" else []
     assert call(*words) == 2  # it has no held-out images of its own
     assert call(*words, "--heldout-shards", shards) == 0
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores["rows"]) == {"real", "reconstructions", "model"}
-    assert (scores["image_size"], scores["n"], scores["checkpoint"]) == (16, 10, str(janus))
+    assert (scores["image_size"], scores["n"], scores["checkpoint"]) == (side, 10, str(opened.folder))
     assert "captions_heard" not in scores and scores["features"] == "efficientnet_lite0"
+    assert {Image.open(path).size for path in (out / "model").glob("*.png")} == {(side, side)}
+
+
+def test_a_model_folder_that_cannot_be_written_wants_another_out(janus, shards, call, tmp_path, capsys):
+    # A file where the folder of the scores would be: even an administrator cannot write below it.
+    folder = shutil.copytree(janus, tmp_path / "janus")
+    (folder / "eval").write_text("")
+    words = ["eval/coco_fid.py", folder, "--num-samples", 10, "--heldout-shards", shards]
+    assert call(*words) == 2
+    assert (
+        f"{folder / 'eval'} cannot be written: File exists. Name another folder with --out."
+        in capsys.readouterr().err
+    )
