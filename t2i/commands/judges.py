@@ -1,4 +1,8 @@
-"""Flags of judges behind HTTP, which `sample` and `score` share."""
+"""Flags of judges behind HTTP, which `sample` and `score` share.
+
+Examples:
+  python eval/coco_fid.py runs/train --judge-url http://localhost:8080 --judges hpsv3=v3.0 pickscore=v1
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated

@@ -172,9 +172,10 @@ def check_writable(out: Path) -> None:
     Raises:
         UserError: it cannot, as the folder of a model that others share may be.
     """
+    # The folder itself is made when something is drawn into it.
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):
+        with TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UserError(
