@@ -155,6 +155,8 @@ def check_flags(command: ScoreCommand) -> None:
     if command.coco and command.heldout_shards:
         raise UserError("--coco and --heldout-shards both name images; expected one of them.")
     check_judges(command.judging)
+    if command.sample.best_by == "judge" and not command.judging.judges:
+        raise UserError("--best-by judge expects --judge-url and its --judges, of which the first chooses.")
 
 
 def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]":
