@@ -1,7 +1,7 @@
 """A law of the loss in model size, tokens and age of the language model, fitted to cells of finished runs.
 
 A cell is an arm at a step: so many parameters, so many tokens trained on, and a start that had seen so many tokens of
-text. What pre-training is worth is fitted in two forms, of which the one that predicts arms left out of the fit better
+text. What pre-training is worth is fitted in two forms, of which the one that predicts cells left out of the fit better
 is taken:
 
 - transferred tokens: loss = E + A n^-alpha + B (d + K d^p n^q a^r)^-beta
@@ -13,13 +13,12 @@ Source: Hernandez et al. 2021, Scaling laws for transfer, for the transferred to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 NAMES = ("E", "A", "alpha", "B", "beta", "K", "p", "q", "r")
-DRAWS = 200
 COVERAGE = 0.9
 """Of the intervals of predictions."""
 LOGS = [NAMES.index(name) for name in ("A", "B", "K")]
@@ -28,27 +27,24 @@ LOW = np.array([0, -12, 0, -12, 0, -12, -2, -2, 0], dtype=float)
 HIGH = np.array([20, 6, 3, 6, 3, 6, 2, 2, 2], dtype=float)
 LARGEST = 1e6
 """Bound of what a power may become while a fit searches."""
+SEARCH = 200
+"""Steps of a fit at most: where few cells are left, a valley may have no end."""
+FEWEST_SIZES, FEWEST_AGES = 4, 2
+"""Of a fit: without an edge size, three are left for E, A and alpha; K and r take two ages of pre-trained starts."""
 
 
 @dataclass(frozen=True)
 class Cells:
     """Cells of a grid, in one order; (M,) each."""
 
-    arms: list[str]
     parameters: np.ndarray
     tokens: np.ndarray
     ages: np.ndarray
     """Tokens of text before; 0 for a randomly initialised start."""
 
-    def kept(self, which: np.ndarray) -> "Cells":
-        """Keep some cells, by a mask or by places."""
-        places = np.arange(len(self.arms))[which]
-        return Cells(
-            [self.arms[place] for place in places],
-            self.parameters[places],
-            self.tokens[places],
-            self.ages[places],
-        )
+    def kept(self, mask: np.ndarray) -> "Cells":
+        """Keep some cells."""
+        return Cells(self.parameters[mask], self.tokens[mask], self.ages[mask])
 
 
 @dataclass(frozen=True)
@@ -73,62 +69,87 @@ class Law:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A fit without some cells, which it then predicts."""
+
+    law: Law
+    errors: np.ndarray
+    """Measured minus predicted of the cells that were left out."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Folds of one form, by what is new to their fits."""
+
+    size: list[Fold]
+    """All arms of the smallest size are left out, or all of the largest."""
+    start: list[Fold]
+    """The pre-trained arms of one size are left out."""
+
+    @property
+    def rms(self) -> float:
+        """The error of all left-out cells, nats."""
+        return _rms(np.concatenate([fold.errors for fold in (*self.size, *self.start)]))
+
+
+@dataclass(frozen=True)
 class Fit:
     """A law, how well it fits, and what it knows of its own error."""
 
     law: Law
-    draws: list[Law]
-    """The same form fitted to seeds drawn with replacement."""
+    sizes: np.ndarray
+    """Parameters that were fitted, each once."""
     rms: float
     """Of its own cells, nats."""
-    left_out: dict[str, np.ndarray]
-    """Form -> measured minus predicted of each cell, when its arm was left out of the fit; (M,)."""
+    left_out: dict[str, LeftOut]
+    """By form."""
 
-    def left_out_rms(self) -> dict[str, float]:
-        """Say how well each form predicts arms that it has not seen."""
-        return {form: _rms(errors) for form, errors in self.left_out.items()}
+    @property
+    def folds(self) -> LeftOut:
+        """The folds of the form that was taken."""
+        return self.left_out[self.law.form]
 
-    def interval(self, name: str) -> tuple[float, float]:
-        """Return the interval of one number of the law over the draws."""
-        low, high = _quantiles(np.array([law.values()[name] for law in self.draws]))
-        return float(low), float(high)
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Return the least and the most that one number of the law is in any fold."""
+        found = [fold.law.values()[name] for fold in (*self.folds.size, *self.folds.start)]
+        return min(found), max(found)
 
     def predicted(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Predict cells: the loss and the bounds of its interval, (M,) each.
 
-        An interval holds what seeds do to the fit, and the errors of arms that were left out: what the form itself gets
-        wrong is most of it.
+        The error of a cell whose size was not fitted is that of left-out edge sizes, as it lies beyond an edge itself.
+        The error of another cell is that of left-out pre-trained arms.
         """
-        random = np.random.default_rng(0)
-        errors = self.left_out[self.law.form]
-        drawn = np.array([law.predict(cells) for law in self.draws])  # (draws, M)
-        low, high = _quantiles(drawn + random.choice(errors, size=drawn.shape))
-        return self.law.predict(cells), low, high
+        is_new = ~np.isin(cells.parameters, self.sizes)
+        half = np.where(is_new, half_width(self.folds.size), half_width(self.folds.start))
+        loss = self.law.predict(cells)
+        return loss, loss - half, loss + half
+
+
+def half_width(folds: list[Fold]) -> float:
+    """Compute the half of an interval, nats, by Student's t."""
+    # Cells of a fold err together, so a fold is one observation, however many cells it has. No mean of the errors is
+    # taken, so each counts whole.
+    quantile = float(stats.t.ppf((1 + COVERAGE) / 2, len(folds)))
+    return quantile * _rms(np.array([_rms(fold.errors) for fold in folds]))
 
 
 def fit_law(cells: Cells, losses: np.ndarray) -> Fit:
-    """Fit both forms to losses (seeds, M), and take the one that predicts left-out arms better.
+    """Fit both forms to losses (M,), and take the one that predicts left-out cells better.
 
     Raises:
-        ValueError: there are fewer arms than numbers to fit can be told from, or no pre-trained one.
+        ValueError: the numbers of a law cannot be told from so few sizes or ages.
     """
-    if len(cells.arms) <= len(NAMES) or len(set(cells.arms)) < 3 or not (cells.ages > 0).any():
+    sizes, ages = np.unique(cells.parameters), np.unique(cells.ages[cells.ages > 0])
+    if len(sizes) < FEWEST_SIZES or len(ages) < FEWEST_AGES:
         raise ValueError(
-            f"{len(cells.arms)} cells of {len(set(cells.arms))} arms; expected more than {len(NAMES)} cells, of three"
-            " arms or more, of which some are pre-trained."
+            f"{len(sizes)} sizes and {len(ages)} ages of pre-trained starts; expected at least {FEWEST_SIZES} and"
+            f" {FEWEST_AGES}."
         )
     units = (_centre(cells.parameters), _centre(cells.tokens), _centre(cells.ages[cells.ages > 0]))
-    means = losses.mean(0)
-    laws = {form: _fitted(form, cells, means, units) for form in FORMS}
-    left_out = {form: _left_out(law, cells, means) for form, law in laws.items()}
-    law = laws[min(laws, key=lambda form: _rms(left_out[form]))]
-    random = np.random.default_rng(0)
-    # Seeds are drawn for all cells together: what a seed does, it does to all arms alike.
-    draws = [
-        _refitted(law, cells, losses[random.integers(len(losses), size=len(losses))].mean(0))
-        for _ in range(DRAWS)
-    ]
-    return Fit(law, draws, _rms(means - law.predict(cells)), left_out)
+    left_out = {form: _left_out(form, cells, losses, units) for form in FORMS}
+    law = _fitted(min(left_out, key=lambda form: left_out[form].rms), cells, losses, units)
+    return Fit(law, sizes, _rms(losses - law.predict(cells)), left_out)
 
 
 def _transferred(theta: np.ndarray, n: np.ndarray, d: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -151,38 +172,41 @@ def _worth(theta: np.ndarray, n: np.ndarray, d: np.ndarray, a: np.ndarray) -> np
 FORMS: dict[str, Callable[..., np.ndarray]] = {"transferred tokens": _transferred, "a lower loss": _lower}
 
 
-def _fitted(form: str, cells: Cells, means: np.ndarray, units: tuple[float, float, float]) -> Law:
+def _left_out(form: str, cells: Cells, losses: np.ndarray, units: tuple[float, float, float]) -> LeftOut:
+    """Fit without some cells, and predict them."""
+
+    def fold(is_out: np.ndarray) -> Fold:
+        law = _fitted(form, cells.kept(~is_out), losses[~is_out], units)
+        return Fold(law, losses[is_out] - law.predict(cells.kept(is_out)))
+
+    of_sizes = [cells.parameters == size for size in np.unique(cells.parameters)]
+    pretrained = [is_size & (cells.ages > 0) for is_size in of_sizes]
+    return LeftOut(
+        # Edges alone: a size between others is predicted more easily than one beyond them.
+        size=[fold(of_sizes[0]), fold(of_sizes[-1])],
+        # All of a size together: they share what the law gets wrong at that size.
+        start=[fold(is_out) for is_out in pretrained if is_out.any()],
+    )
+
+
+def _fitted(form: str, cells: Cells, losses: np.ndarray, units: tuple[float, float, float]) -> Law:
     """Fit from several starts, as the sum of squares has more than one valley."""
-    least = float(means.min())
+    least, scaled = float(losses.min()), _scaled(cells, units)
     starts = [
-        np.array([share * least, np.log(0.2 * least), 0.3, np.log(0.5 * least), beta, scale, 0.2, 0.0, 0.3])
+        np.array([share * least, np.log(0.2 * least), 0.3, np.log(0.5 * least), 0.4, scale, 0.2, 0.0, 0.3])
         for share in (0.1, 0.6)
-        for beta in (0.2, 0.8)
         for scale in (-3.0, 0.0)
     ]
-    laws = [_refitted(Law(form, start, units), cells, means) for start in starts]
-    return min(laws, key=lambda law: _rms(means - law.predict(cells)))
-
-
-def _refitted(law: Law, cells: Cells, means: np.ndarray) -> Law:
-    """Fit again from where a law is."""
-    scaled = _scaled(cells, law.units)
-    found = optimize.least_squares(
-        lambda theta: FORMS[law.form](theta, *scaled) - means,
-        np.clip(law.theta, LOW, HIGH),
-        bounds=(LOW, HIGH),
-    )
-    return replace(law, theta=found.x)
-
-
-def _left_out(law: Law, cells: Cells, means: np.ndarray) -> np.ndarray:
-    """Predict each arm by a fit to the others; measured minus predicted, (M,)."""
-    errors = np.empty(len(means))
-    for arm in dict.fromkeys(cells.arms):
-        is_own = np.array([name == arm for name in cells.arms])
-        others = _fitted(law.form, cells.kept(~is_own), means[~is_own], law.units)
-        errors[is_own] = means[is_own] - others.predict(cells.kept(is_own))
-    return errors
+    fits = [
+        optimize.least_squares(
+            lambda theta: FORMS[form](theta, *scaled) - losses,
+            np.clip(start, LOW, HIGH),
+            bounds=(LOW, HIGH),
+            max_nfev=SEARCH,
+        )
+        for start in starts
+    ]
+    return Law(form, min(fits, key=lambda fit: fit.cost).x, units)
 
 
 def _scaled(cells: Cells, units: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -196,8 +220,3 @@ def _centre(values: np.ndarray) -> float:
 
 def _rms(errors: np.ndarray) -> float:
     return float(np.sqrt((errors**2).mean()))
-
-
-def _quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], axis=0)
-    return low, high

@@ -1,5 +1,6 @@
 """A law of model size, tokens and age of the language model, and whether it predicts cells that it has not seen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,49 +9,11 @@ from matplotlib.figure import Figure
 
 from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
-from t2i.report.sections.section import Section, SectionKind, in_folder
-from t2i.study.cost import run_costs
-from t2i.study.jobs import run_name, step_config
-from t2i.study.law import COVERAGE, Cells, Fit, fit_law
-from t2i.study.results import Curve, curve, read_rows, runs_of, tokens_spent
-from t2i.study.spec import TRAIN, Study, nearest_name
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Arms by what the law knows of them, and their held-out losses."""
-
-    parameters: dict[str, float]
-    """FLOPs of a trained token over 6."""
-    ages: dict[str, float]
-    curves: dict[str, Curve]
-    """Of arms with finished runs."""
-
-    def cells(self, arms: dict[str, list[int]]) -> Cells:
-        """Make cells of arms at steps."""
-        places = [(arm, step) for arm, steps in arms.items() for step in steps]
-        tokens = self.tokens()
-        return Cells(
-            [arm for arm, _ in places],
-            np.array([self.parameters[arm] for arm, _ in places]),
-            np.array([float(tokens[step]) for _, step in places]),
-            np.array([self.ages[arm] for arm, _ in places]),
-        )
-
-    def losses(self, arms: dict[str, list[int]]) -> np.ndarray:
-        """Collect the losses of cells, (seeds, M)."""
-        columns = [
-            self.curves[arm].values[:, self.curves[arm].steps.index(step)]
-            for arm, steps in arms.items()
-            for step in steps
-        ]
-        return np.stack(columns, axis=1)
-
-    def tokens(self) -> dict[int, int]:
-        """Map measured steps to tokens."""
-        # Of any arm: all see the same sequences in the same order.
-        one = next(iter(self.curves.values()))
-        return dict(zip(one.steps, one.tokens, strict=True))
+from t2i.report.sections.grid import Grid, read_grid
+from t2i.report.sections.section import Section, SectionKind
+from t2i.study.jobs import run_config
+from t2i.study.law import COVERAGE, Fit, LeftOut, fit_law, half_width
+from t2i.study.spec import Study, nearest_name
 
 
 def law(
@@ -64,7 +27,8 @@ def law(
 ) -> Section:
     """Fit a law to the arms that are not held out, and tabulate what it says of the held-out cells beside what came.
 
-    Without finished runs of the held-out arms it says what is predicted of them.
+    Without finished runs of the held-out arms it says what is predicted of them. Losses are means over the seeds that
+    every fitted arm has finished, those of held-out arms too.
 
     Args:
         ages: arm -> tokens of text that its start had seen, or the folder of the run that made it, such as that of a
@@ -73,23 +37,35 @@ def law(
         held_out: arm -> steps; these arms are not fitted.
     """
     _check_arms(study, ages, held_out)
-    grid = _grid(study, out, ages=ages, value=value)
-    fitted = {arm: steps for arm in ages if arm not in held_out and _has(grid, arm, steps)}
-    if missing := [arm for arm in ages if arm not in held_out and arm not in fitted]:
-        return Section(
-            "A law", f"Nothing is fitted: {', '.join(missing)} have no finished runs at steps {steps}."
-        )
+    grid = read_grid(study, out, ages=ages, value=value)
+    asked = [arm for arm in ages if arm not in held_out]
+    fitted = {arm: steps for arm in asked if all(grid.has(arm, step) for step in steps)}
+    # A seed that only some arms have finished would move these alone.
+    seeds = sorted(set.intersection(*(set(grid.curves[arm].seeds) for arm in fitted))) if fitted else []
+    missing = _missing(study, grid, asked=asked, fitted=fitted, seeds=seeds)
+    if not seeds:
+        return Section("A law", f"Nothing is fitted: no seed is finished at steps {steps}. {missing}")
     known = grid.tokens()
     if unknown := sorted({step for steps in held_out.values() for step in steps} - known.keys()):
         raise UserError(f"law: held_out has step {unknown[0]}; measured are {', '.join(map(str, known))}.")
-    cells = grid.cells(fitted)
     try:
-        fit = fit_law(cells, grid.losses(fitted))
+        fit = fit_law(grid.cells(fitted), grid.losses(fitted, seeds=seeds))
     except ValueError as error:
-        return Section("A law", f"Nothing is fitted: {error}")
-    predictions = _predictions(fit, grid, held_out)
-    sentence = f"{_law_in_words(fit, len(cells.arms), value)} {_outcome(predictions)}"
-    return Section("A law", sentence, _draw(fit, grid, fitted, predictions, value), _table(predictions))
+        return Section("A law", f"Nothing is fitted: {error} {missing}")
+    predictions = _predictions(fit, grid, held_out, seeds=seeds)
+    sentences = [
+        f"Held-out {value} of {len(fitted) * len(steps)} cells, means over seeds {_listed(seeds)}, is fitted as"
+        f" {_law_in_words(fit)}",
+        missing,
+        _limits(study, out, arms=list(ages)),
+        _outcome(predictions),
+    ]
+    return Section(
+        "A law",
+        " ".join(filter(None, sentences)),
+        _draw(fit, grid, fitted, predictions, seeds=seeds, value=value),
+        _table(predictions),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +81,7 @@ class Prediction:
     low: float
     high: float
     measured: float | None
-    """The mean over seeds; None before its runs are done."""
+    """The mean over the seeds of the fit; None before all of them are finished."""
 
     @property
     def is_inside(self) -> bool:
@@ -121,43 +97,28 @@ def _check_arms(study: Study, ages: dict[str, str | float], held_out: dict[str, 
         raise UserError(f"law: held_out has {unknown[0]}, of which ages says nothing.")
 
 
-def _grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) -> Grid:
-    costs = {one.name: one for one in run_costs(study, out=out)}
-    own = {arm: costs[run_name(arm, study.seeds_of(arm)[0])] for arm in ages}
-    # By plan, done or not: cells are predicted before the steps that only these cells need.
-    planned = {
-        step_config(step, out=out).run_dir: costs[step.name].tokens
-        for step in study.steps
-        if step.command == TRAIN
-    }
-    curves = {arm: curve(runs_of(study, arm=arm, out=out), value=value, split="heldout") for arm in ages}
-    return Grid(
-        parameters={arm: one.flops / one.tokens / 6 for arm, one in own.items()},
-        ages={arm: _age(age, out, planned=planned) for arm, age in ages.items()},
-        curves={arm: one for arm, one in curves.items() if one is not None},
-    )
+def _missing(
+    study: Study, grid: Grid, *, asked: list[str], fitted: dict[str, list[int]], seeds: list[int]
+) -> str:
+    """Say which arms and seeds a fit goes without; empty if it has all."""
+    absent = [arm for arm in asked if arm not in fitted]
+    said = [f"Without finished runs, the cells of {_listed(absent)} are left out."] if absent else []
+    for seed in sorted({seed for arm in fitted for seed in study.seeds_of(arm)} - set(seeds)):
+        unfinished = [arm for arm in fitted if seed not in grid.curves[arm].seeds]
+        said.append(
+            f"Seed {seed} is left out of all cells, since it is not finished in {_listed(unfinished)}."
+        )
+    return " ".join(said)
 
 
-def _age(age: str | float, out: Path, *, planned: dict[Path, int]) -> float:
-    if isinstance(age, int | float):
-        return float(age)
-    folder = in_folder(age, out)
-    if folder in planned:
-        return float(planned[folder])
-    if not (spent := tokens_spent(read_rows(folder))):
-        raise UserError(f"law: {folder} is no run that has trained; ages names it.")
-    return float(spent)
-
-
-def _has(grid: Grid, arm: str, steps: list[int]) -> bool:
-    return arm in grid.curves and set(steps) <= set(grid.curves[arm].steps)
-
-
-def _predictions(fit: Fit, grid: Grid, held_out: dict[str, list[int]]) -> list[Prediction]:
+def _predictions(
+    fit: Fit, grid: Grid, held_out: dict[str, list[int]], *, seeds: list[int]
+) -> list[Prediction]:
     cells = grid.cells(held_out)
     places = [(arm, step) for arm, steps in held_out.items() for step in steps]
     known = [
-        float(grid.losses({arm: [step]}).mean()) if _has(grid, arm, [step]) else None for arm, step in places
+        float(grid.losses({arm: [step]}, seeds=seeds)[0]) if grid.has(arm, step, seeds=seeds) else None
+        for arm, step in places
     ]
     loss, low, high = fit.predicted(cells)
     return [
@@ -176,30 +137,58 @@ def _predictions(fit: Fit, grid: Grid, held_out: dict[str, list[int]]) -> list[P
     ]
 
 
-def _law_in_words(fit: Fit, count: int, value: str) -> str:
+def _law_in_words(fit: Fit) -> str:
     numbers = []
     for name, number in fit.law.values().items():
-        low, high = fit.interval(name)
+        low, high = fit.range_of(name)
         numbers.append(f"{name} {number:.3g} ({low:.3g} to {high:.3g})")
-    errors = ", ".join(f"{form} {error:.3f}" for form, error in fit.left_out_rms().items())
     parameters, tokens, age = fit.law.units
     return (
-        f"Held-out {value} of {count} cells is fitted as {fit.law.form}, with an error of {fit.rms:.3f} nats (root of"
-        f" the mean square). Arms left out of the fit are predicted with an error of: {errors}. In units of"
-        f" {parameters:,.3g} parameters, {tokens:,.3g} tokens and an age of {age:,.3g} tokens: {', '.join(numbers)},"
-        f" with {COVERAGE:.0%} intervals over seeds."
+        f"{fit.law.form}, with an error of {fit.rms:.3f} nats (root of the mean square). In units of {parameters:,.3g}"
+        f" parameters, {tokens:,.3g} tokens and an age of {age:,.3g} tokens: {', '.join(numbers)}, in brackets the"
+        f" range over fits with cells left out. {_intervals_in_words(fit.folds)} The form is the one with the smaller"
+        f" error of left-out cells ({', '.join(f'{form} {one.rms:.3f}' for form, one in fit.left_out.items())}), chosen"
+        " by the errors that the intervals are made of, which makes them a little narrow."
+    )
+
+
+def _intervals_in_words(folds: LeftOut) -> str:
+    return (
+        f"{COVERAGE:.0%} intervals are +- {half_width(folds.size):.3f} nats at a size that was not fitted, from fits"
+        f" without the smallest and without the largest size, and +- {half_width(folds.start):.3f} nats at another,"
+        f" from fits without the pre-trained arms of a size: Student's t with {len(folds.size)} and"
+        f" {len(folds.start)} degrees of freedom, one for each fit."
+    )
+
+
+def _limits(study: Study, out: Path, *, arms: list[str]) -> str:
+    """Say what no interval holds."""
+    configs = [run_config(study, arm=arm, seed=study.seeds_of(arm)[0], out=out) for arm in arms]
+    rates = sorted({config.train.lr for config in configs})
+    return (
+        "All seeds of an arm begin from the same pre-trained language model, so what another one would give is in no"
+        f" interval. All arms are trained at {_listed([f'{rate:g}' for rate in rates])} as learning rate, so what each"
+        " would give at a rate of its own is in no interval. No fit leaves out an age everywhere, so what a power of"
+        " the age gets wrong between the fitted ages is in no interval."
     )
 
 
 def _outcome(predictions: list[Prediction]) -> str:
     known = [one for one in predictions if one.measured is not None]
     if not known:
-        return f"{len(predictions)} held-out cells are predicted; none was run yet."
-    inside = sum(one.is_inside for one in known)
+        return f"{len(predictions)} held-out cells are predicted; none is finished yet."
+    arms = {one.arm for one in known}
+    outside = {one.arm for one in known if not one.is_inside}
     rest = len(predictions) - len(known)
-    return f"Of {len(known)} held-out cells, {inside} fell into their {COVERAGE:.0%} intervals" + (
-        f"; {rest} were not run yet." if rest else "."
+    return (
+        f"Of {len(known)} held-out cells, {sum(one.is_inside for one in known)} fell into their {COVERAGE:.0%}"
+        f" intervals; of their {len(arms)} arms, {len(arms - outside)} did with every cell, and cells of one arm err"
+        " together" + (f"; {rest} cells are not finished yet." if rest else ".")
     )
+
+
+def _listed(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names))
 
 
 def _table(predictions: list[Prediction]) -> list[list[str]]:
@@ -219,7 +208,7 @@ def _table(predictions: list[Prediction]) -> list[list[str]]:
             *(f"{amount:,.3g}" for amount in (one.parameters, one.tokens, one.age)),
             f"{one.loss:.3f}",
             f"{one.low:.3f} to {one.high:.3f}",
-            "not run" if one.measured is None else f"{one.measured:.3f}",
+            "not finished" if one.measured is None else f"{one.measured:.3f}",
             "" if one.measured is None else ("inside" if one.is_inside else "outside"),
         ]
         for one in predictions
@@ -227,7 +216,13 @@ def _table(predictions: list[Prediction]) -> list[list[str]]:
 
 
 def _draw(
-    fit: Fit, grid: Grid, fitted: dict[str, list[int]], predictions: list[Prediction], value: str
+    fit: Fit,
+    grid: Grid,
+    fitted: dict[str, list[int]],
+    predictions: list[Prediction],
+    *,
+    seeds: list[int],
+    value: str,
 ) -> Figure:
     """Draw cells and the law against tokens, and what was predicted beside what was measured."""
     figure, (left, right) = panels(2)
@@ -236,7 +231,7 @@ def _draw(
         left.plot(cells.tokens, fit.law.predict(cells), color=colour, linewidth=0.9)
         left.plot(
             cells.tokens,
-            grid.losses({arm: steps}).mean(0),
+            grid.losses({arm: steps}, seeds=seeds),
             color=colour,
             marker="o" if cells.ages[0] else "x",
             markersize=4,
