@@ -26,9 +26,10 @@ from t2i.files import hash_uniform
 from t2i.measure.attributes import attributes_of
 from t2i.measure.features import extract, load_features
 from t2i.measure.images import Reconstructions, images_of_pairs
-from t2i.measure.judge import judged, load_judge
+from t2i.measure.judge import load_judge
 from t2i.measure.shuffled import unrelated
 from t2i.measure.sliced import directions_of
+from t2i.measure.verdict import judged
 from t2i.tokens.image import ImageTokenizer
 
 STEPS = (8, 16, 32, 64, 128, 256, 512)

@@ -709,9 +709,9 @@ MUTATIONS = (
     ),
     Mutation(
         "judge-counts-what-no-caption-states",
-        "t2i/measure/judge.py",
-        "for place, said in enumerate(stated) if name in said",
-        "for place, said in enumerate(stated) if name in said or values[place]",
+        "t2i/measure/verdict.py",
+        "float(values[place] == said[name]) if name in said else np.nan",
+        "float(values[place] == said.get(name))",
         "an image is wrong where its caption says nothing",
         JUDGE,
     ),

@@ -285,7 +285,6 @@ def main() -> None:
     if verb == "compare":
         compare(parse(CompareCommand, description=__doc__ or ""))
     elif verb == "judge":
-        parse(JudgeCommand, description=__doc__ or "")
-        show_judge()
+        show_judge(parse(JudgeCommand, description=__doc__ or ""))
     else:
         score_model(parse(ScoreCommand, description=__doc__ or ""))

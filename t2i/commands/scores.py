@@ -2,14 +2,17 @@
 
 Examples:
   python eval/coco_fid.py compare A/scores.json B/scores.json
-  python eval/coco_fid.py judge
+  python eval/coco_fid.py judge --out judge_yardsticks.json
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Ge, Le
+
+from t2i.settings import OR_ZERO
 
 
 @dataclass(frozen=True)
@@ -24,19 +27,53 @@ class CompareCommand:
 
 @dataclass(frozen=True)
 class JudgeCommand:
-    """Nothing is asked: the judge is trained on the embedded images."""
+    """How the judge's own shares are told: it is trained on the embedded images, and nothing else is asked."""
+
+    bootstrap: Annotated[int | None, Ge(2), Le(100_000), OR_ZERO] = None
+    """Resamplings per 95% interval; 0 for no intervals. Default: 100."""
+    out: Path | None = None
+    """Results file. Default: the shares are only printed."""
 
 
-def show_judge() -> None:
+def show_judge(command: JudgeCommand) -> None:
     from t2i.config import ASSETS
-    from t2i.measure.compare import verdict_line
-    from t2i.measure.judge import load_judge, yardsticks
+    from t2i.files import results_file, write_json
+    from t2i.measure.compare import table, verdict_line
+    from t2i.measure.judge import YARDSTICKS, load_judge, yardsticks
+    from t2i.measure.measures import REPLICATES
+    from t2i.measure.pairing import judge_scores
+    from t2i.measure.protocol import RowScore
+    from t2i.measure.verdict import MEAN, POOLED
     from t2i.tokens.image import ImageTokenizer
 
-    judge = load_judge()
-    for row, verdict in yardsticks(judge, ImageTokenizer.load(ASSETS / "image_tokenizer")).items():
-        print(f"{row}: {verdict_line(asdict(verdict))}; mean {verdict.mean():.1%}")
+    path = results_file(command.out, default=Path("judge_yardsticks.json")) if command.out else None
+    judge, tokenizer = load_judge(), ImageTokenizer.load(ASSETS / "image_tokenizer")
+    verdicts = yardsticks(judge, tokenizer)
+    replicates = REPLICATES if command.bootstrap is None else command.bootstrap
+    scores = judge_scores(judge, verdicts, replicates=replicates)
+    rows = {
+        name: RowScore(
+            YARDSTICKS[name],
+            n=verdict.num_captions,
+            measures=scores.rows.get(name, {}),
+            intervals=scores.intervals[name],
+        )
+        for name, verdict in verdicts.items()
+    }
+    print("\n".join(table(rows.values(), measures=[MEAN, POOLED])))
+    for name, verdict in scores.details.items():
+        print(f"{name}: {verdict_line(verdict)}")
     print(f"Judge {judge.sha256()}, trained on {judge.made_of['train_images']:,} real images.")
+    if path:
+        found = {
+            "measures": [MEAN, POOLED],
+            "rows": {name: row.to_json() for name, row in rows.items()},
+            "judges": {MEAN: scores.protocol},
+            "judged": {MEAN: scores.details},
+            "image_tokenizer_sha256": tokenizer.fingerprint(),
+        }
+        write_json(path, found)
+        print(f"All of it: {path}")
 
 
 def compare(command: CompareCommand) -> None:

@@ -198,5 +198,10 @@ def lines_of(scores: Scores, *, out: Path) -> list[str]:
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:
     """Say how often each attribute is as captions state it."""
-    counts = verdict["n"]
-    return ", ".join(f"{name} {share:.0%} of {counts[name]}" for name, share in verdict["accuracy"].items())
+    if not verdict["accuracy"]:
+        return "no caption states a kind, colour, skin tone, flag or count, so there is no measure"
+    counts, averaged = verdict["n"], verdict["averaged"]
+    return ", ".join(
+        f"{name} {share:.0%} of {counts[name]}" + ("" if name in averaged else " (too few for the mean)")
+        for name, share in verdict["accuracy"].items()
+    )

@@ -27,6 +27,7 @@ from t2i.measure.attributes import NAMES, Attributes, attributes_of
 from t2i.measure.features import cache_folder
 from t2i.measure.images import Reconstructions, images_of_pairs
 from t2i.measure.shuffled import unrelated
+from t2i.measure.verdict import Verdict, judged
 from t2i.tokens.image import ImageTokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,17 @@ logger = logging.getLogger(__name__)
 NAME = "attributes of the embedded images"
 SOURCE = "openmoji"
 """The source whose captions state attributes."""
-RECIPE = 1
+RECIPE = 2
 """Raised when a judge of the same data would judge otherwise: scores of two recipes are not compared."""
 PENALTY = 1e-2
 """Weight of the squared weights, beside the mean loss per image."""
 ITERATIONS = 100
+YARDSTICKS = {
+    "real": "held-out real images",
+    "reconstructions": "the same through the image tokenizer",
+    "mismatched": "real ones, each beside the caption of another",
+}
+"""What the judge itself is measured on."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +83,6 @@ class Judge:
             name: [head.classes[place] for place in (known @ head.weight + head.bias).argmax(1).tolist()]
             for name, head in self.heads.items()
         }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How often images show what captions state."""
-
-    accuracy: dict[str, float]
-    """By attribute; those that no caption states are left out."""
-    n: dict[str, int]
-    """Captions that state it."""
-
-    def mean(self) -> float | None:
-        """Average over attributes, so that many captions with a skin tone decide no more than a few with a colour."""
-        return sum(self.accuracy.values()) / len(self.accuracy) if self.accuracy else None
-
-
-def judged(read: dict[str, list[str]], captions: Sequence[str]) -> Verdict:
-    """Compare what a judge read from images with what their captions state."""
-    stated = [attributes_of(caption) for caption in captions]
-    right = {
-        name: [values[place] == said.get(name) for place, said in enumerate(stated) if name in said]
-        for name, values in read.items()
-    }
-    kept = {name: found for name, found in right.items() if found}
-    return Verdict(
-        accuracy={name: sum(found) / len(found) for name, found in kept.items()},
-        n={name: len(found) for name, found in kept.items()},
-    )
 
 
 def yardsticks(judge: Judge, tokenizer: ImageTokenizer) -> dict[str, Verdict]:

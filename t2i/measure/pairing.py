@@ -1,7 +1,7 @@
 """Measures that see which caption an image belongs to: CLIP score and judges, on rows of images and captions."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,14 @@ from t2i.generate.others.family import AnyTokenizer
 from t2i.measure.clip import RULE as CLIP_RULE
 from t2i.measure.clip import Clip, clip_score, embed_captions, embed_images
 from t2i.measure.images import LazyImages, Reconstructions
-from t2i.measure.judge import Judge, judged
-from t2i.measure.protocol import ROWS, ClipScores, JudgeScores, RowScore
+from t2i.measure.judge import Judge
+from t2i.measure.protocol import ROWS, ClipScores, Intervals, JudgeScores, RowScore
 from t2i.measure.remote_judge import RemoteJudge, ask
 from t2i.measure.shuffled import unrelated
+from t2i.measure.verdict import Verdict, judged
 
 Images = Iterable[np.ndarray | Path]
 """Files, or uint8 images (H, W, 3)."""
-
-EXACT = "judge"
-"""Key of the exact judge's measure in scores.json: the mean accuracy over attributes."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +93,30 @@ def clip_scores(pairing: Pairing, clip: Clip) -> ClipScores:
     )
 
 
-def exact_scores(pairing: Pairing, judge: Judge) -> JudgeScores:
-    """Let the exact judge read every row; a row none of whose captions state anything has no measure."""
+def exact_scores(pairing: Pairing, judge: Judge, *, replicates: int) -> JudgeScores:
+    """Let the exact judge read every row; a row none of whose captions state anything has no measure.
+
+    Args:
+        replicates: resamplings per interval; 0 for none.
+    """
     read = {name: judge.read(images) for name, images in pairing.sets.items()}
     verdicts = {
         name: judged(read[row.images], pairing.captions_of(name)) for name, row in pairing.rows.items()
     }
-    means = {name: verdict.mean() for name, verdict in verdicts.items()}
+    return judge_scores(judge, verdicts, replicates=replicates)
+
+
+def judge_scores(judge: Judge, verdicts: Mapping[str, Verdict], *, replicates: int) -> JudgeScores:
+    """Measure verdicts by row, with what stands behind them."""
+    found = {name: verdict.estimates(replicates=replicates) for name, verdict in verdicts.items()}
     return JudgeScores(
         protocol={**judge.made_of, "sha256": judge.sha256()},
-        rows={name: {EXACT: mean} for name, mean in means.items() if mean is not None},
-        details={name: asdict(verdict) for name, verdict in verdicts.items()},
+        rows={name: {key: each.value for key, each in row.items()} for name, row in found.items() if row},
+        details={name: verdict.to_json() for name, verdict in verdicts.items()},
+        intervals={
+            name: {key: each.interval for key, each in row.items() if each.interval is not None}
+            for name, row in found.items()
+        },
     )
 
 
@@ -128,14 +139,21 @@ def with_pairing(
 ) -> dict[str, RowScore]:
     """Add what sees pairing to rows that have captions, and rows that are nothing but that."""
     found = {name: {"clip_score": score} for name, score in clip.rows.items()} if clip else {}
+    intervals: dict[str, Intervals] = {}
     for judge in judges.values():
         for name, measures in judge.rows.items():
             found[name] = found.get(name, {}) | measures
+            intervals[name] = intervals.get(name, {}) | judge.intervals.get(name, {})
     new = {
         name: RowScore(ROWS[name], n=len(pairing.rows[name].places), measures={})
         for name in found
         if name not in rows
     }
     return {
-        name: replace(row, measures=row.measures | found.get(name, {})) for name, row in (rows | new).items()
+        name: replace(
+            row,
+            measures=row.measures | found.get(name, {}),
+            intervals=row.intervals | intervals.get(name, {}),
+        )
+        for name, row in (rows | new).items()
     }

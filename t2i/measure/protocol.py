@@ -64,6 +64,10 @@ CHOSE = "chose_the_images"
 """Mark of a judge that scores the images that it chose itself."""
 
 
+Intervals = dict[str, tuple[float, float]]
+"""Measure -> 95% interval, of the measures that have one."""
+
+
 @dataclass(frozen=True)
 class RowScore:
     """One set of images, measured."""
@@ -75,8 +79,7 @@ class RowScore:
     """By the keys of scores.json, which name the features: fid only on Inception's."""
     n_reference: int | None = None
     """None if a file does not say."""
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """95%, of the measures that have one."""
+    intervals: Intervals = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Give it the form of a row in scores.json."""
@@ -145,6 +148,8 @@ class JudgeScores:
     """Row -> measures."""
     details: dict[str, dict[str, object]]
     """Row -> what stands behind the measures, such as attributes; empty where nothing does."""
+    intervals: dict[str, Intervals] = field(default_factory=dict)
+    """Row -> intervals of its measures."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from t2i.measure.judge import Judge
 from t2i.measure.judge_answers import ANSWERS
 from t2i.measure.measures import BOOTSTRAP_SEED, KERNEL_SEED, distances_on, replicates_for
 from t2i.measure.pairing import (
-    EXACT,
     Pairing,
     clip_scores,
     exact_scores,
@@ -50,6 +49,7 @@ from t2i.measure.protocol import (
 )
 from t2i.measure.remote_judge import RemoteJudge
 from t2i.measure.rows import distance_rows
+from t2i.measure.verdict import MEAN
 from t2i.model.backbone import made_of
 from t2i.runs.loading import OpenedModel
 from t2i.settings import MAX_WHOLE
@@ -218,13 +218,7 @@ def score(
     tokenizer = checkpoint.needed_image_tokenizer()
     replicates = replicates_for(rulers.replicates, n=len(task.captions))
     # One process measures everything: drawing is nearly all of the time, and ranks then need not agree on order.
-    rows = distance_rows(
-        task,
-        drawn=drawn,
-        tokenizer=tokenizer,
-        extractor=extractor,
-        replicates=replicates,
-    )
+    rows = distance_rows(task, drawn=drawn, tokenizer=tokenizer, extractor=extractor, replicates=replicates)
     pairing = pairing_of(
         task.captions,
         task.own,
@@ -234,7 +228,7 @@ def score(
         tokenizer=tokenizer,
     )
     clip = clip_scores(pairing, rulers.clip) if rulers.clip else None
-    judges = {EXACT: exact_scores(pairing, rulers.judge)} if rulers.judge else {}
+    judges = {MEAN: exact_scores(pairing, rulers.judge, replicates=replicates)} if rulers.judge else {}
     judges |= {judge.reward: _judged(pairing, judge, drawing=drawing) for judge in rulers.remote}
     rows = with_pairing(rows, clip=clip, judges=judges, pairing=pairing)
     protocol = _protocol(task, extractor)

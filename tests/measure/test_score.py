@@ -210,7 +210,12 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
     assert scores["judge"] == 2 / 5 and scores["judged"]["judge"]["model"] == {
         "accuracy": {"colour": 2 / 5},
         "n": {"colour": 5},
+        "averaged": ["colour"],
     }
+    assert scores["judge_pooled"] == scores["rows"]["model"]["judge_pooled"] == 2 / 5
+    assert {"judge", "judge_pooled"} <= set(scores["measures"])
+    # Ten captions would have an interval.
+    assert "judge" not in scores["rows"]["model"]["intervals"]
     assert scores["judges"]["judge"]["sha256"] and scores["judges"]["judge"]["data"] == "a test"
     assert set(scores["rules"]) == {"fd_mean_colour", "kd_mean_colour", "mind_mean_colour"}
     low, high = scores["rows"]["model"]["intervals"]["fd_mean_colour"]
