@@ -163,7 +163,9 @@ def _fit(known: Tensor, labels: Tensor, *, num_classes: int) -> tuple[Tensor, Te
 
 
 def _made_of(pairs: Sequence[Pair]) -> dict[str, object]:
-    listed = json.dumps([[pair.key, pair.caption] for pair in pairs]).encode()
+    # With their facts: a judge of other facts is another judge.
+    facts = [[pair.key, pair.caption, attributes_of(pair.caption)] for pair in pairs]
+    listed = json.dumps(facts).encode()
     return {
         "judge": NAME,
         "recipe": RECIPE,

@@ -75,6 +75,12 @@ def test_a_judge_is_trained_once_and_named_by_its_data(tmp_path, monkeypatch):
     file.write_bytes(whole)
     monkeypatch.undo()
     monkeypatch.setattr(judging, "open_source", lambda name: source)
+    monkeypatch.setattr(
+        judging, "attributes_of", lambda caption: {"colour": caption.split()[0], "kind": "thing"}
+    )
+    assert load_judge(folder=tmp_path).sha256() != first.sha256()  # of the same captions, other facts
+    monkeypatch.undo()
+    monkeypatch.setattr(judging, "open_source", lambda name: source)
     pairs[0] = judging.Pair(key="0", caption="blue thing", split="train", open=pairs[0].open)
     assert load_judge(folder=tmp_path).sha256() != first.sha256()
 
