@@ -5,7 +5,7 @@ Examples:
   python eval/coco_fid.py judge --out judge_yardsticks.json
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -40,9 +40,9 @@ def show_judge(command: JudgeCommand) -> None:
     from t2i.files import results_file, write_json
     from t2i.measure.compare import table, verdict_line
     from t2i.measure.judge import YARDSTICKS, load_judge, yardsticks
-    from t2i.measure.measures import REPLICATES
+    from t2i.measure.measures import BOOTSTRAP_SEED, REPLICATES
     from t2i.measure.pairing import judge_scores
-    from t2i.measure.protocol import RowScore
+    from t2i.measure.protocol import BOOTSTRAP, JUDGES, Bootstrap, RowScore
     from t2i.measure.verdict import MEAN, POOLED
     from t2i.tokens.image import ImageTokenizer
 
@@ -68,7 +68,8 @@ def show_judge(command: JudgeCommand) -> None:
         found = {
             "measures": [MEAN, POOLED],
             "rows": {name: row.to_json() for name, row in rows.items()},
-            "judges": {MEAN: scores.protocol},
+            BOOTSTRAP: asdict(Bootstrap(replicates, seed=BOOTSTRAP_SEED)),
+            JUDGES: {MEAN: scores.protocol},
             "judged": {MEAN: scores.details},
             "image_tokenizer_sha256": tokenizer.fingerprint(),
         }

@@ -29,14 +29,7 @@ from t2i.measure.images import LazyImages
 from t2i.measure.judge import Judge
 from t2i.measure.judge_answers import ANSWERS
 from t2i.measure.measures import BOOTSTRAP_SEED, KERNEL_SEED, distances_on, replicates_for
-from t2i.measure.pairing import (
-    Pairing,
-    clip_scores,
-    exact_scores,
-    pairing_of,
-    remote_scores,
-    with_pairing,
-)
+from t2i.measure.pairing import Pairing, clip_scores, exact_scores, pairing_of, remote_scores, with_pairing
 from t2i.measure.protocol import (
     CHOSE,
     SCORES,

@@ -118,6 +118,7 @@ def test_yardsticks_are_of_real_images_what_a_tokenizer_leaves_and_captions_of_o
     assert found["judges"]["judge"] == {**judge.made_of, "sha256": judge.sha256()}
     assert found["rows"]["reconstructions"]["judge_pooled"] == 0 and found["rows"]["real"]["judge"] == 1
     assert found["judged"]["judge"]["real"]["n"] == {"colour": 12}
+    assert found["bootstrap"] == {"replicates": 100, "seed": 0}
     with pytest.raises(UserError, match="is a folder; expected a file, such as"):
         show_judge(JudgeCommand(out=tmp_path))
 
