@@ -806,10 +806,18 @@ MUTATIONS = (
     ),
     Mutation(
         "overview-is-not-corrected",
-        "t2i/report/sections/comparisons.py",
-        "holm = corrected([test.p_value for test in tests.values()])",
-        "holm = [test.p_value for test in tests.values()]",
+        "t2i/report/sections/overviews.py",
+        "corrected([test.p_value for test in every.values()])",
+        "[test.p_value for test in every.values()]",
         "of twenty comparisons, one is found by chance",
+        SECTIONS,
+    ),
+    Mutation(
+        "share-of-the-loss-that-is-left",
+        "t2i/report/sections/overviews.py",
+        "costs[seed] - second[seed]",
+        "second[seed]",
+        "a difference is divided by the loss, and two image tokenizers are compared by what their codes cost",
         SECTIONS,
     ),
     Mutation(

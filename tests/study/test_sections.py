@@ -76,7 +76,7 @@ def test_comparisons_are_corrected_for_their_number(tmp_path, section):
     assert [float(cell) for cell in column(found, "p, corrected")] == pytest.approx(corrected, rel=1e-2)
     (place,) = [place for place, head in enumerate(found.table[0]) if head == "p"]
     assert [float(row[place]) for row in found.table[1:]] == pytest.approx(plain, rel=1e-2)
-    assert "3 in all (2 below zero)" in found.found
+    assert "3 in all (2 differences of arms below zero)" in found.found
     assert "is seen in 1: sure." in found.found
 
 
@@ -89,14 +89,67 @@ def test_a_difference_is_compared_with_that_of_another_pair(tmp_path, section):
                 made.run(first, seed, heldout=held_out(3.0 + gap))
                 made.run(second, seed, heldout=held_out(3.0))
     pairs = {"plain codes": ["known", "plain"], "aligned codes": ["aligned", "strange"]}
-    found = section(made, "overview", pairs=pairs, against="plain codes").found
+    found = section(made, "overview", pairs=pairs, against="plain codes")
     # Of the seeds that both pairs have.
-    wanted = stats.ttest_1samp([-0.3, -0.2], 0)
-    assert "The difference of aligned codes minus that of plain codes is -0.2500 nats" in found
-    assert f"paired over 2 seeds, not corrected: p = {wanted.pvalue:.3f}" in found
+    wanted = stats.ttest_1samp([-0.3, -0.2], 0).pvalue
+    plain = [stats.ttest_1samp(gaps, 0).pvalue for gaps in ([-0.1, -0.2, -0.1], [-0.5, -0.3, -9.0])]
+    assert "The difference of aligned codes minus plain codes is -0.2500 nats" in found.found
+    assert column(found, "comparison")[2] == "aligned codes minus plain codes"
+    # One family with the tests of the pairs.
+    corrected = sorted([*plain, wanted]).index(wanted)
+    assert corrected == 1
+    assert f"paired over 2 seeds: p = {wanted:.3g}, corrected {2 * wanted:.3g}" in found.found
+    assert "do not compare" not in found.found
     assert "minus" not in section(made, "overview", pairs=pairs).found
     with pytest.raises(UserError, match="against is plain; expected one of plain codes, aligned codes"):
         section(made, "overview", pairs=pairs, against="plain")
+
+
+def codes_of(name, unigram):
+    """Say in a manifest which image tokenizer made the codes, and what they cost by their frequencies."""
+    maker = {"name": name, "fingerprint": name}
+    return {"image_tokenizer": maker, "floors_nats": {"heldout": {"unigram": unigram}}}
+
+
+def test_differences_on_two_image_tokenizers_compare_as_shares_of_what_was_learned(tmp_path, section):
+    made = Made(tmp_path, known=[0, 1], plain=[0, 1], knows=[0, 1], aligned=[0, 1])
+    # Beyond 6 nats the random arm learns 2 and 4, beyond 3 nats half a nat and one; the gaps are the same in nats.
+    for seed, (plain, aligned) in enumerate([(4.0, 2.5), (2.0, 2.0)]):
+        for arm, end, manifest in (
+            ("known", plain - 0.25, codes_of("plain", 6.0)),
+            ("plain", plain, codes_of("plain", 6.0)),
+            ("knows", aligned - 0.25, codes_of("aligned", 3.0)),
+            ("aligned", aligned, codes_of("aligned", 3.0)),
+        ):
+            made.run(arm, seed, heldout=held_out(9.0, end), manifest=manifest)
+    pairs = {"plain codes": ["known", "plain"], "aligned codes": ["knows", "aligned"]}
+    arguments = {"pairs": pairs, "against": "plain codes"}
+    found = section(made, "overview", **arguments, relative_to="unigram")
+    shares = column(found, "difference, share of what was learned beyond unigram")
+    assert [one.split()[0] for one in shares] == ["-0.0938", "-0.3750", "-0.2812"]
+    assert column(found, "learned by the second arm") == [
+        "3.0000 (2.0000 to 4.0000)",
+        "0.7500 (0.5000 to 1.0000)",
+        "",
+    ]
+    test = stats.ttest_rel([-0.5, -0.25], [-0.125, -0.0625])
+    assert "aligned codes minus plain codes is -0.2812 (95%:" in found.found
+    assert f"paired over 2 seeds: p = {test.pvalue:.3g}" in found.found
+    in_nats = section(made, "overview", **arguments).found
+    assert "minus plain codes is +0.0000 nats" in in_nats and "losses per code do not compare" in in_nats
+    with pytest.raises(UserError, match="relative_to is unigam; perhaps unigram was meant"):
+        section(made, "overview", **arguments, relative_to="unigam")
+    with pytest.raises(UserError, match="value text_loss; expected image_loss"):
+        section(made, "overview", **arguments, relative_to="unigram", value="text_loss")
+
+
+def test_an_arm_that_learned_nothing_has_no_share(tmp_path, section):
+    made = Made(tmp_path, known=[0, 1], plain=[0, 1])
+    for seed, end in enumerate((2.0, 3.5)):
+        made.run("known", seed, heldout=held_out(2.0), manifest=codes_of("plain", 3.0))
+        made.run("plain", seed, heldout=held_out(end), manifest=codes_of("plain", 3.0))
+    found = section(made, "overview", pairs={"codes": ["known", "plain"]}, relative_to="unigram")
+    assert "Without a share: codes." in found.found and not found.table
 
 
 def test_what_a_caption_is_worth_is_told_apart_for_none_and_a_strangers(tmp_path, section):

@@ -1,4 +1,4 @@
-"""Comparisons of arms: paired differences, several tests at once, sizes of data."""
+"""Comparisons of two arms: the paired difference, its test at the end, sizes of data."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from t2i.errors import UserError
 from t2i.report.figures import COLOURS, LABELS, draw_baselines, draw_mean_and_range, finish, panels, styles
 from t2i.report.sections.section import (
     Section,
@@ -20,11 +19,9 @@ from t2i.report.sections.section import (
 from t2i.study.results import Curve, Run, curve, image_baselines, num_samples, paired, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import (
-    CONFIDENCE,
     DifferenceCurve,
     PairedTest,
     Worth,
-    corrected,
     difference_curve,
     paired_test,
     worth_in_tokens,
@@ -36,13 +33,13 @@ def comparison(
 ) -> Section:
     """Compare two arms: the paired difference during training, the test at its end, the gain in tokens."""
     first_name, second_name = arms
-    runs, pair = _pair_of(study, out, arms, value=value, split=split)
+    runs, pair = pair_of(study, out, arms, value=value, split=split)
     if pair is None:
         return Section(
             "Comparison", f"{' and '.join(arms)} have no finished runs of one seed with {split} {value}."
         )
     first, second = pair
-    test = _test_at_end(first, second)
+    test = test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no target to reach
     worth = worth_in_tokens(
         first.values,
@@ -95,7 +92,7 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
     Args:
         unigram: the count-based baseline, in nats per code; None for a value that has none.
     """
-    test = _test_at_end(first, second)
+    test = test_at_end(first, second)
     at = f"{first.tokens[-1]:,}"
     if second.tokens[-1] != first.tokens[-1]:  # such as where one of them has text beside its images
         at += f" and {second.tokens[-1]:,}"
@@ -116,73 +113,6 @@ def _found(first: Curve, second: Curve, *, names: tuple[str, str], unigram: floa
     return sentence
 
 
-def overview(
-    study: Study,
-    out: Path,
-    *,
-    pairs: dict[str, tuple[str, str]],
-    value: str = "image_loss",
-    against: str = "",
-) -> Section:
-    """Tabulate the tests of several comparisons, corrected for their number.
-
-    Args:
-        pairs: what each comparison is called -> its first and second arm.
-        against: the comparison whose difference is subtracted from those of the others, seed by seed: is pre-training
-            worth more there than here? Empty for none.
-    """
-    if against and against not in pairs:
-        raise UserError(f"overview: against is {against}; expected one of {', '.join(pairs)}.")
-    found = {name: _pair_of(study, out, arms, value=value)[1] for name, arms in pairs.items()}
-    # Pairs without finished runs are left out, and not counted by the correction.
-    finished = {name: pair for name, pair in found.items() if pair is not None}
-    tests = {name: _test_at_end(*pair) for name, pair in finished.items()}
-    if not tests:
-        return Section("Comparisons", "No pair of arms is finished.")
-    # Twenty tests at 5% find one difference where there is none; Holm's correction keeps that chance at 5% for all.
-    holm = corrected([test.p_value for test in tests.values()])
-    table = [["comparison", "arms", "difference", "p", "p, corrected", "detectable, 80% power"]]
-    for (name, test), p_corrected in zip(tests.items(), holm, strict=True):
-        table.append(
-            [
-                name,
-                " - ".join(pairs[name]),
-                difference(test.mean, test.low, test.high),
-                p_value(test.p_value),
-                p_value(p_corrected),
-                known(test.smallest_detectable),
-            ]
-        )
-    below = sum(test.mean < 0 for test in tests.values())
-    seen = [name for name, one in zip(tests, holm, strict=True) if one < 1 - CONFIDENCE]
-    sentence = (
-        f"Paired t-tests of held-out {value} at the end of training, {len(tests)} in all"
-        f" ({below} below zero); corrected for their number (Holm), a difference is seen in {len(seen)}"
-        + (f": {', '.join(seen)}." if seen else ".")
-        + _between_pairs(finished, against)
-    )
-    return Section("Comparisons", sentence, _draw_overview(tests, value=value), table)
-
-
-def _between_pairs(pairs: dict[str, tuple[Curve, Curve]], against: str) -> str:
-    """Test by how much the difference of each pair differs from that of the pair `against`; empty without it."""
-    gaps = {
-        name: dict(zip(first.seeds, (first.values - second.values)[:, -1].tolist(), strict=True))
-        for name, (first, second) in pairs.items()
-    }
-    base = gaps.pop(against, {})
-    said = ""
-    for name, gap in gaps.items():
-        if seeds := [seed for seed in base if seed in gap]:
-            test = paired_test([gap[seed] for seed in seeds], [base[seed] for seed in seeds])
-            said += (
-                f" The difference of {name} minus that of {against} is {test.mean:+.4f} nats"
-                f" {interval(test.low, test.high, '{:+.4f}')}, paired over {test.num_seeds} seeds, not corrected:"
-                f" p = {p_value(test.p_value)}."
-            )
-    return said
-
-
 def sizes(
     study: Study,
     out: Path,
@@ -201,11 +131,11 @@ def sizes(
     table = [heads]
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
-        runs, pair = _pair_of(study, out, arms, value=value)
+        runs, pair = pair_of(study, out, arms, value=value)
         if pair is None:
             continue
         first, second = pair
-        test = _test_at_end(first, second)
+        test = test_at_end(first, second)
         found.append((num_samples(runs[0][0]), test))
         gap = difference(test.mean, test.low, test.high)
         means = [f"{one.values[:, -1].mean():.4f}" for one in (first, second)]
@@ -226,7 +156,7 @@ def sizes(
     return Section("Data sizes", f"{names[0]} - {names[1]}: {sentence}.", figure, table)
 
 
-def _pair_of(
+def pair_of(
     study: Study, out: Path, arms: tuple[str, str], *, value: str, split: str = "heldout"
 ) -> tuple[list[list[Run]], tuple[Curve, Curve] | None]:
     """Read two arms: the runs of each, and their curves over common seeds and steps, None if there are none."""
@@ -235,7 +165,8 @@ def _pair_of(
     return runs, paired(first, second)
 
 
-def _test_at_end(first: Curve, second: Curve) -> PairedTest:
+def test_at_end(first: Curve, second: Curve) -> PairedTest:
+    """Test the difference of two arms at their last common step."""
     return paired_test(first.values[:, -1].tolist(), second.values[:, -1].tolist())
 
 
@@ -298,22 +229,6 @@ def _draw_difference(
     return figure
 
 
-def _draw_overview(tests: dict[str, PairedTest], *, value: str) -> Figure:
-    """Draw each test's mean difference with its interval, a line per comparison, the first on top."""
-    figure, (axis,) = panels(1)
-    # Height by the number of lines, so that four comparisons and twenty have letters of one size.
-    figure.set_size_inches(7.4, 1.0 + 0.32 * len(tests))
-    axis.axvline(0, color="0.5", linewidth=0.8)
-    for place, test in enumerate(tests.values()):
-        reach = 0.0 if math.isnan(test.low) else test.mean - test.low
-        axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
-    # Downwards, so that the figure has the order of the table.
-    axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
-    axis.set(xlabel=f"difference of {LABELS.get(value, value)}; mean and 95% interval of each alone")
-    finish(axis)
-    return figure
-
-
 def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str, str], value: str) -> Figure:
     """Draw the paired difference at the end against the number of training samples, with its interval."""
     figure, (axis,) = panels(1)
@@ -332,6 +247,5 @@ def _draw_sizes(samples: list[int], tests: list[PairedTest], *, names: tuple[str
 
 SECTIONS = (
     SectionKind("comparison", reads="metrics.jsonl of runs", make=comparison),
-    SectionKind("overview", reads="metrics.jsonl of runs", make=overview),
     SectionKind("sizes", reads="metrics.jsonl and data_manifest.json of runs", make=sizes),
 )

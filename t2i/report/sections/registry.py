@@ -12,6 +12,7 @@ from t2i.report.sections import (
     images,
     language,
     law,
+    overviews,
     scores,
     tuning,
     wordings,
@@ -25,6 +26,7 @@ SECTIONS: dict[str, SectionKind] = {
     for kind in (
         *curves.SECTIONS,
         *comparisons.SECTIONS,
+        *overviews.SECTIONS,
         *budgets.SECTIONS,
         *law.SECTIONS,
         *tuning.SECTIONS,
