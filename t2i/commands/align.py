@@ -22,7 +22,7 @@ class AlignCommand:
     model: Annotated[str, CKPT]
     """Language model: a run, a checkpoint of it, an exported or converted folder, hf:USER/NAME."""
     out: Path
-    """Folder for rows.safetensors, metrics.jsonl and align.json."""
+    """Folder for rows.safetensors, metrics.jsonl, align.json and hits.json."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     data: DataConfig = field(default_factory=lambda: DataConfig(caption_dropout=0.0))

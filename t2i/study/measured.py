@@ -13,7 +13,7 @@ from t2i.measure.gradients import GradientShares, KindShare
 from t2i.measure.perplexity import PERPLEXITY
 from t2i.measure.protocol import SCORES
 from t2i.runs.checkpoint_manifest import steps_of
-from t2i.train.align import SUMMARY
+from t2i.train.align import HITS, SUMMARY
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -123,6 +123,18 @@ def read_alignment(folder: Path) -> dict[str, Retrieval]:
     file = folder / SUMMARY
     sides = {name: one for name, one in read_optional_json(file).items() if name != "settings"}
     return {name: _picked(Retrieval, one, file=file) for name, one in sides.items()}
+
+
+def read_hits(folder: Path) -> dict[str, dict[str, float]]:
+    """Read by space of embeddings how far each held-out image found its caption: key -> 0 to 1.
+
+    Empty for an alignment of 0.1, which kept no image's own.
+    """
+    values = read_optional_json(folder / HITS)
+    return {
+        name: dict(zip(values["keys"], one["image_to_text"], strict=True))
+        for name, one in values.get("spaces", {}).items()
+    }
 
 
 def read_nearest(file: Path) -> dict[str, NearestTokens]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from t2i.config import AlignConfig, AlignRun, DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.loader import StepLoader, num_trained_on
+from t2i.data.shards.integrity import Sample
 from t2i.data.shards.reader import read_split
 from t2i.disk import share
 from t2i.errors import DataError, UserError
@@ -27,7 +28,7 @@ from t2i.runs.metrics_log import MetricsRow
 from t2i.runs.run_folder import open_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy
+from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy, retrieval_hits
 from t2i.train.inputs import found_start, manifest_of
 from t2i.train.metrics import MetricsWriter
 from t2i.train.new_embeddings import first_sequences
@@ -36,6 +37,8 @@ from t2i.train.start import Start, loaded_start
 logger = logging.getLogger(__name__)
 
 ROWS_FILE, STATE_FILE, SUMMARY = "rows.safetensors", "training_state.pt", "align.json"
+HITS = "hits.json"
+"""Which held-out images found their captions, so that two alignments compare image by image."""
 
 
 def align(run: AlignRun) -> dict[str, dict[str, float]]:
@@ -74,7 +77,8 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
     if start.num_kept >= layout.vocab_size:
         raise UserError(f"model is {run.model}, which was trained on the codes of {data.shards} already.")
     sides = make_sides(start, temperature=config.temperature, seed=config.seed)
-    heldout = heldout_ids(data, layout=layout, tokenizer=tokenizer, num_pairs=config.num_pairs)
+    pairs = heldout_pairs(data, num_pairs=config.num_pairs)
+    heldout = heldout_ids(pairs, data, layout=layout, tokenizer=tokenizer)
     loader = StepLoader(
         data,
         layout=layout,
@@ -98,6 +102,7 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
             with whole_file(run.run_dir / ROWS_FILE) as written:
                 save_file(rows, written)
                 share(written)
+        write_json(run.run_dir / HITS, _hits(sides, heldout, keys=[pair["key"] for pair in pairs]))
         write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(config)})
         write_status(run.run_dir, state="done", step=config.max_steps, code=0)
     if lock is not None:
@@ -121,18 +126,34 @@ def make_sides(start: Start, *, temperature: float, seed: int) -> dict[str, Alig
     }
 
 
-def heldout_ids(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer, num_pairs: int) -> Tensor:
-    """Read at most num_pairs held-out pairs as sequences (N, S)."""
-    samples = list(read_split(data.shards, "heldout", remote=data.remote))[:num_pairs]
+def heldout_pairs(data: DataConfig, *, num_pairs: int) -> list[Sample]:
+    """Read at most num_pairs held-out pairs, evenly spread: a source may list one kind of image after another."""
+    samples = list(read_split(data.shards, "heldout", remote=data.remote))
+    count = min(num_pairs, len(samples))
+    return [samples[place * len(samples) // count] for place in range(count)]
+
+
+def heldout_ids(
+    pairs: list[Sample], data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer
+) -> Tensor:
+    """Make sequences (N, S) of held-out pairs."""
     apply = tokenizer_to_apply(data, tokenizer=tokenizer)
-    captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
-    return stack_sequences(samples, layout=layout, config=data, captions=captions).to(_device())
+    captions = [caption_ids_of(pair, tokenizer=apply) for pair in pairs]
+    return stack_sequences(pairs, layout=layout, config=data, captions=captions).to(_device())
 
 
 def heldout_retrieval(side: AlignedRows, ids: Tensor) -> dict[str, float]:
     """Measure retrieval among held-out pairs (N, S)."""
     with torch.no_grad():
-        return retrieval_accuracy(*side.bags(ids)) | {"num_pairs": len(ids)}
+        return retrieval_accuracy(retrieval_hits(*side.bags(ids))) | {"num_pairs": len(ids)}
+
+
+def _hits(sides: dict[str, AlignedRows], ids: Tensor, *, keys: list[str]) -> dict[str, object]:
+    """Tell of each held-out pair (N, S), by its key, whether each space finds it."""
+    with torch.no_grad():
+        hits = {name: retrieval_hits(*side.bags(ids)) for name, side in sides.items()}
+    spaces = {name: {way: one.tolist() for way, one in found.items()} for name, found in hits.items()}
+    return {"keys": keys, "spaces": spaces}
 
 
 @dataclass(frozen=True)

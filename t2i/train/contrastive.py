@@ -79,14 +79,16 @@ def loss_and_gradient(side: AlignedRows, input_ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def retrieval_accuracy(image: Tensor, text: Tensor) -> dict[str, float]:
-    """Count how often the nearest of N is the right one, both ways; k equal nearest count 1 / k each."""
+def retrieval_hits(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Tell of each of N whether the nearest is the right one, both ways: (N,) each; k equal nearest count 1 / k."""
     similarities = image @ text.T
-    return {
-        "image_to_text": _top_one(similarities),
-        "text_to_image": _top_one(similarities.T),
-        "chance": 1 / len(image),
-    }
+    return {"image_to_text": _top_one(similarities), "text_to_image": _top_one(similarities.T)}
+
+
+def retrieval_accuracy(hits: dict[str, Tensor]) -> dict[str, float]:
+    """Average hits (N,) of both ways, beside what chance gives."""
+    shares = {name: float(one.mean()) for name, one in hits.items()}
+    return shares | {"chance": 1 / len(next(iter(hits.values())))}
 
 
 def _as_long(rows: Tensor, text: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ def _bag(rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.embedding_bag(ids.where(mask, 0), rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
 
 
-def _top_one(similarities: Tensor) -> float:
+def _top_one(similarities: Tensor) -> Tensor:
     best = similarities.amax(-1, keepdim=True)
     is_best = similarities == best
     # Ties share: features that are all alike must score chance, not 1.
-    return float((is_best.diagonal() / is_best.sum(-1)).mean())
+    return is_best.diagonal() / is_best.sum(-1)

@@ -21,8 +21,8 @@ from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
-from t2i.train.align import align
-from t2i.train.contrastive import AlignedRows, retrieval_accuracy
+from t2i.train.align import align, heldout_pairs
+from t2i.train.contrastive import AlignedRows, retrieval_accuracy, retrieval_hits
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = VocabLayout(num_text_rows=20, num_text_tokens=18, codebook_size=9)
@@ -61,9 +61,10 @@ def test_bags_are_means_of_the_right_rows():
 
 def test_retrieval_counts_ties_by_share():
     features = torch.eye(4)
-    assert retrieval_accuracy(features, features) == {"image_to_text": 1, "text_to_image": 1, "chance": 0.25}
-    assert retrieval_accuracy(torch.ones(4, 4), features)["text_to_image"] == 0.25
-    assert retrieval_accuracy(features.roll(1, 0), features)["image_to_text"] == 0
+    measured = lambda image, text: retrieval_accuracy(retrieval_hits(image, text))  # noqa: E731
+    assert measured(features, features) == {"image_to_text": 1, "text_to_image": 1, "chance": 0.25}
+    assert measured(torch.ones(4, 4), features)["text_to_image"] == 0.25
+    assert measured(features.roll(1, 0), features)["image_to_text"] == 0
 
 
 TWO_RANKS = """
@@ -157,6 +158,21 @@ def test_alignment_learns_and_says_how_it_went(run):
         assert steps[-1]["temperature"] != steps[0]["temperature"]
     summary = json.loads((run.run_dir / "align.json").read_text())
     assert summary[INPUT_ROWS]["chance"] == 1 / summary[INPUT_ROWS]["num_pairs"]
+    hits = json.loads((run.run_dir / "hits.json").read_text())
+    assert len(set(hits["keys"])) == summary[INPUT_ROWS]["num_pairs"]
+    for name, ways in hits["spaces"].items():
+        for way, found in ways.items():
+            assert summary[name][way] == pytest.approx(sum(found) / len(hits["keys"]))
+
+
+def test_held_out_pairs_are_spread_over_the_split(run):
+    every = [pair["key"] for pair in heldout_pairs(run.data, num_pairs=1_000)]
+    assert len(every) >= 4
+    chosen = [every.index(pair["key"]) for pair in heldout_pairs(run.data, num_pairs=len(every) - 1)]
+    assert chosen == sorted(set(chosen))
+    half = [pair["key"] for pair in heldout_pairs(run.data, num_pairs=len(every) // 2)]
+    assert half == every[:: len(every) // (len(every) // 2)][: len(half)]
+    assert max(map(every.index, half)) >= len(every) // 2
 
 
 def test_its_rows_file_grows_the_model(run, language_model, finished):

@@ -1,4 +1,4 @@
-"""Embeddings of codes and words: alignment, nearest text tokens, the semantics probe."""
+"""Embeddings of codes and words: nearest text tokens, the semantics probe."""
 
 from pathlib import Path
 
@@ -7,26 +7,8 @@ from matplotlib.figure import Figure
 
 from t2i.report.figures import finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, files_in, in_folder
-from t2i.runs.metrics_log import read_metrics
 from t2i.study.measured import NearestTokens, read_alignment, read_each, read_nearest
 from t2i.study.spec import Study
-
-
-def alignment(study: Study, out: Path, *, folder: str) -> Section:
-    """Draw the contrastive alignment's loss and temperature; the table has retrieval beside chance (Figure 7)."""
-    path = in_folder(folder, out)
-    sides = read_alignment(path)
-    if not sides:
-        return Section("Alignment", f"{path} holds no finished alignment.")
-    table = [
-        ["embeddings", "image to caption", "caption to image", "chance", "held-out pairs", "temperature"]
-    ]
-    for name, one in sides.items():
-        shares = [f"{share:.2%}" for share in (one.image_to_text, one.text_to_image, one.chance)]
-        table.append([name, *shares, str(one.num_pairs), f"{one.temperature:.4f}"])
-    best = max(one.image_to_text / one.chance for one in sides.values())
-    sentence = f"Among held-out pairs, an image retrieves its caption at most {best:.1f} times as often as by chance."
-    return Section("Alignment", sentence, _draw_alignment(path, list(sides)), table)
 
 
 def nearest(study: Study, out: Path, *, files: dict[str, str], rows: str = "input") -> Section:
@@ -87,19 +69,6 @@ def probe(study: Study, out: Path, *, folder: str, files: dict[str, str]) -> Sec
     )
 
 
-def _draw_alignment(folder: Path, sides: list[str]) -> Figure:
-    """Draw contrastive loss and temperature against steps (paper, Figure 7)."""
-    figure, axes = panels(2)
-    rows = [row for row in read_metrics(folder) if "split" not in row]
-    for axis, value in zip(axes, ("loss", "temperature"), strict=True):
-        for side, (colour, dash) in zip(sides, styles(), strict=False):
-            points = [(row["step"], row[value]) for row in rows if row["rows"] == side]
-            axis.plot(*zip(*points, strict=True), color=colour, linestyle=dash, label=side)
-        axis.set(xlabel="step", ylabel="contrastive loss, nats" if value == "loss" else value)
-        finish(axis)
-    return figure
-
-
 def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
     """Draw, a panel per model, how near image, random and text embeddings are to the nearest text one."""
     figure, axes = panels(len(found))
@@ -123,7 +92,6 @@ def _draw_cosines(found: dict[str, NearestTokens]) -> Figure:
 
 
 SECTIONS = (
-    SectionKind("alignment", reads="align.json and metrics.jsonl of an alignment", make=alignment),
     SectionKind("nearest", reads="nearest.json", make=nearest),
     SectionKind("probe", reads="align.json of an alignment, nearest.json", make=probe),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.report.sections import (
+    alignments,
     budgets,
     comparisons,
     curves,
@@ -33,6 +34,7 @@ SECTIONS: dict[str, SectionKind] = {
         *wordings.SECTIONS,
         *images.SECTIONS,
         *scores.SECTIONS,
+        *alignments.SECTIONS,
         *embeddings.SECTIONS,
         *language.SECTIONS,
     )
