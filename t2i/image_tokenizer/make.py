@@ -1,6 +1,5 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.image_tokenizer.alignment import sentence_embeddings
+from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
 from t2i.measure.extractor import metric_key
@@ -58,7 +58,11 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     measures = measure_folder(
         part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"
     )
-    (part / "README.md").write_text(_card(source, measures, config, num_trained=len(images), command=command))
+    (part / CARD).write_text(
+        card_text(
+            source, measures, config, num_trained=len(images), command=command, features=metric_key(FEATURES)
+        )
+    )
     # Files, not the folder: `out` holds the training's state, which is removed last. Before it comes config.json, which
     # says that all is there: a kill before it leaves a training that the same command finishes.
     for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
@@ -142,22 +146,3 @@ def _check_enough(found: int, *, source: Source, split: str) -> None:
             f"{source.name} has {found} {split} images that can be decoded; a tokenizer is measured on at least"
             f" {LEAST_IMAGES}. {hint}".rstrip()
         )
-
-
-def _card(
-    source: Source, measures: Reconstruction, config: TokenizerConfig, *, num_trained: int, command: str
-) -> str:
-    settings = "\n".join(f"- {key}: {value}" for key, value in asdict(config).items())
-    return f"""# Image tokenizer
-
-diffusers `VQModel(norm_type="spatial")`, trained by `{command}` on {num_trained} training images of
-`{source.name}` (licence of the images: {source.licence}; split: {source.split_rule}).
-
-Measured on {measures.num_pictures} held-out images (weights stored in fp16, computed in fp32):
-
-| PSNR | SSIM | codes in use | {metric_key(FEATURES)} |
-| --- | --- | --- | --- |
-| {measures.psnr:.2f} dB | {measures.ssim:.4f} | {measures.codes_in_use:.1%} | {measures.distance:.2f} |
-
-{settings}
-"""

@@ -12,6 +12,7 @@ from t2i.data.sources import open_source
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.image_tokenizer import codebook
 from t2i.image_tokenizer import train as image_tokenizer
+from t2i.image_tokenizer.card import read_card
 from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.quality import structural_similarity
@@ -159,7 +160,9 @@ def test_a_folder_of_images_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatc
     measures = make_tokenizer(source, out=out, config=TINY, command="made by a test")
     tokenizer = ImageTokenizer.load(out)
     assert tokenizer.num_codes(16) == 64
-    assert f"{measures.psnr:.2f} dB" in (out / "README.md").read_text()
+    card = read_card(out)
+    assert (card.psnr, card.ssim) == (round(measures.psnr, 2), round(measures.ssim, 4))
+    assert card.codes_in_use == pytest.approx(measures.codes_in_use, abs=5e-4)  # a tenth of a per cent
     assert not list(out.glob("*.pt"))
     with pytest.raises(UserError, match="already holds a tokenizer"):
         make_tokenizer(source, out=out, config=TINY, command="again")

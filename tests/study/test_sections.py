@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_runs import Made, write_json
+from made_runs import IMAGES, Made, write_json
 from matplotlib import pyplot
 from scipy import stats
 
@@ -141,6 +141,29 @@ def test_differences_on_two_image_tokenizers_compare_as_shares_of_what_was_learn
         section(made, "overview", **arguments, relative_to="unigam")
     with pytest.raises(UserError, match="value text_loss; expected image_loss"):
         section(made, "overview", **arguments, relative_to="unigram", value="text_loss")
+
+
+def test_image_tokenizers_stand_side_by_side_with_what_tells_their_codes_apart(tmp_path, section):
+    made = Made(tmp_path, fast=[0])
+    for name, psnr, unigram in (("plain", 24.5, 6.5), ("aligned", 22.0, 6.25)):
+        folder = tmp_path / name
+        write_json(folder / "manifest.json", IMAGES | codes_of(name, unigram))
+        pyplot.imsave(folder / "reconstructions.png", np.zeros((4, 8)))
+        (folder / "image_tokenizer").mkdir()
+        row = f"| {psnr:.2f} dB | 0.9000 | 87.5% | 9.00 |"
+        (folder / "image_tokenizer" / "README.md").write_text(f"# Image tokenizer\n\n| PSNR |\n{row}\n")
+    both = section(
+        made, "reconstructions", shards={"plain": "{out}/plain", "aligned": "{out}/aligned", "no": "x"}
+    )
+    assert both.table[1] == ["plain", "24.50", "0.9000", "87.5%", "6.5000", "16", "8"]
+    assert both.table[2] == ["aligned", "22.00", "0.9000", "87.5%", "6.2500", "16", "8"]
+    assert (
+        "16 codes of 8 (plain) and 16 codes of 8 (aligned)" in both.found and "x has no recon" in both.found
+    )
+    (tmp_path / "plain" / "image_tokenizer" / "README.md").unlink()
+    alone = section(made, "reconstructions", shards="{out}/plain")
+    assert alone.table[1:] == [["plain", "-", "-", "-", "6.5000", "16", "8"]]
+    assert "meaning" in both.found and "meaning" not in alone.found
 
 
 def test_an_arm_that_learned_nothing_has_no_share(tmp_path, section):

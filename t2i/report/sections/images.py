@@ -1,4 +1,4 @@
-"""Images: published numbers, reconstructions, loss by position, caption sensitivity, perplexity against FID."""
+"""Images: published numbers, loss by position, caption sensitivity, perplexity against FID."""
 
 import csv
 import math
@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.dates
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from t2i.data.shards.manifest import MANIFEST, RECONSTRUCTIONS, read_manifest_file
 from t2i.measure.perplexity import PERPLEXITY
 from t2i.report.figures import COLOURS, draw_baselines, draw_mean_and_range, finish, panels, styles
-from t2i.report.sections.section import Section, SectionKind, in_folder, last
+from t2i.report.sections.section import Section, SectionKind, last
 from t2i.study.measured import read_perplexity, read_score
 from t2i.study.results import Curve, codes_per_image, curve, image_baselines, runs_of
 from t2i.study.spec import Study
@@ -34,21 +32,6 @@ def published(study: Study, out: Path) -> Section:
     )
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
     return Section("Published FIDs", sentence, _draw_published(rows), table)
-
-
-def reconstructions(study: Study, out: Path, *, shards: str) -> Section:
-    """Show images and their reconstructions by the image tokenizer (Figure 2), as saved with the shards."""
-    folder = in_folder(shards, out)
-    if not (folder / RECONSTRUCTIONS).is_file():
-        return Section("Reconstructions", f"{folder} has no {RECONSTRUCTIONS}.")
-    manifest = read_manifest_file(folder / MANIFEST)
-    sentence = (
-        f"Images of {manifest.source}, and the same decoded from {manifest.codes_per_image} codes of"
-        f" {manifest.codebook_size}: the best that a model of these codes can draw."
-    )
-    title = "originals above, reconstructions below"
-    figure = _show_file(folder / RECONSTRUCTIONS, title=title)
-    return Section("Reconstructions", sentence, figure)
 
 
 def places(study: Study, out: Path, *, arms: list[str]) -> Section:
@@ -191,16 +174,6 @@ def _draw_published(rows: list[dict[str, str]]) -> Figure:
     return figure
 
 
-def _show_file(path: Path, *, title: str) -> Figure:
-    """Show an image file as it is."""
-    image = plt.imread(path)
-    figure, (axis,) = panels(1)
-    figure.set_size_inches(9, 9 * image.shape[0] / image.shape[1] + 0.4)
-    axis.imshow(image, interpolation="nearest")
-    axis.set(xticks=[], yticks=[], title=title)
-    return figure
-
-
 def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) -> Figure:
     """Draw image loss by row and column of the code grid, and where the first arm is better than the second.
 
@@ -264,9 +237,6 @@ def _draw_agreement(
 
 SECTIONS = (
     SectionKind("published", reads="a table that ships with t2i", make=published),
-    SectionKind(
-        "reconstructions", reads="manifest.json and reconstructions.png of shards", make=reconstructions
-    ),
     SectionKind("places", reads="perplexity.json of runs", make=places),
     SectionKind("conditioning", reads="metrics.jsonl of runs", make=conditioning),
     SectionKind("agreement", reads="metrics.jsonl and scores.json of runs", make=agreement),

@@ -15,6 +15,7 @@ from t2i.report.sections import (
     law,
     overviews,
     scores,
+    tokenizers,
     tuning,
     wordings,
 )
@@ -32,6 +33,7 @@ SECTIONS: dict[str, SectionKind] = {
         *law.SECTIONS,
         *tuning.SECTIONS,
         *wordings.SECTIONS,
+        *tokenizers.SECTIONS,
         *images.SECTIONS,
         *scores.SECTIONS,
         *alignments.SECTIONS,
