@@ -35,7 +35,7 @@ class CaptionMeter:
     wrong: float | None
     """Under the shuffled caption, another text that is of another image; None if an image has none."""
     empty: float | None
-    """Under the null caption."""
+    """Under the null caption; None where that was not measured."""
     text: float | None
     """None where no caption token is predicted."""
 
@@ -126,11 +126,15 @@ def caption_meter(
     config: DataConfig,
     layout: VocabLayout,
     batch_size: int,
+    with_null: bool = True,
     should_stop: ShouldStop = never,
 ) -> CaptionMeter:
     """Measure samples (caption_ids and codes each) under matched, shuffled and null captions.
 
     With several ranks, each takes whole batches. Sums and counts are reduced once.
+
+    Args:
+        with_null: measure the null caption too, which is the same whatever the others say.
 
     Raises:
         Interrupted: should_stop asked for it.
@@ -152,6 +156,7 @@ def caption_meter(
     }
     # Where all captions are one, its matched loss would be reported as the shuffled one.
     kinds = [kind for kind in CAPTIONS if kind != "wrong" or others]
+    kinds = [kind for kind in kinds if kind != "empty" or with_null]
     rank, world_size = rank_and_size()
     starts = range(rank * batch_size, len(samples), world_size * batch_size)
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest, read_manifest_file
 from t2i.data.shards.reader import fetch_shards, read_split
 from t2i.errors import DataError, NumericalError, UserError
@@ -21,6 +23,7 @@ from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import read_settings
 from t2i.tokens.sequence import Mode, next_token_labels
+from t2i.tokens.text import TextTokenizer
 
 PERPLEXITY = "perplexity.json"
 METER_IMAGES = 2_048
@@ -103,10 +106,13 @@ class SplitCosts:
     """None for sequences without images."""
     captions: CaptionMeter | None = None
     """Caption sensitivity; None for sequences without captions."""
+    label_captions: CaptionMeter | None = None
+    """Of a split in other words: that of the same images under the captions of the split whose images they are."""
 
     def to_json(self) -> dict[str, object]:
         """Give it the form of a split in perplexity.json."""
-        costs = {key: value for key, value in asdict(self).items() if key != "places"}
+        left_out = {"places", *([] if self.label_captions else ["label_captions"])}
+        costs = {key: value for key, value in asdict(self).items() if key not in left_out}
         return costs | (self.places.to_json() if self.places else {})
 
 
@@ -146,14 +152,39 @@ def measure_perplexity(
         if config.mode == "text-to-image":
             step = max(1, len(samples) // METER_IMAGES)
             heard = [with_ids(*one) for one in zip(samples, captions, strict=True)][::step][:METER_IMAGES]
-            meter = caption_meter(
-                model.model, heard, config=config, layout=model.layout, batch_size=batch_size
+            measure = partial(
+                caption_meter, model.model, config=config, layout=model.layout, batch_size=batch_size
             )
-            costs = replace(costs, captions=meter)
+            labelled = {}
+            if other := (manifest.wordings or {}).get(split):
+                labelled = _labelled(heard, other, config=config, to_apply=to_apply)
+            # A worth in other words compares with that of the label on the same images alone.
+            heard = [heard[place] for place in labelled] or heard
+            costs = replace(costs, captions=measure(heard))
+            if labelled:
+                costs = replace(costs, label_captions=measure([*labelled.values()], with_null=False))
         results[split] = costs
     if not results:
         raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     return results
+
+
+def _labelled(
+    samples: list[Sample], split: str, *, config: DataConfig, to_apply: TextTokenizer | None
+) -> dict[int, Sample]:
+    """Find the captions that images have in another split: place of each sample that is there -> it with those ids."""
+    # By codes and style: the two splits have keys of their own.
+    wanted = {_looks(sample): place for place, sample in enumerate(samples)}
+    found = {
+        wanted[_looks(one)]: caption_ids_of(one, tokenizer=to_apply)
+        for one in read_split(config.shards, split, remote=config.remote)
+        if _looks(one) in wanted
+    }
+    return {place: with_ids(samples[place], found[place]) for place in sorted(found)}
+
+
+def _looks(sample: Sample) -> tuple[bytes, str]:
+    return sample["codes"].tobytes(), sample.get("style", "")
 
 
 def read_pairs_manifest(config: DataConfig, *, model: OpenedModel) -> Manifest:

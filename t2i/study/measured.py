@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -92,15 +92,13 @@ class SplitPerplexity:
 
 @dataclass(frozen=True)
 class CaptionLosses:
-    """Image loss of one held-out split under three captions, in nats per code."""
+    """Image loss of one held-out split under two captions, in nats per code."""
 
     num_pictures: int
     own: float
     """Under the matched caption."""
     wrong: float
     """Under a shuffled caption."""
-    empty: float
-    """Under the null caption."""
 
     @property
     def worth(self) -> float:
@@ -185,10 +183,16 @@ def read_perplexity(run_dir: Path) -> SplitPerplexity | None:
     )
 
 
-def read_caption_losses(run_dir: Path) -> dict[str, CaptionLosses]:
-    """Read the caption losses of each held-out split of a run's perplexity.json; empty without the file."""
+def read_caption_losses(
+    run_dir: Path, *, kind: Literal["captions", "label_captions"] = "captions"
+) -> dict[str, CaptionLosses]:
+    """Read the caption losses of each held-out split of a run's perplexity.json; empty without the file.
+
+    Args:
+        kind: label_captions for those of a split in other words under the usual captions of its images.
+    """
     file = run_dir / PERPLEXITY
-    splits = {name: one.get("captions") for name, one in read_optional_json(file).get("splits", {}).items()}
+    splits = {name: one.get(kind) for name, one in read_optional_json(file).get("splits", {}).items()}
     # Files of 0.1 have none, and a split whose captions are all one has no shuffled one.
     return {
         name: _picked(CaptionLosses, one, file=file)

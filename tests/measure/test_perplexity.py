@@ -139,3 +139,32 @@ def test_fewer_images_are_spread_and_captions_are_measured(model, finished, resu
     whole = results["heldout"]
     assert whole.captions.own == pytest.approx(whole.image.nats, abs=1e-5)
     assert whole.captions.wrong != whole.captions.own != whole.captions.empty
+
+
+def test_a_wording_is_measured_beside_the_usual_captions_of_the_same_images(
+    model, finished, results, tmp_path, monkeypatch
+):
+    shards = shutil.copytree(finished.data.shards, tmp_path / "shards")
+    shutil.copytree(shards / "heldout", shards / "heldout-tags")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["counts"]["heldout-tags"] = manifest["counts"]["heldout"]
+    manifest["wordings"] = {"heldout-tags": "heldout"}
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+
+    def in_other_words(folder, split, **keywords):
+        samples = list(read_split(folder, split, **keywords))
+        if split == "heldout-tags":
+            samples.reverse()  # so that only the codes tell which image is which
+            for sample in samples:
+                sample["caption_ids"] = sample["caption_ids"][::-1].copy()
+        return samples
+
+    monkeypatch.setattr("t2i.measure.perplexity.read_split", in_other_words)
+    config = DataConfig(shards, seq_len=90)
+    found = measure_perplexity(model, config=config)
+    usual, words = found["heldout"], found["heldout-tags"]
+    assert words.label_captions.num_pictures == words.captions.num_pictures == usual.num_pictures
+    assert words.label_captions.own == pytest.approx(usual.captions.own, abs=1e-5)
+    assert words.captions.own != pytest.approx(usual.captions.own, abs=1e-5)
+    assert words.label_captions.empty is None and words.captions.empty is not None
+    assert "label_captions" in words.to_json() and "label_captions" not in usual.to_json()

@@ -449,3 +449,55 @@ def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section
     assert column(found, "held-out images") == ["combinations", "combinations-french"]
     assert found.table[1][2] == "0.5500 (0.5000 to 0.6000)"
     assert column(found, "pretrained - random")[1].startswith("+0.3000 (95%: +0.3000 to +0.3000)")
+    assert "Rows are of different images, so that they do not compare" in found.found
+    assert not any("training captions" in head or "usual" in head for head in found.table[0])
+
+
+def test_wordings_are_corrected_for_their_number_and_stand_beside_the_usual_captions(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0, 1, 2], random=[0, 1, 2])
+    worths = {
+        "pretrained": ([0.5, 0.4, 0.6], [0.3, 0.1, 0.35]),
+        "random": ([0.2, 0.2, 0.25], [0.2, 0.1, 0.1]),
+    }
+    for arm, (usual, french) in worths.items():
+        for seed in range(3):
+            made.run(arm, seed, heldout=held_out(3.0))
+            splits = {
+                "heldout": {"captions": {"num_pictures": 40, "own": 3.0, "wrong": 3.0 + usual[seed]}},
+                "heldout-french": {
+                    "captions": {"num_pictures": 30, "own": 3.0, "wrong": 3.0 + french[seed]},
+                    "label_captions": {"num_pictures": 30, "own": 3.0, "wrong": 3.5, "empty": None},
+                },
+            }
+            write_json(made.folder(arm, seed) / "perplexity.json", {"splits": splits})
+    found = section(made, "wordings", arms=["pretrained", "random"])
+    plain = [stats.ttest_rel(*(worths[arm][split] for arm in worths)).pvalue for split in (0, 1)]
+    assert plain[0] < plain[1]
+    (place,) = [place for place, head in enumerate(found.table[0]) if head == "p, corrected"]
+    corrected = [float(row[place]) for row in found.table[1:]]
+    assert corrected == pytest.approx([2 * plain[0], max(2 * plain[0], plain[1])], rel=1e-2)
+    assert column(found, "pretrained, the same images by their usual") == ["-", "0.5000 (0.5000 to 0.5000)"]
+    assert "compares with that of the usual captions in its own row" in found.found
+
+
+def test_a_wordings_words_are_looked_up_in_training_captions(tmp_path, section, monkeypatch):
+    captions = {
+        "train": ["Red octopus, Noto style", "a dog, Noto style"],
+        "heldout-tags": ["dog puppy, noto style"],
+        "heldout-french": ["chien roux"],
+    }
+    made = Made(tmp_path, fast=[0])
+    counts = {split: len(of_split) for split, of_split in captions.items()}
+    manifest = {"counts": counts, "files": {f"{split}/index.json": "0" for split in counts}}
+    settings = {"data": {"shards": str(tmp_path / "shards")}}
+    folder = made.run("fast", 0, heldout=held_out(3.0), manifest=manifest, settings=settings)
+    losses = {"captions": {"num_pictures": 4, "own": 3.0, "wrong": 3.5}}
+    write_json(folder / "perplexity.json", {"splits": {"heldout-tags": losses, "heldout-french": losses}})
+    head = "its words in training captions"
+    assert head not in section(made, "wordings", arms=["fast"]).table[0]  # the shards are not here
+    write_json(tmp_path / "shards" / "manifest.json", IMAGES | manifest)
+    read = lambda folder, split: [{"caption": one} for one in captions[split]]  # noqa: E731
+    monkeypatch.setattr("t2i.study.words.read_split", read)
+    assert column(section(made, "wordings", arms=["fast"]), head) == ["75.0%", "0.0%"]
+    write_json(tmp_path / "shards" / "manifest.json", IMAGES | manifest | {"files": {}})
+    assert head not in section(made, "wordings", arms=["fast"]).table[0]  # others lie there now
