@@ -164,6 +164,11 @@ def num_samples(run: Run) -> int:
     )
 
 
+def is_rate_falling(runs: list[Run]) -> bool:
+    """Tell whether an arm's learning rate falls until its end, so that its losses before it are no run's end."""
+    return any(read_settings(run.folder).get("train", {}).get("min_lr_ratio", 1.0) < 1 for run in runs)
+
+
 def codes_per_image(run: Run) -> int:
     """Read the number of codes per image of the run's shards."""
     return read_manifest_file(run.folder / DATA_MANIFEST).codes_per_image

@@ -369,6 +369,7 @@ def test_a_loss_that_rises_again_is_said_and_its_lowest_compared(monkeypatch, ma
     falls_and_rises = {"fast": [[5.0, 3.0, 4.0], [5.1, 3.1, 4.3]], "slow": [[6.0, 3.5, 4.1], [6.0, 3.7, 4.2]]}
     runs_of = lambda study, arm, out: [arm]  # noqa: E731
     monkeypatch.setattr(comparisons, "runs_of", runs_of)
+    monkeypatch.setattr(comparisons, "is_rate_falling", lambda runs: False)
     monkeypatch.setattr(comparisons, "image_baselines", lambda runs: {"unigram": 2.0})
     monkeypatch.setattr(
         comparisons,

@@ -1,6 +1,7 @@
 """Sentences and tables of a report, of runs whose numbers are written by hand."""
 
 import csv
+import itertools
 import math
 from dataclasses import replace
 
@@ -365,6 +366,21 @@ def test_budgets_are_equal_in_steps_tokens_and_all_that_was_spent(tmp_path, sect
     dear = section(made, "budgets", arms=["pretrained", "random"], charged={"pretrained": 48_000.0})
     assert column(dear, "difference")[2] == "none: no equal point"
     assert "by its first measurement pretrained had cost 10.2 times the whole run of the other" in dear.found
+
+
+def test_a_loss_before_the_end_is_said_to_be_of_a_learning_rate_that_still_falls(tmp_path, section):
+    for least, is_said in ((0.05, True), (1.0, False)):
+        made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
+        rate = [{"flops_per_second": 60.0, "tokens_per_second": 10.0}] * 4
+        for arm, seed in itertools.product(("pretrained", "random"), (0, 1)):
+            losses = held_out(5.0, 4.0, 3.0, 2.0 + seed / 10)
+            made.run(arm, seed, train=rate, heldout=losses, settings={"train": {"min_lr_ratio": least}})
+        arms = ["pretrained", "random"]
+        said = "would end lower"
+        assert said not in section(made, "budgets", arms=arms).found  # all three ends are equal
+        charged = section(made, "budgets", arms=arms, charged={"pretrained": 1200.0}).found
+        assert ("pretrained is read before its end" in charged and said in charged) == is_said
+        assert (said in section(made, "comparison", arms=arms, value="image_loss").found) == is_said
 
 
 def test_the_run_that_made_a_start_is_charged_as_it_says(tmp_path, section):

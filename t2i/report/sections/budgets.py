@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, difference, in_folder, p_value, verdict_on
-from t2i.study.results import TRAIN_ROWS, Curve, Row, curve, paired, read_rows, runs_of, tokens_spent
+from t2i.study.results import (
+    TRAIN_ROWS,
+    Curve,
+    Row,
+    curve,
+    is_rate_falling,
+    paired,
+    read_rows,
+    runs_of,
+    tokens_spent,
+)
 from t2i.study.spec import Study, nearest_name
 from t2i.study.statistics import paired_test
 
@@ -58,6 +68,7 @@ def budgets(
     ]
     table = [["equal", "at", *arms, "difference", "p", "seeds"]]
     sentences = []
+    too_early: set[str] = set()
     for axis, label in AXES.items():
         amount = min(getattr(one, axis)[-1] for one in spent)
         begun = max(getattr(one, axis)[0] for one in spent)
@@ -70,6 +81,11 @@ def budgets(
                 f" {begun / amount:.3g} times the whole run of the other"
             )
             continue
+        too_early |= {
+            name
+            for name, one, of_arm in zip(arms, spent, runs, strict=True)
+            if amount < getattr(one, axis)[-1] and is_rate_falling(of_arm)
+        }
         first, second = (one.at(axis, amount) for one in spent)
         test = paired_test(first.tolist(), second.tolist())
         gap = difference(test.mean, test.low, test.high)
@@ -83,6 +99,12 @@ def budgets(
         ", ".join(f"{arm}: {cost:.3g} FLOPs before its first step" for arm, cost in known.items()) or "none"
     )
     sentence = f"{arms[0]} - {arms[1]}, held-out {value}: {'; '.join(sentences)}. Charged: {charge}."
+    if too_early:
+        early = " and ".join(name for name in arms if name in too_early)
+        sentence += (
+            f" {early} is read before its end at some of these, where its learning rate still falls"
+            " (train.min_lr_ratio < 1): a run of that length would end lower."
+        )
     return Section("Equal budgets", sentence, _draw(spent, names=arms, value=value), table)
 
 

@@ -16,7 +16,16 @@ from t2i.report.sections.section import (
     p_value,
     verdict_on,
 )
-from t2i.study.results import Curve, Run, curve, image_baselines, num_samples, paired, runs_of
+from t2i.study.results import (
+    Curve,
+    Run,
+    curve,
+    image_baselines,
+    is_rate_falling,
+    num_samples,
+    paired,
+    runs_of,
+)
 from t2i.study.spec import Study
 from t2i.study.statistics import (
     DifferenceCurve,
@@ -66,6 +75,11 @@ def comparison(
     ]
     table = [head, *(_worth_row(one, num_seeds=test.num_seeds) for one in worth)]
     sentence = _found(first, second, names=(first_name, second_name), unigram=baselines.get("unigram"))
+    if until > 1 and any(is_rate_falling(of_arm) for of_arm in runs):
+        sentence += (
+            " The worth in tokens reads losses before the end of training, where the learning rate still falls"
+            " (train.min_lr_ratio < 1): runs of those lengths would end lower."
+        )
     return Section("Comparison", sentence, figure, table)
 
 
