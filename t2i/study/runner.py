@@ -51,6 +51,10 @@ def work(listed: Callable[[], list[Job]], *, study: Study, out: Path) -> dict[st
     before = {job.name: read_record(out, job.name) for job in jobs}
     for job in jobs:
         _check_script(job, before[job.name])
+        _check_command(job, before[job.name], out)
+    for job in jobs:
+        # Of a worker that was killed between a record and this; where nothing is left, nothing is done.
+        _drop_state(job, before[job.name])
     with _stopped_by_signals():
         # Until every job is done or was tried since: other workers, on other machines, try some of them.
         while True:
@@ -102,9 +106,14 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
             record = _run(job, lock, study=study, out=out)
             write_record(out, job.name, record)
             # After the record: until then the job might be run again, and would resume. Measures read weights alone.
-            if record.state == "done" and job.run_dir is not None:
-                drop_engine_state(job.run_dir)
+            _drop_state(job, record)
         return True
+
+
+def _drop_state(job: Job, record: Record) -> None:
+    """Remove the state of the optimizer of a training run that is done."""
+    if record.state == "done" and job.run_dir is not None:
+        drop_engine_state(job.run_dir)
 
 
 def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:

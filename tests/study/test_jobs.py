@@ -270,6 +270,9 @@ def test_a_run_that_is_done_keeps_no_state_of_its_optimizer(toy, monkeypatch):
     jobs = [replace(job(name, code=code), run_dir=folder / name) for name, code in (("a", 0), ("bad", 4))]
     work(lambda: [*jobs, job("measure")], study=study, out=folder / "out")
     assert dropped == [folder / "a"]  # one that failed may resume
+    # A worker may have been killed after the record: a job that is done is looked at again.
+    work(lambda: jobs[:1], study=study, out=folder / "out")
+    assert dropped == [folder / "a"] * 2
 
 
 def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
