@@ -141,7 +141,10 @@ def _grow(
         check_reads(model, range(start.num_kept, layout.vocab_size), name=config.init)
     if data.mode != "text-only" and (config.init != "random" or kind in FROM_SHARDS):
         sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
-        begin_fairly(model, kind, probe=Probe.of(sequences, layout=layout, num_old=start.num_kept))
+        probe = Probe.of(sequences, layout=layout, num_old=start.num_kept)
+        begin_fairly(
+            model, kind, probe=probe, is_drawn=config.init == "random" or config.control_init == "fresh"
+        )
 
 
 def _routed(

@@ -16,6 +16,7 @@ from t2i.errors import DataError, UserError
 from t2i.model.code_embeddings import deviations_by_captions, deviations_by_vectors
 from t2i.model.resize import ends_of, new_rows
 from t2i.model.uniform_start import (
+    FAIR_EXCESS_NATS,
     NUM_SEQUENCES,
     Probe,
     code_cost,
@@ -128,15 +129,19 @@ def first_sequences(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTok
     return stack_sequences(samples, layout=layout, config=data, captions=captions)
 
 
-def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe) -> None:
-    """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more."""
+def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe, is_drawn: bool) -> None:
+    """Bring new embeddings to the uniform cost if asked, and warn of others whose codes cost more.
+
+    Args:
+        is_drawn: the model is randomly initialised.
+    """
     if kind in FROM_SHARDS:
         narrow_to_fair(model, probe)
     if kind in ("uniform", *FROM_SHARDS):
         shift_to_uniform(model, probe)
     cost, uniform = code_cost(model, probe), uniform_cost(model)
-    # A nat more is usual: logits of a random start differ from one another by about one.
-    if not cost <= uniform + 1:
+    # A nat more is usual of a random start, whose logits differ from one another by about one.
+    if not cost <= uniform + (1.0 if is_drawn else FAIR_EXCESS_NATS):
         logger.warning(
             "with model.new_embeddings %s an image code costs %.1f nats before the first step, and a uniform guess over"
             " the vocabulary %.1f: the first steps pay that debt. `uniform` begins without it, where the model allows.",

@@ -143,3 +143,19 @@ def test_aligned_embeddings_begin_at_the_uniform_cost(finished, start, tokenizer
     align(run)
     cost, uniform = probed(begun(finished, start, str(tmp_path / "aligned" / ROWS_FILE)), tokenizer)
     assert cost <= uniform + FAIR_EXCESS_NATS
+
+
+@pytest.mark.parametrize(
+    ("excess", "is_drawn", "is_said"),
+    [(0.5, False, True), (0.05, False, False), (0.5, True, False), (1.5, True, True)],
+)
+def test_a_loaded_model_is_warned_of_a_start_that_a_drawn_one_may_have(
+    excess, is_drawn, is_said, finished, start, tokenizer, monkeypatch, caplog
+):
+    monkeypatch.setattr(
+        "t2i.train.new_embeddings.code_cost", lambda model, probe: uniform_cost(model) + excess
+    )
+    control = "fresh" if is_drawn else "none"
+    config = begun(finished, start, "auto")
+    built(replace(config, model=replace(config.model, control_init=control)), tokenizer)
+    assert ("nats before the first step" in caplog.text) == is_said
