@@ -8,6 +8,12 @@ numbers of its own table row, or is named in a comment that says where it came f
 
 The section says how many seeds there are. With fewer than five, it or the page's introduction says that it is a pilot;
 with five, the section has an interval (95%).
+
+On README.md and docs/study.md each sentence that states a difference, of a pilot too, has its interval (95%). A
+difference is a number with a sign, a number of nats that is lower, higher, better or worse, or one "from 3.38 to 6.15".
+What has no interval anywhere is named in a comment that says why:
+
+    <!-- differences without an interval: 3.38 6.15. The report has means of two seeds alone. -->
 """
 
 import re
@@ -28,6 +34,14 @@ RESULT = re.compile(r"(?<![\w.,/-])[-+]?(?:\d[\d,]*\.\d+(?![\w.])|(?!9[05]%)\d+(
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 LINK = re.compile(r"\]\(([^)#]*\.(?:md|json))(?:#[^)]*)?\)")
 NAMED = re.compile(r"<!-- results not in a linked file: ([\d.,\s+-]+)\.\s+From\s+(\S.*?) -->", re.S)
+SIGNED = re.compile(r"(?<![\w.,/-])[-+]\d[\d,]*\.\d+")
+COMPARED = re.compile(
+    r"(?<![\w.,/-])(\d[\d,]*\.\d+) nats[^.;]*? (?:lower|higher|better|worse|less|more)\b"
+    r"|\bcosts? (\d[\d,]*\.\d+) nats|\bfrom (\d[\d,]*\.\d+) to (\d[\d,]*\.\d+)(?! *\))"
+)
+SENTENCE = re.compile(r"(?<=[.:;!?)])\s+(?=[A-Z*\[])|\n\s*\n|\n(?=\s*(?:\d+\.|-|\|) )")
+NO_INTERVAL = re.compile(r"<!-- differences without an interval: ([\d.,\s+-]+)\.\s+(\S.*?) -->", re.S)
+PAGES_OF_DIFFERENCES = ("README.md", "docs/study.md")
 SEEDS = re.compile(r"\b(one|two|three|four|five|\d+)\s(?:\w+\s)?seeds?\b", re.I)
 ENOUGH_SEEDS = ("five", "5")
 FILES_OF_RESULTS = "study/"
@@ -87,6 +101,45 @@ def what_is_missing(section, *, folder, introduction=""):
     if any(one.lower() not in ENOUGH_SEEDS for one in seeds):
         return "" if "pilot" in text + introduction else 'fewer than five seeds, and not the word "pilot"'
     return "" if "95%" in text else "no interval (95%)"
+
+
+def without_interval(section):
+    """List the differences of a section whose sentence has no interval (95%)."""
+    excused = set().union(*(values_in(listed) for listed, _ in NO_INTERVAL.findall(section)))
+    found = []
+    for sentence in SENTENCE.split(NOT_RESULTS.sub("", section)):
+        if "95%" in sentence or sentence.lstrip().startswith("|"):  # a table's head says what its cells are
+            continue
+        numbers = SIGNED.findall(sentence) + [
+            one for match in COMPARED.findall(sentence) for one in match if one
+        ]
+        found += [number for number in numbers if value_of(number) not in excused]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES_OF_DIFFERENCES)
+def test_every_difference_has_its_interval_in_its_sentence(page):
+    sections = sections_of((ROOT / page).read_text(), PAGES[page])
+    assert {one.splitlines()[0]: found for one in sections if (found := without_interval(one))} == {}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "found"),
+    [
+        ("It ends 0.180 nats per code lower (95%: 0.148 to 0.213, 3 seeds).", []),
+        ("It ends 0.180 nats per code lower, in 3 seeds.", ["0.180"]),
+        ("Others are +0.08 to +0.10 nats off. The first is -0.18 (95%: -0.21 to -0.15).", ["+0.08", "+0.10"]),
+        ("Text is forgotten (from 3.38 to 6.15 nats).", ["3.38", "6.15"]),
+        ("These cost 0.433 nats per code.", ["0.433"]),
+        ("The loss is 2.86 nats per code under the caption.", []),
+        (
+            "Text goes from 3.38 to 6.15.\n<!-- differences without an interval: 3.38, 6.15. No report has one. -->",
+            [],
+        ),
+    ],
+)
+def test_a_difference_without_its_interval_is_named(sentence, found):
+    assert without_interval(sentence) == found
 
 
 @pytest.mark.parametrize("page", PAGES)
