@@ -29,7 +29,7 @@ from t2i.measure.images import Reconstructions, images_of_pairs
 from t2i.measure.judge import load_judge
 from t2i.measure.shuffled import unrelated
 from t2i.measure.sliced import directions_of
-from t2i.measure.verdict import judged
+from t2i.measure.verdict import POOLED, judged
 from t2i.tokens.image import ImageTokenizer
 
 STEPS = (8, 16, 32, 64, 128, 256, 512)
@@ -216,7 +216,8 @@ def judge_powers(
             places = rng.permutation(len(captions))[:n].tolist()
             said = [captions[others[at] if turn < count else at] for turn, at in enumerate(places)]
             chosen = {name: [values[at] for at in places] for name, values in read.items()}
-            found.append(judged(chosen, said).mean() or 0.0)
+            share = judged(chosen, said).estimates(replicates=0).get(POOLED)
+            found.append(share.value if share else 0.0)
     return {"judge": float(np.mean(np.array(seen) < np.quantile(null, FALSE_ALARMS)))}
 
 

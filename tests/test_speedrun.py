@@ -60,7 +60,7 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
     (tmp_path / "eval" / "step_000010").mkdir(parents=True)
     (tmp_path / "latest").write_text("step_000010\n")
     (tmp_path / "eval" / "step_000010" / "scores.json").write_text(
-        '{"rows": {"model": {"judge": 0.5, "fd_efficientnet_lite0": 99.0}}}'
+        '{"rows": {"model": {"judge_pooled": 0.5, "fd_efficientnet_lite0": 99.0}}}'
     )
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "step_seconds": 1.0, "seconds": 2.0}\n{"step": 10, "step_seconds": 1.0, "seconds": 5.5}\n'

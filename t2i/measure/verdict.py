@@ -10,7 +10,7 @@ from t2i.measure.measures import LEAST_RESAMPLED, Estimate, bootstrap_counts, in
 
 MEAN, POOLED = "judge", "judge_pooled"
 """Keys in scores.json: the mean share over attributes, and the share of all stated facts."""
-FEWEST = 5
+FEWEST = 20
 """Captions that must state an attribute for it to be part of the mean: the share of fewer is chance."""
 
 

@@ -106,6 +106,7 @@ def test_yardsticks_are_of_real_images_what_a_tokenizer_leaves_and_captions_of_o
         judging, "Reconstructions", lambda images, tokenizer: [one[..., ::-1] for one in images]
     )
     monkeypatch.setattr(judging, "load_judge", lambda: judge)
+    monkeypatch.setattr("t2i.measure.verdict.FEWEST", 12)
     show_judge(JudgeCommand(out=tmp_path / "made" / "yardsticks.json"))
     # Of six times red and blue, which are not of the training split. A caption of another is never an equal one.
     _, real, left, others, *attributes, trained, file = capsys.readouterr().out.splitlines()
