@@ -26,6 +26,7 @@ PAGES = {
     "README.md": ("Results so far", "A language model that draws"),
     "docs/study.md": (),
     "docs/findings.md": (),
+    "docs/demo.md": (),
 }
 """Pages of results -> the headings to look under; none for all of the page."""
 
