@@ -94,7 +94,7 @@ def overview(
     sentence += _said_of(between, holm, nats="" if relative_to else " nats") + _without_share(
         gaps, relative_to
     )
-    label = f"difference of {LABELS.get(value, value)}{unit}; mean and 95% interval of each alone"
+    label = f"difference of {LABELS.get(value, value)}{unit}\nmean and 95% interval of each alone"
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 
 
@@ -187,7 +187,7 @@ def _draw(tests: dict[str, PairedTest], *, label: str) -> Figure:
         axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
     # Downwards, so that the figure has the order of the table.
     axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
-    axis.set(xlabel=label)
+    axis.set_xlabel(label, fontsize=9)  # names of comparisons may leave half of the width to it
     finish(axis)
     return figure
 
