@@ -94,7 +94,7 @@ def run_of(flags: list[str], *, seed: int, folder: Path) -> dict[str, float]:
     # Nothing but training is timed: what is measured is measured at the end.
     once = ["--train.eval-every", "1000000", "--train.eval-images", "1000", "--train.save-every", "0"]
     call([*command, *once, "--run-dir", str(folder)])
-    scores = folder / "eval" / (folder / "latest").read_text().strip() / "scores.json"
+    scores = folder / "eval" / Path((folder / "latest").read_text().strip()).name / "scores.json"
     if not scores.is_file():
         call([sys.executable, "-m", "t2i", "score", str(folder), "--controls", "--bootstrap", "0"])
     rows = read_metrics(folder)

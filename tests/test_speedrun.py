@@ -58,7 +58,7 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(speedrun, "call", called.append)
     (tmp_path / "eval" / "step_000010").mkdir(parents=True)
-    (tmp_path / "latest").write_text("step_000010\n")
+    (tmp_path / "latest").write_text("checkpoints/step_000010\n")
     (tmp_path / "eval" / "step_000010" / "scores.json").write_text(
         '{"rows": {"model": {"judge_pooled": 0.5, "fd_efficientnet_lite0": 99.0}}}'
     )

@@ -12,12 +12,13 @@ import math
 import time
 import urllib.error
 import urllib.request
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from t2i.errors import UserError
 from t2i.files import parse_json
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def wait(attempt: int, *, wait_seconds: float) -> None:
         time.sleep(wait_seconds * 2 ** (attempt - 1))
 
 
-def request_of(image: Image.Image, caption: str, *, reward: str) -> dict[str, object]:
+def request_of(image: "Image.Image", caption: str, *, reward: str) -> dict[str, object]:
     """Ask for one image's score under its caption."""
     buffer = io.BytesIO()
     # As PNG: another loss by JPEG would be judged too. Written anew: a drawn file carries its caption along.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.model.backbone import head_of, hidden_states
+from t2i.model.resize import INPUT_ROWS, ends_of
 from t2i.model.softmax import Head
 from t2i.tokens.vocab import VocabLayout
 
@@ -25,6 +26,8 @@ LARGEST_SHIFT = 100.0
 FAIR_EXCESS_NATS = 0.1
 """What codes that differ from one another may cost more, among codes, than codes that are alike."""
 MOST_HALVINGS = 20
+FEW_HALVINGS = 8
+"""Of input embeddings, each of which takes several forward passes; less than a hundredth of their distances is left."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ def narrow_to_fair(model: PreTrainedModel, probe: Probe) -> None:
         if _Measured.by(model, probe).cost_among_codes() <= log(len(codes)) + FAIR_EXCESS_NATS:
             return
         codes.lerp_(codes.mean(0), 0.5)
+
+
+@torch.no_grad()
+def draw_together(model: PreTrainedModel, probe: Probe) -> None:
+    """Draw the input embeddings of codes to their mean, in place, until a code costs what a uniform guess does.
+
+    Codes that lead to hidden states far apart leave no shift that serves all places. Nothing is done where one does.
+    """
+    codes = ends_of(model)[INPUT_ROWS][probe.first_code : probe.first_code + probe.codebook_size]
+    for _ in range(FEW_HALVINGS):
+        if code_cost(model, probe) <= uniform_cost(model) + FAIR_EXCESS_NATS:
+            return
+        codes.lerp_(codes.mean(0), 0.5)
+        narrow_to_fair(model, probe)
+        shift_to_uniform(model, probe)
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
 
 
 def _drop_state(job: Job, record: Record) -> None:
-    """Remove the state of the optimizer of a training run that is done."""
-    if record.state == "done" and job.run_dir is not None:
+    """Remove the state of the optimizer of a training run that is done; runs of 0.1.0, without an attempt, keep it."""
+    if record.state == "done" and record.attempt and job.run_dir is not None:
         drop_engine_state(job.run_dir)
 
 

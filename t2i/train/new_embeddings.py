@@ -20,6 +20,7 @@ from t2i.model.uniform_start import (
     NUM_SEQUENCES,
     Probe,
     code_cost,
+    draw_together,
     narrow_to_fair,
     shift_to_uniform,
     uniform_cost,
@@ -139,6 +140,8 @@ def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe, is_drawn: b
         narrow_to_fair(model, probe)
     if kind in ("uniform", *FROM_SHARDS):
         shift_to_uniform(model, probe)
+    if kind in FROM_SHARDS:
+        draw_together(model, probe)
     cost, uniform = code_cost(model, probe), uniform_cost(model)
     # A nat more is usual of a random start, whose logits differ from one another by about one.
     if not cost <= uniform + (1.0 if is_drawn else FAIR_EXCESS_NATS):

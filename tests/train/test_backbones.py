@@ -227,7 +227,7 @@ def test_a_fresh_start_keeps_the_architecture_and_draws_it_anew_for_each_seed(fi
     start = made("qwen2", tmp_path / "language-model", tokenizer, rope_theta=5e4)
 
     def fresh(seed, **model):
-        config = replace(finished.model, init=str(start), control_init="fresh", **model)
+        config = replace(finished.model, init=str(start), control_init="fresh", new_embeddings="own", **model)
         return start_of(replace(finished, model=config, train=replace(finished.train, seed=seed)), tokenizer)
 
     (one, layout), (again, _), (other, _), (wide, _) = (
@@ -243,7 +243,7 @@ def test_a_fresh_start_keeps_the_architecture_and_draws_it_anew_for_each_seed(fi
     }
     assert torch.equal(one[name], again[name]) and torch.equal(one[rows], again[rows])
     assert not torch.equal(one[name], other[name]) and not torch.equal(one[name], loaded[name])
-    # Qwen2's own rule has a deviation of 0.02; new rows are drawn as the class draws its text rows.
+    # Qwen2's own rule has a deviation of 0.02; `own` draws new rows as the class draws its text rows.
     new = slice(layout.num_text_rows, None)
     for found, std in ((one, 0.02), (wide, 0.1)):
         assert found[name].std().item() == pytest.approx(std, rel=0.1)

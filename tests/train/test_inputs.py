@@ -153,6 +153,7 @@ def test_a_model_that_knows_the_codes_keeps_all_rows_and_another_its_text_and_ma
     other = replace(manifest, image_tokenizer=Maker("another", "another"), codebook_size=40)
     # The shards themselves have more codes than that.
     codes = layout.first_image_id + torch.arange(40).repeat(2, 1)
+    config = replace(config, model=replace(config.model, new_embeddings="uniform"))
     monkeypatch.setattr("t2i.train.build.first_sequences", lambda *_, **__: codes)
     model, layout = build_model(
         config.model, data=config.data, train=config.train, manifest=other, text_tokenizer=tokenizer
