@@ -163,6 +163,8 @@ def test_code_is_read_without_its_docstrings_and_comments(tmp_path):
     (code,) = documents.code_without_words(tmp_path / "module.py")
     assert code == "class Empty:\n    pass\n\ndef double(x):\n    return 2 * x"
     assert documents.code_without_words(tmp_path / "broken.py") == [""]
+    (tmp_path / "deep.py").write_text("total = " + " + ".join(["1"] * 2_000))
+    assert "".join(documents.code_without_words(tmp_path / "deep.py")) == ""
     found = open_documents("text:code:yaml")
     texts = list(found.texts)
     assert list(found.versions) == ["yaml"] and any("def safe_load(stream)" in text for text in texts)

@@ -180,12 +180,18 @@ def documentation_strings(path: Path) -> list[str]:
 
 
 def code_without_words(path: Path) -> list[str]:
-    """Read the code of one Python file without docstrings and comments, as one document."""
+    """Read the code of one Python file without docstrings and comments, as one document.
+
+    A file whose expressions are nested too deeply to be written again has none.
+    """
     tree = _parsed(path)
     for node in filter(_is_documented, ast.walk(tree)):
         if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return [ast.unparse(tree)]
+    try:
+        return [ast.unparse(tree)]
+    except RecursionError:
+        return []
 
 
 def _parsed(path: Path) -> ast.Module:
@@ -194,7 +200,7 @@ def _parsed(path: Path) -> ast.Module:
         # Invalid escapes in other people's code are not ours to report.
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             return ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of expressions that are nested deeply
         return ast.Module([], [])
 
 
