@@ -93,18 +93,20 @@ def narrow_to_fair(model: PreTrainedModel, probe: Probe) -> None:
 
 
 @torch.no_grad()
-def draw_together(model: PreTrainedModel, probe: Probe) -> None:
-    """Draw the input embeddings of codes to their mean, in place, until a code costs what a uniform guess does.
+def begin_apart(model: PreTrainedModel, probe: Probe) -> None:
+    """Bring codes that differ from one another to the uniform cost, in place.
 
-    Codes that lead to hidden states far apart leave no shift that serves all places. Nothing is done where one does.
+    Codes that lead to hidden states far apart leave no shift that serves all places. Their input embeddings are then
+    drawn to their mean, by halves, until one does.
     """
     codes = ends_of(model)[INPUT_ROWS][probe.first_code : probe.first_code + probe.codebook_size]
-    for _ in range(FEW_HALVINGS):
-        if code_cost(model, probe) <= uniform_cost(model) + FAIR_EXCESS_NATS:
-            return
-        codes.lerp_(codes.mean(0), 0.5)
+    for attempt in range(FEW_HALVINGS + 1):
+        if attempt:
+            codes.lerp_(codes.mean(0), 0.5)
         narrow_to_fair(model, probe)
         shift_to_uniform(model, probe)
+        if code_cost(model, probe) <= uniform_cost(model) + FAIR_EXCESS_NATS:
+            return
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,9 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         tokenizer=tokenizer,
     )
     has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
+    hits = {name: heldout_hits(side, heldout) for name, side in sides.items()}
     summary = {
-        name: heldout_retrieval(side, heldout) | {"temperature": side.temperature}
+        name: heldout_retrieval(hits[name]) | {"temperature": side.temperature}
         for name, side in sides.items()
     }
     if is_first:
@@ -102,7 +103,8 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
             with whole_file(run.run_dir / ROWS_FILE) as written:
                 save_file(rows, written)
                 share(written)
-        write_json(run.run_dir / HITS, _hits(sides, heldout, keys=[pair["key"] for pair in pairs]))
+        spaces = {name: {way: one.tolist() for way, one in found.items()} for name, found in hits.items()}
+        write_json(run.run_dir / HITS, {"keys": [pair["key"] for pair in pairs], "spaces": spaces})
         write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(config)})
         write_status(run.run_dir, state="done", step=config.max_steps, code=0)
     if lock is not None:
@@ -142,18 +144,15 @@ def heldout_ids(
     return stack_sequences(pairs, layout=layout, config=data, captions=captions).to(_device())
 
 
-def heldout_retrieval(side: AlignedRows, ids: Tensor) -> dict[str, float]:
-    """Measure retrieval among held-out pairs (N, S)."""
-    with torch.no_grad():
-        return retrieval_accuracy(retrieval_hits(*side.bags(ids))) | {"num_pairs": len(ids)}
+@torch.no_grad()
+def heldout_hits(side: AlignedRows, ids: Tensor) -> dict[str, Tensor]:
+    """Tell of each held-out pair (N, S), in both ways, whether it is found: (N,) each."""
+    return retrieval_hits(*side.bags(ids))
 
 
-def _hits(sides: dict[str, AlignedRows], ids: Tensor, *, keys: list[str]) -> dict[str, object]:
-    """Tell of each held-out pair (N, S), by its key, whether each space finds it."""
-    with torch.no_grad():
-        hits = {name: retrieval_hits(*side.bags(ids)) for name, side in sides.items()}
-    spaces = {name: {way: one.tolist() for way, one in found.items()} for name, found in hits.items()}
-    return {"keys": keys, "spaces": spaces}
+def heldout_retrieval(hits: dict[str, Tensor]) -> dict[str, float]:
+    """Say how often held-out pairs find each other, by their hits (N,) of both ways."""
+    return retrieval_accuracy(hits) | {"num_pairs": len(next(iter(hits.values())))}
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def _rows(
     for name, side in sides.items():
         yield {"rows": name, "loss": losses[name], "temperature": side.temperature}
         if heldout is not None:
-            yield {"split": "heldout", "rows": name, **heldout_retrieval(side, heldout)}
+            yield {"split": "heldout", "rows": name, **heldout_retrieval(heldout_hits(side, heldout))}
 
 
 def _save(path: Path, state: _State, *, step: int) -> None:

@@ -19,9 +19,8 @@ from t2i.model.uniform_start import (
     FAIR_EXCESS_NATS,
     NUM_SEQUENCES,
     Probe,
+    begin_apart,
     code_cost,
-    draw_together,
-    narrow_to_fair,
     shift_to_uniform,
     uniform_cost,
 )
@@ -137,11 +136,9 @@ def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe, is_drawn: b
         is_drawn: the model is randomly initialised.
     """
     if kind in FROM_SHARDS:
-        narrow_to_fair(model, probe)
-    if kind in ("uniform", *FROM_SHARDS):
+        begin_apart(model, probe)
+    elif kind == "uniform":
         shift_to_uniform(model, probe)
-    if kind in FROM_SHARDS:
-        draw_together(model, probe)
     cost, uniform = code_cost(model, probe), uniform_cost(model)
     # A nat more is usual of a random start, whose logits differ from one another by about one.
     if not cost <= uniform + (1.0 if is_drawn else FAIR_EXCESS_NATS):
