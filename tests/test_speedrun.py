@@ -94,6 +94,28 @@ def test_seeds_of_another_commit_are_not_this_ones(speedrun, monkeypatch, tmp_pa
     assert kept["commit"] == "b" * 40
 
 
+def test_without_a_record_the_fastest_pilot_is_run_with_enough_seeds(speedrun, monkeypatch, tmp_path):
+    pilots = [
+        a_try(speedrun, name, seconds=seconds, num_seeds=1) for name, seconds in (("slow", 9), ("fast", 5))
+    ]
+    (tmp_path / "speedrun.json").write_text(speedrun.json.dumps(pilots))
+    monkeypatch.setattr(
+        speedrun, "run_of", lambda flags, *, seed, folder: pilots[1]["runs"][0] | {"seed": seed}
+    )
+    monkeypatch.setattr(speedrun, "use_two_cores", lambda: None)
+    monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
+    monkeypatch.setattr(speedrun, "PAGE", tmp_path / "speedrun.md")
+    monkeypatch.setattr("sys.argv", ["speedrun.py", "--out", str(tmp_path)])
+    speedrun.main()
+    assert [
+        (one["name"], len(one["runs"]))
+        for one in speedrun.json.loads((tmp_path / "speedrun.json").read_text())
+    ] == [
+        ("slow", 1),
+        ("fast", 5),
+    ]
+
+
 @pytest.mark.parametrize("flag", ["--data.shards", "--train.eval-images", "--train.seed"])
 def test_what_is_the_same_for_all_tries_is_no_trys_to_set(speedrun, monkeypatch, tmp_path, flag, capsys):
     monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
