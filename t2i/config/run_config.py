@@ -94,8 +94,8 @@ class ModelConfig:
     over the vocabulary does. `mean`: at the mean of those of text. `own`: drawn with the mean and deviation of those.
     `random`: drawn around zero, by open_lm's rule. `codebook`: as uniform, with codes apart as their vectors in the
     image tokenizer are. `captions`: as uniform, with codes apart by the words in captions of images that have them. Or
-    a .safetensors file such as launchers/align.py makes. `auto`: random with init random; else codebook, or uniform
-    where the shards hold precomputed tokens without their image tokenizer."""
+    a .safetensors file such as launchers/align.py makes. `auto`: codebook; where the shards hold precomputed tokens
+    without their image tokenizer, uniform, or random with init random."""
     control_init: ControlInit = "none"
     """Control initialisation, which destroys what model.init knows. `fresh`: the same architecture from scratch, drawn
     by its class's own rule. Or shuffle each tensor, redraw it with its moments, or permute the layers."""

@@ -125,7 +125,8 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
     with (out / "logs" / f"{job.name}.log").open("a") as log:
         process = subprocess.Popen(
             [*prefix, str(find_shipped(Path(script))), *flags],
-            env=with_own_code(os.environ),
+            # A log takes a line of progress now and then, not ten per second.
+            env={"TQDM_MININTERVAL": "10", **with_own_code(os.environ)},
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=(lock.fileno(),),  # the job holds its lock too, should this worker be killed

@@ -37,13 +37,13 @@ MOST_CAPTIONS = 20_000
 
 
 def kind_of(config: ModelConfig, *, manifest: Manifest) -> str:
-    """Return the word or file that model.new_embeddings stands for, which `auto` leaves to the start and the shards."""
+    """Return the word or file that model.new_embeddings stands for, which `auto` leaves to the shards and the start."""
     if config.new_embeddings != "auto":
         return config.new_embeddings
-    if config.init == "random":
-        return "random"
-    # By one rule whatever of the loaded model is kept, so that a control differs from it in nothing else.
-    return "codebook" if manifest.has_image_tokenizer else "uniform"
+    # By one rule whatever the start, so that arms differ in nothing else.
+    if manifest.has_image_tokenizer:
+        return "codebook"
+    return "random" if config.init == "random" else "uniform"
 
 
 def check_new_embeddings(kind: str, *, data: DataConfig, manifest: Manifest) -> None:

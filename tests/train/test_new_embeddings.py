@@ -123,14 +123,14 @@ def test_a_control_begins_no_dearer_than_a_uniform_guess(control, finished, star
     assert cost <= uniform + FAIR_EXCESS_NATS
 
 
-def test_auto_is_one_rule_for_a_loaded_model_and_for_its_controls(finished):
+def test_auto_is_one_rule_for_a_loaded_model_for_its_controls_and_for_a_random_start(finished):
     manifest = read_manifest(finished.data.shards)
     loaded = ModelConfig(init="models/any")
     controls = [replace(loaded, control_init=control) for control in ("fresh", "within-tensors")]
-    assert {kind_of(one, manifest=manifest) for one in (loaded, *controls)} == {"codebook"}
+    assert {kind_of(one, manifest=manifest) for one in (loaded, *controls, ModelConfig())} == {"codebook"}
     without = replace(manifest, given_ids=True)
     assert {kind_of(one, manifest=without) for one in (loaded, *controls)} == {"uniform"}
-    assert kind_of(ModelConfig(), manifest=manifest) == "random"
+    assert kind_of(ModelConfig(), manifest=without) == "random"
     assert kind_of(replace(loaded, new_embeddings="own"), manifest=manifest) == "own"
 
 
