@@ -147,7 +147,8 @@ docs: install
 codes256: install
 	$(BIN)/python launchers/prepare.py --source openmoji --image-size 128 --views 2 --out data/openmoji128
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --data.shards data/openmoji128 \
-		--data.seq-len 288 --train.global-batch-tokens 6912 --train.max-steps 2400 --run-dir runs/codes256
+		--data.seq-len 288 --train.global-batch-tokens 6912 --train.max-steps 2400 --model.new-embeddings random \
+		--run-dir runs/codes256
 
 # The model that `t2i play demo` opens: what it needs of the demo's export beside what the package has.
 SHIPPED := t2i/assets/demo

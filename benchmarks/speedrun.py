@@ -235,7 +235,7 @@ targets are fixed; everything else that `t2i train` has a flag for is free. Seco
 measuring are left out. The targets are means over five seeds: a held-out image loss of at most {LOSS_TARGET:.2f} nats
 per code (394 images, of which no variant was trained on), and at least {JUDGE_TARGET:.0%} of all that held-out captions
 state found in their drawn images by the [exact judge](evaluation.md#the-exact-judge). That is what the demo reached
-before any of these tries, with the defaults of `t2i train`.
+before any of these tries, with the defaults of `t2i train` then: codes drawn around zero.
 
 To try something: `python benchmarks/speedrun.py --name "what it is" -- FLAGS`. Behind ± is half of a 95% t interval of
 the mean over seeds. Seconds compare within one machine only.

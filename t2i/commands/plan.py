@@ -24,8 +24,8 @@ class PlanCommand(RunConfig):
     """The run, the machine and the price."""
 
     size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
-    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
-    override what it sets. Default: what those flags say."""
+    """One number for width, layers, heads, learning rate and batch: 6 is the first demo, 24 the paper's model.
+    Flags after it override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None

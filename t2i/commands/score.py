@@ -85,7 +85,7 @@ class ScoreCommand:
     """With the embedded images: judge whether images show what captions state (kind, colour, skin tone, flag, count).
     The judge is trained once, in some seconds."""
     controls: tuple[Literal["redrawn", "untrained", "shuffled"], ...] | None = None
-    """Rows drawn beside the model's, each at its full cost: untrained, by the same architecture before training;
+    """Rows drawn beside the model's, each at its full cost: untrained, by the same architecture, randomly initialised;
     redrawn, again by other seeds, which shows what chance does (once called shuffled). Default: untrained; none with
     --coco."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32

@@ -23,8 +23,8 @@ class TrainCommand(RunConfig):
     """All settings of a run, and two files."""
 
     size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
-    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
-    override what it sets. Default: what those flags say."""
+    """One number for width, layers, heads, learning rate and batch: 6 is the first demo, 24 the paper's model.
+    Flags after it override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON: ZeRO stage, precision, micro-batch size."""
     config: Path | None = None

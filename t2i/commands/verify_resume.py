@@ -32,8 +32,8 @@ class VerifyCommand(RunConfig):
     num_steps: Annotated[int, Ge(2)] = 20
     """Steps of the whole run; it stops after half of them."""
     size: Annotated[int | None, Ge(DEMO), Le(PAPER)] = None
-    """One number for width, layers, heads, learning rate and batch: 6 is the demo, 24 the paper's model. Flags after it
-    override what it sets. Default: what those flags say."""
+    """One number for width, layers, heads, learning rate and batch: 6 is the first demo, 24 the paper's model.
+    Flags after it override what it sets. Default: what those flags say."""
     ds_config: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON of the run."""
     config: Path | None = None

@@ -1,4 +1,4 @@
-"""Every setting of a training run; the defaults are the demo on the embedded images."""
+"""Every setting of a training run; the defaults train a small model on the embedded images."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

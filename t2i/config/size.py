@@ -1,7 +1,7 @@
-"""One number for the size of a randomly initialised model: from the demo (6) to the paper's model (24).
+"""One number for the size of a randomly initialised model: from the first demo (6) to the paper's model (24).
 
-Both ends are known: the demo was tried here, and the paper names its own. In between, each quantity follows the power
-law through these two points. Nothing between them was tried.
+Both ends are known: the first demo was tried here, and the paper names its own. In between, each quantity follows the
+power law through these two points. Nothing between them was tried.
 """
 
 import math

@@ -139,7 +139,8 @@ def _grow(
     if not isinstance(model.config, OpenLMConfig):
         check_shapes(model, name=config.init)
         check_reads(model, range(start.num_kept, layout.vocab_size), name=config.init)
-    if data.mode != "text-only" and (config.init != "random" or kind in FROM_SHARDS):
+    # Drawn like the rest of a model that is drawn: there is nothing to compare with.
+    if data.mode != "text-only" and (config.init, kind) != ("random", "random"):
         sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
         probe = Probe.of(sequences, layout=layout, num_old=start.num_kept)
         begin_fairly(

@@ -88,12 +88,12 @@ def _counts(found: list[dict[str, Any]]) -> str:
 
 
 def _people(found: list[dict[str, Any]]) -> str:
-    versions = [f"transformers {one['transformers']}" for one in found]
+    versions, oldest = [f"transformers {one['transformers']}" for one in found], found[0]["transformers"]
     lines = [
         "",
         "## Classes that people use",
         "",
-        f"| model | class | {' | '.join(versions)} | form | image weights |",
+        f"| model | class | {' | '.join(versions)} | form ({oldest}) | image weights ({oldest}) |",
     ]
     lines.append("|---" * (len(versions) + 4) + "|")
     for name, model_type in PEOPLE_USE.items():
