@@ -1,7 +1,11 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
+import json
+import logging
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +16,7 @@ from t2i.config import TokenizerConfig
 from t2i.data.sources import UNREADABLE, Source
 from t2i.disk import share
 from t2i.errors import DataError, UserError
-from t2i.files import hash_uniform
+from t2i.files import hash_uniform, read_json, write_json
 from t2i.image_tokenizer.alignment import sentence_embeddings
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
@@ -23,8 +27,10 @@ from t2i.measure.heldout_images import how_to_hold_out
 from t2i.measure.images import readable
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
+logger = logging.getLogger(__name__)
+
 FEATURES = "efficientnet_lite0"
-CONFIG = "config.json"
+CONFIG, MADE = "config.json", "made.json"
 LEAST_IMAGES = 2
 """Images that a Frechet distance can be measured on at all."""
 
@@ -32,15 +38,18 @@ LEAST_IMAGES = 2
 def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, command: str) -> Reconstruction:
     """Train an image tokenizer on the training split of a source and store it in fp16 at `out`.
 
+    A tokenizer that is there already, of the same source and settings, is kept as it is.
+
     Args:
         command: the command that made it, for the card.
 
     Raises:
-        UserError: `out` holds a finished tokenizer, or the state of a training with other settings.
+        UserError: `out` holds another tokenizer, or the state of a training with other settings.
         DataError: there are no images to train on, or too few to measure it on.
     """
+    asked = _as_read({"source": source.name, "split_rule": source.split_rule, "settings": asdict(config)})
     if (out / CONFIG).exists():
-        raise UserError(f"--out {out} already holds a tokenizer; choose another.")
+        return _made_before(out, asked)
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = (pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
@@ -63,6 +72,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
             source, measures, config, num_trained=len(images), command=command, features=metric_key(FEATURES)
         )
     )
+    write_json(part / MADE, {**asked, "measures": asdict(measures)})
     # Files, not the folder: `out` holds the training's state, which is removed last. Before it comes config.json, which
     # says that all is there: a kill before it leaves a training that the same command finishes.
     for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
@@ -70,6 +80,24 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     part.rmdir()
     (out / STATE_FILE).unlink()
     return measures
+
+
+def _as_read(value: dict[str, Any]) -> dict[str, Any]:
+    """Turn tuples into lists, as a file has them."""
+    return dict(json.loads(json.dumps(value)))
+
+
+def _made_before(out: Path, asked: dict[str, Any]) -> Reconstruction:
+    """Return the measures of the tokenizer at `out`, if it is the one that is asked for.
+
+    Raises:
+        UserError: it is another, or does not say.
+    """
+    made = read_json(out / MADE) if (out / MADE).exists() else {}
+    if {key: made.get(key) for key in asked} != asked:
+        raise UserError(f"--out {out} already holds a tokenizer of other images or settings; choose another.")
+    logger.warning("%s holds this tokenizer already: nothing to do.", out)
+    return Reconstruction(**made["measures"])
 
 
 def measure_folder(

@@ -103,10 +103,7 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
             return False
         # Between reading the records and taking the lock another worker may have done it.
         if read_record(out, job.name).state != "done":
-            record = _run(job, lock, study=study, out=out)
-            write_record(out, job.name, record)
-            # After the record: until then the job might be run again, and would resume. Measures read weights alone.
-            _drop_state(job, record)
+            _run(job, lock, study=study, out=out)
         return True
 
 
@@ -116,8 +113,12 @@ def _drop_state(job: Job, record: Record) -> None:
         drop_engine_state(job.run_dir)
 
 
-def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
-    """Run a job's process to its end, with its output in logs/NAME.log."""
+def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
+    """Run a job's process to its end, with its output in logs/NAME.log, and write its record.
+
+    Raises:
+        Stopped: on a signal. A job that it ended has no record, and will resume.
+    """
     script, *flags = job.command
     prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
     began = time.monotonic()
@@ -134,19 +135,24 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> Record:
         # A process per job: its memory ends with it, and one that is killed takes no worker with it.
         with _signals_passed_on(process) as signals:
             code = process.wait()
+    state = "done" if code in job.done_codes else "failed"
+    # A signal may come when all is done: such a job is not run again, and not all of them could be.
+    if state == "done" or not (signals or code == STOPPED):
+        if code:
+            logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
+        record = Record(
+            state,
+            code=code,
+            seconds=time.monotonic() - began,
+            command=tuple(job.command),
+            attempt=_new_attempt(),
+            time=time.time(),
+        )
+        write_record(out, job.name, record)
+        # After the record: until then the job might be run again, and would resume. Measures read weights alone.
+        _drop_state(job, record)
     if signals or code == STOPPED:
         raise Stopped(f"Stopped at {job.name}; run the same command to resume.")
-    state = "done" if code in job.done_codes else "failed"
-    if code:
-        logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
-    return Record(
-        state,
-        code=code,
-        seconds=time.monotonic() - began,
-        command=tuple(job.command),
-        attempt=_new_attempt(),
-        time=time.time(),
-    )
 
 
 def _not_run(state: str, reason: str, *, code: int | None = None) -> Record:

@@ -13,7 +13,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
 from t2i.study.runner import exit_status, local_workers, submit, work
 
@@ -361,6 +361,22 @@ def test_a_killed_grid_goes_on(toy, number, code):
     assert sorted(calls(folder)) == ["a", "c", "slow", "slow"]
     assert time.monotonic() - began > 1.5
     assert json.loads((folder / "out" / "jobs" / "slow.json").read_text())["state"] == "done"
+
+
+ENDS_ON_A_SIGNAL = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_job_that_ends_well_on_a_signal_is_done_and_the_worker_stops(toy):
+    job, study, folder = toy
+    (folder / "toy.py").write_text(ENDS_ON_A_SIGNAL)
+    with pytest.raises(Stopped, match="Stopped at a"):
+        work(lambda: [job("a"), job("b")], study=study, out=folder / "out")
+    assert [read_record(folder / "out", name).state for name in ("a", "b")] == ["done", "open"]
 
 
 def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp_path, monkeypatch, capfd):
