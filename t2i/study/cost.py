@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from t2i.config import ASSETS, Gpu, ModelConfig, PlanConfig, RunConfig
-from t2i.cost.assumptions import is_there, known_data
+from t2i.cost.assumptions import known_data
 from t2i.cost.devices import find_device
 from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, weight_bytes
 from t2i.cost.plan import START_SECONDS, work_of
@@ -76,11 +76,16 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     assumed: dict[str, Any] = dict(study.assumed)
     plan = replace(_embedded(), **assumed)
     runs = training_runs(study, out=out)
-    made = {str(config.run_dir): config.model for config in runs.values()}
+    # What has begun is no model yet either.
+    unmade = {
+        str(config.run_dir): config.model
+        for name, config in runs.items()
+        if read_record(out, name).state != "done"
+    }
     return [
         _cost(
             name,
-            replace(config, model=_sized(config.model, made)),
+            replace(config, model=_sized(config.model, unmade)),
             plan=plan,
             element_bytes=element,
             micro_batch=micro_batch,
@@ -134,19 +139,18 @@ def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> 
     return sum(START_SECONDS + max(pair) for pair in zip(products, least, strict=True))
 
 
-def _sized(model: ModelConfig, made: dict[str, ModelConfig]) -> ModelConfig:
+def _sized(model: ModelConfig, unmade: dict[str, ModelConfig]) -> ModelConfig:
     """Give a start that a step of the study has yet to make the size that the step will give it.
 
     Args:
-        made: run folder of a step -> what it trains.
+        unmade: run folder of a step -> what it trains.
     """
-    start = made.get(model.init)
-    if start is None or is_there(model.init):
+    start = unmade.get(model.init)
+    if start is None:
         return model
-    # A start that is drawn at random keeps its name: whatever needs a loaded model, such as a control, stays valid.
-    init = model.init if start.init == "random" else start.init
-    sized = replace(model, init=init, **{name: getattr(start, name) for name in SIZE})
-    return sized if init == model.init else _sized(sized, made)
+    # A start that is drawn at random has a name still: whatever needs a loaded model, such as a control, stays valid.
+    init = f"{model.init} (not made yet)" if start.init == "random" else start.init
+    return _sized(replace(model, init=init, **{name: getattr(start, name) for name in SIZE}), unmade)
 
 
 def _cost(

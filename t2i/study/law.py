@@ -13,7 +13,7 @@ Source: Hernandez et al. 2021, Scaling laws for transfer, for the transferred to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -27,6 +27,8 @@ LOW = np.array([0, -12, 0, -12, 0, -12, -2, -2, 0], dtype=float)
 HIGH = np.array([20, 6, 3, 6, 3, 6, 2, 2, 2], dtype=float)
 LARGEST = 1e6
 """Bound of what a power may become while a fit searches."""
+FAR = 1e3
+"""Farther apart, as a logarithm, than any two sizes or ages are."""
 SEARCH = 200
 """Steps of a fit at most: where few cells are left, a valley may have no end."""
 FEWEST_SIZES, FEWEST_AGES = 4, 2
@@ -61,6 +63,10 @@ class Law:
         """Compute the loss of cells, (M,)."""
         return FORMS[self.form](self.theta, *_scaled(cells, self.units))
 
+    def worth(self, cells: Cells) -> np.ndarray:
+        """Compute the loss of cells less that of a random start at the same size and tokens, (M,)."""
+        return self.predict(cells) - self.predict(replace(cells, ages=np.zeros_like(cells.ages)))
+
     def values(self) -> dict[str, float]:
         """Return every number by name, A, B and K themselves."""
         theta = self.theta.copy()
@@ -75,6 +81,8 @@ class Fold:
     law: Law
     errors: np.ndarray
     """Measured minus predicted of the cells that were left out."""
+    worth_errors: np.ndarray
+    """The same of what pre-training is worth in them: of the loss less that of the random start beside it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class LeftOut:
     @property
     def rms(self) -> float:
         """The error of all left-out cells, nats."""
-        return _rms(np.concatenate([fold.errors for fold in (*self.size, *self.start)]))
+        return rms(np.concatenate([fold.errors for fold in (*self.size, *self.start)]))
 
 
 @dataclass(frozen=True)
@@ -120,18 +128,30 @@ class Fit:
         The error of a cell whose size was not fitted is that of left-out edge sizes, as it lies beyond an edge itself.
         The error of another cell is that of left-out pre-trained arms.
         """
-        is_new = ~np.isin(cells.parameters, self.sizes)
-        half = np.where(is_new, half_width(self.folds.size), half_width(self.folds.start))
-        loss = self.law.predict(cells)
-        return loss, loss - half, loss + half
+        return self._interval(self.law.predict(cells), cells, key="errors")
+
+    def predicted_worth(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Predict the loss of pre-trained cells less that of the random start at the same size and tokens, likewise."""
+        return self._interval(self.law.worth(cells), cells, key="worth_errors")
+
+    def _interval(
+        self, middle: np.ndarray, cells: Cells, *, key: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        of_sizes, of_starts = (
+            half_width([getattr(fold, key) for fold in folds])
+            for folds in (self.folds.size, self.folds.start)
+        )
+        half = np.where(np.isin(cells.parameters, self.sizes), of_starts, of_sizes)
+        return middle, middle - half, middle + half
 
 
-def half_width(folds: list[Fold]) -> float:
-    """Compute the half of an interval, nats, by Student's t."""
+def half_width(folds: list[np.ndarray]) -> float:
+    """Compute the half of an interval, nats, by Student's t, from the errors of each fold."""
     # Cells of a fold err together, so a fold is one observation, however many cells it has. No mean of the errors is
     # taken, so each counts whole.
-    quantile = float(stats.t.ppf((1 + COVERAGE) / 2, len(folds)))
-    return quantile * _rms(np.array([_rms(fold.errors) for fold in folds]))
+    found = np.array([rms(errors) for errors in folds if len(errors)])
+    quantile = float(stats.t.ppf((1 + COVERAGE) / 2, len(found)))
+    return quantile * rms(found) if len(found) else np.nan
 
 
 def fit_law(cells: Cells, losses: np.ndarray) -> Fit:
@@ -149,7 +169,35 @@ def fit_law(cells: Cells, losses: np.ndarray) -> Fit:
     units = (_centre(cells.parameters), _centre(cells.tokens), _centre(cells.ages[cells.ages > 0]))
     left_out = {form: _left_out(form, cells, losses, units) for form in FORMS}
     law = _fitted(min(left_out, key=lambda form: left_out[form].rms), cells, losses, units)
-    return Fit(law, sizes, _rms(losses - law.predict(cells)), left_out)
+    return Fit(law, sizes, rms(losses - law.predict(cells)), left_out)
+
+
+def pairs_of(cells: Cells) -> list[tuple[int, int]]:
+    """Pair pre-trained cells with those of a random start at the same size and tokens, by their places."""
+    bases = {
+        (cells.parameters[place], cells.tokens[place]): place
+        for place in np.flatnonzero(cells.ages == 0).tolist()
+    }
+    found = [
+        (place, bases.get((cells.parameters[place], cells.tokens[place])))
+        for place in np.flatnonzero(cells.ages > 0).tolist()
+    ]
+    return [(place, base) for place, base in found if base is not None]
+
+
+def nearest(cells: Cells, losses: np.ndarray, *, wanted: Cells) -> np.ndarray:
+    """Predict each wanted cell by the loss of the nearest one, (M,): what a law must do better than.
+
+    The nearest is of a random start for a random start, of the same tokens where there are some, then by the factor
+    between sizes and ages.
+    """
+
+    def logs(some: Cells) -> np.ndarray:
+        ages = np.where(some.ages > 0, np.log(np.maximum(some.ages, 1.0)), -FAR)
+        return np.stack([np.log(some.parameters), FAR * np.log(some.tokens), ages], axis=1)
+
+    distances = np.abs(logs(wanted)[:, None] - logs(cells)[None]).sum(-1)
+    return np.asarray(losses[distances.argmin(1)])
 
 
 def _transferred(theta: np.ndarray, n: np.ndarray, d: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -177,7 +225,12 @@ def _left_out(form: str, cells: Cells, losses: np.ndarray, units: tuple[float, f
 
     def fold(is_out: np.ndarray) -> Fold:
         law = _fitted(form, cells.kept(~is_out), losses[~is_out], units)
-        return Fold(law, losses[is_out] - law.predict(cells.kept(is_out)))
+        residuals = losses - law.predict(cells)
+        pairs = [(place, base) for place, base in beside if is_out[place]]
+        worths = np.array([residuals[place] - residuals[base] for place, base in pairs])
+        return Fold(law, residuals[is_out], worths)
+
+    beside = pairs_of(cells)
 
     of_sizes = [cells.parameters == size for size in np.unique(cells.parameters)]
     pretrained = [is_size & (cells.ages > 0) for is_size in of_sizes]
@@ -218,5 +271,6 @@ def _centre(values: np.ndarray) -> float:
     return float(np.exp(np.log(values).mean()))
 
 
-def _rms(errors: np.ndarray) -> float:
+def rms(errors: np.ndarray) -> float:
+    """Compute the root of the mean square."""
     return float(np.sqrt((errors**2).mean()))

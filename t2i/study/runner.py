@@ -139,7 +139,9 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
     # A signal may come when all is done: such a job is not run again, and not all of them could be.
     if state == "done" or not (signals or code == STOPPED):
         if code:
-            logger.warning("%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log")
+            logger.warning(
+                "%s ended with status %d; see %s", job.name, code, out / "logs" / f"{job.name}.log"
+            )
         record = Record(
             state,
             code=code,

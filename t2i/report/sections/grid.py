@@ -52,9 +52,12 @@ class Grid:
 
     def tokens(self) -> dict[int, int]:
         """Map measured steps to tokens."""
-        # Of any arm: all see the same sequences in the same order.
-        one = next(iter(self.curves.values()))
-        return dict(zip(one.steps, one.tokens, strict=True))
+        # Of all arms, which see the same sequences in the same order, though some for more steps.
+        return {
+            step: tokens
+            for one in self.curves.values()
+            for step, tokens in zip(one.steps, one.tokens, strict=True)
+        }
 
 
 def read_grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) -> Grid:

@@ -1,7 +1,6 @@
 """A law of model size, tokens and age of the language model, and whether it predicts cells that it has not seen."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,10 @@ from matplotlib.figure import Figure
 from t2i.errors import UserError
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.grid import Grid, read_grid
+from t2i.report.sections.predictions import Prediction, outcome, prediction_table, predictions_of, worths_of
 from t2i.report.sections.section import Section, SectionKind
 from t2i.study.jobs import run_config
-from t2i.study.law import COVERAGE, Fit, LeftOut, fit_law, half_width
+from t2i.study.law import COVERAGE, Fit, LeftOut, fit_law, half_width, nearest
 from t2i.study.spec import Study, nearest_name
 
 
@@ -40,53 +40,34 @@ def law(
     grid = read_grid(study, out, ages=ages, value=value)
     asked = [arm for arm in ages if arm not in held_out]
     fitted = {arm: steps for arm in asked if all(grid.has(arm, step) for step in steps)}
-    # A seed that only some arms have finished would move these alone.
-    seeds = sorted(set.intersection(*(set(grid.curves[arm].seeds) for arm in fitted))) if fitted else []
+    seeds = _common_seeds(grid, fitted)
     missing = _missing(study, grid, asked=asked, fitted=fitted, seeds=seeds)
     if not seeds:
         return Section("A law", f"Nothing is fitted: no seed is finished at steps {steps}. {missing}")
     known = grid.tokens()
     if unknown := sorted({step for steps in held_out.values() for step in steps} - known.keys()):
         raise UserError(f"law: held_out has step {unknown[0]}; measured are {', '.join(map(str, known))}.")
+    cells, losses = grid.cells(fitted), grid.losses(fitted, seeds=seeds)
     try:
-        fit = fit_law(grid.cells(fitted), grid.losses(fitted, seeds=seeds))
+        fit = fit_law(cells, losses)
     except ValueError as error:
         return Section("A law", f"Nothing is fitted: {error} {missing}")
-    predictions = _predictions(fit, grid, held_out, seeds=seeds)
+    simple = nearest(cells, losses, wanted=grid.cells(held_out))
+    predictions = predictions_of(fit, grid, held_out, seeds=seeds, simple=simple)
+    worths = worths_of(fit, grid, held_out, fitted, seeds=seeds)
     sentences = [
         f"Held-out {value} of {len(fitted) * len(steps)} cells, means over seeds {_listed(seeds)}, is fitted as"
         f" {_law_in_words(fit)}",
         missing,
         _limits(study, out, arms=list(ages)),
-        _outcome(predictions),
+        outcome(predictions, worths),
     ]
     return Section(
         "A law",
         " ".join(filter(None, sentences)),
         _draw(fit, grid, fitted, predictions, seeds=seeds, value=value),
-        _table(predictions),
+        prediction_table([*predictions, *worths]),
     )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One held-out cell."""
-
-    arm: str
-    step: int
-    parameters: float
-    tokens: float
-    age: float
-    loss: float
-    low: float
-    high: float
-    measured: float | None
-    """The mean over the seeds of the fit; None before all of them are finished."""
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether what was measured lies in the interval."""
-        return self.measured is not None and self.low <= self.measured <= self.high
 
 
 def _check_arms(study: Study, ages: dict[str, str | float], held_out: dict[str, list[int]]) -> None:
@@ -97,44 +78,34 @@ def _check_arms(study: Study, ages: dict[str, str | float], held_out: dict[str, 
         raise UserError(f"law: held_out has {unknown[0]}, of which ages says nothing.")
 
 
+def _common_seeds(grid: Grid, fitted: dict[str, list[int]]) -> list[int]:
+    """List the seeds that all fitted arms have finished; arms with the fewest leave the fit until there are some."""
+    # A seed that only some arms have finished would move these alone.
+    while fitted:
+        if found := set.intersection(*(set(grid.curves[arm].seeds) for arm in fitted)):
+            return sorted(found)
+        del fitted[min(fitted, key=lambda arm: len(grid.curves[arm].seeds))]
+    return []
+
+
 def _missing(
     study: Study, grid: Grid, *, asked: list[str], fitted: dict[str, list[int]], seeds: list[int]
 ) -> str:
     """Say which arms and seeds a fit goes without; empty if it has all."""
-    absent = [arm for arm in asked if arm not in fitted]
-    said = [f"Without finished runs, the cells of {_listed(absent)} are left out."] if absent else []
+    said = []
+    if absent := [arm for arm in asked if arm not in grid.curves]:
+        said.append(f"Without finished runs, the cells of {_listed(absent)} are left out.")
+    if short := [arm for arm in asked if arm in grid.curves and arm not in fitted]:
+        said.append(
+            f"The cells of {_listed(short)} are left out: not measured at all of these steps, or by no seed that the"
+            " others have finished."
+        )
     for seed in sorted({seed for arm in fitted for seed in study.seeds_of(arm)} - set(seeds)):
         unfinished = [arm for arm in fitted if seed not in grid.curves[arm].seeds]
         said.append(
             f"Seed {seed} is left out of all cells, since it is not finished in {_listed(unfinished)}."
         )
     return " ".join(said)
-
-
-def _predictions(
-    fit: Fit, grid: Grid, held_out: dict[str, list[int]], *, seeds: list[int]
-) -> list[Prediction]:
-    cells = grid.cells(held_out)
-    places = [(arm, step) for arm, steps in held_out.items() for step in steps]
-    known = [
-        float(grid.losses({arm: [step]}, seeds=seeds)[0]) if grid.has(arm, step, seeds=seeds) else None
-        for arm, step in places
-    ]
-    loss, low, high = fit.predicted(cells)
-    return [
-        Prediction(
-            arm,
-            step,
-            parameters=float(cells.parameters[cell]),
-            tokens=float(cells.tokens[cell]),
-            age=float(cells.ages[cell]),
-            loss=float(loss[cell]),
-            low=float(low[cell]),
-            high=float(high[cell]),
-            measured=known[cell],
-        )
-        for cell, (arm, step) in enumerate(places)
-    ]
 
 
 def _law_in_words(fit: Fit) -> str:
@@ -153,9 +124,10 @@ def _law_in_words(fit: Fit) -> str:
 
 
 def _intervals_in_words(folds: LeftOut) -> str:
+    of_sizes, of_starts = (half_width([fold.errors for fold in some]) for some in (folds.size, folds.start))
     return (
-        f"{COVERAGE:.0%} intervals are +- {half_width(folds.size):.3f} nats at a size that was not fitted, from fits"
-        f" without the smallest and without the largest size, and +- {half_width(folds.start):.3f} nats at another,"
+        f"{COVERAGE:.0%} intervals are +- {of_sizes:.3f} nats at a size that was not fitted, from fits"
+        f" without the smallest and without the largest size, and +- {of_starts:.3f} nats at another,"
         f" from fits without the pre-trained arms of a size: Student's t with {len(folds.size)} and"
         f" {len(folds.start)} degrees of freedom, one for each fit."
     )
@@ -173,46 +145,8 @@ def _limits(study: Study, out: Path, *, arms: list[str]) -> str:
     )
 
 
-def _outcome(predictions: list[Prediction]) -> str:
-    known = [one for one in predictions if one.measured is not None]
-    if not known:
-        return f"{len(predictions)} held-out cells are predicted; none is finished yet."
-    arms = {one.arm for one in known}
-    outside = {one.arm for one in known if not one.is_inside}
-    rest = len(predictions) - len(known)
-    return (
-        f"Of {len(known)} held-out cells, {sum(one.is_inside for one in known)} fell into their {COVERAGE:.0%}"
-        f" intervals; of their {len(arms)} arms, {len(arms - outside)} did with every cell, and cells of one arm err"
-        " together" + (f"; {rest} cells are not finished yet." if rest else ".")
-    )
-
-
 def _listed(names: Sequence[object]) -> str:
     return ", ".join(map(str, names))
-
-
-def _table(predictions: list[Prediction]) -> list[list[str]]:
-    head = [
-        "held-out cell",
-        "parameters",
-        "tokens",
-        "age",
-        "predicted",
-        f"{COVERAGE:.0%} interval",
-        "measured",
-        "",
-    ]
-    return [head] + [
-        [
-            f"{one.arm}, step {one.step}",
-            *(f"{amount:,.3g}" for amount in (one.parameters, one.tokens, one.age)),
-            f"{one.loss:.3f}",
-            f"{one.low:.3f} to {one.high:.3f}",
-            "not finished" if one.measured is None else f"{one.measured:.3f}",
-            "" if one.measured is None else ("inside" if one.is_inside else "outside"),
-        ]
-        for one in predictions
-    ]
 
 
 def _draw(
@@ -245,7 +179,7 @@ def _draw(
         right.plot(one.loss, height, color="0.2", marker="|", markersize=9)
         if one.measured is not None:
             right.plot(one.measured, height, color="#D55E00", marker="o", markersize=4)
-    right.set_yticks(heights, [f"{one.arm}, {one.step}" for one in predictions], fontsize=6)
+    right.set_yticks(heights, [one.name for one in predictions], fontsize=6)
     right.set(xlabel="predicted (grey) and measured (dots)")
     for axis in (left, right):
         finish(axis)

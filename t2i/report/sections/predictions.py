@@ -1,0 +1,151 @@
+"""What a law predicts of held-out cells, beside what came: their losses, and what pre-training is worth in them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from t2i.report.sections.grid import Grid
+from t2i.study.law import COVERAGE, Fit, pairs_of, rms
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One held-out cell, or what pre-training is worth there."""
+
+    name: str
+    arm: str
+    parameters: float
+    tokens: float
+    age: float
+    loss: float
+    low: float
+    high: float
+    simple: float
+    """What the nearest fitted cell says; nan for a worth."""
+    measured: float | None
+    """The mean over the seeds of the fit; None before all of them are finished."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether what was measured lies in the interval."""
+        return self.measured is not None and self.low <= self.measured <= self.high
+
+
+def predictions_of(
+    fit: Fit, grid: Grid, held_out: dict[str, list[int]], *, seeds: list[int], simple: np.ndarray
+) -> list[Prediction]:
+    """Predict held-out cells.
+
+    Args:
+        seeds: those that the fit's losses are means over.
+        simple: the losses of the nearest fitted cells, (M,).
+    """
+    cells = grid.cells(held_out)
+    loss, low, high = fit.predicted(cells)
+    return [
+        Prediction(
+            f"{arm}, step {step}",
+            arm,
+            parameters=float(cells.parameters[cell]),
+            tokens=float(cells.tokens[cell]),
+            age=float(cells.ages[cell]),
+            loss=float(loss[cell]),
+            low=float(low[cell]),
+            high=float(high[cell]),
+            simple=float(simple[cell]),
+            measured=_measured(grid, arm, step, seeds=seeds),
+        )
+        for cell, (arm, step) in enumerate(_places(held_out))
+    ]
+
+
+def worths_of(
+    fit: Fit, grid: Grid, held_out: dict[str, list[int]], fitted: dict[str, list[int]], *, seeds: list[int]
+) -> list[Prediction]:
+    """Predict what pre-training is worth in held-out cells that have a random start beside them.
+
+    What a law gets wrong of a size is in both, so a worth is predicted more narrowly than a loss.
+    """
+    arms = {**fitted, **held_out}
+    places, cells = _places(arms), grid.cells(arms)
+    loss, low, high = fit.predicted_worth(cells)
+    found = []
+    for cell, base in pairs_of(cells):
+        (arm, step), other = places[cell], places[base][0]
+        if arm not in held_out or np.isnan(low[cell]):
+            continue
+        ends = [_measured(grid, one, step, seeds=seeds) for one in (arm, other)]
+        found.append(
+            Prediction(
+                f"{arm} - {other}, step {step}",
+                arm,
+                parameters=float(cells.parameters[cell]),
+                tokens=float(cells.tokens[cell]),
+                age=float(cells.ages[cell]),
+                loss=float(loss[cell]),
+                low=float(low[cell]),
+                high=float(high[cell]),
+                simple=np.nan,
+                measured=None if ends[0] is None or ends[1] is None else ends[0] - ends[1],
+            )
+        )
+    return found
+
+
+def _places(arms: dict[str, list[int]]) -> list[tuple[str, int]]:
+    return [(arm, step) for arm, steps in arms.items() for step in steps]
+
+
+def _measured(grid: Grid, arm: str, step: int, *, seeds: list[int]) -> float | None:
+    return float(grid.losses({arm: [step]}, seeds=seeds)[0]) if grid.has(arm, step, seeds=seeds) else None
+
+
+def outcome(predictions: list[Prediction], worths: list[Prediction]) -> str:
+    """Say how many cells and worths fell into their intervals."""
+    known = [one for one in predictions if one.measured is not None]
+    if not known:
+        return f"{len(predictions)} held-out cells are predicted; none is finished yet."
+    arms = {one.arm for one in known}
+    outside = {one.arm for one in known if not one.is_inside}
+    rest = len(predictions) - len(known)
+    measured = np.array([one.measured for one in known])
+    errors = [rms(measured - np.array([getattr(one, key) for one in known])) for key in ("loss", "simple")]
+    said = (
+        f"Of {len(known)} held-out cells, {sum(one.is_inside for one in known)} fell into their {COVERAGE:.0%}"
+        f" intervals; of their {len(arms)} arms, {len(arms - outside)} did with every cell, and cells of one arm err"
+        f" together. The law's error there is {errors[0]:.3f} nats (root of the mean square), that of the"
+        f" nearest fitted cell {errors[1]:.3f}"
+    )
+    if of_worth := [one for one in worths if one.measured is not None]:
+        said += (
+            f". Of {len(of_worth)} differences to the random start,"
+            f" {sum(one.is_inside for one in of_worth)} fell into theirs"
+        )
+    return said + (f"; {rest} cells are not finished yet." if rest else ".")
+
+
+def prediction_table(predictions: list[Prediction]) -> list[list[str]]:
+    """Tabulate predictions beside what came."""
+    head = [
+        "held-out cell",
+        "parameters",
+        "tokens",
+        "age",
+        "predicted",
+        f"{COVERAGE:.0%} interval",
+        "nearest fitted cell",
+        "measured",
+        "",
+    ]
+    return [head] + [
+        [
+            one.name,
+            *(f"{amount:,.3g}" for amount in (one.parameters, one.tokens, one.age)),
+            f"{one.loss:.3f}",
+            f"{one.low:.3f} to {one.high:.3f}",
+            "" if np.isnan(one.simple) else f"{one.simple:.3f}",
+            "not finished" if one.measured is None else f"{one.measured:.3f}",
+            "" if one.measured is None else ("inside" if one.is_inside else "outside"),
+        ]
+        for one in predictions
+    ]
