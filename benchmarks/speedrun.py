@@ -30,11 +30,11 @@ from t2i.study.statistics import paired_test
 
 ROOT = Path(__file__).parents[1]
 FILE, PAGE = side_by_side.RESULTS / "speedrun.json", ROOT / "docs" / "speedrun.md"
-DS_CONFIG = "--ds_config"
 BF16, FP32 = "ds_configs/zero2_bf16_cpu.json", "ds_configs/zero2_fp32.json"
 LOSS_TARGET, JUDGE_TARGET = 3.60, 0.80
 """What the demo reached before any try: 1,600 steps of 32 images, with train's defaults (one seed)."""
 FIXED = (
+    "--config",  # a file may set any of the others
     "--data.",
     "--run-dir",
     "--train.seed",
@@ -69,11 +69,20 @@ def main() -> None:
             parser.error("no try has reached the targets yet; name a new one with --name")
         name, flags = best["name"], best["flags"]
     for flag in flags:
-        if flag.startswith(FIXED):
+        if spelt(flag).startswith(FIXED):
             parser.error(f"{flag} is the same for all tries: images, seeds and what is measured")
-    use_two_cores()
+    for one in tries:
+        if one["name"] == name and one["flags"] != flags:
+            parser.error(
+                f"{name} is a try with other flags, {shlex.join(one['flags'])}; choose another --name"
+            )
+        if one["name"] == name and len(one["runs"]) > options.seeds:
+            parser.error(f"{name} has {len(one['runs'])} seeds, which --seeds {options.seeds} would replace")
     # Of this commit: seconds of another one's code are no seconds of this one's.
     facts = side_by_side.facts()
+    if facts["commit"].endswith("+"):
+        sys.exit("Files differ from the last commit, by which a try is kept; commit them first.")
+    use_two_cores()
     folder = options.out / f"{slug(name)}-{facts['commit'][:8]}"
     runs = []
     for seed in range(options.seeds):
@@ -81,17 +90,24 @@ def main() -> None:
         print(f"{name}, seed {seed}: {said(runs[-1])}", flush=True)
     made = {"name": name, "flags": flags, "runs": runs, **facts}
     # The same try again, with more seeds or on another machine, takes the place of the earlier one.
+    # Read again: another try may have ended in these hours.
+    tries = json.loads(FILE.read_text()) if FILE.exists() else []
     tries = [one for one in tries if one["name"] != name] + [made]
     FILE.write_text(json.dumps(tries, indent=1) + "\n")
     PAGE.write_text(page_of(tries))
     print(f"{name}: {verdict_of(made)}. {PAGE} has all tries.")
 
 
+def spelt(flag: str) -> str:
+    """Return the name in a flag in one spelling: both `-` and `_` are taken, and a value may follow `=`."""
+    return flag.partition("=")[0].replace("_", "-")
+
+
 def run_of(flags: list[str], *, seed: int, folder: Path) -> dict[str, float]:
     """Train and score one seed, or read what an earlier call has done of it."""
     command = [sys.executable, "-m", "t2i", "train", *flags, "--train.seed", str(seed)]
-    if DS_CONFIG not in flags:
-        command += [DS_CONFIG, BF16 if multiplies_bf16() else FP32]
+    if not any(spelt(flag) == "--ds-config" for flag in flags):
+        command += ["--ds_config", BF16 if multiplies_bf16() else FP32]
     # Nothing but training is timed: what is measured is measured at the end.
     once = ["--train.eval-every", "1000000", "--train.eval-images", "1000", "--train.save-every", "0"]
     call([*command, *once, "--run-dir", str(folder)])

@@ -73,7 +73,7 @@ def test_a_finished_seed_is_not_trained_again(speedrun, monkeypatch, tmp_path):
     assert train[1:4] == ["-m", "t2i", "train"] and train[train.index("--train.seed") + 1] == "3"
 
 
-def test_seeds_of_another_commit_are_not_this_ones(speedrun, monkeypatch, tmp_path):
+def test_seeds_of_another_commit_are_not_this_ones(speedrun, monkeypatch, tmp_path, capsys):
     folders = []
 
     def run_of(flags, *, seed, folder):
@@ -92,6 +92,33 @@ def test_seeds_of_another_commit_are_not_this_ones(speedrun, monkeypatch, tmp_pa
     assert len(set(folders)) == 10
     (kept,) = speedrun.json.loads((tmp_path / "speedrun.json").read_text())
     assert kept["commit"] == "b" * 40
+    for changed, sentence in (
+        (["--seeds", "1"], "a try has 5 seeds, which --seeds 1 would replace"),
+        (["--", "--train.lr", "1e-2"], "a try is a try with other flags"),
+    ):
+        monkeypatch.setattr("sys.argv", ["speedrun.py", "--name", "a try", *changed])
+        with pytest.raises(SystemExit):
+            speedrun.main()
+        assert sentence in capsys.readouterr().err
+    monkeypatch.setattr(speedrun.side_by_side, "facts", lambda: facts | {"commit": "b" * 40 + "+"})
+    monkeypatch.setattr("sys.argv", ["speedrun.py", "--name", "another try"])
+    with pytest.raises(SystemExit, match="Files differ from the last commit"):
+        speedrun.main()
+
+
+def test_the_deepspeed_file_of_a_try_is_kept_however_it_is_spelt(speedrun, monkeypatch, tmp_path):
+    called = []
+
+    def call(command):
+        called.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(speedrun, "call", call)
+    for flags in (["--ds_config", "mine.json"], ["--ds-config=mine.json"], []):
+        with pytest.raises(SystemExit):
+            speedrun.run_of(flags, seed=0, folder=tmp_path)
+    shipped = [[word for word in command if word.startswith("ds_configs/")] for command in called]
+    assert [len(words) for words in shipped] == [0, 0, 1]
 
 
 def test_without_a_record_the_fastest_pilot_is_run_with_enough_seeds(speedrun, monkeypatch, tmp_path):
@@ -102,6 +129,8 @@ def test_without_a_record_the_fastest_pilot_is_run_with_enough_seeds(speedrun, m
     monkeypatch.setattr(
         speedrun, "run_of", lambda flags, *, seed, folder: pilots[1]["runs"][0] | {"seed": seed}
     )
+    facts = {"commit": "a" * 40, "machine": "a machine", "date": "2026-01-01"}
+    monkeypatch.setattr(speedrun.side_by_side, "facts", lambda: facts)
     monkeypatch.setattr(speedrun, "use_two_cores", lambda: None)
     monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
     monkeypatch.setattr(speedrun, "PAGE", tmp_path / "speedrun.md")
@@ -116,7 +145,9 @@ def test_without_a_record_the_fastest_pilot_is_run_with_enough_seeds(speedrun, m
     ]
 
 
-@pytest.mark.parametrize("flag", ["--data.shards", "--train.eval-images", "--train.seed"])
+@pytest.mark.parametrize(
+    "flag", ["--data.shards", "--train.eval-images", "--train.seed", "--train.sample_every", "--config"]
+)
 def test_what_is_the_same_for_all_tries_is_no_trys_to_set(speedrun, monkeypatch, tmp_path, flag, capsys):
     monkeypatch.setattr(speedrun, "FILE", tmp_path / "speedrun.json")
     monkeypatch.setattr("sys.argv", ["speedrun.py", "--name", "a try", "--", flag, "1"])

@@ -167,7 +167,7 @@ def train_image_tokenizer(
         if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
             codebook.revive(latents, generator=generator)
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
             training.save(out / STATE_FILE, step=step + 1)
     return model

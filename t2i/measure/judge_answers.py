@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from t2i.errors import DataError
 from t2i.files import parse_json, write_whole
 
 ANSWERS = "judge_answers.jsonl"
@@ -35,7 +36,12 @@ def read_answers(file: Path) -> dict[str, Score]:
     if torn:  # else the next answer would be written behind it
         write_whole(file, f"{whole}\n" if whole else "")
     lines = (parse_json(line, where=file) for line in whole.splitlines())
-    return {line["key"]: line["score"] for line in lines}
+    answers = {}
+    for line in lines:
+        if not {"key", "score"} <= line.keys():
+            raise DataError(f"{file} has a line without key and score: {json.dumps(line):.200}. Remove it.")
+        answers[line["key"]] = line["score"]
+    return answers
 
 
 def keep_answers(file: Path, answers: Mapping[str, Score]) -> None:

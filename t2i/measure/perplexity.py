@@ -1,5 +1,6 @@
 """Held-out perplexity by kind of token, and image loss by position on the code grid."""
 
+import logging
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +23,10 @@ from t2i.model.backbone import head_of, hidden_states, softmax_rows, trained_seq
 from t2i.model.loss import NUM_SUMS, LossSums, split_sums, token_losses
 from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 from t2i.runs.run_folder import read_settings
-from t2i.tokens.sequence import Mode, next_token_labels
+from t2i.tokens.sequence import Mode, caption_room, next_token_labels
 from t2i.tokens.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 PERPLEXITY = "perplexity.json"
 METER_IMAGES = 2_048
@@ -108,6 +111,8 @@ class SplitCosts:
     """Caption sensitivity; None for sequences without captions."""
     label_captions: CaptionMeter | None = None
     """Of a split in other words: that of the same images under the captions of the split whose images they are."""
+    cut_captions: int = 0
+    """Images whose captions are longer than a sequence has room for: their ends are not read."""
 
     def to_json(self) -> dict[str, object]:
         """Give it the form of a split in perplexity.json."""
@@ -144,12 +149,20 @@ def measure_perplexity(
     manifest = read_pairs_manifest(config, model=model)
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)
     results = {}
+    room = caption_room(mode=config.mode, seq_len=config.seq_len, num_codes=manifest.codes_per_image)
     for split in (split for split in manifest.counts if split != TRAIN):
         samples = list(read_split(config.shards, split, num_samples=num_images, remote=config.remote))
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
         costs = split_costs(model, ids, batch_size=batch_size, image_size=manifest.image_size or None)
         if config.mode == "text-to-image":
+            if cut := sum(len(caption) > room for caption in captions):
+                logger.warning(
+                    "%s: %d of %d captions are longer than the %d tokens that data.seq_len %d has room for, and are"
+                    " truncated.",
+                    *(split, cut, len(captions), room, config.seq_len),
+                )
+            costs = replace(costs, cut_captions=cut)
             step = max(1, len(samples) // METER_IMAGES)
             heard = [with_ids(*one) for one in zip(samples, captions, strict=True)][::step][:METER_IMAGES]
             measure = partial(
@@ -175,12 +188,13 @@ def _labelled(
     """Find the captions that images have in another split: place of each sample that is there -> it with those ids."""
     # By codes and style: the two splits have keys of their own.
     wanted = {_looks(sample): place for place, sample in enumerate(samples)}
-    found = {
-        wanted[_looks(one)]: caption_ids_of(one, tokenizer=to_apply)
-        for one in read_split(config.shards, split, remote=config.remote)
-        if _looks(one) in wanted
-    }
-    return {place: with_ids(samples[place], found[place]) for place in sorted(found)}
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for one in read_split(config.shards, split, remote=config.remote):
+        if (place := wanted.get(_looks(one))) is not None:
+            found.setdefault(place, set()).add(tuple(caption_ids_of(one, tokenizer=to_apply).tolist()))
+    # Where codes are few, images of several captions may share them all: which one is meant is not known then.
+    alone = {place: next(iter(ids)) for place, ids in found.items() if len(ids) == 1}
+    return {place: with_ids(samples[place], torch.tensor(alone[place])) for place in sorted(alone)}
 
 
 def _looks(sample: Sample) -> tuple[bytes, str]:

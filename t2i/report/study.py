@@ -1,5 +1,6 @@
 """The report of a study: report.md with figures beside it, and report.html with everything inside it."""
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 import jinja2
 
 from t2i.cli import flags_of_mapping
+from t2i.errors import CheckpointError, UserError
 from t2i.files import read_optional_json
 from t2i.report.figures import to_svg
 from t2i.report.sections.registry import make_section
 from t2i.report.sections.section import Section
 from t2i.runs.run_folder import ENVIRONMENT, environment
 from t2i.study.jobs import Job, Record, read_record, run_dir
-from t2i.study.spec import Settings, Study
+from t2i.study.spec import SectionSpec, Settings, Study
+
+logger = logging.getLogger(__name__)
 
 MARKDOWN, HTML = Path(__file__).with_name("study.md.jinja"), Path(__file__).with_name("study.html.jinja")
 
@@ -66,9 +70,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     page = StudyPage(
         study=study,
         parts=[
-            _part(
-                make_section(spec, study=study, out=out), name=f"{number:02d}-{spec.section}", folder=figures
-            )
+            _part(_made(spec, study=study, out=out), name=f"{number:02d}-{spec.section}", folder=figures)
             for number, spec in enumerate(study.report, start=1)
         ],
         # Jobs not yet begun are no failures: a report may be written while workers run.
@@ -82,6 +84,15 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     (to / "report.md").write_text(rendered(page, MARKDOWN, is_html=False))
     (to / "report.html").write_text(rendered(page, HTML, is_html=True))
     return to / "report.html"
+
+
+def _made(spec: SectionSpec, *, study: Study, out: Path) -> Section:
+    """Make a section, or one that says why there is none: the others may stand on hours of runs."""
+    try:
+        return make_section(spec, study=study, out=out)
+    except (UserError, CheckpointError) as error:
+        logger.warning("the section %s could not be made: %s", spec.title or spec.section, error)
+        return Section(spec.title or spec.section, f"This section could not be made: {error}")
 
 
 def rendered(page: StudyPage, template: Path, *, is_html: bool) -> str:

@@ -201,6 +201,12 @@ def read_caption_losses(
     }
 
 
+def read_cut_captions(run_dir: Path) -> dict[str, int]:
+    """Read how many captions of held-out splits were truncated, by a run's perplexity.json; none is left out."""
+    splits = read_optional_json(run_dir / PERPLEXITY).get("splits", {})
+    return {name: cut for name, one in splits.items() if (cut := one.get("cut_captions", 0))}
+
+
 def read_score(run_dir: Path, *, measure: str) -> Score | None:
     """Read one measure of the newest checkpoint that was scored; None if it was not measured."""
     folders = steps_of((run_dir / "eval").glob("step_*")).values()

@@ -180,7 +180,7 @@ def _train(
     bar = tqdm(range(first_step + 1, config.max_steps + 1), unit="step", disable=writer is None)
     for step in bar:
         losses = _step(sides, next(batches)["input_ids"].to(_device()), optimizer=state.optimizer)
-        bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()})
+        bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
         is_due = step % config.save_every == 0 or step == config.max_steps
         if writer:
             for row in _rows(sides, losses, heldout=heldout if is_due else None):

@@ -126,7 +126,7 @@ class Trainer:
                 # that is measured: what is measured is drawn against the tokens in this row.
                 if self.is_due(config.log_every) or due or done.was_skipped:
                     self.log([done.row])
-                bar.set_postfix(loss=short(done.loss), image=short(done.image_loss))
+                bar.set_postfix(loss=short(done.loss), image=short(done.image_loss), refresh=False)
                 bar.update()
                 check_updates(self.progress, run_dir=self.run_dir)
                 if done.is_spike and config.spike == "rewind":

@@ -168,3 +168,8 @@ def test_a_wording_is_measured_beside_the_usual_captions_of_the_same_images(
     assert words.captions.own != pytest.approx(usual.captions.own, abs=1e-5)
     assert words.label_captions.empty is None and words.captions.empty is not None
     assert "label_captions" in words.to_json() and "label_captions" not in usual.to_json()
+    assert usual.to_json()["cut_captions"] == 0
+    short = measure_perplexity(model, config=replace(config, seq_len=72))[
+        "heldout"
+    ]  # two text tokens are left
+    assert short.cut_captions == usual.num_pictures

@@ -275,6 +275,19 @@ def test_unknown_sections_and_arguments_are_refused(made):
         make_section(SectionSpec("ends", title="Runs", arguments={"arm": "fast"}), study=study, out=out)
 
 
+def test_a_section_that_cannot_be_made_leaves_the_others(made, caplog):
+    study, out = made
+    sections = [
+        SectionSpec("overview", title="Broken", arguments={"pairs": {"a": ["fast", "slow"]}, "against": "b"}),
+        SectionSpec("ends", title="Runs", arguments={"arms": ["fast"]}),
+    ]
+    page = write_study_report(replace(study, report=sections), [], out=out / "half", command="again")
+    text = page.with_name("report.md").read_text()
+    said = "This section could not be made: overview: against is b; expected one of a."
+    assert said in text and text.index(said) < text.index("## Runs")
+    assert "the section Broken could not be made" in caplog.text
+
+
 def test_prices_are_operations_over_speed_and_what_was_measured(made):
     study, out = made
     model = open_model(str(run_dir(out, "fast", 0)), needs_images=False).model

@@ -494,6 +494,11 @@ def test_wordings_are_corrected_for_their_number_and_stand_beside_the_usual_capt
     assert corrected == pytest.approx([2 * plain[0], max(2 * plain[0], plain[1])], rel=1e-2)
     assert column(found, "pretrained, the same images by their usual") == ["-", "0.5000 (0.5000 to 0.5000)"]
     assert "compares with that of the usual captions in its own row" in found.found
+    assert "no room" not in found.found
+    splits["heldout-french"]["cut_captions"] = 7
+    write_json(made.folder("random", 2) / "perplexity.json", {"splits": splits})
+    again = section(made, "wordings", arms=["pretrained", "random"]).found
+    assert again == f"{found.found} Sequences had no room for the ends of some captions: 7 in heldout-french."
 
 
 def test_a_wordings_words_are_looked_up_in_training_captions(tmp_path, section, monkeypatch):

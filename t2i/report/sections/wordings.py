@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from t2i.report.figures import finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind, difference, p_value
-from t2i.study.measured import CaptionLosses, read_caption_losses
+from t2i.study.measured import CaptionLosses, read_caption_losses, read_cut_captions
 from t2i.study.results import Run, runs_of
 from t2i.study.spec import Study
 from t2i.study.statistics import PairedTest, corrected, paired_test
@@ -53,6 +53,7 @@ def wordings(study: Study, out: Path, *, arms: list[str]) -> Section:
         "What a caption is worth: image loss under a shuffled caption minus under the matched one, in nats per code."
         " Words that training captions have may have been learned there. A gain by other words speaks for a language"
         f" known before, as far as these share no tokens with those. {_of_other_images(has_labels)}{compared}"
+        f"{_truncated([run for of_arm in runs.values() for run in of_arm])}"
     )
     return Section("Wordings", sentence, _draw(found, splits), table)
 
@@ -63,6 +64,17 @@ def _of_other_images(has_labels: bool) -> str:
             "Rows are of different images: a worth compares with that of the usual captions in its own row."
         )
     return "Rows are of different images, so that they do not compare with one another."
+
+
+def _truncated(runs: list[Run]) -> str:
+    """Say in which splits the ends of captions were not read; empty for none."""
+    cut: dict[str, int] = {}
+    for run in runs:
+        cut |= read_cut_captions(run.folder)
+    if not cut:
+        return ""
+    said = ", ".join(f"{count:,} in {split}" for split, count in cut.items())
+    return f" Sequences had no room for the ends of some captions: {said}."
 
 
 def _read(runs: list[Run], kind: Literal["captions", "label_captions"]) -> Worths:
