@@ -185,8 +185,8 @@ def pairs_of(cells: Cells) -> list[tuple[int, int]]:
     return [(place, base) for place, base in found if base is not None]
 
 
-def nearest(cells: Cells, losses: np.ndarray, *, wanted: Cells) -> np.ndarray:
-    """Predict each wanted cell by the loss of the nearest one, (M,): what a law must do better than.
+def nearest(cells: Cells, losses: np.ndarray, *, asked: Cells) -> np.ndarray:
+    """Predict each cell that is asked for by the loss of the nearest one, (M,): what a law must do better than.
 
     The nearest is of a random start for a random start, of the same tokens where there are some, then by the factor
     between sizes and ages.
@@ -196,7 +196,7 @@ def nearest(cells: Cells, losses: np.ndarray, *, wanted: Cells) -> np.ndarray:
         ages = np.where(some.ages > 0, np.log(np.maximum(some.ages, 1.0)), -FAR)
         return np.stack([np.log(some.parameters), FAR * np.log(some.tokens), ages], axis=1)
 
-    distances = np.abs(logs(wanted)[:, None] - logs(cells)[None]).sum(-1)
+    distances = np.abs(logs(asked)[:, None] - logs(cells)[None]).sum(-1)
     return np.asarray(losses[distances.argmin(1)])
 
 

@@ -94,7 +94,7 @@ def test_results_name_checkpoint_and_data(model, finished, results, tmp_path):
     written = json.loads((tmp_path / "perplexity.json").read_text())
     assert set(written["splits"]["heldout"]) == {
         *("num_pictures", "text", "image", "special", "total", "bits_per_pixel"),
-        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column", "captions"),
+        *("image_loss_by_code", "image_loss_by_row", "image_loss_by_column", "captions", "cut_captions"),
     }
     assert set(written["splits"]["heldout"]["image"]) == {"tokens", "nats", "perplexity"}
     assert written["shards"] == str(finished.data.shards)

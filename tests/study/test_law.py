@@ -88,12 +88,12 @@ def test_what_pretraining_is_worth_is_predicted_more_narrowly_than_losses():
 
 def test_the_nearest_cell_is_of_the_same_kind_of_start_and_of_the_same_tokens():
     cells, losses = cells_of(GRID), np.arange(float(len(GRID)))
-    wanted = cells_of([(6e6, 2.4e5, 0.0), (6e6, 2.4e5, 3e6), (3e5, 3e4, 4e5), (3e5, 9e5, 3e6)])
+    asked = cells_of([(6e6, 2.4e5, 0.0), (6e6, 2.4e5, 3e6), (3e5, 3e4, 4e5), (3e5, 9e5, 3e6)])
     places = [
         GRID.index(one)
         for one in ((3.8e6, 2.4e5, 0.0), (3.8e6, 2.4e5, 3e6), (3e5, 3e4, 3e5), (3e5, 2.4e5, 3e6))
     ]
-    assert nearest(cells, losses, wanted=wanted).tolist() == places
+    assert nearest(cells, losses, asked=asked).tolist() == places
 
 
 def test_too_few_sizes_or_ages_are_no_law():

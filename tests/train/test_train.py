@@ -160,7 +160,7 @@ def test_shards_made_anew_since_the_run_began_are_refused(finished, tmp_path):
 def test_heldout_losses_are_shown_with_their_step_and_number_of_images(finished):
     row = next(row for row in read_metrics(finished.run_dir) if row.get("split") == "heldout")
     line = measured(row)
-    assert line.startswith("step 6, heldout on 4 images: image loss 8.")
+    assert line.startswith(f"step 6, heldout on 4 images: image loss {row['image_loss']:.3f}")
     assert f"under shuffled captions {row['image_loss_wrong_caption']:.3f}" in line
     assert f"text loss {row['text_loss']:.3f}" in line
 

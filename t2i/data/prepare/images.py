@@ -128,7 +128,7 @@ def _encode_units(
     if num_pairs is not None:
         encoder.progress.reset(round(num_pairs * len(mine) / len(units)))
     for place, index in enumerate(mine):
-        encoder.progress.set_postfix_str(f"unit {place + 1} of {len(mine)}", refresh=False)
+        encoder.progress.set_postfix_str(f"unit {place + 1} of {len(mine)}")
         # In this order: the facts of units are removed after the manifest was written.
         if not facts_file(part, index).exists() and not is_done(part) and not is_done(out):
             write_unit(part, index, unit=units[index], encoder=encoder)

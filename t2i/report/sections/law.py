@@ -52,7 +52,7 @@ def law(
         fit = fit_law(cells, losses)
     except ValueError as error:
         return Section("A law", f"Nothing is fitted: {error} {missing}")
-    simple = nearest(cells, losses, wanted=grid.cells(held_out))
+    simple = nearest(cells, losses, asked=grid.cells(held_out))
     predictions = predictions_of(fit, grid, held_out, seeds=seeds, simple=simple)
     worths = worths_of(fit, grid, held_out, fitted, seeds=seeds)
     sentences = [
