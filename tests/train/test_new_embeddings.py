@@ -107,6 +107,17 @@ def test_a_resumed_run_measures_nothing_anew_and_ends_as_one_that_was_never_stop
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_a_probe_has_as_many_null_captions_as_training(finished, tokenizer, monkeypatch):
+    _, layout = built(finished, tokenizer)
+    monkeypatch.setattr("t2i.train.new_embeddings.NUM_SEQUENCES", 10)
+    for share in (0.0, 0.2, 1.0):
+        data = replace(finished.data, caption_dropout=share)
+        sequences = first_sequences(data, layout=layout, tokenizer=tokenizer)
+        lengths = ((sequences < layout.num_text_tokens) & (sequences != layout.pad_id)).sum(1)
+        assert (lengths == lengths.min()).sum() == round(share * 10) or not share
+        assert share < 1 or lengths.max() == lengths.min()
+
+
 def probed(config, tokenizer):
     """Measure what an image code costs at a run's start, and what a uniform guess does."""
     model, layout = built(config, tokenizer)
