@@ -18,8 +18,8 @@ from t2i.model.softmax import Head
 from t2i.tokens.vocab import VocabLayout
 
 NUM_SEQUENCES, NUM_CODES = 64, 32
-"""Sequences of a probe, and how many image codes of each are looked at. At the uniform cost of 16 sequences SmolLM2 costs
-0.4 nats more on others: from one to the next costs differ by 0.8 nats."""
+"""Sequences of a probe, and how many image codes of each are looked at. At the uniform cost of 16 sequences
+SmolLM2 costs 0.4 nats more on others: from one to the next costs differ by 0.8 nats."""
 ROUNDS = 3
 """Shifts one after another: a tied model's hidden states move with its new input rows."""
 LARGEST_SHIFT = 100.0
