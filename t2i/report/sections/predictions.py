@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from t2i.report.sections.grid import Grid
-from t2i.study.law import COVERAGE, Fit, pairs_of, rms
+from t2i.study.law import COVERAGE, Cells, Fit, pairs_of, rms
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,14 @@ def predictions_of(
         simple: the losses of the nearest fitted cells, (M,).
     """
     cells = grid.cells(held_out)
-    loss, low, high = fit.predicted(cells)
+    found = fit.predicted(cells)
     return [
-        Prediction(
+        _prediction(
             f"{arm}, step {step}",
             arm,
-            parameters=float(cells.parameters[cell]),
-            tokens=float(cells.tokens[cell]),
-            age=float(cells.ages[cell]),
-            loss=float(loss[cell]),
-            low=float(low[cell]),
-            high=float(high[cell]),
+            cells,
+            cell,
+            found=found,
             simple=float(simple[cell]),
             measured=_measured(grid, arm, step, seeds=seeds),
         )
@@ -68,28 +65,31 @@ def worths_of(
     """
     arms = {**fitted, **held_out}
     places, cells = _places(arms), grid.cells(arms)
-    loss, low, high = fit.predicted_worth(cells)
-    found = []
+    found, worths = fit.predicted_worth(cells), []
     for cell, base in pairs_of(cells):
         (arm, step), other = places[cell], places[base][0]
-        if arm not in held_out or np.isnan(low[cell]):
+        if arm not in held_out or np.isnan(found[1][cell]):
             continue
         ends = [_measured(grid, one, step, seeds=seeds) for one in (arm, other)]
-        found.append(
-            Prediction(
-                f"{arm} - {other}, step {step}",
-                arm,
-                parameters=float(cells.parameters[cell]),
-                tokens=float(cells.tokens[cell]),
-                age=float(cells.ages[cell]),
-                loss=float(loss[cell]),
-                low=float(low[cell]),
-                high=float(high[cell]),
-                simple=np.nan,
-                measured=None if ends[0] is None or ends[1] is None else ends[0] - ends[1],
-            )
-        )
-    return found
+        measured = None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
+        name = f"{arm} - {other}, step {step}"
+        worths.append(_prediction(name, arm, cells, cell, found=found, simple=np.nan, measured=measured))
+    return worths
+
+
+def _prediction(
+    name: str,
+    arm: str,
+    cells: Cells,
+    cell: int,
+    *,
+    found: tuple[np.ndarray, np.ndarray, np.ndarray],
+    simple: float,
+    measured: float | None,
+) -> Prediction:
+    loss, low, high = (float(values[cell]) for values in found)
+    parameters, tokens, age = (float(values[cell]) for values in (cells.parameters, cells.tokens, cells.ages))
+    return Prediction(name, arm, parameters, tokens, age, loss, low, high, simple, measured)
 
 
 def _places(arms: dict[str, list[int]]) -> list[tuple[str, int]]:
