@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "speedrun", help="folder of the runs")
     parser.add_argument("flags", nargs="*", help="flags of `t2i train`, behind --")
     options = parser.parse_args()
-    tries = json.loads(FILE.read_text()) if FILE.exists() else []
+    tries = read_tries()
     name, flags = options.name, options.flags
     if not name:
         if flags:
@@ -71,12 +71,13 @@ def main() -> None:
     for flag in flags:
         if spelt(flag).startswith(FIXED):
             parser.error(f"{flag} is the same for all tries: images, seeds and what is measured")
-    for one in tries:
-        if one["name"] == name and one["flags"] != flags:
+    # The same try again, with more seeds or on another machine, takes the place of the earlier one.
+    for one in (one for one in tries if one["name"] == name):
+        if one["flags"] != flags:
             parser.error(
                 f"{name} is a try with other flags, {shlex.join(one['flags'])}; choose another --name"
             )
-        if one["name"] == name and len(one["runs"]) > options.seeds:
+        if len(one["runs"]) > options.seeds:
             parser.error(f"{name} has {len(one['runs'])} seeds, which --seeds {options.seeds} would replace")
     # Of this commit: seconds of another one's code are no seconds of this one's.
     facts = side_by_side.facts()
@@ -89,13 +90,16 @@ def main() -> None:
         runs.append(run_of(flags, seed=seed, folder=folder / f"seed{seed}"))
         print(f"{name}, seed {seed}: {said(runs[-1])}", flush=True)
     made = {"name": name, "flags": flags, "runs": runs, **facts}
-    # The same try again, with more seeds or on another machine, takes the place of the earlier one.
     # Read again: another try may have ended in these hours.
-    tries = json.loads(FILE.read_text()) if FILE.exists() else []
-    tries = [one for one in tries if one["name"] != name] + [made]
+    tries = [one for one in read_tries() if one["name"] != name] + [made]
     FILE.write_text(json.dumps(tries, indent=1) + "\n")
     PAGE.write_text(page_of(tries))
     print(f"{name}: {verdict_of(made)}. {PAGE} has all tries.")
+
+
+def read_tries() -> list[dict]:
+    """Read all tries; none before the first."""
+    return json.loads(FILE.read_text()) if FILE.exists() else []
 
 
 def spelt(flag: str) -> str:

@@ -1,11 +1,10 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
-import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from t2i.measure.extractor import metric_key
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import how_to_hold_out
 from t2i.measure.images import readable
+from t2i.runs.run_folder import plain
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         UserError: `out` holds another tokenizer, or the state of a training with other settings.
         DataError: there are no images to train on, or too few to measure it on.
     """
-    asked = _as_read({"source": source.name, "split_rule": source.split_rule, "settings": asdict(config)})
+    asked = {"source": source.name, "split_rule": source.split_rule, "settings": plain(config)}
     if (out / CONFIG).exists():
         return _made_before(out, asked)
     # Before hours of training: without held-out images nothing could be said of its result.
@@ -82,12 +82,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     return measures
 
 
-def _as_read(value: dict[str, Any]) -> dict[str, Any]:
-    """Turn tuples into lists, as a file has them."""
-    return dict(json.loads(json.dumps(value)))
-
-
-def _made_before(out: Path, asked: dict[str, Any]) -> Reconstruction:
+def _made_before(out: Path, asked: Mapping[str, object]) -> Reconstruction:
     """Return the measures of the tokenizer at `out`, if it is the one that is asked for.
 
     Raises:

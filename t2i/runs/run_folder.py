@@ -71,17 +71,21 @@ class Status:
     time: str = ""
 
 
-class RunSettings(Protocol):
-    """All settings of a run, a dataclass. Only its run_dir is read here; the rest is written down."""
+class Settings(Protocol):
+    """Settings, a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+class RunSettings(Settings, Protocol):
+    """All settings of a run. Only its run_dir is read here; the rest is written down."""
 
     @property
     def run_dir(self) -> Path: ...
 
 
-def plain(config: RunSettings) -> dict[str, object]:
-    """Turn settings into plain values, to be written as YAML and compared."""
+def plain(config: Settings) -> dict[str, object]:
+    """Turn settings into plain values, to be written as YAML or JSON and compared."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))  # type: ignore[no-any-return]
 
 

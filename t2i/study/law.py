@@ -14,6 +14,7 @@ Source: Hernandez et al. 2021, Scaling laws for transfer, for the transferred to
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy import optimize, stats
@@ -134,13 +135,17 @@ class Fit:
         """Predict the loss of pre-trained cells less that of the random start at the same size and tokens, likewise."""
         return self._interval(self.law.worth(cells), cells, key="worth_errors")
 
-    def _interval(
-        self, middle: np.ndarray, cells: Cells, *, key: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def half_widths(self, key: Literal["errors", "worth_errors"] = "errors") -> tuple[float, float]:
+        """Compute the halves of intervals at a size that was not fitted, and at another, nats."""
         of_sizes, of_starts = (
-            half_width([getattr(fold, key) for fold in folds])
-            for folds in (self.folds.size, self.folds.start)
+            [getattr(fold, key) for fold in folds] for folds in (self.folds.size, self.folds.start)
         )
+        return half_width(of_sizes), half_width(of_starts)
+
+    def _interval(
+        self, middle: np.ndarray, cells: Cells, *, key: Literal["errors", "worth_errors"]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        of_sizes, of_starts = self.half_widths(key)
         half = np.where(np.isin(cells.parameters, self.sizes), of_starts, of_sizes)
         return middle, middle - half, middle + half
 
@@ -178,11 +183,11 @@ def pairs_of(cells: Cells) -> list[tuple[int, int]]:
         (cells.parameters[place], cells.tokens[place]): place
         for place in np.flatnonzero(cells.ages == 0).tolist()
     }
-    found = [
-        (place, bases.get((cells.parameters[place], cells.tokens[place])))
+    return [
+        (place, bases[beside])
         for place in np.flatnonzero(cells.ages > 0).tolist()
+        if (beside := (cells.parameters[place], cells.tokens[place])) in bases
     ]
-    return [(place, base) for place, base in found if base is not None]
 
 
 def nearest(cells: Cells, losses: np.ndarray, *, asked: Cells) -> np.ndarray:
@@ -222,6 +227,7 @@ FORMS: dict[str, Callable[..., np.ndarray]] = {"transferred tokens": _transferre
 
 def _left_out(form: str, cells: Cells, losses: np.ndarray, units: tuple[float, float, float]) -> LeftOut:
     """Fit without some cells, and predict them."""
+    beside = pairs_of(cells)
 
     def fold(is_out: np.ndarray) -> Fold:
         law = _fitted(form, cells.kept(~is_out), losses[~is_out], units)
@@ -229,8 +235,6 @@ def _left_out(form: str, cells: Cells, losses: np.ndarray, units: tuple[float, f
         pairs = [(place, base) for place, base in beside if is_out[place]]
         worths = np.array([residuals[place] - residuals[base] for place, base in pairs])
         return Fold(law, residuals[is_out], worths)
-
-    beside = pairs_of(cells)
 
     of_sizes = [cells.parameters == size for size in np.unique(cells.parameters)]
     pretrained = [is_size & (cells.ages > 0) for is_size in of_sizes]

@@ -200,12 +200,8 @@ def _parsed(path: Path) -> ast.Module:
         # Invalid escapes in other people's code are not ours to report.
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             return ast.parse(path.read_bytes())
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # the last two of expressions that are nested deeply
+    # The last two are of expressions that are nested deeply.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Module([], [])
 
 

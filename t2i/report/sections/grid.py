@@ -15,6 +15,11 @@ from t2i.study.results import Curve, curve, read_rows, runs_of, tokens_spent
 from t2i.study.spec import TRAIN, Study
 
 
+def places_of(arms: dict[str, list[int]]) -> list[tuple[str, int]]:
+    """List arm and step of cells, in their order."""
+    return [(arm, step) for arm, steps in arms.items() for step in steps]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Arms by what the law knows of them, and their held-out losses."""
@@ -27,7 +32,7 @@ class Grid:
 
     def cells(self, arms: dict[str, list[int]]) -> Cells:
         """Make cells of arms at steps."""
-        places = [(arm, step) for arm, steps in arms.items() for step in steps]
+        places = places_of(arms)
         tokens = self.tokens()
         return Cells(
             np.array([self.parameters[arm] for arm, _ in places]),

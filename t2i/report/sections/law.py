@@ -12,7 +12,7 @@ from t2i.report.sections.grid import Grid, read_grid
 from t2i.report.sections.predictions import Prediction, outcome, prediction_table, predictions_of, worths_of
 from t2i.report.sections.section import Section, SectionKind
 from t2i.study.jobs import run_config
-from t2i.study.law import COVERAGE, Fit, LeftOut, fit_law, half_width, nearest
+from t2i.study.law import COVERAGE, Fit, fit_law, nearest
 from t2i.study.spec import Study, nearest_name
 
 
@@ -117,19 +117,19 @@ def _law_in_words(fit: Fit) -> str:
     return (
         f"{fit.law.form}, with an error of {fit.rms:.3f} nats (root of the mean square). In units of {parameters:,.3g}"
         f" parameters, {tokens:,.3g} tokens and an age of {age:,.3g} tokens: {', '.join(numbers)}, in brackets the"
-        f" range over fits with cells left out. {_intervals_in_words(fit.folds)} The form is the one with the smaller"
+        f" range over fits with cells left out. {_intervals_in_words(fit)} The form is the one with the smaller"
         f" error of left-out cells ({', '.join(f'{form} {one.rms:.3f}' for form, one in fit.left_out.items())}), chosen"
         " by the errors that the intervals are made of, which makes them a little narrow."
     )
 
 
-def _intervals_in_words(folds: LeftOut) -> str:
-    of_sizes, of_starts = (half_width([fold.errors for fold in some]) for some in (folds.size, folds.start))
+def _intervals_in_words(fit: Fit) -> str:
+    of_sizes, of_starts = fit.half_widths()
     return (
         f"{COVERAGE:.0%} intervals are +- {of_sizes:.3f} nats at a size that was not fitted, from fits"
         f" without the smallest and without the largest size, and +- {of_starts:.3f} nats at another,"
-        f" from fits without the pre-trained arms of a size: Student's t with {len(folds.size)} and"
-        f" {len(folds.start)} degrees of freedom, one for each fit."
+        f" from fits without the pre-trained arms of a size: Student's t with {len(fit.folds.size)} and"
+        f" {len(fit.folds.start)} degrees of freedom, one for each fit."
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i.report.sections.grid import Grid
+from t2i.report.sections.grid import Grid, places_of
 from t2i.study.law import COVERAGE, Cells, Fit, pairs_of, rms
 
 
@@ -52,7 +52,7 @@ def predictions_of(
             simple=float(simple[cell]),
             measured=_measured(grid, arm, step, seeds=seeds),
         )
-        for cell, (arm, step) in enumerate(_places(held_out))
+        for cell, (arm, step) in enumerate(places_of(held_out))
     ]
 
 
@@ -64,7 +64,7 @@ def worths_of(
     What a law gets wrong of a size is in both, so a worth is predicted more narrowly than a loss.
     """
     arms = {**fitted, **held_out}
-    places, cells = _places(arms), grid.cells(arms)
+    places, cells = places_of(arms), grid.cells(arms)
     found, worths = fit.predicted_worth(cells), []
     for cell, base in pairs_of(cells):
         (arm, step), other = places[cell], places[base][0]
@@ -90,10 +90,6 @@ def _prediction(
     loss, low, high = (float(values[cell]) for values in found)
     parameters, tokens, age = (float(values[cell]) for values in (cells.parameters, cells.tokens, cells.ages))
     return Prediction(name, arm, parameters, tokens, age, loss, low, high, simple, measured)
-
-
-def _places(arms: dict[str, list[int]]) -> list[tuple[str, int]]:
-    return [(arm, step) for arm, steps in arms.items() for step in steps]
 
 
 def _measured(grid: Grid, arm: str, step: int, *, seeds: list[int]) -> float | None:
