@@ -6,12 +6,9 @@ from pathlib import Path
 from t2i.config import EMBEDDED_SHARDS, RunConfig
 from t2i.files import hub_name
 from t2i.runs.loading import SHIPPED_MODEL
-from t2i.study.jobs import filled, run_config, run_name, step_config, trial_config
+from t2i.study.jobs import outputs_of, run_config, run_name, step_config, trial_config
 from t2i.study.spec import TRAIN, Study
 from t2i.study.tuning import trial_name, trials
-
-OUTPUTS = ("out", "run_dir")
-"""Flags of steps that name what they make."""
 
 
 def training_runs(study: Study, *, out: Path) -> dict[str, RunConfig]:
@@ -28,8 +25,7 @@ def training_runs(study: Study, *, out: Path) -> dict[str, RunConfig]:
 
 def missing_inputs(study: Study, *, out: Path) -> list[str]:
     """Say what is neither here nor made by a step of the study, each once."""
-    flags = [filled(step.flags, out=out) for step in study.steps]
-    made = {Path(str(one[name])) for one in flags for name in OUTPUTS if name in one}
+    made = {path for step in study.steps for path in outputs_of(step, out=out)}
     found: dict[str, str] = {}
     for name, config in training_runs(study, out=out).items():
         for key, path in _inputs(config):

@@ -23,6 +23,8 @@ from t2i.study.tuning import (
 )
 
 NAME = re.compile(r"\w[\w.+-]*")
+OUTPUTS = ("out", "run_dir")
+"""Flags of steps that name what they make."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,16 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         needed = before if step.needs is None else tuple(step.needs)
         trains = step_config(step, out=out).run_dir if step.command == TRAIN else None
         jobs.append(Job(step.name, command, needs=needed, run_dir=trains))
-    # Runs wait for every step, since any of their settings may name what a step makes.
-    needs = tuple(job.name for job in jobs)
-    jobs += [_trial_job(study, arm, value, out=out, needs=needs) for arm, value in trials(study)]
-    for arm, seed in study.runs():
-        own = tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
-        jobs.append(_run_job(study, arm, seed, out=out, needs=(*needs, *own)))
+    jobs += [_trial_job(study, arm, value, out=out) for arm, value in trials(study)]
+    jobs += [_run_job(study, arm, seed, out=out) for arm, seed in study.runs()]
     for measure in study.measures:
         for arm in measure.arms or study.arms:
             for seed in measure.seeds or study.seeds_of(arm):
                 name, run = run_name(arm, seed), run_dir(out, arm, seed)
                 flags = flags_of_mapping(filled(measure.flags, out=out, run=run))
                 command = [*_words(measure.command), str(run / measure.at), *flags]
-                jobs.append(Job(f"{measure.name}-{name}", command, needs=(name,)))
+                needs = (name, *_steps_named(study, command, out=out))
+                jobs.append(Job(f"{measure.name}-{name}", command, needs=needs))
     return jobs
 
 
@@ -182,18 +181,43 @@ def _record_file(out: Path, name: str) -> Path:
     return out / "jobs" / f"{name}.json"
 
 
-def _run_job(study: Study, arm: str, seed: int, *, out: Path, needs: tuple[str, ...]) -> Job:
+def outputs_of(step: Step, *, out: Path) -> list[Path]:
+    """List the folders that a step says it makes."""
+    flags = filled(step.flags, out=out)
+    return [Path(str(flags[name])) for name in OUTPUTS if name in flags]
+
+
+def _steps_named(study: Study, command: list[str], *, out: Path) -> tuple[str, ...]:
+    """List the steps whose folders a command names, and those that make nothing within the study's folder."""
+
+    def is_needed(step: Step) -> bool:
+        made = [path for path in outputs_of(step, out=out) if out in path.parents]
+        # What is made elsewhere may be a setting's default, or in a file that a setting names.
+        return not made or any(_names(word, path) for word in command for path in made)
+
+    return tuple(step.name for step in study.steps if is_needed(step))
+
+
+def _names(word: str, path: Path) -> bool:
+    """Tell whether a word of a command has a path in it, or is a folder around it."""
+    return str(path) in word or Path(word) in path.parents
+
+
+def _run_job(study: Study, arm: str, seed: int, *, out: Path) -> Job:
     flags = _run_flags(study, arm, seed, out=out)
     command = [TRAIN, "--ds_config", study.ds_config, *flags]
+    needs = _steps_named(study, command, out=out)
+    needs += tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
     refusal = untuned_reason(study, arm=arm, out=out)
     return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed), refusal=refusal)
 
 
-def _trial_job(study: Study, arm: str, value: float, *, out: Path, needs: tuple[str, ...]) -> Job:
+def _trial_job(study: Study, arm: str, value: float, *, out: Path) -> Job:
     command = [TRAIN, "--ds_config", study.ds_config, *_trial_flags(study, arm, value, out=out)]
     # A loss that is not finite is a trial's answer, which a second try would give again.
     codes = (0, NumericalError.exit_code)
     name, folder = trial_name(arm, value), trial_dir(out, arm, value)
+    needs = _steps_named(study, command, out=out)
     return Job(name, command, needs=needs, run_dir=folder, done_codes=codes)
 
 

@@ -35,6 +35,25 @@ measures:
 """
 
 
+WAITING = """
+title: Tiny
+question: Does it help?
+seeds: [0]
+settings: {data: {shards: "{out}/pictures"}}
+tuning: {seed: 100, values: [1.0e-3, 2.0e-3]}
+steps:
+  - {name: pictures, needs: [], command: launchers/prepare.py, flags: {source: openmoji, out: "{out}/pictures"}}
+  - {name: text, needs: [], command: launchers/prepare.py, flags: {source: "text:docstrings", out: "{out}/text"}}
+  - {name: model, needs: [text], command: launchers/train.py, flags: {run_dir: "{out}/model"}}
+  - {name: shown, needs: [model], command: launchers/sample.py, flags: {out: "{out}/shown"}}
+arms:
+  pretrained: {model: {init: "{out}/model/checkpoints/step_000010"}}
+  random: {}
+measures:
+  - {name: forgetting, command: eval/forgetting.py, flags: {text: "{out}/text"}}
+"""
+
+
 def written(tmp_path, text=STUDY):
     (tmp_path / "study.yaml").write_text(text)
     return tmp_path / "study.yaml"
@@ -50,6 +69,33 @@ def test_arms_whose_losses_are_different_quantities_are_refused(tmp_path):
     ).train.image_vocab_only
 
 
+def needs_of(study, out=Path("o")):
+    return {job.name: set(job.needs) for job in jobs_of(study, out=out)}
+
+
+def test_a_job_waits_for_the_steps_whose_folders_it_names(tmp_path):
+    needs = needs_of(read_study(written(tmp_path, WAITING)))
+    assert needs["tune-random-0.001"] == {"pictures"}
+    assert needs["random-seed0"] == {"pictures", "tune-random-0.001", "tune-random-0.002"}
+    assert needs["tune-pretrained-0.001"] == {"pictures", "model"}
+    assert needs["pretrained-seed0"] >= {"pictures", "model"}
+    assert needs["forgetting-random-seed0"] == {"random-seed0", "text"}
+
+
+@pytest.mark.parametrize(
+    "made", ["{}", '{out: "{out}"}', "{out: data/openmoji64}"], ids=["unknown", "all", "elsewhere"]
+)
+def test_a_job_waits_for_steps_that_make_what_it_may_use_without_naming_it(tmp_path, made):
+    text = WAITING.replace('{out: "{out}/shown"}', made)
+    assert "shown" in needs_of(read_study(written(tmp_path, text)))["random-seed0"]
+
+
+def test_a_folder_around_what_a_step_makes_names_it(tmp_path):
+    text = WAITING.replace('"{out}/model/checkpoints/step_000010"', '"{out}/model"')
+    text = text.replace('run_dir: "{out}/model"', 'run_dir: "{out}/model/part"')
+    assert "model" in needs_of(read_study(written(tmp_path, text)))["pretrained-seed0"]
+
+
 def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path):
     study = read_study(written(tmp_path))
     jobs = jobs_of(study, out=Path("o"))
@@ -59,14 +105,14 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
         "near-pretrained-seed1",
     ]  # fmt: skip
     assert jobs[0].command == ["step.py", "--out", "o/made"]
-    assert [job.needs for job in jobs[:3]] == [(), ("first",), ("first", "second")]
+    assert [job.needs for job in jobs[:3]] == [(), ("first",), ("second",)]
     assert jobs[-1].command == [
         "eval/nearest.py",
         "o/runs/pretrained-seed1",
         "--out",
         "o/runs/pretrained-seed1/near.json",
     ]
-    assert jobs[-1].needs == ("pretrained-seed1",)
+    assert jobs[-1].needs == ("pretrained-seed1", "second")
     configs = [run_config(study, arm=arm, seed=1, out=Path("o")) for arm in study.arms]
     assert configs[0].model.init == "o/language-model"
     assert configs[0].train.seed == 1
