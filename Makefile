@@ -156,7 +156,6 @@ shipped-demo: demo
 	mkdir -p $(SHIPPED)
 	cp $(addprefix $(OUT)/export/,config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json \
 		special_tokens_map.json data_manifest.json roundtrip.safetensors) $(SHIPPED)
-	sed -i "s|$(CURDIR)/||" $(SHIPPED)/data_manifest.json
 	ln -sfn ../image_tokenizer $(SHIPPED)/image_tokenizer
 
 # What learns to draw fastest? Writes docs/speedrun.md, with the records and how to try something.

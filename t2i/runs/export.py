@@ -126,10 +126,15 @@ def _write_pipeline(part: Path) -> None:
 
 
 def _forget_places(manifest: Path) -> None:
-    """Take from a manifest where its source lies on this machine: an export is given to others."""
-    values = read_optional_json(manifest)
-    if values and values.get("arguments", {}).pop("source_path", None):
-        write_json(manifest, values)
+    """Take from a manifest where source and tokenizers lie on this machine: an export is given to others."""
+    if not (values := read_optional_json(manifest)):
+        return
+    values.get("arguments", {}).pop("source_path", None)
+    for key in ("text_tokenizer", "image_tokenizer"):
+        made_by = values.get(key)
+        if isinstance(made_by, dict) and Path(made_by["name"]).is_absolute():
+            values[key] = {**made_by, "name": Path(made_by["name"]).name}
+    write_json(manifest, values)
 
 
 def check_repo(name: str) -> None:
