@@ -102,6 +102,7 @@ def main() -> None:
     texts = captions_of(command.prompts) if command.layout == "plain" else []
     if command.layout != "plain":
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
+        work.check_sheets()
     ranker = ranker_for(command)
     processes = join()
     opened = open_model(

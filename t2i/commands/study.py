@@ -3,6 +3,7 @@
 Examples:
   python launchers/study.py launchers/studies/smoke.yaml
   python launchers/study.py launchers/studies/mini.yaml --plan --gpu a100-80gb h100-80gb
+  python launchers/study.py launchers/studies/fair.yaml --ds_config zero2_fp32.json
   python launchers/study.py mine.yaml --out /shared/mine --launcher slurm --workers 8 --sbatch="--gres=gpu:8"
 
 Run the same command to resume. Finished runs are not repeated, and jobs that failed are tried again. The exit status is
@@ -35,6 +36,8 @@ class StudyCommand:
     """Study file; t2i ships some, in launchers/studies/."""
     out: Path | None = None
     """Folder for runs and report. Default: runs/NAME of the study file, or of its base."""
+    ds_config: str = ""
+    """DeepSpeed's JSON of all training in place of the file's, such as zero2_fp32.json on a processor without bf16."""
     plan: bool = False
     """Only print what the study will need."""
     gpu: tuple[Gpu, ...] = ()
@@ -64,11 +67,12 @@ def main() -> None:
     from t2i.study.jobs import jobs_of, read_study
     from t2i.study.runner import local_workers, submit
 
-    study = read_study(find_shipped(command.study))
+    study = read_study(find_shipped(command.study), ds_config=command.ds_config)
     out = command.out or study.default_out()
     check_sections(study)
     jobs = jobs_of(study, out=out)
     flags = [str(command.study), "--out", str(out)]
+    flags += ["--ds_config", command.ds_config] if command.ds_config else []
     again = [
         sys.executable,
         *(["-m", "t2i", "study"] if is_typed_as_verb() else ["launchers/study.py"]),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from t2i.convert.gguf_file import PAIRS_NEIGHBOURS, GgufFile, load_weights, open_gguf, read_tensors
@@ -129,6 +129,13 @@ def _byte_level(file: GgufFile, *, rule: str) -> Tokenizer:
     for kind_of, special in ((SPECIAL_TOKEN, True), (USER_TOKEN, False)):
         added = [token for token, found in zip(tokens, kinds, strict=True) if found == kind_of]
         made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    bos = file.values.get("tokenizer.ggml.bos_token_id")
+    # A file that does not say goes by its rule, as in llama.cpp: Llama 3 begins every text with its start token.
+    if bos is not None and file.values.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
+        start = tokens[bos]
+        made.post_processor = processors.TemplateProcessing(
+            single=[start, "$A"], pair=[start, "$A", start, "$B:1"], special_tokens=[(start, bos)]
+        )
     return made
 
 

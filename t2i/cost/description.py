@@ -22,7 +22,7 @@ def _counted(plan: Plan) -> list[str]:
         f"step     {plan.global_batch} sequences of {plan.seq_len} = {plan.tokens_a_step:,} tokens;"
         f" {per_rank} per {plan.device.unit}, as {plan.accumulation} x {plan.micro_batch}",
         f"run      {steps:,} steps = {steps * plan.tokens_a_step:,} tokens,"
-        f" {steps * plan.global_batch / data.num_pairs:.2f} times {data.num_pairs:,} pairs{assumed}",
+        f" {steps * plan.pairs_a_step / plan.num_trained_on:.2f} times {plan.num_trained_on:,} pairs{assumed}",
     ]
 
 

@@ -51,6 +51,10 @@ class Plan:
     model: PretrainedConfig
     counts: Counts
     global_batch: int
+    pairs_a_step: int
+    """Sequences of a step that are no replayed text."""
+    num_trained_on: int
+    """Pairs that data.subsample_every leaves."""
     accumulation: int
     micro_batch: int
     memory: dict[bool, Memory]
@@ -160,6 +164,8 @@ def make_plan(
         model=work.model,
         counts=work.counts,
         global_batch=sequences,
+        pairs_a_step=sequences - round(data.replay_ratio * sequences),
+        num_trained_on=-(-known.num_pairs // data.subsample_every),
         accumulation=steps,
         micro_batch=micro_batch,
         memory={

@@ -18,8 +18,9 @@ from typing import Literal
 
 from PIL import Image
 
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.files import check_keys, is_file, lines_of, parse_json, write_whole
+from t2i.generate.beside import SETTINGS
 from t2i.generate.grid import grid
 
 PER_PROMPT = 4
@@ -41,6 +42,18 @@ class Benchmark:
     """Other files of the layout, and their text."""
     sheets: dict[Path, list[Path]]
     """Sheets of two columns, and the drawn images of each."""
+
+    def check_sheets(self) -> None:
+        """Refuse to replace sheets whose images are not there: they may be another model's.
+
+        Raises:
+            UserError: there are such sheets.
+        """
+        there = next((path for path in self.sheets if path.exists()), None)
+        if there is not None and not (self.drawn / SETTINGS).exists():
+            raise UserError(
+                f"{there} was not drawn here: {self.drawn} has no {SETTINGS}. Choose another --out."
+            )
 
     def write_metadata(self) -> None:
         """Write the files beside the images; called in one process."""

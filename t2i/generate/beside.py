@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t2i.files import read_json
+from t2i.generate.claim import differing_settings
 
 SETTINGS = "settings.json"
 """What the images of a folder were drawn with; a later drawing beside them has settings_NNNNN.json, by its first."""
@@ -31,7 +32,7 @@ def named_beside(
             continue
         first, found = int(record[1] or 0), read_json(file)
         captions = _numbered(texts, first=first)
-        if all(found.get(key) == value for key, value in settings_of(captions).items()):
+        if not differing_settings(found, settings_of(captions)):
             return captions, file.name
         # It may have been stopped before its last image, whose number is taken all the same.
         images = found.get("images")

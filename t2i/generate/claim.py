@@ -1,10 +1,15 @@
 """The folder that images are drawn into: those of one drawing, whose settings lie beside them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from t2i.errors import UserError
 from t2i.files import read_json, write_json
 
+LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
+"""Settings that there were not always, with the values that draw what was drawn before."""
+UNSAID = {**LATER, "dtype": "float32", "window": None, "ranked_by": None}
+"""Settings that are left out where they have these values."""
 HASHES = {"weights": "other weights", "captions_sha256": "other captions"}
 """Settings whose values say nothing to a reader, and what is said where they differ."""
 
@@ -27,13 +32,22 @@ def claim_folder(record: Path, paths: list[Path], *, settings: dict[str, object]
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def differing_settings(found: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+    """List the settings in which a drawing that is there differs from one that is asked for."""
+    # Both ways: what only the one that is there says, such as the best of eight, draws other images too.
+    keys = dict.fromkeys((*asked, *UNSAID))
+    return [key for key in keys if found.get(key, UNSAID.get(key)) != asked.get(key, UNSAID.get(key))]
+
+
 def _same_settings(file: Path, settings: dict[str, object], *, num_images: int) -> None:
     if file.exists():
         found = read_json(file)
         changed = [
-            HASHES.get(key, f"{key}: {found.get(key)} there, {settings[key]} asked")
-            for key in settings
-            if found.get(key) != settings[key]
+            HASHES.get(
+                key,
+                f"{key}: {found.get(key, UNSAID.get(key))} there, {settings.get(key, UNSAID.get(key))} asked",
+            )
+            for key in differing_settings(found, settings)
         ]
         if changed:
             raise UserError(

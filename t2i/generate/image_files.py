@@ -13,15 +13,13 @@ from t2i.config import SampleConfig
 from t2i.files import whole_file
 from t2i.generate.beside import SETTINGS
 from t2i.generate.captions import captions_sha256
-from t2i.generate.claim import claim_folder
+from t2i.generate.claim import LATER, claim_folder
 
 PLACE = "place"
 """Key of a PNG file for the image's index in its drawing: it was sampled with the settings' seed + this, unless it
 names a seed of its own."""
 CANDIDATE, IMAGE_SEED = "candidate", "image_seed"
 """Keys of a PNG file that is the best of several: which candidate it is, counted from 0, and the seed of that one."""
-LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
-"""Settings that there were not always, with the values that draw what was drawn before."""
 
 
 def draw_images(

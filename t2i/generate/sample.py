@@ -69,6 +69,14 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
         raise UserError(
             "--best-by judge chooses among several images; --best-of is 1, expected a number >= 2."
         )
+    if (
+        settings.best_of > 1
+        and settings.best_by == "likelihood"
+        and opened.model.config.sequence_mode == "image-only"
+    ):
+        raise UserError(
+            f"--best-of is {settings.best_of}, but {opened.folder} reads no captions, so that no image fits one better."
+        )
     if settings.best_by == "judge" and ranker is None:
         raise UserError("--best-by judge expects --judge-url and one of its --judges; there is none.")
     if settings.compile and settings.window not in ("auto", 1):

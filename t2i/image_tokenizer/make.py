@@ -1,5 +1,7 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,13 +26,14 @@ from t2i.measure.extractor import metric_key
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import how_to_hold_out
 from t2i.measure.images import readable
+from t2i.runs.loading import weights_sha256
 from t2i.runs.run_folder import plain
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
 logger = logging.getLogger(__name__)
 
 FEATURES = "efficientnet_lite0"
-CONFIG, MADE = "config.json", "made.json"
+CONFIG, MADE, GRID = "config.json", "made.json", "reconstructions.png"
 LEAST_IMAGES = 2
 """Images that a Frechet distance can be measured on at all."""
 
@@ -50,23 +53,31 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     asked = {"source": source.name, "split_rule": source.split_rule, "settings": plain(config)}
     if (out / CONFIG).exists():
         return _made_before(out, asked)
+    is_begun = (out / STATE_FILE).exists() or (out / ".part").exists()
+    if not is_begun and (there := [name for name in (CARD, GRID) if (out / name).exists()]):
+        raise UserError(
+            f"{out} has a {there[0]} of another kind, which would be replaced; choose another --out."
+        )
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = (pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
     images, captions = read_captioned(source, split="train", image_size=config.image_size)
-    sentences = None
+    sentences, aligned_with = None, ""
     if config.align_to:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sentences = sentence_embeddings(captions, folder=Path(config.align_to), device=device)
-    model = train_image_tokenizer(images, config=config, out=out, sentences=sentences)
+        # Not of the embeddings, whose last bits are the device's.
+        said = json.dumps([captions, weights_sha256(Path(config.align_to))])
+        aligned_with = hashlib.sha256(said.encode()).hexdigest()
+    model = train_image_tokenizer(
+        images, config=config, out=out, sentences=sentences, aligned_with=aligned_with
+    )
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
     share(part)
     # Measured from the folder, so that the card describes the weights as they are stored.
-    measures = measure_folder(
-        part, source=source, image_size=config.image_size, grid=part / "reconstructions.png"
-    )
+    measures = measure_folder(part, source=source, image_size=config.image_size, grid=part / GRID)
     (part / CARD).write_text(
         card_text(
             source, measures, config, num_trained=len(images), command=command, features=metric_key(FEATURES)

@@ -61,6 +61,8 @@ class Training:
     config: TokenizerConfig
     images: str
     """Hash of the training images."""
+    aligned_with: str
+    """What the alignment is to, in hashes of captions and encoder; empty without one."""
     trained: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     codebook: Codebook
@@ -71,6 +73,7 @@ class Training:
         state = {
             "config": asdict(self.config),
             "images": self.images,
+            "aligned_with": self.aligned_with,
             "step": step,
             **{name: module.state_dict() for name, module in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -92,7 +95,8 @@ class Training:
         begun = {**asdict(TokenizerConfig()), **state["config"]}
         changed = [key for key, value in asdict(self.config).items() if begun[key] != value]
         # Of another share too: images that were held out would be trained on.
-        changed += ["images"] if state.get("images", self.images) != self.images else []
+        for what in ("images", "aligned_with"):
+            changed += [what] if state.get(what, getattr(self, what)) != getattr(self, what) else []
         if changed:
             raise UserError(
                 f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
@@ -120,7 +124,12 @@ def reconstruction_loss(
 
 
 def train_image_tokenizer(
-    images: np.ndarray, *, config: TokenizerConfig, out: Path, sentences: Tensor | None = None
+    images: np.ndarray,
+    *,
+    config: TokenizerConfig,
+    out: Path,
+    sentences: Tensor | None = None,
+    aligned_with: str = "",
 ) -> VQModel:
     """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
 
@@ -128,6 +137,7 @@ def train_image_tokenizer(
 
     Args:
         sentences: (N, E) embeddings of the images' captions, which the codes are aligned to; None for no alignment.
+        aligned_with: what these are made of, which a training that is resumed must have again.
 
     Raises:
         UserError: `out` holds the state of a training with other settings or images.
@@ -143,7 +153,7 @@ def train_image_tokenizer(
     optimizer = torch.optim.Adam(trained.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     seen = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    training = Training(config, seen, trained, optimizer, codebook, generator)
+    training = Training(config, seen, aligned_with, trained, optimizer, codebook, generator)
     first_step = training.restore(out / STATE_FILE)
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
     batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(images, config, generator))

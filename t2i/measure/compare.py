@@ -13,6 +13,7 @@ from t2i.measure.protocol import (
     CLIP,
     CLIP_RULE,
     JUDGES,
+    PIXELS,
     RULES,
     SCORES,
     Protocol,
@@ -89,7 +90,9 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
         UserError: the entries that differ, one per line.
     """
     keys = tuple(each.name for each in fields(Protocol))
-    keys += tuple(key for key in (CLIP, CLIP_RULE, BOOTSTRAP) if key in a.entries and key in b.entries)
+    keys += tuple(
+        key for key in (CLIP, CLIP_RULE, BOOTSTRAP, PIXELS) if key in a.entries and key in b.entries
+    )
     # One wrong comparison costs more than a refused one: FID moves more by its protocol than by most improvements.
     lines = differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)
     for key in (RULES, JUDGES):

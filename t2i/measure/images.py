@@ -1,5 +1,6 @@
 """Images in a fixed order, read lazily: a data set need not fit into memory."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class LazyImages:
         with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
             for batch in batches(self.openers, size=READ_AHEAD):
                 yield from pool.map(self._read, batch)
+
+    def sha256(self) -> str:
+        """Hash all pixels, in order."""
+        digest = hashlib.sha256()
+        for image in self:
+            digest.update(str(image.shape).encode())
+            digest.update(np.ascontiguousarray(image).data)
+        return digest.hexdigest()
 
     def _read(self, opener: Callable[[], Image.Image]) -> np.ndarray:
         return np.asarray(self.crop(opener()))

@@ -51,15 +51,39 @@ def answer_of(
         wait(attempt, wait_seconds=wait_seconds)
         try:
             with opener.open(request, timeout=timeout_seconds) as response:
-                return parse_json(response.read(), where=url, error=UserError)
+                return parse_json(_read(response, seconds=timeout_seconds), where=url, error=UserError)
         except urllib.error.HTTPError as error:
-            said = f"status {error.code}, {shown(error.read(SHOWN).decode(errors='replace'))}"
+            said = f"status {error.code}, {_body_of(error)}"
             if error.code not in AGAIN:  # the request itself is wrong, and would be again
                 raise UserError(f"{url} refused a request: {said}.") from error
         except UNREACHED as error:
             said = str(getattr(error, "reason", None) or error) or type(error).__name__
         logger.warning("%s did not answer (%s), try %d of %d", url, said, attempt + 1, TRIES)
     raise UserError(f"{url} did not answer {TRIES} times, last with: {said}. Is the service running?")
+
+
+def _read(response: http.client.HTTPResponse, *, seconds: float) -> bytes:
+    """Read an answer to its end.
+
+    Raises:
+        TimeoutError: it takes longer; the socket's own time-out is that of each piece of it.
+    """
+    parts, until = [], time.monotonic() + seconds
+    while part := response.read1():
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError(f"the answer was not whole after {seconds:g} s")
+    if response.length:  # read1 takes an early end for the end
+        raise http.client.IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
+
+
+def _body_of(error: urllib.error.HTTPError) -> str:
+    """Quote what a service said of an error; it may break off before it has."""
+    try:
+        return shown(error.read(SHOWN).decode(errors="replace"))
+    except UNREACHED as broken:
+        return f"without a text: {broken}"
 
 
 def wait(attempt: int, *, wait_seconds: float) -> None:
@@ -81,8 +105,13 @@ def request_of(image: "Image.Image", caption: str, *, reward: str) -> dict[str, 
     }
 
 
-def scores_of(answer: dict[str, Any], *, reward: str, count: int, url: str) -> list[dict[str, float] | str]:
+def scores_of(
+    answer: dict[str, Any], *, reward: str, key: str, count: int, url: str
+) -> list[dict[str, float] | str]:
     """Read an answer: per image its measures, or why it has none.
+
+    Args:
+        key: what measures of the reward are called.
 
     Raises:
         UserError: it is not an answer to `count` images.
@@ -92,10 +121,10 @@ def scores_of(answer: dict[str, Any], *, reward: str, count: int, url: str) -> l
         raise UserError(f"{url} answered {shown(answer)}; expected {count} results, one per image.")
     # A service that says nothing of errors may leave their list out, or cut it short.
     errors = [*(errors if isinstance(errors, list) else []), *[{}] * count]
-    return [_score_of(*each, reward=reward) for each in zip(results, errors, strict=False)]
+    return [_score_of(*each, reward=reward, key=key) for each in zip(results, errors, strict=False)]
 
 
-def _score_of(result: object, error: object, *, reward: str) -> dict[str, float] | str:
+def _score_of(result: object, error: object, *, reward: str, key: str) -> dict[str, float] | str:
     said = error.get(reward) if isinstance(error, dict) else None
     parts = result.get(reward) if isinstance(result, dict) else None
     if said or not isinstance(parts, dict) or not parts:
@@ -103,22 +132,22 @@ def _score_of(result: object, error: object, *, reward: str) -> dict[str, float]
     bad = {name: value for name, value in parts.items() if not _is_finite(value)}
     if bad:
         return f"{shown(bad)}; expected finite numbers"
-    return {_key(reward, name): float(value) for name, value in parts.items()}
+    # A reward of one part carries the same name twice.
+    return {key if name == reward else f"{key}_{name}": float(value) for name, value in parts.items()}
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _key(reward: str, part: str) -> str:
-    """Name a measure: a reward of one part carries the same name twice."""
-    return reward if part == reward else f"{reward}_{part}"
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def revisions_of(answer: dict[str, Any]) -> set[str]:
     """List the revisions that an answer states; none where the service says nothing of them."""
-    identities = answer.get("identities") or []
-    stated = (each.get("scorer_version") for each in identities if isinstance(each, dict))
+    identities = answer.get("identities")
+    listed = identities if isinstance(identities, list) else []
+    stated = (each.get("scorer_version") for each in listed if isinstance(each, dict))
     return {str(revision) for revision in stated if revision}
 
 

@@ -1,4 +1,4 @@
-"""Every distance of one set of features to a reference, with the interval that another drawing would fall into."""
+"""Every distance of one set of features to a reference, with the interval that holds the mean over such drawings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """What scores.json says: the rows of one model, and all that tells whether two scores may be compared."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # measuring loads torch and streaming, which comparing two files need not wait for
@@ -56,8 +57,20 @@ class Subject:
     versions: dict[str, str]
 
 
+OWN_MEASURES = re.compile(r"(fid|kid|mind|cmmd|judge|clip)(_.*)?|(fd|kd)_.*")
+"""Names of measures of this package."""
+
+
+def is_own(name: str) -> bool:
+    """Tell whether scores.json has an entry or measure of its own that is called so."""
+    entries = {each.name for kind in (Protocol, Subject, RowScore, Scores) for each in fields(kind)}
+    return name in entries or OWN_MEASURES.fullmatch(name) is not None
+
+
 CLIP, CLIP_RULE, BOOTSTRAP = "clip_sha256", "clip_rule", "bootstrap"
-"""The CLIP that a score was taken with, how it is computed, and how intervals are: compared only where both have it."""
+PIXELS = "reference_pixels_sha256"
+"""The CLIP that a score was taken with, how it is computed, how intervals are, and the reference's pixels where its
+description does not tell them: compared only where both have it."""
 RULES, JUDGES = "rules", "judges"
 """How each measure is computed, and who judged: compared by name, where both files have it. Older files have none."""
 CHOSE = "chose_the_images"
@@ -173,6 +186,8 @@ class Scores:
     rules: dict[str, str]
     """How each distance is computed, in words."""
     bootstrap: Bootstrap
+    reference_pixels: str
+    """SHA-256 of the reference's pixels; empty where its description names its files and their sizes."""
     judges: dict[str, JudgeScores]
     """By the judge's key in scores.json."""
     note: str
@@ -200,6 +215,7 @@ class Scores:
             RULES: self.rules,
             # Without intervals there is nothing to compare in how they would have been made.
             **({BOOTSTRAP: asdict(self.bootstrap)} if self.bootstrap.replicates else {}),
+            **({PIXELS: self.reference_pixels} if self.reference_pixels else {}),
             JUDGES: {name: judge.protocol for name, judge in self.judges.items()},
             "judged": {name: judge.details for name, judge in self.judges.items() if judge.details},
             **asdict(self.subject),

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from t2i.measure.judge_wire import (
     shown,
     wait,
 )
+from t2i.measure.protocol import is_own
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,13 @@ class RemoteJudge:
     wait_seconds: float = WAIT_SECONDS
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if not _is_address(self.url):
             raise UserError(f"--judge-url is {self.url}; expected an address such as http://localhost:8080.")
+
+    @property
+    def key(self) -> str:
+        """Name its measures and its entry in scores.json: the reward `clip` of a service is not the CLIP score."""
+        return f"reward_{self.reward}" if is_own(self.reward) else self.reward
 
     @property
     def name(self) -> str:
@@ -177,14 +184,14 @@ def ranker_of(judge: RemoteJudge) -> Ranker:
 
     def rank(images: list[Image.Image], captions: list[str]) -> list[float]:
         answers = ask(judge, [np.asarray(image) for image in images], captions)
-        return [headline(each, reward=judge.reward) for each in answers.scores]
+        return [headline(each, key=judge.key) for each in answers.scores]
 
     return Ranker(judge.name, rank)
 
 
-def headline(score: Score, *, reward: str) -> float:
+def headline(score: Score, *, key: str) -> float:
     """Choose the number that images are ranked by: the part named as the reward, else the first."""
-    return score.get(reward, next(iter(score.values())))
+    return score.get(key, next(iter(score.values())))
 
 
 def _item(judge: RemoteJudge, image: np.ndarray | Path, caption: str, *, place: int) -> Item:
@@ -210,10 +217,14 @@ def _judged(
         left = [item for item, _ in problems]
         requests = [request_of(item.image, item.caption, reward=judge.reward) for item in left]
         answer = _answer(judge, "/score", body={"protocol_version": "1", "requests": requests})
-        revisions |= revisions_of(answer)
-        _check_unchanged(judge, revisions)
-        scores = scores_of(answer, reward=judge.reward, count=len(left), url=judge.url)
+        scores = scores_of(answer, reward=judge.reward, key=judge.key, count=len(left), url=judge.url)
         judged = list(zip(left, scores, strict=True))
+        stated = revisions_of(answer)
+        # One that scores and states none is another service than one that states one.
+        if not stated and not all(isinstance(score, str) for score in scores):
+            stated = {""}
+        _check_unchanged(judge, stated)
+        revisions |= stated
         found |= {item.key: score for item, score in judged if not isinstance(score, str)}
         problems = [(item, score) for item, score in judged if isinstance(score, str)]
         if not problems:
@@ -221,6 +232,16 @@ def _judged(
         said = (judge.url, len(problems), len(left), problems[0][1], attempt + 1, TRIES)
         logger.warning("%s did not score %d of %d images (%s), try %d of %d", *said)
     return found, problems, revisions
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
+        )
+    except ValueError:  # brackets without an end, or a port that is no number
+        return False
 
 
 def _check_unchanged(judge: RemoteJudge, revisions: set[str]) -> None:
@@ -231,8 +252,9 @@ def _check_unchanged(judge: RemoteJudge, revisions: set[str]) -> None:
     """
     others = revisions - {judge.service_revision}
     if judge.service_revision is not None and others:
+        stated = " and ".join(sorted(others)) or "none"
         raise UserError(
-            f"{judge.url} now states revision {' and '.join(sorted(others))} of {judge.reward}; at first it stated"
+            f"{judge.url} now states revision {stated} of {judge.reward}; at first it stated"
             f" {judge.service_revision or 'none'}. Run the command again with one revision."
         )
 

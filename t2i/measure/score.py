@@ -14,7 +14,7 @@ import torch
 
 from t2i.config import SampleConfig
 from t2i.errors import UserError
-from t2i.files import read_json, read_optional_json, write_json, write_whole
+from t2i.files import read_optional_json, write_json, write_whole
 from t2i.generate.best_of import Ranker
 from t2i.generate.captions import caption_lines, captions_sha256
 from t2i.generate.image_files import sampler_settings
@@ -222,7 +222,7 @@ def score(
     )
     clip = clip_scores(pairing, rulers.clip) if rulers.clip else None
     judges = {MEAN: exact_scores(pairing, rulers.judge, replicates=replicates)} if rulers.judge else {}
-    judges |= {judge.reward: _judged(pairing, judge, drawing=drawing) for judge in rulers.remote}
+    judges |= {judge.key: _judged(pairing, judge, drawing=drawing) for judge in rulers.remote}
     rows = with_pairing(rows, clip=clip, judges=judges, pairing=pairing)
     protocol = _protocol(task, extractor)
     file = _scores_file(drawing.out, protocol)
@@ -233,6 +233,7 @@ def score(
         clip=clip,
         rules={key: distance.rule for key, distance in distances_on(extractor.name).items()},
         bootstrap=Bootstrap(replicates, seed=BOOTSTRAP_SEED),
+        reference_pixels="" if task.reference.cache else task.reference.images.sha256(),
         judges=judges,
         note=sample_size_note(metric_key(extractor.name), n=len(task.captions), dims=extractor.dims),
         facts=facts,
@@ -252,15 +253,20 @@ def _judged(pairing: Pairing, judge: RemoteJudge, *, drawing: Drawing) -> JudgeS
     return replace(scores, protocol=scores.protocol | chose)
 
 
+SAME_FEATURES = ("features", "features_sha256", "resize")
+"""Entries of the protocol by which a file of scores is measured again."""
+
+
 def _scores_file(out: Path, protocol: Protocol) -> Path:
-    """Name the file: scores.json, unless it holds scores on other features or another resize."""
-    file = out / SCORES
-    if not file.is_file():
-        return file
+    """Name the file: scores.json, unless it holds scores on another network's features or another resize."""
     # Aside and not over it: the scores on one network's features are no worse for being measured on another's.
-    found = read_json(file)
-    same = (found.get("features"), found.get("resize")) == (protocol.features, protocol.resize)
-    return file if same else out / f"scores_{protocol.features}_{protocol.resize}.json"
+    name = f"scores_{protocol.features}_{protocol.resize}"
+    for file in (out / SCORES, out / f"{name}.json"):
+        found = read_optional_json(file)
+        # Of the weights too: a DINOv2 and a CLIP come in several sizes.
+        if not found or all(found.get(key) == getattr(protocol, key) for key in SAME_FEATURES):
+            return file
+    return out / f"{name}_{protocol.features_sha256[:8]}.json"
 
 
 def _protocol(task: Task, extractor: FeatureExtractor) -> Protocol:

@@ -35,6 +35,7 @@ from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
+from t2i.tokens.image import ROUND_TRIP
 from t2i.tokens.vocab import VocabLayout
 
 OURS: dict[str, tuple[Any, Any]] = {
@@ -187,7 +188,8 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     # Safetensors first: a folder with both has the same weights twice, and .bin files are pickles.
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(path.glob(pattern)):
+        # An exported folder has the round trip of its image tokenizer beside its weights.
+        if files := sorted(file for file in path.glob(pattern) if file.name != ROUND_TRIP):
             return files
     raise UserError(f"{path} is no weight file, and no folder with .safetensors or pytorch_model.bin.")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Event, Lock
 
+from t2i.config import Dtype
 from t2i.errors import CheckpointError, DataError, UserError
 from t2i.files import check_keys
 from t2i.measure.forgetting import complete
@@ -27,6 +28,8 @@ class Origin:
         """
         self.name, self.why_not = (asked, "") if asked else _init_of(opened)
         self._device, self._trust_remote_code = opened.model.device, trust_remote_code
+        # Completions of two precisions would differ for that alone.
+        self._dtype: Dtype = "bfloat16" if opened.dtype == "bfloat16" else "float32"
         self._opened: OpenedModel | None = None
 
     def open(self) -> OpenedModel:
@@ -41,6 +44,7 @@ class Origin:
                 self.name,
                 needs_images=False,
                 device=self._device,
+                dtype=self._dtype,
                 trust_remote_code=self._trust_remote_code,
             )
         return self._opened

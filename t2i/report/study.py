@@ -12,7 +12,7 @@ from t2i.cli import flags_of_mapping
 from t2i.errors import CheckpointError, UserError
 from t2i.files import read_optional_json
 from t2i.report.figures import to_svg
-from t2i.report.sections.registry import make_section
+from t2i.report.sections.registry import SECTIONS, make_section
 from t2i.report.sections.section import Section
 from t2i.runs.run_folder import ENVIRONMENT, environment
 from t2i.study.jobs import Job, Record, read_record, run_dir
@@ -67,12 +67,13 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
     figures = to / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     records = {job.name: read_record(out, job.name) for job in jobs}
+    parts = [
+        _part(_made(spec, study=study, out=out), name=f"{number:02d}-{spec.section}", folder=figures)
+        for number, spec in enumerate(study.report, start=1)
+    ]
     page = StudyPage(
         study=study,
-        parts=[
-            _part(_made(spec, study=study, out=out), name=f"{number:02d}-{spec.section}", folder=figures)
-            for number, spec in enumerate(study.report, start=1)
-        ],
+        parts=parts,
         # Jobs not yet begun are no failures: a report may be written while workers run.
         failed={name: one for name, one in records.items() if one.state not in ("done", "open")},
         minutes=sum(record.seconds or 0 for record in records.values()) / 60,
@@ -81,6 +82,7 @@ def write_study_report(study: Study, jobs: list[Job], *, out: Path, command: str
         command=command,
         date=time.strftime("%F"),
     )
+    _remove_other_figures(figures, {Path(part.png).stem for part in parts if part.png})
     (to / "report.md").write_text(rendered(page, MARKDOWN, is_html=False))
     (to / "report.html").write_text(rendered(page, HTML, is_html=True))
     return to / "report.html"
@@ -108,6 +110,14 @@ def _commits(study: Study, out: Path) -> list[str]:
     # Of the runs and not of this checkout: a page may be written by a later commit.
     found = {read_optional_json(run_dir(out, *run) / ENVIRONMENT).get("commit", "") for run in study.runs()}
     return sorted(found - {""})
+
+
+def _remove_other_figures(folder: Path, kept: set[str]) -> None:
+    """Remove figures of sections that were moved or removed since; files with other names than a section's stay."""
+    for kind in SECTIONS:
+        for file in folder.glob(f"[0-9][0-9]-{kind}.*"):
+            if file.suffix in (".png", ".svg") and file.stem not in kept:
+                file.unlink()
 
 
 def _part(section: Section, *, name: str, folder: Path) -> Part:

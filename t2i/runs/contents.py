@@ -11,7 +11,16 @@ from t2i.distributed.run_id import RUN_ID
 from t2i.runs import checkpoint_store as store
 from t2i.runs.checkpoint_manifest import CHECKPOINTS, MANIFEST
 from t2i.runs.metrics_log import METRICS
-from t2i.runs.run_folder import DS_CONFIG, ENVIRONMENT, LOCK, REPLAY_MANIFEST, RESOLVED, SAMPLES, STATUS
+from t2i.runs.run_folder import (
+    DS_CONFIG,
+    ENVIRONMENT,
+    LOCK,
+    REPLAY_MANIFEST,
+    RESOLVED,
+    SAMPLES,
+    START,
+    STATUS,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ RUN_FOLDER = (
     Described(store.LATEST, "name of the newest checkpoint"),
     sometimes(f"{SAMPLES}/", "grids of sampled images and their captions, with train.sample_every"),
     Described("data_manifest.json", "manifest of the shards that the run reads"),
+    sometimes(START, "with train.l2_sp: folder and hash of the weights that the run is pulled to"),
     sometimes(REPLAY_MANIFEST, "manifest of data.replay_shards"),
     sometimes(
         "roundtrip.safetensors",

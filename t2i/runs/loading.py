@@ -122,7 +122,9 @@ def find(name: str) -> tuple[Path, Path | None]:
         run_dir = _run_around(path)
         if run_dir and (wanted := read_run_id(run_dir)) and run_id != wanted:
             raise CheckpointError(f"{path} is of another run than {run_dir}. Move it out of there to use it.")
-        return path, run_dir
+        # Measures are kept by the folder's name, which `.` and a link do not have.
+        is_named = not run_dir or path.name == path.resolve().name
+        return path if is_named else path.resolve(), run_dir
     if (path / "config.json").is_file():
         return path, None
     raise UserError(f"{refusal}: it has neither {CHECKPOINTS}/ nor config.json.")

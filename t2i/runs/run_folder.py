@@ -35,6 +35,8 @@ RESOLVED, DS_CONFIG, ENVIRONMENT, STATUS, LOCK = (
     "status.json",
     ".lock",
 )
+START = "start.json"
+"""What a run with train.l2_sp began from: folder and hash of its weights."""
 REPLAY_MANIFEST = "replay_manifest.json"
 """Copy of the manifest of data.replay_shards."""
 BY_CONTENT = {

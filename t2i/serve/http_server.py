@@ -29,7 +29,9 @@ MOST_CONNECTIONS = 256
 BACKLOG = 1_024
 """Connections that wait to be accepted; with Python's five, a burst of clients is turned away."""
 SILENT_SECONDS = 30
-"""How long a client may take for the next piece of its request."""
+"""How long a client may take for the next piece of its request, or of an answer."""
+PIECE = 65_536
+"""Bytes of an answer that are written at once."""
 LAST_BYTES, LAST_SECONDS = 2**24, 5.0
 """How much of a refused body is read, and for how long, before its connection is closed."""
 LOOK_SECONDS = 0.5
@@ -196,8 +198,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        # In pieces: the time-out is that of a write, and a slow client that goes on reading is none that is silent.
+        for start in range(0, len(body) if self.command != "HEAD" else 0, PIECE):
+            self.wfile.write(body[start : start + PIECE])
 
     def _check_client(self, path: str) -> None:
         """Refuse clients without the key, and pages of other sites that a browser on this machine has open."""

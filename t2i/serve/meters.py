@@ -60,5 +60,5 @@ class Meters:
         lines += [f"# HELP {name} Seconds per answered request for images.", f"# TYPE {name} histogram"]
         for bound in (*map(str, BOUNDS_SECONDS), "+Inf"):
             lines.append(f'{name}_bucket{{le="{bound}"}} {seconds.get(bound, 0)}')
-        lines += [f"{name}_sum {total:g}", f"{name}_count {seconds.get('+Inf', 0)}"]
+        lines += [f"{name}_sum {total:.12g}", f"{name}_count {seconds.get('+Inf', 0)}"]
         return "\n".join(lines) + "\n"

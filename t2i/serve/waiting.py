@@ -54,7 +54,9 @@ class Waiting:
         self._thread.start()
 
     def __len__(self) -> int:
-        return len(self._images)
+        with self._changed:
+            self._drop_cancelled()
+            return len(self._images)
 
     def add(self, images: Sequence[Asked]) -> None:
         """Let images wait, all of a request or none.
@@ -66,6 +68,7 @@ class Waiting:
         with self._changed:
             if self._is_closed:
                 raise ClosedError
+            self._drop_cancelled()
             if len(self._images) + len(images) > self._most:
                 raise FullError
             self._images.extend(images)
@@ -77,6 +80,13 @@ class Waiting:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _drop_cancelled(self) -> None:
+        """Let images go whose clients have left: they would keep others out until the next batch begins."""
+        left = [image for image in self._images if not image.drawn.cancelled()]
+        if len(left) < len(self._images):
+            self._meters.add("t2i_cancelled_images_total", len(self._images) - len(left))
+            self._images = deque(left)
 
     def _work(self) -> None:
         while batch := self._next():

@@ -11,7 +11,7 @@ from t2i.config import RunConfig
 from t2i.errors import NumericalError, UserError
 from t2i.files import read_optional_json, write_json
 from t2i.shipped import find_shipped
-from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec
+from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec, with_ds_config
 from t2i.study.tuning import (
     check_tuning,
     trial_dir,
@@ -63,13 +63,18 @@ class Record:
     """When this was written, in seconds since 1970, for people alone; None for an open job."""
 
 
-def read_study(file: Path) -> Study:
+def read_study(file: Path, *, ds_config: str = "") -> Study:
     """Read a study file and check everything before anything runs.
+
+    Args:
+        ds_config: DeepSpeed's JSON in place of the file's own; empty for that.
 
     Raises:
         UserError: what read_spec refuses, settings that a run does not know, or jobs that contradict each other.
     """
     study = read_spec(file)
+    if ds_config:
+        study = with_ds_config(study, ds_config)
     check_tuning(study)
     if study.base:
         _check_losses(study.base)
@@ -199,8 +204,10 @@ def _steps_named(study: Study, command: list[str], *, out: Path) -> tuple[str, .
 
 
 def _names(word: str, path: Path) -> bool:
-    """Tell whether a word of a command has a path in it, or is a folder around it."""
-    return str(path) in word or Path(word) in path.parents
+    """Tell whether a word of a command is a path, within or around it, or has one behind a prefix: `text:PATH`."""
+    made = path.resolve()
+    found = [Path(one).resolve() for one in (word, *re.split("[:=,]", word)) if one]
+    return any(one.is_relative_to(made) or made.is_relative_to(one) for one in found)
 
 
 def _run_job(study: Study, arm: str, seed: int, *, out: Path) -> Job:

@@ -24,6 +24,9 @@ def misfit(value: object, kind: Any, *, name: str) -> str:
     """
     of, inner = get_origin(kind) or kind, get_args(kind)
     if of in (Union, UnionType):
+        if {str, float} <= set(inner) and isinstance(value, str) and _is_number(value):
+            # YAML takes 1.6e21 for a text, and it would be a folder's name here.
+            return f"{name} is the text {value!r}; expected {WORDS[float]}, with a point and a sign."
         of_each = [misfit(value, one, name=name) for one in inner]
         if "" in of_each:
             return ""
@@ -47,6 +50,14 @@ def misfit(value: object, kind: Any, *, name: str) -> str:
     else:
         return ""
     return next((said for part, one, of_part in parts if (said := misfit(one, of_part, name=part))), "")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_of(value: object, kind: type) -> bool:

@@ -130,14 +130,23 @@ def tokens_spent(rows: list[Row]) -> int:
 
 def paired(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
     """Keep the seeds and steps that both have; None if there are none."""
+    of_seeds = of_common_seeds(first, second)
+    if of_seeds is None:
+        return None
+    first, second = of_seeds
+    steps = [step for step in first.steps if step in second.steps]
+    if not steps:
+        return None
+    return _kept(first, first.seeds, steps), _kept(second, second.seeds, steps)
+
+
+def of_common_seeds(first: Curve | None, second: Curve | None) -> tuple[Curve, Curve] | None:
+    """Keep the seeds that both have, and all steps of each; None if there are none."""
     if first is None or second is None:
         return None
     # A seed that only one arm has finished yet has nothing to be subtracted from.
     seeds = [seed for seed in first.seeds if seed in second.seeds]
-    steps = [step for step in first.steps if step in second.steps]
-    if not seeds or not steps:
-        return None
-    return _kept(first, seeds, steps), _kept(second, seeds, steps)
+    return (_kept(first, seeds, first.steps), _kept(second, seeds, second.steps)) if seeds else None
 
 
 def image_baselines(runs: list[Run]) -> dict[str, float]:

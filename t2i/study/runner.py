@@ -63,7 +63,7 @@ def work(listed: Callable[[], list[Job]], *, study: Study, out: Path) -> dict[st
             jobs = listed()
             for job in jobs:
                 _check_command(job, records[job.name], out)
-            settled = {name for name, record in records.items() if _is_settled(record, before[name])}
+            settled = {job.name for job in jobs if _is_settled(job, records, before[job.name])}
             waiting = [job for job in jobs if job.name not in settled]
             if not waiting:
                 return records
@@ -79,8 +79,12 @@ def exit_status(records: Iterable[Record]) -> int:
     return next((code if code is not None and 0 < code < STOPPED else 1 for code in codes), 0)
 
 
-def _is_settled(record: Record, before: Record) -> bool:
+def _is_settled(job: Job, records: dict[str, Record], before: Record) -> bool:
     """Whether a job is finished with: done, or tried by some worker since this one started, when it was `before`."""
+    record = records[job.name]
+    # Another worker skipped it for a need that a later call has made good.
+    if record.state == "skipped" and all(records[name].state == "done" for name in job.needs):
+        return False
     # A failure from before this call is tried anew; one of another worker beside it is not. By no clock: those of
     # machines differ, and one that was set back would have a failing job tried for ever.
     return record.state == "done" or record != before
@@ -101,8 +105,8 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
     with _claimed(out / "locks" / job.name) as lock:
         if lock is None:
             return False
-        # Between reading the records and taking the lock another worker may have done it.
-        if read_record(out, job.name).state != "done":
+        # Between reading the records and taking the lock another worker may have done it, or failed to.
+        if read_record(out, job.name) == records[job.name]:
             _run(job, lock, study=study, out=out)
         return True
 

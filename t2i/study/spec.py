@@ -8,7 +8,7 @@ Everything here is checked when the file is read, so that a slip in the last sec
 """
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,6 +178,17 @@ def read_spec(file: Path) -> Study:
     for section in study.report:
         _check_arms(study, section.arms(), where=f"report: {section.section}")
     return study
+
+
+def with_ds_config(study: Study, ds_config: str) -> Study:
+    """Train by another DeepSpeed JSON: runs, and the steps that name the study's own one."""
+
+    def changed(step: Step) -> Step:
+        is_own = step.flags.get("ds_config") == study.ds_config
+        return replace(step, flags={**step.flags, "ds_config": ds_config}) if is_own else step
+
+    base = with_ds_config(study.base, ds_config) if study.base else None
+    return replace(study, ds_config=ds_config, steps=[changed(step) for step in study.steps], base=base)
 
 
 def check_settings(settings: Settings, *, where: str, kind: type = RunConfig, prefix: str = "") -> None:

@@ -163,6 +163,11 @@ def _values(ds_config: Mapping[str, Any]) -> Iterator[str]:
     if type(steps) is not int or steps < 1:
         yield f"steps_per_print is {steps!r}; expected a whole number >= 1"
     zero, bf16 = ds_config.get("zero_optimization", {}), ds_config.get("bf16", {})
+    if bf16.get("check_grad_overflow", True) is not True:
+        yield (
+            f"bf16.check_grad_overflow is {bf16['check_grad_overflow']!r}, with which a gradient that is not finite"
+            " would reach the weights; expected true, or no such key"
+        )
     if zero.get("stage") not in (1, 2):
         # Stage 0 lets a non-finite gradient into the weights; under stage 3 no rank has all weights to export.
         yield f"zero_optimization.stage is {zero.get('stage')!r}; expected 1 or 2"

@@ -35,7 +35,9 @@ def follow(run_dir: Path, name: str) -> None:
     # Of a resumed run, an earlier process has reported the first rows.
     known: dict[str, Any] = {"step": -1, "sample": -1, "run": None}
     known |= read_optional_json(state)
-    before = known["step"]
+    # By split: a run that was stopped while it measured measures that step again, whose own row was reported.
+    marks = known.setdefault("splits", {})
+    before = (dict(marks), -1 if marks else known["step"])
     tracker = _opened(name, run_dir=run_dir, run=known["run"])
     tracker.start()
     tracker.store_init_configuration(dict(flat(read_yaml(run_dir / RESOLVED, name=RESOLVED))))
@@ -47,9 +49,11 @@ def follow(run_dir: Path, name: str) -> None:
     while True:
         rows, position = new_rows(run_dir / METRICS, position)
         for row in rows:
+            split = str(row.get("split", ""))
             # Not the steps of this process: held-out rows come some seconds after their step's own.
-            if step_of(row) > before:
+            if step_of(row) > before[0].get(split, before[1]):
                 tracker.log(numbers(row), step=step_of(row))
+                marks[split] = max(marks.get(split, -1), step_of(row))
         known["step"] = max([known["step"], *map(step_of, rows)])
         known["sample"] = _show_samples(tracker, run_dir, after=known["sample"], now=known["step"])
         write_json(state, known)

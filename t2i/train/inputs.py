@@ -1,6 +1,7 @@
 """The inputs of a run, read before its first step: shards, the model to start from, and both tokenizers."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, Prep
 from t2i.data.batching import global_batch
 from t2i.data.loader import check_amount, num_text_sequences, parts_of_a_step, text_stream
 from t2i.data.prepare.images import prepare
+from t2i.data.prepare.part_folder import ClaimedError, is_claimed
 from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import check_listing
 from t2i.data.shards.manifest import (
@@ -36,6 +38,9 @@ from t2i.train.prompts import read_prompts
 from t2i.train.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 2.0
+"""Between looks at whether another process still prepares."""
 
 
 @dataclass(frozen=True)
@@ -179,15 +184,21 @@ def warn_of_other_tokenizer(tokenizer: TextTokenizer, manifest: Manifest) -> Non
 
 
 def prepare_embedded(out: Path) -> None:
-    """Make the shards of the embedded images at `out`, unless shards are there."""
-    if out.exists():
-        return
-    logger.info("preparing the embedded images at %s: once, some minutes on a CPU", out)
-    prepare(
-        open_source("openmoji"),
-        out=out,
-        image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
-        text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
-        # Without shifted views, so few images are memorised: held-out loss rose from step 400 on.
-        config=PrepareConfig(views=EMBEDDED_VIEWS),
-    )
+    """Make the shards of the embedded images at `out`, unless shards are there or another process makes them."""
+    part = out.with_name(out.name + ".part")
+    while not out.exists():
+        logger.info("preparing the embedded images at %s: once, some minutes on a CPU", out)
+        try:
+            prepare(
+                open_source("openmoji"),
+                out=out,
+                image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
+                text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
+                # Without shifted views, so few images are memorised: held-out loss rose from step 400 on.
+                config=PrepareConfig(views=EMBEDDED_VIEWS),
+            )
+        except ClaimedError:
+            # Two runs that are started together want the same shards; if the other one is killed, this one goes on.
+            logger.info("another process prepares %s; waiting for it", out)
+            while is_claimed(part, rank=0):
+                time.sleep(WAIT_SECONDS)

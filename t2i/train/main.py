@@ -39,6 +39,7 @@ from t2i.train.inputs import check_before_start, read_inputs
 from t2i.train.loop import BETWEEN_STEPS, EndConditions, Trainer
 from t2i.train.metrics import MetricsWriter, Speed
 from t2i.train.periodic import periodic_work
+from t2i.train.start import kept_start
 from t2i.train.step import Stepper
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,9 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             whole_ds_config(ds_config, config=train_config, per_rank=per_rank)  # before minutes of work
             inputs = read_inputs(data_config, init=model_config.init, global_batch=num_sequences)
             step = on_first_rank(lambda: last_step(run_dir))
+            if train_config.l2_sp:
+                start = on_first_rank(lambda: kept_start(inputs.start, run_dir=run_dir, is_resumed=step > 0))
+                inputs = replace(inputs, start=start)
             model, layout = build_model(
                 replace(model_config, init=inputs.start),
                 data=data_config,

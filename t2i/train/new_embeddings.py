@@ -1,7 +1,7 @@
 """Where a run's new embeddings begin: drawn, read from a file, or made from the shards; and at what cost."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, ModelConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
+from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import IMAGE_TOKENIZER, Manifest
 from t2i.data.shards.reader import read_split
 from t2i.errors import DataError, UserError
@@ -110,7 +111,7 @@ def _seen(data: DataConfig, *, tokenizer: TextTokenizer) -> tuple[list[Tensor], 
     """
     apply = tokenizer_to_apply(data, tokenizer=tokenizer)
     captions, codes = [], []
-    for sample in read_split(data.shards, "train", num_samples=MOST_CAPTIONS, remote=data.remote):
+    for sample in _trained_on(data, num_samples=MOST_CAPTIONS):
         captions.append(caption_ids_of(sample, tokenizer=apply))
         codes.append(torch.from_numpy(sample["codes"].astype("int64")))
     if not any(len(ids) for ids in captions):
@@ -121,9 +122,20 @@ def _seen(data: DataConfig, *, tokenizer: TextTokenizer) -> tuple[list[Tensor], 
     return captions, torch.stack(codes)
 
 
+def _trained_on(data: DataConfig, *, num_samples: int) -> Iterator[Sample]:
+    """Read samples of the training split, evenly spread over those that data.subsample_every leaves."""
+    return read_split(
+        data.shards,
+        "train",
+        num_samples=num_samples,
+        subsample_every=data.subsample_every,
+        remote=data.remote,
+    )
+
+
 def first_sequences(data: DataConfig, *, layout: VocabLayout, tokenizer: TextTokenizer) -> Tensor:
     """Build a few sequences (N, S) of the training split, evenly spread, with as many null captions as training has."""
-    samples = list(read_split(data.shards, "train", num_samples=NUM_SEQUENCES, remote=data.remote))
+    samples = list(_trained_on(data, num_samples=NUM_SEQUENCES))
     apply = tokenizer_to_apply(data, tokenizer=tokenizer)
     captions = [caption_ids_of(sample, tokenizer=apply) for sample in samples]
     if data.mode == "text-to-image":

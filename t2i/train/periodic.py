@@ -106,9 +106,10 @@ def _say_what_is_small(config: TrainConfig, *, data: DataConfig, inputs: Inputs)
             data.shards,
         )
     samples = num_trained_on(inputs.manifest, subsample_every=data.subsample_every)
-    trained = config.max_steps * config.global_batch_tokens / data.seq_len
+    per_step = config.global_batch_tokens / data.seq_len * (1 - data.replay_ratio)
+    trained = config.max_steps * per_step
     if samples and trained > MANY_TIMES * samples:
-        steps = max(1, round(MANY_TIMES * samples * data.seq_len / config.global_batch_tokens))
+        steps = max(1, round(MANY_TIMES * samples / per_step))
         logger.warning(
             "%d steps train on each of %d samples %.0f times: expect the held-out loss to rise long before the end."
             " `--train.max-steps %d` trains %d times on each; `--views` of prepare makes more of few images.",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from t2i.config import ModelConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
-from t2i.files import read_json
+from t2i.files import read_json, read_optional_json, write_json
 from t2i.model.backbone import (
     check_head,
     known_layout,
@@ -22,7 +22,8 @@ from t2i.model.backbone import (
 )
 from t2i.model.control_init import control_init
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
-from t2i.runs.loading import DATA_MANIFEST, find, reading
+from t2i.runs.loading import DATA_MANIFEST, find, reading, weights_sha256
+from t2i.runs.run_folder import START
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -79,6 +80,31 @@ def starting_model(
     if config.control_init != "none":
         control_init(start.model, kind=config.control_init, seed=seed)
     return start
+
+
+def kept_start(found: str, *, run_dir: Path, is_resumed: bool) -> str:
+    """Find the weights that a run with L2-SP began from, to which it is pulled: model.init may name other ones by now.
+
+    Args:
+        found: the folder that model.init names now, or `random`.
+
+    Raises:
+        UserError: the run began from other weights, and they are gone.
+    """
+    if found == "random":
+        return found
+    began = read_optional_json(run_dir / START) if is_resumed else {}
+    if not began:
+        place = Path(found).resolve()
+        write_json(run_dir / START, {"folder": str(place), "weights_sha256": weights_sha256(place)})
+        return found
+    for folder in (began["folder"], found):
+        if Path(folder).is_dir() and weights_sha256(Path(folder)) == began["weights_sha256"]:
+            return str(folder)
+    raise UserError(
+        f"train.l2_sp pulls towards the weights that {run_dir} began from, {began['folder']}, and these are gone:"
+        f" model.init is now {found}, with other ones. Put them back, or begin another run."
+    )
 
 
 def loaded_start(

@@ -1,15 +1,16 @@
 """GGUF files, written here by llama.cpp's own package from tiny models, become folders for model.init."""
 
 import json
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from t2i.convert.gguf import convert_gguf
+from t2i.convert.gguf import _byte_level, convert_gguf
 from t2i.errors import CheckpointError, UserError
 from t2i.model.backbone import load_model
 from t2i.tokens.text import TextTokenizer
@@ -202,6 +203,23 @@ def test_the_tokenizer_ends_documents_where_asked_and_splits_digits_as_the_file_
     assert model.config.pad_token_id is None and model.config.eos_token_id == 0
     ends = model.generation_config
     assert ends.eos_token_id == [0, 2] and len(ends.suppress_tokens or []) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "stated", "begins"),
+    [("llama-bpe", None, True), ("smollm", None, False), ("smollm", True, True), ("llama-bpe", False, False)],
+)
+def test_texts_begin_with_the_start_token_where_file_or_rule_say_so(rule, stated, begins):
+    tokens = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    known = {"tokens": tokens, "merges": []}
+    values = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.token_type": [3] + [1] * 256}
+    values |= {} if stated is None else {"tokenizer.ggml.add_bos_token": stated}
+    file = SimpleNamespace(values=values, of_tokenizer=known.__getitem__)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(file, rule=rule), bos_token="<s>", eos_token="<s>"
+    )
+    assert made("ab").input_ids == [0] * begins + [tokens.index("a"), tokens.index("b")]
+    assert TextTokenizer(made, name="made").start_ids == [0] * begins
 
 
 @pytest.mark.parametrize("kind", ["missing", "no gguf", "cut"])

@@ -109,6 +109,14 @@ def test_the_papers_plan():
     assert "models/open_lm_1b is not here" in text and "data/pairs256 is not made yet" in text
 
 
+def test_pairs_are_counted_as_training_sees_them():
+    config = paper()
+    data = replace(config.data, subsample_every=10, replay_ratio=0.5)
+    plan = plan_of(replace(config, data=data), ds_config=ZERO2, plan=PlanConfig(num_gpus=64))
+    pairs = plan.data.num_pairs // 10
+    assert f"{config.train.max_steps * 448 / pairs:.2f} times {pairs:,} pairs" in "\n".join(describe(plan))
+
+
 def test_the_model_that_comes_with_t2i_is_sized_by_its_own_config(shards):
     config = RunConfig(data=DataConfig(shards=shards), model=ModelConfig(init="demo", hidden_size=64))
     plan = plan_of(config, ds_config=ZERO2, plan=PlanConfig())

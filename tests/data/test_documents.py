@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from t2i.config import ASSETS, DataConfig
+from t2i.data.prepare import text as packing
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import TextMaker, check_text_use, read_manifest
 from t2i.data.shards.reader import check_shards, read_split
@@ -62,6 +63,42 @@ def test_documents_are_packed_whole_and_once_and_splits_share_none(prepared, fol
     assert manifest.is_text
     written = json.loads((prepared / "manifest.json").read_text())
     assert not {"codes_per_image", "codebook_size", "image_tokenizer", "image_size"} & set(written)
+
+
+def test_what_another_preparation_has_begun_is_not_removed(folder, tokenizer, tmp_path):
+    part = tmp_path / "text.part"
+    (part / "units").mkdir(parents=True)
+    (part / "units" / "000000.json").write_text("hours of work")
+    with pytest.raises(UserError, match="has units, which is of no preparation of this kind"):
+        prepare(folder, tmp_path / "text", tokenizer)
+    (part / "arguments.json").write_text(json.dumps({"source": "my images"}))
+    with pytest.raises(
+        UserError, match=r"text\.part was made with other arguments \(source: my images there"
+    ):
+        prepare(folder, tmp_path / "text", tokenizer)
+    assert (part / "units" / "000000.json").read_text() == "hours of work"
+
+
+def test_a_text_preparation_that_was_killed_starts_over_or_is_published(
+    folder, tokenizer, tmp_path, monkeypatch
+):
+    out = tmp_path / "text"
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "check_accounts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, out, tokenizer)
+    assert (tmp_path / "text.part" / "arguments.json").exists() and not out.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(folder, out, tokenizer)
+    monkeypatch.setattr(packing, "_pack", None)  # all is there: nothing is packed again
+    counts = prepare(folder, out, tokenizer).counts
+    assert check_shards(out) == counts and not (out / "arguments.json").exists()
 
 
 def test_floors_of_text_are_ordered_as_models_are(prepared):

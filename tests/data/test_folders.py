@@ -140,6 +140,39 @@ def test_each_row_of_an_image_is_a_caption_and_an_image_is_in_one_split(tmp_path
     assert alone == splits
 
 
+def test_an_image_under_two_spellings_is_in_one_split(tmp_path):
+    made.write_images(tmp_path)
+    rows = [
+        {"file_name": f"{start}{i:03d}.png", "text": f"{start}{i}"} for start in ("", "./") for i in range(20)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    splits = {}
+    for pair in open_source(str(tmp_path), heldout_share=0.5).pairs:
+        splits.setdefault(pair.file, set()).add(pair.split)
+    assert len(splits) == 20 and all(len(found) == 1 for found in splits.values())
+
+
+def test_a_quote_that_is_never_closed_takes_no_other_row(tmp_path):
+    made.write_images(tmp_path)
+    rows = ['000.png\t"The best day ever', "001.png\ta dog", '002.png\t"quoted" and not', '003.png\t"x\ty"']
+    table = tmp_path / "metadata.tsv"
+    table.write_text("\n".join(["file_name\ttext", *rows[:3]]))
+    assert made.accounted(tmp_path)[0] == {
+        "000.png": '"The best day ever',
+        "001.png": "a dog",
+        "002.png": '"quoted" and not',
+    }
+    # Two of them hold the rows between them together.
+    table.write_text("\n".join(["file_name\ttext", *rows[:2], '002.png\t"end"']))
+    assert made.accounted(tmp_path)[0]["001.png"] == "a dog"
+    table.write_text("\n".join(["file_name\ttext", rows[1], rows[3]]))
+    assert made.accounted(tmp_path)[0]["003.png"] == "x\ty" or made.accounted(tmp_path)[0]["003.png"] == "x y"
+    table.unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,text\n000.png,"The best day ever\n001.png,a dog\n')
+    with pytest.raises(DataError, match=r"unexpected end of data.*its own quotes twice"):
+        open_source(str(tmp_path))
+
+
 def test_tables_with_other_columns_and_separators(tmp_path):
     made.write_images(tmp_path)
     (tmp_path / "metadata.csv").write_text("filepath;title\n000.png;a, b\n001.png;c\n")

@@ -43,6 +43,20 @@ def test_what_save_to_disk_wrote_is_read(prefix, tmp_path):
         open_source(str(tmp_path / "one"))
 
 
+def test_keys_of_a_saved_set_stay_when_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr("t2i.data.sources.hub.LISTED_UNIT", 4)
+    keys = {}
+    for count in (6, 9, 14):  # as 1, 2 and 3 shards, of which not all are of one size
+        own = {"key": (Value("string"), [f"k{index}" for index in range(count)])}
+        for name, columns in (("plain", {}), ("own", own)):
+            folder = tmp_path / f"{name}{count}"
+            dataset(range(count), **columns).save_to_disk(folder)
+            keys[name, count] = list(made.accounted(str(folder))[0])
+    for name in ("plain", "own"):
+        assert keys[name, 14][:9] == keys[name, 9] and keys[name, 9][:6] == keys[name, 6]
+        assert len(set(keys[name, 14])) == 14
+
+
 def test_numbers_of_classes_become_their_names(tmp_path):
     kind = ClassLabel(names=["cat", "dog"])
     (tmp_path / "set").mkdir()

@@ -128,10 +128,21 @@ def test_no_caption_or_every_one_is_dropped(share, wanted, folder, tokenizer, pa
 
 def test_a_part_of_a_split_is_spread_over_it(folder):
     keys = keys_of(folder, "train")
-    for count in (2, 5, len(keys)):
-        step = len(keys) // count
+    for count in (2, 5, len(keys) - 1, len(keys), len(keys) + 3):
         found = [sample["key"] for sample in read_split(folder, "train", num_samples=count)]
-        assert found == [keys[place * step] for place in range(count)]
+        places = [keys.index(key) for key in found]
+        assert len(found) == min(count, len(keys)) and places == sorted(set(places))
+        # From the first to nearly the last, with gaps that differ by one at most.
+        gaps = np.diff([*places, len(keys)])
+        assert places[0] == 0 and gaps.max() - gaps.min() <= 1
+
+
+def test_a_part_of_a_subsampled_split_is_of_what_training_sees(folder):
+    keys = keys_of(folder, "train")[::3]
+    for count in (2, len(keys), 10_000):
+        samples = read_split(folder, "train", num_samples=count, subsample_every=3)
+        found = [sample["key"] for sample in samples]
+        assert len(found) == min(count, len(keys)) and set(found) <= set(keys)
 
 
 def test_a_code_or_an_id_of_one_too_many_is_refused(folder):

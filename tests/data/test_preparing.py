@@ -24,6 +24,7 @@ from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.prepare import decode, images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
+from t2i.data.prepare.part_folder import is_claimed
 from t2i.data.prepare.preview import LookedAt, sample_images
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.accounts import account_lines, by_kind, check_accounts, most_frequent, num_pairs
@@ -186,9 +187,12 @@ def test_a_second_preparation_of_the_same_folder_is_refused_by_name(tmp_path, of
         UserError, match=rf"shards\.part is being written by process {first.pid} on .* another --out"
     ):
         prepare(**arguments)
+    part = tmp_path / "shards.part"
+    assert is_claimed(part, rank=0) and not is_claimed(part, rank=1)
     may_end.set()
     first.join(60)
     assert first.exitcode == 0
+    assert not is_claimed(part, rank=0)
     check_shards(tmp_path / "shards")
 
 

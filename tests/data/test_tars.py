@@ -1,6 +1,10 @@
 """Tars as people have them: in any order, with dots in names, with files of macOS, with more than pairs."""
 
 import made_sources as made
+import numpy as np
+
+from t2i.data.sources import decode_image, open_source
+from t2i.data.sources.listing import list_source
 
 IMAGE = made.encoded(1)
 
@@ -67,6 +71,38 @@ def test_a_text_that_is_too_long_or_no_text_is_left_out(tmp_path):
         f"a text over {2**20} bytes": 1,
         "a caption of bytes that are not text": 1,
     }
+
+
+def test_of_a_key_that_comes_twice_the_first_image_has_the_first_caption(tmp_path):
+    other = made.encoded(2)
+    for members, images in (
+        (["k.jpg", "k.txt", "k.jpg", "k.txt"], 2),
+        (["k.txt", "k.jpg", "k.txt", "k.jpg", "k.jpg"], 3),
+        (["k.png", "k.txt", "k.jpg", "k.txt"], 2),
+        (["k.jpg", "k.txt", "k.png", "k.txt"], 2),
+    ):
+        seen = {"txt": 0, "image": 0}
+        written = []
+        for name in members:
+            kind = "txt" if name.endswith("txt") else "image"
+            data = f"caption {seen['txt']}".encode() if kind == "txt" else (other if seen["image"] else IMAGE)
+            seen[kind] += 1
+            written.append((name, data))
+        kept, tally = read(tmp_path, written)
+        assert kept == {"k": "caption 0"}
+        assert tally.left_out == {"another image of the same key in a tar": images - 1}
+        (pair,) = open_source(str(tmp_path / "set" / "a.tar"), heldout_share=0.0).pairs
+        assert np.array_equal(np.asarray(pair.open().image), np.asarray(decode_image(IMAGE).image))
+
+
+def test_a_tar_that_is_finished_later_is_a_change_of_the_source(tmp_path):
+    for name in ("0", "1"):
+        made.write_tar(tmp_path / "set" / f"{name}.tar", made.tar_members(range(2)))
+    prints = []
+    for name in ("0", "1"):
+        (tmp_path / "set" / f"{name}_stats.json").write_text("{}")
+        prints.append(list_source(open_source(f"{tmp_path}/set/*.tar", heldout_share=0.0)).fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_a_finished_download_says_nothing_of_another_folder(tmp_path):

@@ -8,10 +8,11 @@ from PIL import Image
 
 from t2i.commands.sample import captions_of
 from t2i.data.sources.caption_list import read_caption_list
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.files import is_file, lines_of
 from t2i.generate import sample
 from t2i.generate.beside import named_beside
+from t2i.generate.claim import claim_folder
 
 
 @pytest.fixture
@@ -57,6 +58,34 @@ def test_a_drawing_that_was_stopped_keeps_the_numbers_of_images_it_has_not_drawn
     # Settings that an earlier release wrote do not say how many images there are: the files do.
     (tmp_path / "settings.json").write_text(json.dumps({"captions": ["a"]}))
     assert named(["d"]) == ({"00042": "d"}, "settings_00042.json")
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"best_of": 8},
+        {"best_of": 8, "best_by": "judge", "ranked_by": "hpsv3 v3.0"},
+        {"compile": True},
+        {"window": 8},
+        {"dtype": "bfloat16"},
+        {"seed": 1},
+    ],
+    ids=lambda special: next(iter(special)),
+)
+def test_a_drawing_is_another_whichever_of_the_two_says_so(tmp_path, special):
+    usual = {"weights": "a", "seed": 0}
+    for there, asked in ((usual, usual | special), (usual | special, usual)):
+        (tmp_path / "settings.json").write_text(json.dumps({**there, "images": 1}))
+        names, record = named_beside(["a cup"], out=tmp_path, settings_of=lambda captions, asked=asked: asked)
+        assert (names, record) == ({"00001": "a cup"}, "settings_00001.json")
+        with pytest.raises(UserError, match=f"other settings .*{next(iter(special))}: .* there, .* asked"):
+            claim_folder(tmp_path / "settings.json", [], settings=asked)
+    for same in (usual, usual | special):
+        (tmp_path / "settings.json").write_text(json.dumps({**same, "images": 1}))
+        assert named_beside(["a cup"], out=tmp_path, settings_of=lambda captions, same=same: same) == (
+            {"00000": "a cup"},
+            "settings.json",
+        )
 
 
 def test_an_empty_prompt_is_the_null_caption_and_moves_no_number(draw, tmp_path):

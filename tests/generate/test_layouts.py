@@ -77,6 +77,10 @@ def test_dpg_benchs_scorer_finds_nothing_but_a_sheet_a_prompt(model_folder, draw
         single = Image.open(singles / f"partiprompts7_{place}.png")
         assert single.text["caption"] == "A picture of partiprompts7."
         np.testing.assert_array_equal(sheet[top : top + 32, left : left + 32], np.asarray(single))
+    # Sheets whose images are gone may be of another model.
+    singles.rename(tmp_path / "elsewhere")
+    assert draw(model_folder, "--layout", "dpg", "--prompts", prompts, "--out", out) == 2
+    assert not singles.exists()
 
 
 def test_prompts_of_another_kind_are_refused(model_folder, draw, tmp_path, capsys):

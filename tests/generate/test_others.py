@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -211,6 +212,16 @@ def test_images_are_drawn_into_a_folder_that_is_resumed(opened, tmp_path):
         draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(best_of=2)})
     with pytest.raises(UserError, match="--window"):
         draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(window=8)})
+    with pytest.raises(UserError, match="--best-by"):
+        draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(best_by="judge")})
+    # Another size of an Emu3, or another image tokenizer beside a Chameleon.
+    tokenizer = replace(opened.family.tokenizer, name="another")
+    for other in (
+        replace(opened, pixels_per_side=2 * opened.pixels_per_side),
+        replace(opened, family=replace(opened.family, tokenizer=tokenizer)),
+    ):
+        with pytest.raises(UserError, match="image_size|image_tokenizer"):
+            draw_others_folder(other, captions, **draw)
 
 
 def test_top_k_and_top_p_keep_the_likeliest():

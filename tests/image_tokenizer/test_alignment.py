@@ -144,6 +144,14 @@ def test_an_aligned_training_resumes_as_if_it_had_not_stopped(few_latents, tmp_p
         patched.setattr(image_tokenizer, "_step_loss", stop_at_seven)
         with pytest.raises(KeyboardInterrupt):
             train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
+    with pytest.raises(UserError, match=r"other settings \(aligned_with\)"):
+        train_image_tokenizer(
+            pictures,
+            config=TINY,
+            out=tmp_path / "stopped",
+            sentences=sentences,
+            aligned_with="other captions",
+        )
     resumed = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
     assert all(
         torch.equal(a, b)

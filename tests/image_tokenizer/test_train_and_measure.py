@@ -157,6 +157,11 @@ def test_a_folder_of_images_becomes_a_tokenizer_with_a_card(tmp_path, monkeypatc
         (tmp_path / "pictures" / f"{index}.txt").write_text("a square")
     out = tmp_path / "made"
     source = open_source(str(tmp_path / "pictures"))
+    out.mkdir()
+    (out / "README.md").write_text("of other tokenizers")
+    with pytest.raises(UserError, match=r"has a README\.md of another kind, which would be replaced"):
+        make_tokenizer(source, out=out, config=TINY, command="made by a test")
+    (out / "README.md").unlink()
     measures = make_tokenizer(source, out=out, config=TINY, command="made by a test")
     tokenizer = ImageTokenizer.load(out)
     assert tokenizer.num_codes(16) == 64

@@ -71,6 +71,13 @@ def test_rules_of_clip_and_of_intervals_are_compared_where_both_have_them(tmp_pa
         check_protocols(first, scores(tmp_path, "d", bootstrap={"replicates": 200, "seed": 0}))
 
 
+def test_pixels_of_a_reference_are_compared_where_both_are_known(tmp_path):
+    first = scores(tmp_path, "a", reference_pixels_sha256="1a")
+    check_protocols(first, scores(tmp_path, "b"))
+    with pytest.raises(UserError, match=r"reference_pixels_sha256: 1a \| 2b"):
+        check_protocols(first, scores(tmp_path, "c", reference_pixels_sha256="2b"))
+
+
 def test_measures_by_two_rules_are_refused(tmp_path):
     first = scores(tmp_path, "a", rules={"mind": "1,000 directions"})
     with pytest.raises(UserError, match=r"rules\.mind: 1,000 directions \| 100 directions"):

@@ -109,6 +109,10 @@ def test_sample_draws_what_a_judge_chose_and_says_which_candidate(
     [
         (["--judges", "hpsv3=v3.0"], "--judge-url and --judges go together"),
         (["--best-of", 2, "--best-by", "judge"], "expects --judge-url and its --judges"),
+        (
+            ["--best-by", "judge", "--judge-url", "http://h", "--judges", "a=1"],
+            "--best-by judge chooses among several",
+        ),
         (["--judge-revision", "v3"], "expected --judges with one name that it is of"),
         (["--judge-url", "http://h", "--judges", "a", "b", "--judge-revision", "v3"], "each names its own"),
         (["--judge-url", "http://h", "--judges", "a=1", "--judge-revision", "v3"], "each names its own"),

@@ -126,6 +126,24 @@ def test_an_interval_is_as_wide_as_drawings_made_anew_spread(key, monkeypatch):
     assert np.mean(widths) == pytest.approx(spread, rel=0.25)
 
 
+def test_an_interval_of_fewer_images_than_features_is_wide_and_never_narrow():
+    """Resamplings differ in how many images they have, and the bias of a Frechet distance with them."""
+    scales = 1 / np.arange(1, 97) ** 0.5
+
+    def drawn(seed):
+        return (np.random.default_rng(seed).normal(size=(40, 96)) * scales).astype(np.float32)
+
+    reference = with_statistics(drawn(0))
+    distance = distances_on("clip")["fd_clip"]
+    drawings = [with_statistics(drawn(seed)) for seed in range(1, 61)]
+    spread = np.std([distance.value(made, reference) for made in drawings], ddof=1)
+    bounds = [
+        measure(made, reference, features="clip", replicates=40)["fd_clip"].interval for made in drawings[:4]
+    ]
+    ratio = np.mean([(high - low) / 2 / 1.96 for low, high in bounds]) / spread
+    assert 1 < ratio < 2.5
+
+
 def test_intervals_are_made_unasked_of_few_images_only():
     assert [replicates_for(None, n=n) for n in (5_000, 5_001)] == [100, 0]
     assert [replicates_for(asked, n=30_000) for asked in (0, 20)] == [0, 20]

@@ -1,5 +1,8 @@
 """Judges behind HTTP, as a stub on loopback that speaks the wire of UniRL's reward service."""
 
+import socket
+import struct
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -22,8 +25,8 @@ def test_each_image_is_scored_under_its_caption(service, judge, tmp_path):
     # In requests of eight, on the wire that the service knows.
     assert [len(body["requests"]) for body in service.bodies] == [8, 8, 4]
     assert set(service.bodies[0]["requests"][0]) == {"history", "required_rewards", "metadata"}
-    assert headline(answers.scores[1], reward="hpsv3") == wanted[1]
-    assert headline({"style": 2.0, "content": 3.0}, reward="hpsv3") == 2
+    assert headline(answers.scores[1], key="hpsv3") == wanted[1]
+    assert headline({"style": 2.0, "content": 3.0}, key="hpsv3") == 2
 
 
 def test_a_service_without_the_judge_is_told_before_anything_is_drawn(service, judge):
@@ -109,6 +112,7 @@ BAD = {
     r"NaN.*expected finite": b'{"results": [{"hpsv3": {"hpsv3": NaN}}, {"hpsv3": {"hpsv3": NaN}}]}',
     r"true.*expected finite": {"results": [{"hpsv3": {"hpsv3": True}}] * 2},
     r"null.*expected finite": {"results": [{"hpsv3": {"hpsv3": None}}] * 2},
+    r"1000.*expected finite": {"results": [{"hpsv3": {"hpsv3": 10**400}}] * 2},
     "from image to image": {"results": [{"hpsv3": {"a": 1}}, {"hpsv3": {"b": 1}}]},
 }
 
@@ -147,6 +151,90 @@ def test_a_service_that_changes_while_it_is_used_is_noticed(service, judge):
     service.revision = "2"
     with pytest.raises(UserError, match="now states revision 2 of hpsv3; at first it stated none"):
         ask(checked, IMAGES[:1], CAPTIONS[:1])
+
+
+def test_a_service_that_states_its_revision_no_more_is_another_one(service, judge):
+    service.revision = "1"
+    checked = check_revision(judge)
+    # An answer without any score says nothing of who gave it.
+    service.answers = [(200, {"results": [{}], "errors": [{"hpsv3": "busy"}]})]
+    assert ask(checked, IMAGES[:1], CAPTIONS[:1]).revision == "1"
+    service.revision = ""
+    with pytest.raises(UserError, match="now states revision none of hpsv3; at first it stated 1"):
+        ask(checked, IMAGES[:1], CAPTIONS[:1])
+
+
+def test_identities_of_another_form_state_no_revision(service, judge):
+    service.answers = [(200, service.score_of(IMAGES[:1], CAPTIONS[:1]) | {"identities": 5})]
+    assert ask(judge, IMAGES[:1], CAPTIONS[:1]).revision == ""
+
+
+@pytest.mark.parametrize("reward", ["clip", "judge", "clip_score", "features", "fd_inception", "mind"])
+def test_a_reward_that_is_called_as_an_own_measure_is_another_one(service, judge, reward):
+    named = replace(judge, reward=reward)
+    answers = ask(named, IMAGES[:1], CAPTIONS[:1])
+    assert set(answers.scores[0]) == {f"reward_{reward}", f"reward_{reward}_style"}
+    assert service.bodies[0]["requests"][0]["required_rewards"] == [reward]
+    assert headline(answers.scores[0], key=named.key) == answers.scores[0][f"reward_{reward}"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[bad", "http://", "http://a:b", "http://ü", "file:///x", "localhost:8080"]
+)
+def test_what_is_no_address_is_refused(judge, url):
+    with pytest.raises(UserError, match="expected an address such as"):
+        replace(judge, url=url)
+
+
+BREAKS = {
+    "an error without its text": (
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 50\r\n\r\nsta",
+        "reset",
+        "status 503",
+    ),
+    "an error whose text stalls": (b"HTTP/1.1 503 Busy\r\nContent-Length: 50\r\n\r\n", "stall", "status 503"),
+    "an answer that is cut": (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{", "close", "IncompleteRead"),
+    "an answer that trickles": (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n",
+        "trickle",
+        "not whole after",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_an_answer_that_breaks_is_asked_for_again_and_then_said(judge, how):
+    begun, end, said = BREAKS[how]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        asked = []
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                asked.append(how)
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(begun)
+                    if end == "reset":
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    connection.settimeout(0.05)
+                    while end in ("stall", "trickle"):
+                        try:
+                            if not connection.recv(1):  # the client has gone
+                                break
+                        except TimeoutError:
+                            connection.sendall(b" " if end == "trickle" else b"")
+                        except OSError:
+                            break
+
+        threading.Thread(target=serve, daemon=True).start()
+        broken = replace(judge, url=f"http://127.0.0.1:{server.getsockname()[1]}", timeout_seconds=0.3)
+        with pytest.raises(UserError, match=f"did not answer 3 times, last with: .*{said}"):
+            check_service(broken)
+        assert len(asked) == 3
 
 
 def test_images_are_not_sent_through_a_proxy(service, judge, monkeypatch):

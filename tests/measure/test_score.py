@@ -1,6 +1,7 @@
 """Yardsticks beside a model's images: each compared with what it says, by features and captions that are known."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from t2i.cli.command_line import read_flags
 from t2i.commands.score import ScoreCommand
 from t2i.config import SampleConfig
+from t2i.files import write_json
 from t2i.measure import descriptors, measures
 from t2i.measure import pairing as pairs
 from t2i.measure import score as scoring
@@ -161,6 +163,22 @@ def judge_of_redness(monkeypatch):
     return Judge({"data": "a test"}, {"colour": head}, mean=torch.zeros(1), scale=torch.ones(1))
 
 
+def test_scores_on_other_features_stand_beside_those_that_are_there(tmp_path):
+    def file_for(features, weights):
+        protocol = SimpleNamespace(features=features, features_sha256=weights, resize="clean")
+        file = scoring._scores_file(tmp_path, protocol)
+        write_json(file, vars(protocol))
+        return file.name
+
+    large, small = "1" * 64, "2" * 64
+    assert file_for("inception", large) == "scores.json"
+    assert [file_for("dinov2", large) for _ in range(2)] == ["scores_dinov2_clean.json"] * 2
+    # A network of another size, or trained otherwise, has the same name.
+    assert [file_for("dinov2", small) for _ in range(2)] == ["scores_dinov2_clean_22222222.json"] * 2
+    assert file_for("inception", small) == "scores_inception_clean.json"
+    assert file_for("inception", large) == "scores.json"
+
+
 def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(measures, "LEAST_RESAMPLED", 5)
     extractor = FeatureExtractor(
@@ -190,6 +208,9 @@ def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folde
         rulers=rulers,
         facts=DrawingFacts(processes=1, seconds_to_draw=0.0),
     ).to_json()
+    # The stub's reference says no more of itself than that it is twelve images: its pixels are named too.
+    assert scores["reference_pixels_sha256"] == images_of(images(12, seed=0)).sha256()
+    assert scores["reference_pixels_sha256"] != images_of(images(12, seed=0)[::-1]).sha256()
     reference, made = mean_colours(images(12, seed=0)), mean_colours(images(5, seed=1))
     apart = [place for place in range(12) if place not in OWN_PLACES]
     wanted = {

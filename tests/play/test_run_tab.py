@@ -63,10 +63,14 @@ def test_a_look_shows_what_the_run_has_done_since(run, look):
     assert (slider.maximum, slider.value, slider.visible, image.label) == (3, 3, True, "Drawn at step 10")
 
     grow(run, 11)
-    _, said, _, slider, image = look(2, seen)  # somebody who looks at an older one
-    assert said.startswith("running: step 11") and slider == image == gr.skip()
+    seen_since, said, _, slider, image = look(2, seen)  # somebody who looks at an older one
+    assert said.startswith("running: step 11") and image == gr.skip()
+    assert (slider.maximum, slider.value) == (4, None)  # stays there, and can be moved to the new one
     newest, _, _, slider, _ = look(3, seen)
     assert slider.value == 4
+    grow(run, 12)
+    _, _, _, slider, _ = look(4, seen_since)  # moved to the newest of then
+    assert slider.value == 5
 
     write_status(run, state="done", step=11, next_command="")
     _, said, *_ = look(4, newest)

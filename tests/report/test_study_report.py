@@ -168,6 +168,16 @@ def test_the_report_has_every_section_with_its_figure(made):
     assert "One \\| two ⏎ three" in text
 
 
+def test_figures_of_sections_that_are_gone_go_and_others_stay(made):
+    study, out = made
+    moved, own = out / "figures" / "77-curves.svg", out / "figures" / "01-mine.png"
+    for file in (moved, own):
+        file.write_text("of before")
+    write_study_report(study, jobs_of(study, out=out), out=out, command="make it")
+    assert (moved.exists(), own.exists()) == (False, True)
+    own.unlink()
+
+
 def test_the_comparison_says_what_the_rows_say(made):
     study, out = made
     section = make_section(study.report[1], study=study, out=out)

@@ -18,6 +18,7 @@ from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.report.run import write_report
 from t2i.runs import export as exporting
+from t2i.runs import loading
 from t2i.runs.card import as_code, as_text, licences, stated_licence
 from t2i.runs.loading import open_model
 
@@ -131,3 +132,13 @@ def test_a_report_of_an_export_is_refused_in_a_sentence(exported):
         UserError, match=r"is no run folder: it has no .*environment\.json\. An exported folder has"
     ):
         write_report(exported)
+
+
+def test_a_checkpoint_has_its_own_name_from_within_and_through_a_link(finished, tmp_path, monkeypatch):
+    folder, run_dir = loading.find(str(finished.run_dir))
+    link = tmp_path / "link"
+    link.symlink_to(folder.resolve())
+    monkeypatch.chdir(folder)
+    for name in (".", str(link)):
+        found, around = loading.find(name)
+        assert found.name == folder.name and around.resolve() == run_dir.resolve()

@@ -6,7 +6,7 @@ import pytest
 
 from t2i.config import ASSETS, SampleConfig
 from t2i.errors import UserError
-from t2i.files import hub_name
+from t2i.files import hub_name, sha256_of
 from t2i.generate.sample import draw_codes, drawer_of
 from t2i.runs import loading
 
@@ -63,6 +63,8 @@ def test_demo_is_the_model_that_comes_with_t2i(tmp_path, monkeypatch):
     drawer = drawer_of(opened, settings=SampleConfig())
     (codes,) = draw_codes(drawer, ["woman: dark skin tone"])
     assert codes.shape == (opened.model.config.codes_per_image,)
+    # What it is known by are its weights, as those of the checkpoint that it was exported from.
+    assert opened.weights == sha256_of(folder / "model.safetensors")
     # A folder of the user's own comes first.
     (tmp_path / "demo").mkdir()
     with pytest.raises(UserError, match=r"it has neither checkpoints/ nor config\.json\.$"):

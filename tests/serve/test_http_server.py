@@ -270,6 +270,8 @@ def test_nothing_is_drawn_for_a_client_that_has_left(is_killed):
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_killed, 0))
         connection.close()
         until(lambda: 'status="499"' in server.service.meters.text(waiting=0))
+        assert not len(server.service.waiting)  # others may take the places, though the batch goes on
+        assert "t2i_cancelled_images_total 2" in server.service.meters.text(waiting=0)
         draw.go.set()
         assert held.result()[0] == 200
         assert images(server)[0] == 200

@@ -73,6 +73,27 @@ def needs_of(study, out=Path("o")):
     return {job.name: set(job.needs) for job in jobs_of(study, out=out)}
 
 
+def test_another_deepspeed_json_is_that_of_runs_and_of_steps_with_the_studys_own(tmp_path):
+    text = WAITING.replace("seeds: [0]", "seeds: [0]\nds_config: zero2_bf16_cpu.json").replace(
+        '{run_dir: "{out}/model"}', '{run_dir: "{out}/model", ds_config: zero2_bf16_cpu.json}'
+    )
+    own = "{name: other, needs: [], command: launchers/train.py, flags: {run_dir: x, ds_config: zero2.json}}"
+    written(tmp_path, text.replace("arms:", f"  - {own}\narms:"))
+    (tmp_path / "on_it.yaml").write_text("base: study.yaml\ntitle: O\nquestion: Q\narms: {}\n")
+    for file in ("study.yaml", "on_it.yaml"):
+        study = read_study(tmp_path / file, ds_config="zero2_fp32.json")
+        jobs = {job.name: job.command for job in jobs_of(study, out=Path("o"))}
+        given = {
+            name: command[command.index("--ds_config") + 1] if "--ds_config" in command else ""
+            for name, command in jobs.items()
+        }
+        assert (given["model"], given["other"], given["text"]) == ("zero2_fp32.json", "zero2.json", "")
+        if file == "study.yaml":
+            assert given["random-seed0"] == given["tune-random-0.001"] == "zero2_fp32.json"
+    with pytest.raises(UserError, match="ds_config is nowhere.json, which is neither here"):
+        read_study(tmp_path / "study.yaml", ds_config="nowhere.json")
+
+
 def test_a_job_waits_for_the_steps_whose_folders_it_names(tmp_path):
     needs = needs_of(read_study(written(tmp_path, WAITING)))
     assert needs["tune-random-0.001"] == {"pictures"}
@@ -88,6 +109,21 @@ def test_a_job_waits_for_the_steps_whose_folders_it_names(tmp_path):
 def test_a_job_waits_for_steps_that_make_what_it_may_use_without_naming_it(tmp_path, made):
     text = WAITING.replace('{out: "{out}/shown"}', made)
     assert "shown" in needs_of(read_study(written(tmp_path, text)))["random-seed0"]
+
+
+def test_a_name_that_goes_on_is_another_folder(tmp_path):
+    text = WAITING.replace('run_dir: "{out}/model"', 'run_dir: "{out}/mod"').replace(
+        "settings: {", 'settings: {train: {eval_text: ""}, '
+    )
+    assert "model" not in needs_of(read_study(written(tmp_path, text)))["pretrained-seed0"]
+
+
+@pytest.mark.parametrize(
+    "word", ["{out}//model", "{out}/x/../model", "text:{out}/model", "a=1,b={out}/model/x"]
+)
+def test_a_folder_is_known_however_it_is_written(tmp_path, word):
+    text = WAITING.replace("{out}/model/checkpoints/step_000010", word)
+    assert "model" in needs_of(read_study(written(tmp_path, text)))["pretrained-seed0"]
 
 
 def test_a_folder_around_what_a_step_makes_names_it(tmp_path):
@@ -336,6 +372,41 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
+
+
+SKIPS_ANOTHER = """
+import sys
+from pathlib import Path
+from t2i.study.jobs import Record, write_record
+folder = Path(sys.argv[1])
+write_record(folder / "out", "run", Record("skipped", reason="needs step, which is not done", attempt="of another"))
+"""
+
+
+def test_a_job_that_another_worker_skipped_is_run_once_its_need_is_done(toy):
+    """The other worker has seen the step fail before this one tried it again."""
+    job, study, folder = toy
+    jobs = [job("step", code=4), job("run", needs=("step",)), job("measure", needs=("run",))]
+    work(lambda: jobs[:1], study=study, out=folder / "out")
+    (folder / "mended.py").write_text(SKIPS_ANOTHER)
+    jobs[0] = Job("step", [str(folder / "mended.py"), str(folder)])
+    records = work(lambda: jobs, study=study, out=folder / "out")
+    assert {record.state for record in records.values()} == {"done"}
+    assert calls(folder) == ["step", "run", "measure"]
+
+
+def test_a_job_that_another_worker_failed_meanwhile_is_not_tried_again(toy):
+    job, study, folder = toy
+    listings = []
+
+    def listed():
+        listings.append(job("bad", code=4))
+        if len(listings) == 2:  # after the records were read
+            write_record(folder / "out", "bad", Record("failed", code=4, attempt="of another"))
+        return listings[-1:]
+
+    assert work(listed, study=study, out=folder / "out")["bad"].attempt == "of another"
+    assert not (folder / "calls").exists()
 
 
 def test_a_command_may_name_one_of_a_scripts_words(tmp_path):

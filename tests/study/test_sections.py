@@ -383,6 +383,34 @@ def test_a_loss_before_the_end_is_said_to_be_of_a_learning_rate_that_still_falls
         assert (said in section(made, "comparison", arms=arms, value="image_loss").found) == is_said
 
 
+def test_an_arm_that_goes_on_is_read_where_the_other_ends_and_that_is_said(tmp_path, section):
+    """The random start trains longer, for what the other's pre-training cost."""
+    for least, is_said in ((0.05, True), (1.0, False)):
+        made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
+        rate = [{"flops_per_second": 60.0, "tokens_per_second": 10.0}]
+        for seed in (0, 1):
+            settings = {"train": {"min_lr_ratio": least}}
+            made.run("pretrained", seed, train=rate * 2, heldout=held_out(5.0, 4.0), settings=settings)
+            losses = held_out(7.0, 6.0, 5.0, 4.5, 4.0, 3.5 + seed / 10)
+            made.run("random", seed, train=rate * 6, heldout=losses, settings=settings)
+        arms = ["pretrained", "random"]
+        # 2,400 charged and 2,400 spent: what the random start has spent at its fourth measurement.
+        found = section(made, "budgets", arms=arms, charged={"pretrained": 2400.0})
+        assert column(found, "at") == ["4", "400", "4,800"]
+        assert column(found, "pretrained") == ["4.0000"] * 3
+        assert column(found, "random") == ["6.0000", "6.0000", "4.5000"]
+        assert ("random is read before its end" in found.found) == is_said
+        pair = section(made, "comparison", arms=arms, value="image_loss")
+        assert "pretrained - random is -2.0000 nats" in pair.found
+        # Five measurements, 600 tokens after the loss that the other ends with.
+        assert column(pair, "extra tokens") == ["400 (95%: 400 to 400)", "600 (95%: 600 to 600)"]
+        whole = section(made, "overview", pairs={"start": arms})
+        for one in (pair, whole):
+            assert "random is read at step 4 of 12, the last that both have" in one.found
+            assert ("last that both have, where its learning rate still falls" in one.found) == is_said
+            assert "pretrained is read" not in one.found
+
+
 def test_the_run_that_made_a_start_is_charged_as_it_says(tmp_path, section):
     made = Made(tmp_path, pretrained=[0], random=[0], before=[0])
     rate = [{"flops_per_second": 60.0, "tokens_per_second": 10.0}] * 2

@@ -26,6 +26,7 @@ from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train import engine
 from t2i.train.main import train
+from t2i.train.start import kept_start
 
 ROOT = Path(__file__).parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "zero2_fp32.json"
@@ -301,3 +302,20 @@ def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
         found.append([sorted(key for part in parts for key in part) for parts in zip(*ranks, strict=True)])
     assert found[0] == found[1]
     assert all(len(step) == 8 for step in found[0])
+
+
+def test_a_resumed_run_is_pulled_to_the_weights_that_it_began_from(tmp_path):
+    """model.init named a run that trained on: its newest checkpoint is another one by now."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(folder.name)
+    first, second = map(str, folders)
+    run = {"run_dir": tmp_path}
+    assert kept_start(first, **run, is_resumed=False) == first
+    assert kept_start(second, **run, is_resumed=True) == first
+    folders[0].rename(tmp_path / "moved")
+    assert kept_start(str(tmp_path / "moved"), **run, is_resumed=True) == str(tmp_path / "moved")
+    with pytest.raises(UserError, match="began from, .*first, and these are gone"):
+        kept_start(second, **run, is_resumed=True)
+    assert kept_start("random", **run, is_resumed=True) == "random"

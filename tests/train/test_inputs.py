@@ -10,6 +10,7 @@ from built_models import built
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS, DataConfig
+from t2i.data.prepare.part_folder import ClaimedError
 from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import Maker, read_manifest
 from t2i.data.sources.documents import open_documents
@@ -18,7 +19,9 @@ from t2i.model.resize import merged_state_dict
 from t2i.runs.loading import open_model
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.text import TextTokenizer
+from t2i.train import inputs
 from t2i.train.build import build_model
+from t2i.train.inputs import prepare_embedded
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
@@ -181,3 +184,19 @@ def test_contradicting_starts_are_refused(finished, tokenizer):
         built(replace(finished, model=replace(finished.model, control_init="moments")), tokenizer)
     with pytest.raises(UserError, match="is no run folder, checkpoint"):
         built(replace(finished, model=replace(finished.model, init="./nowhere")), tokenizer)
+
+
+def test_runs_that_start_together_wait_for_the_one_that_prepares_the_embedded_images(tmp_path, monkeypatch):
+    """The first one is killed while this one waits, which then prepares them itself."""
+    out, held = tmp_path / "shards", [True, True, False]
+
+    def prepare(source, *, out, **others):
+        if held:
+            raise ClaimedError("held by another")
+        out.mkdir()
+
+    monkeypatch.setattr(inputs, "prepare", prepare)
+    monkeypatch.setattr(inputs, "is_claimed", lambda part, *, rank: held.pop(0))
+    monkeypatch.setattr(inputs, "WAIT_SECONDS", 0.0)
+    prepare_embedded(out)
+    assert out.exists() and not held

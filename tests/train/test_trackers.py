@@ -186,6 +186,16 @@ def test_a_held_out_row_is_reported_though_its_step_was_before(run_dir, followed
     assert followed().logged == [(1, {"train/loss": 2.0}), (1, {"heldout/image_loss": 3.0})]
 
 
+def test_what_a_stopped_run_still_had_to_measure_is_reported_when_it_has(run_dir, followed):
+    append_metrics(run_dir, {"step": 1, "split": "heldout", "image_loss": 4.0})
+    append_metrics(run_dir, {"step": 2, "loss": 2.0})
+    append_metrics(run_dir, {"step": 2, "split": "heldout", "image_loss": 3.0})
+    followed()
+    append_metrics(run_dir, {"step": 2, "split": "combinations", "image_loss": 2.5})
+    append_metrics(run_dir, {"step": 3, "loss": 1.0})
+    assert followed().logged == [(2, {"combinations/image_loss": 2.5}), (3, {"train/loss": 1.0})]
+
+
 def test_a_half_written_row_waits_and_a_rewound_file_is_read_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step"')

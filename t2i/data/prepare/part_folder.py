@@ -50,21 +50,41 @@ def is_done(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+class ClaimedError(UserError):
+    """Another process works in a folder."""
+
+
+def is_claimed(part: Path, *, rank: int) -> bool:
+    """Tell whether another process works in a folder as this rank."""
+    try:
+        with _lock_file(part, rank).open("r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # it is gone, or its disk has no locks
+        return False
+    return False
+
+
+def _lock_file(part: Path, rank: int) -> Path:
+    return part / RANKS / f"{rank}.lock"
+
+
 @contextmanager
 def claimed(part: Path, *, rank: int) -> Iterator[None]:
     """Keep a second preparation out of a folder.
 
     Raises:
-        UserError: another process works there as the same rank.
+        ClaimedError: another process works there as the same rank.
     """
     (part / RANKS).mkdir(parents=True, exist_ok=True)
     # By lockf, not flock: a decoding process that outlives this one must not hold its lock.
-    with (part / RANKS / f"{rank}.lock").open("a+") as lock:
+    with _lock_file(part, rank).open("a+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
-            raise UserError(
+            raise ClaimedError(
                 f"{part} is being written by {lock.read() or 'another process'}. Wait for it, or choose another --out."
             ) from error
         except OSError as error:

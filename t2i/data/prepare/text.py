@@ -16,16 +16,25 @@ from tqdm import tqdm
 
 from t2i.data.prepare.arguments import Arguments, check_same, source_arguments, text_maker_of
 from t2i.data.prepare.finish import save_text_tokenizer
-from t2i.data.prepare.part_folder import RANKS, claimed, is_done, place_of, publish, saying_full_disk
+from t2i.data.prepare.part_folder import (
+    ARGUMENTS,
+    RANKS,
+    claimed,
+    is_done,
+    place_of,
+    publish,
+    read_arguments,
+    saying_full_disk,
+)
 from t2i.data.shards.accounts import check_accounts
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.manifest import Manifest, read_manifest, side_files
 from t2i.data.shards.reader import read_split
 from t2i.data.sources import Tally
 from t2i.data.sources.documents import Documents
-from t2i.data.sources.listing import make_listing
-from t2i.errors import DataError
-from t2i.files import HASH, hash_uniform
+from t2i.data.sources.listing import Listing, make_listing
+from t2i.errors import DataError, UserError
+from t2i.files import HASH, hash_uniform, write_json
 from t2i.tokens.text import TextTokenizer
 
 TEXT_SPLITS = ("train", "heldout")
@@ -60,7 +69,7 @@ def prepare_text(
     Exact duplicates are left out. A document's split is decided by a hash of its text.
 
     Raises:
-        UserError: `out` was made with other arguments.
+        UserError: `out` was made or begun with other arguments.
         DataError: the documents of a split do not fill one sequence.
     """
     listing = make_listing(documents.listing())
@@ -77,15 +86,40 @@ def prepare_text(
         return manifest
     part = out.with_name(out.name + ".part")
     with saying_full_disk(part), claimed(part, rank=0):
-        for old in part.iterdir():
-            if old.is_dir() and old.name != RANKS:
-                shutil.rmtree(old)
-        listing.write(part)
-        _pack(
-            documents, part, text_tokenizer, arguments=arguments, seq_len=seq_len, heldout_share=heldout_share
-        )
+        if is_done(part):  # killed before it became `out`
+            check_same(part, read_arguments(part), arguments, listing=listing)
+        else:
+            _begin_anew(part, arguments, listing)
+            _pack(
+                documents,
+                part,
+                text_tokenizer,
+                arguments=arguments,
+                seq_len=seq_len,
+                heldout_share=heldout_share,
+            )
     publish(part, out)
     return read_manifest(out)
+
+
+def _begin_anew(part: Path, arguments: Arguments, listing: Listing) -> None:
+    """Empty a folder of what an earlier start of this preparation has written.
+
+    Raises:
+        UserError: what is there is of another one, or of somebody else.
+    """
+    if (part / ARGUMENTS).exists():
+        check_same(part, read_arguments(part), arguments, listing=listing)
+    elif other := next((path for path in sorted(part.iterdir()) if path.name != RANKS), None):
+        raise UserError(
+            f"{part} has {other.name}, which is of no preparation of this kind, and would be replaced. Move it away, or"
+            " choose another --out."
+        )
+    for old in part.iterdir():
+        if old.is_dir() and old.name != RANKS:
+            shutil.rmtree(old)
+    listing.write(part)
+    write_json(part / ARGUMENTS, arguments)
 
 
 def _pack(

@@ -50,12 +50,13 @@ def fetch_shards(folder: Path, *, remote: str) -> None:
 
 
 def read_split(
-    folder: Path, split: str, *, num_samples: int | None = None, remote: str = ""
+    folder: Path, split: str, *, num_samples: int | None = None, subsample_every: int = 1, remote: str = ""
 ) -> Iterator[Sample]:
     """Read samples of one split in order: key, caption, caption_ids, codes.
 
     Args:
         num_samples: the number to read, evenly spread; None for all.
+        subsample_every: read only every n-th, as training with data.subsample_every does.
         remote: where to download shards from that `folder` does not have yet.
 
     Raises:
@@ -72,9 +73,10 @@ def read_split(
     ends = list(accumulate(len(shard.reader) for shard in shards))
     if not ends:
         return
-    step = 1 if num_samples is None else max(1, ends[-1] // num_samples)
+    kept = range(0, ends[-1], subsample_every)
+    count = len(kept) if num_samples is None else min(num_samples, len(kept))
     at, hashed = 0, -1
-    for place in range(0, ends[-1], step)[:num_samples]:
+    for place in (kept[index * len(kept) // count] for index in range(count)):
         while place >= ends[at]:
             at += 1
         shard = shards[at]

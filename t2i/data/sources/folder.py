@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2i.data.sources.caption import MAX_TEXT_BYTES, LeftOut, TextFile
 from t2i.data.sources.image import IMAGE_SUFFIXES, is_image_file, read_image_file
-from t2i.data.sources.source import Entry, Tally
+from t2i.data.sources.source import Entry, Tally, key_text
 from t2i.data.sources.tables import choose_column, is_url, read_table_rows
 from t2i.errors import DataError
 from t2i.files import is_inside
@@ -92,6 +92,7 @@ def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key:
     )
     name = choose_column(columns, asked=image_key, usual=NAME_COLUMNS, where=str(table), flag="--image-key")
     num_rows: dict[Path, int] = {}
+    first_keys: dict[Path, str] = {}
     tally.seen += len(rows)
     for row in sorted(rows, key=lambda row: str(row.get(name))):
         # The table may come from a stranger: a name that leads out of the folder is left out.
@@ -101,7 +102,8 @@ def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key:
             continue
         number = num_rows.get(found, 0)
         num_rows[found] = number + 1
-        key = str(row[name])
+        # One image under two spellings (a.jpg, ./a.jpg) is one image.
+        key = first_keys.setdefault(found, key_text(row[name]))
         yield Entry(
             f"{key}#{number}" if number else key,
             row.get(text),

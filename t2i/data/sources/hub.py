@@ -66,7 +66,7 @@ def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = F
     if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
         raise DataError(f"--source hf:{name} is neither a folder nor of the form hf:USER/NAME.")
     try:
-        rows = _rows(name, config)
+        rows, num_rows = _rows(name, config)
         features = dict(rows.features or next(iter(rows)))
     except DataError:
         raise
@@ -88,7 +88,18 @@ def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = F
         labels=labels,
         has_bare_keys=has_bare_keys,
     )
-    return [partial(read, index=index) for index in range(rows.num_shards)]
+    return [
+        partial(read, index=index, first_row=_first_row(index, num_rows=num_rows, num_shards=rows.num_shards))
+        for index in range(rows.num_shards)
+    ]
+
+
+def _first_row(index: int, *, num_rows: int | None, num_shards: int) -> int | None:
+    """Compute the number of a shard's first row, as datasets cuts rows into contiguous shards; None if not known."""
+    if num_rows is None:
+        return None
+    size, longer = divmod(num_rows, num_shards)
+    return index * size + min(index, longer)
 
 
 def read_shard(
@@ -100,8 +111,12 @@ def read_shard(
     columns: tuple[str, str],
     labels: tuple[str, ...],
     has_bare_keys: bool,
+    first_row: int | None,
 ) -> Iterator[Entry]:
-    """List one shard's rows; keys are SHARD/KEY by the column `key` or `__key__`, else SHARD/ROW."""
+    """List one shard's rows; keys are SHARD/KEY by the column `key` or `__key__`, else SHARD/ROW.
+
+    Where first_row is known they are ROW/KEY or ROW, of the whole: how many shards there are depends on the rows.
+    """
     from datasets.exceptions import DatasetsError
 
     image, caption = columns
@@ -109,9 +124,10 @@ def read_shard(
         for place, row in enumerate(rows.shard(num_shards=rows.num_shards, index=index)):
             tally.seen += 1
             own = next((row[column] for column in KEY_COLUMNS if row.get(column) is not None), None)
-            key = f"{index:06d}/{place:06d}" if own is None else key_text(own)
+            place_in_all = f"{index:06d}/{place:06d}" if first_row is None else f"{first_row + place:06d}"
+            key = place_in_all if own is None else key_text(own)
             if own is not None and not has_bare_keys:
-                key = f"{index:06d}/{key}"
+                key = f"{index if first_row is None else first_row + place:06d}/{key}"
             cell = row.pop(image)
             yield Entry(
                 key,
@@ -144,14 +160,16 @@ def open_own_cell(cell: object, name: str) -> OpenedImage:
         return decode_image(file.read())
 
 
-def _rows(name: str, config: SourceConfig) -> "IterableDataset":
+def _rows(name: str, config: SourceConfig) -> "tuple[IterableDataset, int | None]":
+    """Open a dataset, and count the rows of one that was saved; None for a streamed one."""
     from datasets import Dataset, load_dataset, load_from_disk
 
     folder = Path(name)
     if not is_saved(folder):
-        return load_dataset(
+        streamed = load_dataset(
             name, config.hub_subset or None, split=config.hub_split, streaming=True, trust_remote_code=False
         )
+        return streamed, None
     if (folder / SAVED_SPLITS).is_file():
         splits = read_optional_json(folder / SAVED_SPLITS).get("splits")
         if not isinstance(splits, list) or config.hub_split not in splits or not is_inside(config.hub_split):
@@ -162,7 +180,8 @@ def _rows(name: str, config: SourceConfig) -> "IterableDataset":
             raise DataError(f"{folder / SAVED} names {file!r:.80}; expected files of its folder.")
     rows = load_from_disk(folder)
     assert isinstance(rows, Dataset), "one split was chosen"
-    return rows.with_format(None).to_iterable_dataset(num_shards=max(1, len(rows) // LISTED_UNIT))
+    num_shards = max(1, len(rows) // LISTED_UNIT)
+    return rows.with_format(None).to_iterable_dataset(num_shards=num_shards), len(rows)
 
 
 def _is_own(path: str, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Open a source by its name: which kind it is, and where its parts lie."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
 from t2i.data.sources.source import Entry, Listed, Pair, ReadEntries, Source, Tally, Unit, sift
 from t2i.data.sources.splits import USUAL_SHARE, choose_share, with_splits
-from t2i.data.sources.webdataset import units_of_tars
+from t2i.data.sources.webdataset import unfinished_tars, units_of_tars
 from t2i.distributed.heartbeat import place_in_job
 from t2i.errors import DataError, UserError
 from t2i.files import HUB, hub_name
@@ -219,7 +219,9 @@ def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, h
     if suffixes == {".tar"}:
         tally = Tally()
         reads = units_of_tars(prefixes, tally, config=config)
-        return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=partial(_list_files, paths))
+        # Which tars are left out is a part of what the source is: units are known by their number alone.
+        listing = partial(_list_files, paths, unfinished=unfinished_tars(paths))
+        return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=listing)
     if suffixes == {".parquet"}:
         read = partial(units_of_tables, prefixes, config=config, has_bare_keys=has_bare_keys)
         return Source(
@@ -257,9 +259,16 @@ def _listed(read: ReadEntries, sieve: Sift, place: Path) -> Source:
     )
 
 
-def _list_files(paths: Iterable[Path]) -> list[Listed]:
+def _list_files(paths: Iterable[Path], *, unfinished: Collection[Path] = ()) -> list[Listed]:
     """List files of many pairs, with their folder's name, as keys have it."""
-    return [Listed(f"{path.parent.absolute().name}/{path.name}", file=path) for path in paths]
+    return [
+        Listed(
+            f"{path.parent.absolute().name}/{path.name}",
+            "unfinished" if path in unfinished else "",
+            file=path,
+        )
+        for path in paths
+    ]
 
 
 def _list_dataset(name: str, num_shards: int) -> list[Listed]:

@@ -1,11 +1,12 @@
 """Rows of a table: JSON lines, comma- or tab-separated values, or parquet."""
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 from t2i.data.sources.caption import mark_of
 from t2i.errors import DataError
 from t2i.files import parse_json
+
+logger = logging.getLogger(__name__)
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLES = (".jsonl", ".parquet", *SEPARATORS)
@@ -88,8 +91,9 @@ def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
     usual = SEPARATORS[path.suffix.lower()]
     # Spreadsheet programs write semicolons where the comma is the decimal point.
     other = next((one for one in OTHER_SEPARATORS if usual not in header and one in header), usual)
-    reader = csv.DictReader(file, delimiter=other)
     try:
+        quoting = _quoting_of(file, path, delimiter=other)
+        reader = csv.DictReader(file, delimiter=other, quoting=quoting, strict=True)
         repeated = [name for name, count in Counter(reader.fieldnames or []).items() if name and count > 1]
         if repeated:
             raise DataError(f"{path} has several columns named {', '.join(repeated)}; expected one of each.")
@@ -105,7 +109,28 @@ def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
                 )
             yield row
     except csv.Error as error:
-        raise DataError(f"{path} is not a table of separated values: {error}.") from error
+        raise DataError(
+            f"{path} is not a table of separated values: {error}. A value with a quote in it must be in quotes, and its"
+            " own quotes twice."
+        ) from error
+
+
+def _quoting_of(file: TextIO, path: Path, *, delimiter: str) -> Literal[0, 3]:
+    """Tell whether quotes hold values together, or are a part of them, as in many tables with tabs.
+
+    A quote that is never closed would take all lines to the end of the file, or to the next such quote, for one value.
+    """
+    if delimiter != "\t":
+        return csv.QUOTE_MINIMAL
+    try:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        are_held = not any("\n" in value and delimiter in value for row in rows for value in row)
+    except csv.Error:
+        are_held = False
+    file.seek(0)
+    if not are_held:
+        logger.warning("%s: quotes are read as they stand, because not all of them are closed", path)
+    return csv.QUOTE_MINIMAL if are_held else csv.QUOTE_NONE
 
 
 def _table(path: Path) -> list[dict[str, object]]:

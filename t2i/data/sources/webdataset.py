@@ -6,7 +6,8 @@ A tar is one unit. Listing reads its headers, then its captions. An image is rea
 import io
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -47,18 +48,31 @@ class Member:
     size: int
 
 
+def unfinished_tars(paths: Iterable[Path]) -> set[Path]:
+    """Find the tars that are still being written: img2dataset writes NAME_stats.json last.
+
+    If some tars of a folder have one, a tar without it is unfinished.
+    """
+    listed = list(paths)
+    stats = {path for folder in {path.parent for path in listed} for path in folder.glob("*_stats.json")}
+    finished = {path.parent for path in stats}
+    return {
+        path
+        for path in listed
+        if path.parent in finished and path.with_name(f"{path.stem}_stats.json") not in stats
+    }
+
+
 def units_of_tars(prefixes: dict[Path, str], tally: Tally, *, config: SourceConfig) -> list[ReadEntries]:
     """Make one unit per finished tar; count the unfinished ones and log their names.
 
     Args:
         prefixes: the tars in order, and what their keys begin with.
     """
-    # img2dataset writes NAME_stats.json last. If some tars of a folder have one, a tar without it is unfinished.
-    stats = {path for folder in {path.parent for path in prefixes} for path in folder.glob("*_stats.json")}
-    finished = {path.parent for path in stats}
+    unfinished = unfinished_tars(prefixes)
     units: list[ReadEntries] = []
     for path, prefix in prefixes.items():
-        if path.parent in finished and path.with_name(f"{path.stem}_stats.json") not in stats:
+        if path in unfinished:
             logger.warning("%s has no %s_stats.json: unfinished, left out", path, path.stem)
             tally.unread["an unfinished tar (no _stats.json)"] += 1
         else:
@@ -70,11 +84,17 @@ def read_tar(tally: Tally, *, path: Path, prefix: str, config: SourceConfig) -> 
     """List the images of one tar in order, with keys PREFIX/KEY; of a broken tar, those before the break."""
     caption = config.caption_key.lower() or "txt"
     with path.open("rb") as file:
-        for stem, parts in _groups(tally, path, caption).items():
+        repeats: Counter[str] = Counter()
+        for stem, parts in _groups(tally, path, caption, repeats).items():
             images = [parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts]
-            tally.seen += max(1, len(images))
-            if len(images) > 1:
-                tally.left_out["another image of the same key in a tar"] += len(images) - 1
+            if (
+                stem in repeats
+            ):  # several samples of one key: the first image and the first caption are of one
+                images.sort(key=lambda image: image.offset)
+            num_images = len(images) + repeats[stem]
+            tally.seen += max(1, num_images)
+            if num_images > 1:
+                tally.left_out["another image of the same key in a tar"] += num_images - 1
             try:
                 if not images:
                     raise LeftOut("no image beside the caption in a tar")
@@ -90,8 +110,12 @@ def read_member(path: Path, member: Member) -> OpenedImage:
         return decode_image(file.read(member.size))
 
 
-def _groups(tally: Tally, path: Path, caption: str) -> dict[str, dict[str, Member]]:
-    """List the members of each key, in the order of the keys: by their endings."""
+def _groups(tally: Tally, path: Path, caption: str, repeats: Counter[str]) -> dict[str, dict[str, Member]]:
+    """List the members of each key, in the order of the keys: by their endings, the first of each.
+
+    Args:
+        repeats: gets the keys that have an ending twice, with the number of images among what was left out.
+    """
     endings = sorted(
         {caption, "txt", "json", *(suffix[1:] for suffix in IMAGE_SUFFIXES)}, key=len, reverse=True
     )
@@ -111,7 +135,11 @@ def _groups(tally: Tally, path: Path, caption: str) -> dict[str, dict[str, Membe
                     others.append(name)
                 else:
                     stem = name.with_name(name.name[: -len(ending) - 1]).as_posix()
-                    groups.setdefault(stem, {})[ending] = Member(member.offset_data, member.size)
+                    parts = groups.setdefault(stem, {})
+                    if ending in parts:
+                        repeats[stem] += f".{ending}" in IMAGE_SUFFIXES
+                    else:
+                        parts[ending] = Member(member.offset_data, member.size)
     except BROKEN_TAR as error:
         logger.warning("%s: %s; the images before this place are used", path, error)
         tally.unread["a broken tar, from where it breaks"] += 1

@@ -32,9 +32,13 @@ def draw_others_folder(
     Raises:
         UserError: `out` holds images of another drawing, or the settings are of this package's models alone.
     """
-    if config.best_of != 1 or config.compile or config.window not in ("auto", 1):
+    if (config.best_of, config.best_by, config.compile) != (1, "likelihood", False) or config.window not in (
+        "auto",
+        1,
+    ):
         raise UserError(
-            f"--best-of, --compile and --window are for models of this package; {opened.folder} is a {opened.kind}."
+            "--best-of, --best-by, --compile and --window are for models of this package;"
+            f" {opened.folder} is a {opened.kind}."
         )
     texts = list(captions.values())
 
@@ -50,7 +54,12 @@ def draw_others_folder(
         draw=draw,
         settings=settings_of(
             captions, weights=opened.weights, dtype=opened.dtype, config=config, batch_size=batch_size
-        ),
+        )
+        # An Emu3 draws any size, and the image tokenizer may lie in a folder of its own.
+        | {
+            "image_size": opened.image_size(),
+            "image_tokenizer": opened.needed_image_tokenizer().fingerprint(),
+        },
         checkpoint=opened.folder,
         batch_size=batch_size,
         rank=rank,

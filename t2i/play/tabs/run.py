@@ -51,7 +51,8 @@ def run_tab(play: Play) -> None:
             now = watch(run_dir, price=play.price)
         # Who looks at an older grid than the last one at the look before is left at it.
         if place < before[1] - 1:
-            return version, _said(now), _curves(now), gr.skip(), gr.skip()
+            further = {key: value for key, value in _range(now).items() if key != "value"}
+            return version, _said(now), _curves(now), gr.Slider(**further), gr.skip()
         # The image too: at the first grid the slider does not move.
         newest = gr.Image(**_grid(run_dir, len(now.grids) - 1))
         return version, _said(now), _curves(now), gr.Slider(**_range(now)), newest

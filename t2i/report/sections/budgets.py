@@ -15,7 +15,7 @@ from t2i.study.results import (
     Row,
     curve,
     is_rate_falling,
-    paired,
+    of_common_seeds,
     read_rows,
     runs_of,
     tokens_spent,
@@ -55,10 +55,9 @@ def budgets(
     Args:
         charged: arm -> what its start cost before: a number of FLOPs, or the folder of the run that made it.
     """
-    if unknown := [arm for arm in charged or {} if arm not in arms]:
-        raise UserError(f"budgets: charged names arm {unknown[0]}; {nearest_name(unknown[0], list(arms))}.")
     runs = [runs_of(study, arm=arm, out=out) for arm in arms]
-    pair = paired(*(curve(one, value=value, split="heldout") for one in runs))
+    # Each with all of its own steps: equal tokens or FLOPs are reached at other ones.
+    pair = of_common_seeds(*(curve(one, value=value, split="heldout") for one in runs))
     if pair is None:
         return Section("Equal budgets", f"{' and '.join(arms)} have no finished runs of one seed.")
     known = {arm: _charge(cost, out) for arm, cost in (charged or {}).items()}
@@ -106,6 +105,17 @@ def budgets(
             " (train.min_lr_ratio < 1): a run of that length would end lower."
         )
     return Section("Equal budgets", sentence, _draw(spent, names=arms, value=value), table)
+
+
+def _check_charged(
+    _study: Study,
+    *,
+    arms: tuple[str, str],
+    charged: dict[str, str | float] | None = None,
+    **_others: object,
+) -> None:
+    if unknown := [arm for arm in charged or {} if arm not in arms]:
+        raise UserError(f"budgets: charged names arm {unknown[0]}; {nearest_name(unknown[0], list(arms))}.")
 
 
 def flops_per_token(rows: list[Row]) -> float:
@@ -164,5 +174,10 @@ def _draw(spent: list[Spent], *, names: tuple[str, str], value: str) -> Figure:
 
 
 SECTIONS = (
-    SectionKind("budgets", reads="metrics.jsonl of runs, and of the run that is charged", make=budgets),
+    SectionKind(
+        "budgets",
+        reads="metrics.jsonl of runs, and of the run that is charged",
+        make=budgets,
+        check=_check_charged,
+    ),
 )

@@ -23,6 +23,7 @@ from t2i.study.results import (
     image_baselines,
     is_rate_falling,
     num_samples,
+    of_common_seeds,
     paired,
     runs_of,
 )
@@ -50,11 +51,14 @@ def comparison(
     first, second = pair
     test = test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no target to reach
+    # The second arm may have gone on after the last step of the first.
+    reaching = of_common_seeds(*(curve(one, value=value, split=split) for one in runs))
+    assert reaching is not None, "arms that have common steps have common seeds"
     worth = worth_in_tokens(
         first.values,
-        second.values,
+        reaching[1].values,
         first_tokens=first.tokens,
-        second_tokens=second.tokens,
+        second_tokens=reaching[1].tokens,
         at=range(until),
     )
     baselines = image_baselines(runs[0]) if value == "image_loss" else {}
@@ -75,6 +79,7 @@ def comparison(
     ]
     table = [head, *(_worth_row(one, num_seeds=test.num_seeds) for one in worth)]
     sentence = _found(first, second, names=(first_name, second_name), unigram=baselines.get("unigram"))
+    sentence += said_early(runs, pair, arms, value=value, split=split)
     if until > 1 and any(is_rate_falling(of_arm) for of_arm in runs):
         sentence += (
             " The worth in tokens reads losses before the end of training, where the learning rate still falls"
@@ -142,13 +147,14 @@ def sizes(
         names: what the first arms are, and the second.
     """
     heads = ["training samples", "arms", *names, "difference", "p", "verdict", "at each run's lowest"]
-    table = [heads]
+    table, early = [heads], ""
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
         runs, pair = pair_of(study, out, arms, value=value)
         if pair is None:
             continue
         first, second = pair
+        early += said_early(runs, pair, arms, value=value)
         test = test_at_end(first, second)
         found.append((num_samples(runs[0][0]), test))
         gap = difference(test.mean, test.low, test.high)
@@ -167,7 +173,7 @@ def sizes(
         names=names,
         value=value,
     )
-    return Section("Data sizes", f"{names[0]} - {names[1]}: {sentence}.", figure, table)
+    return Section("Data sizes", f"{names[0]} - {names[1]}: {sentence}.{early}", figure, table)
 
 
 def pair_of(
@@ -177,6 +183,29 @@ def pair_of(
     runs = [runs_of(study, arm=arm, out=out) for arm in arms]
     first, second = (curve(one, value=value, split=split) for one in runs)
     return runs, paired(first, second)
+
+
+def said_early(
+    runs: list[list[Run]],
+    pair: tuple[Curve, Curve],
+    arms: tuple[str, str],
+    *,
+    value: str,
+    split: str = "heldout",
+) -> str:
+    """Say which of two arms is read before its end, because the other has fewer steps; empty for neither."""
+    said = ""
+    for name, of_arm, common in zip(arms, runs, pair, strict=True):
+        whole = curve(of_arm, value=value, split=split)
+        if whole is not None and whole.steps[-1] > common.steps[-1]:
+            said += f" {name} is read at step {common.steps[-1]:,} of {whole.steps[-1]:,}, the last that both have"
+            if is_rate_falling(of_arm):
+                said += (
+                    ", where its learning rate still falls (train.min_lr_ratio < 1): a run of that length would end"
+                    " lower"
+                )
+            said += "."
+    return said
 
 
 def test_at_end(first: Curve, second: Curve) -> PairedTest:

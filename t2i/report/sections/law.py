@@ -36,7 +36,6 @@ def law(
         steps: those of the fitted cells.
         held_out: arm -> steps; these arms are not fitted.
     """
-    _check_arms(study, ages, held_out)
     grid = read_grid(study, out, ages=ages, value=value)
     asked = [arm for arm in ages if arm not in held_out]
     fitted = {arm: steps for arm in asked if all(grid.has(arm, step) for step in steps)}
@@ -70,7 +69,9 @@ def law(
     )
 
 
-def _check_arms(study: Study, ages: dict[str, str | float], held_out: dict[str, list[int]]) -> None:
+def _check_arms(
+    study: Study, ages: dict[str, str | float], held_out: dict[str, list[int]], **_others: object
+) -> None:
     for name in (*ages, *held_out):
         if name not in study.arms:
             raise UserError(f"law: {name} is no arm of the study; {nearest_name(name, list(study.arms))}.")
@@ -186,4 +187,11 @@ def _draw(
     return figure
 
 
-SECTIONS = (SectionKind("law", reads="metrics.jsonl of runs, and of those that made the starts", make=law),)
+SECTIONS = (
+    SectionKind(
+        "law",
+        reads="metrics.jsonl of runs, and of those that made the starts",
+        make=law,
+        check=_check_arms,
+    ),
+)

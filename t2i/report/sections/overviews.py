@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from t2i.errors import UserError
 from t2i.report.figures import COLOURS, LABELS, finish, panels
-from t2i.report.sections.comparisons import pair_of
+from t2i.report.sections.comparisons import pair_of, said_early
 from t2i.report.sections.section import Section, SectionKind, difference, interval, known, p_value
 from t2i.study.results import Curve, data_manifest, image_baselines
 from t2i.study.spec import Study, nearest_name
@@ -28,6 +28,8 @@ class Gap:
     """Seed -> what the second arm has learned beyond the baseline, nats per code; empty for differences in nats."""
     image_tokenizers: set[str]
     """Fingerprints of what made the codes of its arms."""
+    early: str
+    """Which arm is read before its end, in words."""
 
 
 def overview(
@@ -49,9 +51,6 @@ def overview(
             seed, by what the second arm has learned beyond it: losses per code of two image tokenizers do not compare,
             such shares do. Empty for differences in nats.
     """
-    if against and against not in pairs:
-        raise UserError(f"overview: against is {against}; expected one of {', '.join(pairs)}.")
-    _check_baseline(relative_to, value=value)
     gaps = {
         name: gap
         for name, arms in pairs.items()
@@ -77,13 +76,15 @@ def overview(
         table.append([name, arms, *cells, known(test.smallest_detectable)])
         if learned:
             table[-1].append(_learned(gaps[name]) if name in tests else "")
+    # Several pairs may have one arm in common.
+    early = dict.fromkeys(gaps[name].early for name in tests)
     below = sum(test.mean < 0 for test in tests.values())
     seen = [name for name, one in holm.items() if one < 1 - CONFIDENCE]
     sentence = (
         f"Paired t-tests of held-out {value} at the end of training, {len(every)} in all"
         f" ({below} differences of arms below zero); corrected for their number (Holm), a difference is seen in"
         f" {len(seen)}" + (f": {', '.join(seen)}." if seen else ".")
-    )
+    ) + "".join(early)
     if relative_to:
         sentence += (
             " Each difference is divided, seed by seed, by what the second arm has learned: the held-out"
@@ -98,17 +99,28 @@ def overview(
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 
 
-def _check_baseline(name: str, *, value: str) -> None:
-    """Check `relative_to`.
+def _check_names(
+    _study: Study,
+    *,
+    pairs: dict[str, tuple[str, str]],
+    value: str = "image_loss",
+    against: str = "",
+    relative_to: str = "",
+) -> None:
+    """Check `against` and `relative_to`.
 
     Raises:
-        UserError: it is no baseline, or the value has none.
+        UserError: the one is no pair, or the other is no baseline, or one that the value does not have.
     """
-    if name and name not in BASELINES:
-        raise UserError(f"overview: relative_to is {name}; {nearest_name(name, list(BASELINES))}.")
-    if name and value != "image_loss":
+    if against and against not in pairs:
+        raise UserError(f"overview: against is {against}; expected one of {', '.join(pairs)}.")
+    if relative_to and relative_to not in BASELINES:
         raise UserError(
-            f"overview: relative_to is {name} and value {value}; expected image_loss, the loss of codes."
+            f"overview: relative_to is {relative_to}; {nearest_name(relative_to, list(BASELINES))}."
+        )
+    if relative_to and value != "image_loss":
+        raise UserError(
+            f"overview: relative_to is {relative_to} and value {value}; expected image_loss, the loss of codes."
         )
 
 
@@ -119,16 +131,17 @@ def _gap(study: Study, out: Path, arms: tuple[str, str], *, value: str, relative
         return None
     manifests = [found for of_arm in runs for run in of_arm if (found := data_manifest(run)) is not None]
     makers = {one.image_tokenizer.fingerprint for one in manifests if one.image_tokenizer is not None}
+    early = said_early(runs, pair, arms, value=value)
     first, second = (_ends(one) for one in pair)
     gaps = {seed: first[seed] - second[seed] for seed in first}
     if not relative_to:
-        return Gap(gaps, {}, makers)
+        return Gap(gaps, {}, makers, early)
     costs = {run.seed: image_baselines([run]).get(relative_to, math.nan) for run in runs[1]}
     learned = {seed: costs[seed] - second[seed] for seed in gaps}
     # Of all seeds or none: to leave out those that learned nothing would choose the seeds by their loss.
     if not all(one > 0 for one in learned.values()):
-        return Gap({}, learned, makers)
-    return Gap({seed: gap / learned[seed] for seed, gap in gaps.items()}, learned, makers)
+        return Gap({}, learned, makers, early)
+    return Gap({seed: gap / learned[seed] for seed, gap in gaps.items()}, learned, makers, early)
 
 
 def _ends(one: Curve) -> dict[int, float]:
@@ -192,4 +205,8 @@ def _draw(tests: dict[str, PairedTest], *, label: str) -> Figure:
     return figure
 
 
-SECTIONS = (SectionKind("overview", reads="metrics.jsonl and data_manifest.json of runs", make=overview),)
+SECTIONS = (
+    SectionKind(
+        "overview", reads="metrics.jsonl and data_manifest.json of runs", make=overview, check=_check_names
+    ),
+)

@@ -89,3 +89,5 @@ def _check(spec: SectionSpec, study: Study) -> None:
         said = misfit(value, parameter.annotation, name=name)
         if said or value in ([], {}):
             raise UserError(f"{where}: {said or f'{name} is empty; expected at least one.'}")
+    if kind.check is not None:
+        kind.check(study, **spec.arguments)

@@ -35,6 +35,8 @@ class SectionKind:
     """Files that it is made from, for the documentation."""
     make: Callable[..., Section]
     """Called with the study, its folder, and the entry's arguments by keyword."""
+    check: Callable[..., None] | None = None
+    """Called before anything runs, with the study and these arguments: raises UserError for a name that is none."""
 
 
 def in_folder(path: str, out: Path) -> Path:
