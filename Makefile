@@ -150,12 +150,24 @@ codes256: install
 		--data.seq-len 288 --train.global-batch-tokens 6912 --train.max-steps 2400 --model.new-embeddings random \
 		--run-dir runs/codes256
 
-# The model that `t2i play demo` opens: what it needs of the demo's export beside what the package has.
+# The model that `t2i play demo` opens: what it needs of the demo's export beside what the package has, in half the bytes
+# also where it was trained in fp32.
 SHIPPED := t2i/assets/demo
+define IN_BF16
+import json, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+weights, config = (Path(sys.argv[1], name) for name in ("model.safetensors", "config.json"))
+save_file({key: value.bfloat16() for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+weights.chmod(0o644)
+config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}, indent=1) + "\n")
+endef
+export IN_BF16
 shipped-demo: demo
 	mkdir -p $(SHIPPED)
 	cp $(addprefix $(OUT)/export/,config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json \
 		special_tokens_map.json data_manifest.json roundtrip.safetensors) $(SHIPPED)
+	$(BIN)/python -c "$$IN_BF16" $(SHIPPED)
 	ln -sfn ../image_tokenizer $(SHIPPED)/image_tokenizer
 
 # What learns to draw fastest? Writes docs/speedrun.md, with the records and how to try something.
