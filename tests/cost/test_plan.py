@@ -111,7 +111,7 @@ def test_the_papers_plan():
 
 def test_pairs_are_counted_as_training_sees_them():
     config = paper()
-    data = replace(config.data, subsample_every=10, replay_ratio=0.5)
+    data = replace(config.data, subsample_every=10, replay_ratio=0.5, replay_shards=Path("text"))
     plan = plan_of(replace(config, data=data), ds_config=ZERO2, plan=PlanConfig(num_gpus=64))
     pairs = plan.data.num_pairs // 10
     assert f"{config.train.max_steps * 448 / pairs:.2f} times {pairs:,} pairs" in "\n".join(describe(plan))

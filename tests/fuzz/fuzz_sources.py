@@ -201,8 +201,10 @@ def tars(maker):
                 data, text = json.dumps({"caption": value}).encode(), (lines or [""])[0]
             parts = [(f"{stem}{ending}", content.data), (f"{stem}.{'json' if as_json else 'TXT'}", data)]
             parts = [part for part in parts if not maker.chance(0.08)]
-            members += [*parts, *parts[:1]] if maker.chance(0.1) else parts
-            truth.seen += bool(parts)
+            repeated = parts[:1] if maker.chance(0.1) else []
+            members += [*parts, *repeated]
+            # An image that comes twice is an entry each time, of which the first is used.
+            truth.seen += bool(parts) + sum(name.endswith(ending) for name, _ in repeated)
             if len(parts) == 2 and content.is_good and text:
                 truth.kept[f"{name}/{stem}"] = text
         members += [("./._000.png", b"\0\5\26\7"), ("README.md", b"read me")] * maker.chance(0.5)
