@@ -477,8 +477,8 @@ MUTATIONS = (
     Mutation(
         "held-out-is-not-spread",
         "t2i/data/shards/reader.py",
-        "step = 1 if num_samples is None else max(1, ends[-1] // num_samples)",
-        "step = 1",
+        "(kept[index * len(kept) // count] for index in range(count))",
+        "kept[:count]",
         "a part of a split is its beginning, of one kind perhaps",
         DATA,
     ),
