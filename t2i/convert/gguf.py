@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from t2i.convert.gguf_file import PAIRS_NEIGHBOURS, GgufFile, load_weights, open_gguf, read_tensors
@@ -17,7 +17,7 @@ from t2i.convert.proof import Tell, prove_logits
 from t2i.errors import CheckpointError, UserError
 from t2i.files import new_folder
 from t2i.model.resize import end_at, never_generate
-from t2i.tokens.pieces import Pieces, tokenizer_of_pieces
+from t2i.tokens.pieces import Pieces, begin_texts, tokenizer_of_pieces
 from t2i.tokens.text import PROBE, TextTokenizer
 
 SPECIAL_TOKEN, USER_TOKEN = 3, 4
@@ -132,10 +132,7 @@ def _byte_level(file: GgufFile, *, rule: str) -> Tokenizer:
     bos = file.values.get("tokenizer.ggml.bos_token_id")
     # A file that does not say goes by its rule, as in llama.cpp: Llama 3 begins every text with its start token.
     if bos is not None and file.values.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
-        start = tokens[bos]
-        made.post_processor = processors.TemplateProcessing(
-            single=[start, "$A"], pair=[start, "$A", start, "$B:1"], special_tokens=[(start, bos)]
-        )
+        begin_texts(made, tokens[bos])
     return made
 
 

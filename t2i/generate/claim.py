@@ -32,22 +32,21 @@ def claim_folder(record: Path, paths: list[Path], *, settings: dict[str, object]
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def differing_settings(found: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
-    """List the settings in which a drawing that is there differs from one that is asked for."""
+def differing_settings(
+    found: Mapping[str, object], asked: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
+    """List the settings in which a drawing that is there differs from one that is asked for: both values of each."""
     # Both ways: what only the one that is there says, such as the best of eight, draws other images too.
-    keys = dict.fromkeys((*asked, *UNSAID))
-    return [key for key in keys if found.get(key, UNSAID.get(key)) != asked.get(key, UNSAID.get(key))]
+    there, wished = {**UNSAID, **found}, {**UNSAID, **asked}
+    return {key: (there.get(key), value) for key, value in wished.items() if there.get(key) != value}
 
 
 def _same_settings(file: Path, settings: dict[str, object], *, num_images: int) -> None:
     if file.exists():
         found = read_json(file)
         changed = [
-            HASHES.get(
-                key,
-                f"{key}: {found.get(key, UNSAID.get(key))} there, {settings.get(key, UNSAID.get(key))} asked",
-            )
-            for key in differing_settings(found, settings)
+            HASHES.get(key, f"{key}: {there} there, {asked} asked")
+            for key, (there, asked) in differing_settings(found, settings).items()
         ]
         if changed:
             raise UserError(

@@ -98,15 +98,16 @@ def jobs_of(study: Study, *, out: Path) -> list[Job]:
         needed = before if step.needs is None else tuple(step.needs)
         trains = step_config(step, out=out).run_dir if step.command == TRAIN else None
         jobs.append(Job(step.name, command, needs=needed, run_dir=trains))
-    jobs += [_trial_job(study, arm, value, out=out) for arm, value in trials(study)]
-    jobs += [_run_job(study, arm, seed, out=out) for arm, seed in study.runs()]
+    made = {step.name: _made_within(step, out) for step in study.steps}
+    jobs += [_trial_job(study, arm, value, out=out, made=made) for arm, value in trials(study)]
+    jobs += [_run_job(study, arm, seed, out=out, made=made) for arm, seed in study.runs()]
     for measure in study.measures:
         for arm in measure.arms or study.arms:
             for seed in measure.seeds or study.seeds_of(arm):
                 name, run = run_name(arm, seed), run_dir(out, arm, seed)
                 flags = flags_of_mapping(filled(measure.flags, out=out, run=run))
                 command = [*_words(measure.command), str(run / measure.at), *flags]
-                needs = (name, *_steps_named(study, command, out=out))
+                needs = (name, *_steps_named(command, made))
                 jobs.append(Job(f"{measure.name}-{name}", command, needs=needs))
     return jobs
 
@@ -192,39 +193,40 @@ def outputs_of(step: Step, *, out: Path) -> list[Path]:
     return [Path(str(flags[name])) for name in OUTPUTS if name in flags]
 
 
-def _steps_named(study: Study, command: list[str], *, out: Path) -> tuple[str, ...]:
-    """List the steps whose folders a command names, and those that make nothing within the study's folder."""
-
-    def is_needed(step: Step) -> bool:
-        made = [path for path in outputs_of(step, out=out) if out in path.parents]
-        # What is made elsewhere may be a setting's default, or in a file that a setting names.
-        return not made or any(_names(word, path) for word in command for path in made)
-
-    return tuple(step.name for step in study.steps if is_needed(step))
+def _made_within(step: Step, out: Path) -> list[Path]:
+    """List the folders that a step makes within the study's."""
+    return [path.resolve() for path in outputs_of(step, out=out) if out in path.parents]
 
 
-def _names(word: str, path: Path) -> bool:
-    """Tell whether a word of a command is a path, within or around it, or has one behind a prefix: `text:PATH`."""
-    made = path.resolve()
-    found = [Path(one).resolve() for one in (word, *re.split("[:=,]", word)) if one]
-    return any(one.is_relative_to(made) or made.is_relative_to(one) for one in found)
+def _steps_named(command: list[str], made: dict[str, list[Path]]) -> tuple[str, ...]:
+    """List the steps whose folders a command names, and those that make nothing within the study's folder.
+
+    A word names a folder that it is, or that is within or around it, also behind a prefix: `text:PATH`.
+    """
+    named = {Path(one).resolve() for word in command for one in (word, *re.split("[:=,]", word)) if one}
+
+    def is_named(folder: Path) -> bool:
+        return any(one.is_relative_to(folder) or folder.is_relative_to(one) for one in named)
+
+    # What is made elsewhere may be a setting's default, or in a file that a setting names.
+    return tuple(step for step, folders in made.items() if not folders or any(map(is_named, folders)))
 
 
-def _run_job(study: Study, arm: str, seed: int, *, out: Path) -> Job:
+def _run_job(study: Study, arm: str, seed: int, *, out: Path, made: dict[str, list[Path]]) -> Job:
     flags = _run_flags(study, arm, seed, out=out)
     command = [TRAIN, "--ds_config", study.ds_config, *flags]
-    needs = _steps_named(study, command, out=out)
+    needs = _steps_named(command, made)
     needs += tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
     refusal = untuned_reason(study, arm=arm, out=out)
     return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed), refusal=refusal)
 
 
-def _trial_job(study: Study, arm: str, value: float, *, out: Path) -> Job:
+def _trial_job(study: Study, arm: str, value: float, *, out: Path, made: dict[str, list[Path]]) -> Job:
     command = [TRAIN, "--ds_config", study.ds_config, *_trial_flags(study, arm, value, out=out)]
     # A loss that is not finite is a trial's answer, which a second try would give again.
     codes = (0, NumericalError.exit_code)
     name, folder = trial_name(arm, value), trial_dir(out, arm, value)
-    needs = _steps_named(study, command, out=out)
+    needs = _steps_named(command, made)
     return Job(name, command, needs=needs, run_dir=folder, done_codes=codes)
 
 

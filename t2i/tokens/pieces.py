@@ -102,9 +102,14 @@ def tokenizer_of_pieces(pieces: Pieces) -> Tokenizer:
             ]
         )
     if pieces.bos:
-        start = (pieces.bos, made.token_to_id(pieces.bos))
-        made.post_processor = processors.TemplateProcessing(single=f"{pieces.bos} $A", special_tokens=[start])
+        begin_texts(made, pieces.bos)
     return made
+
+
+def begin_texts(tokenizer: Tokenizer, token: str) -> None:
+    """Let a tokenizer put a token of its own before each text."""
+    start = (token, tokenizer.token_to_id(token))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[start])
 
 
 def _bpe(pieces: Pieces) -> models.BPE:

@@ -37,7 +37,7 @@ def follow(run_dir: Path, name: str) -> None:
     known |= read_optional_json(state)
     # By split: a run that was stopped while it measured measures that step again, whose own row was reported.
     marks = known.setdefault("splits", {})
-    before = (dict(marks), -1 if marks else known["step"])
+    before, otherwise = dict(marks), -1 if marks else known["step"]
     tracker = _opened(name, run_dir=run_dir, run=known["run"])
     tracker.start()
     tracker.store_init_configuration(dict(flat(read_yaml(run_dir / RESOLVED, name=RESOLVED))))
@@ -51,7 +51,7 @@ def follow(run_dir: Path, name: str) -> None:
         for row in rows:
             split = str(row.get("split", ""))
             # Not the steps of this process: held-out rows come some seconds after their step's own.
-            if step_of(row) > before[0].get(split, before[1]):
+            if step_of(row) > before.get(split, otherwise):
                 tracker.log(numbers(row), step=step_of(row))
                 marks[split] = max(marks.get(split, -1), step_of(row))
         known["step"] = max([known["step"], *map(step_of, rows)])

@@ -124,10 +124,11 @@ def read_shard(
         for place, row in enumerate(rows.shard(num_shards=rows.num_shards, index=index)):
             tally.seen += 1
             own = next((row[column] for column in KEY_COLUMNS if row.get(column) is not None), None)
-            place_in_all = f"{index:06d}/{place:06d}" if first_row is None else f"{first_row + place:06d}"
-            key = place_in_all if own is None else key_text(own)
-            if own is not None and not has_bare_keys:
-                key = f"{index if first_row is None else first_row + place:06d}/{key}"
+            prefix = f"{index if first_row is None else first_row + place:06d}"
+            if own is not None:
+                key = key_text(own) if has_bare_keys else f"{prefix}/{key_text(own)}"
+            else:
+                key = f"{prefix}/{place:06d}" if first_row is None else prefix
             cell = row.pop(image)
             yield Entry(
                 key,

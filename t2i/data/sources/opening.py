@@ -218,9 +218,10 @@ def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, h
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".tar"}:
         tally = Tally()
-        reads = units_of_tars(prefixes, tally, config=config)
         # Which tars are left out is a part of what the source is: units are known by their number alone.
-        listing = partial(_list_files, paths, unfinished=unfinished_tars(paths))
+        unfinished = unfinished_tars(paths)
+        reads = units_of_tars(prefixes, tally, unfinished=unfinished, config=config)
+        listing = partial(_list_files, paths, unfinished=unfinished)
         return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=listing)
     if suffixes == {".parquet"}:
         read = partial(units_of_tables, prefixes, config=config, has_bare_keys=has_bare_keys)

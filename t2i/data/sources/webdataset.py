@@ -7,7 +7,7 @@ import io
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -48,28 +48,28 @@ class Member:
     size: int
 
 
-def unfinished_tars(paths: Iterable[Path]) -> set[Path]:
+def unfinished_tars(paths: Collection[Path]) -> set[Path]:
     """Find the tars that are still being written: img2dataset writes NAME_stats.json last.
 
     If some tars of a folder have one, a tar without it is unfinished.
     """
-    listed = list(paths)
-    stats = {path for folder in {path.parent for path in listed} for path in folder.glob("*_stats.json")}
+    stats = {path for folder in {path.parent for path in paths} for path in folder.glob("*_stats.json")}
     finished = {path.parent for path in stats}
     return {
         path
-        for path in listed
+        for path in paths
         if path.parent in finished and path.with_name(f"{path.stem}_stats.json") not in stats
     }
 
 
-def units_of_tars(prefixes: dict[Path, str], tally: Tally, *, config: SourceConfig) -> list[ReadEntries]:
+def units_of_tars(
+    prefixes: dict[Path, str], tally: Tally, *, unfinished: Collection[Path], config: SourceConfig
+) -> list[ReadEntries]:
     """Make one unit per finished tar; count the unfinished ones and log their names.
 
     Args:
         prefixes: the tars in order, and what their keys begin with.
     """
-    unfinished = unfinished_tars(prefixes)
     units: list[ReadEntries] = []
     for path, prefix in prefixes.items():
         if path in unfinished:
@@ -84,12 +84,11 @@ def read_tar(tally: Tally, *, path: Path, prefix: str, config: SourceConfig) -> 
     """List the images of one tar in order, with keys PREFIX/KEY; of a broken tar, those before the break."""
     caption = config.caption_key.lower() or "txt"
     with path.open("rb") as file:
-        repeats: Counter[str] = Counter()
-        for stem, parts in _groups(tally, path, caption, repeats).items():
+        groups, repeats = _groups(tally, path, caption)
+        for stem, parts in groups.items():
             images = [parts[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in parts]
-            if (
-                stem in repeats
-            ):  # several samples of one key: the first image and the first caption are of one
+            # Of several samples of one key, the first image and the first caption are of one.
+            if stem in repeats:
                 images.sort(key=lambda image: image.offset)
             num_images = len(images) + repeats[stem]
             tally.seen += max(1, num_images)
@@ -110,16 +109,17 @@ def read_member(path: Path, member: Member) -> OpenedImage:
         return decode_image(file.read(member.size))
 
 
-def _groups(tally: Tally, path: Path, caption: str, repeats: Counter[str]) -> dict[str, dict[str, Member]]:
+def _groups(tally: Tally, path: Path, caption: str) -> tuple[dict[str, dict[str, Member]], Counter[str]]:
     """List the members of each key, in the order of the keys: by their endings, the first of each.
 
-    Args:
-        repeats: gets the keys that have an ending twice, with the number of images among what was left out.
+    Returns:
+        These, and the keys that have an ending twice, with the number of images that were left out for it.
     """
     endings = sorted(
         {caption, "txt", "json", *(suffix[1:] for suffix in IMAGE_SUFFIXES)}, key=len, reverse=True
     )
     groups: dict[str, dict[str, Member]] = {}
+    repeats: Counter[str] = Counter()
     others: list[PurePosixPath] = []
     try:
         with ListedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -155,7 +155,7 @@ def _groups(tally: Tally, path: Path, caption: str, repeats: Counter[str]) -> di
     for name in others:
         if _first_dot(name) not in groups:
             tally.unread[f"a file of another kind in a tar ({name.suffix.lower() or 'no ending'})"] += 1
-    return groups
+    return groups, repeats
 
 
 def _first_dot(name: PurePosixPath) -> str:

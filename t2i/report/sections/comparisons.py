@@ -1,6 +1,7 @@
 """Comparisons of two arms: the paired difference, its test at the end, sizes of data."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,30 +39,40 @@ from t2i.study.statistics import (
 )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two arms side by side."""
+
+    runs: list[list[Run]]
+    """Finished runs of each."""
+    whole: tuple[Curve, Curve]
+    """Over the seeds that both have, and all steps of each."""
+    common: tuple[Curve, Curve]
+    """Over the steps that both have."""
+
+
 def comparison(
     study: Study, out: Path, *, arms: tuple[str, str], value: str, split: str = "heldout"
 ) -> Section:
     """Compare two arms: the paired difference during training, the test at its end, the gain in tokens."""
     first_name, second_name = arms
-    runs, pair = pair_of(study, out, arms, value=value, split=split)
+    pair = pair_of(study, out, arms, value=value, split=split)
     if pair is None:
         return Section(
             "Comparison", f"{' and '.join(arms)} have no finished runs of one seed with {split} {value}."
         )
-    first, second = pair
+    first, second = pair.common
     test = test_at_end(first, second)
     until = int(first.values.mean(0).argmin()) + 1  # a loss that rises again is no target to reach
-    # The second arm may have gone on after the last step of the first.
-    reaching = of_common_seeds(*(curve(one, value=value, split=split) for one in runs))
-    assert reaching is not None, "arms that have common steps have common seeds"
+    reaching = pair.whole[1]  # the second arm may have gone on after the last step of the first
     worth = worth_in_tokens(
         first.values,
-        reaching[1].values,
+        reaching.values,
         first_tokens=first.tokens,
-        second_tokens=reaching[1].tokens,
+        second_tokens=reaching.tokens,
         at=range(until),
     )
-    baselines = image_baselines(runs[0]) if value == "image_loss" else {}
+    baselines = image_baselines(pair.runs[0]) if value == "image_loss" else {}
     figure = _draw_difference(
         (first, second),
         difference_curve(first.values, second.values),
@@ -79,8 +90,8 @@ def comparison(
     ]
     table = [head, *(_worth_row(one, num_seeds=test.num_seeds) for one in worth)]
     sentence = _found(first, second, names=(first_name, second_name), unigram=baselines.get("unigram"))
-    sentence += said_early(runs, pair, arms, value=value, split=split)
-    if until > 1 and any(is_rate_falling(of_arm) for of_arm in runs):
+    sentence += said_early(pair, arms)
+    if until > 1 and any(is_rate_falling(of_arm) for of_arm in pair.runs):
         sentence += (
             " The worth in tokens reads losses before the end of training, where the learning rate still falls"
             " (train.min_lr_ratio < 1): runs of those lengths would end lower."
@@ -150,13 +161,13 @@ def sizes(
     table, early = [heads], ""
     found: list[tuple[int, PairedTest]] = []
     for arms in pairs:
-        runs, pair = pair_of(study, out, arms, value=value)
+        pair = pair_of(study, out, arms, value=value)
         if pair is None:
             continue
-        first, second = pair
-        early += said_early(runs, pair, arms, value=value)
+        first, second = pair.common
+        early += said_early(pair, arms)
         test = test_at_end(first, second)
-        found.append((num_samples(runs[0][0]), test))
+        found.append((num_samples(pair.runs[0][0]), test))
         gap = difference(test.mean, test.low, test.high)
         means = [f"{one.values[:, -1].mean():.4f}" for one in (first, second)]
         verdict = verdict_on(test.verdict, names[0])
@@ -178,26 +189,19 @@ def sizes(
 
 def pair_of(
     study: Study, out: Path, arms: tuple[str, str], *, value: str, split: str = "heldout"
-) -> tuple[list[list[Run]], tuple[Curve, Curve] | None]:
-    """Read two arms: the runs of each, and their curves over common seeds and steps, None if there are none."""
+) -> Pair | None:
+    """Read two arms; None without finished runs of a common seed with common steps."""
     runs = [runs_of(study, arm=arm, out=out) for arm in arms]
-    first, second = (curve(one, value=value, split=split) for one in runs)
-    return runs, paired(first, second)
+    whole = of_common_seeds(*(curve(one, value=value, split=split) for one in runs))
+    common = paired(*whole) if whole else None
+    return Pair(runs, whole, common) if whole and common else None
 
 
-def said_early(
-    runs: list[list[Run]],
-    pair: tuple[Curve, Curve],
-    arms: tuple[str, str],
-    *,
-    value: str,
-    split: str = "heldout",
-) -> str:
+def said_early(pair: Pair, arms: tuple[str, str]) -> str:
     """Say which of two arms is read before its end, because the other has fewer steps; empty for neither."""
     said = ""
-    for name, of_arm, common in zip(arms, runs, pair, strict=True):
-        whole = curve(of_arm, value=value, split=split)
-        if whole is not None and whole.steps[-1] > common.steps[-1]:
+    for name, of_arm, whole, common in zip(arms, pair.runs, pair.whole, pair.common, strict=True):
+        if whole.steps[-1] > common.steps[-1]:
             said += f" {name} is read at step {common.steps[-1]:,} of {whole.steps[-1]:,}, the last that both have"
             if is_rate_falling(of_arm):
                 said += (

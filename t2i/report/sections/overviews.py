@@ -126,17 +126,17 @@ def _check_names(
 
 def _gap(study: Study, out: Path, arms: tuple[str, str], *, value: str, relative_to: str) -> Gap | None:
     """Subtract the ends of two arms; None without finished runs of one seed."""
-    runs, pair = pair_of(study, out, arms, value=value)
+    pair = pair_of(study, out, arms, value=value)
     if pair is None:
         return None
-    manifests = [found for of_arm in runs for run in of_arm if (found := data_manifest(run)) is not None]
+    manifests = [found for of_arm in pair.runs for run in of_arm if (found := data_manifest(run)) is not None]
     makers = {one.image_tokenizer.fingerprint for one in manifests if one.image_tokenizer is not None}
-    early = said_early(runs, pair, arms, value=value)
-    first, second = (_ends(one) for one in pair)
+    early = said_early(pair, arms)
+    first, second = (_ends(one) for one in pair.common)
     gaps = {seed: first[seed] - second[seed] for seed in first}
     if not relative_to:
         return Gap(gaps, {}, makers, early)
-    costs = {run.seed: image_baselines([run]).get(relative_to, math.nan) for run in runs[1]}
+    costs = {run.seed: image_baselines([run]).get(relative_to, math.nan) for run in pair.runs[1]}
     learned = {seed: costs[seed] - second[seed] for seed in gaps}
     # Of all seeds or none: to leave out those that learned nothing would choose the seeds by their loss.
     if not all(one > 0 for one in learned.values()):
