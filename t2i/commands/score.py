@@ -157,8 +157,6 @@ def check_flags(command: ScoreCommand) -> None:
     check_judges(command.judging)
     if command.sample.best_by == "judge" and not command.judging.judges:
         raise UserError("--best-by judge expects --judge-url and its --judges, of which the first chooses.")
-    if command.sample.best_by == "judge" and command.sample.best_of == 1:
-        raise UserError("--best-by judge chooses among several images; expected --best-of 2 or more.")
 
 
 def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]":

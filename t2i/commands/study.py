@@ -53,7 +53,7 @@ class StudyCommand:
     jobs_only: bool = False
     """Write no report; another worker will."""
     launcher: Literal["local", "slurm"] = "local"
-    """Where workers run: as processes here, or as a Slurm array job."""
+    """Where workers run: as processes here, which share the GPUs out, or as a Slurm array job."""
     workers: Annotated[int, Ge(1), Le(10_000)] = 1
     """Number of workers."""
     sbatch: Annotated[str, tyro.conf.arg(metavar="OPTIONS")] = ""
@@ -65,7 +65,7 @@ def main() -> None:
     from t2i.report.sections.registry import check_sections
     from t2i.study.inputs import missing_inputs
     from t2i.study.jobs import jobs_of, read_study
-    from t2i.study.runner import local_workers, submit
+    from t2i.study.runner import gpus_to_share, local_workers, submit
 
     study = read_study(find_shipped(command.study), ds_config=command.ds_config)
     out = command.out or study.default_out()
@@ -92,7 +92,8 @@ def main() -> None:
     else:
         status = 0
         if not command.report:
-            with local_workers([*again, "--jobs-only"], count=command.workers - 1):
+            gpus = gpus_to_share(study) if command.workers > 1 else []
+            with local_workers([*again, "--jobs-only"], count=command.workers - 1, gpus=gpus):
                 status = work_through(study, out=out)
         if not command.jobs_only:
             report(study, jobs, out=out, again=command_line("study", *flags))

@@ -138,6 +138,10 @@ class SampleConfig(SamplerConfig):
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.best_by == "judge" and self.best_of == 1:
+            raise UserError(
+                "--best-by judge chooses among several images; --best-of is 1, expected a number >= 2."
+            )
 
 
 @dataclass(frozen=True)

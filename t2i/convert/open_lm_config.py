@@ -251,5 +251,6 @@ def open_lm_config(config: OpenLMConfig) -> dict[str, object]:
         "qk_norm": config.qk_norm,
         "ffn_type": "swiglu",
         "model_norm": config.norm_type,
+        "norm_eps": config.norm_eps,
         "positional_embedding_type": config.positional_embedding_type,
     }

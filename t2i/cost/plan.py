@@ -24,7 +24,7 @@ from t2i.cost.estimates import (
     least_step_seconds,
     weight_bytes,
 )
-from t2i.data.batching import accumulation, global_batch
+from t2i.data.batching import accumulation, global_batch, num_text_sequences
 from t2i.errors import UserError
 
 START_SECONDS = 60
@@ -137,8 +137,8 @@ def make_plan(
     """Count and estimate what a run of these settings needs on plan.num_gpus devices.
 
     Raises:
-        UserError: a ZeRO stage that this does not know, or embedded shards
-            not made yet.
+        UserError: a ZeRO stage that this does not know, embedded shards not made yet, or replayed text that the
+            devices cannot share evenly.
     """
     _check_zero(ds_config)
     element, seq_len = weight_bytes(ds_config), data.seq_len
@@ -146,6 +146,7 @@ def make_plan(
     known = known_data(data.shards, plan=plan)
     work = work_of(data, model=model, known=known, image_vocab_only=train.image_vocab_only)
     sequences = global_batch(train.global_batch_tokens, seq_len=seq_len, world_size=plan.num_gpus)
+    num_text = num_text_sequences(data, global_batch=sequences, world_size=plan.num_gpus)
     limit = ds_config["train_micro_batch_size_per_gpu"]
     steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
     memory = partial(
@@ -164,7 +165,7 @@ def make_plan(
         model=work.model,
         counts=work.counts,
         global_batch=sequences,
-        pairs_a_step=sequences - round(data.replay_ratio * sequences),
+        pairs_a_step=sequences - num_text,
         num_trained_on=-(-known.num_pairs // data.subsample_every),
         accumulation=steps,
         micro_batch=micro_batch,

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from t2i.config import DataConfig
+from t2i.errors import UserError
 from t2i.tokens.sequence import IGNORED
 
 POSITIONS = 8
@@ -22,6 +24,23 @@ def global_batch(batch_tokens: int, *, seq_len: int, world_size: int) -> int:
     """
     per_rank = round(batch_tokens / seq_len / world_size)
     return max(1, per_rank) * world_size
+
+
+def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:
+    """Count the text-only sequences of a step, by data.replay_ratio.
+
+    Raises:
+        UserError: the ranks cannot share them evenly.
+    """
+    count = round(config.replay_ratio * global_batch)
+    # Refused rather than rounded, because another ratio would be another experiment. Every step has the
+    # same share, so that steps compare.
+    if config.replay_ratio and (count == 0 or count == global_batch or count % world_size):
+        raise UserError(
+            f"data.replay_ratio is {config.replay_ratio}: {count} of a step's {global_batch} sequences, which does not"
+            f" leave each of {world_size} ranks the same number of both kinds. Change it or train.global_batch_tokens."
+        )
+    return count
 
 
 def accumulation(per_rank: int, *, micro_batch: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from streaming import StreamingDataLoader
 
 from t2i.config import DataConfig
+from t2i.data.batching import num_text_sequences
 from t2i.data.dataset import open_dataset
 from t2i.data.shards.integrity import LookAhead
 from t2i.data.shards.manifest import Manifest, read_manifest
@@ -195,23 +196,6 @@ def check_amount(config: DataConfig, *, manifest: Manifest, a_step: int, world_s
         f"{config.shards} has {num_kept} training sequences; one step takes {a_step}"
         f" (train.global_batch_tokens / data.seq_len).{smaller} `--views` of prepare makes more of few images."
     )
-
-
-def num_text_sequences(config: DataConfig, *, global_batch: int, world_size: int) -> int:
-    """Count the text-only sequences of a step, by data.replay_ratio.
-
-    Raises:
-        UserError: the ranks cannot share them evenly.
-    """
-    count = round(config.replay_ratio * global_batch)
-    # Refused rather than rounded, because another ratio would be another experiment. Every step has the
-    # same share, so that steps compare.
-    if config.replay_ratio and (count == 0 or count == global_batch or count % world_size):
-        raise UserError(
-            f"data.replay_ratio is {config.replay_ratio}: {count} of a step's {global_batch} sequences, which does not"
-            f" leave each of {world_size} ranks the same number of both kinds. Change it or train.global_batch_tokens."
-        )
-    return count
 
 
 def num_trained_on(manifest: Manifest, *, subsample_every: int) -> int:

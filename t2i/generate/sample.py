@@ -65,10 +65,6 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
             f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
             " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
         )
-    if settings.best_by == "judge" and settings.best_of == 1:
-        raise UserError(
-            "--best-by judge chooses among several images; --best-of is 1, expected a number >= 2."
-        )
     if (
         settings.best_of > 1
         and settings.best_by == "likelihood"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import Dtype
 from t2i.data.shards.manifest import MANIFEST, check_text_tokenizer, read_manifest
-from t2i.data.shards.reader import read_split
+from t2i.data.shards.reader import read_split, spread
 from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError, UserError
@@ -83,8 +83,8 @@ def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_seq
         if not samples:
             raise DataError(f"{text} has no held-out sequence; prepare it with a larger --heldout-share.")
         # Spread evenly: neighbours are of one document.
-        samples = samples[:: max(1, len(samples) // num_sequences)][:num_sequences]
-        return torch.stack([torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in samples])
+        chosen = spread(samples, num_sequences)
+        return torch.stack([torch.from_numpy(sample["caption_ids"].astype("int64")) for sample in chosen])
     else:
         # Captions as text, not their ids: those may be of another tokenizer.
         documents = (sample["caption"] for sample in read_split(folder, "heldout"))

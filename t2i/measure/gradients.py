@@ -29,7 +29,7 @@ def heldout_sequences(model: OpenedModel, *, config: DataConfig, num_sequences: 
         DataError: the shards have no held-out pairs, or other codes than the model's.
     """
     read_pairs_manifest(config, model=model)
-    samples = list(read_split(config.shards, "heldout", num_samples=num_sequences))
+    samples = list(read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote))
     if not samples:
         raise DataError(f"{config.shards} has no held-out pairs; prepare with a larger --heldout-share.")
     to_apply = tokenizer_to_apply(config, tokenizer=model.text_tokenizer)

@@ -11,6 +11,7 @@ from itertools import islice
 from t2i.config import DataConfig
 from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest_file
+from t2i.data.shards.reader import spread
 from t2i.data.sources import Pair, Source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
@@ -137,8 +138,7 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
     for split in (split for split in manifest.counts if split != TRAIN):
         listed = [pair for pair in source.pairs if pair.split == split]
         # Spread and not the first: sources list images by folder or class, so the first are of few kinds.
-        spread = listed[:: max(1, len(listed) // METER_IMAGES)][:METER_IMAGES]
-        pairs = list(readable(spread))
+        pairs = list(readable(spread(listed, METER_IMAGES)))
         if len(pairs) < 2:  # no shuffled caption to compare with
             continue
         codes = encode(images_of_pairs(pairs, size=manifest.image_size), checkpoint.needed_image_tokenizer())

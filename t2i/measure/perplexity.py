@@ -15,7 +15,7 @@ from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest, read_manifest_file
-from t2i.data.shards.reader import fetch_shards, read_split
+from t2i.data.shards.reader import fetch_shards, read_split, spread
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.files import write_json
 from t2i.measure.heldout import CaptionMeter, caption_meter, with_ids
@@ -49,8 +49,9 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     chosen = shards or trained.shards
     if chosen is None:
         raise UserError(f"{model.folder} is in no run folder; say with --data.shards what to measure it on.")
-    # As long as in training: positions beyond were never trained, and would cost more for that alone.
-    seq_len = trained.seq_len or trained_seq_len(model.model)
+    # As long as in training: positions beyond were never trained, and would cost more for that alone. A model of any
+    # number of positions was not trained on images, which is said when the shards are opened.
+    seq_len = trained.seq_len or trained_seq_len(model.model) or DataConfig().seq_len
     remote = trained.remote if shards is None else ""
     return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
 
@@ -163,8 +164,7 @@ def measure_perplexity(
                     *(split, cut, len(captions), room, config.seq_len),
                 )
             costs = replace(costs, cut_captions=cut)
-            step = max(1, len(samples) // METER_IMAGES)
-            heard = [with_ids(*one) for one in zip(samples, captions, strict=True)][::step][:METER_IMAGES]
+            heard = spread([with_ids(*one) for one in zip(samples, captions, strict=True)], METER_IMAGES)
             measure = partial(
                 caption_meter, model.model, config=config, layout=model.layout, batch_size=batch_size
             )

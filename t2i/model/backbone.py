@@ -123,7 +123,7 @@ def load_model(
 
 
 def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Make a randomly initialised model.
+    """Make a randomly initialised model, in fp32 as a loaded one is, whatever precision its configuration names.
 
     Raises:
         UserError: the configuration is of no causal language model, or of code that is not trusted.
@@ -131,7 +131,9 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
     if config.model_type in OURS:
         return cast(PreTrainedModel, OURS[config.model_type][1](config))
     try:
-        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        made = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
     except UNUSABLE as error:
         raise UserError(
             f"a {config.model_type} model cannot be made as a causal language model: {first_line(error)}"
@@ -146,8 +148,18 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def trained_seq_len(model: PreTrainedModel) -> int:
-    """Return the tokens per sequence in training; if config.json does not say, the model's number of positions."""
-    return int(model.config.sequence_length or model.config.max_position_embeddings)
+    """Return the tokens per sequence in training; if config.json does not say, the model's number of positions.
+
+    0 for a class without such a number.
+    """
+    return getattr(model.config, "sequence_length", None) or num_positions(model) or 0
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Return the number of positions that config.json names; None for a class with any number of them."""
+    # -1 is XLNet's word for any number.
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if found is not None and found > 0 else None
 
 
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:

@@ -22,7 +22,7 @@ def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
             which keeps their matrices.
 
     Raises:
-        UserError: there is only one layer to permute.
+        UserError: there is only one layer to permute, or layers are not of one kind.
     """
     # On the CPU, so that a seed means the same on every device.
     CONTROLS[kind](model, Generator().manual_seed(seed))
@@ -58,6 +58,12 @@ def _move_layers(model: nn.Module, generator: Generator) -> None:
     circle = torch.randperm(len(layers), generator=generator).tolist()
     # Copied before any is loaded: load_state_dict writes into the very tensors that state_dict returns.
     states = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    if odd := next((place for place, shape in enumerate(shapes) if shape != shapes[0]), None):
+        raise UserError(
+            "model.control_init is layer-order; expected a model whose layers are all alike, but layer"
+            f" {odd} has other weights than layer 0."
+        )
     for place, source in zip(circle, circle[1:] + circle[:1], strict=True):
         layers[place].load_state_dict(states[source])
 

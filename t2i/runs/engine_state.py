@@ -19,11 +19,11 @@ def drop_engine_state(run_dir: Path) -> int:
     for folder in committed(run_dir).values():
         manifest = read_checkpoint_manifest(folder)
         kept = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ENGINE}/")}
-        if kept.keys() == manifest.files.keys():
-            continue
-        # The manifest first: a folder that lacks a listed file is a damaged one.
-        write_whole(folder / MANIFEST, CheckpointManifest(manifest.step, manifest.facts, kept).text())
-        sync(folder / MANIFEST)
+        if kept.keys() != manifest.files.keys():
+            # The manifest first: a folder that lacks a listed file is a damaged one.
+            write_whole(folder / MANIFEST, CheckpointManifest(manifest.step, manifest.facts, kept).text())
+            sync(folder / MANIFEST)
+        # Also where nothing is listed any more: an earlier call may have been killed before it came here.
         shutil.rmtree(folder / ENGINE, ignore_errors=True)
         freed += manifest.num_bytes() - sum(file.bytes for file in kept.values())
     return freed

@@ -5,7 +5,7 @@ import json
 import logging
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,13 @@ def rows_of_step(run_dir: Path, step: int) -> Iterator[MetricsRow]:
             return
         if row and step_of(row) == step:
             yield row
+
+
+def heldout_loss(rows: Iterable[MetricsRow]) -> float | None:
+    """Return the loss that says whether a run overfits: of held-out images, or of text where there are none."""
+    row = next((row for row in rows if row.get("split") == "heldout"), {})
+    found = (row.get(key) for key in ("image_loss", "text_loss"))
+    return next((value for value in found if isinstance(value, float)), None)
 
 
 def has_step(run_dir: Path) -> bool:

@@ -94,6 +94,9 @@ def plain(config: Settings) -> dict[str, object]:
 def open_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> IO[str]:
     """Make or reopen config.run_dir for this process alone, and return its lock, which the caller keeps open.
 
+    A new run's settings are written down. Those of one that is resumed are still to be compared with its checkpoint and
+    its data, so they are written by `record_run`, once nothing refuses them.
+
     Args:
         heading: a comment above the settings.
 
@@ -104,21 +107,32 @@ def open_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> 
     make_folder(run_dir)
     lock = _lock(run_dir)
     try:
-        if has_begun(run_dir):
+        is_resumed = has_begun(run_dir)
+        if is_resumed:
             _refuse_other_science(config)
         # A run of version 0.1.0 has no id, and neither have its checkpoints.
-        if not (run_dir / RESOLVED).exists() or not has_begun(run_dir):
+        if not (run_dir / RESOLVED).exists() or not is_resumed:
             give_run_id(run_dir)
         write_status(run_dir, state="running", step=last_step(run_dir))
-        comment = f"# {heading}\n" if heading else ""
-        write_whole(run_dir / RESOLVED, comment + yaml.safe_dump(plain(config), sort_keys=False))
-        write_json(run_dir / DS_CONFIG, dict(ds_config))
-        write_json(run_dir / ENVIRONMENT, environment())
+        if not is_resumed:
+            record_run(config, ds_config=ds_config, heading=heading)
     except (UserError, OSError):
         # The caller never gets the lock, and this process may open the folder again.
         lock.close()
         raise
     return lock
+
+
+def record_run(config: RunSettings, *, ds_config: DsConfig, heading: str = "") -> None:
+    """Write down a run's settings, DeepSpeed's, and this process's environment.
+
+    Args:
+        heading: a comment above the settings.
+    """
+    comment = f"# {heading}\n" if heading else ""
+    write_whole(config.run_dir / RESOLVED, comment + yaml.safe_dump(plain(config), sort_keys=False))
+    write_json(config.run_dir / DS_CONFIG, dict(ds_config))
+    write_json(config.run_dir / ENVIRONMENT, environment())
 
 
 def read_settings(run_dir: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -237,10 +237,29 @@ def _check_command(job: Job, record: Record, out: Path) -> None:
         )
 
 
+def gpus_to_share(study: Study) -> list[str]:
+    """List the GPUs that workers of this machine share out, as CUDA names them; none where runs have a launcher."""
+    if study.launch:
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    import torch  # here: only several workers share GPUs out
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
 @contextmanager
-def local_workers(command: list[str], *, count: int) -> Iterator[None]:
-    """Run `count` more workers on this machine; wait for them, or stop them if this one is stopped."""
-    others = [subprocess.Popen(command) for _ in range(count)]
+def local_workers(command: list[str], *, count: int, gpus: Sequence[str] = ()) -> Iterator[None]:
+    """Run `count` more workers on this machine; wait for them, or stop them if this one is stopped.
+
+    Args:
+        gpus: what they share out in turn, this worker first: a run takes the first GPU that it sees, so workers that
+            see all of them would train on one. Empty: each sees what this one sees.
+    """
+    seen = [{"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {} for worker in range(count + 1)]
+    os.environ.update(seen[0])
+    others = [subprocess.Popen(command, env=os.environ | own) for own in seen[1:]]
     is_done = False
     try:
         yield

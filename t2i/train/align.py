@@ -25,7 +25,7 @@ from t2i.model.contrastive_loss import MAX_SCALE
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
 from t2i.model.uniform_start import Probe, shift_to_uniform
 from t2i.runs.metrics_log import MetricsRow
-from t2i.runs.run_folder import open_run, write_status
+from t2i.runs.run_folder import open_run, record_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy, retrieval_hits
@@ -87,6 +87,8 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         seed=config.seed,
         tokenizer=tokenizer,
     )
+    if is_first:
+        record_run(run, ds_config={})
     has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
     hits = {name: heldout_hits(side, heldout) for name, side in sides.items()}
     summary = {

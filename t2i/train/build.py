@@ -12,7 +12,7 @@ from t2i.config import DataConfig, ModelConfig, TrainConfig
 from t2i.data.shards.manifest import Manifest
 from t2i.errors import UserError
 from t2i.files import read_json
-from t2i.model.backbone import check_decoding, num_ids
+from t2i.model.backbone import check_decoding, num_ids, num_positions
 from t2i.model.growth_checks import check_reads, check_shapes, check_text_kept, text_logits
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
@@ -199,9 +199,9 @@ def choose_learned(model: PreTrainedModel, config: ModelConfig, *, train: TrainC
 
 def _check_positions(model: PreTrainedModel, *, seq_len: int, name: str) -> None:
     """Raise open_lm's number of positions to seq_len; refuse other models that have fewer."""
-    found = getattr(model.config, "max_position_embeddings", None)
+    found = num_positions(model)
     if isinstance(model.config, OpenLMConfig):
         # Rotary angles are computed for any position, so more of them cost no parameters.
         model.config.max_position_embeddings = max(model.config.max_position_embeddings, seq_len)
-    elif found is not None and 0 <= found < seq_len:  # XLNet's -1 is for any number
+    elif found is not None and found < seq_len:
         raise UserError(f"data.seq_len is {seq_len}; expected <= {found}, the positions of {name}.")

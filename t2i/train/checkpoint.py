@@ -20,7 +20,7 @@ from t2i.model.trainable import num_parameters
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.checkpoint_manifest import CheckpointManifest, Facts, SealedFile, read_checkpoint_manifest
 from t2i.runs.loading import DATA_MANIFEST, IMAGE_TOKENIZER
-from t2i.runs.metrics_log import METRICS, rows_of_step
+from t2i.runs.metrics_log import METRICS, MetricsRow, heldout_loss, rows_of_step
 from t2i.runs.run_folder import REPLAY_MANIFEST, STATUS, has_begun, write_status
 from t2i.runs.trust import check_owner, check_plain, pickle_enums_by_value
 from t2i.tokens.image import ROUND_TRIP
@@ -176,8 +176,11 @@ class Saver:
         self.loader.load_state_dict(read_checkpoint_manifest(folder).facts.loader)
         # A stop may have come between the rows of a measure and the save that says so.
         if progress.owed:
-            is_measured: bool = on_first_rank(lambda: _is_measured(self.run_dir, progress.step))
-            progress.owed = [] if is_measured else progress.owed
+            rows: list[MetricsRow] = on_first_rank(lambda: _measured_rows(self.run_dir, progress.step))
+            if rows:
+                progress.owed = []
+                if (loss := heldout_loss(rows)) is not None:
+                    progress.note_heldout(loss)
         logger.info("resuming at step %d of %d", progress.step, self.config.max_steps)
         return progress
 
@@ -191,7 +194,9 @@ class Saver:
         def choose() -> Path | None:
             folder = checkpoints.choose_newest(self.run_dir)
             if folder is not None:
-                if not (folder / checkpoints.ENGINE).is_dir():
+                # By the manifest: what is being removed may still be there.
+                files = read_checkpoint_manifest(folder).files
+                if not any(name.startswith(f"{checkpoints.ENGINE}/") for name in files):
                     raise CheckpointError(
                         f"{folder} has no {checkpoints.ENGINE}/, so its run cannot resume: a study keeps none of a run"
                         f" that is done. To train on from its weights: --model.init {folder} --run-dir NEW."
@@ -264,8 +269,8 @@ class Saver:
             ) from error
 
 
-def _is_measured(run_dir: Path, step: int) -> bool:
-    return any("split" in row for row in rows_of_step(run_dir, step))
+def _measured_rows(run_dir: Path, step: int) -> list[MetricsRow]:
+    return [row for row in rows_of_step(run_dir, step) if "split" in row]
 
 
 def _size(count: float) -> str:

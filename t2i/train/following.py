@@ -3,10 +3,12 @@
 It ends when its standard input does, which the run holds open.
 """
 
+import itertools
 import json
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,11 @@ def follow(run_dir: Path, name: str) -> None:
     tracker.store_init_configuration(dict(flat(read_yaml(run_dir / RESOLVED, name=RESOLVED))))
     # MLflow names its runs itself.
     known["run"] = getattr(getattr(tracker.tracker, "info", None), "run_id", None)
-    position, is_over = 0, False
+    look, is_over = Look(run_dir / METRICS), False
     end = threading.Timer(LAST_SECONDS, os._exit, [1])
     end.daemon = True
     while True:
-        rows, position = new_rows(run_dir / METRICS, position)
+        rows = look.new_rows()
         for row in rows:
             split = str(row.get("split", ""))
             # Not the steps of this process: held-out rows come some seconds after their step's own.
@@ -85,18 +87,40 @@ def _opened(name: str, *, run_dir: Path, run: str | None) -> GeneralTracker:
     return kind(PROJECT, **own[name])
 
 
-def new_rows(path: Path, position: int) -> tuple[list[MetricsRow], int]:
-    """Read the whole rows of metrics.jsonl from a position on; return them and the next position."""
-    if not path.exists():
-        return [], 0
-    # Shorter than what was read: the run went back to a checkpoint, and writes on from there.
-    position = min(position, path.stat().st_size)
-    with path.open("rb") as file:
-        file.seek(position)
-        text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    rows = [row for line in whole.splitlines() if (row := parse_row(line)) is not None]
-    return rows, position + len(whole)
+class Look:
+    """Reads metrics.jsonl as it grows, also where a run went back to a checkpoint and writes on from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sums: list[int] = []
+        """A checksum of each line that was read."""
+        self.position = 0
+        self.last = b""
+        """The last line that was read."""
+
+    def new_rows(self) -> list[MetricsRow]:
+        """Read the whole lines that came since the last look, and return their rows."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.position - len(self.last))
+            known = 0
+            # Another line in its place: the file was cut meanwhile, and may even be longer again.
+            if file.read(len(self.last)) != self.last:
+                file.seek(0)
+                known = len(self.sums)
+                self.position, sums, self.sums = 0, self.sums, []
+            lines = file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        found = [zlib.crc32(line) for line in lines]
+        if known:
+            pairs = zip(found, sums, strict=False)
+            known = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        self.sums += found
+        self.position += sum(map(len, lines))
+        self.last = lines[-1] if lines else self.last if self.position else b""
+        return [row for line in lines[known:] if (row := parse_row(line)) is not None]
 
 
 def numbers(row: MetricsRow) -> dict[str, float]:

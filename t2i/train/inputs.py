@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig, RunConfig
-from t2i.data.batching import global_batch
-from t2i.data.loader import check_amount, num_text_sequences, parts_of_a_step, text_stream
+from t2i.data.batching import global_batch, num_text_sequences
+from t2i.data.loader import check_amount, parts_of_a_step, text_stream
 from t2i.data.prepare.images import prepare
 from t2i.data.prepare.part_folder import ClaimedError, is_claimed
 from t2i.data.shards.captions import truncation

@@ -1,25 +1,26 @@
 """The training loop: optimizer steps, and between them evaluations, logging, saves and requests."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from t2i.config import TrainConfig
 from t2i.distributed import faults
-from t2i.distributed.collectives import any_rank
+from t2i.distributed.collectives import any_rank, on_first_rank
 from t2i.distributed.health import STEP, Watchdog
 from t2i.distributed.signals import SAVE, STOP, Requests
 from t2i.errors import NumericalError, Stopped
 from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
-from t2i.runs.best_checkpoint import best_of
-from t2i.runs.metrics_log import MetricsRow
+from t2i.runs.best_checkpoint import best_of, link_best
+from t2i.runs.metrics_log import MetricsRow, heldout_loss
 from t2i.runs.run_folder import SAMPLES, report_command
 from t2i.train.checkpoint import Saver
 from t2i.train.compiled import eagerly
 from t2i.train.guards import MAX_SKIPPED, check_updates
-from t2i.train.metrics import MetricsWriter, heldout_loss, measured, short
+from t2i.train.metrics import MetricsWriter, measured, short
 from t2i.train.periodic import Periodic
 from t2i.train.progress import RISES, Progress
 from t2i.train.step import Stepper
@@ -61,8 +62,11 @@ class Trainer:
         self.last = min(config.max_steps, self.requests.stop_at or config.max_steps)
         self.progress = Progress()
 
-    def run(self) -> None:
+    def run(self, *, record: Callable[[], None]) -> None:
         """Train from the run folder's last checkpoint to max_steps.
+
+        Args:
+            record: writes down the settings; called on the first rank, once nothing refuses to resume with them.
 
         Raises:
             Stopped: a stop was requested; everything is saved.
@@ -71,6 +75,7 @@ class Trainer:
         """
         try:
             restored = self.saver.restore()
+            on_first_rank(record)
             self.progress = restored or Progress()
             if self.writer:
                 # Rows beyond the checkpoint are set aside: their steps are taken again. -1 keeps not even step 0.
@@ -85,6 +90,7 @@ class Trainer:
             # What is measured may have changed since: there may be less of it.
             pending = [place for place in self.progress.owed if place < len(self.periodic)]
             self._steps(owed=pending if restored else at_start)
+            self.requests.grant(STOP)  # of the last step, which nothing follows
             if self.writer:
                 self._say_end()
         finally:
@@ -110,6 +116,8 @@ class Trainer:
         # Evaluations that a stop cut short come first, so metrics do not depend on where a run was stopped.
         if not self.measure(owed):
             self.stop()
+        if owed and self.writer:
+            link_best(self.run_dir)  # by what that checkpoint's own manifest does not know
         batches = iter(self.stepper.loader)
         with tqdm(
             initial=progress.step, total=config.max_steps, unit="step", disable=self.writer is None

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,7 @@ from t2i.errors import DataError, Stopped, UserError, exit_code
 from t2i.model.routing import check_precision
 from t2i.runs.checkpoint_manifest import step_folder
 from t2i.runs.checkpoint_store import last_step
-from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, write_status
+from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, record_run, write_status
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.compiled import compile_layers
@@ -133,7 +134,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
                 writer=writer,
                 control=EndConditions(requests, watchdog),
             )
-            trainer.run()
+            trainer.run(record=partial(record_run, config, ds_config=ds_config, heading=heading))
 
 
 def _start(ds_config: DsConfig, *, run_dir: Path) -> None:

@@ -143,13 +143,6 @@ def measured(row: MetricsRow) -> str:
     return f"step {step_of(row)}, {row['split']}{images}: {', '.join(values)}"
 
 
-def heldout_loss(rows: Sequence[MetricsRow]) -> float | None:
-    """Return the loss that says whether a run overfits: of held-out images, or of text where there are none."""
-    row = next((row for row in rows if row.get("split") == "heldout"), {})
-    found = (row.get(key) for key in ("image_loss", "text_loss"))
-    return next((value for value in found if isinstance(value, float)), None)
-
-
 def short(value: float | None) -> str:
     """Write a loss for a progress bar."""
     return "-" if value is None else f"{value:.3f}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from t2i.config import RunConfig
-from t2i.errors import Stopped
+from t2i.errors import Stopped, UserError
 from t2i.model.backbone import weight_files
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import read_metrics
@@ -30,6 +30,10 @@ def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tu
     """Train num_steps at once and in two halves, below config.run_dir; return the two run folders.
 
     Every rank of a launched job calls this. Steps that are saved already are not trained again.
+
+    Raises:
+        UserError: the folder has a training of other length, or one that was stopped where it may not resume.
+        Stopped: a stop was requested.
     """
     # Without evaluations and samples, which change no weight and take most of such a short run.
     quiet = replace(
@@ -38,10 +42,26 @@ def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tu
     whole, halves = (
         replace(config, run_dir=config.run_dir / name, train=quiet) for name in ("whole", "halves")
     )
+    reached = checkpoints.last_step(whole.run_dir)
+    if reached not in (0, num_steps):
+        raise UserError(
+            f"{whole.run_dir} is at step {reached}; expected none or all of {num_steps} steps, trained at once. Remove"
+            f" {config.run_dir}, or choose another --run-dir."
+        )
     for run, step in ((whole, num_steps), (halves, num_steps // 2), (halves, num_steps)):
         if checkpoints.last_step(run.run_dir) < step:
             with _stop_expected():
                 train(run, ds_config_path=ds_config_path, stop_at=step)
+            # A stop that was asked for meanwhile ends as the planned one does, but earlier.
+            if (reached := checkpoints.last_step(run.run_dir)) < step:
+                first = (
+                    f"remove {config.run_dir}, for it is trained at once, and "
+                    if run is whole and reached
+                    else ""
+                )
+                raise Stopped(
+                    f"Stopped at step {reached} of {step} in {run.run_dir}; {first}run the same command."
+                )
     return whole.run_dir, halves.run_dir
 
 

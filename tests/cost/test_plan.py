@@ -115,6 +115,9 @@ def test_pairs_are_counted_as_training_sees_them():
     plan = plan_of(replace(config, data=data), ds_config=ZERO2, plan=PlanConfig(num_gpus=64))
     pairs = plan.data.num_pairs // 10
     assert f"{config.train.max_steps * 448 / pairs:.2f} times {pairs:,} pairs" in "\n".join(describe(plan))
+    uneven = replace(config, data=replace(data, replay_ratio=0.501))  # training refuses it, so its plan does
+    with pytest.raises(UserError, match="does not leave each of 64 ranks the same number"):
+        plan_of(uneven, ds_config=ZERO2, plan=PlanConfig(num_gpus=64))
 
 
 def test_the_model_that_comes_with_t2i_is_sized_by_its_own_config(shards):

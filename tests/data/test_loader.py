@@ -10,7 +10,8 @@ import pytest
 from streaming.base.shared import prefix
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
-from t2i.data.loader import StepLoader, num_text_sequences, num_trained_on
+from t2i.data.batching import num_text_sequences
+from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import check_sample, read_manifest, read_split

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import made_sources as made
 import processes
 import pytest
@@ -20,7 +21,7 @@ from huggingface_hub import HfApi
 from streaming import StreamingDataset
 from streaming.base.util import merge_index
 
-from t2i.config import ASSETS, DataConfig, PrepareConfig
+from t2i.config import ASSETS, DataConfig, PrepareConfig, SourceConfig
 from t2i.data.prepare import decode, images
 from t2i.data.prepare.advice import advice_lines
 from t2i.data.prepare.images import prepare
@@ -405,6 +406,22 @@ def test_equal_images_are_said(num_images, tmp_path, of_images, caplog):
     assert re.search(sentence, caplog.text)
 
 
+def test_a_caption_of_which_the_tokenizer_leaves_nothing_is_left_out_and_counted(
+    tmp_path, of_images, text_tokenizer, monkeypatch
+):
+    arguments, encode = of_images(), TextTokenizer.encode
+    caption = (tmp_path / "images" / "003.txt").read_text().strip()
+    # As SentencePiece's rules do with a zero-width space alone.
+    monkeypatch.setattr(
+        TextTokenizer, "encode", lambda self, text: encode(self, "" if text == caption else text)
+    )
+    prepare(**arguments)
+    manifest = read_manifest(tmp_path / "shards")
+    assert (manifest.seen, sum(manifest.counts.values())) == (24, 23)
+    assert manifest.left_out == {"a caption without a token": 1}
+    check_shards(tmp_path / "shards")
+
+
 def test_a_run_says_how_many_captions_it_truncates(tmp_path, of_images, text_tokenizer):
     of_images()
     (tmp_path / "images" / "004.txt").write_text("word " * 300)
@@ -438,6 +455,31 @@ def test_a_relative_source_is_found_from_any_folder(tmp_path, of_images, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="prepared from, images, which is neither where it was nor in"):
         reopen_source(manifest)
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys"),
+    [({}, ["000003", "000000/000003", "000000/000003"]), ({"key": "abcdef"}, ["000003/d", "000000/d", "d"])],
+)
+def test_older_shards_of_a_saved_dataset_find_their_images_by_the_keys_that_they_had(
+    columns, keys, tmp_path, of_images
+):
+    """Those of now, those from before keys had the row's number in the whole, and those of 0.1."""
+    cells = [{"bytes": made.encoded(index), "path": None} for index in range(6)]
+    texts = {"text": [made.caption(index) for index in range(6)]} | {
+        name: list(column) for name, column in columns.items()
+    }
+    datasets.Dataset.from_dict({"image": cells, **texts}).save_to_disk(tmp_path / "saved")
+    source = open_source(str(tmp_path / "saved"), config=SourceConfig(image_key="image"))
+    prepare(**of_images() | {"source": source})
+    manifest = read_manifest(tmp_path / "shards")
+    arguments = {key: value for key, value in manifest.arguments.items() if key != "keys"}
+    older = replace(manifest, arguments=arguments)
+    found = [reopen_source(one).pairs[3].key for one in (manifest, older, replace(older, seen=None))]
+    assert found == keys
+    older.write(tmp_path / "shards")
+    prepare(**of_images() | {"source": source})  # finished shards stay as they are
+    assert read_manifest(tmp_path / "shards").arguments == arguments
 
 
 def test_a_source_that_changed_is_warned_of_when_its_images_are_read_again(tmp_path, of_images, caplog):

@@ -16,6 +16,7 @@ from t2i.data.prepare.decode import views
 from t2i.data.prepare.images import prepare
 from t2i.data.shards import reader as shards
 from t2i.data.shards.baselines import code_floors
+from t2i.data.shards.reader import spread
 from t2i.data.sources import open_source
 from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, images_of, shifted, to_pixels
@@ -226,3 +227,11 @@ def test_a_shift_moves_the_image_and_repeats_its_edge():
     assert (moved[:2, 1:] == pixels[2:, :3]).all()
     assert (moved[:2, 0] == pixels[2:, 0]).all()
     assert (moved[2:, 1:] == pixels[3, :3]).all()
+
+
+@pytest.mark.parametrize(("num", "count"), [(4_000, 2_048), (6_143, 2_048), (7, 7), (3, 8), (9, 1), (0, 5)])
+def test_a_choice_of_samples_is_spread_over_all_of_them(num, count):
+    chosen = spread(range(num), count)
+    assert len(chosen) == len(set(chosen)) == min(num, count)
+    gaps = [later - earlier for earlier, later in itertools.pairwise([*chosen, num])]
+    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -97,4 +97,4 @@ def test_one_of_one_is_drawn_as_before_and_a_judge_must_be_there(opened, tmp_pat
     with pytest.raises(UserError, match="--best-by judge expects --judge-url"):
         drawer_of(opened, settings=SampleConfig(best_of=2, best_by="judge"))
     with pytest.raises(UserError, match="--best-of is 1, expected a number >= 2"):
-        drawer_of(opened, settings=SampleConfig(best_by="judge"))
+        SampleConfig(best_by="judge")

@@ -213,7 +213,7 @@ def test_images_are_drawn_into_a_folder_that_is_resumed(opened, tmp_path):
     with pytest.raises(UserError, match="--window"):
         draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(window=8)})
     with pytest.raises(UserError, match="--best-by"):
-        draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(best_by="judge")})
+        draw_others_folder(opened, captions, **{**draw, "config": SampleConfig(best_of=2, best_by="judge")})
     # Another size of an Emu3, or another image tokenizer beside a Chameleon.
     tokenizer = replace(opened.family.tokenizer, name="another")
     for other in (

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i.config import TokenizerConfig
+from t2i.config import SourceConfig, TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import DataError, NumericalError, UserError
 from t2i.image_tokenizer import codebook
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.card import read_card
 from t2i.image_tokenizer.codebook import Codebook, kmeans
-from t2i.image_tokenizer.make import make_tokenizer
+from t2i.image_tokenizer.make import make_tokenizer, read_captioned
 from t2i.image_tokenizer.quality import structural_similarity
 from t2i.image_tokenizer.train import build_vq_model, train_image_tokenizer
 from t2i.tokens.image import ImageTokenizer
@@ -220,3 +220,16 @@ def test_structural_similarity_is_one_for_equal_images_and_falls_with_noise():
     noisy = (pictures.float() + 40 * torch.randn(pictures.shape)).clamp(0, 255).to(torch.uint8)
     assert structural_similarity(pictures, pictures).tolist() == pytest.approx([1, 1])
     assert (structural_similarity(noisy, pictures) < 0.95).all()
+
+
+def test_an_image_with_several_captions_is_one_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index, picture in enumerate(squares(9)):
+        Image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text("\n".join(f"{line} {index}" for line in "abc"))
+    source = open_source(str(tmp_path / "images"), heldout_share=0.0, config=SourceConfig(captions="all"))
+    assert len(source.pairs) == 27
+    images, captions = read_captioned(source, split="train", image_size=16)
+    assert len(images) == 9 and captions == [f"a {index}" for index in range(9)]
+    some, _ = read_captioned(source, split="all", image_size=16, num_images=5)
+    assert len(np.unique(some, axis=0)) == 5

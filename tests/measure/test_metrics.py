@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i.errors import DataError
 from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.features import extract, load_features
+from t2i.measure.metrics.perplexity.perplexity import _nats
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.text import TextTokenizer
 
@@ -126,3 +128,27 @@ def test_perplexity_is_that_of_the_logits(request_and_answer):
     assert texts["perplexities"] == pytest.approx(perplexities, rel=1e-4)
     assert texts["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
     assert texts["num_tokens"] == len(nats)
+
+
+def test_a_tokenizers_start_token_stands_before_each_piece_and_is_not_counted(model_folder, monkeypatch):
+    """As in text that is prepared, and as `t2i forgetting` measures it."""
+    tokenizer = TextTokenizer.load(model_folder)
+    model = OpenLMForCausalLM.from_pretrained(model_folder).eval()
+    ids = tokenizer.encode("a long text " * 40)
+    assert len(ids) > 64  # the model's positions
+    for start in ([7], [7, 9]):
+        monkeypatch.setattr(TextTokenizer, "start_ids", start)
+        losses = []
+        for piece in ids.split(64 - len(start)):
+            with torch.inference_mode():
+                logits = model(torch.tensor([[*start, *piece.tolist()]])).logits[0, len(start) - 1 : -1]
+            losses += torch.nn.functional.cross_entropy(logits.double(), piece, reduction="none").tolist()
+        nats, count = _nats("a long text " * 40, model, tokenizer)
+        assert (count, nats) == (len(ids), pytest.approx(sum(losses), rel=1e-5))
+        assert _nats("a", model, tokenizer)[1] == len(tokenizer.encode("a"))  # one token is enough
+    monkeypatch.setattr(TextTokenizer, "start_ids", [])
+    with pytest.raises(DataError, match="'' has 0 tokens; perplexity needs at least 2"):
+        _nats("", model, tokenizer)
+    # A class without a number of positions is cut nowhere.
+    model.config.max_position_embeddings, model.config.sequence_length = None, 64
+    assert _nats("a long text " * 40, model, tokenizer)[1] == len(ids) - 1

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(model, fini
     settings = data_of(model, shards=None, mode=None)
     config = replace(settings, shards=tmp_path / "cache", remote=str(finished.data.shards))
     assert measure_perplexity(model, config=config, batch_size=5) == results
+    elsewhere = replace(config, shards=tmp_path / "another cache")
+    assert len(heldout_sequences(model, config=elsewhere, num_sequences=2)) == 2
 
 
 def test_every_kind_equals_a_twin_image_by_image(model, finished, results):
@@ -107,6 +110,16 @@ def test_what_cannot_be_measured_is_refused(model, finished):
     other = replace(model, layout=replace(model.layout, codebook_size=5))
     with pytest.raises(DataError, match="has 1024 codes, 64 per image; the model of .* has 5 codes, 64"):
         measure_perplexity(other, config=DataConfig(finished.data.shards, seq_len=90))
+
+
+@pytest.mark.parametrize("sizes", [{"max_position_embeddings": 64}, {}])
+def test_a_language_model_that_knows_no_images_is_refused_in_a_sentence(sizes, model, finished):
+    """Of a class with a number of positions, as Llama's, and of one without, as Bloom's."""
+    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**sizes))
+    layout = replace(model.layout, codebook_size=0)
+    other = replace(model, model=SimpleNamespace(config=config), layout=layout, run_dir=None)
+    with pytest.raises(DataError, match="has 1024 codes, 64 per image; the model of .* has 0 codes"):
+        measure_perplexity(other, config=data_of(other, shards=finished.data.shards, mode=None))
 
 
 def test_shards_of_another_image_tokenizer_are_refused_though_it_has_as_many_codes(model, finished, tmp_path):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from t2i.config import ModelConfig
@@ -173,3 +174,9 @@ def test_a_scrambling_that_is_none_is_refused():
         ModelConfig(init="runs/language-model", control_init="layers")
     with pytest.raises(UserError, match="is layer-order; expected a model of at least 2 layers, not 1"):
         control_init(tiny(num_hidden_layers=1), kind="layer-order", seed=0)
+    odd = tiny(num_hidden_layers=3)
+    odd.model.layers[2].mlp = nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in odd.state_dict().items()}
+    with pytest.raises(UserError, match="layers are all alike, but layer 2 has other weights than layer 0"):
+        control_init(odd, kind="layer-order", seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in odd.state_dict().items())

@@ -6,10 +6,15 @@ import pytest
 from conftest import ROOT
 
 from t2i.distributed.run_id import give_run_id, read_run_id
+from t2i.errors import Stopped
+from t2i.measure.reduce import Interrupted
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.best_checkpoint import best_of
 from t2i.runs.loading import find
+from t2i.runs.metrics_log import append_metrics
+from t2i.train import main
 from t2i.train.main import train
+from t2i.train.periodic import Periodic
 from t2i.train.progress import Progress
 
 
@@ -19,12 +24,17 @@ def run_dir(tmp_path):
     return tmp_path
 
 
-def save(run_dir, step, *, losses, evaluated=None):
+def save(run_dir, step, *, losses, evaluated=None, owed=()):
     staging = checkpoints.begin(run_dir)
     (staging / "model.safetensors").write_bytes(b"weights")
     (staging / "config.json").write_text("{}")
     progress = vars(
-        Progress(step=step, heldout_losses=losses, heldout_step=step if evaluated is None else evaluated)
+        Progress(
+            step=step,
+            heldout_losses=losses,
+            heldout_step=step if evaluated is None else evaluated,
+            owed=list(owed),
+        )
     )
     facts = checkpoints.Facts(run_id=read_run_id(run_dir), progress=progress)
     return checkpoints.commit(run_dir, step=step, facts=facts, keep_last=2)
@@ -52,6 +62,40 @@ def test_a_loss_of_an_earlier_step_does_not_count(run_dir):
     assert best_of(run_dir).name == "step_000001"
     save(run_dir, 3, losses=[])
     assert best_of(run_dir).name == "step_000001"
+
+
+def test_an_evaluation_that_a_stop_cut_short_counts_once_it_was_made_up_for(run_dir):
+    save(run_dir, 1, losses=[2.0])
+    save(run_dir, 2, losses=[2.0], evaluated=1, owed=[0])
+    assert best_of(run_dir).name == "step_000001"
+    append_metrics(run_dir, {"step": 2, "loss": 0.1}, {"step": 2, "split": "heldout", "image_loss": 1.5})
+    assert best_of(run_dir).name == "step_000002"
+    save(run_dir, 3, losses=[1.6])
+    save(run_dir, 4, losses=[1.7])
+    assert names(run_dir) == ["best", "step_000002", "step_000003", "step_000004"]
+
+
+def test_a_stop_during_an_evaluation_hides_no_best_checkpoint(finished, tmp_path, monkeypatch):
+    """The losses are those of an undisturbed run, so the best one is too."""
+    losses = {2: 1.0, 4: 2.0, 6: 3.0}
+    row = {"split": "heldout", "image_loss": None}
+    settings = replace(finished.train, max_steps=6, eval_every=2, save_every=2, keep_last=1)
+    config = replace(finished, run_dir=tmp_path / "run", train=settings)
+    interrupted = []
+
+    def work(step, is_asked):
+        if step == 2 and not interrupted:
+            interrupted.append(step)
+            raise Interrupted
+        return [{**row, "step": step, "image_loss": losses[step]}]
+
+    monkeypatch.setattr(main, "periodic_work", lambda *_, **__: [Periodic(2, work)])
+    with pytest.raises(Stopped, match="Stopped at step 2 of 6"):
+        main.train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    assert not (config.run_dir / "checkpoints" / "best").exists()
+    main.train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    assert names(config.run_dir) == ["best", "step_000002", "step_000006"]
+    assert (config.run_dir / "checkpoints" / "best").resolve().name == "step_000002"
 
 
 def test_the_best_opens_as_the_checkpoint_of_its_step(run_dir):

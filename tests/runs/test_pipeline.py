@@ -63,6 +63,30 @@ def test_a_window_draws_the_same_image_in_fewer_passes(pipe, monkeypatch):
     assert windows == [4] and torch.equal(several, one_by_one)
 
 
+def test_offloaded_parts_are_brought_to_their_device_before_they_are_used(pipe, monkeypatch):
+    """The hooks of enable_model_cpu_offload wait for a part's forward, which the sampler does not call."""
+    happened = []
+
+    def note(name):
+        return SimpleNamespace(pre_forward=lambda module: happened.append(name))
+
+    sampler = sampler_of(pipe.language_model)
+    for name, function in (("draw", "caption_codes"), ("decode", "codes_to_pixels")):
+        own = getattr(sampler, function)
+
+        def spied(*given, name=name, own=own, **rest):
+            happened.append(name)
+            return own(*given, **rest)
+
+        monkeypatch.setattr(sampler, function, spied)
+    for part in ("language_model", "image_tokenizer"):
+        monkeypatch.setattr(getattr(pipe, part), "_hf_hook", note(part), raising=False)
+    pipe("a cat")
+    assert happened[:4] == ["language_model", "draw", "image_tokenizer", "decode"]
+    with pytest.raises(NotImplementedError, match=r"expected enable_model_cpu_offload\(\)"):
+        pipe.enable_sequential_cpu_offload()
+
+
 def test_each_step_is_told_of_and_may_be_the_last(pipe):
     seen = []
 

@@ -15,7 +15,7 @@ import pytest
 
 from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
-from t2i.study.runner import exit_status, local_workers, submit, work
+from t2i.study.runner import exit_status, gpus_to_share, local_workers, submit, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -314,6 +314,34 @@ def test_more_workers_here_are_waited_for_or_stopped(tmp_path):
     with pytest.raises(KeyError), local_workers([*sleeper, "60"], count=2):
         raise KeyError
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"), [("0,1", ["0", "1", "0"]), ("GPU-a,GPU-b,2", ["GPU-a", "GPU-b", "2"])]
+)
+def test_workers_here_share_the_gpus_out(named, seen, toy, tmp_path, monkeypatch):
+    """Each would take the first one that it sees."""
+    _, study, _ = toy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    write = "import os, sys; open(os.path.join(sys.argv[1], str(os.getpid())), 'w').write(os.environ[sys.argv[2]])"
+    with local_workers(
+        [sys.executable, "-c", write, str(tmp_path), "CUDA_VISIBLE_DEVICES"],
+        count=2,
+        gpus=gpus_to_share(study),
+    ):
+        own = os.environ["CUDA_VISIBLE_DEVICES"]
+    others = [path.read_text() for path in tmp_path.iterdir() if path.name.isdecimal()]
+    assert own == seen[0] and sorted(others) == sorted(seen[1:])
+
+
+def test_gpus_are_those_that_are_there_and_a_launcher_takes_its_own(toy, monkeypatch):
+    _, study, _ = toy
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert gpus_to_share(study) == ["0", "1", "2"]
+    assert gpus_to_share(replace(study, launch=["deepspeed"])) == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert gpus_to_share(study) == []
 
 
 SCRIPT = """

@@ -250,6 +250,16 @@ def test_a_fresh_start_keeps_the_architecture_and_draws_it_anew_for_each_seed(fi
         assert found[rows][new].std().item() == pytest.approx(std, rel=0.1)
 
 
+def test_a_fresh_start_is_in_fp32_as_the_loaded_one_that_it_is_compared_with(finished, tokenizer, tmp_path):
+    start = made("llama", tmp_path / "language-model", tokenizer)
+    AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).save_pretrained(start)
+    assert json.loads((start / "config.json").read_text())["dtype"] == "bfloat16"
+    for control in ("none", "fresh"):
+        config = replace(finished.model, init=str(start), control_init=control)
+        weights, _ = start_of(replace(finished, model=config), tokenizer)
+        assert {value.dtype for value in weights.values()} == {torch.float32}, control
+
+
 def test_a_deviation_without_a_fresh_start_or_for_a_class_that_takes_none_is_refused(
     finished, tokenizer, tmp_path
 ):

@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.sources.documents import open_documents
 from t2i.distributed.launch import start_processes
-from t2i.errors import DataError, UserError, run_command
+from t2i.errors import DataError, Stopped, UserError, run_command
 from t2i.model.backbone import head_of, hidden_states, load_model
 from t2i.model.loss import summed_loss
 from t2i.model.resize import merged_state_dict
@@ -145,12 +146,48 @@ def test_a_proof_of_resuming_leaves_out_the_prompts_of_samples(finished, tmp_pat
     prompts.write_text("a red block\n")
     settings = replace(finished.train, sample_every=2, sample_prompts=prompts)
     asked = []
-    monkeypatch.setattr(resume_check, "train", lambda config, **_: asked.append(config))
+    reached = {}
+
+    def train_to(config, *, stop_at, **_):
+        asked.append(config)
+        reached[config.run_dir] = stop_at
+
+    monkeypatch.setattr(resume_check, "train", train_to)
+    monkeypatch.setattr(resume_check.checkpoints, "last_step", lambda run_dir: reached.get(run_dir, 0))
     config = replace(finished, run_dir=tmp_path / "verify", train=settings)
     resume_check.train_both(config, ds_config_path=DS_CONFIG, num_steps=4)
     assert len(asked) == 3
     for one in asked:
         inputs.check_before_start(one, world_size=1)
+
+
+def test_a_proof_of_resuming_that_is_stopped_ends_and_compares_nothing_less(finished, tmp_path, monkeypatch):
+    reached, trained = {}, []
+
+    def train_to(config, *, stop_at, **_):
+        trained.append(config.run_dir.name)
+        reached[config.run_dir] = stop_at - (3 if len(trained) in stopped else 0)
+        raise Stopped("as asked")
+
+    monkeypatch.setattr(resume_check, "train", train_to)
+    monkeypatch.setattr(resume_check.checkpoints, "last_step", lambda run_dir: reached.get(run_dir, 0))
+    config = replace(finished, run_dir=tmp_path / "verify")
+    proof = partial(resume_check.train_both, config, ds_config_path=DS_CONFIG)
+    stopped = {1}
+    with pytest.raises(
+        Stopped, match=r"Stopped at step 5 of 8 in .*whole; remove .*verify, for it is trained at"
+    ):
+        proof(num_steps=8)
+    assert trained == ["whole"]
+    # A training that was resumed is nothing to compare a resumed one with; nor is one of other length.
+    for steps in (8, 16):
+        with pytest.raises(UserError, match=rf"whole is at step 5; expected none or all of {steps} steps"):
+            proof(num_steps=steps)
+    reached.clear()
+    stopped = {3}
+    with pytest.raises(Stopped, match=r"Stopped at step 1 of 4 in .*halves; run the same command"):
+        proof(num_steps=8)
+    assert proof(num_steps=8) == (tmp_path / "verify" / "whole", tmp_path / "verify" / "halves")
 
 
 def test_weights_in_several_files_are_compared(finished, tmp_path, monkeypatch):

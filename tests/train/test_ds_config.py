@@ -68,6 +68,10 @@ def written(tmp_path):
         ({"zero_optimization": {**ZERO, "reduce_bucket_size": "auto"}}, r"is 'auto', which nothing fills in"),
         ({"communication_data_type": "auto"}, r"communication_data_type is 'auto', which nothing fills in"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "not finite would reach the weights"),
+        (
+            {"zero_optimization": {**ZERO, "load_from_fp32_weights": False}},
+            "a resumed run would go on from rounded weights",
+        ),
         ({"data_types": {"grad_accum_dtype": "fp16"}}, r'is \'fp16\'; expected "fp32" or "bf16"'),
         ({"gradient_predivide_factor": 2.0}, r"gradient_predivide_factor is not supported"),
         ({"prescale_gradients": True}, r"prescale_gradients is not supported"),

@@ -226,6 +226,20 @@ def test_the_untrained_twin_that_scores_stand_beside_can_be_made(trained):
     assert shapes[0] == shapes[1]
 
 
+def test_it_loads_in_the_precision_that_is_asked_for_or_stored(trained, tmp_path):
+    _, config = trained
+    checkpoint = config.run_dir / "checkpoints" / "step_000004"
+    stored = shutil.copytree(checkpoint, tmp_path / "bf16", ignore=shutil.ignore_patterns("engine"))
+    load_model(stored, dtype=torch.bfloat16).save_pretrained(stored)
+    for folder, asked, expected in (
+        (checkpoint, torch.bfloat16, torch.bfloat16),
+        (stored, "stored", torch.bfloat16),
+        (stored, torch.float32, torch.float32),
+    ):
+        model = load_model(folder, dtype=asked)
+        assert {value.dtype for value in model.parameters()} == {expected}, (folder, asked)
+
+
 def test_text_weights_that_changed_are_not_exported(trained, tmp_path):
     _, config = trained
     shutil.copytree(config.run_dir, tmp_path / "run")

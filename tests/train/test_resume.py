@@ -72,9 +72,13 @@ def test_shards_are_known_by_their_content_at_any_path(finished, tmp_path, monke
     index = moved / "train" / "index.json"
     manifest["files"]["train/index.json"] = "0" * 16
     (config.run_dir / "data_manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="started with other shards than moved holds now"):
-        train(config, ds_config_path=DS_CONFIG)
+    before = {name: (config.run_dir / name).read_text() for name in ("resolved.yaml", "environment.json")}
+    named = replace(config, data=replace(config.data, shards=moved))  # the same folder, by another name
+    with pytest.raises(UserError, match="started with other shards than .*moved holds now"):
+        train(named, ds_config_path=DS_CONFIG)
     assert index.is_file()
+    # What measures read is that of the run, not of the start that was refused.
+    assert {name: (config.run_dir / name).read_text() for name in before} == before
 
 
 def test_another_runs_process_writes_nothing_into_a_folder_begun_anew(finished, tmp_path, monkeypatch):
@@ -202,6 +206,24 @@ def test_a_finished_run_says_so_and_what_to_change(finished, tmp_path, caplog):
     assert report in caplog.text
 
 
+def test_a_stop_that_comes_during_the_last_step_leaves_no_request(finished, tmp_path, monkeypatch):
+    config = replace(
+        finished, run_dir=tmp_path / "run", train=replace(finished.train, max_steps=2, eval_every=0)
+    )
+    step = Stepper.step
+
+    def ask_in_the_last_one(stepper, batches, progress):
+        done = step(stepper, batches, progress)
+        if progress.step == 2:
+            (config.run_dir / "STOP").touch()
+        return done
+
+    monkeypatch.setattr(Stepper, "step", ask_in_the_last_one)
+    train(config, ds_config_path=DS_CONFIG)
+    assert status_of(config.run_dir)["state"] == "done"
+    assert not (config.run_dir / "STOP").exists()  # else more steps, asked for later, would end at once
+
+
 def test_a_stop_leaves_no_traceback(finished, tmp_path):
     config = replace(finished, run_dir=tmp_path / "run")
     with pytest.raises(Stopped):
@@ -250,3 +272,11 @@ def test_a_run_without_the_state_of_its_engine_does_not_resume_and_keeps_its_che
     with pytest.raises(CheckpointError, match=r"step_000003 has no engine/.*--model\.init"):
         train(config, ds_config_path=DS_CONFIG)
     assert [folder.name for folder in (config.run_dir / "checkpoints").glob("step_*")] == ["step_000003"]
+    # As a kill leaves it that comes while the state is being removed.
+    left = config.run_dir / "checkpoints" / "step_000003" / "engine" / "left.pt"
+    left.parent.mkdir()
+    left.write_bytes(b"a part")
+    with pytest.raises(CheckpointError, match=r"step_000003 has no engine/.*--model\.init"):
+        train(config, ds_config_path=DS_CONFIG)
+    drop_engine_state(config.run_dir)
+    assert not left.parent.exists()

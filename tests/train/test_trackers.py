@@ -18,7 +18,7 @@ from t2i.errors import UserError
 from t2i.runs.metrics_log import append_metrics, read_metrics
 from t2i.runs.run_folder import read_status
 from t2i.train import following, trackers
-from t2i.train.following import follow, new_rows
+from t2i.train.following import Look, follow
 from t2i.train.main import train
 from t2i.train.metrics import MetricsWriter
 from t2i.train.trackers import Trackers, check_trackers
@@ -196,16 +196,41 @@ def test_what_a_stopped_run_still_had_to_measure_is_reported_when_it_has(run_dir
     assert followed().logged == [(2, {"combinations/image_loss": 2.5}), (3, {"train/loss": 1.0})]
 
 
+def line(step, loss=1.0):
+    return json.dumps({"step": step, "loss": loss}) + "\n"
+
+
 def test_a_half_written_row_waits_and_a_rewound_file_is_read_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    look = Look(path)
+    assert look.new_rows() == []
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step"')
-    rows, position = new_rows(path, 0)
-    assert [row["step"] for row in rows] == [1]
+    assert [row["step"] for row in look.new_rows()] == [1]
     with path.open("a") as file:
         file.write(": 2}\n")
-    assert [row["step"] for row in new_rows(path, position)[0]] == [2]
+    assert [row["step"] for row in look.new_rows()] == [2]
+    assert look.new_rows() == []
     path.write_text("")
-    assert new_rows(path, position) == ([], 0)
+    assert look.new_rows() == []
+    path.write_text(line(1))
+    assert [row["step"] for row in look.new_rows()] == [1]
+
+
+@pytest.mark.parametrize("later", [1, 2, 3, 9])
+def test_rows_that_follow_a_rewind_are_all_read_however_many_came_between_two_looks(later, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    look = Look(path)
+    path.write_text("".join(map(line, range(1, 6))))
+    assert len(look.new_rows()) == 5
+    again = [line(step, 2.5) for step in range(4, 4 + later)]  # from the checkpoint of step 3
+    path.write_text("".join([*map(line, range(1, 4)), *again]))
+    assert [(row["step"], row["loss"]) for row in look.new_rows()] == [
+        (4 + place, 2.5) for place in range(later)
+    ]
+    assert look.new_rows() == []
+    with path.open("a") as file:
+        file.write(line(99))
+    assert [row["step"] for row in look.new_rows()] == [99]
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_run(monkeypatch):

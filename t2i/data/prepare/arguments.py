@@ -7,12 +7,16 @@ from pathlib import Path
 from t2i.config import PrepareConfig, SourceConfig
 from t2i.data.shards.manifest import FORMAT_VERSION, Maker, TextMaker
 from t2i.data.sources import GivenIds, Source
+from t2i.data.sources.hub import is_saved
 from t2i.data.sources.listing import Listing, check_same_listing
 from t2i.data.sources.place import absolute_source
 from t2i.errors import UserError
+from t2i.files import HUB
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 
+ADDED = ("listed", "keys")
+"""What shards of older versions do not say."""
 Arguments = dict[str, object]
 """Everything that determines the content of the shards, by name."""
 
@@ -35,6 +39,8 @@ def arguments_of(
         **source_arguments(source.name, listing),
         "heldout_share": source.heldout_share,
         "reading": changed_from_defaults(source.config),
+        # Absent, keys of such a dataset are of an older form; other sources have one form.
+        **({"keys": "row"} if is_saved(Path(source.name.removeprefix(HUB))) else {}),
         "unit_pairs": config.unit_pairs,
         "image_tokenizer": maker_of(source, image_tokenizer).fingerprint,
         "text_tokenizer": text_tokenizer.fingerprint(),
@@ -72,9 +78,9 @@ def check_same(folder: Path, found: Arguments, wanted: Arguments, *, listing: Li
     # The source first: the share that is held out may follow from its size.
     if is_same_source and "listed" in found and found.get("reading") == wanted.get("reading"):
         check_same_listing(folder, found["listed"], listing, source=str(wanted["source"]))
-    # Shards of older versions do not say what their source consisted of. A half-made folder must.
+    # Shards of older versions do not say all of it, and are found again as they are. A half-made folder must.
     is_begun = folder.name.endswith(".part")
-    known = found if is_begun else {"listed": wanted["listed"], **found}
+    known = found if is_begun else {key: wanted[key] for key in ADDED if key in wanted} | found
     # The same folder may be typed in two ways, and a project may be moved with its images.
     compared = wanted.keys() - {"source_path"} - ({"source"} if is_same_source else set())
     changed = [

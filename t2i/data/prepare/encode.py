@@ -31,6 +31,7 @@ from t2i.tokens.image import ImageTokenizer, to_pixels
 from t2i.tokens.text import TextTokenizer
 
 REPEATED = "a key that was there before"
+NO_TOKEN = "a caption without a token"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def write_unit(part: Path, index: int, *, unit: Unit, encoder: Encoder) -> None:
     tally = Tally()
     broken: list[dict[str, str]] = []
     pairs = _first_of_each_key(unit(tally), tally)
-    rows = list(_encode(pairs, encoder, broken=broken, tally=tally))
+    rows = list(_with_tokens(_encode(pairs, encoder, broken=broken, tally=tally), tally))
     counts = Counter(row.split for row in rows)
     for split in counts:
         wanted = (row for row in rows if row.split == split)
@@ -193,6 +194,16 @@ def _encode(
         codes = encoder.image_tokenizer.encode(to_pixels([image for _, _, image, _ in batch])).cpu().numpy()
         for (pair, number, _, changed), row in zip(batch, codes.astype(code_type), strict=True):
             yield _row(pair, row, encoder.text_tokenizer, number=number, changed=changed)
+
+
+def _with_tokens(rows: Iterable[EncodedImage], tally: Tally) -> Iterator[EncodedImage]:
+    """Leave out captions of which the text tokenizer leaves nothing, such as a zero-width space alone."""
+    for row in rows:
+        # An empty caption is meant, and is kept.
+        if len(row.caption_ids) or not row.caption:
+            yield row
+        elif not row.is_view:
+            tally.left_out[NO_TOKEN] += 1
 
 
 def _row(

@@ -5,9 +5,10 @@ A shard folder holds train/, heldout/ and other held-out splits (MosaicML Stream
 roundtrip.safetensors with reconstructions.png (eight images with their codes and reconstructions).
 """
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from t2i.data.shards.manifest import BROKEN, MANIFEST, Manifest, read_manifest, 
 from t2i.data.shards.remote import fetch
 from t2i.errors import DataError
 from t2i.tokens.image import ROUND_TRIP, ImageTokenizer, check_round_trip
+
+T = TypeVar("T")
 
 
 def fetch_shards(folder: Path, *, remote: str) -> None:
@@ -76,7 +79,7 @@ def read_split(
     kept = range(0, ends[-1], subsample_every)
     count = len(kept) if num_samples is None else min(num_samples, len(kept))
     at, hashed = 0, -1
-    for place in (kept[index * len(kept) // count] for index in range(count)):
+    for place in spread(kept, count):
         while place >= ends[at]:
             at += 1
         shard = shards[at]
@@ -89,6 +92,12 @@ def read_split(
                 check_file(folder, shard.name, wanted=shard.xxh64, advice=advice)
             hashed = at
         yield read_sample(shard, place - ends[at])
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Choose so many items, evenly spread from the first to nearly the last; all of them if there are no more."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def check_image_tokenizer(folder: Path, tokenizer: ImageTokenizer) -> None:

@@ -18,7 +18,7 @@ from t2i.data.sources.cell import FIRST_IMAGE, open_cell
 from t2i.data.sources.folder import CAPTION_COLUMNS
 from t2i.data.sources.image import OpenedImage, decode_image
 from t2i.data.sources.parquet import IMAGE_COLUMNS, named_class
-from t2i.data.sources.source import LISTED_UNIT, Entry, ReadEntries, Tally, key_text
+from t2i.data.sources.source import LISTED_UNIT, Entry, KeyForm, ReadEntries, Tally, key_text
 from t2i.data.sources.tables import choose_column
 from t2i.errors import DataError
 from t2i.files import is_inside, read_optional_json
@@ -49,11 +49,11 @@ def revision_of(name: str) -> str:
         return ""
 
 
-def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = False) -> list[ReadEntries]:
+def units_of_dataset(name: str, *, config: SourceConfig, key_form: KeyForm = "row") -> list[ReadEntries]:
     """Open a dataset by its folder, or by its name on the hub, and make one unit per shard.
 
     Args:
-        has_bare_keys: whether the column `key` is the whole key, as it was in 0.1.
+        key_form: how keys are made: of a row's number in the whole where that is known, or as older shards have it.
 
     Raises:
         DataError: the dataset cannot be opened, or lacks a column.
@@ -86,8 +86,9 @@ def units_of_dataset(name: str, *, config: SourceConfig, has_bare_keys: bool = F
         rows=rows.decode(False),
         columns=(image, caption),
         labels=labels,
-        has_bare_keys=has_bare_keys,
+        has_bare_keys=key_form == "bare",
     )
+    num_rows = num_rows if key_form == "row" else None
     return [
         partial(read, index=index, first_row=_first_row(index, num_rows=num_rows, num_shards=rows.num_shards))
         for index in range(rows.num_shards)

@@ -27,7 +27,17 @@ from t2i.data.sources.listing import list_source
 from t2i.data.sources.parquet import units_of_tables
 from t2i.data.sources.pattern import expand, key_prefixes
 from t2i.data.sources.precomputed import files_of_ids, read_facts, read_ids
-from t2i.data.sources.source import Entry, Listed, Pair, ReadEntries, Source, Tally, Unit, sift
+from t2i.data.sources.source import (
+    Entry,
+    KeyForm,
+    Listed,
+    Pair,
+    ReadEntries,
+    Source,
+    Tally,
+    Unit,
+    sift,
+)
 from t2i.data.sources.splits import USUAL_SHARE, choose_share, with_splits
 from t2i.data.sources.webdataset import unfinished_tars, units_of_tars
 from t2i.distributed.heartbeat import place_in_job
@@ -49,7 +59,7 @@ def open_source(
     *,
     heldout_share: float | None = None,
     config: SourceConfig = AS_IT_IS,
-    has_bare_keys: bool = False,
+    key_form: KeyForm = "row",
 ) -> Source:
     """Open a source without decoding its images.
 
@@ -60,7 +70,7 @@ def open_source(
         heldout_share: share of the images, chosen by a hash of the key, that training never sees; None for 2%, or
             for more of a small source.
         config: which columns are read, and which pairs are left out.
-        has_bare_keys: whether the column `key` of a table is the whole key, as it was in 0.1.
+        key_form: how keys are made; another than now for shards of older versions.
 
     Raises:
         DataError: the source does not exist, or has no usable pair.
@@ -79,13 +89,13 @@ def open_source(
     elif kind == "ids":
         source = _given(Path(rest), config)
     elif hub_name(name) or is_saved(Path(name)):
-        reads = units_of_dataset(name.removeprefix(HUB), config=config, has_bare_keys=has_bare_keys)
+        reads = units_of_dataset(name.removeprefix(HUB), config=config, key_form=key_form)
         listing = partial(_list_dataset, name.removeprefix(HUB), len(reads))
         source = Source(units=partial(_sifted, reads, sieve), listing=listing, is_streamed=True)
     elif Path(name).is_dir():
-        source = _folder(Path(name), sieve, config, has_bare_keys)
+        source = _folder(Path(name), sieve, config, key_form)
     else:
-        source = _files(name, expand(name), sieve, config, has_bare_keys)
+        source = _files(name, expand(name), sieve, config, key_form)
     if name != "openmoji" and kind != "iconify":
         share = heldout_share
         if share is None:
@@ -111,10 +121,11 @@ def reopen_source(manifest: Manifest) -> Source:
         ) from error
     # Manifests of 0.1 do not count what was seen. Their held-out images are found by the keys that they had.
     is_old = manifest.seen is None
+    form: KeyForm = "bare" if is_old else "row" if manifest.arguments.get("keys") == "row" else "shard"
     name = manifest.source
     if is_old and name.count("/") == 1 and ":" not in name and not Path(name).exists():
         name = f"{HUB}{name}"
-    opened = partial(open_source, heldout_share=manifest.heldout_share, config=config, has_bare_keys=is_old)
+    opened = partial(open_source, heldout_share=manifest.heldout_share, config=config, key_form=form)
     try:
         source = opened(str(manifest.arguments.get("source_path", name)))
     except DataError as error:
@@ -135,7 +146,7 @@ def reopen_source(manifest: Manifest) -> Source:
     return replace(source, name=manifest.source)
 
 
-def _folder(folder: Path, sieve: Sift, config: SourceConfig, has_bare_keys: bool) -> Source:
+def _folder(folder: Path, sieve: Sift, config: SourceConfig, key_form: KeyForm) -> Source:
     table = find_metadata(folder)
     if table:
         return _named(table, sieve, config)
@@ -148,7 +159,7 @@ def _folder(folder: Path, sieve: Sift, config: SourceConfig, has_bare_keys: bool
     listed = set(list_files(folder, tally)) if files else set()
     files = [path for path in files if path in listed]
     if files:
-        source = _files(str(folder), files, sieve, config, has_bare_keys)
+        source = _files(str(folder), files, sieve, config, key_form)
         # NAME.parquet and NAME_stats.json are img2dataset's words on NAME.tar.
         stems = {path.stem for path in files}
         others = [path for path in listed if path.stem.removesuffix("_stats") not in stems]
@@ -213,7 +224,7 @@ def _given(folder: Path, config: SourceConfig) -> Source:
     return Source(units=lambda num_pairs: units, given=facts, tally=tally, listing=listing)
 
 
-def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, has_bare_keys: bool) -> Source:
+def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, key_form: KeyForm) -> Source:
     prefixes = key_prefixes(paths, pattern=pattern)
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".tar"}:
@@ -224,7 +235,7 @@ def _files(pattern: str, paths: list[Path], sieve: Sift, config: SourceConfig, h
         listing = partial(_list_files, paths, unfinished=unfinished)
         return Source(units=partial(_sifted, reads, sieve), tally=tally, listing=listing)
     if suffixes == {".parquet"}:
-        read = partial(units_of_tables, prefixes, config=config, has_bare_keys=has_bare_keys)
+        read = partial(units_of_tables, prefixes, config=config, has_bare_keys=key_form == "bare")
         return Source(
             units=lambda num_pairs: _sifted(read(num_pairs), sieve), listing=partial(_list_files, paths)
         )

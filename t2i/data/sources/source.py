@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -85,6 +86,10 @@ class Listed:
     """What is read of it, beside the file."""
     file: Path | None = None
 
+
+KeyForm = Literal["bare", "shard", "row"]
+"""How keys of tables and datasets are made. row: as now; shard: of the shard's number in a dataset that save_to_disk
+wrote, which changes with the number of rows; bare: as shard, with a column `key` as the whole key, as in 0.1."""
 
 Unit = Callable[[Tally], Iterable[Pair]]
 """Reads a fixed run of pairs, which is prepared as a whole, and counts what its entries came to."""

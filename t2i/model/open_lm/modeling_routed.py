@@ -130,7 +130,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             language_model = (
                 OpenLMForCausalLM(text)
                 if text.model_type == OpenLMConfig.model_type
-                else AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+                # In the precision that from_pretrained has set meanwhile: the part's own configuration names another.
+                else AutoModelForCausalLM.from_config(
+                    text, dtype=torch.get_default_dtype(), trust_remote_code=False
+                )
             )
         self.language_model = language_model
         # What the language model's class says of itself; asked by `compiles`.

@@ -96,6 +96,7 @@ class T2IPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; expected codes alone"
             )
         captions = [text for text in prompts for _ in range(num_images_per_prompt)]
+        bring(self.language_model)
         sampler, num_codes = sampler_of(self.language_model), self.language_model.config.codes_per_image
         self._interrupt = False
         with self.progress_bar(total=num_codes) as bar:
@@ -132,6 +133,7 @@ class T2IPipeline(DiffusionPipeline):
         """Decode codes (B, K) to what was asked for."""
         if output_type == "latent":
             return codes
+        bring(self.image_tokenizer)
         pixels = sampler.codes_to_pixels(self.image_tokenizer, codes)  # (B, 3, H, W), uint8
         if output_type == "pt":
             return pixels.float() / 255
@@ -150,6 +152,14 @@ class T2IPipeline(DiffusionPipeline):
                     f"{name} is {value}; expected {own[name]}, or nothing: this model has no other"
                 )
 
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Refuse: it moves weights where a part's forward is called, and the sampler reads them itself.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("expected enable_model_cpu_offload(), which moves whole models")
+
     def save_pretrained(self, save_directory: str, **settings: Any) -> None:
         """Refuse: diffusers would write a folder of another form, which nothing opens.
 
@@ -160,6 +170,13 @@ class T2IPipeline(DiffusionPipeline):
             "copy the folder that this pipeline was opened from, or save its parts: language_model, tokenizer and"
             " image_tokenizer have a save_pretrained each"
         )
+
+
+def bring(part: torch.nn.Module) -> None:
+    """Have enable_model_cpu_offload's hook move a part to its device: the sampler calls other methods than forward."""
+    hook = getattr(part, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(part)
 
 
 def _check_prompts(prompts: list[str], *, num_images_per_prompt: int, output_type: str) -> None:

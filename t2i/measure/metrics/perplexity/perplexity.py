@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from t2i.errors import DataError
 from t2i.measure.perplexity import perplexity_of
-from t2i.model.backbone import head_of, hidden_states
+from t2i.model.backbone import head_of, hidden_states, num_positions
 from t2i.model.loss import token_losses
 from t2i.runs.loading import open_model
 from t2i.tokens.sequence import IGNORED
@@ -21,8 +21,9 @@ Args:
 
 Returns:
     perplexities, one per text; mean_perplexity, their mean; perplexity, over all tokens together; num_tokens.
-    The first token of a text is not counted, as nothing stands before it. A text longer than the model's positions is
-    cut into pieces.
+    A tokenizer that puts a start token before each text, such as Llama's and Gemma's, has it before each piece. Without
+    one the first token is not counted, as nothing stands before it. A text longer than the model's positions is cut
+    into pieces.
 """
 
 
@@ -57,14 +58,19 @@ class Perplexity(evaluate.Metric):
 @torch.inference_mode()
 def _nats(text: str, model: PreTrainedModel, tokenizer: TextTokenizer) -> tuple[float, int]:
     """Sum the losses of one text: nats, tokens counted."""
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise DataError(f"The text {text!r} has {len(ids)} tokens; perplexity needs at least 2.")
+    ids, start = tokenizer.encode(text), torch.tensor(tokenizer.start_ids, dtype=torch.long)
+    if len(ids) + len(start) < 2:
+        raise DataError(
+            f"The text {text!r} has {len(ids)} tokens; perplexity needs at least {2 - len(start)}."
+        )
+    positions = num_positions(model) or len(start) + len(ids)
     nats, count = 0.0, 0
-    for piece in ids.split(model.config.max_position_embeddings):
-        piece = piece[None].to(model.device)  # (1, S)
-        labels = torch.nn.functional.pad(piece[:, 1:], (0, 1), value=IGNORED)
-        if piece.shape[1] > 1:  # a last piece of one token has nothing to predict
-            losses, _ = token_losses(hidden_states(model, piece), labels, head=head_of(model))
-            nats, count = nats + losses.double().sum().item(), count + piece.shape[1] - 1
+    for piece in ids.split(max(1, positions - len(start))):
+        whole = torch.cat([start, piece])[None].to(model.device)  # (1, S)
+        labels = torch.nn.functional.pad(whole[:, 1:], (0, 1), value=IGNORED)
+        labels[:, : max(0, len(start) - 1)] = IGNORED  # start tokens are given, not predicted
+        predicted = int((labels != IGNORED).sum())
+        if predicted:  # a last piece of one token without a start token has nothing to predict
+            losses, _ = token_losses(hidden_states(model, whole), labels, head=head_of(model))
+            nats, count = nats + losses.double().sum().item(), count + predicted
     return nats, count
