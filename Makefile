@@ -178,5 +178,5 @@ speedrun: install
 BENCHMARKS ?= sampling sampling_classes window training_step loss precision padding loading preparing scoring waiting growth
 bench: install $(if $(QUICK),,codes256)
 	$(BIN)/pip install --quiet --editable '.[bench]'
-	set -e; for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(QUICK); done
+	set -e; for name in $(BENCHMARKS); do CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(QUICK); done
 	$(BIN)/python benchmarks/page.py

@@ -138,7 +138,7 @@ def variants() -> dict[str, Change]:
     """Name what is changed."""
 
     def attention(kind: SDPBackend) -> Change:
-        return lambda stack, _: stack.enter_context(sdpa_kernel([kind, SDPBackend.MATH]))
+        return lambda stack, _: stack.enter_context(sdpa_kernel([kind]))
 
     def layers(_: ExitStack, model: OpenLMForCausalLM) -> None:
         compile_layers(model, seq_len=SEQ_LEN)

@@ -30,6 +30,7 @@ VARIABLES = {
     "TORCHELASTIC_USE_AGENT_STORE": "set by torchrun, whose own process then holds the port",
     "TORCH_EXTENSIONS_DIR": "where DeepSpeed's C++ operators are built; by default in the Python environment",
     "DS_ACCELERATOR": "cpu by default where torch finds no GPU; DeepSpeed's own",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that `t2i study --workers N` shares out, one to a worker; a tracker sees none",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8 by default with train.deterministic; CUDA's own",
     "THP_MEM_ALLOC_ENABLE": "1 by default: torch asks for huge pages on CPUs",
     "TOKENIZERS_PARALLELISM": "false by default: loader processes are many already",

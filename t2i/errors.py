@@ -123,16 +123,35 @@ def _run_to_end(command: Callable[[], None]) -> None:
         try:
             command()
         finally:  # --help ends by an exception too
-            sys.stdout.flush()
+            _hand_over()
     except BrokenPipeError:
         if not _is_reader_gone():  # it was another pipe
             raise
-        # The interpreter flushes again when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         raise _ReaderGone from None
 
 
+def _hand_over() -> None:
+    """Flush what was printed; an error of the disk or of the reader remains the only one."""
+    if sys.stdout is None:  # it was closed before this process began, as a supervisor may do
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _print_no_more()
+        raise
+
+
+def _print_no_more() -> None:
+    # The interpreter flushes again when it ends, and would complain, with a status of its own.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _is_reader_gone() -> bool:
+    if sys.stdout is None:
+        return False
     try:
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -477,8 +477,8 @@ MUTATIONS = (
     Mutation(
         "held-out-is-not-spread",
         "t2i/data/shards/reader.py",
-        "(kept[index * len(kept) // count] for index in range(count))",
-        "kept[:count]",
+        "[items[index * len(items) // count] for index in range(count)]",
+        "list(items[:count])",
         "a part of a split is its beginning, of one kind perhaps",
         DATA,
     ),

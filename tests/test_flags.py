@@ -3,6 +3,8 @@
 import io
 import math
 import os
+import re
+import shlex
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
@@ -17,7 +19,7 @@ from t2i.cli import parse
 from t2i.cli.names import flag_names, nearest
 from t2i.cli.rules import PACKAGE
 from t2i.commands import gradients, perplexity, sample, train
-from t2i.errors import READER_GONE, UserError, run_command
+from t2i.errors import READER_GONE, CheckpointError, UserError, run_command
 from t2i.settings import MAX_WHOLE, expected, hints_of
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +206,20 @@ def test_help_that_nobody_reads_to_its_end_complains_of_nothing(words):
             [sys.executable, *words], cwd=ROOT, stdout=pipe, stderr=-1, text=True, timeout=120
         )
     assert (done.returncode, done.stderr) == (READER_GONE, "")
+
+
+@pytest.mark.parametrize(("stdout", "code"), [(None, 2), ("/dev/full", CheckpointError.exit_code)])
+def test_an_output_that_takes_nothing_changes_no_other_status(stdout, code):
+    """Closed before the command begins, as a supervisor may do; and on a disk that is full."""
+    script = "from t2i.errors import UserError, run_command\ndef command():\n    print('x')\n"
+    script += "    raise UserError('a sentence')\n" if stdout is None else ""
+    words = shlex.join([sys.executable, "-c", f"{script}run_command(command)"])
+    done = processes.run(
+        ["bash", "-c", f"{words} {'>&-' if stdout is None else f'> {stdout}'}"],
+        cwd=ROOT, stderr=-1, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert re.fullmatch(r"a sentence\n" if stdout is None else r".*No space left on device\.\n", done.stderr)
 
 
 def test_another_broken_pipe_is_still_an_error(monkeypatch, capsys):

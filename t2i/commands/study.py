@@ -27,6 +27,8 @@ from t2i.errors import UserError
 from t2i.shipped import find_shipped
 from t2i.verbs import command_line, is_typed_as_verb
 
+SCRIPT = Path("launchers/study.py")
+
 
 @dataclass(frozen=True)
 class StudyCommand:
@@ -67,6 +69,7 @@ def main() -> None:
     from t2i.study.jobs import jobs_of, read_study
     from t2i.study.runner import gpus_to_share, local_workers, submit
 
+    options = sbatch_options(command)
     study = read_study(find_shipped(command.study), ds_config=command.ds_config)
     out = command.out or study.default_out()
     check_sections(study)
@@ -75,7 +78,8 @@ def main() -> None:
     flags += ["--ds_config", command.ds_config] if command.ds_config else []
     again = [
         sys.executable,
-        *(["-m", "t2i", "study"] if is_typed_as_verb() else ["launchers/study.py"]),
+        # By its whole name: workers begin where this command was typed, which may be outside the checkout.
+        *(["-m", "t2i", "study"] if is_typed_as_verb() else [str(find_shipped(SCRIPT).resolve())]),
         *flags,
     ]
     missing = [] if command.report and not command.plan else missing_inputs(study, out=out)
@@ -85,8 +89,7 @@ def main() -> None:
         for one in missing:
             print(f"{one}: the plan takes the sizes that the study's settings and `assumed` state.")
         print_plan(study, command, num_jobs=len(jobs), out=out)
-    elif command.launcher == "slurm":
-        options = shlex.split(command.sbatch)
+    elif command.launcher == "slurm" and not command.report:
         print(submit(again, count=command.workers, options=options, out=out))
         print(f"The report, when it has ended or before: {command_line('study', *flags, '--report')}")
     else:
@@ -98,6 +101,17 @@ def main() -> None:
         if not command.jobs_only:
             report(study, jobs, out=out, again=command_line("study", *flags))
         sys.exit(status)
+
+
+def sbatch_options(command: StudyCommand) -> list[str]:
+    if command.jobs_only and command.launcher == "slurm":
+        raise UserError(
+            "--jobs-only is for a worker, and --launcher slurm starts workers; leave one of them out."
+        )
+    try:
+        return shlex.split(command.sbatch)
+    except ValueError as error:
+        raise UserError(f"--sbatch is {command.sbatch!r}, which a shell could not read: {error}.") from error
 
 
 def work_through(study: Any, *, out: Path) -> int:

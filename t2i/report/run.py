@@ -19,10 +19,12 @@ from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
 from t2i.runs.checkpoint_manifest import steps_of
+from t2i.runs.metrics_log import METRICS
 from t2i.runs.run_folder import (
     ENVIRONMENT,
     RESOLVED,
     SAMPLES,
+    STATUS,
     Status,
     read_sample_captions,
     read_settings,
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("run.html.jinja")
 NUM_IMAGES = 24
+PATIENCE = 20
+"""A run that is silent for so many times train.hang_timeout_seconds is gone: a save may take ten times a step."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,17 @@ def write_report(run_dir: Path, *, refresh_seconds: int = 0) -> Path:
 
 
 def follow_run(run_dir: Path, *, every_seconds: int) -> None:
-    """Write the report again and again until the run has ended, and once more then."""
+    """Write the report again and again until the run has ended, and once more then.
+
+    A run that was killed could not say that it has ended: it is given up once it has been silent for too long.
+    """
     while (status := read_status(run_dir)) and status.state == "running":
+        if _is_silent(run_dir):
+            logger.warning(
+                "%s says that it is running, and has written nothing for so long that it was probably killed.",
+                run_dir,
+            )
+            break
         try:
             write_report(run_dir, refresh_seconds=every_seconds)
         # Something that the run removed or changed meanwhile; the next page will have it right.
@@ -115,6 +128,16 @@ def follow_run(run_dir: Path, *, every_seconds: int) -> None:
             logger.warning("the page could not be written: %s", error)
         time.sleep(every_seconds)
     write_report(run_dir)
+
+
+def _is_silent(run_dir: Path) -> bool:
+    """Tell whether a run has written nothing for much longer than its watchdog lets a step take."""
+    train = read_settings(run_dir).get("train")
+    limit = train.get("hang_timeout_seconds") if isinstance(train, dict) else None
+    written = [file.stat().st_mtime for file in (run_dir / METRICS, run_dir / STATUS) if file.is_file()]
+    if not limit or not written:  # 0 is for no watchdog
+        return False
+    return time.time() - max(written) > PATIENCE * limit
 
 
 def _page(run_dir: Path) -> RunPage:

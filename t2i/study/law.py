@@ -26,6 +26,8 @@ LOGS = [NAMES.index(name) for name in ("A", "B", "K")]
 """Fitted as logarithms, since they are positive and of unknown size."""
 LOW = np.array([0, -12, 0, -12, 0, -12, -2, -2, 0], dtype=float)
 HIGH = np.array([20, 6, 3, 6, 3, 6, 2, 2, 2], dtype=float)
+AT_AN_END = 1e-3
+"""Nearer to a bound than this, a number is said to be at it."""
 LARGEST = 1e6
 """Bound of what a power may become while a fit searches."""
 FAR = 1e3
@@ -67,6 +69,12 @@ class Law:
     def worth(self, cells: Cells) -> np.ndarray:
         """Compute the loss of cells less that of a random start at the same size and tokens, (M,)."""
         return self.predict(cells) - self.predict(replace(cells, ages=np.zeros_like(cells.ages)))
+
+    @property
+    def at_an_end(self) -> list[str]:
+        """Names of the numbers that lie at an end of what a fit may choose."""
+        nearest_end = np.minimum(self.theta - LOW, HIGH - self.theta)
+        return [name for name, distance in zip(NAMES, nearest_end, strict=True) if distance < AT_AN_END]
 
     def values(self) -> dict[str, float]:
         """Return every number by name, A, B and K themselves."""

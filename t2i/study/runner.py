@@ -268,7 +268,8 @@ def local_workers(command: list[str], *, count: int, gpus: Sequence[str] = ()) -
         for other in others:
             if not is_done:
                 other.terminate()
-            other.wait()
+            if other.wait() and is_done:
+                logger.warning("a worker beside this one ended with status %d", other.returncode)
 
 
 def submit(command: list[str], *, count: int, options: list[str], out: Path) -> str:

@@ -174,13 +174,6 @@ class Saver:
             return None
         progress = self.load(folder)
         self.loader.load_state_dict(read_checkpoint_manifest(folder).facts.loader)
-        # A stop may have come between the rows of a measure and the save that says so.
-        if progress.owed:
-            rows: list[MetricsRow] = on_first_rank(lambda: _measured_rows(self.run_dir, progress.step))
-            if rows:
-                progress.owed = []
-                if (loss := heldout_loss(rows)) is not None:
-                    progress.note_heldout(loss)
         logger.info("resuming at step %d of %d", progress.step, self.config.max_steps)
         return progress
 
@@ -262,11 +255,19 @@ class Saver:
             )
         load_state(self.engine, folder, num_ranks=facts.world_size)
         try:
-            return Progress(**facts.progress)
+            progress = Progress(**facts.progress)
         except TypeError as error:
             raise CheckpointError(
                 f"the manifest of {folder} has other keys than expected: {error}."
             ) from error
+        # What a stop cut short may have been made up for since, or the stop came between the rows and this save.
+        if progress.owed:
+            rows: list[MetricsRow] = on_first_rank(lambda: _measured_rows(self.run_dir, progress.step))
+            if rows:
+                progress.owed = []
+                if (loss := heldout_loss(rows)) is not None:
+                    progress.note_heldout(loss)
+        return progress
 
 
 def _measured_rows(run_dir: Path, step: int) -> list[MetricsRow]:

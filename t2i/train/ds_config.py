@@ -171,7 +171,7 @@ def _values(ds_config: Mapping[str, Any]) -> Iterator[str]:
     if zero.get("load_from_fp32_weights", True) is not True:
         yield (
             f"zero_optimization.load_from_fp32_weights is {zero['load_from_fp32_weights']!r}, with which a resumed run"
-            " would go on from rounded weights; expected true, or no such key"
+            " would continue from rounded weights; expected true, or no such key"
         )
     if zero.get("stage") not in (1, 2):
         # Stage 0 lets a non-finite gradient into the weights; under stage 3 no rank has all weights to export.

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -134,7 +133,12 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
                 writer=writer,
                 control=EndConditions(requests, watchdog),
             )
-            trainer.run(record=partial(record_run, config, ds_config=ds_config, heading=heading))
+
+            def record() -> None:
+                peers.folder.check()  # another run's folder may be there since
+                record_run(config, ds_config=ds_config, heading=heading)
+
+            trainer.run(record=record)
 
 
 def _start(ds_config: DsConfig, *, run_dir: Path) -> None:

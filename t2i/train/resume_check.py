@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
 
 from t2i.config import RunConfig
+from t2i.distributed.collectives import on_first_rank
+from t2i.distributed.ending import said_once_per_machine
 from t2i.errors import Stopped, UserError
 from t2i.model.backbone import weight_files
 from t2i.runs import checkpoint_store as checkpoints
@@ -42,27 +45,32 @@ def train_both(config: RunConfig, *, ds_config_path: Path, num_steps: int) -> tu
     whole, halves = (
         replace(config, run_dir=config.run_dir / name, train=quiet) for name in ("whole", "halves")
     )
-    reached = checkpoints.last_step(whole.run_dir)
-    if reached not in (0, num_steps):
-        raise UserError(
-            f"{whole.run_dir} is at step {reached}; expected none or all of {num_steps} steps, trained at once. Remove"
-            f" {config.run_dir}, or choose another --run-dir."
-        )
+    with said_once_per_machine():
+        _check_whole(whole.run_dir, num_steps=num_steps)
     for run, step in ((whole, num_steps), (halves, num_steps // 2), (halves, num_steps)):
         if checkpoints.last_step(run.run_dir) < step:
             with _stop_expected():
                 train(run, ds_config_path=ds_config_path, stop_at=step)
-            # A stop that was asked for meanwhile ends as the planned one does, but earlier.
-            if (reached := checkpoints.last_step(run.run_dir)) < step:
-                first = (
-                    f"remove {config.run_dir}, for it is trained at once, and "
-                    if run is whole and reached
-                    else ""
-                )
-                raise Stopped(
-                    f"Stopped at step {reached} of {step} in {run.run_dir}; {first}run the same command."
-                )
+            on_first_rank(partial(_check_reached, run.run_dir, step=step, is_whole=run is whole))
     return whole.run_dir, halves.run_dir
+
+
+def _check_whole(run_dir: Path, *, num_steps: int) -> None:
+    """Check that the training at once was not begun, or was not stopped and is as long as asked for."""
+    reached = checkpoints.last_step(run_dir)
+    if reached not in (0, num_steps):
+        raise UserError(
+            f"{run_dir} is at step {reached}; expected none or all of {num_steps} steps, trained at once. Remove"
+            f" {run_dir.parent}, or choose another --run-dir."
+        )
+
+
+def _check_reached(run_dir: Path, *, step: int, is_whole: bool) -> None:
+    """Check that a training came to its step: a stop that was asked for meanwhile ends it like the planned one."""
+    reached = checkpoints.last_step(run_dir)
+    if reached < step:
+        first = f"remove {run_dir.parent}, for it is trained at once, and " if is_whole and reached else ""
+        raise Stopped(f"Stopped at step {reached} of {step} in {run_dir}; {first}run the same command.")
 
 
 def first_difference(found: Path, wanted: Path, *, step: int) -> str:

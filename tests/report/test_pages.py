@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from PIL import Image
 
 from t2i.report import run as run_page
@@ -81,6 +84,25 @@ def test_a_page_refreshes_itself_while_the_run_lasts_and_not_after(run_dir, monk
     run_page.follow_run(run_dir, every_seconds=30)
     assert [seconds for seconds, _ in pages] == [30]
     assert '<meta http-equiv="refresh" content="30">' in pages[0][1]
+    assert "http-equiv" not in (run_dir / "report.html").read_text()
+
+
+def test_a_page_follows_no_run_that_was_killed_for_ever(run_dir, monkeypatch, caplog):
+    (run_dir / "status.json").write_text(json.dumps({"state": "running"}))
+    settings = yaml.safe_load((run_dir / "resolved.yaml").read_text())
+    settings["train"]["hang_timeout_seconds"] = 60
+    (run_dir / "resolved.yaml").write_text(yaml.safe_dump(settings))
+    now, waits = [time.time()], []
+
+    def wait(seconds):
+        waits.append(seconds)
+        now[0] += seconds
+        assert len(waits) < 9
+
+    monkeypatch.setattr(run_page, "time", SimpleNamespace(time=lambda: now[0], sleep=wait))
+    run_page.follow_run(run_dir, every_seconds=500)
+    assert len(waits) == 3  # 20 times 60 seconds are the third one's
+    assert "says that it is running, and has written nothing for so long" in caplog.text
     assert "http-equiv" not in (run_dir / "report.html").read_text()
 
 

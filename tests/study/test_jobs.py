@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -522,6 +523,56 @@ def test_a_job_that_ends_well_on_a_signal_is_done_and_the_worker_stops(toy):
     with pytest.raises(Stopped, match="Stopped at a"):
         work(lambda: [job("a"), job("b")], study=study, out=folder / "out")
     assert [read_record(folder / "out", name).state for name in ("a", "b")] == ["done", "open"]
+
+
+def test_workers_begin_wherever_the_command_was_typed(tmp_path, monkeypatch, call):
+    (tmp_path / "toy.py").write_text(f"open('{tmp_path}/calls', 'a').write('call\\n')")
+    step = f'{{name: a, command: "{tmp_path}/toy.py", flags: {{}}}}'
+    (tmp_path / "one.yaml").write_text(f"title: T\nquestion: Q\narms: {{}}\nsteps: [{step}]\n")
+    started = []
+    monkeypatch.setattr(
+        "t2i.study.runner.local_workers", lambda command, **_: started.append(command) or nullcontext()
+    )
+    monkeypatch.chdir(tmp_path)
+    assert call(ROOT / "launchers/study.py", "one.yaml", "--workers", 2) == 0
+    assert started == [
+        [sys.executable, str(ROOT / "launchers/study.py"), "one.yaml", "--out", "runs/one", "--jobs-only"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--sbatch=--comment=it's mine"],
+            '--sbatch is "--comment=it\'s mine", which a shell could not read',
+        ),
+        (
+            ["--launcher", "slurm", "--jobs-only"],
+            "--jobs-only is for a worker, and --launcher slurm starts workers",
+        ),
+    ],
+)
+def test_flags_for_slurm_that_cannot_work_are_refused(words, sentence, call, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert call("launchers/study.py", "launchers/studies/smoke.yaml", *words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_report_is_written_and_nothing_submitted_where_a_line_for_slurm_is_typed_again(
+    tmp_path, call, monkeypatch, capfd
+):
+    monkeypatch.setattr("t2i.study.runner.submit", lambda *_, **__: pytest.fail("submitted"))
+    (tmp_path / "one.yaml").write_text("title: T\nquestion: Q\narms: {}\n")
+    words = [tmp_path / "one.yaml", "--out", tmp_path / "out", "--launcher", "slurm", "--report"]
+    assert call("launchers/study.py", *words) == 0
+    assert "in a browser" in capfd.readouterr().out
+
+
+def test_a_worker_that_ends_badly_is_said(caplog):
+    with local_workers([sys.executable, "-c", "raise SystemExit(2)"], count=1):
+        pass
+    assert "a worker beside this one ended with status 2" in caplog.text
 
 
 def test_the_command_shares_a_bases_work_and_writes_each_studys_report(call, tmp_path, monkeypatch, capfd):

@@ -1,5 +1,6 @@
 """The law finds what made its cells, knows its error, and says what it predicts before and after the runs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,8 +183,35 @@ def test_cells_are_predicted_before_their_runs_and_the_prediction_stays(made):
     after = law_section(made)
     assert [row[:7] for row in after.table] == [row[:7] for row in before.table]
     assert [row[8] for row in after.table[1:]] == ["inside", "inside", "outside", "outside"]
-    assert "Of 3 held-out cells, 2 fell into their 90% intervals; of their 2 arms, 1 did" in after.found
-    assert "Of 1 differences to the random start, 0 fell into theirs." in after.found
+    assert "Of 3 held-out cells, 2 fell into their 90% intervals; of 1 sizes, 0 did with every" in after.found
+    assert (
+        "Of 1 differences to the random start, 0 fell into theirs; 0 of these intervals hold no difference"
+        in after.found
+    )
+    measured, predicted = (float(after.table[4][column]) for column in (7, 4))
+    assert (
+        f"error of a difference is {abs(measured - predicted):.3f} nats, that of no difference {measured:.3f}."
+        in after.found
+    )
+
+
+def test_a_cell_that_never_came_stays_in_what_it_is_counted_among(made):
+    train(made, *FITTED, "w192-random")
+    assert "Of 3 held-out cells, 2 fell into their 90% intervals and 1 are not finished; of 1 sizes" in (
+        law_section(made).found
+    )
+
+
+def test_a_law_says_where_its_forms_forbid_what_the_cells_show(made):
+    train(made, *(arm for arm in FITTED if arm.endswith("random")))
+    train(made, *(arm for arm in FITTED if not arm.endswith("random")), offset=3.0)  # pre-training does harm
+    found = law_section(made).found
+    assert "Pre-training is ahead of the random start in 0 of 40 fitted cells." in found
+    assert re.search(
+        r"\bK\b.* lie at an end of their range: in both forms neither size nor pre-training", found
+    )
+    train(made, *(arm for arm in FITTED if not arm.endswith("random")))
+    assert "lie at an end" not in law_section(made).found
 
 
 def test_what_no_interval_holds_is_said(made):

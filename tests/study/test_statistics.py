@@ -174,7 +174,7 @@ def test_the_published_reports_say_what_their_intervals_follow_to(report):
     ):
         # The table does not say how many seeds; the studies have two, three or five.
         assert any(float(said) == pytest.approx(detectable(low, high, n), abs=rounded) for n in (2, 3, 5))
-    assert len(found) == report.read_text().count("paired t-test over") >= 1
+    assert len(found) == report.read_text().count("paired t-test over")
 
 
 def test_tokens_to_reach_equals_a_walk_along_the_curve():

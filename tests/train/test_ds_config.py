@@ -70,7 +70,7 @@ def written(tmp_path):
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "not finite would reach the weights"),
         (
             {"zero_optimization": {**ZERO, "load_from_fp32_weights": False}},
-            "a resumed run would go on from rounded weights",
+            "a resumed run would continue from rounded weights",
         ),
         ({"data_types": {"grad_accum_dtype": "fp16"}}, r'is \'fp16\'; expected "fp32" or "bf16"'),
         ({"gradient_predivide_factor": 2.0}, r"gradient_predivide_factor is not supported"),

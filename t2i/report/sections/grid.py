@@ -57,12 +57,13 @@ class Grid:
 
     def tokens(self) -> dict[int, int]:
         """Map measured steps to tokens."""
-        # Of all arms, which see the same sequences in the same order, though some for more steps.
-        return {
-            step: tokens
-            for one in self.curves.values()
-            for step, tokens in zip(one.steps, one.tokens, strict=True)
-        }
+        # Of all arms, which see the same sequences in the same order, though some for more steps. The first one's where
+        # they differ, as those of an arm do that lacks the first seed: so predictions stay when others are finished.
+        found: dict[int, int] = {}
+        for one in self.curves.values():
+            for step, tokens in zip(one.steps, one.tokens, strict=True):
+                found.setdefault(step, tokens)
+        return found
 
 
 def read_grid(study: Study, out: Path, *, ages: dict[str, str | float], value: str) -> Grid:

@@ -12,7 +12,7 @@ from t2i.report.sections.grid import Grid, read_grid
 from t2i.report.sections.predictions import Prediction, outcome, prediction_table, predictions_of, worths_of
 from t2i.report.sections.section import Section, SectionKind
 from t2i.study.jobs import run_config
-from t2i.study.law import COVERAGE, Fit, fit_law, nearest
+from t2i.study.law import COVERAGE, Cells, Fit, fit_law, nearest, pairs_of
 from t2i.study.spec import Study, nearest_name
 
 
@@ -57,6 +57,7 @@ def law(
     sentences = [
         f"Held-out {value} of {len(fitted) * len(steps)} cells, means over seeds {_listed(seeds)}, is fitted as"
         f" {_law_in_words(fit)}",
+        _signs(fit, cells, losses),
         missing,
         _limits(study, out, arms=list(ages)),
         outcome(predictions, worths),
@@ -122,6 +123,19 @@ def _law_in_words(fit: Fit) -> str:
         f" error of left-out cells ({', '.join(f'{form} {one.rms:.3f}' for form, one in fit.left_out.items())}), chosen"
         " by the errors that the intervals are made of, which makes them a little narrow."
     )
+
+
+def _signs(fit: Fit, cells: Cells, losses: np.ndarray) -> str:
+    """Say where fitted cells and forms disagree about who is better."""
+    worths = [losses[place] - losses[base] for place, base in pairs_of(cells)]
+    ahead = sum(one < 0 for one in worths)
+    said = f"Pre-training is ahead of the random start in {ahead} of {len(worths)} fitted cells."
+    if ends := fit.law.at_an_end:
+        said += (
+            f" {_listed(ends)} lie at an end of their range: in both forms neither size nor pre-training does harm, so"
+            " where it does the law is off."
+        )
+    return said
 
 
 def _intervals_in_words(fit: Fit) -> str:

@@ -1,6 +1,7 @@
 """What a law predicts of held-out cells, beside what came: their losses, and what pre-training is worth in them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -101,23 +102,31 @@ def outcome(predictions: list[Prediction], worths: list[Prediction]) -> str:
     known = [one for one in predictions if one.measured is not None]
     if not known:
         return f"{len(predictions)} held-out cells are predicted; none is finished yet."
-    arms = {one.arm for one in known}
-    outside = {one.arm for one in known if not one.is_inside}
+    sizes = {one.parameters for one in known}
+    outside = {one.parameters for one in known if not one.is_inside}
     rest = len(predictions) - len(known)
-    measured = np.array([one.measured for one in known])
-    errors = [rms(measured - np.array([getattr(one, key) for one in known])) for key in ("loss", "simple")]
     said = (
-        f"Of {len(known)} held-out cells, {sum(one.is_inside for one in known)} fell into their {COVERAGE:.0%}"
-        f" intervals; of their {len(arms)} arms, {len(arms - outside)} did with every cell, and cells of one arm err"
-        f" together. The law's error there is {errors[0]:.3f} nats (root of the mean square), that of the"
-        f" nearest fitted cell {errors[1]:.3f}"
+        f"Of {len(predictions)} held-out cells, {sum(one.is_inside for one in known)} fell into their {COVERAGE:.0%}"
+        f" intervals"
+        + (f" and {rest} are not finished" if rest else "")
+        + f"; of {len(sizes)} sizes, {len(sizes - outside)} did with every finished cell, and cells of one size err"
+        f" together. The law's error there is {_error(known, 'loss')} nats (root of the mean square), that of the"
+        f" nearest fitted cell {_error(known, 'simple')}."
     )
     if of_worth := [one for one in worths if one.measured is not None]:
         said += (
-            f". Of {len(of_worth)} differences to the random start,"
-            f" {sum(one.is_inside for one in of_worth)} fell into theirs"
+            f" Of {len(worths)} differences to the random start, {sum(one.is_inside for one in of_worth)} fell into"
+            f" theirs; {sum(one.low <= 0 <= one.high for one in worths)} of these intervals hold no difference as well."
+            f" The law's error of a difference is {_error(of_worth, 'loss')} nats, that of no difference"
+            f" {_error(of_worth, None)}."
         )
-    return said + (f"; {rest} cells are not finished yet." if rest else ".")
+    return said
+
+
+def _error(known: list[Prediction], key: Literal["loss", "simple"] | None) -> str:
+    """Compute the error of a prediction, nats; without a key that of 0."""
+    errors = [(one.measured or 0.0) - (getattr(one, key) if key else 0.0) for one in known]
+    return f"{rms(np.array(errors)):.3f}"
 
 
 def prediction_table(predictions: list[Prediction]) -> list[list[str]]:

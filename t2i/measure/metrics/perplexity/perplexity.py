@@ -59,10 +59,9 @@ class Perplexity(evaluate.Metric):
 def _nats(text: str, model: PreTrainedModel, tokenizer: TextTokenizer) -> tuple[float, int]:
     """Sum the losses of one text: nats, tokens counted."""
     ids, start = tokenizer.encode(text), torch.tensor(tokenizer.start_ids, dtype=torch.long)
-    if len(ids) + len(start) < 2:
-        raise DataError(
-            f"The text {text!r} has {len(ids)} tokens; perplexity needs at least {2 - len(start)}."
-        )
+    least = 1 if len(start) else 2
+    if len(ids) < least:
+        raise DataError(f"The text {text!r} has {len(ids)} tokens; perplexity needs at least {least}.")
     positions = num_positions(model) or len(start) + len(ids)
     nats, count = 0.0, 0
     for piece in ids.split(max(1, positions - len(start))):
