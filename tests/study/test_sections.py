@@ -144,6 +144,47 @@ def test_differences_on_two_image_tokenizers_compare_as_shares_of_what_was_learn
         section(made, "overview", **arguments, relative_to="unigram", value="text_loss")
 
 
+def test_worth_is_set_against_how_like_text_codes_are_seed_by_seed(tmp_path, section):
+    kinds = {"plain": (1.5, 6.5, 6.0), "some": (2.0, 6.25, 5.5), "much": (4.0, 6.0, 4.5)}
+    arms = {arm: [0, 1, 2] for name in kinds for arm in (f"{name}-known", f"{name}-random")}
+    made = Made(tmp_path, **arms)
+    worths = {"plain": [0.1, 0.2, 0.15], "some": [0.12, 0.26, 0.17], "much": [0.3, 0.5, 0.4]}
+    for name, (retrieval, unigram, bigram) in kinds.items():
+        floors = {"heldout": {"uniform": 7.0, "unigram": unigram, "bigram": bigram}}
+        manifest = codes_of(name, unigram) | {"floors_nats": floors}
+        for seed, worth in enumerate(worths[name]):
+            # The random arm has learned two nats beyond 7, of which a share is the pre-trained one's worth.
+            made.run(f"{name}-random", seed, heldout=held_out(9.0, 5.0), manifest=manifest)
+            made.run(f"{name}-known", seed, heldout=held_out(9.0, 5.0 - 2 * worth), manifest=manifest)
+        side = {"image_to_text": retrieval / 64, "text_to_image": 0.5, "chance": 1 / 64, "num_pairs": 64}
+        write_json(tmp_path / name / "align.json", {"input": side | {"temperature": 0.1}})
+    pairs = {name: [f"{name}-known", f"{name}-random"] for name in kinds}
+    alignments = {name: f"{{out}}/{name}" for name in kinds}
+    found = section(made, "slope", pairs=pairs, alignments=alignments)
+    for place, name in enumerate(
+        ("retrieval, times chance", "entropy, nats", "saved by the code before, nats")
+    ):
+        amounts = [
+            (retrieval, unigram, unigram - bigram)[place] for retrieval, unigram, bigram in kinds.values()
+        ]
+        slopes = [
+            stats.linregress(amounts, [worths[kind][seed] for kind in kinds]).slope for seed in range(3)
+        ]
+        test = stats.ttest_1samp(slopes, 0)
+        assert (
+            f"per unit of {name} {np.mean(slopes):+.4f} (95%: {test.confidence_interval().low:+.4f}"
+            in found.found
+        )
+        assert f"p = {test.pvalue:.3g}, corrected" in found.found
+        assert column(found, name) == [f"{amount:.3f}" for amount in amounts]
+    assert column(found, "worth, share")[2] == "+0.4000 (+0.3000 to +0.5000)"
+    (tmp_path / "much" / "align.json").unlink()
+    left = section(made, "slope", pairs=pairs, alignments=alignments)
+    assert left.found == "2 image tokenizers have finished runs and an alignment; a line takes 3."
+    with pytest.raises(UserError, match="alignments has no folder for much, which is in pairs"):
+        section(made, "slope", pairs=pairs, alignments={name: alignments[name] for name in ("plain", "some")})
+
+
 def test_image_tokenizers_stand_side_by_side_with_what_tells_their_codes_apart(tmp_path, section):
     made = Made(tmp_path, fast=[0])
     for name, psnr, unigram in (("plain", 24.5, 6.5), ("aligned", 22.0, 6.25)):

@@ -54,7 +54,7 @@ def overview(
     gaps = {
         name: gap
         for name, arms in pairs.items()
-        if (gap := _gap(study, out, arms, value=value, relative_to=relative_to)) is not None
+        if (gap := gap_of(study, out, arms, value=value, relative_to=relative_to)) is not None
     }
     # Pairs without finished runs are left out, and not counted by the correction.
     tests = {name: _test(gap) for name, gap in gaps.items() if gap.differences}
@@ -124,7 +124,7 @@ def _check_names(
         )
 
 
-def _gap(study: Study, out: Path, arms: tuple[str, str], *, value: str, relative_to: str) -> Gap | None:
+def gap_of(study: Study, out: Path, arms: tuple[str, str], *, value: str, relative_to: str) -> Gap | None:
     """Subtract the ends of two arms; None without finished runs of one seed."""
     pair = pair_of(study, out, arms, value=value)
     if pair is None:
