@@ -89,6 +89,13 @@ def disk_reason(error: Exception) -> str:
     return f"{first_line(error)} (a full disk?)." if is_writers else ""
 
 
+RESUMING = (
+    "Run the same command again: training, preparing images, aligning, drawing and studies resume; what was measured or"
+    " converted begins anew."
+)
+"""Said after Ctrl-C."""
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Run a launcher's main function, and turn expected errors into a sentence and an exit status.
 
@@ -109,7 +116,7 @@ def run_command(command: Callable[[], None]) -> None:
             raise
         _end(CheckpointError(sentence), sentence=sentence)
     except KeyboardInterrupt:
-        print("Interrupted. Finished work is kept; run the same command to resume.", file=sys.stderr)
+        print(f"Interrupted. {RESUMING}", file=sys.stderr)
         sys.exit(130)
 
 

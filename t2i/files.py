@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import platform
 import select
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import xxhash
@@ -271,31 +273,66 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: `out` exists.
     """
     refuse_existing(out)
-    part = out.with_name(f".{out.name}.part")
+    # By host and process: of two that make the same folder at once neither may write into, or remove, the other's.
+    part = out.with_name(f".{out.name}.{platform.node()}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
         share(part)
+        refuse_existing(out)  # another process may have been quicker
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def results_file(out: Path | None, *, default: Path) -> Path:
+def results_file(out: Path | None, *, default: Path, keys: Collection[str]) -> Path:
     """Choose the file that a measure is written to, and make its folder, before anything is measured.
 
     Args:
         out: what the user asks for; None for the default.
+        keys: some that every such file has, by which an older one is known.
 
     Raises:
-        UserError: it is a folder.
+        UserError: it is a folder, cannot be written, or is there and no result of this measure.
     """
     path = out or default
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; expected a file, such as {path / default.name}.")
+    if path.suffix != ".json":
+        raise UserError(f"--out {path} ends in {path.suffix or 'nothing'}; expected .json.")
+    check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if out and path.exists() and not _has_keys(path, keys):
+        raise UserError(
+            f"--out {path} exists and is no {default.name}, so it is not replaced; choose another."
+        )
     return path
+
+
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and set(keys) <= found.keys()
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written before anything is measured or drawn for it.
+
+    Raises:
+        UserError: it cannot, as the folder of a model that others share may be.
+    """
+    # The folder itself is made when something is written into it.
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}. Name another place with --out."
+        ) from error
 
 
 def hash_uniform(*parts: object) -> float:

@@ -153,3 +153,16 @@ def test_a_stream_is_readable_once_its_other_side_is_closed_whatever_its_number(
         other.close()
         assert files.is_readable(far, seconds=1)
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_two_that_make_one_folder_do_not_touch_each_others_work(tmp_path, monkeypatch):
+    out = tmp_path / "exported"
+    with pytest.raises(UserError, match="already exists; choose another"), files.new_folder(out) as first:
+        (first / "of").write_text("the first")
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # as another process
+        with files.new_folder(out) as second:
+            (second / "of").write_text("the second")
+            assert first != second and (first / "of").read_text() == "the first"
+        monkeypatch.undo()
+    assert (out / "of").read_text() == "the second"
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]

@@ -15,6 +15,7 @@ from annotated_types import Ge, Le
 
 from t2i.cli import CKPT, Ckpt, parse
 from t2i.config import Dtype
+from t2i.errors import UserError
 
 # What loads torch is imported in functions, so that --help and wrong flags are answered at once.
 
@@ -51,12 +52,22 @@ class ForgettingCommand:
 
 def main() -> None:
     command = parse(ForgettingCommand, description=__doc__ or "")
+    from t2i.data.shards.manifest import MANIFEST
     from t2i.files import results_file, write_json
-    from t2i.measure.forgetting import FORGETTING, PROMPTS, measure_forgetting
+    from t2i.measure.forgetting import FORGETTING, KEYS, PROMPTS, check_text, measure_forgetting
     from t2i.runs.loading import find
 
     folder, run_dir = find(command.ckpt)
-    path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
+    path = results_file(command.out, default=(run_dir or folder) / FORGETTING, keys=KEYS)
+    # All of it before the first model is measured: a slip in the last flag would cost what the others took.
+    if command.reference:
+        find(command.reference)
+    check_text(command.text, name="--text")
+    if command.captions is not None and not (command.captions / MANIFEST).is_file():
+        raise UserError(
+            f"--captions {command.captions} is no folder of shards: it has no {MANIFEST}. Captions of images that were"
+            " not prepared are --text."
+        )
     results = measure_forgetting(
         {"model": command.ckpt, **({"reference": command.reference} if command.reference else {})},
         texts={"text": command.text, **({"captions": str(command.captions)} if command.captions else {})},

@@ -45,8 +45,11 @@ def main() -> None:
 
     from t2i.files import results_file
     from t2i.measure.perplexity import PERPLEXITY, data_of, measure_perplexity, write_perplexity
-    from t2i.runs.loading import open_model
+    from t2i.runs.loading import find, open_model
 
+    # Before a model is read, which takes minutes where it is large.
+    folder, run_dir = find(command.ckpt)
+    path = results_file(command.out, default=(run_dir or folder) / PERPLEXITY, keys=("checkpoint", "splits"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
         command.ckpt,
@@ -55,7 +58,6 @@ def main() -> None:
         dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
-    path = results_file(command.out, default=model.home / PERPLEXITY)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(
         model, config=config, batch_size=command.batch_size, num_images=command.num_images or None

@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -100,6 +99,7 @@ class ScoreCommand:
 
 def score_model(command: ScoreCommand) -> None:
     from t2i.distributed.launch import join, leave_job
+    from t2i.files import check_writable
     from t2i.measure.compare import lines_of
     from t2i.measure.feature_cache import measure_reference
     from t2i.measure.protocol import DrawingFacts
@@ -166,23 +166,6 @@ def controls_of(command: ScoreCommand, *, is_ours: bool) -> "tuple[Control, ...]
         logger.warning("--controls shuffled is now called redrawn; the old name works until 0.2.")
     names: dict[str, Control] = {"redrawn": "redrawn", "untrained": "untrained", "shuffled": "redrawn"}
     return tuple(names[control] for control in command.controls)
-
-
-def check_writable(out: Path) -> None:
-    """Refuse a folder that cannot be written before anything is measured or drawn for it.
-
-    Raises:
-        UserError: it cannot, as the folder of a model that others share may be.
-    """
-    # The folder itself is made when something is drawn into it.
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    try:
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror}. Name another folder with --out."
-        ) from error
 
 
 def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contestant":

@@ -46,7 +46,9 @@ def show_judge(command: JudgeCommand) -> None:
     from t2i.measure.verdict import MEAN, POOLED
     from t2i.tokens.image import ImageTokenizer
 
-    path = results_file(command.out, default=Path("judge_yardsticks.json")) if command.out else None
+    path = None
+    if command.out:
+        path = results_file(command.out, default=Path("judge_yardsticks.json"), keys=("rows", "judged"))
     judge, tokenizer = load_judge(), ImageTokenizer.load(ASSETS / "image_tokenizer")
     verdicts = yardsticks(judge, tokenizer)
     replicates = REPLICATES if command.bootstrap is None else command.bootstrap

@@ -22,6 +22,7 @@ import tyro
 from annotated_types import Ge, Gt, Le
 
 from t2i.cli import parse
+from t2i.commands.job_flags import check_job_flags
 from t2i.config import Gpu
 from t2i.errors import UserError
 from t2i.shipped import find_shipped
@@ -82,6 +83,8 @@ def main() -> None:
         *(["-m", "t2i", "study"] if is_typed_as_verb() else [str(find_shipped(SCRIPT).resolve())]),
         *flags,
     ]
+    if not command.report:
+        check_job_flags(study, jobs)
     missing = [] if command.report and not command.plan else missing_inputs(study, out=out)
     if missing and not command.plan:
         raise UserError(f"{command.study}: {'; '.join(missing)}.")

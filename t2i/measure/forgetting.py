@@ -30,6 +30,8 @@ PROMPTS = (
 """The paper's two (Table 1)."""
 
 FORGETTING = "forgetting.json"
+KEYS = ("prompts", "models")
+"""Of forgetting.json."""
 CHUNK_POSITIONS = 256
 """Positions whose logits are in memory at a time."""
 
@@ -62,6 +64,25 @@ class TextCost:
             "perplexity": self.perplexity,
             "perplexity_text_rows": self.perplexity_text_rows,
         }
+
+
+def check_text(text: str, *, name: str) -> None:
+    """Check that there is text to measure, before a model is loaded.
+
+    Args:
+        text: as of text_sequences.
+        name: of the flag or setting that says it.
+
+    Raises:
+        DataError: no text can be read of it.
+    """
+    if (Path(text) / MANIFEST).is_file():
+        return
+    try:
+        open_documents(f"{PREFIX}{text}")
+    except DataError as error:
+        reason = str(error).removeprefix(f"--source {PREFIX}{text}: ")
+        raise DataError(f"{name} is {text}, of which no text can be read: {reason}") from error
 
 
 def text_sequences(text: str, *, tokenizer: TextTokenizer, seq_len: int, num_sequences: int) -> Tensor:

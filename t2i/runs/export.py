@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from t2i.data.shards.manifest import IMAGE_TOKENIZER
-from t2i.errors import CheckpointError, UserError
+from t2i.errors import CheckpointError, UserError, first_line
 from t2i.files import new_folder, read_json, read_optional_json, write_json
 from t2i.model.backbone import head_of, hidden_states, load_model, num_ids, weight_files
 from t2i.model.open_lm import language_model_t2i, pipeline_t2i, sampling_open_lm
@@ -154,10 +154,20 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
 
     Args:
         is_private: a repository that is made now can be seen by its owner alone; one that exists stays as it is.
+
+    Raises:
+        UserError: the hub cannot be reached, or does not let this user write there.
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    api.create_repo(repo, exist_ok=True, private=is_private)
-    return str(api.upload_folder(repo_id=repo, folder_path=folder))
+    try:
+        api.create_repo(repo, exist_ok=True, private=is_private)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder))
+    except (OSError, ValueError) as error:  # the hub's own errors are both
+        private = " --private" if is_private else ""
+        raise UserError(
+            f"{folder} is whole, but could not be uploaded to {repo}: {first_line(error)} Log in (`hf auth login`),"
+            f" then upload it alone: `hf upload {repo} {folder}{private}`."
+        ) from error
 
 
 @torch.inference_mode()

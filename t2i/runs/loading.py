@@ -25,6 +25,7 @@ from t2i.distributed.run_id import read_run_id
 from t2i.errors import CheckpointError, UserError, first_line
 from t2i.files import HUB, hub_name, not_here, sha256_of
 from t2i.model.backbone import check_decoding, known_layout, load_model, num_ids, weight_files
+from t2i.model.foreign_folder import read_description
 from t2i.runs.best_checkpoint import BEST
 from t2i.runs.checkpoint_manifest import CHECKPOINTS, has_manifest
 from t2i.runs.checkpoint_store import newest_readable, verify
@@ -235,6 +236,8 @@ def _read(
 ) -> OpenedModel:
     # First, so that a folder without a tokenizer is refused before gigabytes of weights are read.
     text_tokenizer = TextTokenizer.load(folder)
+    if needs_images and read_description(folder).get("sequence_mode") == "text-only":
+        raise UserError(f"{folder} was trained on text alone; it draws no images.")
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
     layout = known_layout(model, name=str(folder))
     text_tokenizer.check_rows(

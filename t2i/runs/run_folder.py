@@ -48,6 +48,15 @@ BY_CONTENT = {
 SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the file of their captions, one per line."""
 
+OTHERS = {
+    "manifest.json": "a manifest.json: it is a folder of shards, or a checkpoint",
+    "config.json": "a config.json: it is a folder of a model",
+    "model_index.json": "a model_index.json: it is a folder of a model",
+}
+"""Files that no run has, and what a folder with them is."""
+IMAGE_TOKENIZER = "image_tokenizer"
+"""Copy of the shards' image tokenizer."""
+
 REPORTED_PACKAGES = ("torch", "deepspeed", "transformers", "diffusers", "mosaicml-streaming", "t2i")
 
 
@@ -170,7 +179,9 @@ def make_folder(run_dir: Path) -> None:
 
     Raises:
         CheckpointError: it is not.
+        UserError: it holds something else, of which a run would replace a part.
     """
+    _refuse_other_content(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK).open("a").close()
@@ -178,6 +189,15 @@ def make_folder(run_dir: Path) -> None:
         raise CheckpointError(
             f"run folder {run_dir} cannot be written: {error.strerror}. Choose another --run-dir, or make it writable."
         ) from error
+
+
+def _refuse_other_content(run_dir: Path) -> None:
+    # Shards, models and runs have files of the same names: an image tokenizer, its round trip, a manifest.
+    what = next((what for name, what in OTHERS.items() if (run_dir / name).exists()), "")
+    if not what and not (run_dir / RESOLVED).exists() and (run_dir / IMAGE_TOKENIZER).exists():
+        what = f"{IMAGE_TOKENIZER}/ of its own, which a run would replace"
+    if what:
+        raise UserError(f"run folder {run_dir} has {what}; expected a new folder, or that of a run.")
 
 
 def _lock(run_dir: Path) -> IO[str]:

@@ -171,7 +171,9 @@ def read_spec(file: Path) -> Study:
     _check_arms(study, list(study.arm_seeds), where="arm_seeds")
     for arm in study.arms:
         # Counted as two, one seed would make an interval of itself.
-        if len(seeds := study.seeds_of(arm)) > len(set(seeds)):
+        if not (seeds := study.seeds_of(arm)):
+            raise UserError(f"{file}: arm {arm} has no seeds; expected at least one, in seeds or arm_seeds.")
+        if len(seeds) > len(set(seeds)):
             raise UserError(f"{file}: arm {arm} has the seeds {seeds}; expected each once.")
     for measure in study.measures:
         _check_arms(study, measure.arms, where=f"measures: {measure.name}")

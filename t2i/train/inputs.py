@@ -16,7 +16,6 @@ from t2i.data.shards.captions import truncation
 from t2i.data.shards.integrity import check_listing
 from t2i.data.shards.manifest import (
     IMAGE_TOKENIZER,
-    MANIFEST,
     TEXT_TOKENIZER,
     Manifest,
     check_text_use,
@@ -24,11 +23,11 @@ from t2i.data.shards.manifest import (
 )
 from t2i.data.shards.reader import check_image_tokenizer, fetch_shards
 from t2i.data.sources import open_source
-from t2i.data.sources.documents import PREFIX, open_documents
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.env import torch_compile_problem
-from t2i.errors import DataError, UserError
+from t2i.errors import UserError
 from t2i.files import hub_name, not_here
+from t2i.measure.forgetting import check_text
 from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
@@ -83,7 +82,8 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     if model.init != "random" and not hub_name(model.init) and (missing := not_here(model.init)):
         raise UserError(f"model.init: {missing}.")
     check_trackers(config.train.report_to)
-    _check_eval_text(config.train.eval_text)
+    if config.train.eval_text:
+        check_text(config.train.eval_text, name="train.eval_text")
     if prompts := config.train.sample_prompts:
         if not config.train.sample_every or data.mode != "text-to-image":
             needed = "train.sample_every > 0 and data.mode text-to-image"
@@ -92,15 +92,6 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     rows = Path(model.new_embeddings)
     if rows.suffix == ".safetensors" and not rows.is_file():
         raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
-
-
-def _check_eval_text(text: str) -> None:
-    if not text or (Path(text) / MANIFEST).is_file():
-        return
-    try:
-        open_documents(f"{PREFIX}{text}")
-    except DataError as error:
-        raise DataError(f"train.eval_text is {text}, of which no text can be read. {error}") from error
 
 
 def read_inputs(data: DataConfig, *, init: str, global_batch: int) -> Inputs:

@@ -7,7 +7,8 @@ import pytest
 
 from t2i.config import SourceConfig
 from t2i.data.sources.caption import FIRST_CAPTION, JOINED_LINES, LeftOut, TextFile, read_captions
-from t2i.errors import UserError
+from t2i.data.sources.caption_list import read_caption_list
+from t2i.errors import DataError, UserError
 from t2i.files import lines_of
 
 GUESSED = "a caption that is not UTF-8, read as cp1252"
@@ -127,3 +128,15 @@ def test_each_of_several_captions_is_a_pair_in_one_split(tmp_path):
     splits = {pair.group: {other.split for other in pairs if other.group == pair.group} for pair in pairs}
     assert len(splits) == 20 and all(len(found) == 1 for found in splits.values())
     assert {"train", "heldout"} == set.union(*splits.values())
+
+
+def test_a_caption_list_names_the_empty_cell_and_forgives_blank_lines_above_its_header(tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text("\n\nid,caption\n1,a cat\n2,a dog\n")
+    assert [row.text for row in read_caption_list(table)] == ["a cat", "a dog"]
+    table.write_text("id,caption\n1,a cat\n2,\n")
+    with pytest.raises(DataError, match="the caption of row 2 is empty; expected a caption"):
+        read_caption_list(table)
+    tabs = table.with_suffix(".tsv")
+    tabs.write_text('\nid\tcaption\n1\t"a" cat, "5"\n')
+    assert [row.text for row in read_caption_list(tabs)] == ['"a" cat, "5"']

@@ -163,6 +163,12 @@ def test_an_empty_file_is_no_document_and_a_byte_order_mark_no_text(tmp_path):
     assert list(open_documents(f"text:{tmp_path}").texts) == ["A text."]
 
 
+def test_files_of_text_may_end_in_capitals(tmp_path):
+    (tmp_path / "A.TXT").write_text("one text")
+    (tmp_path / "b.txt").write_text("another")
+    assert list(open_documents(f"text:{tmp_path}").texts) == ["one text", "another"]
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(documents, "DOCUMENTED_PACKAGES", ("numpy", "no_such_package"))
     with pytest.raises(DataError, match="reads no_such_package, which is not installed"):

@@ -122,6 +122,16 @@ def test_an_export_can_be_pushed_as_a_private_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(exporting, "HfApi", lambda endpoint: api)
     assert exporting.push(tmp_path, repo="a/b", is_private=True) == "address"
     assert made == [("a/b", {"exist_ok": True, "private": True})]
+
+    def refused(repo, **how):
+        raise OSError("401 Client Error.\nInvalid credentials")
+
+    api.create_repo = refused
+    with pytest.raises(
+        UserError,
+        match=r"is whole, but could not be uploaded to a/b: 401 Client Error\..*`hf upload a/b .* --private`",
+    ):
+        exporting.push(tmp_path, repo="a/b", is_private=True)
     monkeypatch.setattr(sys, "argv", ["export", "runs/x", "--out", str(tmp_path / "out"), "--private"])
     with pytest.raises(UserError, match="--private is for --push-to-hub"):
         export_main()

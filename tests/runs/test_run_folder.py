@@ -129,3 +129,34 @@ def test_a_resume_reads_the_end_of_long_metrics_alone(tmp_path, monkeypatch):
         file.seek(-40, os.SEEK_END)
         assert file.read().endswith(b'{"step": 99998, "loss": 1.0}\n')
     assert (tmp_path / "metrics.jsonl.rewound").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["manifest.json", "image_tokenizer/config.json", "roundtrip.safetensors"],
+            "a manifest.json: it is a folder of",
+        ),
+        (
+            ["config.json", "resolved.yaml", "image_tokenizer/config.json"],
+            "a config.json: it is a folder of a model",
+        ),
+        (
+            ["image_tokenizer/config.json", "notes.txt"],
+            "image_tokenizer/ of its own, which a run would replace",
+        ),
+    ],
+)
+def test_a_folder_of_something_else_becomes_no_run(names, said, tmp_path):
+    """Shards and exports have files of the same names as runs, which replace them."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of the user")
+    with pytest.raises(UserError, match=f"has {said}.*expected a new folder, or that of a run"):
+        folder.open_run(RunConfig(run_dir=tmp_path), ds_config={})
+    with pytest.raises(UserError, match="expected a new folder, or that of a run"):
+        folder.make_folder(tmp_path)
+    assert sorted(
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    ) == sorted(names)

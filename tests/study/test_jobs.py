@@ -14,6 +14,7 @@ from pathlib import Path
 import processes
 import pytest
 
+from t2i.commands.job_flags import check_job_flags
 from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
 from t2i.study.runner import exit_status, gpus_to_share, local_workers, submit, work
@@ -557,6 +558,52 @@ def test_flags_for_slurm_that_cannot_work_are_refused(words, sentence, call, mon
     monkeypatch.chdir(ROOT)
     assert call("launchers/study.py", "launchers/studies/smoke.yaml", *words) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        (
+            "{name: score, command: eval/coco_fid.py, flags: {num_smaples: 200}}",
+            "score-a-seed0: There is no flag --num_smaples",
+        ),
+        (
+            "{name: score, command: eval/coco_fid.py, flags: {num_samples: -1}}",
+            "score-a-seed0: --num-samples is -1",
+        ),
+        (
+            "{name: near, command: eval/nearest.py, flags: {out: '{runn}/x.json'}}",
+            "has {runn} in {runn}/x.json; perhaps {run}",
+        ),
+        (
+            "{name: text, command: eval/forgetting.py}",
+            "text-a-seed0 has flags that eval/forgetting.py does not take",
+        ),
+    ],
+)
+def test_flags_of_measures_are_read_before_anything_runs(
+    entry, sentence, tmp_path, call, monkeypatch, capsys
+):
+    """Their turn comes after all training."""
+    monkeypatch.setattr("t2i.study.runner.work", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "one.yaml").write_text(f"title: T\nquestion: Q\narms: {{a: {{}}}}\nmeasures: [{entry}]\n")
+    assert call("launchers/study.py", tmp_path / "one.yaml", "--out", tmp_path / "out") == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "launchers" / "studies").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_studies_that_ship_have_flags_that_their_commands_take(file):
+    study = read_study(file)
+    check_job_flags(study, jobs_of(study, out=Path("out")))
+
+
+def test_an_arm_without_seeds_is_refused(tmp_path):
+    (tmp_path / "one.yaml").write_text("title: T\nquestion: Q\narms: {a: {}}\nseeds: []\n")
+    with pytest.raises(UserError, match="arm a has no seeds; expected at least one"):
+        read_study(tmp_path / "one.yaml")
 
 
 def test_a_report_is_written_and_nothing_submitted_where_a_line_for_slurm_is_typed_again(

@@ -64,7 +64,9 @@ def _rows(file: Path) -> Iterator[ListedCaption]:
         columns = {str(name).strip().lower(): name for name in row}
         caption = next((columns[name] for name in LIST_COLUMNS if name in columns), None)
         image = next((columns[name] for name in IMAGE_ID_COLUMNS if name in columns), None)
-        if caption is None or row[caption] in ("", None):
+        if caption is not None and row[caption] in ("", None):
+            raise DataError(f"{file}: the {caption} of row {number} is empty; expected a caption.")
+        if caption is None:
             wanted = ", ".join(LIST_COLUMNS)
             found = ", ".join(map(str, row))
             raise DataError(

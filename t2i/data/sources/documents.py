@@ -84,7 +84,7 @@ def open_documents(source: str) -> Documents:
         return Documents(source, _paragraphs(_read(path)), files=[path])
     if path.is_dir():
         tally = Tally()
-        files = [file for file in list_files(path, tally) if file.suffix == ".txt"]
+        files = [file for file in list_files(path, tally) if file.suffix.lower() == ".txt"]
         if tally.unread:
             logger.warning(
                 "%s: not read: %s",

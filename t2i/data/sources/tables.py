@@ -86,13 +86,12 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
     """Read the rows below a header; in a table of one column a separator is part of the value."""
-    header = file.readline()
-    file.seek(0)
+    header, before = _header(file)
     usual = SEPARATORS[path.suffix.lower()]
     # Spreadsheet programs write semicolons where the comma is the decimal point.
     other = next((one for one in OTHER_SEPARATORS if usual not in header and one in header), usual)
     try:
-        quoting = _quoting_of(file, path, delimiter=other)
+        quoting = _quoting_of(file, path, delimiter=other, start=before)
         reader = csv.DictReader(file, delimiter=other, quoting=quoting, strict=True)
         repeated = [name for name, count in Counter(reader.fieldnames or []).items() if name and count > 1]
         if repeated:
@@ -115,7 +114,18 @@ def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
         ) from error
 
 
-def _quoting_of(file: TextIO, path: Path, *, delimiter: str) -> Literal[0, 3]:
+def _header(file: TextIO) -> tuple[str, int]:
+    """Read the first line that is not blank, and go back to it; also return its place."""
+    place = file.tell()
+    line = file.readline()
+    while line and not line.strip():
+        place = file.tell()
+        line = file.readline()
+    file.seek(place)
+    return line, place
+
+
+def _quoting_of(file: TextIO, path: Path, *, delimiter: str, start: int) -> Literal[0, 3]:
     """Tell whether quotes hold values together, or are a part of them, as in many tables with tabs.
 
     A quote that is never closed would take all lines to the end of the file, or to the next such quote, for one value.
@@ -127,7 +137,7 @@ def _quoting_of(file: TextIO, path: Path, *, delimiter: str) -> Literal[0, 3]:
         are_held = not any("\n" in value and delimiter in value for row in rows for value in row)
     except csv.Error:
         are_held = False
-    file.seek(0)
+    file.seek(start)
     if not are_held:
         logger.warning("%s: quotes are read as they stand, because not all of them are closed", path)
     return csv.QUOTE_MINIMAL if are_held else csv.QUOTE_NONE
