@@ -22,7 +22,6 @@ import tyro
 from annotated_types import Ge, Gt, Le
 
 from t2i.cli import parse
-from t2i.commands.job_flags import check_job_flags
 from t2i.config import Gpu
 from t2i.errors import UserError
 from t2i.shipped import find_shipped
@@ -67,6 +66,7 @@ def main() -> None:
     command = parse(StudyCommand, description=__doc__ or "")
     from t2i.report.sections.registry import check_sections
     from t2i.study.inputs import missing_inputs
+    from t2i.study.job_flags import check_job_flags
     from t2i.study.jobs import jobs_of, read_study
     from t2i.study.runner import gpus_to_share, local_workers, submit
 

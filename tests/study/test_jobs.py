@@ -14,8 +14,8 @@ from pathlib import Path
 import processes
 import pytest
 
-from t2i.commands.job_flags import check_job_flags
 from t2i.errors import CheckpointError, Stopped, UserError
+from t2i.study.job_flags import check_job_flags
 from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
 from t2i.study.runner import exit_status, gpus_to_share, local_workers, submit, work
 

@@ -4,23 +4,21 @@ import difflib
 import re
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from t2i.cli import read_flags
 from t2i.errors import UserError
 from t2i.settings import check_values
+from t2i.study.jobs import Job, run_name
+from t2i.study.spec import Study
 from t2i.verbs import SCRIPTS
-
-if TYPE_CHECKING:
-    from t2i.study.jobs import Job
-    from t2i.study.spec import Study
 
 PLACES = ("out", "run")
 """What braces of a study file stand for."""
 BRACES = re.compile(r"\{(\w+)\}")
 
 
-def check_job_flags(study: "Study", jobs: "list[Job]") -> None:
+def check_job_flags(study: Study, jobs: list[Job]) -> None:
     """Refuse flags that a step's or a measure's command does not take: a measure's turn comes after all training.
 
     Commands of one's own, and those whose flags are in a file, are left to themselves.
@@ -28,8 +26,6 @@ def check_job_flags(study: "Study", jobs: "list[Job]") -> None:
     Raises:
         UserError: a flag that does not exist, is missing or out of range, or braces that stand for nothing.
     """
-    from t2i.study.jobs import run_name
-
     # Of a measure's jobs the first: the others differ in their run alone.
     first = [
         f"{measure.name}-{run_name(arm, seed)}"
@@ -43,7 +39,7 @@ def check_job_flags(study: "Study", jobs: "list[Job]") -> None:
             _check(job, where=f"{study.file}: {job.name}")
 
 
-def _check(job: "Job", *, where: str) -> None:
+def _check(job: Job, *, where: str) -> None:
     script, *words = job.command
     for word in words:
         for name in BRACES.findall(word):
