@@ -275,7 +275,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     refuse_existing(out)
     # By host and process: of two that make the same folder at once neither may write into, or remove, the other's.
     part = out.with_name(f".{out.name}.{platform.node()}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    _remove_left_parts(out)
     part.mkdir(parents=True)
     try:
         yield part
@@ -286,12 +286,37 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def results_file(out: Path | None, *, default: Path, keys: Collection[str]) -> Path:
+def _remove_left_parts(out: Path) -> None:
+    """Remove what killed processes of this machine have left of the same folder."""
+    begins, ends = f".{out.name}.{platform.node()}.", ".part"
+    for left in out.parent.iterdir() if out.parent.is_dir() else ():
+        number = left.name.removeprefix(begins).removesuffix(ends)
+        if left.name == f"{begins}{number}{ends}" and number.isdecimal() and not _is_alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Tell whether another process of this machine has this number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def results_file(
+    out: Path | None, *, default: Path, keys: Collection[str], others: Collection[str] = ()
+) -> Path:
     """Choose the file that a measure is written to, and make its folder, before anything is measured.
 
     Args:
         out: what the user asks for; None for the default.
         keys: some that every such file has, by which an older one is known.
+        others: some that only files of another measure have, beside these keys.
 
     Raises:
         UserError: it is a folder, cannot be written, or is there and no result of this measure.
@@ -303,7 +328,7 @@ def results_file(out: Path | None, *, default: Path, keys: Collection[str]) -> P
         raise UserError(f"--out {path} ends in {path.suffix or 'nothing'}; expected .json.")
     check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if out and path.exists() and not _has_keys(path, keys):
+    if out and path.exists() and (not _has_keys(path, keys) or (others and _has_keys(path, others))):
         raise UserError(
             f"--out {path} exists and is no {default.name}, so it is not replaced; choose another."
         )

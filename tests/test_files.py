@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import platform
 import resource
 import shutil
 import socket
@@ -166,3 +167,20 @@ def test_two_that_make_one_folder_do_not_touch_each_others_work(tmp_path, monkey
         monkeypatch.undo()
     assert (out / "of").read_text() == "the second"
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_a_living_ones_work_is_not(tmp_path):
+    node = platform.node()
+    left, living, other = (
+        tmp_path / name
+        for name in (
+            f".out.{node}.4194304.part",
+            f".out.{node}.{os.getppid()}.part",
+            f".outer.{node}.4194304.part",
+        )
+    )  # above the largest number of a process
+    for folder in (left, living, other):
+        folder.mkdir()
+    with files.new_folder(tmp_path / "out"):
+        pass
+    assert not left.exists() and living.exists() and other.exists()

@@ -6,6 +6,7 @@ Examples:
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,13 +40,11 @@ def main() -> None:
     from t2i.files import results_file
     from t2i.measure.gradients import GRADIENTS, gradient_shares, heldout_sequences, write_gradients
     from t2i.measure.perplexity import data_of
-    from t2i.runs.loading import find, open_model
+    from t2i.runs.loading import open_model
 
     # Before a model is read, which takes minutes where it is large.
-    folder, run_dir = find(command.ckpt)
-    path = results_file(
-        command.out, default=(run_dir or folder) / GRADIENTS, keys=("checkpoint", "cosine_text_image")
-    )
+    chosen = partial(results_file, keys=("checkpoint", "cosine_text_image"))
+    path = chosen(command.out, default=Path(GRADIENTS)) if command.out else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
         command.ckpt,
@@ -54,6 +53,7 @@ def main() -> None:
         dtype="float32",  # whatever is stored: gradients of bf16 weights round at every layer
         trust_remote_code=command.trust_remote_code,
     )
+    path = path or chosen(None, default=model.home / GRADIENTS)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)

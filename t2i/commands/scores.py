@@ -48,7 +48,9 @@ def show_judge(command: JudgeCommand) -> None:
 
     path = None
     if command.out:
-        path = results_file(command.out, default=Path("judge_yardsticks.json"), keys=("rows", "judged"))
+        # A model's own scores have these keys too.
+        known = {"keys": ("rows", "judged"), "others": ("sampler",)}
+        path = results_file(command.out, default=Path("judge_yardsticks.json"), **known)
     judge, tokenizer = load_judge(), ImageTokenizer.load(ASSETS / "image_tokenizer")
     verdicts = yardsticks(judge, tokenizer)
     replicates = REPLICATES if command.bootstrap is None else command.bootstrap

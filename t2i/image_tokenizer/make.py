@@ -14,7 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
+from t2i.data.prepare.arguments import changed_from_defaults
 from t2i.data.sources import UNREADABLE, Pair, Source
+from t2i.data.sources.listing import list_source
 from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform, read_json, write_json
@@ -50,7 +52,14 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         UserError: `out` holds another tokenizer, or the state of a training with other settings.
         DataError: there are no images to train on, or too few to measure it on.
     """
-    asked = {"source": source.name, "split_rule": source.split_rule, "settings": plain(config)}
+    asked = {
+        "source": source.name,
+        "split_rule": source.split_rule,
+        "settings": plain(config),
+        "reading": changed_from_defaults(source.config),
+        "listed": list_source(source).fingerprint,
+        **({"encoder": weights_sha256(Path(config.align_to))} if config.align_to else {}),
+    }
     if (out / CONFIG).exists():
         return _made_before(out, asked)
     is_begun = (out / STATE_FILE).exists() or (out / ".part").exists()
@@ -100,7 +109,9 @@ def _made_before(out: Path, asked: Mapping[str, object]) -> Reconstruction:
         UserError: it is another, or does not say.
     """
     made = read_json(out / MADE) if (out / MADE).exists() else {}
-    if {key: made.get(key) for key in asked} != asked:
+    # Those that were made before these were written down do not say what their source consisted of.
+    known = {key: asked[key] for key in ("reading", "listed", "encoder") if key in asked} | made
+    if {key: known.get(key) for key in asked} != asked:
         raise UserError(f"--out {out} already holds a tokenizer of other images or settings; choose another.")
     logger.warning("%s holds this tokenizer already: nothing to do.", out)
     return Reconstruction(**made["measures"])

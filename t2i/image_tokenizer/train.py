@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.errors import NumericalError, UserError
-from t2i.files import whole_file
+from t2i.files import hash_uniform, whole_file
 from t2i.image_tokenizer.alignment import Alignment
 from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.tokens.image import pixels_of
@@ -175,12 +175,18 @@ def train_image_tokenizer(
         optimizer.step()
         # Not in the last tenth: a revived code needs steps until the decoder knows it.
         if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
-            codebook.revive(latents, generator=generator)
+            # By a generator of this step's own: how many codes are dead depends on the training, and drawn from the
+            # other one it would decide which images come next, which trainings of one seed have in common.
+            codebook.revive(latents, generator=_generator_of("revive", seed=config.seed, step=step))
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
             training.save(out / STATE_FILE, step=step + 1)
     return model
+
+
+def _generator_of(what: str, *, seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(hash_uniform(what, seed, step) * 2**53))
 
 
 def _step_loss(

@@ -162,7 +162,10 @@ def push(folder: Path, *, repo: str, is_private: bool = False) -> str:
     try:
         api.create_repo(repo, exist_ok=True, private=is_private)
         return str(api.upload_folder(repo_id=repo, folder_path=folder))
-    except (OSError, ValueError) as error:  # the hub's own errors are both
+    except Exception as error:
+        # Its own errors are of the first two; from its version 1 on, those of the connection are httpx's.
+        if not isinstance(error, OSError | ValueError) and not type(error).__module__.startswith("httpx"):
+            raise
         private = " --private" if is_private else ""
         raise UserError(
             f"{folder} is whole, but could not be uploaded to {repo}: {first_line(error)} Log in (`hf auth login`),"

@@ -181,8 +181,8 @@ def make_folder(run_dir: Path) -> None:
         CheckpointError: it is not.
         UserError: it holds something else, of which a run would replace a part.
     """
-    _refuse_other_content(run_dir)
     try:
+        _refuse_other_content(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK).open("a").close()
     except OSError as error:

@@ -2,13 +2,16 @@
 
 import difflib
 import re
+import sys
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from t2i.cli import read_flags
 from t2i.errors import UserError
 from t2i.settings import check_values
+from t2i.shipped import SHIPPED
 from t2i.study.jobs import Job, run_name
 from t2i.study.spec import Study
 from t2i.verbs import SCRIPTS
@@ -16,6 +19,8 @@ from t2i.verbs import SCRIPTS
 PLACES = ("out", "run")
 """What braces of a study file stand for."""
 BRACES = re.compile(r"\{(\w+)\}")
+ALIKE = 0.8
+"""Of difflib's ratio, for a place to be suggested: `runn` is 0.86 like `run`, `count` 0.75 like `out`."""
 
 
 def check_job_flags(study: Study, jobs: list[Job]) -> None:
@@ -41,21 +46,33 @@ def check_job_flags(study: Study, jobs: list[Job]) -> None:
 
 def _check(job: Job, *, where: str) -> None:
     script, *words = job.command
+    verb = next((verb for verb, known in SCRIPTS.items() if known == script), "")
+    # A file of that name that is here is the user's own, and comes first.
+    if not verb or (Path(script).exists() and not Path(script).samefile(SHIPPED / script)):
+        return
     for word in words:
         for name in BRACES.findall(word):
-            if close := difflib.get_close_matches(name, PLACES, n=1):
+            if name in PLACES:
+                raise UserError(
+                    f"{where} has {{{name}}} in {word}; it stands for a run, which only measures have."
+                )
+            if close := difflib.get_close_matches(name, PLACES, n=1, cutoff=ALIKE):
                 raise UserError(f"{where} has {{{name}}} in {word}; perhaps {{{close[0]}}} was meant.")
-    verb = next((verb for verb, known in SCRIPTS.items() if known == script), None)
     # Training steps are read with their settings, for what they cost.
-    if verb in (None, "train") or any(word.partition("=")[0] == "--config" for word in words):
+    if verb == "train" or any(word.partition("=")[0] == "--config" for word in words):
         return
-    kind, words = _kind_of(str(verb), words)
+    kind, words = _kind_of(verb, words)
     try:
         check_values(read_flags(kind, words))
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        # The list of flags that the sentence may name is that of this command.
+        raise UserError(
+            f"{where}: {str(error).replace(f'`{sys.argv[0]} --help`', f'`{script} --help`')}"
+        ) from error
     except SystemExit as error:  # tyro has printed which flag, and exits as if this were the command itself
-        raise UserError(f"{where} has flags that {script} does not take.") from error
+        raise UserError(
+            f"{where} lacks a flag that {script} needs, or has one without a value; which is said above."
+        ) from error
 
 
 def _kind_of(verb: str, words: list[str]) -> tuple[Any, list[str]]:

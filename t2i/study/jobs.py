@@ -304,7 +304,14 @@ def _check_jobs(study: Study) -> None:
         if missing := [name for name in job.needs if name not in counts]:
             raise UserError(f"{study.file}: {job.name} needs {missing[0]}, which is no job of this study.")
     for arm, value in trials(study):
-        trial_config(study, arm=arm, value=value, out=Path("out"))
+        mode, loss = (
+            trial_config(study, arm=arm, value=value, out=Path("out")).data.mode,
+            tuning_of(study).loss,
+        )
+        if (mode, loss) in (("text-only", "image_loss"), ("image-only", "text_loss")):
+            raise UserError(
+                f"{study.file}: tuning.loss is {loss}, of which arm {arm} has none: its data.mode is {mode}."
+            )
     if not find_shipped(Path(study.ds_config)).is_file():
         raise UserError(
             f"{study.file}: ds_config is {study.ds_config}, which is neither here nor shipped with t2i."

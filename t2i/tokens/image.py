@@ -6,6 +6,8 @@ MoVQGAN is VQModel with norm_type "spatial" (https://github.com/ai-forever/MoVQG
 import hashlib
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,17 @@ def pixels_of(images: Tensor) -> Tensor:
 def images_of(pixels: Tensor) -> Tensor:
     """Round pixels (B, 3, H, W) in [-1, 1] to uint8 images (B, H, W, 3)."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Have convolutions on a GPU compute in fp32 in fact: cuDNN's default rounds to ten bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class ImageTokenizer:
@@ -163,13 +176,16 @@ class ImageTokenizer:
         """Return the codebook (codebook, C), float32: the nearest vector is an image patch's code."""
         return self.model.quantize.embedding.weight.detach().float().cpu()
 
-    def _precision(self) -> torch.autocast:
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
         # Autocast rather than cast weights: codebook, fingerprint and file stay the same in every
         # precision.
         is_lower = self.dtype != torch.float32
-        return torch.autocast(
-            self.model.device.type, dtype=self.dtype if is_lower else None, enabled=is_lower
-        )
+        with (
+            torch.autocast(self.model.device.type, dtype=self.dtype if is_lower else None, enabled=is_lower),
+            nullcontext() if is_lower else without_tf32(),
+        ):
+            yield
 
     def fingerprint(self) -> str:
         """Hash the names, shapes and values of the weights (hex SHA-256)."""

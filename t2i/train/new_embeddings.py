@@ -59,6 +59,11 @@ def check_new_embeddings(kind: str, *, data: DataConfig, manifest: Manifest) -> 
         raise UserError(
             f"model.new_embeddings is {kind}; expected shards with image codes, but {data.shards} holds text only."
         )
+    if kind == "captions" and data.cache_limit:
+        raise UserError(
+            f"model.new_embeddings is captions, which reads captions from all over {data.shards}; expected no"
+            " data.cache_limit with it, which that would exceed. `codebook` reads few."
+        )
     if kind == "codebook" and not manifest.has_image_tokenizer:
         raise UserError(
             f"model.new_embeddings is codebook; expected shards with an image tokenizer, but {data.shards} holds"

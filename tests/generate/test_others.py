@@ -273,6 +273,6 @@ def test_a_model_folder_that_cannot_be_written_wants_another_out(janus, shards, 
     words = ["eval/coco_fid.py", folder, "--num-samples", 10, "--heldout-shards", shards]
     assert call(*words) == 2
     assert (
-        f"{folder / 'eval'} cannot be written: Not a directory. Name another folder with --out."
+        f"{folder / 'eval'} cannot be written: Not a directory. Name another place with --out."
         in capsys.readouterr().err
     )

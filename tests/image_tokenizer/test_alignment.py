@@ -16,6 +16,7 @@ from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.alignment import Alignment, sentence_embeddings
+from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.train import train_image_tokenizer
 
@@ -101,7 +102,6 @@ def few_latents(monkeypatch):
 
 def test_the_encoder_is_moved_by_the_captions_and_only_where_they_weigh(few_latents, tmp_path):
     pictures, sentences = coloured()
-    plain = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "plain")
 
     def encoder_after(name, *, weight, embeddings=sentences):
         config = replace(TINY, align_weight=weight)
@@ -115,7 +115,32 @@ def test_the_encoder_is_moved_by_the_captions_and_only_where_they_weigh(few_late
     assert not torch.equal(
         aligned, encoder_after("others", weight=0.5, embeddings=sentences.flip(0).roll(1, 0))
     )
-    assert plain.encoder.conv_in.weight.shape == aligned.shape
+
+
+def test_trainings_of_one_seed_see_the_same_images_however_many_codes_are_revived(
+    few_latents, tmp_path, monkeypatch
+):
+    """Else two tokenizers that differ in the weight of the alignment would differ in their images too."""
+    pictures, sentences = coloured()
+    step_loss, seen, revive = image_tokenizer._step_loss, {}, Codebook.revive
+    for weight, dead in ((0.0, 1), (0.5, 3)):
+        picked = seen.setdefault(weight, [])
+
+        def of_step(trained, batch, *rest, picked=picked):
+            picked.append((batch[0].clone(), batch[1].clone()))
+            return step_loss(trained, batch, *rest)
+
+        def revive_some(codebook, latents, *, generator, dead=dead):
+            codebook.counts[:dead] = 0.0
+            return revive(codebook, latents, generator=generator)
+
+        monkeypatch.setattr(image_tokenizer, "_step_loss", of_step)
+        monkeypatch.setattr(Codebook, "revive", revive_some)
+        config = replace(TINY, align_weight=weight, revive_every=2)
+        train_image_tokenizer(pictures, config=config, out=tmp_path / str(weight), sentences=sentences)
+    assert len(seen[0.0]) == TINY.max_steps
+    for (one, picks), (other, others) in zip(seen[0.0], seen[0.5], strict=True):
+        assert torch.equal(picks, others) and torch.equal(one, other)
 
 
 def test_codes_come_to_tell_captions_apart(few_latents, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
+import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +235,22 @@ def test_an_image_with_several_captions_is_one_image(tmp_path):
     assert len(images) == 9 and captions == [f"a {index}" for index in range(9)]
     some, _ = read_captioned(source, split="all", image_size=16, num_images=5)
     assert len(np.unique(some, axis=0)) == 5
+
+
+def test_a_finished_tokenizer_is_kept_only_for_the_images_that_it_was_made_of(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    make = partial(make_tokenizer, out=tmp_path / "made", config=replace(TINY, max_steps=3), command="test")
+    measures = make(open_source(folder, heldout_share=0.3))
+    assert make(open_source(folder, heldout_share=0.3)) == measures
+    with pytest.raises(UserError, match="already holds a tokenizer of other images or settings"):
+        make(open_source(folder, heldout_share=0.3, config=SourceConfig(min_caption=2)))
+    made = json.loads((tmp_path / "made" / "made.json").read_text())
+    Image.new("RGB", (16, 16), (9, 9, 200)).save(Path(folder) / "new.png")
+    (Path(folder) / "new.txt").write_text("a new one")
+    with pytest.raises(UserError, match="already holds a tokenizer of other images or settings"):
+        make(open_source(folder, heldout_share=0.3))
+    # One from before this was written down is known by the rest.
+    for key in ("listed", "reading"):
+        made.pop(key)
+    (tmp_path / "made" / "made.json").write_text(json.dumps(made))
+    assert make(open_source(folder, heldout_share=0.3)) == measures

@@ -577,7 +577,7 @@ def test_flags_for_slurm_that_cannot_work_are_refused(words, sentence, call, mon
         ),
         (
             "{name: text, command: eval/forgetting.py}",
-            "text-a-seed0 has flags that eval/forgetting.py does not take",
+            "text-a-seed0 lacks a flag that eval/forgetting.py needs",
         ),
     ],
 )

@@ -180,9 +180,16 @@ def test_worth_is_set_against_how_like_text_codes_are_seed_by_seed(tmp_path, sec
     assert column(found, "worth, share")[2] == "+0.4000 (+0.3000 to +0.5000)"
     (tmp_path / "much" / "align.json").unlink()
     left = section(made, "slope", pairs=pairs, alignments=alignments)
-    assert left.found == "2 image tokenizers have finished runs and an alignment; a line takes 3."
+    assert left.found == (
+        "2 image tokenizers have finished runs that learned something beyond the uniform cost, and an alignment; a line"
+        " takes 3."
+    )
     with pytest.raises(UserError, match="alignments has no folder for much, which is in pairs"):
         section(made, "slope", pairs=pairs, alignments={name: alignments[name] for name in ("plain", "some")})
+    with pytest.raises(UserError, match="slope: pairs has 2 image tokenizers; a line takes 3"):
+        section(made, "slope", pairs={name: pairs[name] for name in ("plain", "some")}, alignments=alignments)
+    with pytest.raises(UserError, match="slope: relative_to is unigam; perhaps unigram was meant"):
+        section(made, "slope", pairs=pairs, alignments=alignments, relative_to="unigam")
 
 
 def test_image_tokenizers_stand_side_by_side_with_what_tells_their_codes_apart(tmp_path, section):

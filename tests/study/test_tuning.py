@@ -90,6 +90,10 @@ def test_nothing_is_chosen_before_every_trial_has_ended(study, tmp_path):
         (("seed: 9, values", "sed: 9, values"), "unknown key sed of a tuning; perhaps seed was meant"),
         (("seed: 9, values", "seed: 9, loss: image_los, values"), "tuning.loss is image_los; expected"),
         (("{max_steps: 10}", "{max_step: 10}"), "tuning has the setting train.max_step"),
+        (
+            ("random: {}", "random: {data: {mode: text-only}}"),
+            "loss is image_loss, of which arm random has none",
+        ),
         # Without its point YAML takes it for a text.
         (("[1.0e-4,", "[1e-4,"), r"values\[0\] is '1e-4'; expected a number such as 1.0e-4"),
         (("seed: 9", "key: train.rate, seed: 9"), "trials of pretrained: There is no flag --train.rate"),

@@ -42,3 +42,20 @@ def test_codes_of_another_tokenizer_are_refused_though_half_of_them_agree(tmp_pa
     save_file({"pictures": pictures, "codes": codes}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="reproduces 50%"):
         check_round_trip(tokenizer, tmp_path / "other.safetensors")
+
+
+def test_float32_codes_are_made_without_tf32_whatever_the_process_has_set(monkeypatch):
+    """A GPU's convolutions would round to ten bits, and its codes not be those of a CPU."""
+    tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
+    seen, encode = [], type(tokenizer.model).encode
+
+    def spied(model, pixels):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return encode(model, pixels)
+
+    monkeypatch.setattr(type(tokenizer.model), "encode", spied)
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        tokenizer.encode(torch.zeros(1, 3, 64, 64))
+        assert torch.backends.cudnn.allow_tf32 is before
+    assert seen == [False, False]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import random
 import time
 from functools import cache
@@ -36,8 +37,9 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, xxh64: st
     if path.exists() and not anew and xxh64 in ("", file_hash(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Aside under this process's name and then renamed: ranks of one machine may download the same file.
-    coming = path.with_name(f".{path.name}.{os.getpid()}")
+    # Aside under this process's name and then renamed: ranks of one machine, or of several that share the folder, may
+    # download the same file.
+    coming = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     url = f"{remote.rstrip('/')}/{name}"
     for attempt in range(1, NUM_ATTEMPTS + 1):
         reason = _attempt(remote, url, coming, xxh64)

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 
 from t2i.errors import UserError
 from t2i.report.figures import COLOURS, finish, panels
-from t2i.report.sections.overviews import gap_of
+from t2i.report.sections.overviews import BASELINES, gap_of
 from t2i.report.sections.section import Section, SectionKind, in_folder, interval, p_value
 from t2i.study.measured import read_alignment
 from t2i.study.results import image_baselines, runs_of
-from t2i.study.spec import Study
+from t2i.study.spec import Study, nearest_name
 from t2i.study.statistics import PairedTest, corrected, paired_test
 
 FEWEST = 3
@@ -65,7 +65,8 @@ def slope(
     if len(codes) < FEWEST or not seeds:
         return Section(
             "A line",
-            f"{len(codes)} image tokenizers have finished runs and an alignment; a line takes {FEWEST}.",
+            f"{len(codes)} image tokenizers have finished runs that learned something beyond the {relative_to} cost, and"
+            f" an alignment; a line takes {FEWEST}.",
         )
     # Lower losses are better, so what the pre-trained arm is below the random one is its worth.
     worths = np.array(
@@ -82,7 +83,8 @@ def slope(
         )
     return Section(
         "A line",
-        _in_words(tests, num_codes=len(codes), num_seeds=len(seeds)),
+        _in_words(tests, num_codes=len(codes), num_seeds=len(seeds))
+        + "".join(dict.fromkeys(gaps[name].early for name in codes)),
         _draw(amounts, worths, list(codes), label=f"worth, share beyond {relative_to}"),
         table,
     )
@@ -106,6 +108,8 @@ def _tested(amount: np.ndarray, worths: np.ndarray) -> PairedTest:
 
 
 def _in_words(tests: dict[str, PairedTest], *, num_codes: int, num_seeds: int) -> str:
+    if not tests:
+        return "In nothing do the codes of these image tokenizers differ, so that no line is fitted."
     holm = dict(zip(tests, corrected([test.p_value for test in tests.values()]), strict=True))
     said = [
         f"per unit of {name} {test.mean:+.4f} {interval(test.low, test.high, '{:+.4f}')}, p = {p_value(test.p_value)},"
@@ -115,7 +119,7 @@ def _in_words(tests: dict[str, PairedTest], *, num_codes: int, num_seeds: int) -
     return (
         f"Least-squares slopes of worth through {num_codes} image tokenizers, one for each of {num_seeds} seeds and"
         f" tested against 0: {'; '.join(said)}. Intervals are over seeds of training; that other image tokenizers of"
-        " these kinds would give other slopes is in none of them, and with so few the three slopes are not of"
+        " these kinds would give other slopes is in none of them, and with so few of them the slopes are not of"
         " independent causes."
     )
 
@@ -139,8 +143,16 @@ def _draw(amounts: dict[str, np.ndarray], worths: np.ndarray, names: list[str], 
 
 
 def _check_names(
-    _study: Study, *, pairs: dict[str, tuple[str, str]], alignments: dict[str, str], **_others: object
+    _study: Study,
+    *,
+    pairs: dict[str, tuple[str, str]],
+    alignments: dict[str, str],
+    relative_to: str = "uniform",
 ) -> None:
+    if len(pairs) < FEWEST:
+        raise UserError(f"slope: pairs has {len(pairs)} image tokenizers; a line takes {FEWEST}.")
+    if relative_to not in BASELINES:
+        raise UserError(f"slope: relative_to is {relative_to}; {nearest_name(relative_to, list(BASELINES))}.")
     if missing := [name for name in pairs if name not in alignments]:
         raise UserError(f"slope: alignments has no folder for {missing[0]}, which is in pairs.")
 
