@@ -65,8 +65,8 @@ def slope(
     if len(codes) < FEWEST or not seeds:
         return Section(
             "A line",
-            f"{len(codes)} image tokenizers have finished runs that learned something beyond the {relative_to} cost, and"
-            f" an alignment; a line takes {FEWEST}.",
+            f"{len(codes)} image tokenizers have finished runs that learned something beyond the {relative_to} cost,"
+            f" and an alignment; a line takes {FEWEST}.",
         )
     # Lower losses are better, so what the pre-trained arm is below the random one is its worth.
     worths = np.array(
