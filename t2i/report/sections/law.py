@@ -130,11 +130,10 @@ def _signs(fit: Fit, cells: Cells, losses: np.ndarray) -> str:
     worths = [losses[place] - losses[base] for place, base in pairs_of(cells)]
     ahead = sum(one < 0 for one in worths)
     said = f"Pre-training is ahead of the random start in {ahead} of {len(worths)} fitted cells."
+    if ahead < len(worths):
+        said += " Both forms have it ahead everywhere, so in the others the law is off."
     if ends := fit.law.at_an_end:
-        said += (
-            f" {_listed(ends)} lie at an end of their range: in both forms neither size nor pre-training does harm, so"
-            " where it does the law is off."
-        )
+        said += f" At an end of the range that a fit chooses from: {_listed(ends)}."
     return said
 
 
