@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import select
 import shutil
 import socket
@@ -182,6 +181,14 @@ def copy_whole(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def aside(path: Path) -> Path:
+    """Name a place beside a path, of this process alone, for what is renamed to the path when it is whole.
+
+    The name holds host and process, so that several writers on a shared disk do not mix their files: one is kept whole.
+    """
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a place beside a file to write to, which becomes the file if there was no error.
@@ -189,9 +196,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, and names the file.
     """
-    # Renamed, which is atomic. The name holds host and process, so that several writers on a shared disk do not mix
-    # their files: one of them is kept whole.
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary = aside(path)  # renamed, which is atomic
     try:
         yield temporary
         put_in_place(temporary, path)
@@ -265,6 +270,10 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out} already exists; choose another.")
 
 
+PART = ".part"
+"""How the name of a folder ends that is not whole yet."""
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder to write into, which becomes `out` if there was no error.
@@ -273,8 +282,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         UserError: `out` exists.
     """
     refuse_existing(out)
-    # By host and process: of two that make the same folder at once neither may write into, or remove, the other's.
-    part = out.with_name(f".{out.name}.{platform.node()}.{os.getpid()}.part")
+    part = Path(f"{aside(out)}{PART}")
     _remove_left_parts(out)
     part.mkdir(parents=True)
     try:
@@ -288,51 +296,66 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def _remove_left_parts(out: Path) -> None:
     """Remove what killed processes of this machine have left of the same folder."""
-    begins, ends = f".{out.name}.{platform.node()}.", ".part"
+    begins = aside(out).name.removesuffix(str(os.getpid()))
     for left in out.parent.iterdir() if out.parent.is_dir() else ():
-        number = left.name.removeprefix(begins).removesuffix(ends)
-        if left.name == f"{begins}{number}{ends}" and number.isdecimal() and not _is_alive(int(number)):
+        number = left.name.removeprefix(begins).removesuffix(PART)
+        if left.name == f"{begins}{number}{PART}" and number.isdecimal() and not _is_alive(int(number)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_alive(process: int) -> bool:
     """Tell whether another process of this machine has this number."""
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except PermissionError:  # another user's
         return True
-    return True
+    return process != os.getpid()
 
 
-def results_file(
-    out: Path | None, *, default: Path, keys: Collection[str], others: Collection[str] = ()
-) -> Path:
-    """Choose the file that a measure is written to, and make its folder, before anything is measured.
+def check_results_file(
+    out: Path | None, *, name: str, keys: Collection[str], others: Collection[str] = ()
+) -> None:
+    """Check the file that a user names for the results of a measure, before anything is read; None for none.
 
     Args:
-        out: what the user asks for; None for the default.
+        name: of the file by default.
         keys: some that every such file has, by which an older one is known.
         others: some that only files of another measure have, beside these keys.
 
     Raises:
         UserError: it is a folder, cannot be written, or is there and no result of this measure.
     """
+    if out is None:
+        return
+    _check_place(out, name=name)
+    if out.suffix != ".json":
+        raise UserError(f"--out {out} ends in {out.suffix or 'nothing'}; expected .json.")
+    if out.exists() and (not _has_keys(out, keys) or (others and _has_keys(out, others))):
+        raise UserError(f"--out {out} exists and is no {name}, so it is not replaced; choose another.")
+
+
+def results_file(out: Path | None, *, default: Path) -> Path:
+    """Choose the file that a measure is written to, and make its folder, before anything is measured.
+
+    Args:
+        out: what the user asks for, which check_results_file has checked; None for the default.
+
+    Raises:
+        UserError: the default is a folder, or cannot be written.
+    """
+    if out is None:
+        _check_place(default, name=default.name)
     path = out or default
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; expected a file, such as {path / default.name}.")
-    if path.suffix != ".json":
-        raise UserError(f"--out {path} ends in {path.suffix or 'nothing'}; expected .json.")
-    check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if out and path.exists() and (not _has_keys(path, keys) or (others and _has_keys(path, others))):
-        raise UserError(
-            f"--out {path} exists and is no {default.name}, so it is not replaced; choose another."
-        )
     return path
+
+
+def _check_place(path: Path, *, name: str) -> None:
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; expected a file, such as {path / name}.")
+    check_writable(path.parent)
 
 
 def _has_keys(path: Path, keys: Collection[str]) -> bool:

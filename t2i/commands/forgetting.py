@@ -53,13 +53,14 @@ class ForgettingCommand:
 def main() -> None:
     command = parse(ForgettingCommand, description=__doc__ or "")
     from t2i.data.shards.manifest import MANIFEST
-    from t2i.files import results_file, write_json
-    from t2i.measure.forgetting import FORGETTING, KEYS, PROMPTS, check_text, measure_forgetting
+    from t2i.files import check_results_file, results_file, write_json
+    from t2i.measure.forgetting import FORGETTING, PROMPTS, check_text, measure_forgetting
     from t2i.runs.loading import find
 
-    folder, run_dir = find(command.ckpt)
-    path = results_file(command.out, default=(run_dir or folder) / FORGETTING, keys=KEYS)
     # All of it before the first model is measured: a slip in the last flag would cost what the others took.
+    check_results_file(command.out, name=FORGETTING, keys=("prompts", "models"))
+    folder, run_dir = find(command.ckpt)
+    path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
     if command.reference:
         find(command.reference)
     check_text(command.text, name="--text")

@@ -6,7 +6,6 @@ Examples:
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,14 +36,13 @@ def main() -> None:
     command = parse(GradientsCommand, description=__doc__ or "")
     import torch
 
-    from t2i.files import results_file
+    from t2i.files import check_results_file, results_file
     from t2i.measure.gradients import GRADIENTS, gradient_shares, heldout_sequences, write_gradients
     from t2i.measure.perplexity import data_of
     from t2i.runs.loading import open_model
 
     # Before a model is read, which takes minutes where it is large.
-    chosen = partial(results_file, keys=("checkpoint", "cosine_text_image"))
-    path = chosen(command.out, default=Path(GRADIENTS)) if command.out else None
+    check_results_file(command.out, name=GRADIENTS, keys=("checkpoint", "cosine_text_image"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
         command.ckpt,
@@ -53,7 +51,7 @@ def main() -> None:
         dtype="float32",  # whatever is stored: gradients of bf16 weights round at every layer
         trust_remote_code=command.trust_remote_code,
     )
-    path = path or chosen(None, default=model.home / GRADIENTS)
+    path = results_file(command.out, default=model.home / GRADIENTS)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)

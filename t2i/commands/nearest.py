@@ -37,16 +37,15 @@ class NearestCommand:
 
 def main() -> None:
     command = parse(NearestCommand, description=__doc__ or "")
-    from t2i.files import results_file
+    from t2i.files import check_results_file, results_file
     from t2i.measure.embeddings import NEAREST, ROW_KINDS, compare_rows, is_tied, write_nearest
     from t2i.runs.loading import open_model
 
     # Before a model is read, which takes minutes where it is large.
-    chosen = partial(results_file, keys=("checkpoint", "input"))
-    path = chosen(command.out, default=Path(NEAREST)) if command.out else None
+    check_results_file(command.out, name=NEAREST, keys=("checkpoint", "input"))
     open_one = partial(open_model, needs_images=False, trust_remote_code=command.trust_remote_code)
     model = open_one(command.ckpt)
-    path = path or chosen(None, default=model.home / NEAREST)
+    path = results_file(command.out, default=model.home / NEAREST)
     results = compare_rows(model, before=open_one(command.before) if command.before else None)
     write_nearest(results, model=model, path=path)
     for side, found in (

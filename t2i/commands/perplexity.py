@@ -9,7 +9,6 @@ Examples:
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,13 +43,12 @@ def main() -> None:
     command = parse(PerplexityCommand, description=__doc__ or "")
     import torch
 
-    from t2i.files import results_file
+    from t2i.files import check_results_file, results_file
     from t2i.measure.perplexity import PERPLEXITY, data_of, measure_perplexity, write_perplexity
     from t2i.runs.loading import open_model
 
     # Before a model is read, which takes minutes where it is large.
-    chosen = partial(results_file, keys=("checkpoint", "splits"))
-    path = chosen(command.out, default=Path(PERPLEXITY)) if command.out else None
+    check_results_file(command.out, name=PERPLEXITY, keys=("checkpoint", "splits"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(
         command.ckpt,
@@ -59,7 +57,7 @@ def main() -> None:
         dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
-    path = path or chosen(None, default=model.home / PERPLEXITY)
+    path = results_file(command.out, default=model.home / PERPLEXITY)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(
         model, config=config, batch_size=command.batch_size, num_images=command.num_images or None

@@ -37,7 +37,7 @@ class JudgeCommand:
 
 def show_judge(command: JudgeCommand) -> None:
     from t2i.config import ASSETS
-    from t2i.files import results_file, write_json
+    from t2i.files import check_results_file, results_file, write_json
     from t2i.measure.compare import table, verdict_line
     from t2i.measure.judge import YARDSTICKS, load_judge, yardsticks
     from t2i.measure.measures import BOOTSTRAP_SEED, REPLICATES
@@ -46,11 +46,11 @@ def show_judge(command: JudgeCommand) -> None:
     from t2i.measure.verdict import MEAN, POOLED
     from t2i.tokens.image import ImageTokenizer
 
-    path = None
-    if command.out:
-        # A model's own scores have these keys too.
-        known = {"keys": ("rows", "judged"), "others": ("sampler",)}
-        path = results_file(command.out, default=Path("judge_yardsticks.json"), **known)
+    # A model's own scores have these keys too.
+    check_results_file(
+        command.out, name="judge_yardsticks.json", keys=("rows", "judged"), others=("sampler",)
+    )
+    path = results_file(command.out, default=Path("judge_yardsticks.json")) if command.out else None
     judge, tokenizer = load_judge(), ImageTokenizer.load(ASSETS / "image_tokenizer")
     verdicts = yardsticks(judge, tokenizer)
     replicates = REPLICATES if command.bootstrap is None else command.bootstrap

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.data.prepare.arguments import changed_from_defaults
-from t2i.data.sources import UNREADABLE, Pair, Source
+from t2i.data.sources import UNREADABLE, Source
 from t2i.data.sources.listing import list_source
+from t2i.data.sources.source import first_of_each_image
 from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform, read_json, write_json
@@ -68,7 +69,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
             f"{out} has a {there[0]} of another kind, which would be replaced; choose another --out."
         )
     # Before hours of training: without held-out images nothing could be said of its result.
-    heldout = _first_of_each_image(pair for pair in source.pairs if pair.split == "heldout")
+    heldout = first_of_each_image(pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
     images, captions = read_captioned(source, split="train", image_size=config.image_size)
     sentences, aligned_with = None, ""
@@ -167,7 +168,7 @@ def read_captioned(
     source: Source, *, split: str, image_size: int, num_images: int | None = None
 ) -> tuple[np.ndarray, list[str]]:
     """Decode images as read_images does, each once; also return the first caption of each."""
-    pairs = _first_of_each_image(pair for pair in source.pairs if split in ("all", pair.split))
+    pairs = first_of_each_image(pair for pair in source.pairs if split in ("all", pair.split))
     if num_images is not None:
         # By a hash: the same images each time, and not those that a sorted source begins with.
         pairs = sorted(pairs, key=lambda pair: hash_uniform("pictures", pair.key))[:num_images]
@@ -181,14 +182,6 @@ def read_captioned(
     if not images:
         raise DataError(f"{source.name} has no {split} image that can be decoded.")
     return np.stack(images), captions
-
-
-def _first_of_each_image(pairs: Iterable[Pair]) -> list[Pair]:
-    """Leave out further captions of an image."""
-    firsts: dict[str, Pair] = {}
-    for pair in pairs:
-        firsts.setdefault(pair.group or pair.key, pair)
-    return list(firsts.values())
 
 
 def _check_enough(found: int, *, source: Source, split: str) -> None:

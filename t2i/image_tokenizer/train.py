@@ -177,7 +177,7 @@ def train_image_tokenizer(
         if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
             # By a generator of this step's own: how many codes are dead depends on the training, and drawn from the
             # other one it would decide which images come next, which trainings of one seed have in common.
-            codebook.revive(latents, generator=_generator_of("revive", seed=config.seed, step=step))
+            codebook.revive(latents, generator=_revival_generator(config.seed, step))
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
@@ -185,8 +185,8 @@ def train_image_tokenizer(
     return model
 
 
-def _generator_of(what: str, *, seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(hash_uniform(what, seed, step) * 2**53))
+def _revival_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(hash_uniform("revive", seed, step) * 2**53))
 
 
 def _step_loss(

@@ -30,8 +30,6 @@ PROMPTS = (
 """The paper's two (Table 1)."""
 
 FORGETTING = "forgetting.json"
-KEYS = ("prompts", "models")
-"""Of forgetting.json."""
 CHUNK_POSITIONS = 256
 """Positions whose logits are in memory at a time."""
 

@@ -13,6 +13,7 @@ from t2i.data.shards.integrity import Sample
 from t2i.data.shards.manifest import TRAIN, Manifest, read_manifest_file
 from t2i.data.shards.reader import spread
 from t2i.data.sources import Pair, Source, reopen_source
+from t2i.data.sources.source import first_of_each_image
 from t2i.errors import DataError, UserError
 from t2i.files import hash_uniform
 from t2i.measure.feature_cache import Reference
@@ -49,13 +50,10 @@ def heldout_halves(source: Source, *, num_samples: int | None) -> Halves:
         DataError: fewer than LEAST_IMAGES held-out images can be read.
         UserError: fewer than half of them are asked for, or more than there are.
     """
-    pairs: dict[str, Pair] = {}
-    for pair in source.pairs:
-        if pair.split != TRAIN:
-            # An image of many captions comes once: if both halves had it, *real* would be near zero for that alone.
-            pairs.setdefault(pair.group or pair.key, pair)
+    # An image of many captions comes once: if both halves had it, *real* would be near zero for that alone.
+    pairs = first_of_each_image(pair for pair in source.pairs if pair.split != TRAIN)
     # By hash, so that the halves stay what they are when the source lists its images in another order.
-    ordered = sorted(pairs.values(), key=lambda pair: hash_uniform("halves", pair.key))
+    ordered = sorted(pairs, key=lambda pair: hash_uniform("halves", pair.key))
     found = list(islice(readable(ordered), None if num_samples is None else 2 * num_samples))
     if len(found) < max(LEAST_IMAGES, 2 * (num_samples or 0)):
         found = list(readable(ordered))  # all that there are, to say how many

@@ -150,6 +150,11 @@ def discard(run_dir: Path) -> None:
     shutil.rmtree(run_dir / CHECKPOINTS / STAGING, ignore_errors=True)
 
 
+def is_of_engine(name: str) -> bool:
+    """Tell whether a file that a checkpoint's manifest lists is of DeepSpeed's state."""
+    return name.startswith(f"{ENGINE}/")
+
+
 def verify(folder: Path, *, weights_only: bool = False) -> CheckpointManifest:
     """Check every file of a checkpoint against its manifest, and return the manifest.
 
@@ -161,7 +166,7 @@ def verify(folder: Path, *, weights_only: bool = False) -> CheckpointManifest:
     """
     manifest = read_checkpoint_manifest(folder)
     for name, expected in manifest.files.items():
-        if weights_only and name.startswith(f"{ENGINE}/"):
+        if weights_only and is_of_engine(name):
             continue
         file = folder / name
         if not file.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from t2i.disk import sync
 from t2i.files import write_whole
 from t2i.runs.checkpoint_manifest import MANIFEST, CheckpointManifest, committed, read_checkpoint_manifest
-from t2i.runs.checkpoint_store import ENGINE
+from t2i.runs.checkpoint_store import ENGINE, is_of_engine
 
 
 def drop_engine_state(run_dir: Path) -> int:
@@ -18,7 +18,7 @@ def drop_engine_state(run_dir: Path) -> int:
     freed = 0
     for folder in committed(run_dir).values():
         manifest = read_checkpoint_manifest(folder)
-        kept = {name: file for name, file in manifest.files.items() if not name.startswith(f"{ENGINE}/")}
+        kept = {name: file for name, file in manifest.files.items() if not is_of_engine(name)}
         if kept.keys() != manifest.files.keys():
             # The manifest first: a folder that lacks a listed file is a damaged one.
             write_whole(folder / MANIFEST, CheckpointManifest(manifest.step, manifest.facts, kept).text())

@@ -21,6 +21,7 @@ from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.distributed.run_id import give_run_id
 from t2i.errors import CheckpointError, UserError
 from t2i.files import lines_of, read_optional_json, read_yaml, write_json, write_whole
+from t2i.runs.checkpoint_manifest import MANIFEST
 from t2i.runs.checkpoint_store import CHECKPOINTS, last_step
 from t2i.runs.metrics_log import has_step
 from t2i.settings import changed_settings
@@ -49,7 +50,7 @@ SAMPLES, SAMPLE_CAPTIONS = "samples", "captions.txt"
 """Folder of the grids drawn in training, and the file of their captions, one per line."""
 
 OTHERS = {
-    "manifest.json": "a manifest.json: it is a folder of shards, or a checkpoint",
+    MANIFEST: "a manifest.json: it is a folder of shards, or a checkpoint",
     "config.json": "a config.json: it is a folder of a model",
     "model_index.json": "a model_index.json: it is a folder of a model",
 }

@@ -304,10 +304,8 @@ def _check_jobs(study: Study) -> None:
         if missing := [name for name in job.needs if name not in counts]:
             raise UserError(f"{study.file}: {job.name} needs {missing[0]}, which is no job of this study.")
     for arm, value in trials(study):
-        mode, loss = (
-            trial_config(study, arm=arm, value=value, out=Path("out")).data.mode,
-            tuning_of(study).loss,
-        )
+        mode = trial_config(study, arm=arm, value=value, out=Path("out")).data.mode
+        loss = tuning_of(study).loss
         if (mode, loss) in (("text-only", "image_loss"), ("image-only", "text_loss")):
             raise UserError(
                 f"{study.file}: tuning.loss is {loss}, of which arm {arm} has none: its data.mode is {mode}."

@@ -188,8 +188,7 @@ class Saver:
             folder = checkpoints.choose_newest(self.run_dir)
             if folder is not None:
                 # By the manifest: what is being removed may still be there.
-                files = read_checkpoint_manifest(folder).files
-                if not any(name.startswith(f"{checkpoints.ENGINE}/") for name in files):
+                if not any(map(checkpoints.is_of_engine, read_checkpoint_manifest(folder).files)):
                     raise CheckpointError(
                         f"{folder} has no {checkpoints.ENGINE}/, so its run cannot resume: a study keeps none of a run"
                         f" that is done. To train on from its weights: --model.init {folder} --run-dir NEW."

@@ -104,23 +104,20 @@ class Look:
             return []
         with self.path.open("rb") as file:
             file.seek(self.position - len(self.last))
-            known = 0
             # Another line in its place: the file was cut meanwhile, and may even be longer again.
-            if file.read(len(self.last)) != self.last:
+            was_cut = file.read(len(self.last)) != self.last
+            if was_cut:
                 file.seek(0)
-                known = len(self.sums)
-                self.position, sums, self.sums = 0, self.sums, []
-            lines = file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        found = [zlib.crc32(line) for line in lines]
-        if known:
-            pairs = zip(found, sums, strict=False)
-            known = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        self.sums += found
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        sums, before = [zlib.crc32(line) for line in lines], self.sums
+        if was_cut:
+            self.position, self.last, self.sums = 0, b"", []
         self.position += sum(map(len, lines))
-        self.last = lines[-1] if lines else self.last if self.position else b""
-        return [row for line in lines[known:] if (row := parse_row(line)) is not None]
+        self.last = lines[-1] if lines else self.last
+        self.sums += sums
+        kept = zip(sums, before, strict=False) if was_cut else ()
+        num_known = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], kept))
+        return [row for line in lines[num_known:] if (row := parse_row(line)) is not None]
 
 
 def numbers(row: MetricsRow) -> dict[str, float]:

@@ -1,8 +1,6 @@
 """Download single files of a shard folder from a bucket, through Streaming's downloaders."""
 
 import logging
-import os
-import platform
 import random
 import time
 from functools import cache
@@ -13,7 +11,7 @@ from streaming.base.storage.download import CloudDownloader
 
 from t2i.data.shards.integrity import HASH
 from t2i.errors import DataError
-from t2i.files import file_hash
+from t2i.files import aside, file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +35,9 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, xxh64: st
     if path.exists() and not anew and xxh64 in ("", file_hash(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Aside under this process's name and then renamed: ranks of one machine, or of several that share the folder, may
-    # download the same file.
-    coming = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    coming = aside(
+        path
+    )  # ranks of one machine, or of several that share the folder, may download the same file
     url = f"{remote.rstrip('/')}/{name}"
     for attempt in range(1, NUM_ATTEMPTS + 1):
         reason = _attempt(remote, url, coming, xxh64)

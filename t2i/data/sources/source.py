@@ -87,6 +87,14 @@ class Listed:
     file: Path | None = None
 
 
+def first_of_each_image(pairs: Iterable[Pair]) -> list[Pair]:
+    """Keep the first pair of each image: one of several captions has a pair for each."""
+    firsts: dict[str, Pair] = {}
+    for pair in pairs:
+        firsts.setdefault(pair.group or pair.key, pair)
+    return list(firsts.values())
+
+
 KeyForm = Literal["bare", "shard", "row"]
 """How keys of tables and datasets are made. row: as now; shard: of the shard's number in a dataset that save_to_disk
 wrote, which changes with the number of rows; bare: as shard, with a column `key` as the whole key, as in 0.1."""

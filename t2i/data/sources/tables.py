@@ -86,12 +86,12 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
 def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
     """Read the rows below a header; in a table of one column a separator is part of the value."""
-    header, before = _header(file)
+    header = _header(file)
     usual = SEPARATORS[path.suffix.lower()]
     # Spreadsheet programs write semicolons where the comma is the decimal point.
     other = next((one for one in OTHER_SEPARATORS if usual not in header and one in header), usual)
     try:
-        quoting = _quoting_of(file, path, delimiter=other, start=before)
+        quoting = _quoting_of(file, path, delimiter=other)
         reader = csv.DictReader(file, delimiter=other, quoting=quoting, strict=True)
         repeated = [name for name, count in Counter(reader.fieldnames or []).items() if name and count > 1]
         if repeated:
@@ -114,24 +114,25 @@ def _separated(file: TextIO, path: Path) -> Iterator[dict[str, object]]:
         ) from error
 
 
-def _header(file: TextIO) -> tuple[str, int]:
-    """Read the first line that is not blank, and go back to it; also return its place."""
+def _header(file: TextIO) -> str:
+    """Read the first line that is not blank, and go back to it."""
     place = file.tell()
     line = file.readline()
     while line and not line.strip():
         place = file.tell()
         line = file.readline()
     file.seek(place)
-    return line, place
+    return line
 
 
-def _quoting_of(file: TextIO, path: Path, *, delimiter: str, start: int) -> Literal[0, 3]:
+def _quoting_of(file: TextIO, path: Path, *, delimiter: str) -> Literal[0, 3]:
     """Tell whether quotes hold values together, or are a part of them, as in many tables with tabs.
 
     A quote that is never closed would take all lines to the end of the file, or to the next such quote, for one value.
     """
     if delimiter != "\t":
         return csv.QUOTE_MINIMAL
+    start = file.tell()
     try:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         are_held = not any("\n" in value and delimiter in value for row in rows for value in row)
