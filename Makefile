@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 OUT ?= runs/demo
 SECONDS ?= 60
+TEST_WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 # What training on this processor is faster with: without these instructions bf16 is many times slower than fp32.
 CPU_CONFIG ?= ds_configs/$(if $(shell grep -m 1 -wo -e avx512_bf16 -e amx_bf16 /proc/cpuinfo),zero2_bf16_cpu,zero2_fp32).json
@@ -14,7 +15,7 @@ help:
 	@echo "make install   create $(VENV) and install t2i with its development tools (2 to 5 minutes, 7.3 GB)"
 	@echo "make demo      the whole story on the embedded images; OUT=DIR, by default $(OUT)"
 	@echo "make lint      ruff, mypy, import-linter"
-	@echo "make test      the test suite"
+	@echo "make test      the test suite; TEST_WORKERS=N processes, by default $(TEST_WORKERS)"
 	@echo "make mutations one-line mistakes in a copy of the code, and whether tests notice them (a quarter of an hour)"
 	@echo "make fuzz      random sources with a known truth, read and compared, then damaged; SECONDS=N, by default $(SECONDS)"
 	@echo "make test-slow drawing by a step that torch's compiler made (a minute)"
@@ -74,8 +75,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# By file: what a file's tests share is made once.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 mutations: install
 	$(BIN)/python tests/mutations.py

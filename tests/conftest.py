@@ -7,7 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
+)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # transformers copies an export's code to a folder of the export's name, and two workers have exports of one name.
+    own = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / f"modules-{worker}"
+    os.environ["HF_MODULES_CACHE"] = str(own)
 
 import processes
 import pytest

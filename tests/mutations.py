@@ -88,6 +88,14 @@ DRAW = ("tests/generate/test_draw.py",)
 MUTATIONS = (
     # Tokens: what a number means.
     Mutation(
+        "position-stays-open",
+        "t2i/data/dataset.py",
+        "partial(kept, auto_cleanup=False)",
+        "partial(kept, auto_cleanup=True)",
+        "a resumed run leaves files open at every step, until there are too many",
+        ("tests/data/test_loader.py",),
+    ),
+    Mutation(
         "codes-begin-at-pad",
         "t2i/tokens/vocab.py",
         "return self.pad_id + 1",

@@ -1,5 +1,6 @@
 """Requests to a run, without a run."""
 
+import errno
 import os
 import signal
 from contextlib import suppress
@@ -58,3 +59,20 @@ def test_ctrl_c_is_answered_at_once_and_a_launchers_traceback_is_explained(launc
     said = capfd.readouterr().err
     assert "the run ends after this step, and saves. Ctrl-C again ends it at once." in said
     assert ("KeyboardInterrupt here is the `deepspeed` command's own" in said) == (b"deepspeed" in launcher)
+
+
+def test_a_shared_disk_that_does_not_answer_for_a_moment_says_nothing(tmp_path, monkeypatch):
+    requests = Requests(StopFlag(), OwnFolder.at(tmp_path), reads_files=True)
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        for name in ("read_text", "stat"):
+            patch.setattr(type(tmp_path), name, stale)
+        patch.setattr(os, "stat", stale)
+        assert not requests.should_stop() and not requests.should_save()
+        with pytest.raises(OSError, match="Stale"):  # a save asks again, and may fail
+            requests.folder.check()
+    (tmp_path / "run_id").write_text("another")
+    assert requests.should_stop()

@@ -40,13 +40,14 @@ def main() -> None:
         raise UserError("--private is for --push-to-hub USER/NAME, which is not given.")
     if command.push_to_hub:
         check_repo(command.push_to_hub)
+    opened = open_model(command.ckpt, needs_images=True, trust_remote_code=command.trust_remote_code)
     export(
-        open_model(command.ckpt, needs_images=True, trust_remote_code=command.trust_remote_code),
+        opened,
         out=command.out,
         command=own_command_line(),
         trust_remote_code=command.trust_remote_code,
         repo=command.push_to_hub,
     )
-    print(f"{command.out} draws images without t2i; its README.md says how.")
+    print(f"{command.out}, made of {opened.folder}, draws images without t2i; its README.md says how.")
     if command.push_to_hub:
         print(push(command.out, repo=command.push_to_hub, is_private=command.private))

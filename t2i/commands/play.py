@@ -56,13 +56,15 @@ def main() -> None:
 
     check_gradio()
     from t2i.distributed.launch import join
-    from t2i.play.serving import listen, serve_until_stopped
+    from t2i.play.serving import serve_until_stopped
     from t2i.runs.loading import open_model
-    from t2i.serve.opening import check_exposure, url_of
+    from t2i.serve.opening import api_key_of, check_exposure, listen, url_of
     from t2i.serve.stopping import stop_signal
 
-    api_key = os.environ.get("T2I_API_KEY") or None
+    api_key = api_key_of(os.environ)
     check_exposure(command.host, api_key=api_key)
+    # Before the models are read, so that a port that is taken is said at once.
+    listening = listen(command.host, command.port)
     device = join().device
     models = [
         open_model(
@@ -75,8 +77,6 @@ def main() -> None:
         for ckpt in (command.ckpt, command.beside)
         if ckpt is not None
     ]
-    # Before the page is made, so that a port that is taken is said at once.
-    listening = listen(command.host, command.port)
     with open_page(
         models,
         reference=command.reference,

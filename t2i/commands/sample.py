@@ -61,7 +61,7 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         raise UserError("--prompts names no caption.")
     if len(prompts) == 1:
         path, is_word = Path(prompts[0]), len(prompts[0].split()) == 1
-        if path.suffix in LISTS or (is_word and is_file(path)):
+        if path.suffix in LISTS or ((is_word or path.suffix) and is_file(path)):
             return [row.text for row in read_caption_list(path)]
     files = [prompt for prompt in prompts if Path(prompt).suffix in LISTS and is_file(prompt)]
     if files:
@@ -69,7 +69,8 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
             f"--prompts names {len(prompts)} captions, of which {files[0]} is a file; expected captions, or one file."
         )
     # An empty one is the null caption: dropped, it would shift the numbers of the others.
-    return list(prompts)
+    # What a terminal of another encoding has typed may be no text, which no tokenizer takes.
+    return [prompt.encode(errors="replace").decode() for prompt in prompts]
 
 
 def ranker_for(command: SampleCommand) -> "Ranker | None":
@@ -93,6 +94,7 @@ def main() -> None:
             f"--layout {command.layout} expects one --prompts path; found {len(command.prompts)}."
         )
     from t2i.distributed.launch import join, leave_job
+    from t2i.files import check_writable
     from t2i.generate.benchmarks import Benchmark, read_benchmark
     from t2i.generate.beside import SETTINGS, named_beside
     from t2i.generate.sample import draw_folder, drawing_settings
@@ -103,6 +105,7 @@ def main() -> None:
     if command.layout != "plain":
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
         work.check_sheets()
+    check_writable(work.drawn)  # before the model is read
     ranker = ranker_for(command)
     processes = join()
     opened = open_model(

@@ -46,11 +46,12 @@ def main() -> None:
     command = parse(ServeCommand, description=__doc__ or "")
     from t2i.distributed.launch import join
     from t2i.runs.loading import open_model
-    from t2i.serve.opening import check_exposure, start, url_of
+    from t2i.serve.opening import api_key_of, check_exposure, listen, start, url_of
     from t2i.serve.stopping import serve_until_stopped, stop_signal
 
-    api_key = os.environ.get("T2I_API_KEY") or None
+    api_key = api_key_of(os.environ)
     check_exposure(command.host, api_key=api_key)
+    listen(command.host, command.port).close()  # a port that is taken is said before the model is read
     opened = open_model(
         command.ckpt,
         device=join().device,

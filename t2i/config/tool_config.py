@@ -142,6 +142,10 @@ class SampleConfig(SamplerConfig):
             raise UserError(
                 "--best-by judge chooses among several images; --best-of is 1, expected a number >= 2."
             )
+        if self.compile and self.window not in ("auto", 1):
+            raise UserError(
+                f"--window is {self.window}; expected 1 or auto with --compile, whose step has one code per pass."
+            )
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import end_at, never_generate
 from t2i.runs.loading import find
 from t2i.tokens.image import ImageTokenizer, to_pixels
-from t2i.tokens.text import NEOX, TextTokenizer
+from t2i.tokens.text import JSON, MODEL, NEOX, OLDER, TextTokenizer
 
 OPEN_LM_WEIGHTS, OPEN_LM_CONFIG = "open_lm.pt", "open_lm.json"
 MEMORY_FACTOR = 2.5
@@ -94,8 +94,8 @@ def convert_open_lm(
         config = _config(
             config_names, tensors=tensors, positions=positions, checkpoint=checkpoint, releases=releases
         )
-        own = checkpoint if (checkpoint / "tokenizer.json").is_file() else NEOX
-        tokenizer = TextTokenizer.load(text_tokenizer or own)
+        has_own = any((checkpoint / name).is_file() for name in (JSON, MODEL, *OLDER))
+        tokenizer = TextTokenizer.load(text_tokenizer or (checkpoint if has_own else NEOX))
         _check_rows(tokenizer, config=config)
         model = load_open_lm(tensors, config=config, source=checkpoint)
         prepare_generation(model, tokenizer)

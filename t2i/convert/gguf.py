@@ -15,7 +15,7 @@ from t2i.convert.gguf_file import PAIRS_NEIGHBOURS, GgufFile, load_weights, open
 from t2i.convert.gguf_reference import Sizes, gguf_logits
 from t2i.convert.proof import Tell, prove_logits
 from t2i.errors import CheckpointError, UserError
-from t2i.files import new_folder
+from t2i.files import new_folder, sha256_of
 from t2i.model.resize import end_at, never_generate
 from t2i.tokens.pieces import Pieces, begin_texts, tokenizer_of_pieces
 from t2i.tokens.text import PROBE, TextTokenizer
@@ -29,6 +29,8 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = ("gpt-2", "olmo", "mpt", "phi-2")
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 OWN_RULE = {"llama-bpe": LETTERS + r"\p{N}{1,3}" + REST, "qwen2": LETTERS + r"\p{N}" + REST}
+MOST_RENAMED = 0.01
+"""Share of a tokenizer's tokens that a file may have by another name: converters rename some added ones."""
 SPLITS = (*GPT2, *SINGLE_DIGITS, *OWN_RULE)
 
 
@@ -54,20 +56,46 @@ def convert_gguf(
     """
     with new_folder(out) as part:
         file = open_gguf(checkpoint)
-        made = TextTokenizer.load(text_tokenizer).tokenizer if text_tokenizer else tokenizer_of(file)
+        made = given_tokenizer(text_tokenizer, file=file) if text_tokenizer else tokenizer_of(file)
+        tell(memory_needed(file))
+        tell(f"{checkpoint.name}: SHA-256 {sha256_of(checkpoint)}")
         model = load_weights(file)
-        set_ends(model, made, end_token=end_token, file=file)
+        set_ends(model, made, end_token=end_token, tokenizer_name=text_tokenizer or str(file.path), file=file)
         model.to(getattr(torch, dtype)).save_pretrained(part)
         made.save_pretrained(part)
+        del model  # the proof holds the written folder's weights beside the file's
         tell(_names_of(file))
         tell(prove_text(part))
         # From GGUF's own names and order of heads, by another path than transformers' reader takes.
         written = AutoModelForCausalLM.from_pretrained(part, dtype=torch.float32, trust_remote_code=False)
-        tensors = {
-            name: tensor.to(getattr(torch, dtype)).float() for name, tensor in read_tensors(file).items()
-        }
+        tensors = dict(read_tensors(file))
+        for name in tensors:  # one by one: not a second copy of all
+            tensors[name] = tensors[name].to(getattr(torch, dtype)).float()
         reference = partial(gguf_logits, tensors, sizes=_sizes(file))
         tell(prove_logits(written.eval(), reference, of="the file's own tensors"))
+
+
+def memory_needed(file: GgufFile) -> str:
+    """Say how much memory a conversion needs: two copies of all weights in fp32."""
+    size = sum(int(tensor.n_elements) for tensor in file.reader.tensors) * 4
+    return f"the weights take {size / 1e9:.1f} GB in fp32; converting needs about {2 * size / 1e9 + 1:.0f} GB of memory"
+
+
+def given_tokenizer(name: str, *, file: GgufFile) -> PreTrainedTokenizerFast:
+    """Load a text tokenizer that was named in place of the file's own, and compare it with the file's list of tokens.
+
+    Raises:
+        UserError: it is not there, or is that of another model.
+    """
+    tokenizer, tokens = TextTokenizer.load(name).tokenizer, file.of_tokenizer("tokens")
+    vocabulary = tokenizer.get_vocab()
+    others = sum(number < len(tokens) and tokens[number] != token for token, number in vocabulary.items())
+    if others > MOST_RENAMED * len(vocabulary):
+        raise UserError(
+            f"--text-tokenizer {name} is not that of {file.path}: {others} of its {len(vocabulary)} ids are other"
+            " tokens there; expected the same ones."
+        )
+    return tokenizer
 
 
 def tokenizer_of(file: GgufFile) -> PreTrainedTokenizerFast:
@@ -137,18 +165,26 @@ def _byte_level(file: GgufFile, *, rule: str) -> Tokenizer:
 
 
 def set_ends(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, end_token: str | None, file: GgufFile
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    end_token: str | None,
+    tokenizer_name: str,
+    file: GgufFile,
 ) -> None:
     """Name the end token in tokenizer and model, and keep ids that no token uses from being generated.
+
+    Args:
+        tokenizer_name: folder, hub name or file that the tokenizer is of, for errors.
 
     Raises:
         UserError: the vocabulary lacks end_token, or has more ids than the model has embeddings.
     """
     vocabulary = tokenizer.get_vocab()
     if end_token is not None and end_token not in vocabulary:
-        raise UserError(f"--end-token {end_token} is not in the vocabulary of {file.path}.")
+        raise UserError(f"--end-token {end_token} is not in the vocabulary of {tokenizer_name}.")
     num_tokens, num_rows = max(vocabulary.values()) + 1, model.config.vocab_size
-    TextTokenizer(tokenizer, name=str(file.path)).check_rows(num_rows, model=str(file.path))
+    TextTokenizer(tokenizer, name=tokenizer_name).check_rows(num_rows, model=str(file.path))
     chat_end = tokenizer.eos_token_id
     if end_token is not None:
         tokenizer.eos_token = end_token

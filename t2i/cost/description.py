@@ -78,8 +78,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _disk_lines(plan: Plan) -> list[str]:
-    # Two more than the last ones: the best by held-out loss, and a new one, complete before an old one is removed.
-    kept = plan.keep_last + 2
+    kept = plan.num_checkpoints
     origin = "measured" if plan.data.are_made else "estimated"
     size = plan.checkpoint_bytes / 1e9
     return [

@@ -1,11 +1,12 @@
 """What a model needs on a device: exact parameter counts, and bytes estimated for open_lm's architecture."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import DsConfig, ImageWeights, Trainable
+from t2i.config import DsConfig, ImageWeights, Trainable, TrainConfig
 from t2i.model import loss
 from t2i.model.backbone import made_of
 from t2i.model.resize import split_rows
@@ -224,6 +225,15 @@ def least_step_seconds(
     """
     kernels = accumulation * (LAUNCHES_PER_LAYER * model.num_hidden_layers + LAUNCHES_OUTSIDE)
     return LAUNCH_SECONDS * kernels + (0.0 if num_workers else SAMPLE_SECONDS * sequences)
+
+
+def num_checkpoints(train: TrainConfig) -> tuple[int, int]:
+    """Count the checkpoints that a run keeps in the end, and the most that there are while it trains."""
+    saves = -(-train.max_steps // train.save_every) if train.save_every else 1
+    kept_for_good = train.max_steps // math.lcm(train.save_every, train.keep_every) if train.keep_every else 0
+    # Beside the last ones the best by held-out loss is kept; a new one is complete before an old one is removed.
+    kept = train.keep_last + 1 + (kept_for_good if train.save_every else 0)
+    return min(saves, kept), min(saves, kept + 1)
 
 
 def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:

@@ -22,6 +22,7 @@ from t2i.cost.estimates import (
     estimate_memory,
     flops_a_token,
     least_step_seconds,
+    num_checkpoints,
     weight_bytes,
 )
 from t2i.data.batching import accumulation, global_batch, num_text_sequences
@@ -42,7 +43,8 @@ class Plan:
     shards: Path
     seq_len: int
     max_steps: int
-    keep_last: int
+    num_checkpoints: int
+    """The most that there are at a time."""
     is_checkpointed: bool
     """Whether the run uses gradient checkpointing."""
     asked: PlanConfig
@@ -157,7 +159,7 @@ def make_plan(
         shards=data.shards,
         seq_len=seq_len,
         max_steps=train.max_steps,
-        keep_last=train.keep_last,
+        num_checkpoints=num_checkpoints(train)[1],
         is_checkpointed=model.gradient_checkpointing,
         asked=plan,
         device=device,

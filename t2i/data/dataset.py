@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
+from streaming.base import dataset as streaming_dataset
 from streaming.base.dataset import _ShardState
 from streaming.base.format.base.reader import FileInfo, Reader
 from streaming.base.shared import prefix
@@ -108,6 +110,19 @@ class SequenceDataset(StreamingDataset):
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """Read the position to resume from, as Streaming does, and let go of the memory that holds it.
+
+        Streaming would keep that open until the process ends, anew each time that it is asked: a resumed run, whose
+        position is taken after every step, would run out of open files.
+        """
+        kept = streaming_dataset.SharedMemory
+        streaming_dataset.SharedMemory = partial(kept, auto_cleanup=False)
+        try:
+            return super()._resume(world, epoch)
+        finally:
+            streaming_dataset.SharedMemory = kept
+
     def on_exception(self, future: "Future[Any]") -> None:
         """Keep the error that ended a thread; Streaming alone would log a traceback and end the epoch early."""
         if failure := future.exception():
@@ -137,7 +152,10 @@ class SequenceDataset(StreamingDataset):
         """
         # A subset is every n-th sample, read n times per epoch: order and epoch length stay those of the
         # whole set, and the subset is the same in every epoch, unlike that of Streaming's own subsampling.
-        sample = super().__getitem__(at - at % self.config.subsample_every)
+        wanted = at - at % self.config.subsample_every
+        if (shard := self.spanner[wanted][0]) != self.spanner[at][0]:
+            self.prepare_shard(shard)  # Streaming has hashed that of `at` alone
+        sample = super().__getitem__(wanted)
         check_sample(sample, manifest=self.manifest, where=self.config.shards / "train")
         epoch = self.next_epoch - 1
         if "codes" not in sample:  # text shards hold whole sequences

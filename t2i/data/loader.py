@@ -168,13 +168,25 @@ def parts_of_a_step(
     """List the shard sets of a run, with how many sequences of each step are theirs.
 
     Raises:
-        UserError: the ranks cannot share a step evenly.
+        UserError: the ranks cannot share a step evenly, or the nodes the data's order.
     """
     if global_batch % world_size:
         raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
     num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
+    _check_nodes(config, world_size=world_size)
     parts = [(config, global_batch - num_text)]
     return [*parts, (text_stream(config), num_text)] if num_text else parts
+
+
+def _check_nodes(config: DataConfig, *, world_size: int) -> None:
+    # Streaming would raise on one rank of each node, while the others wait.
+    on_this_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
+    canonical, num_nodes = config.num_canonical_nodes, world_size // int(on_this_node)
+    if num_nodes and max(num_nodes, canonical) % min(num_nodes, canonical):
+        raise UserError(
+            f"data.num_canonical_nodes is {canonical}, on {num_nodes} nodes; expected that one divides the other. A run"
+            " that has begun keeps it, so choose another number of nodes for that."
+        )
 
 
 def check_amount(config: DataConfig, *, manifest: Manifest, a_step: int, world_size: int) -> None:

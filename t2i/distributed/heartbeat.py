@@ -39,8 +39,8 @@ def signs_of_life(folder: Path, *, rank: int) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.is_set():
-            # The first rank removes the folder when all work is done.
-            with suppress(FileNotFoundError):
+            # The first rank removes the folder when all work is done. Any other error may be of a moment.
+            with suppress(OSError):
                 (folder / str(rank)).touch()
             stop.wait(BEAT_SECONDS)
 
@@ -66,6 +66,8 @@ class Watch:
             stamp = (self.folder / str(rank)).stat().st_mtime_ns
         except FileNotFoundError:
             stamp = 0
+        except OSError:  # a shared disk that does not answer: nothing has changed, as far as is known
+            stamp = self.seen.get(rank, (0, 0.0))[0]
         # A change of the file's time is what counts, not the time itself: clocks of machines differ.
         if rank not in self.seen or self.seen[rank][0] != stamp:
             self.seen[rank] = (stamp, time.monotonic())

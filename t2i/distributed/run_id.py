@@ -24,8 +24,14 @@ class OwnFolder:
         return cls(path, read_run_id(path))
 
     def is_own(self) -> bool:
-        """Tell whether it is still the same run's: somebody may have removed it and begun another run there."""
-        return read_run_id(self.path) == self.run_id
+        """Tell whether it is still the same run's: somebody may have removed it and begun another run there.
+
+        A disk that cannot say so for a moment, such as a shared one whose server restarts, says nothing against it.
+        """
+        try:
+            return read_run_id(self.path) == self.run_id
+        except OSError:
+            return True
 
     def check(self) -> None:
         """Check that it is still the same run's.
@@ -33,7 +39,7 @@ class OwnFolder:
         Raises:
             CheckpointError: it is not.
         """
-        if not self.is_own():
+        if read_run_id(self.path) != self.run_id:
             raise CheckpointError(
                 f"{self.path} is not this run's folder any more: while this process trained, it was moved, removed, or"
                 " begun anew by another. Nothing more is written there."

@@ -136,7 +136,8 @@ class Requests:
             (self.run_dir / name).unlink(missing_ok=True)
 
     def _has(self, name: str) -> bool:
-        return self.reads_files and (self.run_dir / name).exists()
+        # Not Path.exists, which raises where a shared disk does not answer: no file is seen then, until the next step.
+        return self.reads_files and os.path.exists(self.run_dir / name)  # noqa: PTH110
 
 
 def die_with(parent: int) -> None:

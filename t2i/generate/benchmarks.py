@@ -92,7 +92,8 @@ def _rows(file: Path, *, usual: str) -> list[tuple[str, str]]:
         if line.strip():
             values = parse_json(line, where=f"{file}, line {number}")
             check_keys(values, {"prompt": str}, where=f"{file}, line {number}")
-            rows.append((line, values["prompt"]))
+            # Half a surrogate is valid JSON, and no text.
+            rows.append((line, values["prompt"].encode(errors="replace").decode()))
     if not rows:
         raise DataError(f"--prompts {file} is empty; {usual}, which has a JSON object per line.")
     return rows

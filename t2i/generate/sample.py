@@ -75,10 +75,6 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
         )
     if settings.best_by == "judge" and ranker is None:
         raise UserError("--best-by judge expects --judge-url and one of its --judges; there is none.")
-    if settings.compile and settings.window not in ("auto", 1):
-        raise UserError(
-            f"--window is {settings.window}; expected 1 or auto with --compile, whose step has one code per pass."
-        )
     return Drawer(
         opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings, ranker
     )
@@ -126,25 +122,29 @@ def _prompts(drawer: Drawer, captions: Sequence[str]) -> tuple[list[list[int]], 
     """Build the prompts of captions, and that of the null caption."""
     layout, mode = drawer.layout, drawer.model.config.sequence_mode
     # Captions are cut to what a sequence had room for in training: later positions were never trained.
-    room = _room(drawer.model)
+    room = room_for_captions(drawer.model)
     texts = [drawer.text_tokenizer.encode(caption)[:room] for caption in captions]
     # The null caption of guidance is the one that caption dropout trains: both markers, nothing between.
     null_prompt = prompt(torch.tensor([]), layout=layout, mode=mode).tolist()
     return [prompt(text, layout=layout, mode=mode).tolist() for text in texts], null_prompt
 
 
-def _room(model: PreTrainedModel) -> int:
-    """Count the tokens of a caption that a sequence had room for in training."""
+def room_for_captions(model: PreTrainedModel) -> int:
+    """Count the tokens of a caption that a sequence had room for in training; 0 of a model without captions."""
     config = model.config
+    if config.sequence_mode == "image-only":
+        return 0
     return caption_room(
         mode=config.sequence_mode, seq_len=trained_seq_len(model), num_codes=config.codes_per_image
     )
 
 
 def _warn_of_long_captions(drawer: Drawer, captions: Iterable[str]) -> None:
-    room = _room(drawer.model)
+    room = room_for_captions(drawer.model)
     long = [text for text in captions if len(drawer.text_tokenizer.encode(text)) > room]
-    if long and drawer.model.config.sequence_mode == "text-to-image":
+    if long and drawer.model.config.sequence_mode == "image-only":
+        logger.warning("The model was trained without captions and reads none: its images fit no caption.")
+    elif long:
         logger.warning(
             "%d captions have more than the %d tokens that the model was trained with, and are cut there; the first"
             " begins %r.",

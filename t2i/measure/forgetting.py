@@ -17,7 +17,7 @@ from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
-from t2i.model.backbone import head_of, hidden_states, num_ids
+from t2i.model.backbone import head_of, hidden_states, learned_positions, num_ids
 from t2i.runs.loading import open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -163,11 +163,12 @@ def complete(
         is_chat: prompts are a user's turns, put into the tokenizer's chat template; the answers are returned.
 
     Raises:
-        UserError: is_chat of a tokenizer without a chat template, or a prompt without a token.
+        UserError: is_chat of a tokenizer without a chat template, or a prompt that has no token or too many.
     """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, num_ids(model))) or None
     start, ends = torch.tensor(tokenizer.start_ids, dtype=torch.long), _ends(model, tokenizer)
+    most = learned_positions(model)
     found = []
     for prompt in prompts:
         # Begun as the tokenizer begins a text: without its `<bos>`, Gemma completes nothing that makes sense.
@@ -175,6 +176,11 @@ def complete(
         if not len(asked):
             raise UserError(
                 "--prompts holds an empty prompt; expected words, as this tokenizer begins a text with nothing."
+            )
+        if most is not None and len(asked) + max_new_tokens > most:
+            raise UserError(
+                f"a prompt of {len(asked)} tokens and {max_new_tokens} new ones are more than the model's {most}"
+                " positions; expected a shorter prompt, or fewer new tokens."
             )
         ids = asked[None].to(model.device)
         made: Tensor = cast(Any, model).generate(

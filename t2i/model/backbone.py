@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -155,11 +155,26 @@ def trained_seq_len(model: PreTrainedModel) -> int:
     return getattr(model.config, "sequence_length", None) or num_positions(model) or 0
 
 
+SPARE_POSITIONS = 8
+"""Rows that a class may keep beside those of its positions."""
+
+
 def num_positions(model: PreTrainedModel) -> int | None:
     """Return the number of positions that config.json names; None for a class with any number of them."""
     # -1 is XLNet's word for any number.
     found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return found if found is not None and found > 0 else None
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Return the number of positions of a class that learns a vector for each, and has none beyond; else None."""
+    found, words = num_positions(model), model.get_input_embeddings()
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    # Some classes keep a few rows more, for padding.
+    is_learned = found is not None and any(
+        0 <= one.num_embeddings - found <= SPARE_POSITIONS for one in tables
+    )
+    return found if is_learned else None
 
 
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:

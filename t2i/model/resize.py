@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +71,10 @@ def grow_vocabulary(
     if isinstance(rows, str) and Path(rows).suffix == ".safetensors":
         if not Path(rows).is_file():
             raise UserError(f"model.new_embeddings is {rows}; expected a file that exists.")
-        given = load_file(rows)
+        try:
+            given = load_file(rows)
+        except SafetensorError as error:
+            raise UserError(f"model.new_embeddings: {rows} cannot be read: {first_line(error)}") from error
     # transformers makes the modules larger and keeps ties; its own values for the new ids are overwritten below.
     try:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)

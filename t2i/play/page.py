@@ -75,7 +75,9 @@ def make_application(play: Play, *, api_key: str | None, most_waiting: int) -> F
     run_dir = play.painters[0].opened.run_dir
 
     def may_enter(name: str, password: str) -> bool:
-        return hmac.compare_digest(password.encode(), (api_key or "").encode())
+        # A variable has surrogates for what is no UTF-8, and so may a password.
+        sent, wanted = password.encode(errors="replace"), (api_key or "").encode(errors="surrogateescape")
+        return hmac.compare_digest(sent, wanted)
 
     # Fonts of the system, and no address of elsewhere: the page is whole without a network.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

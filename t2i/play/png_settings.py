@@ -27,11 +27,12 @@ class PngSettings:
     """What may keep the same settings from drawing the same image again."""
 
 
-def read_png_settings(path: Path, *, weights: str) -> PngSettings:
+def read_png_settings(path: Path, *, weights: str, dtype: str = "float32") -> PngSettings:
     """Read a PNG file of this page, of `t2i sample` or of `t2i serve`.
 
     Args:
         weights: hash of the model's weights here.
+        dtype: of the model's weights in memory here.
 
     Raises:
         UserError: it is no PNG file, or carries no settings.
@@ -51,7 +52,8 @@ def read_png_settings(path: Path, *, weights: str) -> PngSettings:
         *(_number(facts[key], key=key) for key in vars(SamplerConfig())),
         most_images=1,
     )
-    return PngSettings(drawing.prompt, drawing.seed, drawing.sampler, tuple(_notes(facts, weights=weights)))
+    notes = tuple(_notes(facts, weights=weights, dtype=dtype))
+    return PngSettings(drawing.prompt, drawing.seed, drawing.sampler, notes)
 
 
 def _seed_of(facts: Mapping[str, str]) -> int:
@@ -61,10 +63,15 @@ def _seed_of(facts: Mapping[str, str]) -> int:
     return _whole(facts["seed"], key="seed") + _whole(facts.get(PLACE, "0"), key=PLACE)
 
 
-def _notes(facts: Mapping[str, str], *, weights: str) -> list[str]:
+def _notes(facts: Mapping[str, str], *, weights: str, dtype: str) -> list[str]:
     notes = []
     if facts.get("weights") != weights:
         notes.append("It was drawn by other weights, so the same settings draw another image here.")
+    # Files of older versions of `t2i serve` do not say it.
+    if (drawn_in := facts.get("dtype", dtype)) != dtype:
+        notes.append(
+            f"It was drawn in {drawn_in}, here it is {dtype}: where codes are nearly tied, rounding decides."
+        )
     if facts.get("best_of", "1") != "1" and IMAGE_SEED not in facts:
         notes.append("It is the best of several candidates; this is the seed of the first.")
     if "batch_size" in facts and PLACE not in facts:

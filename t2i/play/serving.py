@@ -6,7 +6,6 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from t2i.errors import UserError
 from t2i.serve.clients import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -71,24 +70,6 @@ class Door:
         if is_elsewhere or (origin and not self._is_open and not is_loopback(origin.partition("://")[2])):
             return b"this page answers to no other site's pages"
         return b""
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Listen at an address; whoever comes before the page is served waits.
-
-    Raises:
-        UserError: it is taken, or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen()
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise UserError(f"{host}:{port} cannot be listened at: {error}.") from error
-    return listening
 
 
 def serve_until_stopped(

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import cycle
 
 import matplotlib
@@ -50,8 +50,14 @@ def draw_mean_and_range(
 ) -> None:
     """Draw a curve's mean over seeds, and the range of seeds as a pale band."""
     mean = one.values.mean(0)
+    marker = marker or only_point(mean)
     axis.plot(one.tokens, mean, color=colour, linestyle=dash, label=label, marker=marker, markersize=3)
     axis.fill_between(one.tokens, one.values.min(0), one.values.max(0), color=colour, alpha=0.15)
+
+
+def only_point(values: Sized) -> str:
+    """Return the marker of a line that has one point, and would not be seen without; none for others."""
+    return "o" if len(values) == 1 else ""
 
 
 def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool = False) -> None:

@@ -213,16 +213,25 @@ def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
     except (DataError, UserError) as error:
         logger.warning("The page shows drawn images alone. %s", error)
         return [_drawn_alone(path) for path in drawn[::step][:NUM_IMAGES]]
-    shown = list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
+    shown = [
+        (pair, path, _image(path)) for pair, path in list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
+    ]
+    # The source may have other images by now, or the score was of another one.
+    others = [path for pair, path, image in shown if image.info.get("caption", pair.caption) != pair.caption]
+    if others:
+        logger.warning(
+            "The page shows drawn images alone: %s has another caption than the data now.", others[0]
+        )
+        return [_drawn_alone(path) for _, path, _ in shown]
     return [
         DrawnImage(
             caption=pair.caption,
             split=pair.split,
             # Cropped and resized as training saw it; beside the whole photograph the drawn one would look worse.
             real=_data_url(centre_crop_resize(pair.open().image, size=manifest.image_size)),
-            drawn=_data_url(_image(path)),
+            drawn=_data_url(image),
         )
-        for pair, path in shown
+        for pair, path, image in shown
     ]
 
 

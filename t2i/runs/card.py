@@ -16,8 +16,9 @@ from t2i.config import ASSETS
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import hub_name, read_optional_json, read_yaml
+from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.runs.eval_results import model_index
-from t2i.runs.loading import DATA_MANIFEST, OpenedModel
+from t2i.runs.loading import DATA_MANIFEST, SHIPPED_MODEL, OpenedModel, run_around
 from t2i.runs.run_folder import RESOLVED
 
 MEASURED = {"scores.json": "eval", "coco_scores.json": "coco"}
@@ -43,15 +44,20 @@ def model_card(
     """
     measured = [scores for scores in (read_optional_json(folder / file) for file in MEASURED) if scores]
     settings = _settings(folder)
+    model, kind = settings.get("model", {}), checkpoint.model.config.model_type
+    start, control = model.get("init", ""), model.get("control_init", "none")
     python = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.py"))
     return _template().render(
-        front_matter=front_matter(measured, name=name, kind=checkpoint.model.config.model_type),
+        front_matter=front_matter(measured, name=name, kind=kind),
         name=name,
         repo=repo,
         command=command,
         measured=measured,
         manifest=read_optional_json(folder / DATA_MANIFEST),
-        start=settings.get("model", {}).get("init", ""),
+        start=start,
+        control=control,
+        # Weights of image codes' own leave the language model's as they were.
+        forgets=start not in ("", "random") and control == "none" and kind != RoutedConfig.model_type,
         licences=licences(checkpoint, settings),
         captions=captions_of(folder, settings),
         num_parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
@@ -118,8 +124,9 @@ def licences(checkpoint: OpenedModel, settings: dict[str, Any]) -> dict[str, str
 def starts_of(settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     """List what training began from, by name and folder, the last one first."""
     for _ in range(MOST_STARTS):
-        init = settings.get("model", {}).get("init", "random")
-        if init == "random":
+        model = settings.get("model", {})
+        init = model.get("init", "random")
+        if init == "random" or model.get("control_init") == "fresh":  # of which no weight is left
             return
         home = _home_of(init)
         yield init, home
@@ -131,7 +138,10 @@ def _home_of(init: str) -> Path:
     if hub := hub_name(init):
         with suppress(HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
             return Path(snapshot_download(hub, local_files_only=True))
-    return Path(init)
+    path = Path(init)
+    if init == SHIPPED_MODEL and not path.exists():
+        return ASSETS / SHIPPED_MODEL
+    return run_around(path) or path
 
 
 def stated_licence(home: Path) -> str:

@@ -33,6 +33,8 @@ from t2i.runs.checkpoint_manifest import (
 logger = logging.getLogger(__name__)
 
 LATEST, STAGING, ENGINE = "latest", ".saving", "engine"
+CONVERTED = ".universal"
+"""Folder, beside the checkpoints, of the one that is being converted for another number of ranks."""
 TRASH = ".trash-"
 """Prefix of a checkpoint that is being removed."""
 BAD, OTHER = ".bad", ".other-run"
@@ -42,10 +44,10 @@ MOST_LOOKS = 100
 
 
 def begin(run_dir: Path) -> Path:
-    """Make an empty folder to write a checkpoint into, and remove what a killed save left."""
+    """Make an empty folder to write a checkpoint into, and remove what a killed save or conversion left."""
     staging = run_dir / CHECKPOINTS / STAGING
     wait_for_removals()
-    for left in (staging, *staging.parent.glob(f"{TRASH}*")):
+    for left in (staging, staging.with_name(CONVERTED), *staging.parent.glob(f"{TRASH}*")):
         shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
@@ -271,6 +273,8 @@ def newest_readable(run_dir: Path) -> Path | None:
             if run_id and manifest.facts.run_id != run_id:
                 reasons.append(f"{folder} is of another run.")
                 continue
+            for reason in reasons:
+                logger.warning("%s %s is read instead.", reason, folder)
             return folder
         else:
             if reasons:

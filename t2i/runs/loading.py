@@ -120,7 +120,7 @@ def find(name: str) -> tuple[Path, Path | None]:
         return folder, path
     if _is_checkpoint(path):
         run_id = verify(path, weights_only=True).facts.run_id
-        run_dir = _run_around(path)
+        run_dir = run_around(path)
         if run_dir and (wanted := read_run_id(run_dir)) and run_id != wanted:
             raise CheckpointError(f"{path} is of another run than {run_dir}. Move it out of there to use it.")
         # Measures are kept by the folder's name, which `.` and a link do not have.
@@ -143,10 +143,10 @@ def _is_checkpoint(path: Path) -> bool:
     """Tell a checkpoint, wherever it was copied to, from another Hugging Face folder."""
     # By more than its manifest, which may be what is missing.
     has_engine = (path / "engine").is_dir() and (path / "config.json").is_file()
-    return path.is_dir() and (has_engine or _run_around(path) is not None or has_manifest(path))
+    return path.is_dir() and (has_engine or run_around(path) is not None or has_manifest(path))
 
 
-def _run_around(path: Path) -> Path | None:
+def run_around(path: Path) -> Path | None:
     """Return the run folder that a checkpoint lies in; None if it lies elsewhere."""
     # A run holds its image tokenizer and its measures once, two folders above each of its checkpoints.
     folder = path.resolve().parent

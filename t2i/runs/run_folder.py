@@ -239,9 +239,14 @@ def environment() -> dict[str, object]:
 
 def git_commit() -> str:
     """Return the commit of this checkout, with `+` if files differ from it; empty for an installed package."""
+    here = Path(__file__)
+    # An environment may lie within another repository, whose commit says nothing of these files.
+    is_ours = ["git", "ls-files", "--error-unmatch", here.name]
     ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
-        done = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        if subprocess.run(is_ours, cwd=here.parent, capture_output=True, check=False).returncode:
+            return ""
+        done = subprocess.run(ask, cwd=here.parent, capture_output=True, text=True, check=False)
     except OSError:  # git is not installed
         return ""
     return done.stdout.strip()

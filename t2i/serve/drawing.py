@@ -9,19 +9,15 @@ from torch import Tensor
 
 from t2i.config import SamplerConfig
 from t2i.generate.image_files import png_text
-from t2i.generate.sample import decode_images
-from t2i.model.backbone import trained_seq_len
+from t2i.generate.sample import decode_images, room_for_captions
 from t2i.model.open_lm.sampling_open_lm import caption_codes
 from t2i.runs.loading import OpenedModel
 from t2i.serve.waiting import Asked
-from t2i.tokens.sequence import caption_room
 
 
 def room_of(opened: OpenedModel) -> int:
     """Count the tokens of a caption that a sequence had room for in training."""
-    config = opened.model.config
-    seq_len, num_codes = trained_seq_len(opened.model), config.codes_per_image
-    return caption_room(mode=config.sequence_mode, seq_len=seq_len, num_codes=num_codes)
+    return room_for_captions(opened.model)
 
 
 def cut_caption(opened: OpenedModel, caption: str) -> str:
@@ -84,7 +80,7 @@ class OneShape:
         self, images: Sequence[Asked], drawn: Sequence[Image.Image], *, sampler: SamplerConfig
     ) -> list[bytes]:
         """Write drawn images as PNG files that carry their captions and settings."""
-        shared = {**vars(sampler), "weights": self.opened.weights}
+        shared = {**vars(sampler), "weights": self.opened.weights, "dtype": self.opened.dtype}
         return [
             _png_file(one, {"caption": image.caption, "seed": image.seed, **shared})
             for image, one in zip(images, drawn, strict=True)

@@ -164,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, routes: dict[str, Callable[[], tuple[str, str]]]) -> None:
         path, start = self.path.split("?")[0].rstrip("/") or "/", time.monotonic()
         route = path if path in ALLOWED else MODELS if path.startswith(f"{MODELS}/") else "other"
-        self._has_unread = self.headers.get("Content-Length", "0") != "0" or self._is_chunked()
+        lengths = self.headers.get_all("Content-Length", [])
+        self._has_unread = lengths not in ([], ["0"]) or self._is_chunked() or bool(self.headers.defects)
         with self.server.answering():
             status, kind = 200, JSON_TYPE
             try:
@@ -256,8 +257,11 @@ class Handler(BaseHTTPRequestHandler):
     def _read_body(self) -> bytes:
         if self.headers.get_content_type() != JSON_TYPE:
             raise RefusedError(415, f"expected Content-Type: {JSON_TYPE}")
-        length = self.headers.get("Content-Length", "")
-        # Both at once are how a request is hidden in another one's body.
+        lengths = self.headers.get_all("Content-Length", [])
+        # Two of them, or a line that hides those behind it, are how a request is hidden in another one's body.
+        if len(lengths) > 1 or self.headers.defects:
+            raise RefusedError(400, "expected one Content-Length, and headers of the form NAME: VALUE")
+        length = lengths[0] if lengths else ""
         if not length.isdecimal() or self._is_chunked():
             raise RefusedError(411, "expected a Content-Length, and no Transfer-Encoding")
         if len(length) > 9 or int(length) > MOST_BODY_BYTES:

@@ -1,5 +1,7 @@
 """A model becomes a server that is about to accept requests."""
 
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from t2i.config import SampleConfig, SamplerConfig
@@ -26,9 +28,33 @@ def check_exposure(host: str, *, api_key: str | None) -> None:
         )
 
 
+def api_key_of(variables: Mapping[str, str]) -> str | None:
+    """Read the key that clients must send; None for none."""
+    # A secret made from a file ends with a line feed, which no client can send.
+    return variables.get("T2I_API_KEY", "").strip() or None
+
+
 def url_of(host: str, port: int) -> str:
     """Return the address that a browser or a client is given."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen at an address; whoever comes before the page is served waits.
+
+    Raises:
+        UserError: it is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen()
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise UserError(f"{host}:{port} cannot be listened at: {error}.") from error
+    return listening
 
 
 def start(

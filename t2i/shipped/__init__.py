@@ -22,10 +22,18 @@ def find_shipped(path: Path) -> Path:
     """
     if path.exists() or path.is_absolute():
         return path
-    places = [SHIPPED / path, *(SHIPPED / folder / path for folder in FOLDERS if path.name == str(path))]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    found = SHIPPED / in_checkout(path)
+    if not found.is_file():
         return path
     if os.environ.get("RANK", "0") == "0":  # ranks look before the first of them speaks for all
         logger.info("%s is not here, so the file of that name that ships with t2i is used: %s", path, found)
     return found
+
+
+def in_checkout(path: Path) -> Path:
+    """Return where a checkout has the shipped file of a bare name, as ds_configs/zero2.json; else the path as it is."""
+    # Of os.path: a word of any length is asked about, and Path's own checks raise where a name is too long.
+    if os.path.exists(path) or path.name != str(path):  # noqa: PTH110
+        return path
+    places = (Path(folder) / path for folder in FOLDERS)
+    return next((place for place in places if os.path.isfile(SHIPPED / place)), path)  # noqa: PTH113

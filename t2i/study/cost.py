@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from t2i.config import ASSETS, Gpu, ModelConfig, PlanConfig, RunConfig
 from t2i.cost.assumptions import known_data
 from t2i.cost.devices import find_device
-from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, weight_bytes
+from t2i.cost.estimates import checkpoint_bytes, least_step_seconds, num_checkpoints, weight_bytes
 from t2i.cost.plan import START_SECONDS, work_of
 from t2i.data.batching import accumulation, global_batch
 from t2i.files import read_json
@@ -78,7 +78,7 @@ def run_costs(study: Study, *, out: Path) -> list[RunCost]:
     runs = training_runs(study, out=out)
     # What has begun is no model yet either.
     unmade = {
-        str(config.run_dir): config.model
+        config.run_dir: config.model
         for name, config in runs.items()
         if read_record(out, name).state != "done"
     }
@@ -139,18 +139,21 @@ def seconds_on(costs: list[RunCost], *, gpu: Gpu, num_gpus: int, mfu: float) -> 
     return sum(START_SECONDS + max(pair) for pair in zip(products, least, strict=True))
 
 
-def _sized(model: ModelConfig, unmade: dict[str, ModelConfig]) -> ModelConfig:
+def _sized(model: ModelConfig, unmade: dict[Path, ModelConfig]) -> ModelConfig:
     """Give a start that a step of the study has yet to make the size that the step will give it.
 
     Args:
         unmade: run folder of a step -> what it trains.
     """
-    start = unmade.get(model.init)
+    named = Path(model.init)  # a run folder, or a checkpoint within
+    start = next((unmade[path] for path in (named, *named.parents) if path in unmade), None)
     if start is None:
         return model
     # A start that is drawn at random has a name still: whatever needs a loaded model, such as a control, stays valid.
-    init = f"{model.init} (not made yet)" if start.init == "random" else start.init
-    return _sized(replace(model, init=init, **{name: getattr(start, name) for name in SIZE}), unmade)
+    sized = replace(model, **{name: getattr(start, name) for name in SIZE})
+    if start.init == "random":
+        return replace(sized, init=f"{model.init} (not made yet)")
+    return _sized(replace(sized, init=start.init), unmade)
 
 
 def _cost(
@@ -164,6 +167,7 @@ def _cost(
     sequences = global_batch(config.train.global_batch_tokens, seq_len=seq_len, world_size=1)
     tokens = config.train.max_steps * sequences * seq_len
     record = read_record(out, name)
+    kept, most = num_checkpoints(config.train)
     return RunCost(
         name=name,
         tokens=tokens,
@@ -177,11 +181,8 @@ def _cost(
             config.data.num_workers,
             is_half=element_bytes == 2,
         ),
-        # Beside the last ones the best by held-out loss is kept.
-        disk_bytes=(config.train.keep_last + 1) * element_bytes * work.counts.total,
-        # One more is being written meanwhile.
-        training_bytes=(config.train.keep_last + 2)
-        * checkpoint_bytes(work.counts, element_bytes=element_bytes),
+        disk_bytes=kept * element_bytes * work.counts.total,
+        training_bytes=most * checkpoint_bytes(work.counts, element_bytes=element_bytes),
         took_seconds=record.seconds if record.state == "done" else None,
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from t2i.config import EMBEDDED_SHARDS, RunConfig
 from t2i.files import hub_name
 from t2i.runs.loading import SHIPPED_MODEL
-from t2i.study.jobs import outputs_of, run_config, run_name, step_config, trial_config
+from t2i.study.jobs import outputs_of, read_record, run_config, run_name, step_config, trial_config
 from t2i.study.spec import TRAIN, Study
 from t2i.study.tuning import trial_name, trials
 
@@ -24,10 +24,12 @@ def training_runs(study: Study, *, out: Path) -> dict[str, RunConfig]:
 
 
 def missing_inputs(study: Study, *, out: Path) -> list[str]:
-    """Say what is neither here nor made by a step of the study, each once."""
+    """Say what runs that are not done need, and is neither here nor made by a step of the study, each once."""
     made = {path for step in study.steps for path in outputs_of(step, out=out)}
     found: dict[str, str] = {}
     for name, config in training_runs(study, out=out).items():
+        if read_record(out, name).state == "done":  # and needs nothing any more
+            continue
         for key, path in _inputs(config):
             is_made = made & {path, *path.parents}
             if not is_made and not path.exists():

@@ -1,5 +1,6 @@
 """The jobs of a study: processes with their commands, what they wait for, and how they ended."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from t2i.cli import flags_of_mapping, read_flags
 from t2i.config import RunConfig
 from t2i.errors import NumericalError, UserError
 from t2i.files import read_optional_json, write_json
-from t2i.shipped import find_shipped
+from t2i.shipped import find_shipped, in_checkout
 from t2i.study.spec import TRAIN, Setting, Settings, Step, Study, read_spec, with_ds_config
 from t2i.study.tuning import (
     check_tuning,
@@ -42,6 +43,8 @@ class Job:
     """Exit statuses with which it is done."""
     refusal: str = ""
     """Why it cannot be run once its needs are met; empty if it can."""
+    is_final: bool = True
+    """Whether its command is known: a run's is, where arms are tuned, once all trials of its arm have ended."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Record:
     code: int | None = None
     """Exit status; None where no process was started."""
     seconds: float | None = None
-    """Time that the process took; None where there was none."""
+    """Time that its processes took, those that were stopped too; None where there was none."""
     command: tuple[str, ...] = ()
     reason: str = ""
     """Why it was skipped, or could not be run."""
@@ -118,7 +121,9 @@ def _words(command: str) -> list[str]:
 
 
 def changed_words(command: list[str], before: list[str]) -> str:
-    """List the words in which two commands differ; empty if they are the same."""
+    """List the words in which two commands differ; empty if they say the same."""
+    if command == before or _said(command) == _said(before):
+        return ""
     # In order: two settings may have exchanged their values, and then both commands have the same words.
     places = SequenceMatcher(None, before, command, autojunk=False).get_opcodes()
     return " ".join(
@@ -127,6 +132,27 @@ def changed_words(command: list[str], before: list[str]) -> str:
         if kind != "equal"
         for word in (*before[slice(*there)], *command[first:last])
     )
+
+
+def _said(command: list[str]) -> dict[str, list[str]]:
+    """Group a command's words by flag, whatever order flags stand in and however a place is spelled."""
+    found: dict[str, list[str]] = {"": []}
+    key = ""
+    for word in command:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            key = flag.replace("--no-", "--").replace(".no-", ".")
+            found[key] = [flag, *([_place(value)] if equals else [])]  # the last of two equal flags counts
+        else:
+            found[key].append(_place(word))
+    return found
+
+
+def _place(word: str) -> str:
+    """Spell a word that may name a file or a folder, also behind a prefix as in text:PATH, in one way."""
+    parts = (str(in_checkout(Path(part))) if part else part for part in word.split(":"))
+    return ":".join(os.path.realpath(part) if "/" in part else part for part in parts)
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -218,7 +244,14 @@ def _run_job(study: Study, arm: str, seed: int, *, out: Path, made: dict[str, li
     needs = _steps_named(command, made)
     needs += tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
     refusal = untuned_reason(study, arm=arm, out=out)
-    return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed), refusal=refusal)
+    return Job(
+        run_name(arm, seed),
+        command,
+        needs=needs,
+        run_dir=run_dir(out, arm, seed),
+        refusal=refusal,
+        is_final=not refusal,
+    )
 
 
 def _trial_job(study: Study, arm: str, value: float, *, out: Path, made: dict[str, list[Path]]) -> Job:

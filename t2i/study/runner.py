@@ -87,7 +87,8 @@ def _is_settled(job: Job, records: dict[str, Record], before: Record) -> bool:
         return False
     # A failure from before this call is tried anew; one of another worker beside it is not. By no clock: those of
     # machines differ, and one that was set back would have a failing job tried for ever.
-    return record.state == "done" or record != before
+    # One that was stopped is open still, though it has taken time.
+    return record.state == "done" or (record.state != "open" and record != before)
 
 
 def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Study, out: Path) -> bool:
@@ -121,7 +122,7 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
     """Run a job's process to its end, with its output in logs/NAME.log, and write its record.
 
     Raises:
-        Stopped: on a signal. A job that it ended has no record, and will resume.
+        Stopped: on a signal. A job that it ended stays open, and will resume.
     """
     script, *flags = job.command
     prefix = study.launch if script == TRAIN and study.launch else [sys.executable]
@@ -139,6 +140,8 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
         # A process per job: its memory ends with it, and one that is killed takes no worker with it.
         with _signals_passed_on(process) as signals:
             code = process.wait()
+    # With that of the processes that were stopped before.
+    seconds = (read_record(out, job.name).seconds or 0.0) + time.monotonic() - began
     state = "done" if code in job.done_codes else "failed"
     # A signal may come when all is done: such a job is not run again, and not all of them could be.
     if state == "done" or not (signals or code == STOPPED):
@@ -149,7 +152,7 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
         record = Record(
             state,
             code=code,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             command=tuple(job.command),
             attempt=_new_attempt(),
             time=time.time(),
@@ -157,6 +160,8 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
         write_record(out, job.name, record)
         # After the record: until then the job might be run again, and would resume. Measures read weights alone.
         _drop_state(job, record)
+    else:
+        write_record(out, job.name, Record(seconds=seconds))
     if signals or code == STOPPED:
         raise Stopped(f"Stopped at {job.name}; run the same command to resume.")
 
@@ -230,7 +235,11 @@ def _check_script(job: Job, record: Record) -> None:
 
 def _check_command(job: Job, record: Record, out: Path) -> None:
     # Names alone would let a changed study report the results of the one before it, or of a worker that still is at it.
-    if record.state == "done" and (changed := changed_words(job.command, with_new_flags(record.command))):
+    if (
+        record.state == "done"
+        and job.is_final
+        and (changed := changed_words(job.command, with_new_flags(record.command)))
+    ):
         raise UserError(
             f"{out}: {job.name} was done with another command (differs in {changed}). Choose another --out, and end"
             " workers of another version of the study."

@@ -18,6 +18,7 @@ from t2i.config.renamed import with_new_keys
 from t2i.errors import UserError
 from t2i.files import read_yaml
 from t2i.settings import expected, hints_of
+from t2i.shipped import in_checkout
 from t2i.study.kinds import misfit
 
 TRAIN = "launchers/train.py"
@@ -185,8 +186,11 @@ def read_spec(file: Path) -> Study:
 def with_ds_config(study: Study, ds_config: str) -> Study:
     """Train by another DeepSpeed JSON: runs, and the steps that name the study's own one."""
 
+    # A study that stands on another has the steps of that one too.
+    own = {in_checkout(Path(one.ds_config)) for one in (study, study.base) if one}
+
     def changed(step: Step) -> Step:
-        is_own = step.flags.get("ds_config") == study.ds_config
+        is_own = in_checkout(Path(str(step.flags.get("ds_config", "")))) in own
         return replace(step, flags={**step.flags, "ds_config": ds_config}) if is_own else step
 
     base = with_ds_config(study.base, ds_config) if study.base else None

@@ -77,12 +77,14 @@ def tuned_flags(study: Study, *, arm: str, out: Path) -> list[str]:
 
 
 def untuned_reason(study: Study, *, arm: str, out: Path) -> str:
-    """Say why an arm's runs cannot be trained though its trials have ended; empty if they can."""
+    """Say why an arm's runs cannot be trained once its trials are done; empty if they can."""
     if study.tuning is None:
         return ""
     found = tuned(study, arm=arm, out=out)
-    if found.chosen is not None or not found.has_ended:
+    if found.chosen is not None:
         return ""
+    if not found.has_ended:  # though its record may say that it is done
+        return f"the folder of a trial of {arm} is gone or has no end"
     return f"no trial of {arm} ended with a finite held-out {study.tuning.loss}"
 
 

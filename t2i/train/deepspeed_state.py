@@ -19,6 +19,7 @@ from torch import Tensor
 from t2i.distributed.collectives import of_all_ranks, on_first_rank
 from t2i.env import outside_job
 from t2i.errors import CheckpointError
+from t2i.runs.checkpoint_store import CONVERTED
 from t2i.runs.trust import only_plain_values
 from t2i.train.deepspeed_internals import (
     count_steps_as,
@@ -31,8 +32,6 @@ from t2i.train.deepspeed_internals import (
 
 logger = logging.getLogger(__name__)
 
-CONVERTED = ".universal"
-"""Folder, beside the checkpoints, of the one that is being converted."""
 CONVERTER = """
 import os, sys
 from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
@@ -104,6 +103,9 @@ def convert(source: Path, target: Path) -> None:
     environment = outside_job(os.environ)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
+        shutil.rmtree(
+            target.parent, ignore_errors=True
+        )  # as large as a checkpoint, and perhaps what filled the disk
         raise CheckpointError(f"{source} could not be converted: {done.stderr.strip()[-500:]}")
 
 

@@ -28,7 +28,16 @@ from t2i.errors import DataError, Stopped, UserError, exit_code
 from t2i.model.routing import check_precision
 from t2i.runs.checkpoint_manifest import step_folder
 from t2i.runs.checkpoint_store import last_step
-from t2i.runs.run_folder import State, has_begun, make_folder, open_run, read_status, record_run, write_status
+from t2i.runs.run_folder import (
+    STATUS,
+    State,
+    has_begun,
+    make_folder,
+    open_run,
+    read_status,
+    record_run,
+    write_status,
+)
 from t2i.train.build import build_model
 from t2i.train.checkpoint import Saver
 from t2i.train.compiled import compile_layers
@@ -170,13 +179,24 @@ def _job(run_dir: Path, open_folder: Callable[[], IO[str]], *, flag: StopFlag) -
         faults.reach("setup", step=0)
         yield peers
         if peers.rank == 0:
-            write_status(run_dir, state="done", step=last_step(run_dir), code=0)
+            _say_done(run_dir)
     except (Exception, KeyboardInterrupt) as error:
         flag.is_leaving = True  # the launcher may send SIGTERM to a rank that is ending already
         leave(peers, error, report=lambda error: _report(peers, error, before=before))
     finally:
         for lock in locks:
             lock.close()
+
+
+def _say_done(run_dir: Path) -> None:
+    try:
+        write_status(run_dir, state="done", step=last_step(run_dir), code=0)
+    except OSError as error:  # all is saved, so it is no failure
+        logger.warning(
+            "%s cannot say that the run is done: %s. Run the same command when the disk has room.",
+            run_dir / STATUS,
+            error.strerror,
+        )
 
 
 def _next_before(run_dir: Path) -> str:

@@ -178,14 +178,17 @@ def _samples(drawer: Drawer, *, prompts: Sequence[Prompt], writer: MetricsWriter
     def sample(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         # The first rank alone: an image depends on its own seed, so more ranks would only draw it again.
         if writer and captions:
-            folder = writer.run_dir / SAMPLES
-            folder.mkdir(exist_ok=True)
-            write_sample_captions(writer.run_dir, captions)
+            file = writer.run_dir / SAMPLES / f"step_{step:06d}.png"
             with interruptible(drawer.model, should_stop), on_device_of(drawer):
                 sheet = draw_grid(drawer, captions, beside=beside)
-            # Whole or not at all: the report, the page and the trackers read it while the run goes on.
-            with whole_file(folder / f"step_{step:06d}.png") as file:
-                sheet.save(file, format="PNG")
+            try:
+                file.parent.mkdir(exist_ok=True)
+                write_sample_captions(writer.run_dir, captions)
+                # Whole or not at all: the report, the page and the trackers read it while the run goes on.
+                with whole_file(file) as written:
+                    sheet.save(written, format="PNG")
+            except OSError as error:  # a full disk ends no run, and the other ranks would wait for this one
+                logger.warning("%s cannot be written: %s.", file, error.strerror)
             writer.show(sheet, step=step)
         return []
 

@@ -169,6 +169,10 @@ def test_a_folder_brings_its_own_config_and_tokenizer(home, tmp_path):
         == "head_rotary"
     )
     assert (tmp_path / "model" / "tokenizer.json").is_file()
+    # Never another one's in place of a tokenizer that the folder has in an older form.
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    with pytest.raises(UserError, match="older files, of which transformers makes one"):
+        convert_open_lm(folder, config_names=(), text_tokenizer=None, out=tmp_path / "other", tell=print)
 
 
 def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from t2i.convert.gguf import _byte_level, convert_gguf
 from t2i.errors import CheckpointError, UserError
+from t2i.files import sha256_of
 from t2i.model.backbone import load_model
 from t2i.tokens.text import TextTokenizer
 
@@ -166,7 +167,8 @@ def test_a_file_becomes_a_folder_with_the_logits_of_the_model_that_it_was_writte
     ids = torch.arange(3, 60, 5)[None]
     with torch.inference_mode():
         torch.testing.assert_close(made(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    assert "tiny" in said[0] and "checked" in said[1] and "checked" in said[2]
+    assert "GB of memory" in said[0] and f"SHA-256 {sha256_of(path)}" in said[1]
+    assert "tiny" in said[2] and "checked" in said[3] and "checked" in said[4]
 
 
 def test_a_quantised_file_becomes_the_numbers_that_it_holds(written, tmp_path):
@@ -371,3 +373,22 @@ def test_what_else_lies_beside_a_file_is_neither_run_nor_loaded(written, tmp_pat
     (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/other"}')
     with pytest.raises(UserError, match="holds adapters of 'somebody/other'"):
         convert_gguf(path, out=tmp_path / "again", end_token=END, text_tokenizer=None, tell=print)
+
+
+def test_a_tokenizer_of_another_model_is_refused_though_its_ids_fit(written, vocabulary, tmp_path):
+    _, path = written()
+    convert_gguf(path, end_token=None, text_tokenizer=None, out=tmp_path / "made", tell=print)
+    given = {"end_token": None, "text_tokenizer": str(tmp_path / "made"), "tell": print}
+    convert_gguf(path, out=tmp_path / "same", **given)
+    with pytest.raises(UserError, match="--end-token </s> is not in the vocabulary of .*made"):
+        convert_gguf(path, out=tmp_path / "other", **(given | {"end_token": "</s>"}))
+    file = tmp_path / "made" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    ids = words["model"]["vocab"]
+    plain = sorted(ids, key=ids.get)[4:]
+    words["model"]["vocab"] |= dict(zip(plain, (ids[token] for token in reversed(plain)), strict=True))
+    file.write_text(json.dumps(words))
+    with pytest.raises(
+        UserError, match="is not that of .*llama.gguf: [0-9]+ of its [0-9]+ ids are other tokens"
+    ):
+        convert_gguf(path, out=tmp_path / "other", **given)

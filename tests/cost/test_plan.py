@@ -28,6 +28,7 @@ from t2i.cost.estimates import (
     counts_of,
     estimate_memory,
     flops_a_token,
+    num_checkpoints,
 )
 from t2i.cost.plan import make_plan
 from t2i.data.batching import accumulation, global_batch
@@ -503,3 +504,16 @@ def test_image_weights_are_counted_and_take_no_more_products(kind, rank):
     assert counts.total == plain.total + added
     assert counts.learned == added + new_rows
     assert counts.in_products == plain.in_products + (thin if kind == "lora" else 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"max_steps": 400, "save_every": 0}, (1, 1)),
+        ({"max_steps": 1000, "save_every": 100}, (3, 4)),
+        ({"max_steps": 200, "save_every": 100}, (2, 2)),
+        ({"max_steps": 1000, "save_every": 100, "keep_every": 250}, (5, 6)),
+    ],
+)
+def test_no_more_checkpoints_are_counted_than_are_saved(settings, kept):
+    assert num_checkpoints(TrainConfig(warmup_steps=1, **settings)) == kept

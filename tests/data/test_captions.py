@@ -130,6 +130,14 @@ def test_each_of_several_captions_is_a_pair_in_one_split(tmp_path):
     assert {"train", "heldout"} == set.union(*splits.values())
 
 
+def test_every_caption_of_rows_and_of_lists_within_them_is_a_pair(tmp_path):
+    made.write_images(tmp_path)
+    rows = [{"file_name": "000.png", "text": text} for text in (["x", "y"], ["z", "w"], "v")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept, _ = made.accounted(tmp_path, captions="all")
+    assert kept["000.png"] == "x" and sorted(kept.values()) == ["v", "w", "x", "y", "z"]
+
+
 def test_a_caption_list_names_the_empty_cell_and_forgives_blank_lines_above_its_header(tmp_path):
     table = tmp_path / "list.csv"
     table.write_text("\n\nid,caption\n1,a cat\n2,a dog\n")

@@ -3,7 +3,10 @@
 import hashlib
 import itertools
 import json
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,12 @@ from streaming.base.shared import prefix
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.batching import num_text_sequences
-from t2i.data.loader import StepLoader, num_trained_on
+from t2i.data.loader import StepLoader, num_trained_on, parts_of_a_step
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import check_sample, read_manifest, read_split
 from t2i.data.sources import open_source
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -102,6 +105,27 @@ def test_a_sequence_holds_its_own_caption_and_codes_and_an_empty_caption_no_toke
         caption, codes = pairs[key]
         assert caption_of(ids) == tokenizer.encode(caption).tolist()
         assert ids[ids >= FIRST_CODE].tolist() == [FIRST_CODE + code for code in codes]
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts open files by /proc")
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_steps_and_epochs_leave_no_file_open(folder, tokenizer, is_resumed):
+    loader = loader_of(folder, tokenizer)
+    if is_resumed:
+        before = loader_of(folder, tokenizer)
+        next(iter(before))
+        loader.load_state_dict(before.state_dict())
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    few = open_files()
+    for _ in range(40):
+        next(batches)
+    assert loader.epoch > 3 and open_files() <= few + 1
 
 
 def is_hashed_below(share, *, epoch, key):
@@ -206,3 +230,19 @@ def test_two_runs_that_start_at_once_take_no_name_from_each_other(folder, tokeni
     loaders = [loader_of(folder, tokenizer) for _ in range(2)]
     keys = [next(iter(loader))["key"] for loader in loaders]
     assert keys[0] == keys[1] and len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "canonical", "fits"), [(4, 8, True), (8, 4, True), (3, 4, False), (7, 8, False)]
+)
+def test_nodes_that_cannot_share_the_order_are_refused(folder, nodes, canonical, fits, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = DataConfig(shards=folder, seq_len=24, num_canonical_nodes=canonical)
+    ask = partial(parts_of_a_step, config, global_batch=4 * nodes, world_size=2 * nodes)
+    if fits:
+        assert len(ask()) == 1
+    else:
+        with pytest.raises(
+            UserError, match=f"num_canonical_nodes is {canonical}, on {nodes} nodes; expected"
+        ):
+            ask()

@@ -599,3 +599,18 @@ def test_what_was_changed_is_counted_of_kept_pairs_alone(tmp_path, of_images):
     source = replace(arguments["source"], units=lambda _: units, tally=counted)
     manifest = prepare(**arguments | {"source": source})
     assert (manifest.changed, manifest.left_out) == ({"a guess": 16}, {"a key that was there before": 8})
+
+
+@pytest.mark.parametrize(
+    ("number", "is_lost"), [(errno.ESTALE, False), (errno.EMFILE, False), (errno.EACCES, True)]
+)
+def test_an_image_that_the_disk_hides_for_a_moment_is_not_counted_as_broken(number, is_lost, tmp_path):
+    def hidden():
+        raise OSError(number, os.strerror(number), "a.png")
+
+    pair = SimpleNamespace(open=hidden)
+    if is_lost:
+        assert decode.decode(pair, config=PrepareConfig()).broken
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            decode.decode(pair, config=PrepareConfig())

@@ -1,5 +1,6 @@
 """Preparation by several ranks that share a folder: the same result for any number, a lost rank's work done again."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -170,6 +171,25 @@ def test_silence_is_measured_by_changes_and_not_by_clocks(tmp_path):
     assert watch.silence_seconds(0) < 0.1
     time.sleep(0.2)
     assert watch.silence_seconds(0) > 0.1
+    # A disk that does not answer is no change, and no error.
+    (tmp_path / "0").unlink()
+    (tmp_path / "0").symlink_to("0")
+    assert watch.silence_seconds(0) > 0.1
+
+
+def test_a_heart_beats_on_after_an_error_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.05)
+    failing, beats = [OSError(errno.ESTALE, "Stale file handle")], []
+
+    def touch(path, *_, **__):
+        beats.append(path)
+        if failing:
+            raise failing.pop()
+
+    monkeypatch.setattr(type(tmp_path), "touch", touch)
+    with ranks.signs_of_life(tmp_path / "beats", rank=0):
+        time.sleep(0.5)
+    assert len(beats) > 2
 
 
 def test_accelerate_launch_prepares_with_two_ranks(tmp_path, arguments):

@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +201,21 @@ def test_every_nth_sample_alone_is_read_again_and_again(prepared, text_tokenizer
     assert seen == set(keys[::3])
     with pytest.raises(UserError, match="data.subsample_every is 0; expected a whole number >= 1"):
         loader_of(prepared, text_tokenizer, subsample_every=0)
+
+
+def test_a_shard_that_a_subset_reads_is_hashed_before(prepared, text_tokenizer, tmp_path):
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    dataset = loader_of(copy, text_tokenizer, subsample_every=3).streams[0].loader.dataset
+    shards = [
+        (at, dataset.spanner[at][0], dataset.spanner[at - at % 3][0]) for at in range(dataset.num_samples)
+    ]
+    at, _, read = next(one for one in shards if one[1] != one[2])
+    file = copy / "train" / dataset.shards[read].raw_data.basename
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="has xxh64"):
+        dataset[at]
 
 
 def test_too_few_samples_for_a_step_are_refused(prepared, text_tokenizer):

@@ -35,7 +35,23 @@ def test_a_file_that_is_no_list_is_not_taken_for_a_caption(model_folder, draw, t
     ):
         assert draw(model_folder, "--prompts", tmp_path / name, "--out", tmp_path / "out") == 3
         assert sentence in capsys.readouterr().err
+    (tmp_path / "my captions.png").write_text("no list")
+    assert draw(model_folder, "--prompts", tmp_path / "my captions.png", "--out", tmp_path / "out") == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_bytes_that_are_no_text_are_drawn_as_a_caption(model_folder, draw, tmp_path):
+    assert draw(model_folder, "--prompts", "caf\udce9", "--out", tmp_path) == 0
+    with Image.open(tmp_path / "00000.png") as image:
+        assert image.info["caption"] == "caf?"
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_read(draw, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    asked = ("no/such/model", "--prompts", "a cat", "--out", tmp_path / "file")
+    assert draw(*asked) == 2 and "file cannot be written: Not a directory" in capsys.readouterr().err
+    assert draw(*asked, "--compile", "--window", 3) == 2
+    assert "--window is 3; expected 1 or auto with --compile" in capsys.readouterr().err
 
 
 def test_images_of_somebody_else_are_kept_and_not_taken_for_drawn_ones(model_folder, draw, tmp_path, capsys):

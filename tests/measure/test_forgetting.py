@@ -1,9 +1,12 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from t2i.config import ASSETS
 from t2i.data.prepare.text import prepare_text
 from t2i.data.sources.documents import open_documents
 from t2i.errors import DataError, UserError
@@ -15,6 +18,8 @@ from t2i.measure.forgetting import (
     text_sequences,
 )
 from t2i.runs.loading import open_model
+from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +125,28 @@ def test_text_shards_of_another_tokenizer_are_refused(model, finished, tmp_path)
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="was made with the text tokenizer"):
         text_sequences(str(tmp_path / "shards"), tokenizer=model.text_tokenizer, seq_len=16, num_sequences=2)
+
+
+@pytest.mark.parametrize(("kind", "has_end"), [("gpt2", True), ("opt", True), ("llama", False)])
+def test_a_prompt_that_is_longer_than_learned_positions_is_a_sentence(kind, has_end):
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    count = tokenizer.num_tokens
+    sizes = {"gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}}
+    usual = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+    }
+    more = {"opt": {"ffn_dim": 32, "word_embed_proj_dim": 32}, "llama": {"intermediate_size": 32}}.get(
+        kind, {}
+    )
+    config = AutoConfig.for_model(kind, vocab_size=count, **sizes.get(kind, usual | more))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ask = partial(complete, model, tokenizer=tokenizer, layout=VocabLayout(count, count, 0))
+    assert len(ask(["a"], max_new_tokens=4)) == 1
+    if has_end:
+        with pytest.raises(UserError, match="and 24 new ones are more than the model's 24 positions"):
+            ask(["a"], max_new_tokens=24)
+    else:
+        assert len(ask(["a"], max_new_tokens=24)) == 1

@@ -190,6 +190,8 @@ def test_a_drawn_png_gives_its_settings_back(painter, opened, tmp_path):
     found = read_png_settings(path, weights=opened.weights)
     assert (found.prompt, found.seed, found.sampler, found.notes) == (prompt, 8, sampler, ())
     assert "other weights" in read_png_settings(path, weights="another").notes[0]
+    (note,) = read_png_settings(path, weights=opened.weights, dtype="bfloat16").notes
+    assert "drawn in float32, here it is bfloat16" in note
 
 
 def test_a_png_of_sample_gives_its_own_seed_back(opened, painter, tmp_path):

@@ -11,7 +11,8 @@ from play_page import served
 
 from t2i.errors import UserError
 from t2i.play.opening import check_gradio
-from t2i.play.serving import HEADERS, Door, listen
+from t2i.play.serving import HEADERS, Door
+from t2i.serve.opening import listen
 
 has_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="pip install '.[play]' for these"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from t2i.generate.image_files import png_text
 from t2i.report import run as run_page
 from t2i.report.run import write_report
 from t2i.report.sections.section import Section
@@ -133,8 +134,29 @@ def test_a_run_on_text_alone_has_a_page(tmp_path, call):
     assert "Caption sensitivity" not in page and "codes per image" not in page
 
 
+def test_drawn_images_stand_beside_real_ones_of_their_own_captions_alone(tmp_path, monkeypatch, caplog):
+    def pair(caption):
+        image = SimpleNamespace(image=Image.new("RGB", (8, 8)))
+        return SimpleNamespace(caption=caption, split="heldout", open=lambda: image)
+
+    halves = SimpleNamespace(drawn=[pair("a cat"), pair("a dog")])
+    monkeypatch.setattr(run_page, "reopen_source", lambda manifest: None)
+    monkeypatch.setattr(run_page, "heldout_halves", lambda *_, **__: halves)
+    for number, pair_ in enumerate(halves.drawn):
+        Image.new("RGB", (8, 8)).save(
+            tmp_path / f"{number}.png", pnginfo=png_text({"caption": pair_.caption})
+        )
+    manifest = SimpleNamespace(image_size=8)
+    assert all(one.real for one in run_page._images(tmp_path, manifest)) and not caplog.records
+    halves.drawn[1] = pair("a bus")  # an image more in the source, and every later one is another
+    found = run_page._images(tmp_path, manifest)
+    assert [(one.caption, one.real) for one in found] == [("a cat", ""), ("a dog", "")]
+    assert "1.png has another caption than the data now" in caplog.text
+
+
 def test_a_studys_page_escapes_words_and_names_what_failed(tmp_path):
-    study = Study(tmp_path / "x.yaml", title=WORDS, question="Q", arms={"a": {"train": {"lr": 1.0}}})
+    arms = {"a": {"train": {"lr": 1.0}}}
+    study = Study(tmp_path / "x.yaml", title=WORDS, question="Q", arms=arms, arm_seeds={"a": [5, 6]})
     section = Section(WORDS, WORDS, table=[["arm"], [WORDS]], paper=WORDS)
     page = StudyPage(
         study=study,
@@ -151,5 +173,5 @@ def test_a_studys_page_escapes_words_and_names_what_failed(tmp_path):
     assert html.count(ESCAPED) == 6  # two titles, the heading, the sentence, the paper's, a cell
     assert "<figure><svg></svg></figure>" in html
     assert "a-seed0 (failed, status 4), b (skipped, needs a-seed0)" in html
-    assert "--train.lr 1.0" in html
+    assert "--train.lr 1.0" in html and "2 runs over seeds 5, 6;" in html
     assert f"# {WORDS}\n" in rendered(page, MARKDOWN, is_html=False)

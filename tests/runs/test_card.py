@@ -19,7 +19,7 @@ from t2i.errors import UserError
 from t2i.report.run import write_report
 from t2i.runs import export as exporting
 from t2i.runs import loading
-from t2i.runs.card import as_code, as_text, licences, stated_licence
+from t2i.runs.card import as_code, as_text, licences, model_card, stated_licence
 from t2i.runs.loading import open_model
 
 
@@ -85,6 +85,36 @@ def test_the_licences_of_starting_weights_are_carried_through_every_start(opened
     assert starts == dict(zip(map(str, reversed(homes)), ["not stated", "CC0", "cc-by-sa-4.0"], strict=True))
 
 
+def test_a_start_is_found_by_its_checkpoint_and_by_the_name_of_the_demo(opened, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "run" / "checkpoints" / "step_000005"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "resolved.yaml").write_text(yaml.safe_dump({"model": {"init": "demo"}}))
+    (tmp_path / "run" / "data_manifest.json").write_text(json.dumps({"licence": "CC0"}))
+    found = licences(opened, {"model": {"init": str(step)}})
+    assert (found[f"starting weights: {step}"], found["starting weights: demo"]) == ("CC0", "cc-by-sa-4.0")
+
+
+@pytest.mark.parametrize(
+    ("control", "said", "has_weights", "forgets"),
+    [
+        ("none", "started from the pre-trained model `models/x`.", True, True),
+        ("fresh", "random initialisation, in the architecture of `models/x`.", False, False),
+        ("moments", "whose weights the control `moments` left", True, False),
+    ],
+)
+def test_a_card_says_what_a_control_left_of_a_start(
+    control, said, has_weights, forgets, opened, exported, tmp_path
+):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / "resolved.yaml").write_text(
+        yaml.safe_dump({"model": {"init": "models/x", "control_init": control}})
+    )
+    card = model_card(opened, folder=folder, name="tiny", command="a test")
+    assert said in card and ("starting weights: models/x" in card) == has_weights
+    assert ("likely to be lost" in card) == forgets
+
+
 def test_an_embedded_image_tokenizer_has_its_licence():
     from t2i.config import ASSETS
 
@@ -102,8 +132,6 @@ def test_a_strangers_words_stay_words(opened, exported, tmp_path):
         values |= {"source": EVIL, "licence": EVIL, "counts": {"train": EVIL}}
         if name == "data_manifest.json":
             (folder / name).write_text(json.dumps(values))
-    from t2i.runs.card import model_card
-
     card = model_card(opened, folder=folder, name=EVIL, command=EVIL)
     outside = "".join(card.split("```")[::2])
     assert "<script" not in re.sub(r"`[^`]*`|\\<", "", outside)

@@ -29,7 +29,7 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     assert checkpoints.verify(newest).facts.progress == {"tokens": 100}
 
 
-def test_a_run_is_opened_at_its_newest_checkpoint_whose_weights_are_whole(tmp_path):
+def test_a_run_is_opened_at_its_newest_checkpoint_whose_weights_are_whole(tmp_path, caplog):
     assert checkpoints.newest_readable(tmp_path) is None
     folders = [save(tmp_path, step) for step in (5, 10, 15)]
     assert checkpoints.newest_readable(tmp_path) == tmp_path / "checkpoints" / "step_000015"
@@ -37,8 +37,11 @@ def test_a_run_is_opened_at_its_newest_checkpoint_whose_weights_are_whole(tmp_pa
     assert checkpoints.last_step(tmp_path) == 15
     (folders[2] / "engine" / "state.pt").unlink()  # which only training reads
     assert checkpoints.newest_readable(tmp_path) == folders[2]
+    assert not caplog.records
     flip(folders[2])
     assert checkpoints.newest_readable(tmp_path) == tmp_path / "checkpoints" / "step_000010"
+    said = caplog.records[0].getMessage()
+    assert "step_000015" in said and said.endswith("step_000010 is read instead.")
     assert all(folder.is_dir() for folder in folders)  # nothing is set aside: the run may be training
 
 
@@ -297,3 +300,10 @@ def test_a_finished_run_can_do_without_the_state_of_its_engine(tmp_path):
     assert [checkpoints.verify(folder).step for folder in folders] == [5, 10]  # whole, not damaged
     assert find(str(tmp_path)) == (folders[1], tmp_path)
     assert drop_engine_state(tmp_path) == 0
+
+
+def test_what_a_killed_conversion_left_goes_before_the_next_save(tmp_path):
+    left = tmp_path / "checkpoints" / ".universal" / "engine"
+    left.mkdir(parents=True)
+    save(tmp_path, 5)
+    assert not left.parent.exists()

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 
+import processes
 import pytest
 
 from t2i.config import ModelConfig, RunConfig
@@ -160,3 +161,17 @@ def test_a_folder_of_something_else_becomes_no_run(names, said, tmp_path):
     assert sorted(
         path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
     ) == sorted(names)
+
+
+def test_the_commit_is_never_that_of_a_repository_around_an_installed_package(tmp_path, monkeypatch):
+    """Its environment often lies in the user's own repository."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        processes.run([*git, *words], check=True)
+    ours = tmp_path / ".venv" / "run_folder.py"
+    ours.parent.mkdir()
+    ours.touch()
+    monkeypatch.setattr(folder, "__file__", str(ours))
+    assert folder.git_commit() == ""
+    processes.run([*git, "add", str(ours)], check=True)
+    assert folder.git_commit()

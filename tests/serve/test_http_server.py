@@ -16,6 +16,7 @@ from t2i.serve.clients import has_key
 from t2i.serve.http_server import BACKLOG, ImageServer, Service
 from t2i.serve.images_request import Limits, RefusedError, read_request
 from t2i.serve.meters import Meters
+from t2i.serve.opening import api_key_of
 from t2i.serve.stopping import accepting
 from t2i.serve.waiting import Waiting
 
@@ -166,6 +167,11 @@ def test_a_key_is_compared_by_its_bytes():
     assert has_key("Bearer \xe9", key="\udce9")
 
 
+def test_a_key_from_a_file_is_without_its_line_feed():
+    keys = {name: api_key_of({"T2I_API_KEY": name}) for name in ("secret\n", " ", "")}
+    assert keys == {"secret\n": "secret", " ": None, "": None} and api_key_of({}) is None
+
+
 def conversation(server, *requests):
     """Send requests at once on one connection; return all that is answered until the server closes it."""
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
@@ -183,6 +189,10 @@ def test_what_is_left_of_a_request_is_not_taken_for_the_next_one():
             f"POST /nowhere HTTP/1.1\r\nContent-Length: {len(hidden)}",
             "POST /v1/images/generations HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 0"
             "\r\nTransfer-Encoding: chunked",
+            f"GET /health HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: {len(hidden)}",
+            f"GET /health HTTP/1.1\r\nContent-Length : {len(hidden)}",
+            "POST /v1/images/generations HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 2"
+            f"\r\nContent-Length: {len(hidden) + 2}",
         ):
             said = conversation(server, start, "\r\n\r\n", hidden)
             assert said.count("HTTP/1.1 ") == 1 and "Connection: close" in said

@@ -10,7 +10,7 @@ from t2i.commands import study as command
 from t2i.errors import UserError
 from t2i.study.cost import run_costs
 from t2i.study.inputs import missing_inputs
-from t2i.study.jobs import read_study
+from t2i.study.jobs import Record, jobs_of, read_study, write_record
 
 
 @pytest.fixture
@@ -73,3 +73,30 @@ def test_every_study_that_comes_with_t2i_has_a_price_before_any_of_its_steps_is_
     study = read_study(file)
     costs = run_costs(study, out=tmp_path / "out")
     assert len(costs) >= len(study.arms) and all(one.flops > 0 for one in costs)
+
+
+def test_what_finished_runs_needed_may_be_gone(own):
+    study = read_study(own)
+    Path("runs/mine/jobs").mkdir(parents=True)
+    for job in jobs_of(study, out=Path("runs/mine")):
+        write_record(Path("runs/mine"), job.name, Record("done", command=tuple(job.command)))
+    assert missing_inputs(study, out=Path("runs/mine")) == []
+
+
+def test_a_start_that_is_named_by_its_checkpoint_has_the_size_that_its_step_gives_it(own):
+    study = yaml.safe_load(own.read_text())
+    data = {"shards": "{out}/shards", "seq_len": 320}
+    flags = {
+        "run_dir": "{out}/made",
+        "data": data,
+        "model": {"hidden_size": 96, "num_layers": 2, "num_heads": 2},
+    }
+    study["steps"] = [{"name": "model", "command": "launchers/train.py", "flags": flags}]
+    arms = {"by_run": "{out}/made", "by_step": "{out}/made/checkpoints/step_000500"}
+    study["arms"] = {arm: {"model": {"init": init}} for arm, init in arms.items()}
+    study["settings"].pop("model", None)
+    study["report"] = []
+    own.write_text(yaml.safe_dump(study))
+    flops = {cost.name: cost.flops for cost in run_costs(read_study(own), out=Path("runs/mine"))}
+    seed = study["seeds"][0]
+    assert flops[f"by_run-seed{seed}"] == flops[f"by_step-seed{seed}"]

@@ -16,8 +16,17 @@ import pytest
 
 from t2i.errors import CheckpointError, Stopped, UserError
 from t2i.study.job_flags import check_job_flags
-from t2i.study.jobs import Job, Record, jobs_of, read_record, read_study, run_config, write_record
-from t2i.study.runner import exit_status, gpus_to_share, local_workers, submit, work
+from t2i.study.jobs import (
+    Job,
+    Record,
+    changed_words,
+    jobs_of,
+    read_record,
+    read_study,
+    run_config,
+    write_record,
+)
+from t2i.study.runner import STOPPED, exit_status, gpus_to_share, local_workers, submit, work
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +103,60 @@ def test_another_deepspeed_json_is_that_of_runs_and_of_steps_with_the_studys_own
             assert given["random-seed0"] == given["tune-random-0.001"] == "zero2_fp32.json"
     with pytest.raises(UserError, match="ds_config is nowhere.json, which is neither here"):
         read_study(tmp_path / "study.yaml", ds_config="nowhere.json")
+
+
+def test_both_names_of_a_shipped_file_are_one_file(tmp_path, monkeypatch):
+    bare, whole = (
+        ["train.py", "--ds_config", "zero2.json", ""],
+        ["train.py", "--ds_config", "ds_configs/zero2.json", ""],
+    )
+    assert changed_words(bare, whole) == changed_words(whole, bare) == ""
+    assert changed_words(bare, ["train.py", "--ds_config", "zero2_fp32.json", ""])
+    assert changed_words(["x.py", "--prompts", "a" * 9000], ["x.py", "--prompts", "b" * 9000])
+    text = WAITING.replace("seeds: [0]", "seeds: [0]\nds_config: ds_configs/zero2.json").replace(
+        '{run_dir: "{out}/model"}', '{run_dir: "{out}/model", ds_config: zero2.json}'
+    )
+    study = read_study(written(tmp_path, text), ds_config="zero2_fp32.json")
+    assert {step.name: step.flags.get("ds_config") for step in study.steps}["model"] == "zero2_fp32.json"
+    monkeypatch.chdir(tmp_path)
+    Path("zero2.json").write_text("{}")  # a file of the user's own comes first
+    assert changed_words(bare, whole)
+
+
+def test_a_command_is_the_same_in_another_order_and_by_another_name_of_a_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    own = [
+        "x.py",
+        f"{tmp_path}/a",
+        "--lr",
+        "0.1",
+        "--data.shards",
+        f"{tmp_path}/b",
+        "--source",
+        f"text:{tmp_path}/c",
+    ]
+    other = [
+        "x.py",
+        f"{tmp_path}/link/a",
+        "--source",
+        f"text:{tmp_path}/link/c",
+        "--data.shards",
+        f"{tmp_path}/./b",
+    ]
+    assert changed_words(own, [*other, "--lr", "9", "--lr=0.1"]) == ""  # the last of two counts
+    assert changed_words(own, [*other, "--lr", "0.1", "--lr", "9"])
+    assert changed_words(["x.py", "--compile"], ["x.py", "--no-compile"])
+    assert changed_words(["x.py", "--no-compile", "--compile"], ["x.py", "--compile"]) == ""
+    assert changed_words(["x.py", "a", "b"], ["x.py", "b", "a"])
+
+
+def test_a_study_on_another_trains_that_ones_steps_by_the_json_that_is_given(tmp_path):
+    text = WAITING.replace('{run_dir: "{out}/model"}', '{run_dir: "{out}/model", ds_config: zero2.json}')
+    written(tmp_path, text.replace("seeds: [0]", "seeds: [0]\nds_config: zero2.json"))
+    own = "base: study.yaml\ntitle: O\nquestion: Q\narms: {}\nds_config: zero2_bf16_cpu.json\n"
+    (tmp_path / "on_it.yaml").write_text(own)
+    study = read_study(tmp_path / "on_it.yaml", ds_config="zero2_fp32.json")
+    assert {step.name: step.flags.get("ds_config") for step in study.steps}["model"] == "zero2_fp32.json"
 
 
 def test_a_job_waits_for_the_steps_whose_folders_it_names(tmp_path):
@@ -402,6 +465,19 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
     assert calls(folder) == ["a", "bad", "c", "bad", "d"]
     with pytest.raises(UserError, match="a was done with another command"):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
+
+
+def test_the_time_of_a_job_is_that_of_all_its_processes(toy):
+    """A stop at step 900 of 1,000, and a resume: both were paid for."""
+    job, study, folder = toy
+    stopped = job("a", seconds=0.5, code=STOPPED)
+    with pytest.raises(Stopped, match="Stopped at a; run the same command to resume"):
+        work(lambda: [stopped], study=study, out=folder / "out")
+    record = read_record(folder / "out", "a")
+    assert record.state == "open" and record.seconds >= 0.5
+    resumed = work(lambda: [job("a")], study=study, out=folder / "out")["a"]
+    assert resumed.state == "done" and resumed.seconds > record.seconds
+    assert calls(folder) == ["a", "a"]
 
 
 SKIPS_ANOTHER = """

@@ -142,6 +142,22 @@ def made(tmp_path):
     return made
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fits():
+    """Fit equal cells once: most reports here are of the same ones, and a fit takes seconds."""
+    found = {}
+
+    def once(cells, losses):
+        key = tuple(values.tobytes() for values in (cells.parameters, cells.tokens, cells.ages, losses))
+        if key not in found:
+            found[key] = fit_law(cells, losses)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("t2i.report.sections.law.fit_law", once)
+        yield
+
+
 def law_section(made, **changed):
     arguments = {
         "ages": {arm: AGES[arm.split("-")[1]] for arm in ARMS},

@@ -51,6 +51,21 @@ def test_curves_end_where_their_average_does(tmp_path, section):
     assert column(found, "held-out image_loss") == ["7.5000 (7.0000 to 8.0000)"]
 
 
+def test_curves_without_a_finished_run_say_so_and_other_codes_have_other_baselines(tmp_path, section):
+    made = Made(tmp_path, fast=[0], slow=[0])
+    empty = section(made, "curves", arms=["fast", "slow"], values=["image_loss"])
+    assert empty.found == "No run of fast, slow with image_loss is finished." and empty.figure is None
+    for arm, floor in (("fast", 4.0), ("slow", 4.5)):
+        made.run(
+            arm, 0, train=[{"image_loss": 5.0}], manifest={"floors_nats": {"heldout": {"unigram": floor}}}
+        )
+    found = section(made, "curves", arms=["fast", "slow"], values=["image_loss"])
+    assert "in nats per token, of image_loss per code: image_loss ends at 5.000 (fast)" in found.found
+    for arms, has in ((["fast"], True), (["fast", "slow"], False)):
+        figure = section(made, "curves", arms=arms, values=["image_loss"]).figure
+        assert ("unigram" in {text.get_text() for text in figure.axes[0].texts}) == has
+
+
 def test_a_rise_is_said_of_an_arm_only_where_every_seed_rose(tmp_path, section):
     made = Made(tmp_path, fast=[0, 1], slow=[0, 1])
     for seed, (fast, slow) in enumerate([((5, 3, 4), (6, 3, 4)), ((5, 3.5, 3.4), (6, 3.6, 4.2))]):
@@ -255,6 +270,15 @@ def test_losses_by_place_are_compared_place_by_place(tmp_path, section):
     found = section(made, "places", arms=["fast", "slow"]).found
     assert "fast: first row 1.500, last row 6.000" in found
     assert "fast costs less than slow at 75% of the positions" in found
+    split["image_loss_by_code"] = [3.0] * 9
+    write_json(made.folder("slow", 0) / "perplexity.json", {"splits": {"heldout": split}})
+    other = section(made, "places", arms=["fast", "slow"])  # nine codes beside four
+    assert "first row 3.000" in other.found and "costs less" not in other.found
+    split["image_loss_by_code"] = [3.0] * 6
+    for arm in grids:
+        write_json(made.folder(arm, 0) / "perplexity.json", {"splits": {"heldout": split}})
+    bare = section(made, "places", arms=["fast", "slow"])
+    assert "with a square grid" in bare.found and len(bare.table) == 3
 
 
 def test_distances_are_those_of_the_newest_checkpoint(tmp_path, section):

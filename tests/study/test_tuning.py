@@ -1,5 +1,7 @@
 """Each arm at its own best learning rate: trials on a seed that is left out, and runs that take what they chose."""
 
+import shutil
+
 import pytest
 from made_runs import Made, write_json
 from matplotlib import pyplot
@@ -155,6 +157,24 @@ def test_runs_take_their_rates_in_the_same_call_and_a_second_one_does_nothing(tr
     assert rates["pretrained-seed0"] == rates["pretrained-seed1"] == ["0.0003"]
     assert rates["random-seed0"] == rates["random-seed1"] == ["0.0001"]
     assert trained("1.0, 0") == (0, rates)
+
+
+def test_a_value_more_is_tried_and_refused_only_where_it_is_chosen(trained, study, tmp_path):
+    trained("abs(rate - 3e-4), 0")
+    study.tuning.values.append(3e-3)
+    status, rates = trained("abs(rate - 3e-4), 0")
+    assert status == 0 and rates["tune-random-0.003"] == ["0.003"] and rates["random-seed0"] == ["0.0003"]
+    study.tuning.values.append(1e-2)
+    with pytest.raises(UserError, match=r"pretrained-seed0 was done with another command .*0\.0003 0\.01"):
+        trained("(-1.0 if rate == 1e-2 else 1.0), 0")
+
+
+def test_an_arm_whose_trial_is_gone_is_trained_at_no_rate_that_nobody_chose(trained, tmp_path, capsys):
+    trained("(rate, 0) if 'tune' in run.name else (None, -9)")
+    shutil.rmtree(tmp_path / "out" / "runs" / "tune-random-0.001")
+    status, rates = trained("rate, 0")
+    assert status == 3 and "7.0" not in rates["random-seed0"]
+    assert "random-seed0: failed; the folder of a trial of random is gone" in capsys.readouterr().out
 
 
 def test_a_rate_that_diverges_is_an_answer(trained):

@@ -1,13 +1,15 @@
 """Pixels, codes and the proof that a tokenizer is the one that made them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from t2i.config import ASSETS
-from t2i.errors import DataError
+from t2i.errors import DataError, UserError
 from t2i.tokens.image import ImageTokenizer, check_round_trip, images_of, pixels_of, shifted
 
 
@@ -42,6 +44,28 @@ def test_codes_of_another_tokenizer_are_refused_though_half_of_them_agree(tmp_pa
     save_file({"pictures": pictures, "codes": codes}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="reproduces 50%"):
         check_round_trip(tokenizer, tmp_path / "other.safetensors")
+    save_file({"pictures": pictures, "codes": codes[:, :16].clone()}, tmp_path / "fewer.safetensors")
+    with pytest.raises(DataError, match="reproduces 0%"):  # of a tokenizer with other pixels per code
+        check_round_trip(tokenizer, tmp_path / "fewer.safetensors")
+    (tmp_path / "fewer.safetensors").write_bytes((tmp_path / "own.safetensors").read_bytes()[:-9])
+    with pytest.raises(DataError, match="fewer.safetensors is broken"):
+        check_round_trip(tokenizer, tmp_path / "fewer.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys"])
+def test_weights_that_do_not_fit_their_description_are_refused(kind, tmp_path):
+    folder = shutil.copytree(ASSETS / "image_tokenizer", tmp_path / "other")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    if kind == "missing_keys":
+        weights.pop("decoder.conv_in.bias")
+    else:
+        weights["decoder.more.bias"] = torch.zeros(3)
+    save_file(weights, file)
+    with pytest.raises(
+        UserError, match=f"of the image tokenizer .*other do not fit its config.json: .*{kind}"
+    ):
+        ImageTokenizer.load(folder)
 
 
 def test_float32_codes_are_made_without_tf32_whatever_the_process_has_set(monkeypatch):

@@ -1,5 +1,6 @@
 """Twenty images of one's own: what cannot be done is said with the flag that helps, and the rest is done."""
 
+import errno
 import re
 from types import SimpleNamespace
 
@@ -18,9 +19,11 @@ from t2i.errors import DataError, UserError
 from t2i.measure.gradients import heldout_sequences
 from t2i.measure.heldout_images import heldout_halves
 from t2i.report.run import write_report
+from t2i.runs.run_folder import read_status
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+from t2i.train import main as run_main
 from t2i.train import periodic
 from t2i.train.align import align
 from t2i.train.main import train
@@ -53,6 +56,7 @@ def test_a_run_with_nothing_held_out_draws_captions_of_training_and_says_so(smal
     captions = (config.run_dir / "samples" / "captions.txt").read_text().splitlines()
     assert captions and set(captions) <= {sample["caption"] for sample in read_split(small, "train")}
     assert (config.run_dir / "samples" / "step_000002.png").is_file()
+    assert read_status(config.run_dir).state == "done"
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "holds nothing out, so samples are drawn from captions of training images" in said
     assert (
@@ -108,3 +112,21 @@ def test_a_run_that_would_learn_its_images_by_heart_is_told_how_many_steps_it_ne
     assert bool(said) == is_said
     if said:
         assert "`--train.max-steps 62` trains 100 times on each" in said[0]
+
+
+def test_a_grid_and_an_end_that_find_no_room_end_no_run(small, tmp_path, caplog, monkeypatch):
+    config = config_of(small, tmp_path / "run", max_steps=2, sample_every=1, eval_every=0)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = run_main.write_status
+    monkeypatch.setattr(periodic, "whole_file", full)
+    monkeypatch.setattr(
+        run_main, "write_status", lambda *a, **k: (full if k["state"] == "done" else real)(*a, **k)
+    )
+    train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be written: No space left on device" in one for one in said) == 2
+    assert any("status.json cannot say that the run is done: No space" in one for one in said)
+    assert (config.run_dir / "checkpoints" / "step_000002").is_dir()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from t2i.config import PrepareConfig
 from t2i.data.sources import UNREADABLE, LeftOut, Pair
+from t2i.data.sources.image import OF_THE_DISK
 from t2i.distributed.signals import die_with
 from t2i.errors import CheckpointError, DataError
 from t2i.files import hash_uniform
@@ -103,6 +104,8 @@ def decode(pair: Pair, *, config: PrepareConfig) -> Decoded:
     except LeftOut as reason:
         return Decoded([], left_out=str(reason))
     except UNREADABLE as error:
+        if getattr(error, "errno", None) in OF_THE_DISK:
+            raise  # counted as broken, the pair would be lost for good
         return Decoded([], broken=f"{type(error).__name__}: {error}")
 
 

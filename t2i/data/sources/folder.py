@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from t2i.data.sources.caption import MAX_TEXT_BYTES, LeftOut, TextFile
-from t2i.data.sources.image import IMAGE_SUFFIXES, is_image_file, read_image_file
+from t2i.data.sources.image import IMAGE_SUFFIXES, OF_THE_DISK, is_image_file, read_image_file
 from t2i.data.sources.source import Entry, Tally, key_text
 from t2i.data.sources.tables import choose_column, is_url, read_table_rows
 from t2i.errors import DataError
@@ -64,6 +64,8 @@ def _caption_of(file: Path) -> TextFile:
             raise LeftOut(f"a text over {MAX_TEXT_BYTES} bytes")
         return TextFile(file.read_bytes())
     except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise
         raise LeftOut(f"a caption file that cannot be read ({error.strerror})") from error
 
 
@@ -100,13 +102,15 @@ def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key:
         if isinstance(found, str):
             tally.left_out[found] += 1
             continue
+        caption = row.get(text)
         number = num_rows.get(found, 0)
-        num_rows[found] = number + 1
+        # With all captions each of a list is an entry with a number of its own.
+        num_rows[found] = number + (len(caption) if isinstance(caption, list) and caption else 1)
         # One image under two spellings (a.jpg, ./a.jpg) is one image.
         key = first_keys.setdefault(found, key_text(row[name]))
         yield Entry(
             f"{key}#{number}" if number else key,
-            row.get(text),
+            caption,
             partial(read_image_file, found),
             facts=row,
             # The key of the first row: an image keeps its split when captions are added.
@@ -131,6 +135,8 @@ def list_files(folder: Path, tally: Tally) -> list[Path]:
                     else:
                         (pending if entry.is_dir() else found).append(Path(entry.path))
         except OSError as error:
+            if error.errno in OF_THE_DISK:
+                raise
             tally.unread[f"a folder that cannot be read ({error.strerror})"] += 1
     # A file system lists files in any order, and units must be the same on every rank.
     return sorted(found)

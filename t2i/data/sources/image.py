@@ -1,5 +1,6 @@
 """Images of strangers: decoded from bytes to 8-bit RGB, by a few named formats, with a word on what was changed."""
 
+import errno
 import io
 import re
 import struct
@@ -30,6 +31,10 @@ MAX_IMAGE_BYTES = 2**29
 
 UNREADABLE = (OSError, ValueError)
 """What decoding a broken image may raise."""
+OF_THE_DISK = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+)
+"""Errors of a disk or a machine, and not of a file: an image that they hide may be fine at the next try."""
 PILLOWS_OWN = (
     SyntaxError,
     EOFError,

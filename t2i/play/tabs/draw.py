@@ -42,7 +42,7 @@ def draw_tab(play: Play) -> Any:
         if path is None:
             return (*[gr.skip()] * 7, gr.skip())
         with said_on_page():
-            found = read_png_settings(Path(path), weights=painter.opened.weights)
+            found = read_png_settings(Path(path), weights=painter.opened.weights, dtype=painter.opened.dtype)
         notes = " ".join(["Its settings are in the fields.", *found.notes])
         sliders = sampler_sliders(found.sampler, codebook_size=painter.opened.layout.codebook_size)
         return found.prompt, 1, str(found.seed), *sliders, notes

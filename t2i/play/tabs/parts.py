@@ -165,7 +165,9 @@ def columns_of(num_images: int) -> int:
 
 def status_of(drawn: Drawn, *, prompt: str) -> str:
     """Say how far a drawing is, and what is read of a prompt that is too long."""
-    cut = f"\nThe prompt is longer than a sequence had room for in training; this is read: {drawn.read}"
+    cut = "\nNothing of the prompt is read: the model was trained without captions."
+    if drawn.read:
+        cut = f"\nThe prompt is longer than a sequence had room for in training; this is read: {drawn.read}"
     return drawn.status() + (cut if drawn.read != prompt else "")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from t2i.errors import UserError
-from t2i.report.figures import LABELS, finish, panels, styles
+from t2i.report.figures import LABELS, finish, only_point, panels, styles
 from t2i.report.sections.section import Section, SectionKind, difference, in_folder, p_value, verdict_on
 from t2i.study.results import (
     TRAIN_ROWS,
@@ -164,7 +164,15 @@ def _draw(spent: list[Spent], *, names: tuple[str, str], value: str) -> Figure:
     ):
         for one, name, (colour, dash) in zip(spent, names, styles(), strict=False):
             x = getattr(one, along)
-            axis.plot(x, one.losses.mean(0), color=colour, linestyle=dash, label=name)
+            axis.plot(
+                x,
+                one.losses.mean(0),
+                color=colour,
+                linestyle=dash,
+                label=name,
+                marker=only_point(x),
+                markersize=3,
+            )
             axis.fill_between(x, one.losses.min(0), one.losses.max(0), color=colour, alpha=0.15)
         axis.set(xlabel=label, ylabel=f"held-out {LABELS.get(value, value)}")
         if along == "flops":

@@ -24,11 +24,10 @@ def curves(
     """Draw training curves against tokens, raw and smoothed, a panel per value; tabulate the last held-out values."""
     panels: dict[str, dict[str, Curve]] = {value: {} for value in values}
     table = [["arm", "seeds", *(f"held-out {value}" for value in values)]]
-    baselines: dict[str, float] = {}
+    of_arms: list[dict[str, float]] = []
     for arm in arms:
         runs = runs_of(study, arm=arm, out=out)
-        # All arms were evaluated on the same shards, so any finished run knows the baselines.
-        baselines = baselines or image_baselines(runs)
+        of_arms += [own] if (own := image_baselines(runs)) else []
         cells = []
         for value in values:
             found = curve(runs, value=value)
@@ -38,6 +37,11 @@ def curves(
         table.append([arm, str(len(runs)), *cells])
     # A value that only training rows have, such as the total loss, has no held-out column.
     table = without_empty_columns(table)
+    if not any(panels.values()):
+        asked = f"No run of {', '.join(arms)} with {' or '.join(values)} is finished."
+        return Section("Training curves", asked, table=table)
+    # Of arms on the same shards alone: those of other codes are other numbers.
+    baselines = of_arms[0] if of_arms and all(one == of_arms[0] for one in of_arms) else {}
     figure = _draw_curves(panels, decay=SMOOTHING, perplexity=perplexity, baselines=baselines)
     sentence = "; ".join(
         f"{value} ends at "
@@ -46,7 +50,10 @@ def curves(
         if panels[value]
     )
     return Section(
-        "Training curves", f"Smoothed (EMA, {SMOOTHING}), in nats per token: {sentence}.", figure, table
+        "Training curves",
+        f"Smoothed (EMA, {SMOOTHING}), in nats per token, of image_loss per code: {sentence}.",
+        figure,
+        table,
     )
 
 

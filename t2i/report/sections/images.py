@@ -55,14 +55,15 @@ def places(study: Study, out: Path, *, arms: list[str]) -> Section:
         if codes and side**2 == codes[0].size:
             grids[arm] = np.mean(codes, axis=0).reshape(side, side)
     if not grids:
-        return Section("Loss by place", f"No run of {', '.join(arms)} has {PERPLEXITY} with a square grid.")
+        sentence = f"No run of {', '.join(arms)} has {PERPLEXITY} with a square grid."
+        return Section("Loss by place", sentence, table=table if len(table) > 1 else [])
     baselines = image_baselines(runs_of(study, arm=next(iter(grids)), out=out))
     sentence = "; ".join(
         f"{arm}: first row {grid[0].mean():.3f}, last row {grid[-1].mean():.3f} nats per code"
         for arm, grid in grids.items()
     )
     names = list(grids)
-    if len(names) > 1:
+    if _are_comparable(grids):
         share = float((grids[names[0]] < grids[names[1]]).mean())
         sentence += f". {names[0]} costs less than {names[1]} at {share:.0%} of the positions"
     return Section("Loss by place", f"{sentence}.", _draw_places(grids, baselines=baselines), table)
@@ -174,6 +175,12 @@ def _draw_published(rows: list[dict[str, str]]) -> Figure:
     return figure
 
 
+def _are_comparable(grids: dict[str, np.ndarray]) -> bool:
+    """Whether there are two first arms, with codes at the same places."""
+    shapes = [grid.shape for grid in grids.values()][:2]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
+
+
 def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) -> Figure:
     """Draw image loss by row and column of the code grid, and where the first arm is better than the second.
 
@@ -181,14 +188,14 @@ def _draw_places(losses: dict[str, np.ndarray], *, baselines: dict[str, float]) 
         losses: arm -> (side, side) nats per code, mean over seeds.
     """
     arms = list(losses)
-    figure, axes = panels(3 if len(arms) > 1 else 2)
+    figure, axes = panels(3 if _are_comparable(losses) else 2)
     for axis, name, direction in zip(axes, ("row", "column"), (1, 0), strict=False):
         for (arm, grid), (colour, dash) in zip(losses.items(), styles(), strict=False):
             axis.plot(grid.mean(direction), color=colour, linestyle=dash, label=arm)
         draw_baselines(axis, baselines)
         axis.set(xlabel=f"{name} of the code grid", ylabel="image loss, nats per code")
         finish(axis)
-    if len(arms) > 1:
+    if _are_comparable(losses):
         change = losses[arms[0]] - losses[arms[1]]
         # The same limit on both sides, so that no colour is no difference; above zero, or two equal arms have no scale.
         limit = max(float(np.abs(change).max()), 1e-9)
