@@ -53,8 +53,10 @@ OF_A_JOB = (
 
 BUFFER_BYTES = 69_206_024
 """Shared memory per rank of DeepSpeed's reduction on CPUs."""
+ORDER_BYTES = 8
+"""Shared memory per sample of an epoch's order, which Streaming writes there on each machine."""
 SPARE_BYTES = 2**23
-"""Shared memory for Streaming and loader processes."""
+"""Shared memory for the rest of Streaming and loader processes."""
 LEAST_DISK_BYTES = 2**20
 """Free disk space that a run's log needs; what a checkpoint needs is checked at each save."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -111,8 +113,11 @@ def use_own_tools() -> None:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
 
 
-def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
+def check_machine(ds_config: DsConfig, *, run_dir: Path, num_samples: int = 0) -> None:
     """Check once per machine that a launched run can start.
+
+    Args:
+        num_samples: training samples, whose order of an epoch Streaming keeps in shared memory; 0 if not known yet.
 
     Raises:
         UserError: the port is taken, shared memory is too small, or a compiler is missing.
@@ -126,8 +131,10 @@ def check_machine(ds_config: DsConfig, *, run_dir: Path) -> None:
         problems.append(port_problem(int(os.environ["MASTER_PORT"])))
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         problems.append(compiler_problem(operators_needed(ds_config)))
-        problems.append(shared_memory_problem(num_ranks=int(os.environ["LOCAL_WORLD_SIZE"])))
+        num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        problems.append(shared_memory_problem(num_ranks=num_ranks, num_samples=num_samples))
     else:
+        problems.append(shared_memory_problem(num_ranks=0, num_samples=num_samples))
         problems.append(cuda_compiler_problem(operators_needed(ds_config)))
     for problem in filter(None, problems):
         raise UserError(problem)
@@ -160,15 +167,23 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def shared_memory_problem(*, num_ranks: int) -> str:
-    """Describe the problem if shared memory is too small for the ranks on CPUs; empty if there is none."""
-    needed = num_ranks * BUFFER_BYTES + SPARE_BYTES
+def shared_memory_problem(*, num_ranks: int, num_samples: int = 0) -> str:
+    """Describe the problem if shared memory is too small; empty if there is none.
+
+    Args:
+        num_ranks: on CPUs, which reduce there; 0 on GPUs.
+        num_samples: as of check_machine.
+    """
+    needed = num_ranks * BUFFER_BYTES + num_samples * ORDER_BYTES + SPARE_BYTES
     if not SHARED_MEMORY.is_dir() or _free_bytes(SHARED_MEMORY) >= needed:
         return ""
+    on_cpus = f"{num_ranks} ranks on CPUs" if num_ranks else ""
+    order = f"the order of {num_samples:,} samples" if num_samples else ""
+    whose = " and ".join(filter(None, (on_cpus, order))) or "a run"
     return (
-        f"{SHARED_MEMORY} has {_free_bytes(SHARED_MEMORY) / 1e6:.0f} MB free; {num_ranks} ranks on CPUs need"
-        f" {needed / 1e6:.0f} MB, or the kernel kills them. In Docker give --shm-size 1g, in Kubernetes an emptyDir in"
-        " memory."
+        f"{SHARED_MEMORY} has {_free_bytes(SHARED_MEMORY) / 1e6:.0f} MB free; expected {needed / 1e6:.0f} MB for"
+        f" {whose}, or the kernel kills the processes. In Docker give --shm-size {-(-needed // 10**9)}g, in Kubernetes"
+        " an emptyDir in memory."
     )
 
 

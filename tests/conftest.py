@@ -1,19 +1,22 @@
 """No test may reach the network or leave a process; arithmetic is single-threaded so that it repeats."""
 
+import atexit
 import os
 import resource
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
 )
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+if "PYTEST_XDIST_WORKER" in os.environ:
     # transformers copies an export's code to a folder of the export's name, and two workers have exports of one name.
-    own = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / f"modules-{worker}"
-    os.environ["HF_MODULES_CACHE"] = str(own)
+    own = tempfile.mkdtemp(prefix="t2i-modules-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    os.environ["HF_MODULES_CACHE"] = own
 
 import processes
 import pytest

@@ -88,14 +88,6 @@ DRAW = ("tests/generate/test_draw.py",)
 MUTATIONS = (
     # Tokens: what a number means.
     Mutation(
-        "position-stays-open",
-        "t2i/data/dataset.py",
-        "partial(kept, auto_cleanup=False)",
-        "partial(kept, auto_cleanup=True)",
-        "a resumed run leaves files open at every step, until there are too many",
-        ("tests/data/test_loader.py",),
-    ),
-    Mutation(
         "codes-begin-at-pad",
         "t2i/tokens/vocab.py",
         "return self.pad_id + 1",
@@ -457,6 +449,14 @@ MUTATIONS = (
         "ids",
         "the id that stands for an empty caption in a shard is read as one",
         DATA,
+    ),
+    Mutation(
+        "position-stays-open",
+        "t2i/data/dataset.py",
+        "partial(kept, auto_cleanup=False)",
+        "partial(kept, auto_cleanup=True)",
+        "a resumed run leaves files open at every step, until there are too many",
+        ("tests/data/test_loader.py",),
     ),
     Mutation(
         "every-epoch-loses-a-step",

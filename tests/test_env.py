@@ -1,11 +1,14 @@
 """What t2i asks of the machine that it runs on."""
 
 import platform
+import re
 import sys
 from pathlib import Path
 
 import processes
 import pytest
+
+from t2i import env
 
 ROOT = Path(__file__).parents[1]
 TAKE_AGAIN = """
@@ -34,3 +37,17 @@ def test_freed_memory_comes_back_without_a_fault_a_page():
 
     assert faults("keep") < 10
     assert faults("leave") > 20  # 64 MB: 16,384 pages of 4 KB, or 32 of 2 MB
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_samples", "said"),
+    [
+        (2, 0, "expected 147 MB for 2 ranks on CPUs, or"),
+        (0, 134_000_000, "expected 1080 MB for the order of 134,000,000 samples, or .* --shm-size 2g"),
+        (0, 1_000_000, ""),
+    ],
+)
+def test_shared_memory_holds_the_order_of_an_epoch(num_ranks, num_samples, said, monkeypatch):
+    monkeypatch.setattr(env, "_free_bytes", lambda folder: 64_000_000)
+    problem = env.shared_memory_problem(num_ranks=num_ranks, num_samples=num_samples)
+    assert re.search(said, problem) if said else problem == ""

@@ -99,6 +99,9 @@ def _with_size(words: list[str]) -> list[str]:
 
 def quiet_libraries() -> None:
     """Let other libraries log errors only, so that t2i's own lines can be read."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        # Read where tqdm is imported. A log of days would hold a line of a hundred megabytes.
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # some libraries log to the root itself
     logging.getLogger("t2i").setLevel(logging.INFO)
     for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):

@@ -145,7 +145,9 @@ def score_model(command: ScoreCommand) -> None:
 
 
 def check_flags(command: ScoreCommand) -> None:
-    """Refuse flags that would change nothing."""
+    """Refuse flags that would change nothing, and files that are not there."""
+    from t2i.measure.coco import check_val2014
+
     if command.captions and (command.coco is None or command.list_seed):
         raise UserError("--captions is a list of COCO's captions: it wants --coco DIR, and no --list-seed.")
     if command.list_seed and command.coco is None:
@@ -154,6 +156,10 @@ def check_flags(command: ScoreCommand) -> None:
         )
     if command.coco and command.heldout_shards:
         raise UserError("--coco and --heldout-shards both name images; expected one of them.")
+    if command.coco:
+        check_val2014(command.coco)  # before networks are downloaded and models read
+    if command.captions and not command.captions.is_file():
+        raise UserError(f"--captions {command.captions} is no file.")
     check_judges(command.judging)
     if command.sample.best_by == "judge" and not command.judging.judges:
         raise UserError("--best-by judge expects --judge-url and its --judges, of which the first chooses.")

@@ -155,7 +155,7 @@ class HeldoutData:
     shards: Path | None = None
     """Shard folder. Default: the run's own."""
     mode: Mode | None = None
-    """Form of the sequences. Default: the run's, else text-to-image."""
+    """Form of the sequences. Default: that of the model's training, else text-to-image."""
 
     def __post_init__(self) -> None:
         check_values(self, group="data")

@@ -229,10 +229,12 @@ def least_step_seconds(
 
 def num_checkpoints(train: TrainConfig) -> tuple[int, int]:
     """Count the checkpoints that a run keeps in the end, and the most that there are while it trains."""
-    saves = -(-train.max_steps // train.save_every) if train.save_every else 1
+    if not train.save_every:  # the last step alone
+        return 1, 1
+    saves = -(-train.max_steps // train.save_every)
     kept_for_good = train.max_steps // math.lcm(train.save_every, train.keep_every) if train.keep_every else 0
     # Beside the last ones the best by held-out loss is kept; a new one is complete before an old one is removed.
-    kept = train.keep_last + 1 + (kept_for_good if train.save_every else 0)
+    kept = train.keep_last + 1 + kept_for_good
     return min(saves, kept), min(saves, kept + 1)
 
 

@@ -137,6 +137,9 @@ class SequenceDataset(StreamingDataset):
         Raises:
             DataError: a shard is not what was prepared.
         """
+        if (before := getattr(self, "_iterator", None)) is not None:
+            before.exit()  # as Streaming does next, and keeps each epoch's iterator until the process ends
+            before.sample_ids = np.empty(0, np.int64)
         try:
             yield from super().__iter__()
         finally:

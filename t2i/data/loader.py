@@ -15,7 +15,7 @@ from t2i.config import DataConfig
 from t2i.data.batching import num_text_sequences
 from t2i.data.dataset import open_dataset
 from t2i.data.shards.integrity import LookAhead
-from t2i.data.shards.manifest import Manifest, read_manifest
+from t2i.data.shards.manifest import MANIFEST, Manifest, read_manifest
 from t2i.distributed.signals import die_with
 from t2i.errors import DataError, UserError
 from t2i.tokens.text import TextTokenizer
@@ -168,24 +168,34 @@ def parts_of_a_step(
     """List the shard sets of a run, with how many sequences of each step are theirs.
 
     Raises:
-        UserError: the ranks cannot share a step evenly, or the nodes the data's order.
+        UserError: the ranks cannot share a step evenly.
     """
     if global_batch % world_size:
         raise UserError(f"a step of {global_batch} sequences does not divide over {world_size} ranks.")
     num_text = num_text_sequences(config, global_batch=global_batch, world_size=world_size)
-    _check_nodes(config, world_size=world_size)
     parts = [(config, global_batch - num_text)]
     return [*parts, (text_stream(config), num_text)] if num_text else parts
 
 
-def _check_nodes(config: DataConfig, *, world_size: int) -> None:
+def num_ordered(config: DataConfig) -> int:
+    """Count the training samples of a run's shard sets, as far as their manifests are here."""
+    sets = [config, text_stream(config)] if config.replay_shards else [config]
+    here = [one.shards for one in sets if (one.shards / MANIFEST).is_file()]
+    return sum(read_manifest(shards).counts.get("train", 0) for shards in here)
+
+
+def check_nodes(config: DataConfig, *, world_size: int) -> None:
+    """Check that the nodes of a run that begins can share its order; one that has begun keeps it on any number.
+
+    Raises:
+        UserError: they cannot.
+    """
     # Streaming would raise on one rank of each node, while the others wait.
     on_this_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
     canonical, num_nodes = config.num_canonical_nodes, world_size // int(on_this_node)
     if num_nodes and max(num_nodes, canonical) % min(num_nodes, canonical):
         raise UserError(
-            f"data.num_canonical_nodes is {canonical}, on {num_nodes} nodes; expected that one divides the other. A run"
-            " that has begun keeps it, so choose another number of nodes for that."
+            f"data.num_canonical_nodes is {canonical}, on {num_nodes} nodes; expected that one divides the other."
         )
 
 

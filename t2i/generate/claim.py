@@ -10,7 +10,13 @@ LATER = {"compile": False, "best_of": 1, "best_by": "likelihood"}
 """Settings that there were not always, with the values that draw what was drawn before."""
 UNSAID = {**LATER, "dtype": "float32", "window": None, "ranked_by": None}
 """Settings that are left out where they have these values."""
-HASHES = {"weights": "other weights", "captions_sha256": "other captions"}
+ONCE_UNSAID = ("image_tokenizer",)
+"""Settings that folders of older versions do not say: they differ only where both say them."""
+HASHES = {
+    "weights": "other weights",
+    "captions_sha256": "other captions",
+    "image_tokenizer": "another image tokenizer",
+}
 """Settings whose values say nothing to a reader, and what is said where they differ."""
 
 
@@ -38,6 +44,7 @@ def differing_settings(
     """List the settings in which a drawing that is there differs from one that is asked for: both values of each."""
     # Both ways: what only the one that is there says, such as the best of eight, draws other images too.
     there, wished = {**UNSAID, **found}, {**UNSAID, **asked}
+    wished = {key: value for key, value in wished.items() if key not in ONCE_UNSAID or key in there}
     return {key: (there.get(key), value) for key, value in wished.items() if there.get(key) != value}
 
 

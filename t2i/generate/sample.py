@@ -219,6 +219,7 @@ def drawing_settings(
     settings = settings_of(
         captions, weights=opened.weights, dtype=opened.dtype, config=config, batch_size=batch_size
     )
+    settings["image_tokenizer"] = opened.needed_image_tokenizer().fingerprint()
     return settings | ({"ranked_by": ranker.name} if ranker and config.best_by == "judge" else {})
 
 

@@ -1,8 +1,11 @@
 """CLIP score: how near images and captions are in the embedding space of a CLIP model that the user provides."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,8 @@ from t2i.runs.loading import weights_sha256
 
 RULE = "mean of 100 max(cos, 0); captions cut at the tokenizer's length"
 CLIP_BATCH = 32
+READ_BY = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "image_mean", "image_std")
+"""Settings of a processor that decide the pixels."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Clip:
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
     processor: CLIPImageProcessor
+    preprocessing: str = ""
+    """Hash of how images are read, and of the model's description."""
 
 
 def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
@@ -42,10 +49,14 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise UserError(f"--clip {folder} is no CLIP folder of transformers: {', '.join(missing)} missing.")
-    read_description(folder)
+    if (kind := read_description(folder).get("model_type")) != "clip":
+        raise UserError(
+            f"--clip {folder} cannot be loaded as a CLIP: its config.json is of {kind}; expected clip."
+        )
     plain = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = CLIPModel.from_pretrained(folder, **plain).eval().requires_grad_(False)
+        # Whatever the folder holds: transformers 5 would measure in its precision.
+        model = whole_model(CLIPModel, folder, dtype=torch.float32, **plain)
         tokenizer = AutoTokenizer.from_pretrained(folder, **plain)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     except UNUSABLE as error:
@@ -56,7 +67,31 @@ def load_clip(folder: Path, *, device: torch.device | str = "cpu") -> Clip:
         model=model.to(device),
         tokenizer=tokenizer,
         processor=processor,
+        preprocessing=_described(processor, folder),
     )
+
+
+def whole_model(kind: type[Any], folder: Path, **loading: Any) -> Any:
+    """Load a frozen network of transformers', and all of it.
+
+    Raises:
+        ValueError: weights are missing or have another shape.
+    """
+    model, report = kind.from_pretrained(folder, output_loading_info=True, **loading)
+    # transformers only warns of missing weights, and initialises them randomly.
+    strange = {
+        key: sorted(map(str, report[key])) for key in ("missing_keys", "mismatched_keys") if report[key]
+    }
+    if strange:
+        raise ValueError(f"its weights do not fit its config.json: {strange!s:.300}")
+    return model.eval().requires_grad_(False)
+
+
+def _described(processor: CLIPImageProcessor, folder: Path) -> str:
+    read = {key: getattr(processor, key, None) for key in READ_BY}
+    description = read_description(folder)
+    described = [description.get(key) for key in ("text_config", "vision_config")]
+    return hashlib.sha256(json.dumps([read, described], sort_keys=True, default=str).encode()).hexdigest()
 
 
 @torch.inference_mode()

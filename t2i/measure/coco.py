@@ -83,17 +83,26 @@ def coco_task(coco: CaptionFile, choice: Choice, *, image_size: int) -> Task:
     )
 
 
-def read_val2014(folder: Path) -> CaptionFile:
-    """Read the captions of a COCO folder's val2014.
+def check_val2014(folder: Path) -> None:
+    """Check that there are captions in a COCO folder, before anything is read.
 
     Raises:
-        DataError: the captions are missing, or not of COCO's schema.
+        DataError: there are none.
     """
     if not (folder / CAPTIONS_FILE).is_file():
         raise DataError(
             f"{folder / CAPTIONS_FILE} is missing; --coco expects a folder with {CAPTIONS_FILE} and {IMAGES}/*.jpg"
             " (cocodataset.org)."
         )
+
+
+def read_val2014(folder: Path) -> CaptionFile:
+    """Read the captions of a COCO folder's val2014.
+
+    Raises:
+        DataError: the captions are missing, or not of COCO's schema.
+    """
+    check_val2014(folder)
     return read_captions(folder, IMAGES)
 
 

@@ -11,9 +11,11 @@ from t2i.measure.protocol import (
     BOOTSTRAP,
     CHOSE,
     CLIP,
+    CLIP_PREPROCESSING,
     CLIP_RULE,
     JUDGES,
     PIXELS,
+    PREPROCESSING,
     RULES,
     SCORES,
     Protocol,
@@ -91,7 +93,9 @@ def check_protocols(a: ReadScores, b: ReadScores) -> None:
     """
     keys = tuple(each.name for each in fields(Protocol))
     keys += tuple(
-        key for key in (CLIP, CLIP_RULE, BOOTSTRAP, PIXELS) if key in a.entries and key in b.entries
+        key
+        for key in (CLIP, CLIP_PREPROCESSING, CLIP_RULE, BOOTSTRAP, PIXELS, PREPROCESSING)
+        if key in a.entries and key in b.entries
     )
     # One wrong comparison costs more than a refused one: FID moves more by its protocol than by most improvements.
     lines = differing_entries(_in_todays_words(a.entries), _in_todays_words(b.entries), keys=keys)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.data.shards.manifest import read_manifest_file
 from t2i.errors import UserError
 from t2i.files import write_json
 from t2i.model.backbone import head_of
-from t2i.runs.loading import OpenedModel
+from t2i.runs.loading import DATA_MANIFEST, OpenedModel
 
 CHUNK_EMBEDDINGS = 1_024
 NEAREST = "nearest.json"
@@ -155,6 +156,14 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
     if before is not None and before.layout.codebook_size != model.layout.codebook_size:
         found, expected = before.layout.codebook_size, model.layout.codebook_size
         raise UserError(f"{before.folder} has {found} image codes; {model.folder} has {expected}.")
+    if (
+        before is not None
+        and (makers := _image_tokenizers(before, model)) is not None
+        and makers[0] != makers[1]
+    ):
+        raise UserError(
+            f"{before.folder} and {model.folder} were trained on codes of different image tokenizers."
+        )
     earlier = rows_of(before) if before is not None else {}
     results: dict[str, SideNearness] = {}
     for side, rows in rows_of(model).items():
@@ -170,6 +179,14 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
             cka=linear_cka(earlier[side].image, rows.image) if earlier else None,
         )
     return results
+
+
+def _image_tokenizers(*models: OpenedModel) -> list[str] | None:
+    """Read the fingerprints of the image tokenizers that models were trained with; None unless all are known."""
+    files = [model.home / DATA_MANIFEST for model in models]
+    makers = [read_manifest_file(file).image_tokenizer if file.is_file() else None for file in files]
+    known = [maker.fingerprint for maker in makers if maker is not None]
+    return known if len(known) == len(models) else None
 
 
 def write_nearest(results: dict[str, SideNearness], *, model: OpenedModel, path: Path) -> None:

@@ -22,6 +22,8 @@ class FeatureExtractor:
     network: Callable[[Tensor], Tensor]
     """float32 pixels (B, 3, H, W) in [0, 255] -> features (B, dims)."""
     device: torch.device
+    preprocessing: str = ""
+    """Hash of what a folder says of its network beside the weights: size, scale and description; empty for others."""
 
 
 def metric_key(name: str) -> str:

@@ -76,12 +76,20 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
         "resize": extractor.resize,
         "versions": {name: version(name) for name in ("pillow", "clean-fid")},  # they decide the pixels
     }
+    if extractor.preprocessing:
+        made_of["preprocessing"] = extractor.preprocessing
     # By content and not by name: features of other pixels or weights then have another folder, and none grows stale.
     folder = reference.cache / _hash(made_of)[:32]
     if not folder.is_dir():
         logger.info("computing features of %s once, into %s", reference.name, folder)
-        features = extract(reference.images, extractor, batch_size=FEATURE_BATCH, progress=progress)
-        _publish(with_statistics(features), made_of, folder)
+        measured = with_statistics(
+            extract(reference.images, extractor, batch_size=FEATURE_BATCH, progress=progress)
+        )
+        try:
+            _publish(measured, made_of, folder)
+        except OSError as error:  # a home that cannot be written, or a full one
+            logger.warning("%s cannot be written (%s): features are computed again.", folder, error.strerror)
+            return measured
     return _load(folder)
 
 

@@ -4,6 +4,7 @@ FD-DINOv2 is the Frechet distance on DINOv2 features (https://arxiv.org/abs/2306
 those of CLIP (https://arxiv.org/abs/2401.09603, with ViT-L/14 at 336 pixels).
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,17 @@ from transformers import CLIPModel, Dinov2Model
 
 from t2i.errors import UserError, first_line
 from t2i.files import read_json
-from t2i.measure.clip import image_features
+from t2i.measure.clip import image_features, whole_model
 from t2i.measure.extractor import FeatureExtractor
 from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
 from t2i.runs.loading import weights_sha256
 
 FOLDER_FEATURES = ("dinov2", "clip")
-LOADING = {"local_files_only": True, "trust_remote_code": False}
+# Whatever the folder holds: transformers 5 would measure in its precision.
+LOADING = {"local_files_only": True, "trust_remote_code": False, "dtype": torch.float32}
+OF_NO_MEANING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""What config.json says that changes no feature."""
 Embed = Callable[[Tensor], Tensor]
 """Scaled pixels (B, 3, H, W) -> features (B, D)."""
 PREPROCESSOR = "preprocessor_config.json"
@@ -68,18 +72,23 @@ def folder_features(name: str, folder: Path, *, device: torch.device) -> Feature
         resizer=make_resizer("PIL", False, "bicubic", (size, size)),
         network=network,
         device=device,
+        preprocessing=_described(folder, scale=(size, mean, deviation)),
     )
 
 
+def _described(folder: Path, *, scale: tuple[int, list[float], list[float]]) -> str:
+    """Hash how a folder's network reads images: two folders of the same weights may say it otherwise."""
+    config = {key: value for key, value in read_description(folder).items() if key not in OF_NO_MEANING}
+    return hashlib.sha256(json.dumps([*scale, config], sort_keys=True).encode()).hexdigest()
+
+
 def _dinov2(folder: Path, device: torch.device) -> tuple[Embed, int]:
-    model = Dinov2Model.from_pretrained(folder, **LOADING).eval().requires_grad_(False)
-    model.to(device)
+    model = whole_model(Dinov2Model, folder, **LOADING).to(device)
     return lambda pixels: model(pixel_values=pixels).pooler_output, model.config.hidden_size
 
 
 def _clip(folder: Path, device: torch.device) -> tuple[Embed, int]:
-    model = CLIPModel.from_pretrained(folder, **LOADING).eval().requires_grad_(False)
-    model.to(device)
+    model = whole_model(CLIPModel, folder, **LOADING).to(device)
     return lambda pixels: image_features(model, pixels), model.config.projection_dim
 
 

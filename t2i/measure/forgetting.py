@@ -1,5 +1,6 @@
 """Forgetting: held-out text loss, probability that leaks to image codes, and completions."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from t2i.model.backbone import head_of, hidden_states, learned_positions, num_id
 from t2i.runs.loading import open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = (
     "Simply put, the theory of relativity states that",
@@ -177,7 +180,8 @@ def complete(
             raise UserError(
                 "--prompts holds an empty prompt; expected words, as this tokenizer begins a text with nothing."
             )
-        if most is not None and len(asked) + max_new_tokens > most:
+        # The last new token is read by nothing.
+        if most is not None and len(asked) + max_new_tokens - 1 > most:
             raise UserError(
                 f"a prompt of {len(asked)} tokens and {max_new_tokens} new ones are more than the model's {most}"
                 " positions; expected a shorter prompt, or fewer new tokens."
@@ -259,7 +263,8 @@ def measure_forgetting(
     """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
     prompts = list(prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {}
+    models: dict[str, KeptLanguage] = {}
+    fingerprints: set[str] = set()
     # One model in memory at a time: a model and its reference may each fill the device.
     for name, ckpt in ckpts.items():
         opened = open_model(
@@ -282,9 +287,21 @@ def measure_forgetting(
         costs = {}
         for kind, text in texts.items():
             ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
+            most = learned_positions(opened.model)
+            if most is not None and ids.shape[1] > most:
+                raise UserError(
+                    f"{text} is measured in sequences of {ids.shape[1]} tokens; {ckpt} has {most} positions."
+                    " Give a smaller --seq-len."
+                )
             costs[kind] = text_cost(opened.model, ids, layout=layout)
+        fingerprints.add(tokenizer.fingerprint())
         models[name] = KeptLanguage(
             str(opened.folder), costs=costs, completions=completed, dtype=opened.dtype
+        )
+    if len(fingerprints) > 1:
+        logger.warning(
+            "%s have different text tokenizers, so their perplexities, which are per token, do not compare.",
+            " and ".join(models),
         )
     return Forgetting(texts, prompts=prompts, models=models)
 

@@ -115,8 +115,14 @@ def load_judge(*, folder: Path | None = None) -> Judge:
         judge = train_judge(
             images_of_pairs(pairs, size=descriptors.SIDE), [pair.caption for pair in pairs], made_of=made_of
         )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _save(judge, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _save(judge, file)
+        except OSError as error:  # a home that cannot be written: all is drawn by now
+            logger.warning(
+                "%s cannot be written (%s): the next score trains the judge again.", file, error.strerror
+            )
+            return judge
     return _load(file)
 
 

@@ -90,6 +90,7 @@ def clip_scores(pairing: Pairing, clip: Clip) -> ClipScores:
         rule=CLIP_RULE,
         rows=rows,
         other_captions=rows.get("other_captions"),
+        preprocessing=clip.preprocessing,
     )
 
 

@@ -53,7 +53,8 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     # number of positions was not trained on images, which is said when the shards are opened.
     seq_len = trained.seq_len or trained_seq_len(model.model) or DataConfig().seq_len
     remote = trained.remote if shards is None else ""
-    return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
+    own = trained.mode if model.run_dir else getattr(model.model.config, "sequence_mode", trained.mode)
+    return DataConfig(chosen, remote, mode=cast(Mode, mode or own), seq_len=seq_len)
 
 
 @dataclass(frozen=True)

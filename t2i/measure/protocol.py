@@ -69,6 +69,8 @@ def is_own(name: str) -> bool:
 
 CLIP, CLIP_RULE, BOOTSTRAP = "clip_sha256", "clip_rule", "bootstrap"
 PIXELS = "reference_pixels_sha256"
+PREPROCESSING, CLIP_PREPROCESSING = "features_preprocessing_sha256", "clip_preprocessing_sha256"
+"""How a folder's network reads images, beside its weights: compared only where both files have it."""
 """The CLIP that a score was taken with, how it is computed, how intervals are, and the reference's pixels where its
 description does not tell them: compared only where both have it."""
 RULES, JUDGES = "rules", "judges"
@@ -139,6 +141,8 @@ class ClipScores:
     other_captions: float | None
     """Of the model's images under captions of other images: the control, a score that no caption can explain. None
     where all captions are one."""
+    preprocessing: str = ""
+    """Hash of how its folder says that images are read; empty if it is not known."""
 
     def to_json(self) -> dict[str, object]:
         """Give them the form of entries of scores.json."""
@@ -147,6 +151,7 @@ class ClipScores:
             "clip_score_other_captions": self.other_captions,
             "clip": self.name,
             CLIP: self.weights_sha256,
+            **({CLIP_PREPROCESSING: self.preprocessing} if self.preprocessing else {}),
             CLIP_RULE: self.rule,
         }
 
@@ -194,6 +199,8 @@ class Scores:
     """On the sample size; empty if it is large enough."""
     facts: DrawingFacts
     seconds_to_measure: float
+    preprocessing: str
+    """How the feature network reads images, beside its weights; empty for those that come with their rule."""
     file: str
     """Name of the file that holds the scores."""
 
@@ -216,6 +223,7 @@ class Scores:
             # Without intervals there is nothing to compare in how they would have been made.
             **({BOOTSTRAP: asdict(self.bootstrap)} if self.bootstrap.replicates else {}),
             **({PIXELS: self.reference_pixels} if self.reference_pixels else {}),
+            **({PREPROCESSING: self.preprocessing} if self.preprocessing else {}),
             JUDGES: {name: judge.protocol for name, judge in self.judges.items()},
             "judged": {name: judge.details for name, judge in self.judges.items() if judge.details},
             **asdict(self.subject),

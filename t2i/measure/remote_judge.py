@@ -237,10 +237,13 @@ def _judged(
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
+        (parts.hostname or "").encode(
+            "idna"
+        )  # as it will be looked up, and refused if a label is empty or too long
         return (
             parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
         )
-    except ValueError:  # brackets without an end, or a port that is no number
+    except ValueError:  # also of brackets without an end, and of a port that is no number
         return False
 
 

@@ -3,12 +3,14 @@
 Every process draws its share (draw_rows), and one of them measures (score).
 """
 
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +33,10 @@ from t2i.measure.judge_answers import ANSWERS
 from t2i.measure.measures import BOOTSTRAP_SEED, KERNEL_SEED, distances_on, replicates_for
 from t2i.measure.pairing import Pairing, clip_scores, exact_scores, pairing_of, remote_scores, with_pairing
 from t2i.measure.protocol import (
+    BOOTSTRAP,
     CHOSE,
+    CLIP,
+    PREPROCESSING,
     SCORES,
     Bootstrap,
     DrawingFacts,
@@ -46,6 +51,8 @@ from t2i.measure.verdict import MEAN
 from t2i.model.backbone import made_of
 from t2i.runs.loading import OpenedModel
 from t2i.settings import MAX_WHOLE
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS_DRAWN = "captions.jsonl"
 SCORED_WITH = ("t2i", "torch", "transformers", "diffusers", "clean-fid", "pillow", "numpy")
@@ -225,7 +232,7 @@ def score(
     judges |= {judge.key: _judged(pairing, judge, drawing=drawing) for judge in rulers.remote}
     rows = with_pairing(rows, clip=clip, judges=judges, pairing=pairing)
     protocol = _protocol(task, extractor)
-    file = _scores_file(drawing.out, protocol)
+    file = _scores_file(drawing.out, protocol, preprocessing=extractor.preprocessing)
     scores = Scores(
         rows=rows,
         protocol=protocol,
@@ -238,12 +245,28 @@ def score(
         note=sample_size_note(metric_key(extractor.name), n=len(task.captions), dims=extractor.dims),
         facts=facts,
         seconds_to_measure=time.perf_counter() - started,
+        preprocessing=extractor.preprocessing,
         file=file.name,
     )
     drawing.out.mkdir(parents=True, exist_ok=True)
     write_whole(drawing.out / CAPTIONS_DRAWN, caption_lines(task.captions))
+    _keep_what_is_lost(file, scores)
     write_json(file, scores.to_json())
     return scores
+
+
+def _keep_what_is_lost(file: Path, scores: Scores) -> None:
+    """Keep a file of scores that has measures or rows which the new one lacks, under another name."""
+    before = read_optional_json(file)
+    if lost := sorted(_parts(before) - _parts(scores.to_json())):
+        kept = file.with_name(f"{file.stem}.before.json")
+        write_json(kept, before)
+        logger.warning("%s had %s, which this score has not; it is kept as %s.", file, ", ".join(lost), kept)
+
+
+def _parts(entries: Mapping[str, Any]) -> set[str]:
+    """Name what a scores.json has: measures, rows, a CLIP score, intervals."""
+    return {*entries.get("measures", []), *entries.get("rows", {}), *({CLIP, BOOTSTRAP} & entries.keys())}
 
 
 def _judged(pairing: Pairing, judge: RemoteJudge, *, drawing: Drawing) -> JudgeScores:
@@ -257,16 +280,18 @@ SAME_FEATURES = ("features", "features_sha256", "resize")
 """Entries of the protocol by which a file of scores is measured again."""
 
 
-def _scores_file(out: Path, protocol: Protocol) -> Path:
+def _scores_file(out: Path, protocol: Protocol, *, preprocessing: str = "") -> Path:
     """Name the file: scores.json, unless it holds scores on another network's features or another resize."""
     # Aside and not over it: the scores on one network's features are no worse for being measured on another's.
     name = f"scores_{protocol.features}_{protocol.resize}"
-    for file in (out / SCORES, out / f"{name}.json"):
+    of_weights = f"{name}_{protocol.features_sha256[:8]}"
+    for file in (out / SCORES, out / f"{name}.json", out / f"{of_weights}.json"):
         found = read_optional_json(file)
-        # Of the weights too: a DINOv2 and a CLIP come in several sizes.
-        if not found or all(found.get(key) == getattr(protocol, key) for key in SAME_FEATURES):
+        # Of the weights too: a DINOv2 and a CLIP come in several sizes; and of how images are read.
+        is_same = all(found.get(key) == getattr(protocol, key) for key in SAME_FEATURES)
+        if not found or (is_same and found.get(PREPROCESSING, preprocessing) == preprocessing):
             return file
-    return out / f"{name}_{protocol.features_sha256[:8]}.json"
+    return out / f"{of_weights}_{preprocessing[:8]}.json"
 
 
 def _protocol(task: Task, extractor: FeatureExtractor) -> Protocol:

@@ -170,11 +170,14 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     """Return the number of positions of a class that learns a vector for each, and has none beyond; else None."""
     found, words = num_positions(model), model.get_input_embeddings()
     tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
-    # Some classes keep a few rows more, for padding.
-    is_learned = found is not None and any(
-        0 <= one.num_embeddings - found <= SPARE_POSITIONS for one in tables
+    of_positions = [one for one in tables if found and 0 <= one.num_embeddings - found <= SPARE_POSITIONS]
+    if not of_positions or found is None:
+        return None
+    # RoBERTa's kind counts from behind its padding, within as many rows; OPT's kind has rows more for that.
+    table = of_positions[0]
+    return found - (
+        table.padding_idx + 1 if table.padding_idx is not None and table.num_embeddings == found else 0
     )
-    return found if is_learned else None
 
 
 def softmax_rows(model: PreTrainedModel, *, layout: VocabLayout) -> range | None:

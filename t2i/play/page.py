@@ -12,14 +12,12 @@ from fastapi import FastAPI
 
 from t2i.play.tabs.compare import compare_tab
 from t2i.play.tabs.draw import draw_tab
-from t2i.play.tabs.parts import Play
+from t2i.play.tabs.parts import KEPT_SECONDS, Play
 from t2i.play.tabs.run import run_tab
 from t2i.play.tabs.text import text_tab
 from t2i.runs.run_folder import SAMPLES
 
 MOST_UPLOAD = "32mb"
-KEPT_SECONDS = 24 * 3600
-"""How long files that the page has shown are kept."""
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto; }
 .drawn .grid-wrap, .maps .grid-wrap { max-height: none !important; }

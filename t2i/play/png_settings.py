@@ -67,8 +67,8 @@ def _notes(facts: Mapping[str, str], *, weights: str, dtype: str) -> list[str]:
     notes = []
     if facts.get("weights") != weights:
         notes.append("It was drawn by other weights, so the same settings draw another image here.")
-    # Files of older versions of `t2i serve` do not say it.
-    if (drawn_in := facts.get("dtype", dtype)) != dtype:
+    # `t2i sample`, which alone writes its batch size, says no float32; older files of the others say no type.
+    if (drawn_in := facts.get("dtype", "float32" if "batch_size" in facts else dtype)) != dtype:
         notes.append(
             f"It was drawn in {drawn_in}, here it is {dtype}: where codes are nearly tied, rounding decides."
         )

@@ -30,6 +30,12 @@ CARD = Path(__file__).with_name("card.md")
 NUM_CAPTIONS, CAPTION_CHARACTERS = 2, 120
 EMBEDDED = ("grinning face", "woman climbing: dark skin tone")
 """Captions of the embedded images."""
+LEFT_BY = {
+    "within-tensors": "the values of each tensor, in another order",
+    "moments": "the mean and the deviation of each tensor",
+    "layer-order": "its layers, in another order",
+}
+"""What each control of model.control_init keeps of the weights."""
 MOST_STARTS = 8
 """A model may have begun from a model that began from another: so many are followed."""
 
@@ -56,6 +62,7 @@ def model_card(
         manifest=read_optional_json(folder / DATA_MANIFEST),
         start=start,
         control=control,
+        left=LEFT_BY.get(control, "a part of them"),
         # Weights of image codes' own leave the language model's as they were.
         forgets=start not in ("", "random") and control == "none" and kind != RoutedConfig.model_type,
         licences=licences(checkpoint, settings),

@@ -75,8 +75,13 @@ class ImageServer(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give a connection its thread, or turn it away."""
         if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
+            try:
+                super().process_request(request, client_address)
+                return
+            except (
+                RuntimeError
+            ):  # no thread can be started now, as where a container has a limit of processes
+                self._slots.release()
         with suppress(OSError):
             request.sendall(TOO_BUSY)
         self.shutdown_request(request)

@@ -56,7 +56,7 @@ class Record:
     code: int | None = None
     """Exit status; None where no process was started."""
     seconds: float | None = None
-    """Time that its processes took, those that were stopped too; None where there was none."""
+    """Time that all its processes took, those that were stopped or failed too; None where there was none."""
     command: tuple[str, ...] = ()
     reason: str = ""
     """Why it was skipped, or could not be run."""
@@ -64,6 +64,11 @@ class Record:
     """Random name of this try, by which others see that there was one; empty for an open job."""
     time: float | None = None
     """When this was written, in seconds since 1970, for people alone; None for an open job."""
+
+    @property
+    def seconds_taken(self) -> float:
+        """Time so far, 0 where no process was started."""
+        return self.seconds or 0.0
 
 
 def read_study(file: Path, *, ds_config: str = "") -> Study:

@@ -24,6 +24,7 @@ from t2i.config.renamed import with_new_flags
 from t2i.env import with_own_code
 from t2i.errors import CheckpointError, DataError, Stopped, UserError
 from t2i.runs.engine_state import drop_engine_state
+from t2i.runs.run_folder import read_status
 from t2i.shipped import find_shipped
 from t2i.study.jobs import Job, Record, changed_words, read_record, write_record
 from t2i.study.spec import TRAIN, Study
@@ -107,8 +108,8 @@ def _try(job: Job, records: dict[str, Record], settled: set[str], *, study: Stud
         if lock is None:
             return False
         # Between reading the records and taking the lock another worker may have done it, or failed to.
-        if read_record(out, job.name) == records[job.name]:
-            _run(job, lock, study=study, out=out)
+        if (before := read_record(out, job.name)) == records[job.name]:
+            _run(job, lock, before=before, study=study, out=out)
         return True
 
 
@@ -118,8 +119,11 @@ def _drop_state(job: Job, record: Record) -> None:
         drop_engine_state(job.run_dir)
 
 
-def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
+def _run(job: Job, lock: IO[str], *, before: Record, study: Study, out: Path) -> None:
     """Run a job's process to its end, with its output in logs/NAME.log, and write its record.
+
+    Args:
+        before: its record so far, of processes that were stopped or failed.
 
     Raises:
         Stopped: on a signal. A job that it ended stays open, and will resume.
@@ -140,9 +144,10 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
         # A process per job: its memory ends with it, and one that is killed takes no worker with it.
         with _signals_passed_on(process) as signals:
             code = process.wait()
-    # With that of the processes that were stopped before.
-    seconds = (read_record(out, job.name).seconds or 0.0) + time.monotonic() - began
-    state = "done" if code in job.done_codes else "failed"
+    seconds = before.seconds_taken + time.monotonic() - began
+    # A run that could not say its end is no finished one to any reader, and would resume.
+    is_done = code in job.done_codes and (code != 0 or job.run_dir is None or _says_done(job.run_dir))
+    state = "done" if is_done else "failed"
     # A signal may come when all is done: such a job is not run again, and not all of them could be.
     if state == "done" or not (signals or code == STOPPED):
         if code:
@@ -164,6 +169,11 @@ def _run(job: Job, lock: IO[str], *, study: Study, out: Path) -> None:
         write_record(out, job.name, Record(seconds=seconds))
     if signals or code == STOPPED:
         raise Stopped(f"Stopped at {job.name}; run the same command to resume.")
+
+
+def _says_done(run_dir: Path) -> bool:
+    status = read_status(run_dir)
+    return status is None or status.state == "done"
 
 
 def _not_run(state: str, reason: str, *, code: int | None = None) -> Record:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from t2i.config import ASSETS, EMBEDDED_SHARDS, EMBEDDED_VIEWS, DataConfig, PrepareConfig, RunConfig
 from t2i.data.batching import global_batch, num_text_sequences
-from t2i.data.loader import check_amount, parts_of_a_step, text_stream
+from t2i.data.loader import check_amount, check_nodes, parts_of_a_step, text_stream
 from t2i.data.prepare.images import prepare
 from t2i.data.prepare.part_folder import ClaimedError, is_claimed
 from t2i.data.shards.captions import truncation
@@ -29,6 +29,7 @@ from t2i.errors import UserError
 from t2i.files import hub_name, not_here
 from t2i.measure.forgetting import check_text
 from t2i.runs.loading import find
+from t2i.runs.run_folder import has_begun
 from t2i.tokens.image import ImageTokenizer
 from t2i.tokens.sequence import caption_room
 from t2i.tokens.text import TextTokenizer
@@ -72,6 +73,8 @@ def check_before_start(config: RunConfig, *, world_size: int) -> None:
     if config.train.compile and (problem := torch_compile_problem()):
         raise UserError(problem)
     size = global_batch(config.train.global_batch_tokens, seq_len=data.seq_len, world_size=world_size)
+    if not has_begun(config.run_dir):
+        check_nodes(data, world_size=world_size)
     for one, a_step in parts_of_a_step(data, global_batch=size, world_size=world_size):
         # Remote shards are downloaded first, and the embedded ones made.
         if not one.remote and (one.shards != EMBEDDED_SHARDS or one.shards.exists()):

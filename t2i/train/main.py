@@ -13,7 +13,7 @@ import torch.distributed as dist
 from t2i.config import DsConfig, RunConfig
 from t2i.cost.devices import warn_of_slow_bf16
 from t2i.data.batching import global_batch
-from t2i.data.loader import StepLoader
+from t2i.data.loader import StepLoader, num_ordered
 from t2i.distributed import build_locks, faults
 from t2i.distributed.collectives import is_first_on_node, on_first_rank
 from t2i.distributed.ending import leave, said_once_per_machine
@@ -74,7 +74,7 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
         # Before any library is used: some read their seeds and switches only once.
         make_repeatable(train_config.deterministic, seed=train_config.seed)
         with said_once_per_machine():
-            _start(ds_config, run_dir=run_dir)
+            _start(ds_config, run_dir=run_dir, num_samples=num_ordered(data_config))
         world_size, is_first = dist.get_world_size(), dist.get_rank() == 0
         num_sequences = global_batch(
             train_config.global_batch_tokens, seq_len=data_config.seq_len, world_size=world_size
@@ -150,12 +150,12 @@ def train(config: RunConfig, *, ds_config_path: Path, stop_at: int | None = None
             trainer.run(record=record)
 
 
-def _start(ds_config: DsConfig, *, run_dir: Path) -> None:
+def _start(ds_config: DsConfig, *, run_dir: Path, num_samples: int) -> None:
     """Look at the machine before it is too late for a sentence, and let the ranks of the job meet."""
     prepare_environment()
     if is_first_on_node() and not dist.is_initialized():  # a second run in one process has its port already
         sweep()  # before the check: what killed runs left may be what fills shared memory
-        check_machine(ds_config, run_dir=run_dir)
+        check_machine(ds_config, run_dir=run_dir, num_samples=num_samples)
         build_locks.remove_stale(operators_needed(ds_config))
     warn_of_building(ds_config)
     start_processes()

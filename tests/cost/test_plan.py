@@ -510,6 +510,7 @@ def test_image_weights_are_counted_and_take_no_more_products(kind, rank):
     ("settings", "kept"),
     [
         ({"max_steps": 400, "save_every": 0}, (1, 1)),
+        ({"max_steps": 400, "save_every": 0, "keep_every": 100}, (1, 1)),
         ({"max_steps": 1000, "save_every": 100}, (3, 4)),
         ({"max_steps": 200, "save_every": 100}, (2, 2)),
         ({"max_steps": 1000, "save_every": 100, "keep_every": 250}, (5, 6)),

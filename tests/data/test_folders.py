@@ -1,5 +1,6 @@
 """Folders of images as people have them: each file in them is read, or counted by the reason that it is not."""
 
+import errno
 import io
 import json
 import os
@@ -119,6 +120,23 @@ def test_other_endings_of_captions_are_asked_for(tmp_path):
     files = {"a.png": made.encoded(1), "a.caption": "asked for", "a.txt": "tags", "a.en.txt": "in English"}
     assert made.accounted(write(tmp_path, files), caption_key="caption")[0] == {"a.png": "asked for"}
     assert made.accounted(tmp_path, caption_key="en.txt")[0] == {"a.png": "in English"}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.png"])
+def test_a_table_or_an_image_that_the_disk_hides_for_a_moment_is_not_passed_over(name, tmp_path, monkeypatch):
+    made.write_images(tmp_path)
+    row = {"file_name": "000.png" if name != "a.png" else "a.png", "text": "a cat"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    is_file = Path.is_file
+
+    def stale(path):
+        if path.name == name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", stale)
+    with pytest.raises(OSError, match="Stale"):
+        made.accounted(tmp_path)
 
 
 def test_each_row_of_an_image_is_a_caption_and_an_image_is_in_one_split(tmp_path):

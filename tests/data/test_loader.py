@@ -5,7 +5,6 @@ import itertools
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from streaming.base.shared import prefix
 
 from t2i.config import ASSETS, DataConfig, PrepareConfig
 from t2i.data.batching import num_text_sequences
-from t2i.data.loader import StepLoader, num_trained_on, parts_of_a_step
+from t2i.data.loader import StepLoader, check_nodes, num_ordered, num_trained_on
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.baselines import code_floors
 from t2i.data.shards.reader import check_sample, read_manifest, read_split
@@ -238,11 +237,16 @@ def test_two_runs_that_start_at_once_take_no_name_from_each_other(folder, tokeni
 def test_nodes_that_cannot_share_the_order_are_refused(folder, nodes, canonical, fits, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     config = DataConfig(shards=folder, seq_len=24, num_canonical_nodes=canonical)
-    ask = partial(parts_of_a_step, config, global_batch=4 * nodes, world_size=2 * nodes)
     if fits:
-        assert len(ask()) == 1
+        check_nodes(config, world_size=2 * nodes)
     else:
         with pytest.raises(
             UserError, match=f"num_canonical_nodes is {canonical}, on {nodes} nodes; expected"
         ):
-            ask()
+            check_nodes(config, world_size=2 * nodes)
+
+
+def test_the_order_of_an_epoch_is_counted(folder):
+    config = DataConfig(shards=folder, seq_len=24)
+    assert num_ordered(config) == len(keys_of(folder, "train"))
+    assert num_ordered(replace(config, shards=folder / "not here yet")) == 0

@@ -119,8 +119,7 @@ def test_dead_runs_memory_is_swept_and_a_neighbours_is_not(small, observed, capl
         os.utime(path, (1, 1))  # as if both had begun long ago
     with caplog.at_level(logging.INFO, "t2i"):
         removed = set(sweep())
-    assert dead.files <= removed
-    assert "files of shared memory and locks left by dead runs" in caplog.text
+    assert not any(path.exists() for path in dead.files)  # by this sweep, or that of a run beside these tests
     assert not living.files & removed and all(path.exists() for path in living.files)
     assert living.read()
     third = OpenLoader(small)

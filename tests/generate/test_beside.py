@@ -88,6 +88,19 @@ def test_a_drawing_is_another_whichever_of_the_two_says_so(tmp_path, special):
         )
 
 
+def test_images_of_another_image_tokenizer_are_another_drawing_where_both_say_theirs(tmp_path):
+    old, own, other = (
+        {"weights": "a", **more} for more in ({}, {"image_tokenizer": "x"}, {"image_tokenizer": "y"})
+    )
+    for there, asked, is_same in ((own, other, False), (old, own, True), (own, own, True)):
+        (tmp_path / "settings.json").write_text(json.dumps({**there, "images": 1}))
+        if is_same:
+            claim_folder(tmp_path / "settings.json", [], settings=asked)
+        else:
+            with pytest.raises(UserError, match="other settings .another image tokenizer"):
+                claim_folder(tmp_path / "settings.json", [], settings=asked)
+
+
 def test_an_empty_prompt_is_the_null_caption_and_moves_no_number(draw, tmp_path):
     assert draw("--prompts", "a cup", "", "a hat") == 0
     assert captions_in(tmp_path / "out") == {"00000": "a cup", "00001": "", "00002": "a hat"}

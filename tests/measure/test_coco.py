@@ -421,6 +421,14 @@ def test_a_clip_folder_runs_nothing_and_asks_nothing(clip_folder, tmp_path, monk
     assert not ran.exists()
 
 
+def test_another_kind_of_clip_is_refused(clip_folder, tmp_path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "chinese_clip"}))
+    with pytest.raises(UserError, match="its config.json is of chinese_clip; expected clip"):
+        load_clip(folder)
+
+
 def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
     clip = load_clip(clip_folder)
     rng = np.random.default_rng(0)

@@ -109,6 +109,15 @@ def test_a_trained_model_is_compared_with_its_earlier_self(finished, tmp_path):
     assert side["compared"] == {"random_nearer": results["output"].random_nearer}
 
 
+def test_codes_of_different_image_tokenizers_are_not_compared(finished, tmp_path):
+    model = open_model(str(finished.run_dir), needs_images=False)
+    manifest = json.loads((finished.run_dir / "data_manifest.json").read_text())
+    manifest["image_tokenizer"]["fingerprint"] = "f" * 64
+    (tmp_path / "data_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="were trained on codes of different image tokenizers"):
+        compare_rows(model, before=replace(model, run_dir=tmp_path))
+
+
 def test_a_language_model_alone_is_refused(finished):
     model = open_model(str(finished.run_dir), needs_images=False)
     alone = replace(model, layout=replace(model.layout, codebook_size=0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -75,6 +76,33 @@ def test_clip_features_are_its_image_embeddings(clip):
     wanted = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
     np.testing.assert_allclose(extract(images(), extractor, batch_size=5), wanted.numpy(), atol=1e-5)
     assert extractor.dims == 8
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "config.json"])
+def test_the_same_weights_under_another_description_are_other_features(dinov2, file):
+    found = load_features("dinov2", folder=dinov2)
+    said = json.loads((dinov2 / file).read_text()) | {"transformers_version": "9"}
+    (dinov2 / file).write_text(json.dumps(said))
+    assert load_features("dinov2", folder=dinov2).preprocessing == found.preprocessing
+    change = {"image_mean": [0.1, 0.2, 0.3]} if "pre" in file else {"hidden_act": "relu"}
+    (dinov2 / file).write_text(json.dumps(said | change))
+    other = load_features("dinov2", folder=dinov2)
+    assert other.weights_sha256 == found.weights_sha256 and other.preprocessing != found.preprocessing
+
+
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_weights_of_half_precision_are_read_in_full_and_missing_ones_refused(name, dinov2, clip):
+    folder = {"dinov2": dinov2, "clip": clip}[name]
+    file = folder / "model.safetensors"
+    weights = {key: value.half() for key, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert extract(images(), load_features(name, folder=folder), batch_size=5).dtype == np.float32
+    weights.pop(
+        next(key for key in weights if key.endswith("layernorm.weight") or "layer_norm1.weight" in key)
+    )
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"cannot be loaded as {name}: its weights do not fit .*missing_keys"):
+        load_features(name, folder=folder)
 
 
 def test_folders_of_another_kind_are_refused(dinov2, clip, tmp_path):

@@ -17,6 +17,7 @@ from t2i.measure.forgetting import (
     text_cost,
     text_sequences,
 )
+from t2i.model.backbone import learned_positions
 from t2i.runs.loading import open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
@@ -145,8 +146,36 @@ def test_a_prompt_that_is_longer_than_learned_positions_is_a_sentence(kind, has_
     model = AutoModelForCausalLM.from_config(config).eval()
     ask = partial(complete, model, tokenizer=tokenizer, layout=VocabLayout(count, count, 0))
     assert len(ask(["a"], max_new_tokens=4)) == 1
+    most = 24 - len(tokenizer.start_ids) - len(tokenizer.encode("a")) + 1
+    assert len(ask(["a"], max_new_tokens=most)) == 1
     if has_end:
-        with pytest.raises(UserError, match="and 24 new ones are more than the model's 24 positions"):
-            ask(["a"], max_new_tokens=24)
+        with pytest.raises(UserError, match=f"and {most + 1} new ones are more than the model's 24"):
+            ask(["a"], max_new_tokens=most + 1)
     else:
-        assert len(ask(["a"], max_new_tokens=24)) == 1
+        assert len(ask(["a"], max_new_tokens=most + 1)) == 1
+
+
+def test_positions_behind_a_padding_are_fewer():
+    """RoBERTa's kind counts from behind its padding."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model(
+        "roberta", vocab_size=99, max_position_embeddings=26, is_decoder=True, **sizes
+    )
+    assert learned_positions(AutoModelForCausalLM.from_config(config)) == 24
+
+
+def test_tokenizers_that_differ_and_sequences_that_are_too_long_are_said(
+    finished, tmp_path, monkeypatch, caplog
+):
+    texts = {"text": str(finished.data.shards)}
+    settings = {"texts": texts, "prompts": [], "seq_len": 16, "num_sequences": 2, "max_new_tokens": 1}
+    prints = iter("ab")
+    monkeypatch.setattr(TextTokenizer, "fingerprint", lambda self: next(prints))
+    both = {"model": str(finished.run_dir), "reference": str(finished.run_dir)}
+    measure_forgetting(both, **settings)
+    assert "model and reference have different text tokenizers" in caplog.text
+    monkeypatch.setattr("t2i.measure.forgetting.learned_positions", lambda model: 8)
+    with pytest.raises(
+        UserError, match="in sequences of 16 tokens; .* has 8 positions. Give a smaller --seq-len"
+    ):
+        measure_forgetting({"model": str(finished.run_dir)}, **settings)

@@ -144,3 +144,11 @@ def test_descriptions_are_counted_by_hand():
     # The step lies on columns 31 and 32: one in cell 3, one in cell 4, to the right, each 8 x 0.5 strong.
     assert np.flatnonzero(cells.sum((0, 2))).tolist() == [3, 4]
     assert cells[0, 3, 0] == pytest.approx(4 / 5) and cells[0, 3, 1:].sum() == 0
+
+
+def test_a_judge_that_finds_no_place_judges_all_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(judging, "_save", lambda judge, file: None)
+    monkeypatch.setattr(judging, "train_judge", lambda *_, **__: "a judge")
+    assert judging.load_judge(folder=tmp_path / "file" / "judge") == "a judge"
+    assert "cannot be written" in caplog.text and "trains the judge again" in caplog.text

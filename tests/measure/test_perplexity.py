@@ -145,6 +145,15 @@ def test_a_model_without_a_run_is_measured_at_the_length_that_it_was_trained_wit
         model.model.config.sequence_length = 90
 
 
+def test_a_model_without_a_run_is_measured_in_the_form_that_it_was_trained_in(model, finished):
+    alone = replace(model, run_dir=None)
+    config = SimpleNamespace(**vars(model.model.config) | {"sequence_mode": "image-only"})
+    asked = replace(alone, model=SimpleNamespace(config=config))
+    assert data_of(asked, shards=finished.data.shards, mode=None).mode == "image-only"
+    assert data_of(asked, shards=finished.data.shards, mode="text-to-image").mode == "text-to-image"
+    assert data_of(alone, shards=finished.data.shards, mode=None).mode == "text-to-image"
+
+
 def test_fewer_images_are_spread_and_captions_are_measured(model, finished, results):
     config = data_of(model, shards=None, mode=None)
     few = measure_perplexity(model, config=config, num_images=4)["heldout"]

@@ -179,7 +179,17 @@ def test_a_reward_that_is_called_as_an_own_measure_is_another_one(service, judge
 
 
 @pytest.mark.parametrize(
-    "url", ["http://[bad", "http://", "http://a:b", "http://ü", "file:///x", "localhost:8080"]
+    "url",
+    [
+        "http://[bad",
+        "http://",
+        "http://a:b",
+        "http://ü",
+        "file:///x",
+        "localhost:8080",
+        "http://judge..local",
+        f"http://{'a' * 64}",
+    ],
 )
 def test_what_is_no_address_is_refused(judge, url):
     with pytest.raises(UserError, match="expected an address such as"):

@@ -1,5 +1,6 @@
 """Yardsticks beside a model's images: each compared with what it says, by features and captions that are known."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -177,6 +178,30 @@ def test_scores_on_other_features_stand_beside_those_that_are_there(tmp_path):
     assert [file_for("dinov2", small) for _ in range(2)] == ["scores_dinov2_clean_22222222.json"] * 2
     assert file_for("inception", small) == "scores_inception_clean.json"
     assert file_for("inception", large) == "scores.json"
+
+
+def test_scores_of_the_same_weights_read_otherwise_have_their_own_file(tmp_path):
+    protocol = SimpleNamespace(features="dinov2", features_sha256="1" * 64, resize="clean")
+    names = []
+    for preprocessing in ("a" * 64, "b" * 64, "c" * 64, "a" * 64, "c" * 64):
+        file = scoring._scores_file(tmp_path, protocol, preprocessing=preprocessing)
+        write_json(file, vars(protocol) | {"features_preprocessing_sha256": preprocessing})
+        names.append(file.name)
+    assert names[:2] == ["scores.json", "scores_dinov2_clean.json"] and len(set(names)) == 3
+    assert names[3:] == [names[0], names[2]]
+
+
+def test_a_score_that_measures_less_keeps_what_was_there(tmp_path, caplog):
+    file = tmp_path / "scores.json"
+    before = {"measures": ["fid", "hpsv3"], "rows": {"model": {}, "redrawn": {}}, "clip_sha256": "0"}
+    write_json(file, before)
+    less = SimpleNamespace(to_json=lambda: {"measures": ["fid"], "rows": {"model": {}}})
+    scoring._keep_what_is_lost(file, less)
+    assert json.loads((tmp_path / "scores.before.json").read_text()) == before
+    assert "had clip_sha256, hpsv3, redrawn, which this score has not" in caplog.text
+    (tmp_path / "scores.before.json").unlink()
+    scoring._keep_what_is_lost(file, SimpleNamespace(to_json=lambda: before))
+    assert not (tmp_path / "scores.before.json").exists()
 
 
 def test_every_row_is_compared_with_its_own_reference(task, drawing, model_folder, monkeypatch, tmp_path):

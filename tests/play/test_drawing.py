@@ -199,6 +199,9 @@ def test_a_png_of_sample_gives_its_own_seed_back(opened, painter, tmp_path):
     paths = draw_folder(opened, captions, out=tmp_path, config=SampleConfig(seed=5), batch_size=2)
     found = read_png_settings(paths[2], weights=opened.weights)
     assert (found.prompt, found.seed, found.notes) == ("a cat", 7, ())
+    assert (
+        "drawn in float32" in read_png_settings(paths[2], weights=opened.weights, dtype="bfloat16").notes[0]
+    )
     again = drawn_by(painter, found.prompt, seed=found.seed, sampler=found.sampler)[-1].images[0]
     assert np.abs(np.asarray(again).astype(int) - np.asarray(Image.open(paths[2]))).max() <= 1
 

@@ -100,7 +100,12 @@ def test_a_start_is_found_by_its_checkpoint_and_by_the_name_of_the_demo(opened, 
     [
         ("none", "started from the pre-trained model `models/x`.", True, True),
         ("fresh", "random initialisation, in the architecture of `models/x`.", False, False),
-        ("moments", "whose weights the control `moments` left", True, False),
+        (
+            "moments",
+            "destroyed by the control `moments`, which leaves the mean and the deviation of each tensor.",
+            True,
+            False,
+        ),
     ],
 )
 def test_a_card_says_what_a_control_left_of_a_start(

@@ -311,3 +311,17 @@ def refused_then_released(server, draw):
         assert ask(server, "GET", "/health")[0] == 503
     finally:
         draw.go.set()
+
+
+def test_a_thread_that_cannot_be_started_takes_no_place_for_good(monkeypatch):
+    with served(Drawing()) as server:
+        with monkeypatch.context() as patch:
+
+            def refused(self):
+                raise RuntimeError("can't start new thread")
+
+            patch.setattr(threading.Thread, "start", refused)
+            for _ in range(3):
+                assert conversation(server, "GET /health HTTP/1.1\r\n\r\n").startswith("HTTP/1.1 503")
+        assert server._slots._value == server._slots._initial_value
+        assert ask(server, "GET", "/health")[0] == 200

@@ -467,6 +467,21 @@ def test_a_failure_stops_only_what_needs_it_and_done_jobs_are_not_repeated(toy):
         work(lambda: [job("a", seconds=0.1)], study=study, out=folder / "out")
 
 
+def test_a_run_that_could_not_say_its_end_is_not_done(toy, monkeypatch):
+    """Reports would not know it, and its optimizer's state is what it resumes from."""
+    job, study, folder = toy
+    dropped = []
+    monkeypatch.setattr("t2i.study.runner.drop_engine_state", dropped.append)
+    run = replace(job("a"), run_dir=folder / "a")
+    (folder / "a").mkdir()
+    for state in ("running", "done"):
+        (folder / "a" / "status.json").write_text(json.dumps({"state": state}))
+        assert work(lambda: [run], study=study, out=folder / "out")["a"].state == (
+            "done" if state == "done" else "failed"
+        )
+    assert dropped == [folder / "a"] and calls(folder) == ["a", "a"]
+
+
 def test_the_time_of_a_job_is_that_of_all_its_processes(toy):
     """A stop at step 900 of 1,000, and a resume: both were paid for."""
     job, study, folder = toy
@@ -746,7 +761,7 @@ def test_what_another_worker_did_with_another_command_is_no_result_of_this_study
     job, study, folder = toy
     out, mine = folder / "out", job("a")
 
-    def run(job, lock, *, study, out):
+    def run(job, lock, *, before, study, out):
         write_record(out, "b", Record("done", code=0, command=("toy.py", "of another version")))
         return Record("done", code=0, command=tuple(job.command))
 

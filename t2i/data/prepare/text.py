@@ -55,10 +55,11 @@ class _Pack:
         """Add one document's ids and yield the sequences that are full."""
         self.num_documents += 1
         self.ids += ids
-        while len(self.ids) >= self.seq_len:
-            yield self.ids[: self.seq_len]
-            self.ids = self.ids[self.seq_len :]
+        whole = len(self.ids) // self.seq_len * self.seq_len
+        for start in range(0, whole, self.seq_len):
             self.num_sequences += 1
+            yield self.ids[start : start + self.seq_len]
+        del self.ids[:whole]  # once: what is left of a long document is not copied for each sequence
 
 
 def prepare_text(

@@ -74,10 +74,15 @@ def find_metadata(folder: Path) -> Path | None:
     return next((path for name in METADATA if (path := file_inside(folder, name))), None)
 
 
-def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key: str) -> Iterator[Entry]:
+def read_image_folder(
+    tally: Tally, *, table: Path, caption_key: str, image_key: str, takes_all: bool = False
+) -> Iterator[Entry]:
     """List the rows of a table that names images (file_name and a caption), in order of their names.
 
     Several rows of one image are captions of it: their keys are NAME, NAME#1, ..., and they stay in one split.
+
+    Args:
+        takes_all: each caption of a list will be an entry, and has a number too.
 
     Raises:
         DataError: the table is broken, or a column is missing.
@@ -104,8 +109,9 @@ def read_image_folder(tally: Tally, *, table: Path, caption_key: str, image_key:
             continue
         caption = row.get(text)
         number = num_rows.get(found, 0)
-        # With all captions each of a list is an entry with a number of its own.
-        num_rows[found] = number + (len(caption) if isinstance(caption, list) and caption else 1)
+        num_rows[found] = number + (
+            len(caption) if takes_all and isinstance(caption, list) and caption else 1
+        )
         # One image under two spellings (a.jpg, ./a.jpg) is one image.
         key = first_keys.setdefault(found, key_text(row[name]))
         yield Entry(
@@ -149,9 +155,12 @@ def file_inside(folder: Path, name: str) -> Path | None:
         if not is_inside(name) or not path.is_file() or not _is_below(path.parent, folder):
             return None
         return path if not path.is_symlink() or _is_below(path, folder) else None
-    except (OSError, ValueError):
-        # The file system refuses the name, for example because it is too long.
+    except ValueError:
         return None
+    except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise
+        return None  # the file system refuses the name, for example because it is too long
 
 
 # A folder of a million images has few folders, and each look-up asks the disk for every part of the path.

@@ -72,7 +72,9 @@ def is_image_file(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return MAGIC.match(file.read(16)) is not None
-    except OSError:
+    except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise
         return False
 
 

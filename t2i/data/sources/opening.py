@@ -170,7 +170,13 @@ def _folder(folder: Path, sieve: Sift, config: SourceConfig, key_form: KeyForm) 
 
 
 def _named(table: Path, sieve: Sift, config: SourceConfig) -> Source:
-    read = partial(read_image_folder, table=table, caption_key=config.caption_key, image_key=config.image_key)
+    read = partial(
+        read_image_folder,
+        table=table,
+        caption_key=config.caption_key,
+        image_key=config.image_key,
+        takes_all=config.captions == "all",
+    )
     return _listed(read, sieve, table)
 
 

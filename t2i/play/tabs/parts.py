@@ -2,6 +2,8 @@
 
 import hashlib
 import html
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ BUTTONS = ["download", "fullscreen"]
 """Of images; Gradio's own have one more, which uploads them."""
 BROKEN = (UserError, DataError, CheckpointError)
 """What a user, a file or a folder can cause, with a sentence that says it."""
+KEPT_SECONDS = 24 * 3600
+"""How long files that the page has shown are kept."""
 AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 """For events that no model is needed for. They are queued too: otherwise Gradio would not show what is wrong."""
 
@@ -44,13 +48,16 @@ class Play:
     """What the fields begin with."""
     most_images: int
     folder: Path
-    """For drawn files, until the page ends."""
+    """For drawn files, a day or until the page ends."""
     price: float
     """US dollars per GPU-hour; 0 where nobody named it."""
     visitors: Visitors
 
     def kept(self, drawn: Drawn) -> list[str]:
         """Write the finished files of a drawing, named by their seeds; return their paths."""
+        for folder in self.folder.iterdir():
+            if folder.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
         paths = []
         for index, file in enumerate(drawn.files):
             # By content: a file of the same seed and other settings has the same name.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from t2i.report.figures import LABELS, draw_baselines, finish, panels, styles
+from t2i.report.figures import LABELS, draw_baselines, finish, only_point, panels, styles
 from t2i.report.sections.section import Section, SectionKind, last, without_empty_columns
 from t2i.runs.checkpoint_manifest import read_checkpoint_manifest
 from t2i.runs.checkpoint_store import last_step, step_folder
@@ -49,9 +49,10 @@ def curves(
         for value in values
         if panels[value]
     )
+    of_codes = ", of image_loss per code" if panels.get("image_loss") else ""
     return Section(
         "Training curves",
-        f"Smoothed (EMA, {SMOOTHING}), in nats per token, of image_loss per code: {sentence}.",
+        f"Smoothed (EMA, {SMOOTHING}), in nats per token{of_codes}: {sentence}.",
         figure,
         table,
     )
@@ -109,10 +110,11 @@ def _draw_curves(
             smoothed = np.array([ema(row.tolist(), decay=decay) for row in one.values])
             shown = [np.exp(each) if perplexity else each for each in (one.values, smoothed.mean(0))]
             for row in shown[0]:
-                axis.plot(one.tokens, row, color=colour, alpha=0.25, linewidth=0.5)
+                axis.plot(one.tokens, row, color=colour, alpha=0.25, linewidth=0.5, marker=only_point(row))
             count = len(one.seeds)
             label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
-            axis.plot(one.tokens, shown[1], color=colour, linestyle=dash, label=label)
+            marker = only_point(shown[1])
+            axis.plot(one.tokens, shown[1], color=colour, linestyle=dash, label=label, marker=marker)
         if value == "image_loss":  # the baselines are of codes; text tokens have others
             draw_baselines(axis, baselines, perplexity=perplexity)
         label = LABELS.get(value, value)
