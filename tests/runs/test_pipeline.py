@@ -122,7 +122,7 @@ def test_each_step_is_told_of_and_may_be_the_last(pipe):
         ({"top_p": 0}, "top_p is 0; expected a number > 0 and <= 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
     ],
-    ids=str,
+    ids=lambda one: one if isinstance(one, str) else type(one).__name__,
 )
 def test_what_this_model_cannot_draw_by_is_an_error(pipe, wrong, message):
     with pytest.raises(ValueError, match=message):
