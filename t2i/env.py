@@ -34,6 +34,7 @@ VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8 by default with train.deterministic; CUDA's own",
     "THP_MEM_ALLOC_ENABLE": "1 by default: torch asks for huge pages on CPUs",
     "TOKENIZERS_PARALLELISM": "false by default: loader processes are many already",
+    "TQDM_MININTERVAL": "seconds between two looks of progress; 10 by default where it is written to no terminal",
     "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "set to 1 while DeepSpeed's state is loaded, so that no pickle runs code",
     "PATH": "programs of the Python environment are put first, for ninja",
     "PYTHONPATH": "a study's jobs and a run's trackers get the folder of t2i put first",

@@ -1,6 +1,7 @@
 """No test may reach the network or leave a process; arithmetic is single-threaded so that it repeats."""
 
 import atexit
+import logging
 import os
 import resource
 import runpy
@@ -36,6 +37,16 @@ hypothesis_settings.load_profile("t2i")
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def first_rank_speaks():
+    """Let later tests hear the first rank, though a test was another one, which is silent."""
+    logger = logging.getLogger("t2i")
+    before = logger.level
+    yield
+    if logger.level == logging.ERROR:
+        logger.setLevel(before)
 
 
 @pytest.fixture

@@ -50,16 +50,23 @@ def heldout_rows(
     splits: Sequence[str] = ("heldout",),
     batch_size: int = 32,
     should_stop: ShouldStop = never,
+    kept: dict[str, list[Sample]] | None = None,
 ) -> list[MetricsRow]:
-    """Measure held-out splits of the shards, with captions read by `tokenizer`; rows for metrics.jsonl."""
+    """Measure held-out splits of the shards, with captions read by `tokenizer`; rows for metrics.jsonl.
+
+    Args:
+        kept: where the samples of each split are kept for the next time, which takes no index and no hash then.
+    """
     rows: list[MetricsRow] = []
-    to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
+    kept = {} if kept is None else kept
     for split in splits:
-        samples = [
-            with_ids(sample, caption_ids_of(sample, tokenizer=to_apply))
-            for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
-        ]
-        if samples:
+        if split not in kept:
+            to_apply = tokenizer_to_apply(config, tokenizer=tokenizer)
+            kept[split] = [
+                with_ids(sample, caption_ids_of(sample, tokenizer=to_apply))
+                for sample in read_split(config.shards, split, num_samples=num_pictures, remote=config.remote)
+            ]
+        if samples := kept[split]:
             meter = caption_meter(
                 model,
                 samples,
@@ -91,12 +98,20 @@ def heldout_text_rows(
     num_sequences: int,
     batch_size: int = 32,
     should_stop: ShouldStop = never,
+    kept: dict[str, list[Sample]] | None = None,
 ) -> list[MetricsRow]:
     """Measure the held-out sequences of text shards; a row for metrics.jsonl, none where nothing is held out.
 
     With several ranks, each takes whole batches. Sum and count are reduced once.
+
+    Args:
+        kept: as of heldout_rows.
     """
-    samples = list(read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote))
+    kept = {} if kept is None else kept
+    if "heldout" not in kept:
+        read = read_split(config.shards, "heldout", num_samples=num_sequences, remote=config.remote)
+        kept["heldout"] = list(read)
+    samples = kept["heldout"]
     if not samples:  # prepared with nothing held out
         return []
     ids = torch.stack([caption_ids_of(sample, tokenizer=None) for sample in samples])  # (N, S)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, TrainConfig
 from t2i.data.loader import num_trained_on
+from t2i.data.shards.integrity import Sample
 from t2i.data.shards.reader import read_split
 from t2i.files import whole_file
 from t2i.generate.sample import Drawer, draw_grid
@@ -129,6 +130,8 @@ def _image_losses(
     inputs: Inputs,
     num_pictures: int,
 ) -> PeriodicWork:
+    kept: dict[str, list[Sample]] = {}
+
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_rows(
             model,
@@ -139,6 +142,7 @@ def _image_losses(
             # Wordings show the same images again; `t2i perplexity` measures them, once, at the end.
             splits=inputs.manifest.heldout_splits,
             should_stop=should_stop,
+            kept=kept,
         )
         return [{"step": step, **row} for row in rows]
 
@@ -148,9 +152,16 @@ def _image_losses(
 def _text_losses(
     model: PreTrainedModel, layout: VocabLayout, *, data: DataConfig, num_sequences: int
 ) -> PeriodicWork:
+    kept: dict[str, list[Sample]] = {}
+
     def measure(step: int, should_stop: ShouldStop) -> list[MetricsRow]:
         rows = heldout_text_rows(
-            model, config=data, layout=layout, num_sequences=num_sequences, should_stop=should_stop
+            model,
+            config=data,
+            layout=layout,
+            num_sequences=num_sequences,
+            should_stop=should_stop,
+            kept=kept,
         )
         return [{"step": step, **row} for row in rows]
 

@@ -220,7 +220,7 @@ def test_images_are_drawn_into_a_folder_that_is_resumed(opened, tmp_path):
         replace(opened, pixels_per_side=2 * opened.pixels_per_side),
         replace(opened, family=replace(opened.family, tokenizer=tokenizer)),
     ):
-        with pytest.raises(UserError, match="image_size|image_tokenizer"):
+        with pytest.raises(UserError, match="image_size|another image tokenizer"):
             draw_others_folder(other, captions, **draw)
 
 

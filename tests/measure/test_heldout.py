@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -99,9 +101,8 @@ def test_the_held_out_loss_is_that_of_held_out_images(tmp_path):
     prepare(source, out=shards, image_tokenizer=None, text_tokenizer=tokenizer, config=PrepareConfig())
     layout = VocabLayout(2048, 2048, 9)
     model = model_of(layout)
-    (row,) = heldout_rows(
-        model, config=DataConfig(shards, seq_len=24), layout=layout, tokenizer=tokenizer, num_pictures=5
-    )
+    measure = partial(heldout_rows, model, layout=layout, tokenizer=tokenizer, num_pictures=5, kept={})
+    (row,) = measure(config=DataConfig(shards, seq_len=24))
     heldout = list(read_split(shards, "heldout"))
     spread = [heldout[place * len(heldout) // 5] for place in range(5)]
     assert not {sample["key"] for sample in heldout} & {
@@ -116,6 +117,8 @@ def test_the_held_out_loss_is_that_of_held_out_images(tmp_path):
         costs += [-float(logs[place - 1, ids[place]]) for place in range(len(ids) - 4, len(ids))]
     assert (row["split"], row["num_pictures"]) == ("heldout", 5)
     assert row["image_loss"] == pytest.approx(np.mean(costs), abs=LOSS)
+    shutil.rmtree(shards)  # what was read once is kept
+    assert measure(config=DataConfig(shards, seq_len=24)) == [row]
 
 
 @pytest.mark.parametrize("is_training", [True, False])

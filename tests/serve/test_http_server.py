@@ -322,6 +322,7 @@ def test_a_thread_that_cannot_be_started_takes_no_place_for_good(monkeypatch):
 
             patch.setattr(threading.Thread, "start", refused)
             for _ in range(3):
-                assert conversation(server, "GET /health HTTP/1.1\r\n\r\n").startswith("HTTP/1.1 503")
+                with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+                    assert connection.recv(2**16).startswith(b"HTTP/1.1 503")
         assert server._slots._value == server._slots._initial_value
         assert ask(server, "GET", "/health")[0] == 200
