@@ -383,6 +383,16 @@ def check_writable(out: Path) -> None:
         ) from error
 
 
+def values_sha256(values: object) -> str:
+    """Hash plain values by their JSON, in whatever order their keys are; what JSON has no form of, by its text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def valid_text(text: str) -> str:
+    """Replace what is no text, and no tokenizer takes, such as half a surrogate, by question marks."""
+    return text.encode(errors="replace").decode()
+
+
 def hash_uniform(*parts: object) -> float:
     """Map parts to a number in [0, 1), evenly distributed, by a hash of their text."""
     # Python's own hash() differs from process to process, and a generator depends on the order of its draws.

@@ -55,7 +55,7 @@ class SampleCommand:
 
 def captions_of(prompts: tuple[str, ...]) -> list[str]:
     from t2i.data.sources.caption_list import LISTS, read_caption_list
-    from t2i.files import is_file
+    from t2i.files import is_file, valid_text
 
     if not prompts:
         raise UserError("--prompts names no caption.")
@@ -70,7 +70,7 @@ def captions_of(prompts: tuple[str, ...]) -> list[str]:
         )
     # An empty one is the null caption: dropped, it would shift the numbers of the others.
     # What a terminal of another encoding has typed may be no text, which no tokenizer takes.
-    return [prompt.encode(errors="replace").decode() for prompt in prompts]
+    return [valid_text(prompt) for prompt in prompts]
 
 
 def ranker_for(command: SampleCommand) -> "Ranker | None":

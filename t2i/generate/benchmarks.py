@@ -19,7 +19,7 @@ from typing import Literal
 from PIL import Image
 
 from t2i.errors import DataError, UserError
-from t2i.files import check_keys, is_file, lines_of, parse_json, write_whole
+from t2i.files import check_keys, is_file, lines_of, parse_json, valid_text, write_whole
 from t2i.generate.beside import SETTINGS
 from t2i.generate.grid import grid
 
@@ -93,7 +93,7 @@ def _rows(file: Path, *, usual: str) -> list[tuple[str, str]]:
             values = parse_json(line, where=f"{file}, line {number}")
             check_keys(values, {"prompt": str}, where=f"{file}, line {number}")
             # Half a surrogate is valid JSON, and no text.
-            rows.append((line, values["prompt"].encode(errors="replace").decode()))
+            rows.append((line, valid_text(values["prompt"])))
     if not rows:
         raise DataError(f"--prompts {file} is empty; {usual}, which has a JSON object per line.")
     return rows

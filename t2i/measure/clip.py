@@ -1,7 +1,5 @@
 """CLIP score: how near images and captions are in the embedding space of a CLIP model that the user provides."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 from transformers.utils import ModelOutput
 
 from t2i.errors import UserError, first_line
+from t2i.files import values_sha256
 from t2i.measure.images import batches, read_image
 from t2i.model.backbone import UNUSABLE
 from t2i.model.foreign_folder import read_description
@@ -91,7 +90,7 @@ def _described(processor: CLIPImageProcessor, folder: Path) -> str:
     read = {key: getattr(processor, key, None) for key in READ_BY}
     description = read_description(folder)
     described = [description.get(key) for key in ("text_config", "vision_config")]
-    return hashlib.sha256(json.dumps([read, described], sort_keys=True, default=str).encode()).hexdigest()
+    return values_sha256([read, described])
 
 
 @torch.inference_mode()

@@ -156,11 +156,7 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
     if before is not None and before.layout.codebook_size != model.layout.codebook_size:
         found, expected = before.layout.codebook_size, model.layout.codebook_size
         raise UserError(f"{before.folder} has {found} image codes; {model.folder} has {expected}.")
-    if (
-        before is not None
-        and (makers := _image_tokenizers(before, model)) is not None
-        and makers[0] != makers[1]
-    ):
+    if before is not None and len(_image_tokenizers(before, model)) > 1:
         raise UserError(
             f"{before.folder} and {model.folder} were trained on codes of different image tokenizers."
         )
@@ -181,12 +177,11 @@ def compare_rows(model: OpenedModel, *, before: OpenedModel | None) -> dict[str,
     return results
 
 
-def _image_tokenizers(*models: OpenedModel) -> list[str] | None:
-    """Read the fingerprints of the image tokenizers that models were trained with; None unless all are known."""
+def _image_tokenizers(*models: OpenedModel) -> set[str]:
+    """Read the fingerprints of the image tokenizers that models were trained with, where they are known."""
     files = [model.home / DATA_MANIFEST for model in models]
-    makers = [read_manifest_file(file).image_tokenizer if file.is_file() else None for file in files]
-    known = [maker.fingerprint for maker in makers if maker is not None]
-    return known if len(known) == len(models) else None
+    makers = [read_manifest_file(file).image_tokenizer for file in files if file.is_file()]
+    return {maker.fingerprint for maker in makers if maker is not None}
 
 
 def write_nearest(results: dict[str, SideNearness], *, model: OpenedModel, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Reference features, computed once and cached in a folder that is named by the hash of what made them."""
 
-import hashlib
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from t2i.errors import DataError
+from t2i.files import values_sha256
 from t2i.measure.distances import FrechetStatistics, statistics
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.features import extract
@@ -46,7 +46,7 @@ class Reference:
 
     def sha256(self) -> str:
         """Hash the description of its pixels."""
-        return _hash(self.made_of())
+        return values_sha256(self.made_of())
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def measure_reference(reference: Reference, extractor: FeatureExtractor, *, prog
     if extractor.preprocessing:
         made_of["preprocessing"] = extractor.preprocessing
     # By content and not by name: features of other pixels or weights then have another folder, and none grows stale.
-    folder = reference.cache / _hash(made_of)[:32]
+    folder = reference.cache / values_sha256(made_of)[:32]
     if not folder.is_dir():
         logger.info("computing features of %s once, into %s", reference.name, folder)
         measured = with_statistics(
@@ -122,7 +122,3 @@ def _load(folder: Path) -> Measured:
         raise DataError(
             f"{folder}, cached features, is damaged: {error}. Remove it to compute them again."
         ) from error
-
-
-def _hash(facts: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

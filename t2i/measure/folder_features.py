@@ -4,7 +4,6 @@ FD-DINOv2 is the Frechet distance on DINOv2 features (https://arxiv.org/abs/2306
 those of CLIP (https://arxiv.org/abs/2401.09603, with ViT-L/14 at 336 pixels).
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPModel, Dinov2Model
 
 from t2i.errors import UserError, first_line
-from t2i.files import read_json
+from t2i.files import read_json, values_sha256
 from t2i.measure.clip import image_features, whole_model
 from t2i.measure.extractor import FeatureExtractor
 from t2i.model.backbone import UNUSABLE
@@ -79,7 +78,7 @@ def folder_features(name: str, folder: Path, *, device: torch.device) -> Feature
 def _described(folder: Path, *, scale: tuple[int, list[float], list[float]]) -> str:
     """Hash how a folder's network reads images: two folders of the same weights may say it otherwise."""
     config = {key: value for key, value in read_description(folder).items() if key not in OF_NO_MEANING}
-    return hashlib.sha256(json.dumps([*scale, config], sort_keys=True).encode()).hexdigest()
+    return values_sha256([*scale, config])
 
 
 def _dinov2(folder: Path, device: torch.device) -> tuple[Embed, int]:

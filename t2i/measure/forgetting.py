@@ -284,10 +284,9 @@ def measure_forgetting(
             max_new_tokens=max_new_tokens,
             is_chat=is_chat,
         )
-        costs = {}
+        costs, most = {}, learned_positions(opened.model)
         for kind, text in texts.items():
             ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
-            most = learned_positions(opened.model)
             if most is not None and ids.shape[1] > most:
                 raise UserError(
                     f"{text} is measured in sequences of {ids.shape[1]} tokens; {ckpt} has {most} positions."

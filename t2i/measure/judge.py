@@ -21,7 +21,7 @@ from torch import Tensor
 
 from t2i.data.sources import Pair, open_source
 from t2i.errors import DataError
-from t2i.files import hash_uniform, whole_file
+from t2i.files import hash_uniform, values_sha256, whole_file
 from t2i.measure import descriptors
 from t2i.measure.attributes import NAMES, Attributes, attributes_of
 from t2i.measure.features import cache_folder
@@ -73,7 +73,7 @@ class Judge:
 
     def sha256(self) -> str:
         """Name the judge by what it was made from, not by weights, whose last bits depend on the processor."""
-        return _hash(self.made_of)
+        return values_sha256(self.made_of)
 
     def read(self, images: Iterable[np.ndarray | Path]) -> dict[str, list[str]]:
         """Read every attribute from images, whether their captions state it or not."""
@@ -109,7 +109,7 @@ def load_judge(*, folder: Path | None = None) -> Judge:
     """
     pairs = [pair for pair in open_source(SOURCE).pairs if pair.split == "train"]
     made_of = _made_of(pairs)
-    file = (folder or cache_folder() / "judge") / f"{_hash(made_of)[:32]}.safetensors"
+    file = (folder or cache_folder() / "judge") / f"{values_sha256(made_of)[:32]}.safetensors"
     if not file.is_file():
         logger.info("training the judge of %d images once, into %s", len(pairs), file)
         judge = train_judge(
@@ -206,7 +206,3 @@ def _load(file: Path) -> Judge:
         for name, classes in facts["classes"].items()
     }
     return Judge(facts["made_of"], heads, tensors["mean"], tensors["scale"])
-
-
-def _hash(facts: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

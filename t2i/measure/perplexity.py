@@ -40,7 +40,7 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     Raises:
         UserError: no shards are given, and the model has no run folder that names them.
     """
-    trained = RunData()
+    trained = RunData(mode=getattr(model.model.config, "sequence_mode", RunData.mode))
     if model.run_dir is not None:
         settings = read_settings(model.run_dir)["data"]
         trained = RunData(
@@ -53,8 +53,7 @@ def data_of(model: OpenedModel, *, shards: Path | None, mode: str | None) -> Dat
     # number of positions was not trained on images, which is said when the shards are opened.
     seq_len = trained.seq_len or trained_seq_len(model.model) or DataConfig().seq_len
     remote = trained.remote if shards is None else ""
-    own = trained.mode if model.run_dir else getattr(model.model.config, "sequence_mode", trained.mode)
-    return DataConfig(chosen, remote, mode=cast(Mode, mode or own), seq_len=seq_len)
+    return DataConfig(chosen, remote, mode=cast(Mode, mode or trained.mode), seq_len=seq_len)
 
 
 @dataclass(frozen=True)

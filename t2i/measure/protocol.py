@@ -69,10 +69,10 @@ def is_own(name: str) -> bool:
 
 CLIP, CLIP_RULE, BOOTSTRAP = "clip_sha256", "clip_rule", "bootstrap"
 PIXELS = "reference_pixels_sha256"
-PREPROCESSING, CLIP_PREPROCESSING = "features_preprocessing_sha256", "clip_preprocessing_sha256"
-"""How a folder's network reads images, beside its weights: compared only where both files have it."""
 """The CLIP that a score was taken with, how it is computed, how intervals are, and the reference's pixels where its
 description does not tell them: compared only where both have it."""
+PREPROCESSING, CLIP_PREPROCESSING = "features_preprocessing_sha256", "clip_preprocessing_sha256"
+"""How a folder's network reads images, beside its weights: compared likewise."""
 RULES, JUDGES = "rules", "judges"
 """How each measure is computed, and who judged: compared by name, where both files have it. Older files have none."""
 CHOSE = "chose_the_images"

@@ -237,9 +237,8 @@ def _judged(
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        (parts.hostname or "").encode(
-            "idna"
-        )  # as it will be looked up, and refused if a label is empty or too long
+        # As it will be looked up, and refused if a label is empty or too long.
+        (parts.hostname or "").encode("idna")
         return (
             parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
         )

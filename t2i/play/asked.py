@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from t2i.config import SamplerConfig
 from t2i.errors import UserError
+from t2i.files import valid_text
 from t2i.serve.images_request import MOST_CHARACTERS, MOST_SEED, RANDOM_SEEDS
 from t2i.serve.waiting import Asked
 
@@ -66,7 +67,7 @@ def read_text(name: str, text: object) -> str:
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"The {name} has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}.")
     # Half of a pair of surrogates is no text, though JSON can spell it.
-    return text.encode(errors="replace").decode()
+    return valid_text(text)
 
 
 def _seed(text: object, *, most: int) -> int:

@@ -5,6 +5,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from t2i.files import valid_text
+
 MOST_SEED = 2**63 - 1
 RANDOM_SEEDS = 2**31
 """Seeds that are chosen for a client are short enough to be typed."""
@@ -79,7 +81,7 @@ def read_request(body: bytes, *, limits: Limits) -> ImagesRequest:
         values, "seed", default=secrets.randbelow(RANDOM_SEEDS), most=MOST_SEED - num_images, least=0
     )
     # Half of a pair of surrogates is no text, though JSON can spell it.
-    return ImagesRequest(prompt.encode(errors="replace").decode(), num_images, seed)
+    return ImagesRequest(valid_text(prompt), num_images, seed)
 
 
 def _check_model(model: object, limits: Limits) -> None:

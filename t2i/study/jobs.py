@@ -42,9 +42,7 @@ class Job:
     done_codes: tuple[int, ...] = (0,)
     """Exit statuses with which it is done."""
     refusal: str = ""
-    """Why it cannot be run once its needs are met; empty if it can."""
-    is_final: bool = True
-    """Whether its command is known: a run's is, where arms are tuned, once all trials of its arm have ended."""
+    """Why it cannot be run once its needs are met, nor its command be known; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ class Record:
     """Random name of this try, by which others see that there was one; empty for an open job."""
     time: float | None = None
     """When this was written, in seconds since 1970, for people alone; None for an open job."""
-
-    @property
-    def seconds_taken(self) -> float:
-        """Time so far, 0 where no process was started."""
-        return self.seconds or 0.0
 
 
 def read_study(file: Path, *, ds_config: str = "") -> Study:
@@ -249,14 +242,7 @@ def _run_job(study: Study, arm: str, seed: int, *, out: Path, made: dict[str, li
     needs = _steps_named(command, made)
     needs += tuple(trial_name(one, value) for one, value in trials(study) if one == arm)
     refusal = untuned_reason(study, arm=arm, out=out)
-    return Job(
-        run_name(arm, seed),
-        command,
-        needs=needs,
-        run_dir=run_dir(out, arm, seed),
-        refusal=refusal,
-        is_final=not refusal,
-    )
+    return Job(run_name(arm, seed), command, needs=needs, run_dir=run_dir(out, arm, seed), refusal=refusal)
 
 
 def _trial_job(study: Study, arm: str, value: float, *, out: Path, made: dict[str, list[Path]]) -> Job:

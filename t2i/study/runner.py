@@ -144,7 +144,7 @@ def _run(job: Job, lock: IO[str], *, before: Record, study: Study, out: Path) ->
         # A process per job: its memory ends with it, and one that is killed takes no worker with it.
         with _signals_passed_on(process) as signals:
             code = process.wait()
-    seconds = before.seconds_taken + time.monotonic() - began
+    seconds = (before.seconds or 0.0) + time.monotonic() - began
     # A run that could not say its end is no finished one to any reader, and would resume.
     is_done = code in job.done_codes and (code != 0 or job.run_dir is None or _says_done(job.run_dir))
     state = "done" if is_done else "failed"
@@ -247,7 +247,7 @@ def _check_command(job: Job, record: Record, out: Path) -> None:
     # Names alone would let a changed study report the results of the one before it, or of a worker that still is at it.
     if (
         record.state == "done"
-        and job.is_final
+        and not job.refusal
         and (changed := changed_words(job.command, with_new_flags(record.command)))
     ):
         raise UserError(

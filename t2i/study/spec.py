@@ -137,8 +137,11 @@ class Study:
 
     def runs(self) -> list[tuple[str, int]]:
         """List arms and seeds, seed by seed, so that a study cut short still has paired arms."""
-        seeds = sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
-        return [(arm, seed) for seed in seeds for arm in self.arms if seed in self.seeds_of(arm)]
+        return [(arm, seed) for seed in self.all_seeds() for arm in self.arms if seed in self.seeds_of(arm)]
+
+    def all_seeds(self) -> list[int]:
+        """List the seeds of all arms, each once."""
+        return sorted({seed for arm in self.arms for seed in self.seeds_of(arm)})
 
 
 Made = TypeVar("Made", Step, Measure, Tuning, Study)

@@ -99,7 +99,7 @@ def check_tuning(study: Study) -> None:
     if tuning is None:
         return
     where = f"{study.file}: tuning"
-    taken = sorted({seed for arm in study.arms for seed in study.seeds_of(arm)})
+    taken = study.all_seeds()
     if tuning.seed in taken:
         raise UserError(f"{where}.seed is {tuning.seed}; expected none of the seeds of the runs ({taken}).")
     # By name, since a value that is written alike would be tried in the same folder.

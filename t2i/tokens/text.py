@@ -1,6 +1,5 @@
 """The text tokenizer: a Hugging Face fast tokenizer (such as GPT-NeoX-20B's) behind a small interface."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2i.errors import UserError, first_line
-from t2i.files import HUB, hub_name, not_here, read_optional_json
+from t2i.files import HUB, hub_name, not_here, read_optional_json, values_sha256
 from t2i.tokens.pieces import read_pieces, tokenizer_of_pieces
 
 NEOX = "hf:EleutherAI/gpt-neox-20b"
@@ -175,7 +174,7 @@ class TextTokenizer:
         """Hash the vocabulary and the merges (hex SHA-256)."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         kept = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        return values_sha256(kept)
 
 
 def _from_file(file: Path) -> PreTrainedTokenizerFast:

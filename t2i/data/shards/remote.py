@@ -35,9 +35,8 @@ def fetch(remote: str, folder: Path, name: str, *, anew: bool = False, xxh64: st
     if path.exists() and not anew and xxh64 in ("", file_hash(path)):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    coming = aside(
-        path
-    )  # ranks of one machine, or of several that share the folder, may download the same file
+    # Ranks of one machine, or of several that share the folder, may download the same file.
+    coming = aside(path)
     url = f"{remote.rstrip('/')}/{name}"
     for attempt in range(1, NUM_ATTEMPTS + 1):
         reason = _attempt(remote, url, coming, xxh64)
