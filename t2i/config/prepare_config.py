@@ -35,6 +35,9 @@ class SourceConfig:
     """Split of a Hugging Face dataset."""
     hub_subset: str = ""
     """Subset (configuration) of a Hugging Face dataset; empty for its default."""
+    icon_size: Annotated[int, Ge(16), Le(16_384)] = 256
+    """Pixels per side at which vector icons (iconify:) are drawn, before they are resized. At 64, drawing is some four
+    times as fast."""
     # 2: images of one pixel count visits of web pages; many are in sets that were gathered from the web.
     min_side: Annotated[int, Ge(0)] = 2
     """Minimum length of an image's shorter side, in pixels."""

@@ -60,6 +60,10 @@ class StopFlag:
             # Not by print or logging, which this signal may have interrupted.
             os.write(2, f"\n{_interrupted()}\n".encode())
 
+    def begin(self) -> None:
+        """Only note signals from now on: there is something to save."""
+        self.raises = False
+
     def is_set(self) -> bool:
         """Tell whether a signal has arrived."""
         return self.is_noted
@@ -115,7 +119,7 @@ class Requests:
 
     def begin(self) -> None:
         """Have requests wait for the end of the current step from now on."""
-        self.flag.raises = False
+        self.flag.begin()
 
     def is_signalled(self) -> bool:
         """Tell whether a signal asked this rank to stop, which also interrupts a measure."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
-from t2i.errors import NumericalError, UserError
+from t2i.distributed.signals import stop_flag
+from t2i.errors import NumericalError, Stopped, UserError
 from t2i.files import hash_uniform, whole_file
 from t2i.image_tokenizer.alignment import Alignment
 from t2i.image_tokenizer.codebook import Codebook, kmeans
@@ -133,7 +134,7 @@ def train_image_tokenizer(
 ) -> VQModel:
     """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
 
-    The state is saved in `out` from time to time, and training resumes from it.
+    The state is saved in `out` from time to time, and on SIGTERM or Ctrl-C; training resumes from it.
 
     Args:
         sentences: (N, E) embeddings of the images' captions, which the codes are aligned to; None for no alignment.
@@ -142,6 +143,7 @@ def train_image_tokenizer(
     Raises:
         UserError: `out` holds the state of a training with other settings or images.
         NumericalError: a loss is not finite.
+        Stopped: a signal asked for it, and all is saved.
     """
     torch.manual_seed(config.seed)
     # On the CPU whatever computes, so that every device sees the same images in the same order.
@@ -158,30 +160,41 @@ def train_image_tokenizer(
     num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
     batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(images, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
-    for step in bar:
-        if step == num_continuous:
-            _start_codebook(model, codebook, batches, generator)
-        _set_lr(optimizer, config, step)
-        loss, latents = _step_loss(
-            trained, next(batches), codebook if step >= num_continuous else None, config
-        )
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"The loss of step {step} is {loss.item()}. A smaller --lr, or smaller weights, may help."
+    with stop_flag() as flag:
+        flag.begin()
+        for step in bar:
+            if step == num_continuous:
+                _start_codebook(model, codebook, batches, generator)
+            _set_lr(optimizer, config, step)
+            loss, latents = _step_loss(
+                trained, next(batches), codebook if step >= num_continuous else None, config
             )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        # Not in the last tenth: a revived code needs steps until the decoder knows it.
-        if step >= num_continuous and (step + 1) % config.revive_every == 0 and step < 0.9 * config.max_steps:
-            # By a generator of this step's own: how many codes are dead depends on the training, and drawn from the
-            # other one it would decide which images come next, which trainings of one seed have in common.
-            codebook.revive(latents, generator=_revival_generator(config.seed, step))
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.max_steps:
-            training.save(out / STATE_FILE, step=step + 1)
+            if not torch.isfinite(loss):
+                raise NumericalError(
+                    f"The loss of step {step} is {loss.item()}. A smaller --lr, or smaller weights, may help."
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            # Not in the last tenth: a revived code needs steps until the decoder knows it.
+            if (
+                step >= num_continuous
+                and (step + 1) % config.revive_every == 0
+                and step < 0.9 * config.max_steps
+            ):
+                # By a generator of this step's own: how many codes are dead depends on the training, and drawn from the
+                # other one it would decide which images come next, which trainings of one seed have in common.
+                codebook.revive(latents, generator=_revival_generator(config.seed, step))
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            is_due = (step + 1) % config.save_every == 0 or step + 1 == config.max_steps
+            if is_due or flag.is_set():
+                training.save(out / STATE_FILE, step=step + 1)
+            if flag.is_set():
+                raise Stopped(
+                    f"Stopped and saved after step {step + 1} of {config.max_steps}. Run the same command to resume."
+                )
     return model
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from t2i.config import ASSETS, PrepareConfig
+from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import TRAIN, read_manifest
 from t2i.data.shards.reader import check_shards, read_split
@@ -206,7 +206,14 @@ def test_icons_are_drawn_whole_turned_and_in_black_where_they_take_their_colour_
     wide = pixels(Icon('<rect width="32" height="8" fill="currentColor"/>', width=32, height=8))
     assert wide[7:9].max() == 0 and wide[:5].min() == wide[11:].min() == 255
     with pytest.raises(LeftOut, match="draws nothing"):
-        open_icon(Icon("<g/>"))
+        open_icon(Icon("<g/>"), size=16)
+
+
+def test_icons_are_drawn_at_the_size_that_is_asked_for(tmp_path):
+    write_set(tmp_path, "noto", {"a": RED, "b": RED})
+    for asked, size in (({}, 256), ({"icon_size": 32}, 32)):
+        source = open_source(f"iconify:{tmp_path}", config=SourceConfig(**asked))
+        assert {pair.open().image.size for pair in source.pairs} == {(size, size)}
 
 
 def chained(kind):
@@ -236,7 +243,7 @@ FILTER = '<filter id="f"><{}/></filter><rect width="16" height="16" filter="url(
 def test_a_strangers_icon_neither_ends_the_process_nor_takes_for_ever(body, said):
     """Without the checks the first three end this process by a signal."""
     with pytest.raises(ValueError, match=said):
-        draw_icon(Icon(body))
+        draw_icon(Icon(body), size=16)
 
 
 def test_circles_of_references_and_far_places_are_drawn():

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from PIL import Image
 
 from t2i.config import SourceConfig, TokenizerConfig
 from t2i.data.sources import open_source
-from t2i.errors import DataError, NumericalError, UserError
+from t2i.errors import DataError, NumericalError, Stopped, UserError
 from t2i.image_tokenizer import codebook
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.card import read_card
@@ -145,6 +147,22 @@ def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monk
         torch.equal(a, b)
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
+    # A signal ends the step that it meets, saves, and leaves the state as if there had been none.
+    step_loss, calls = image_tokenizer._step_loss, []
+
+    def told_at_seven(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_loss(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(image_tokenizer, "_step_loss", told_at_seven)
+        with pytest.raises(Stopped, match="saved after step 7 of 20"):
+            train_image_tokenizer(pictures, config=TINY, out=tmp_path / "told")
+    assert len(calls) == 7
+    told = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "told")
+    assert all(map(torch.equal, whole.state_dict().values(), told.state_dict().values()))
     with pytest.raises(UserError, match="other settings \\(lr\\)"):
         train_image_tokenizer(pictures, config=replace(TINY, lr=0.1), out=tmp_path / "stopped")
     with pytest.raises(UserError, match="other settings \\(images\\)"):

@@ -12,9 +12,6 @@ from PIL import Image
 from t2i.data.sources.caption import LeftOut
 from t2i.data.sources.image import OpenedImage
 
-RENDER_SIZE = 256
-"""Pixels per side at which icons are drawn; shards of smaller images are resized from it."""
-
 USUAL_SIDE = 16.0
 """Width and height where neither the icon nor its set states them."""
 
@@ -52,20 +49,20 @@ class Icon:
     """Top and bottom are exchanged."""
 
 
-def open_icon(icon: Icon) -> OpenedImage:
-    """Draw one icon as a source's image.
+def open_icon(icon: Icon, *, size: int) -> OpenedImage:
+    """Draw one icon as a source's image of size x size pixels.
 
     Raises:
         LeftOut: it draws nothing.
         ValueError: its SVG is broken.
     """
-    image = draw_icon(icon)
+    image = draw_icon(icon, size=size)
     if image.convert("L").getextrema() == (255, 255):
         raise LeftOut("an icon that draws nothing on white")
     return OpenedImage(image)
 
 
-def draw_icon(icon: Icon, *, size: int = RENDER_SIZE) -> Image.Image:
+def draw_icon(icon: Icon, *, size: int) -> Image.Image:
     """Draw an icon in the middle of a white square, size x size pixels; `currentColor` is black.
 
     Raises:

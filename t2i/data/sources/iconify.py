@@ -7,15 +7,16 @@ style".
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from t2i.data.sources.icon_drawing import Icon, open_icon
+from t2i.data.sources.icon_drawing import open_icon
 from t2i.data.sources.icon_sets import ICONS, IconSet, read_icon_set
 from t2i.data.sources.icon_words import WORDINGS, Words, read_words
+from t2i.data.sources.image import OpenedImage
 from t2i.data.sources.pattern import expand_any
 from t2i.data.sources.source import Entry, Tally
 from t2i.errors import DataError, UserError
@@ -90,8 +91,8 @@ def read_icon_sets(pattern: str) -> IconSets:
     return IconSets(sets, words, licence="; ".join([*(one.credit for one in sets), *credits]))
 
 
-def list_icons(tally: Tally, *, icons: IconSets, heldout_share: float) -> Iterator[Entry]:
-    """List the icons of all sets, each held-out one also under its other wordings."""
+def list_icons(tally: Tally, *, icons: IconSets, heldout_share: float, size: int) -> Iterator[Entry]:
+    """List the icons of all sets, each held-out one also under its other wordings, to be drawn at a size in pixels."""
     words = icons.words
     styles: dict[str, list[str]] = {}
     for one in icons.sets:
@@ -103,7 +104,7 @@ def list_icons(tally: Tally, *, icons: IconSets, heldout_share: float) -> Iterat
         for name, icon in one.icons.items():
             concept = words.concept_of(name)
             split = split_of(concept, one.prefix, styles=styles[concept], share=heldout_share)
-            entries = _entries(one, name, icon, words=words, split=split)
+            entries = _entries(one, name, partial(open_icon, icon, size=size), words=words, split=split)
             tally.seen += len(entries)
             yield from entries
 
@@ -118,7 +119,9 @@ def split_of(concept: str, style: str, *, styles: Iterable[str], share: float) -
     return COMBINATIONS if places[style] < share and not is_kept else "train"
 
 
-def _entries(one: IconSet, name: str, icon: Icon, *, words: Words, split: str) -> list[Entry]:
+def _entries(
+    one: IconSet, name: str, draw: Callable[[], OpenedImage], *, words: Words, split: str
+) -> list[Entry]:
     """List one icon: under its label, and a held-out one under each wording of it."""
     key = f"{one.prefix}/{name}"
     said = {"": words.label_of(name)}
@@ -128,7 +131,7 @@ def _entries(one: IconSet, name: str, icon: Icon, *, words: Words, split: str) -
         Entry(
             f"{key}#{wording}" if wording else key,
             f"{text}, {one.style} style",
-            partial(open_icon, icon),
+            draw,
             group=key,
             split=f"{split}-{wording}" if wording else split,
             style=one.style,

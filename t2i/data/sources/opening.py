@@ -85,7 +85,7 @@ def open_source(
     elif kind == "coco":
         source = _coco(Path(rest), sieve)
     elif kind == "iconify":
-        source = _icons(rest, sieve, share=HELDOUT_SHARE if heldout_share is None else heldout_share)
+        source = _icons(rest, sieve, config, share=HELDOUT_SHARE if heldout_share is None else heldout_share)
     elif kind == "ids":
         source = _given(Path(rest), config)
     elif hub_name(name) or is_saved(Path(name)):
@@ -200,9 +200,10 @@ def _coco(folder: Path, sieve: Sift) -> Source:
     return source
 
 
-def _icons(pattern: str, sieve: Sift, *, share: float) -> Source:
+def _icons(pattern: str, sieve: Sift, config: SourceConfig, *, share: float) -> Source:
     icons = read_icon_sets(pattern)
-    source = _listed(partial(list_icons, icons=icons, heldout_share=share), sieve, Path(pattern))
+    read = partial(list_icons, icons=icons, heldout_share=share, size=config.icon_size)
+    source = _listed(read, sieve, Path(pattern))
     files, rule = [one.file for one in icons.sets], SPLIT_RULE.format(share=share)
     source = replace(
         source, listing=partial(_list_icons, source, files), split_rule=rule, heldout_share=share
