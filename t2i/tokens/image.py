@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +21,11 @@ from torch import Tensor
 from t2i.errors import DataError, UserError, first_line
 from t2i.files import read_json
 
+if TYPE_CHECKING:
+    from diffusers import VQModel
+
+KIND = "VQModel"
+"""The class of a tokenizer's folder, as its config.json names it."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """Diffusers' name of a folder's weights."""
 ROUND_TRIP = "roundtrip.safetensors"
@@ -89,7 +94,7 @@ class ImageTokenizer:
 
     def __init__(
         self,
-        model: VQModel,
+        model: "VQModel",
         *,
         folder: Path,
         device: torch.device | str = "cpu",
@@ -117,10 +122,11 @@ class ImageTokenizer:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
         kind = read_json(folder / "config.json", error=UserError).get("_class_name")
-        if kind != VQModel.__name__:
-            raise UserError(
-                f"{folder} is no image tokenizer: its config.json is of {kind}; expected VQModel."
-            )
+        if kind != KIND:
+            raise UserError(f"{folder} is no image tokenizer: its config.json is of {kind}; expected {KIND}.")
+        # Here, as it takes seconds that a rank without an image tokenizer would wait for.
+        from diffusers import VQModel
+
         # The switch lets the decoder take codes. Older folders do not set it, and the weights do not depend on it.
         try:
             model, report = VQModel.from_pretrained(
