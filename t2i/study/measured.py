@@ -1,5 +1,6 @@
 """Results of the alignment and of the commands under eval/: their JSON, read once into typed values."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,22 @@ class Retrieval:
     chance: float
     num_pairs: int
     temperature: float
+
+    @property
+    def num_styles(self) -> int:
+        """The number of styles; a caption is looked for among the pairs of its image's style."""
+        return round(self.chance * self.num_pairs)
+
+    @property
+    def times_chance(self) -> float:
+        """How many times as often as by chance an image finds its caption."""
+        return self.image_to_text / self.chance
+
+    @property
+    def times_chance_error(self) -> float:
+        """The standard error of times_chance over images, each counted as independent."""
+        share = self.image_to_text
+        return math.sqrt(share * (1 - share) / self.num_pairs) / self.chance
 
 
 @dataclass(frozen=True)

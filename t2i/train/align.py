@@ -78,7 +78,7 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         raise UserError(f"model is {run.model}, which was trained on the codes of {data.shards} already.")
     sides = make_sides(start, temperature=config.temperature, seed=config.seed)
     pairs = heldout_pairs(data, num_pairs=config.num_pairs)
-    heldout = heldout_ids(pairs, data, layout=layout, tokenizer=tokenizer)
+    heldout = Heldout(heldout_ids(pairs, data, layout=layout, tokenizer=tokenizer), styles_of(pairs))
     loader = StepLoader(
         data,
         layout=layout,
@@ -90,9 +90,9 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
     if is_first:
         record_run(run, ds_config={})
     has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
-    hits = {name: heldout_hits(side, heldout) for name, side in sides.items()}
+    hits = {name: heldout.hits(side) for name, side in sides.items()}
     summary = {
-        name: heldout_retrieval(hits[name]) | {"temperature": side.temperature}
+        name: heldout.retrieval(hits[name]) | {"temperature": side.temperature}
         for name, side in sides.items()
     }
     if is_first:
@@ -146,15 +146,30 @@ def heldout_ids(
     return stack_sequences(pairs, layout=layout, config=data, captions=captions).to(_device())
 
 
-@torch.no_grad()
-def heldout_hits(side: AlignedRows, ids: Tensor) -> dict[str, Tensor]:
-    """Tell of each held-out pair (N, S), in both ways, whether it is found: (N,) each."""
-    return retrieval_hits(*side.bags(ids))
+def styles_of(pairs: list[Sample]) -> Tensor:
+    """Number the styles that pairs are drawn in: (N,); all 0 where shards have none."""
+    numbers: dict[str, int] = {}
+    styles = [numbers.setdefault(pair.get("style", ""), len(numbers)) for pair in pairs]
+    return torch.tensor(styles, device=_device())
 
 
-def heldout_retrieval(hits: dict[str, Tensor]) -> dict[str, float]:
-    """Say how often held-out pairs find each other, by their hits (N,) of both ways."""
-    return retrieval_accuracy(hits) | {"num_pairs": len(next(iter(hits.values())))}
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out pairs that retrieval is measured among."""
+
+    ids: Tensor
+    """Sequences (N, S)."""
+    styles: Tensor
+    """(N,) numbers of what each image is drawn in."""
+
+    @torch.no_grad()
+    def hits(self, side: AlignedRows) -> dict[str, Tensor]:
+        """Tell of each pair, in both ways, whether it is found among those of its style: (N,) each."""
+        return retrieval_hits(*side.bags(self.ids), styles=self.styles)
+
+    def retrieval(self, hits: dict[str, Tensor]) -> dict[str, float]:
+        """Say how often pairs find each other, by their hits (N,) of both ways."""
+        return retrieval_accuracy(hits, styles=self.styles) | {"num_pairs": len(self.ids)}
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,7 @@ class _State:
 
 
 def _train(
-    sides: dict[str, AlignedRows], *, config: AlignConfig, loader: StepLoader, heldout: Tensor, run_dir: Path
+    sides: dict[str, AlignedRows], *, config: AlignConfig, loader: StepLoader, heldout: Heldout, run_dir: Path
 ) -> bool:
     """Train up to max_steps; tell whether there was a step left to take."""
     modules = nn.ModuleDict(sides)
@@ -208,13 +223,13 @@ def _step(
 
 
 def _rows(
-    sides: dict[str, AlignedRows], losses: dict[str, float], *, heldout: Tensor | None
+    sides: dict[str, AlignedRows], losses: dict[str, float], *, heldout: Heldout | None
 ) -> Iterator[MetricsRow]:
     """Yield each space's loss, and its retrieval among held-out pairs if they are given."""
     for name, side in sides.items():
         yield {"rows": name, "loss": losses[name], "temperature": side.temperature}
         if heldout is not None:
-            yield {"split": "heldout", "rows": name, **heldout_retrieval(heldout_hits(side, heldout))}
+            yield {"split": "heldout", "rows": name, **heldout.retrieval(heldout.hits(side))}
 
 
 def _save(path: Path, state: _State, *, step: int) -> None:

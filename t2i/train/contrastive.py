@@ -79,16 +79,24 @@ def loss_and_gradient(side: AlignedRows, input_ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def retrieval_hits(image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Tell of each of N whether the nearest is the right one, both ways: (N,) each; k equal nearest count 1 / k."""
-    similarities = image @ text.T
+def retrieval_hits(image: Tensor, text: Tensor, *, styles: Tensor) -> dict[str, Tensor]:
+    """Tell of each of N whether the nearest of its style is the right one, both ways: (N,) each.
+
+    Args:
+        styles: (N,) numbers of what the images are drawn in, which a caption names: found among all, a caption would
+            be found for its style.
+
+    Returns:
+        Of each 1 or 0, and 1 / k where k are equally near.
+    """
+    similarities = (image @ text.T).masked_fill(styles[:, None] != styles, -torch.inf)
     return {"image_to_text": _top_one(similarities), "text_to_image": _top_one(similarities.T)}
 
 
-def retrieval_accuracy(hits: dict[str, Tensor]) -> dict[str, float]:
-    """Average hits (N,) of both ways, beside what chance gives."""
+def retrieval_accuracy(hits: dict[str, Tensor], *, styles: Tensor) -> dict[str, float]:
+    """Average hits (N,) of both ways, beside what chance gives among the images of one style (styles: (N,))."""
     shares = {name: float(one.mean()) for name, one in hits.items()}
-    return shares | {"chance": 1 / len(next(iter(hits.values())))}
+    return shares | {"chance": len(styles.unique()) / len(styles)}
 
 
 def _as_long(rows: Tensor, text: Tensor) -> Tensor:

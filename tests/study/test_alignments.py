@@ -47,10 +47,16 @@ def test_two_alignments_are_compared_image_by_image(tmp_path):
     (tmp_path / "plain" / "hits.json").unlink()
     assert "are not compared" in section(made, {"plain": "{out}/plain", "aligned": "{out}/aligned"}).found
     alone = section(made, "{out}/aligned").found
-    assert (
-        alone
-        == "Among held-out pairs, an image retrieves its caption at most 4.5 times as often as by chance."
+    said = "Among held-out pairs, an image retrieves its caption at most 4.5 times as often as by chance"
+    assert alone == f"{said}, each among those of its own style (4 styles)."
+    # Forty pairs of one style, or of a source without styles.
+    write_json(
+        tmp_path / "one" / "align.json", {"input": {**ONES, "chance": 1 / 40, "image_to_text": 0.1125}}
     )
+    write_json(
+        tmp_path / "one" / "metrics.jsonl", {"rows": "input", "step": 1, "loss": 1.0, "temperature": 0.07}
+    )
+    assert section(made, "{out}/one").found == f"{said}."
     assert "none holds no finished alignment" in section(made, "{out}/none").found
 
 

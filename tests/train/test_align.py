@@ -60,11 +60,19 @@ def test_bags_are_means_of_the_right_rows():
 
 
 def test_retrieval_counts_ties_by_share():
-    features = torch.eye(4)
-    measured = lambda image, text: retrieval_accuracy(retrieval_hits(image, text))  # noqa: E731
+    features, styles = torch.eye(4), torch.zeros(4)
+
+    def measured(image, text):
+        return retrieval_accuracy(retrieval_hits(image, text, styles=styles), styles=styles)
+
     assert measured(features, features) == {"image_to_text": 1, "text_to_image": 1, "chance": 0.25}
     assert measured(torch.ones(4, 4), features)["text_to_image"] == 0.25
     assert measured(features.roll(1, 0), features)["image_to_text"] == 0
+    # Features that know the style and nothing else find no more than chance among the images of one style.
+    styles = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    known = F.one_hot(styles.long()).float()
+    assert measured(known, known) == {"image_to_text": 0.5, "text_to_image": 0.5, "chance": 0.5}
+    assert measured(features, features)["image_to_text"] == 1
 
 
 TWO_RANKS = """

@@ -37,7 +37,7 @@ def alignment(study: Study, out: Path, *, folder: str | dict[str, str]) -> Secti
         f"{_best(sides):.1f} times as often as by chance" + (f" ({name})" if name else "")
         for name, sides in found.items()
     )
-    sentence += "." + _compared({name: folders[name] for name in found})
+    sentence += f"{_styles_in_words(found)}." + _compared({name: folders[name] for name in found})
     return Section(
         "Alignment", sentence, _draw({name: (folders[name], [*found[name]]) for name in found}), table
     )
@@ -48,7 +48,15 @@ def _label(name: str, side: str) -> str:
 
 
 def _best(sides: dict[str, Retrieval]) -> float:
-    return max(one.image_to_text / one.chance for one in sides.values())
+    return max(one.times_chance for one in sides.values())
+
+
+def _styles_in_words(found: dict[str, dict[str, Retrieval]]) -> str:
+    """Say among which pairs a caption is looked for, where these are not all."""
+    counts = {one.num_styles for sides in found.values() for one in sides.values()}
+    if max(counts) == 1:
+        return ""
+    return f", each among those of its own style ({' or '.join(map(str, sorted(counts)))} styles)"
 
 
 def _compared(folders: dict[str, Path]) -> str:
@@ -71,8 +79,8 @@ def _compared(folders: dict[str, Path]) -> str:
         said += f" These {len(tests)} are corrected for their number (Holm)."
     if tests:
         said += (
-            " Intervals and tests are over images, each counted as independent; what another training of a tokenizer"
-            " would give is in neither."
+            " Intervals and tests are over images, each counted as independent: where several show one thing,"
+            " intervals are too narrow and p too small. What another training of a tokenizer would give is in neither."
         )
     if missing:
         said += (

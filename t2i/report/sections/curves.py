@@ -50,9 +50,13 @@ def curves(
         if panels[value]
     )
     of_codes = ", of image_loss per code" if panels.get("image_loss") else ""
+    is_of_one = all(one == of_arms[0] for one in of_arms)
+    several = (
+        "" if is_of_one else " Not all arms have the same codes; losses of different codes do not compare."
+    )
     return Section(
         "Training curves",
-        f"Smoothed (EMA, {SMOOTHING}), in nats per token{of_codes}: {sentence}.",
+        f"Training losses, smoothed (EMA, {SMOOTHING}), in nats per token{of_codes}: {sentence}.{several}",
         figure,
         table,
     )

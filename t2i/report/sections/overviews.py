@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from t2i.errors import UserError
 from t2i.report.figures import COLOURS, LABELS, finish, panels
 from t2i.report.sections.comparisons import pair_of, said_early
-from t2i.report.sections.section import Section, SectionKind, difference, interval, known, p_value
+from t2i.report.sections.section import Section, SectionKind, difference, interval, p_value
 from t2i.study.results import Curve, data_manifest, image_baselines
 from t2i.study.spec import Study, nearest_name
 from t2i.study.statistics import CONFIDENCE, PairedTest, corrected, paired_test
@@ -68,12 +68,23 @@ def overview(
     unit = f", share of what was learned beyond {relative_to}" if relative_to else ""
     learned = ["learned by the second arm, nats per code"] if relative_to else []
     table = [
-        ["comparison", "arms", f"difference{unit}", "p", "p, corrected", "detectable, 80% power", *learned]
+        [
+            "comparison",
+            "arms",
+            "seeds",
+            f"difference{unit}",
+            "p",
+            "p, corrected",
+            "detectable alone, 80% power",
+        ]
+        + learned
     ]
     for name, test in every.items():
+        least = test.smallest_detectable
         cells = [difference(test.mean, test.low, test.high), p_value(test.p_value), p_value(holm[name])]
+        cells.append("-" if math.isnan(least) else f"{least:.4f}")
         arms = " - ".join(pairs[name]) if name in tests else ""
-        table.append([name, arms, *cells, known(test.smallest_detectable)])
+        table.append([name, arms, str(test.num_seeds), *cells])
         if learned:
             table[-1].append(_learned(gaps[name]) if name in tests else "")
     # Several pairs may have one arm in common.
@@ -95,6 +106,9 @@ def overview(
     sentence += _said_of(between, holm, nats="" if relative_to else " nats") + _without_share(
         gaps, relative_to
     )
+    if against and against not in tests:
+        sentence += f" Without {against}, no difference from it is taken."
+    sentence += _shared_by_seeds(study)
     label = f"difference of {LABELS.get(value, value)}{unit}\nmean and 95% interval of each alone"
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 
@@ -182,6 +196,14 @@ def _without_share(gaps: dict[str, Gap], relative_to: str) -> str:
         f" Without a share: {', '.join(names)}. A seed of the second arm is not below the {relative_to} cost, so that"
         " it has learned nothing to take a share of, or its shards do not state that cost."
     )
+
+
+def _shared_by_seeds(study: Study) -> str:
+    """Say what was drawn or chosen once for all seeds, and is in no interval over them."""
+    once = ["the image tokenizers", "the held-out images"]
+    if study.tuning is not None:
+        once.append(f"each arm's {study.tuning.key}, chosen on seed {study.tuning.seed}")
+    return f" All seeds share {', '.join(once[:-1])} and {once[-1]}, so that no interval has what others would give."
 
 
 def _learned(gap: Gap) -> str:

@@ -25,7 +25,10 @@ class Codes:
     """What is known of the codes of one image tokenizer."""
 
     retrieval: float
-    """Share of held-out images that find their caption by the codes, divided by chance."""
+    """Share of held-out images that find their caption by the codes, divided by chance; of two spaces of embeddings
+    the larger."""
+    retrieval_error: float
+    """Its standard error over images; the alignment is trained once."""
     entropy: float
     """Nats per held-out code when codes are counted."""
     saved: float
@@ -74,16 +77,19 @@ def slope(
     )  # (seeds, tokenizers)
     amounts = {name: np.array([of(one) for one in codes.values()]) for name, of in LIKENESSES.items()}
     tests = {name: _tested(amount, worths) for name, amount in amounts.items() if np.ptp(amount) > 0}
-    table = [["image tokenizer", *LIKENESSES, f"worth, share beyond {relative_to}"]]
+    table = [["image tokenizer", *LIKENESSES, "error of retrieval", f"worth, share beyond {relative_to}"]]
     for place, (name, one) in enumerate(codes.items()):
         worth = worths[:, place]
         table.append(
             [name, *(f"{of(one):.3f}" for of in LIKENESSES.values())]
-            + [f"{worth.mean():+.4f} ({worth.min():+.4f} to {worth.max():+.4f})"]
+            + [
+                f"{one.retrieval_error:.3f}",
+                f"{worth.mean():+.4f} ({worth.min():+.4f} to {worth.max():+.4f})",
+            ]
         )
     return Section(
         "A line",
-        _in_words(tests, num_codes=len(codes), num_seeds=len(seeds))
+        _in_words(tests, num_codes=len(codes), seeds=seeds, relative_to=relative_to)
         + "".join(dict.fromkeys(gaps[name].early for name in codes)),
         _draw(amounts, worths, list(codes), label=f"worth, share beyond {relative_to}"),
         table,
@@ -96,8 +102,10 @@ def _codes(study: Study, out: Path, arm: str, folder: str) -> Codes | None:
     costs = image_baselines(runs_of(study, arm=arm, out=out))
     if not sides or not {"unigram", "bigram"} <= costs.keys():
         return None
-    retrieval = max(one.image_to_text / one.chance for one in sides.values())
-    return Codes(retrieval, costs["unigram"], costs["unigram"] - costs["bigram"])
+    best = max(sides.values(), key=lambda one: one.times_chance)
+    return Codes(
+        best.times_chance, best.times_chance_error, costs["unigram"], costs["unigram"] - costs["bigram"]
+    )
 
 
 def _tested(amount: np.ndarray, worths: np.ndarray) -> PairedTest:
@@ -107,7 +115,7 @@ def _tested(amount: np.ndarray, worths: np.ndarray) -> PairedTest:
     return paired_test(slopes.tolist(), [0.0] * len(slopes))
 
 
-def _in_words(tests: dict[str, PairedTest], *, num_codes: int, num_seeds: int) -> str:
+def _in_words(tests: dict[str, PairedTest], *, num_codes: int, seeds: list[int], relative_to: str) -> str:
     if not tests:
         return "In nothing do the codes of these image tokenizers differ, so that no line is fitted."
     holm = dict(zip(tests, corrected([test.p_value for test in tests.values()]), strict=True))
@@ -117,10 +125,13 @@ def _in_words(tests: dict[str, PairedTest], *, num_codes: int, num_seeds: int) -
         for name, test in tests.items()
     ]
     return (
-        f"Least-squares slopes of worth through {num_codes} image tokenizers, one for each of {num_seeds} seeds and"
-        f" tested against 0: {'; '.join(said)}. Intervals are over seeds of training; that other image tokenizers of"
-        " these kinds would give other slopes is in none of them, and with so few of them the slopes are not of"
-        " independent causes."
+        f"Least-squares slopes of worth through {num_codes} image tokenizers, one for each of {len(seeds)} seeds"
+        f" ({', '.join(map(str, seeds))}) and tested against 0, corrected for their number (Holm): {'; '.join(said)}."
+        " Intervals are over seeds of training; that other image tokenizers of these kinds would give other slopes is"
+        " in none of them, and with so few of them the slopes are not of independent causes. Retrieval is measured"
+        f" once, with the error that the table states, which draws its slope towards 0. Worth is a share beyond the"
+        f" {relative_to} cost, and how much is left to learn beyond it depends on the codes' entropy too: a slope along"
+        " entropy is partly arithmetic."
     )
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from t2i.cli import flags_of_mapping
 from t2i.report.figures import LABELS, finish, panels, styles
 from t2i.report.sections.section import Section, SectionKind
-from t2i.study.spec import Study
+from t2i.study.spec import Study, Tuning
 from t2i.study.tuning import Tuned, tuned, tuning_of
 
 
@@ -29,7 +30,7 @@ def tuning(study: Study, out: Path) -> Section:
     edges = [arm for arm, one in found.items() if one.is_at_edge]
     sentence = (
         f"Each arm was tried with {len(asked.values)} values of {asked.key} on seed {asked.seed}, which no comparison"
-        f" has, and trained with the one whose held-out {asked.loss} ended lowest."
+        f" has, and trained with the one whose held-out {asked.loss} ended lowest.{_of_trials(asked)}"
     )
     if edges:
         sentence += (
@@ -38,6 +39,11 @@ def tuning(study: Study, out: Path) -> Section:
     return Section(
         "Each arm at its own best value", sentence, _draw(found, key=asked.key, loss=asked.loss), table
     )
+
+
+def _of_trials(asked: Tuning) -> str:
+    """Say in which settings trials differ from the runs that they choose a value for."""
+    return f" Trials had {' '.join(flags_of_mapping(asked.settings))}." if asked.settings else ""
 
 
 def _draw(found: dict[str, Tuned], *, key: str, loss: str) -> Figure:
