@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -31,6 +32,8 @@ VARIABLES = {
     "TORCH_EXTENSIONS_DIR": "where DeepSpeed's C++ operators are built; by default in the Python environment",
     "DS_ACCELERATOR": "cpu by default where torch finds no GPU; DeepSpeed's own",
     "CUDA_VISIBLE_DEVICES": "the GPUs that `t2i study --workers N` shares out, one to a worker; a tracker sees none",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True by default, against fragments in a GPU's memory; torch's own",
+    "PYTORCH_CUDA_ALLOC_CONF": "the same by its older name: where either is set, neither is changed",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8 by default with train.deterministic; CUDA's own",
     "THP_MEM_ALLOC_ENABLE": "1 by default: torch asks for huge pages on CPUs",
     "TOKENIZERS_PARALLELISM": "false by default: loader processes are many already",
@@ -38,7 +41,7 @@ VARIABLES = {
     "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "set to 1 while DeepSpeed's state is loaded, so that no pickle runs code",
     "PATH": "programs of the Python environment are put first, for ninja",
     "PYTHONPATH": "a study's jobs and a run's trackers get the folder of t2i put first",
-    "XDG_CACHE_HOME": "downloaded Inception weights go to its folder t2i; by default ~/.cache",
+    "XDG_CACHE_HOME": "its t2i/ has Inception weights, reference features and the exact judge; by default ~/.cache/t2i",
     "T2I_API_KEY": "key that clients of `t2i serve` and `t2i play` must give; without one, only this machine is let in",
     "GRADIO_ANALYTICS_ENABLED": "set to False by `t2i play`: Gradio reports nothing",
     "GRADIO_TEMP_DIR": "set by `t2i play`: files that its page shows, which are removed at its end",
@@ -54,10 +57,14 @@ OF_A_JOB = (
 
 BUFFER_BYTES = 69_206_024
 """Shared memory per rank of DeepSpeed's reduction on CPUs."""
+NCCL_BYTES = 2**25
+"""Shared memory per rank of several GPUs on one machine, which NCCL and loader processes take: an estimate."""
 ORDER_BYTES = 8
 """Shared memory per sample of an epoch's order, which Streaming writes there on each machine."""
 SPARE_BYTES = 2**23
 """Shared memory for the rest of Streaming and loader processes."""
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+"""What Linux has where an NVIDIA driver is loaded."""
 LEAST_DISK_BYTES = 2**20
 """Free disk space that a run's log needs; what a checkpoint needs is checked at each save."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -135,7 +142,8 @@ def check_machine(ds_config: DsConfig, *, run_dir: Path, num_samples: int = 0) -
         num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
         problems.append(shared_memory_problem(num_ranks=num_ranks, num_samples=num_samples))
     else:
-        problems.append(shared_memory_problem(num_ranks=0, num_samples=num_samples))
+        num_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        problems.append(shared_memory_problem(num_ranks=num_ranks, num_samples=num_samples, on_gpus=True))
         problems.append(cuda_compiler_problem(operators_needed(ds_config)))
     for problem in filter(None, problems):
         raise UserError(problem)
@@ -168,23 +176,42 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def shared_memory_problem(*, num_ranks: int, num_samples: int = 0) -> str:
+def shared_memory_problem(*, num_ranks: int, num_samples: int = 0, on_gpus: bool = False) -> str:
     """Describe the problem if shared memory is too small; empty if there is none.
 
     Args:
-        num_ranks: on CPUs, which reduce there; 0 on GPUs.
+        num_ranks: on this machine.
         num_samples: as of check_machine.
     """
-    needed = num_ranks * BUFFER_BYTES + num_samples * ORDER_BYTES + SPARE_BYTES
+    # One GPU talks to no other.
+    per_rank = BUFFER_BYTES if not on_gpus else NCCL_BYTES if num_ranks > 1 else 0
+    needed = num_ranks * per_rank + num_samples * ORDER_BYTES + SPARE_BYTES
     if not SHARED_MEMORY.is_dir() or _free_bytes(SHARED_MEMORY) >= needed:
         return ""
-    on_cpus = f"{num_ranks} ranks on CPUs" if num_ranks else ""
+    ranks = f"{num_ranks} ranks on {'GPUs' if on_gpus else 'CPUs'}" if num_ranks * per_rank else ""
     order = f"the order of {num_samples:,} samples" if num_samples else ""
-    whose = " and ".join(filter(None, (on_cpus, order))) or "a run"
+    whose = " and ".join(filter(None, (ranks, order))) or "a run"
     return (
         f"{SHARED_MEMORY} has {_free_bytes(SHARED_MEMORY) / 1e6:.0f} MB free; expected {needed / 1e6:.0f} MB for"
         f" {whose}, or the kernel kills the processes. In Docker give --shm-size {-(-needed // 10**9)}g, in Kubernetes"
         " an emptyDir in memory."
+    )
+
+
+def unusable_gpu() -> str:
+    """Say why torch cannot use the NVIDIA GPU of this machine; empty if it can, or there is none to use."""
+    import torch  # here: it takes seconds, and `python -m t2i.env` may lack it
+
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+    if is_hidden or not NVIDIA_DRIVER.is_file() or torch.cuda.is_available():
+        return ""
+    said = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", NVIDIA_DRIVER.read_text())
+    driver = f"driver {said[1]}" if said else "its driver"
+    made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"this machine has an NVIDIA GPU with {driver}, which torch {torch.__version__} cannot use: it is built"
+        f" {made_for}. Everything runs on the CPU. Install a newer driver, or a torch for this one; `nvidia-smi` names"
+        " the newest CUDA that it knows. CUDA_VISIBLE_DEVICES= says that the CPU is meant."
     )
 
 
@@ -242,6 +269,7 @@ def problems_here() -> list[str]:
         compiler_problem(operators_needed({})),
         shared_memory_problem(num_ranks=2),
         disk_problem(Path()),
+        unusable_gpu(),
     ]
     return [problem for problem in found if problem]
 

@@ -29,7 +29,7 @@ class DataError(UserError):
 
 
 class NumericalError(ArithmeticError):
-    """A loss or gradient is no longer finite."""
+    """A loss, gradient or weight is not finite, spikes do not end, ranks differ, or `verify-resume` says Not equal."""
 
     exit_code = 4
 
@@ -89,6 +89,18 @@ def disk_reason(error: Exception) -> str:
     return f"{first_line(error)} (a full disk?)." if is_writers else ""
 
 
+def memory_reason(error: Exception) -> str:
+    """Say what to do about a GPU without memory left; empty for another error."""
+    # By name: torch may not be there.
+    if type(error).__name__ != "OutOfMemoryError":
+        return ""
+    return (
+        f"{first_line(error)} To train, a smaller train_micro_batch_size_per_gpu in --ds_config needs less and gives"
+        " the same result, and --model.gradient-checkpointing needs less again; `t2i plan` estimates both. To draw or"
+        " measure, take a smaller batch."
+    )
+
+
 RESUMING = (
     "Run the same command again: training, preparing images, aligning, drawing and studies resume; what was measured or"
     " converted begins anew."
@@ -112,6 +124,8 @@ def run_command(command: Callable[[], None]) -> None:
         advice = "run `make install` and use .venv/bin/python, or `pip install` t2i"
         _end(error, sentence=f"{error}, which t2i needs: {advice}.")
     except Exception as error:
+        if sentence := memory_reason(error):
+            _end(error, sentence=sentence)
         if not (sentence := disk_reason(error)):
             raise
         _end(CheckpointError(sentence), sentence=sentence)

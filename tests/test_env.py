@@ -7,6 +7,7 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 
 from t2i import env
 
@@ -51,3 +52,29 @@ def test_shared_memory_holds_the_order_of_an_epoch(num_ranks, num_samples, said,
     monkeypatch.setattr(env, "_free_bytes", lambda folder: 64_000_000)
     problem = env.shared_memory_problem(num_ranks=num_ranks, num_samples=num_samples)
     assert re.search(said, problem) if said else problem == ""
+
+
+def test_several_gpus_need_room_for_what_they_say_to_each_other(monkeypatch):
+    monkeypatch.setattr(env, "_free_bytes", lambda folder: 64_000_000)
+    assert "277 MB for 8 ranks on GPUs" in env.shared_memory_problem(num_ranks=8, on_gpus=True)
+    assert env.shared_memory_problem(num_ranks=1, on_gpus=True) == ""
+
+
+def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(monkeypatch, tmp_path):
+    assert env.unusable_gpu() == "", "there is no GPU here, or torch can use it"
+    driver = tmp_path / "version"
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
+    )
+    monkeypatch.setattr(env, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert re.search(r"driver 535\.183\.01, which torch .* built for CUDA 13\.0", env.unusable_gpu())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in env.unusable_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU is meant
+    assert env.unusable_gpu() == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert env.unusable_gpu() == ""

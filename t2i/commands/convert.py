@@ -8,7 +8,8 @@ Examples:
   python launchers/convert.py llamagen --checkpoint vq_ds16_c2i.pt --out tokenizers/llamagen_16
   python launchers/convert.py open-lm-back models/open_lm_1b --out back
 
-Each conversion checks what the new folder computes against the checkpoint itself before the folder appears.
+Each conversion but open-lm-back checks what the new folder computes against the checkpoint itself before the folder
+appears.
 """
 
 from dataclasses import dataclass

@@ -27,7 +27,7 @@ class ForgettingCommand:
     ckpt: Ckpt
     """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i."""
     text: str
-    """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset name."""
+    """Text shards (their held-out split), a .txt file, a folder of them, or a Hugging Face dataset (hf:USER/NAME)."""
     reference: Annotated[str | None, CKPT] = None
     """The language model before training, also a CKPT. Without it nothing is compared."""
     captions: Path | None = None
@@ -61,8 +61,6 @@ def main() -> None:
     check_results_file(command.out, name=FORGETTING, keys=("prompts", "models"))
     folder, run_dir = find(command.ckpt)
     path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
-    if command.reference:
-        find(command.reference)
     check_text(command.text, name="--text")
     if command.captions is not None and not (command.captions / MANIFEST).is_file():
         raise UserError(

@@ -5,7 +5,7 @@ Import from here: `from t2i.config import TrainConfig`. `python -m t2i.config > 
 
 from pathlib import Path
 
-from t2i.config.ds_config import DsConfig
+from t2i.config.ds_config import DsConfig, bucket_elements
 from t2i.config.prepare_config import EMBEDDED_VIEWS, PrepareConfig, SourceConfig
 from t2i.config.run_config import (
     EMBEDDED_SHARDS,
@@ -61,4 +61,5 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "Trainable",
+    "bucket_elements",
 ]

@@ -2,6 +2,9 @@
 
 from typing import TypedDict
 
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's default of reduce_bucket_size, in elements."""
+
 
 class Bf16(TypedDict, total=False):
     """DeepSpeed's bf16."""
@@ -46,3 +49,13 @@ class DsConfig(TypedDict, total=False):
     zero_optimization: Zero
     optimizer: Optimizer
     data_types: DataTypes
+
+
+def bucket_elements(zero: Zero, *, largest: int, num_ranks: int) -> int:
+    """Return the elements of a bucket that gradients are reduced in, where the largest tensor has `largest`.
+
+    DeepSpeed reduces a tensor that no bucket holds by itself. Where that overlaps with the backward pass, it frees the
+    gradient while the device may still read it, on all ranks whose partition has no part of the tensor.
+    """
+    asked = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    return max(asked, largest) if num_ranks > 1 and zero.get("overlap_comm") else asked

@@ -211,8 +211,8 @@ class TrainConfig:
     eval_images: Annotated[int, Ge(1), MAY_CHANGE] = 256
     """Number of held-out images, or of text sequences, that are measured per split."""
     eval_text: Annotated[str, MAY_CHANGE] = ""
-    """Text to measure forgetting on: text shards, a .txt file, a folder of these, or the name of a dataset. It is
-    measured before the first step and every eval_every steps. Empty for none."""
+    """Text to measure forgetting on: text shards, a .txt file, a folder of these, or a Hugging Face dataset
+    (hf:USER/NAME). It is measured before the first step and every eval_every steps. Empty for none."""
     sample_every: Annotated[int, Ge(0), MAY_CHANGE] = 0
     """Steps between grids of sampled images; 0 for never."""
     sample_prompts: Annotated[Path | None, MAY_CHANGE] = None

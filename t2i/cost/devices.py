@@ -92,8 +92,16 @@ def measure_cpu(*, num_processes: int, is_half: bool) -> Device:
 
 
 def warn_of_slow_bf16(model: nn.Module, ds_config: DsConfig, *, tokens: int) -> None:
-    """Warn on the first rank if this CPU is slow at bf16, and estimate the time per step."""
-    if torch.cuda.is_available() or not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
+    """Warn on the first rank if this device is slow at bf16; of a CPU, estimate the time per step."""
+    if not ds_config.get("bf16", {}).get("enabled") or dist.get_rank() != 0:
+        return
+    if torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning(
+                "%s has no bf16 of its own (NVIDIA GPUs have it since Ampere), so that it is emulated, which is slow."
+                " Perhaps --ds_config ds_configs/zero2_fp32.json is faster here; measure both.",
+                torch.cuda.get_device_name(),
+            )
         return
     seconds = {dtype: product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     # CPUs without bf16 instructions are tens of times slower; a factor below three may be chance.

@@ -6,15 +6,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import DsConfig, ImageWeights, Trainable, TrainConfig
+from t2i.config import DsConfig, ImageWeights, Trainable, TrainConfig, bucket_elements
 from t2i.model import loss
 from t2i.model.backbone import made_of
 from t2i.model.resize import split_rows
 from t2i.model.routing import num_idle, route
 from t2i.model.trainable import add_lora, set_trainable
-
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's default of reduce_bucket_size, in elements."""
 
 # Kernels of open_lm's forward and backward pass, counted on a model of 24 layers: 2,013.
 LAUNCHES_PER_LAYER, LAUNCHES_OUTSIDE = 80, 100
@@ -39,6 +36,8 @@ class Counts:
     learned_in_head: int
     inner_width: int
     """Width inside a layer's feed-forward part: the widest input that a matrix has."""
+    largest_learned: int
+    """Elements of the largest trainable tensor."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,7 @@ def counts_of(model: PreTrainedModel) -> Counts:
         learned_in_head=sum(value.numel() for value in head.parameters() if value.requires_grad),
         # Matrices say it alike in every class, whose configurations call it by many names or not at all.
         inner_width=max(value.shape[1] for value in products),
+        largest_learned=max((value.numel() for value in values if value.requires_grad), default=0),
     )
 
 
@@ -136,7 +136,9 @@ def estimate_memory(
         weights=element * counts.total,
         gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
         optimizer=12 * counts.learned / num_gpus,
-        buckets=element * num_buckets * zero.get("reduce_bucket_size", DEFAULT_BUCKET),
+        buckets=element
+        * num_buckets
+        * bucket_elements(zero, largest=counts.largest_learned, num_ranks=num_gpus),
         logits=rows * (positions + sizes.hidden_size) * LOGIT_BYTES[element]
         + 16 * positions * sizes.hidden_size,
         activations=activation_bytes(

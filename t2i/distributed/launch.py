@@ -20,6 +20,7 @@ from t2i.env import (
     operators_built,
     operators_needed,
     taken_port_advice,
+    unusable_gpu,
     use_own_tools,
 )
 from t2i.errors import UserError
@@ -117,6 +118,11 @@ def prepare_environment() -> None:
     _check_launch()
     if os.environ["RANK"] != "0":
         logging.getLogger("t2i").setLevel(logging.ERROR)  # the first rank speaks for all
+    # Blocks of many sizes come and go, as micro-batches differ in length: segments that grow do not fragment.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if reason := unusable_gpu():
+        logger.warning("%s", reason)
     if not torch.accelerator.is_available():
         # DeepSpeed reads it when it is imported. Without it, DeepSpeed searches for accelerators and warns.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from t2i.config import DsConfig, TrainConfig
+from t2i.config import DsConfig, TrainConfig, bucket_elements
 from t2i.data.batching import accumulation
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import UserError
@@ -79,8 +79,9 @@ def make_engine(
     Raises:
         UserError: DeepSpeed refuses its JSON.
     """
-    whole = whole_ds_config(ds_config, config=config, per_rank=per_rank)
     groups = parameter_groups(learner, config=config)
+    largest = max(value.numel() for group in groups for value in group["params"])
+    whole = whole_ds_config(ds_config, config=config, per_rank=per_rank, largest=largest)
     with _refusals():
         engine, *_ = deepspeed.initialize(model=learner, model_parameters=groups, config=whole)
     measure_in_parts(engine.optimizer)
@@ -89,8 +90,13 @@ def make_engine(
     return engine
 
 
-def whole_ds_config(ds_config: DsConfig, *, config: TrainConfig, per_rank: int) -> dict[str, object]:
+def whole_ds_config(
+    ds_config: DsConfig, *, config: TrainConfig, per_rank: int, largest: int = 0
+) -> dict[str, object]:
     """Add to DeepSpeed's JSON what the run decides; check that DeepSpeed takes it, which costs no weight.
+
+    Args:
+        largest: elements of the largest trainable tensor; 0 if not known yet.
 
     Raises:
         UserError: it does not.
@@ -118,9 +124,13 @@ def whole_ds_config(ds_config: DsConfig, *, config: TrainConfig, per_rank: int) 
         # DeepSpeed's own speed, which nobody reads: it waits for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
-    if rank_and_size()[1] == 1:
+    zero, num_ranks = ds_config["zero_optimization"], rank_and_size()[1]
+    if num_ranks == 1:
         # There is nothing to reduce while the backward pass runs, and DeepSpeed would wait for the device every time.
-        whole["zero_optimization"] = {**ds_config["zero_optimization"], "overlap_comm": False}
+        whole["zero_optimization"] = {**zero, "overlap_comm": False}
+    elif zero.get("overlap_comm"):
+        size = bucket_elements(zero, largest=largest, num_ranks=num_ranks)
+        whole["zero_optimization"] = {**zero, "reduce_bucket_size": size}
     with _refusals():
         deepspeed.DeepSpeedConfig(whole)
     return whole

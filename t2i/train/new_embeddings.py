@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2i.config import DataConfig, ModelConfig
@@ -156,11 +158,12 @@ def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe, is_drawn: b
     Args:
         is_drawn: the model is randomly initialised.
     """
-    if kind in FROM_SHARDS:
-        begin_apart(model, probe)
-    elif kind == "uniform":
-        shift_to_uniform(model, probe)
-    cost, uniform = code_cost(model, probe), uniform_cost(model)
+    with _lent_to_gpu(model, probe) as there:
+        if kind in FROM_SHARDS:
+            begin_apart(model, there)
+        elif kind == "uniform":
+            shift_to_uniform(model, there)
+        cost, uniform = code_cost(model, there), uniform_cost(model)
     # A nat more is usual of a random start, whose logits differ from one another by about one.
     if not cost <= uniform + (1.0 if is_drawn else FAIR_EXCESS_NATS):
         logger.warning(
@@ -170,3 +173,25 @@ def begin_fairly(model: PreTrainedModel, kind: str, *, probe: Probe, is_drawn: b
             cost,
             uniform,
         )
+
+
+@contextmanager
+def _lent_to_gpu(model: PreTrainedModel, probe: Probe) -> Iterator[Probe]:
+    """Have a model on this rank's GPU for a while, where it has room: some dozen passes take hours on one core."""
+    if not has_room_for(model):
+        yield probe
+        return
+    nn.Module.to(model, "cuda")  # transformers' own is not typed
+    try:
+        yield replace(probe, ids=probe.ids.to("cuda"))
+    finally:
+        nn.Module.to(model, "cpu")
+        torch.cuda.empty_cache()
+
+
+def has_room_for(model: PreTrainedModel) -> bool:
+    """Tell whether this rank's GPU has room for a model's weights, and as much again for what it computes."""
+    if not torch.cuda.is_available():
+        return False
+    needed = 2 * sum(value.numel() * value.element_size() for value in model.parameters())
+    return torch.cuda.mem_get_info()[0] >= needed

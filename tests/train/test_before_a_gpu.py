@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2i.config import ASSETS, TokenizerConfig, TrainConfig
+from t2i.config import ASSETS, TokenizerConfig, TrainConfig, bucket_elements
+from t2i.cost.devices import warn_of_slow_bf16
 from t2i.distributed import launch, rendezvous
 from t2i.env import cuda_compiler_problem, operators_needed
-from t2i.errors import UserError
+from t2i.errors import UserError, run_command
 from t2i.generate import sample
 from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.train import _step_loss, build_vq_model
@@ -38,6 +39,7 @@ from t2i.train import main
 from t2i.train.deepspeed_internals import measure_in_parts
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, whole_ds_config
+from t2i.train.new_embeddings import has_room_for
 from t2i.train.periodic import on_device_of
 
 ZERO2 = read_ds_config(ROOT / "ds_configs" / "zero2.json")
@@ -144,6 +146,55 @@ def test_one_rank_has_nothing_to_overlap(one_process):
     assert ZERO2["zero_optimization"]["overlap_comm"]
     whole = whole_ds_config(ZERO2, config=TrainConfig(), per_rank=8)
     assert whole["zero_optimization"] == {**ZERO2["zero_optimization"], "overlap_comm": False}
+
+
+def test_a_bucket_holds_the_largest_tensor_where_reducing_overlaps_with_the_backward_pass(monkeypatch):
+    monkeypatch.setattr("t2i.train.engine.rank_and_size", lambda: (0, 16))
+    monkeypatch.setattr(deepspeed, "DeepSpeedConfig", lambda whole: None)  # it asks for the ranks itself
+
+    def bucket(zero, largest):
+        json = {**ZERO2, "zero_optimization": {**ZERO2["zero_optimization"], **zero}}
+        whole = whole_ds_config(json, config=TrainConfig(), per_rank=8, largest=largest)
+        return whole["zero_optimization"]["reduce_bucket_size"]
+
+    assert bucket({}, largest=136_900_000) == 136_900_000
+    assert bucket({}, largest=1_000) == ZERO2["zero_optimization"]["reduce_bucket_size"]
+    assert bucket({"overlap_comm": False}, largest=136_900_000) == 50_000_000
+    sizes = ({"overlap_comm": True}, {"overlap_comm": True, "reduce_bucket_size": 10})
+    assert [bucket_elements(zero, largest=600_000_000, num_ranks=2) for zero in sizes] == [600_000_000] * 2
+
+
+def test_a_model_is_lent_to_a_gpu_that_has_room(monkeypatch):
+    model = torch.nn.Linear(250, 1_000, bias=False)  # 1 MB
+    assert not has_room_for(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, has_room in ((1_999_999, False), (2_000_000, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**10))
+        assert has_room_for(model) == has_room
+
+
+def test_a_gpu_without_bf16_of_its_own_is_warned_of(monkeypatch, caplog, one_process):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    for is_emulated in (False, True):
+        caplog.clear()
+        has_bf16 = lambda including_emulation, own=not is_emulated: own or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bf16)
+        warn_of_slow_bf16(torch.nn.Linear(4, 4), ZERO2, tokens=10)
+        assert ("Tesla T4 has no bf16 of its own" in caplog.text) == is_emulated
+
+
+def test_a_gpu_without_memory_left_ends_with_advice(capsys):
+    def allocate():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nTraceback of C++")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(allocate)
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. To train, a smaller train_micro_batch"
+    )
+    assert ended.value.code == 1 and "C++" not in said
 
 
 def test_a_gpu_walks_memory_in_few_large_parts():
