@@ -17,14 +17,17 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 
 import side_by_side
 
+from t2i.errors import Stopped
 from t2i.runs.metrics_log import read_metrics
 from t2i.study.statistics import paired_test
 
@@ -149,10 +152,26 @@ def multiplies_bf16() -> bool:
 
 
 def call(command: list[str]) -> None:
-    """Run a command in the repository's root; a failure ends all."""
+    """Run a command in the repository's root; a failure ends all, and so does a signal, once the command has saved."""
     print(shlex.join(command), flush=True)
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(code)
+    # Not subprocess.run, which kills the command a quarter of a second after Ctrl-C.
+    process = subprocess.Popen(command, cwd=ROOT)
+    signals: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        process.terminate()  # also for Ctrl-C, as a run saves on SIGTERM before it ends
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+    if code < 0:  # as a shell says that a signal ended it
+        code = 128 - code
+    if code or signals:  # a signal may come when the command is about done
+        sys.exit(code or Stopped.exit_code)
 
 
 def record_of(tries: list[dict]) -> dict | None:

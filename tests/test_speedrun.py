@@ -1,5 +1,11 @@
 """Which try holds the record, and that what failed stays on the page."""
 
+import os
+import signal
+import sys
+import time
+
+import processes
 import pytest
 from conftest import ROOT
 
@@ -119,6 +125,36 @@ def test_the_deepspeed_file_of_a_try_is_kept_however_it_is_spelt(speedrun, monke
             speedrun.run_of(flags, seed=0, folder=tmp_path)
     shipped = [[word for word in command if word.startswith("ds_configs/")] for command in called]
     assert [len(words) for words in shipped] == [0, 0, 1]
+
+
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).write_text("begun")
+time.sleep(60)
+"""
+CALLS = "import sys; sys.path.insert(0, 'benchmarks'); import speedrun; speedrun.call(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_command_save_and_ends_with_its_status(number, tmp_path):
+    said = tmp_path / "said"
+    words = [sys.executable, "-c", CALLS, sys.executable, "-c", SAVES, said]
+    caller = processes.start(list(map(str, words)), cwd=ROOT)
+    try:
+        while not (said.exists() and said.read_text() == "begun"):
+            assert caller.poll() is None
+            time.sleep(0.05)
+        os.kill(caller.pid, number)
+        assert caller.wait(60) == 75
+        assert said.read_text() == "saved"
+    finally:
+        processes.end(caller)
 
 
 def test_without_a_record_the_fastest_pilot_is_run_with_enough_seeds(speedrun, monkeypatch, tmp_path):

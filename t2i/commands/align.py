@@ -36,6 +36,7 @@ def main() -> None:
     from t2i.distributed.launch import start_processes
 
     start_processes()
+    from t2i.distributed.ending import said_once_per_machine
     from t2i.train.align import ROWS_FILE, align
 
     run = AlignRun(
@@ -45,7 +46,9 @@ def main() -> None:
         trust_remote_code=command.trust_remote_code,
         align=command.align,
     )
-    for name, found in align(run).items():
+    with said_once_per_machine():  # all ranks raise Stopped
+        summary = align(run)
+    for name, found in summary.items():
         print(
             f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of images find their"
             f" caption, {found['text_to_image']:.1%} of captions their image; chance is {found['chance']:.1%}"

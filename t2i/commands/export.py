@@ -31,11 +31,12 @@ class ExportCommand:
 
 def main() -> None:
     command = parse(ExportCommand, description=__doc__ or "")
-    from t2i.files import refuse_existing
+    from t2i.files import check_writable, refuse_existing
     from t2i.runs.export import check_repo, export, push
     from t2i.runs.loading import open_model
 
     refuse_existing(command.out)  # before gigabytes are read
+    check_writable(command.out.parent)
     if command.private and not command.push_to_hub:
         raise UserError("--private is for --push-to-hub USER/NAME, which is not given.")
     if command.push_to_hub:

@@ -61,6 +61,8 @@ def main() -> None:
     check_results_file(command.out, name=FORGETTING, keys=("prompts", "models"))
     folder, run_dir = find(command.ckpt)
     path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
+    if command.reference:
+        find(command.reference)
     check_text(command.text, name="--text")
     if command.captions is not None and not (command.captions / MANIFEST).is_file():
         raise UserError(

@@ -25,6 +25,8 @@ from t2i.config import ASSETS, PrepareConfig, SourceConfig
 from t2i.errors import UserError
 
 NUM_SHOWN = 8
+GIVEN = "ids:"
+"""Prefix of a source of precomputed codes, which takes no image tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,23 @@ def check_documents(command: PrepareCommand) -> None:
         raise UserError(f"--source {command.source} is packed by one process; found {number}.")
 
 
+def check_place(out: Path) -> None:
+    """Refuse a place that shards cannot be written to; those that are there already may be on a read-only disk."""
+    from t2i.data.prepare.part_folder import is_done, place_of
+    from t2i.files import check_writable
+
+    place = place_of(out)
+    if not is_done(place):
+        check_writable(place.parent)  # they are made beside it
+
+
 def pack_documents(command: PrepareCommand, out: Path) -> None:
     from t2i.data.prepare.text import prepare_text
     from t2i.data.sources.documents import open_documents
     from t2i.data.sources.splits import USUAL_SHARE
 
     check_documents(command)
+    check_place(out)
     manifest = prepare_text(
         open_documents(command.source),
         out=out,
@@ -153,12 +166,18 @@ def encode_images(command: PrepareCommand, out: Path) -> None:
 
     keep_memory()
     rank, world_size = place_in_job()
+    check_place(out)
+    # Before the source is listed, which may take minutes.
+    image_tokenizer = None if command.source.startswith(GIVEN) else load_image_tokenizer(command)
+    if image_tokenizer is not None:
+        image_tokenizer.num_codes(command.shards.image_size)  # for its check
+    text_tokenizer = open_text_tokenizer(command)
     source = open_source(command.source, heldout_share=command.heldout_share, config=command.reading)
     manifest = prepare(
         source,
         out=out,
-        image_tokenizer=None if source.given else load_image_tokenizer(command),
-        text_tokenizer=open_text_tokenizer(command),
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
         config=command.shards,
         rank=rank,
         world_size=world_size,

@@ -105,7 +105,8 @@ def main() -> None:
     if command.layout != "plain":
         work = read_benchmark(command.layout, prompts=Path(command.prompts[0]), out=command.out)
         work.check_sheets()
-    check_writable(work.drawn)  # before the model is read
+    for folder in (work.drawn, command.out):  # before the model is read
+        check_writable(folder)
     ranker = ranker_for(command)
     processes = join()
     opened = open_model(

@@ -124,6 +124,8 @@ def score_model(command: ScoreCommand) -> None:
         batch_size=command.batch_size,
     )
     rank, world_size = processes.process_index, processes.num_processes
+    is_begun = (out / "model").exists()
+    processes.wait_for_everyone()  # before any rank draws
     if processes.is_main_process and task.reference.cache:  # a broken image is named before days of drawing
         measure_reference(task.reference, rulers.extractor, progress=True)
     if is_judged and processes.is_main_process and len(rulers.remote) > 1:
@@ -133,7 +135,7 @@ def score_model(command: ScoreCommand) -> None:
     drawn = draw_rows(checkpoint, task, drawing=drawing, rank=rank, world_size=world_size)
     facts = DrawingFacts(
         processes=world_size,
-        seconds_to_draw=time.perf_counter() - started,
+        seconds_to_draw=None if is_begun else time.perf_counter() - started,
         captions_heard=captions_heard(command, checkpoint),
     )
     processes.wait_for_everyone()

@@ -89,13 +89,13 @@ def convert_open_lm(
             # Called for its check: a wrong name is refused before gigabytes are hashed.
             config_of(read_values(config_names), source=" ".join(config_names))
         tell(memory_needed(checkpoint))
+        has_own = any((checkpoint / name).is_file() for name in (JSON, MODEL, *OLDER))
+        tokenizer = TextTokenizer.load(text_tokenizer or (checkpoint if has_own else NEOX))
         releases = identify(checkpoint, tell=tell)
         tensors = open_lm_tensors(read_weights(checkpoint))
         config = _config(
             config_names, tensors=tensors, positions=positions, checkpoint=checkpoint, releases=releases
         )
-        has_own = any((checkpoint / name).is_file() for name in (JSON, MODEL, *OLDER))
-        tokenizer = TextTokenizer.load(text_tokenizer or (checkpoint if has_own else NEOX))
         _check_rows(tokenizer, config=config)
         model = load_open_lm(tensors, config=config, source=checkpoint)
         prepare_generation(model, tokenizer)

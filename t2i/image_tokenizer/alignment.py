@@ -6,6 +6,7 @@ training. The head is not kept: what the codes have learned shows in what `t2i a
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,35 +25,49 @@ BATCH = 64
 MOST_TOKENS = 128
 
 
-def sentence_embeddings(captions: list[str], *, folder: Path, device: str = "cpu") -> Tensor:
-    """Embed captions with a sentence encoder: the mean of its last hidden states, of length one, (N, E) in fp32.
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A frozen sentence encoder: the mean of its last hidden states, of length one."""
 
-    Raises:
-        UserError: the folder holds no model and tokenizer that transformers opens.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"--align-to is {folder}, which has no config.json; expected a folder of a sentence encoder."
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "cpu") -> "SentenceEncoder":
+        """Open a folder.
+
+        Raises:
+            UserError: it holds no model and tokenizer that transformers opens.
+        """
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"--align-to is {folder}, which has no config.json; expected a folder of a sentence encoder."
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            opened = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+            model = opened.to(device).eval()
+        # TypeError: a tokenizer whose file is missing is opened by the name None.
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--align-to {folder} cannot be opened as a sentence encoder: {error}."
+            ) from error
+        if tokenizer.pad_token is None:  # language models have none, and the mask leaves it out
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(tokenizer, model)
+
+    def embed(self, captions: list[str]) -> Tensor:
+        """Embed captions: (N, E) in fp32."""
+        # Each text once: sets in many styles have few captions for many images.
+        texts = list(dict.fromkeys(captions))
+        found = torch.cat(
+            [
+                _embedded(texts[start : start + BATCH], self.tokenizer, self.model)
+                for start in tqdm(range(0, len(texts), BATCH), desc="embed captions", unit="batch")
+            ]
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        opened = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        model = opened.to(device).eval()
-    # TypeError: a tokenizer whose file is missing is opened by the name None.
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--align-to {folder} cannot be opened as a sentence encoder: {error}.") from error
-    if tokenizer.pad_token is None:  # language models have none, and the mask leaves it out
-        tokenizer.pad_token = tokenizer.eos_token
-    # Each text once: sets in many styles have few captions for many images.
-    texts = list(dict.fromkeys(captions))
-    found = torch.cat(
-        [
-            _embedded(texts[start : start + BATCH], tokenizer, model)
-            for start in tqdm(range(0, len(texts), BATCH), desc="embed captions", unit="batch")
-        ]
-    )
-    places = {text: place for place, text in enumerate(texts)}
-    return found[[places[caption] for caption in captions]]
+        places = {text: place for place, text in enumerate(texts)}
+        return found[[places[caption] for caption in captions]]
 
 
 @torch.no_grad()

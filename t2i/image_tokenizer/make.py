@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -15,16 +16,17 @@ from tqdm import tqdm
 
 from t2i.config import TokenizerConfig
 from t2i.data.prepare.arguments import changed_from_defaults
+from t2i.data.prepare.part_folder import locked
 from t2i.data.sources import UNREADABLE, Source
 from t2i.data.sources.listing import list_source
 from t2i.data.sources.source import first_of_each_image
 from t2i.disk import share
 from t2i.errors import DataError, UserError
-from t2i.files import hash_uniform, read_json, write_json
-from t2i.image_tokenizer.alignment import sentence_embeddings
+from t2i.files import check_writable, hash_uniform, read_json, write_json
+from t2i.image_tokenizer.alignment import SentenceEncoder
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
-from t2i.image_tokenizer.train import STATE_FILE, train_image_tokenizer
+from t2i.image_tokenizer.train import STATE_FILE, check_settings, train_image_tokenizer
 from t2i.measure.extractor import metric_key
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import how_to_hold_out
@@ -36,7 +38,7 @@ from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 logger = logging.getLogger(__name__)
 
 FEATURES = "efficientnet_lite0"
-CONFIG, MADE, GRID = "config.json", "made.json", "reconstructions.png"
+CONFIG, MADE, GRID, LOCK = "config.json", "made.json", "reconstructions.png", ".lock"
 LEAST_IMAGES = 2
 """Images that a Frechet distance can be measured on at all."""
 
@@ -50,7 +52,8 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         command: the command that made it, for the card.
 
     Raises:
-        UserError: `out` holds another tokenizer, or the state of a training with other settings.
+        UserError: `out` cannot be written, is used by another process, or holds another tokenizer or the state of a
+            training with other settings; config.align_to is no sentence encoder.
         DataError: there are no images to train on, or too few to measure it on.
     """
     asked = {
@@ -63,6 +66,8 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     }
     if (out / CONFIG).exists():
         return _made_before(out, asked)
+    check_writable(out)
+    check_settings(out / STATE_FILE, config=config)
     is_begun = (out / STATE_FILE).exists() or (out / ".part").exists()
     if not is_begun and (there := [name for name in (CARD, GRID) if (out / name).exists()]):
         raise UserError(
@@ -71,14 +76,26 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     # Before hours of training: without held-out images nothing could be said of its result.
     heldout = first_of_each_image(pair for pair in source.pairs if pair.split == "heldout")
     _check_enough(sum(1 for _ in islice(readable(heldout), LEAST_IMAGES)), source=source, split="heldout")
+    with locked(out / LOCK, folder=out):
+        if (out / CONFIG).exists():  # another process finished it since
+            return _made_before(out, asked)
+        return _make(source, out=out, config=config, command=command, asked=asked)
+
+
+def _make(
+    source: Source, *, out: Path, config: TokenizerConfig, command: str, asked: Mapping[str, object]
+) -> Reconstruction:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Before minutes of reading images.
+    encoder = SentenceEncoder.load(Path(config.align_to), device=device) if config.align_to else None
     images, captions = read_captioned(source, split="train", image_size=config.image_size)
     sentences, aligned_with = None, ""
-    if config.align_to:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sentences = sentence_embeddings(captions, folder=Path(config.align_to), device=device)
+    if encoder is not None:
+        sentences = encoder.embed(captions)
         # Not of the embeddings, whose last bits are the device's.
-        said = json.dumps([captions, weights_sha256(Path(config.align_to))])
+        said = json.dumps([captions, asked["encoder"]])
         aligned_with = hashlib.sha256(said.encode()).hexdigest()
+        del encoder
     model = train_image_tokenizer(
         images, config=config, out=out, sentences=sentences, aligned_with=aligned_with
     )
@@ -94,12 +111,15 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         )
     )
     write_json(part / MADE, {**asked, "measures": asdict(measures)})
+    if (out / CONFIG).exists():  # on a disk without locks another process may have been quicker
+        shutil.rmtree(part)
+        return _made_before(out, asked)
     # Files, not the folder: `out` holds the training's state, which is removed last. Before it comes config.json, which
     # says that all is there: a kill before it leaves a training that the same command finishes.
     for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):
         path.replace(out / path.name)
     part.rmdir()
-    (out / STATE_FILE).unlink()
+    (out / STATE_FILE).unlink(missing_ok=True)
     return measures
 
 

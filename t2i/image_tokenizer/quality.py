@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i.measure.distances import frechet_distance, statistics
 from t2i.measure.extractor import FeatureExtractor
@@ -38,7 +39,7 @@ def evaluate_tokenizer(
 ) -> tuple[Reconstruction, np.ndarray]:
     """Encode and decode uint8 images (N, H, W, 3); return the measures and the reconstructions."""
     codes, back, psnr, ssim = [], [], [], []
-    for start in range(0, len(images), batch_size):
+    for start in tqdm(range(0, len(images), batch_size), desc="reconstruct", unit="batch"):
         batch = torch.from_numpy(images[start : start + batch_size])
         codes.append(tokenizer.encode(pixels_of(batch)))
         decoded = images_of(tokenizer.decode(codes[-1])).cpu()
@@ -49,7 +50,8 @@ def evaluate_tokenizer(
         back.append(decoded.numpy())
     reconstructed = np.concatenate(back)
     real, made = (
-        statistics(extract(side, extractor, batch_size=batch_size)) for side in (images, reconstructed)
+        statistics(extract(side, extractor, batch_size=batch_size, progress=True))
+        for side in (images, reconstructed)
     )
     measures = Reconstruction(
         num_pictures=len(images),

@@ -92,16 +92,11 @@ class Training:
         if not path.exists():
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
-        # Trainings that were begun before a setting was there had its default.
-        begun = {**asdict(TokenizerConfig()), **state["config"]}
-        changed = [key for key, value in asdict(self.config).items() if begun[key] != value]
+        changed = _changed(state["config"], self.config)
         # Of another share too: images that were held out would be trained on.
         for what in ("images", "aligned_with"):
             changed += [what] if state.get(what, getattr(self, what)) != getattr(self, what) else []
-        if changed:
-            raise UserError(
-                f"{path.parent} was started with other settings ({', '.join(changed)}); choose another --out."
-            )
+        _refuse_changed(changed, folder=path.parent)
         # One without alignment is the model's alone, as it always was.
         for name, module in self.trained.items():
             module.load_state_dict(state[name])
@@ -111,6 +106,31 @@ class Training:
         self.generator.set_state(state["generator"])
         logger.info("resuming from step %d of %d", state["step"], self.config.max_steps)
         return int(state["step"])
+
+
+def check_settings(path: Path, *, config: TokenizerConfig) -> None:
+    """Check that a saved state, if there is one, was started with these settings.
+
+    Raises:
+        UserError: it was not.
+    """
+    if path.exists():
+        # Mapped: only the settings are read.
+        begun = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
+        _refuse_changed(_changed(begun, config), folder=path.parent)
+
+
+def _changed(begun: dict[str, object], config: TokenizerConfig) -> list[str]:
+    # Trainings that were begun before a setting was there had its default.
+    begun = {**asdict(TokenizerConfig()), **begun}
+    return [key for key, value in asdict(config).items() if begun[key] != value]
+
+
+def _refuse_changed(changed: list[str], *, folder: Path) -> None:
+    if changed:
+        raise UserError(
+            f"{folder} was started with other settings ({', '.join(changed)}); choose another --out."
+        )
 
 
 def reconstruction_loss(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
@@ -97,7 +98,7 @@ def _described(processor: CLIPImageProcessor, folder: Path) -> str:
 def embed_images(images: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
     """Embed files or uint8 images (H, W, 3): (N, D) float32 of length 1, on the CPU."""
     embedded = []
-    for batch in batches(images, size=CLIP_BATCH):
+    for batch in batches(tqdm(images, desc="CLIP of images", unit="image"), size=CLIP_BATCH):
         opened = [read_image(image) if isinstance(image, Path) else image for image in batch]
         # Resize, crop and scaling come from the CLIP's own preprocessor_config.json, as its training had them.
         pixels = clip.processor(images=opened, return_tensors="pt")["pixel_values"]
@@ -109,7 +110,7 @@ def embed_images(images: Iterable[np.ndarray | Path], clip: Clip) -> Tensor:
 def embed_captions(captions: Sequence[str], clip: Clip) -> Tensor:
     """Embed captions: (N, D) float32 of length 1, on the CPU."""
     embedded = []
-    for batch in batches(captions, size=CLIP_BATCH):
+    for batch in batches(tqdm(captions, desc="CLIP of captions", unit="caption"), size=CLIP_BATCH):
         tokens = clip.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(
             clip.model.device
         )

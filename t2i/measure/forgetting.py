@@ -18,8 +18,15 @@ from t2i.distributed.collectives import rank_and_size
 from t2i.errors import DataError, UserError
 from t2i.measure.perplexity import perplexity_of
 from t2i.measure.reduce import ShouldStop, never, sum_over_ranks
-from t2i.model.backbone import head_of, hidden_states, learned_positions, num_ids
-from t2i.runs.loading import open_model
+from t2i.model.backbone import (
+    head_of,
+    hidden_states,
+    learned_positions,
+    made_of,
+    num_ids,
+    read_model_config,
+)
+from t2i.runs.loading import find, open_model, reading
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -131,8 +138,12 @@ def text_cost(
     layout: VocabLayout,
     batch_size: int = 32,
     should_stop: ShouldStop = never,
+    description: str = "",
 ) -> TextCost:
     """Measure packed text (N, S). With several ranks, each takes whole batches; sums are reduced once.
+
+    Args:
+        description: as of sum_over_ranks.
 
     Raises:
         Interrupted: should_stop asked for it.
@@ -144,6 +155,7 @@ def text_cost(
         model=model,
         size=4,
         should_stop=should_stop,
+        description=description,
     )
     loss, loss_text_rows, leaked, count = sums.tolist()
     return TextCost(
@@ -170,8 +182,42 @@ def complete(
     """
     # Image codes and unused ids are suppressed: the question is which text the model still prefers.
     barred = list(range(layout.num_text_tokens, num_ids(model))) or None
-    start, ends = torch.tensor(tokenizer.start_ids, dtype=torch.long), _ends(model, tokenizer)
+    ends = _ends(model, tokenizer)
     most = learned_positions(model)
+    found = []
+    for asked in asked_ids(
+        prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, is_chat=is_chat, most=most
+    ):
+        ids = asked[None].to(model.device)
+        made: Tensor = cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # greedy, as in the paper: models are compared by one completion each
+            # By one rule for all, whatever a folder's generation_config.json says.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            suppress_tokens=barred,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.end_id,
+        )
+        completion = made[0, ids.shape[1] :].cpu()
+        found.append(tokenizer.continuation(asked, completion[~torch.isin(completion, torch.tensor(ends))]))
+    return found
+
+
+def asked_ids(
+    prompts: Iterable[str], *, tokenizer: TextTokenizer, max_new_tokens: int, is_chat: bool, most: int | None
+) -> list[Tensor]:
+    """Encode prompts as complete() asks them: (T,) each.
+
+    Args:
+        most: positions that the model has; None for any number.
+
+    Raises:
+        UserError: is_chat of a tokenizer without a chat template, or a prompt that has no token or too many.
+    """
+    start = torch.tensor(tokenizer.start_ids, dtype=torch.long)
     found = []
     for prompt in prompts:
         # Begun as the tokenizer begins a text: without its `<bos>`, Gemma completes nothing that makes sense.
@@ -186,18 +232,7 @@ def complete(
                 f"a prompt of {len(asked)} tokens and {max_new_tokens} new ones are more than the model's {most}"
                 " positions; expected a shorter prompt, or fewer new tokens."
             )
-        ids = asked[None].to(model.device)
-        made: Tensor = cast(Any, model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # greedy, as in the paper: models are compared by one completion each
-            suppress_tokens=barred,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.end_id,
-        )
-        completion = made[0, ids.shape[1] :].cpu()
-        found.append(tokenizer.continuation(asked, completion[~torch.isin(completion, torch.tensor(ends))]))
+        found.append(asked)
     return found
 
 
@@ -260,8 +295,24 @@ def measure_forgetting(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
 ) -> Forgetting:
-    """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer."""
+    """Measure checkpoints, by name, on the same texts and prompts, each with its own tokenizer.
+
+    Raises:
+        UserError, DataError: what one of them refuses, before the first is measured.
+    """
     prompts = list(prompts)
+    ids: dict[str, dict[str, Tensor]] = {}
+    for name, ckpt in ckpts.items():
+        folder, _ = find(ckpt)
+        with reading(folder):
+            tokenizer = TextTokenizer.load(folder)
+            most = _positions(folder, trust_remote_code=trust_remote_code)
+        asked_ids(prompts, tokenizer=tokenizer, max_new_tokens=max_new_tokens, is_chat=is_chat, most=most)
+        ids[name] = {
+            kind: text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
+            for kind, text in texts.items()
+        }
+        _check_lengths(ids[name], texts=texts, ckpt=ckpt, most=most)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, KeptLanguage] = {}
     fingerprints: set[str] = set()
@@ -275,7 +326,6 @@ def measure_forgetting(
             trust_remote_code=trust_remote_code,
         )
         tokenizer, layout = opened.text_tokenizer, opened.layout
-        # Before the texts, which take longer: a prompt may be refused.
         completed = complete(
             opened.model,
             prompts,
@@ -284,15 +334,11 @@ def measure_forgetting(
             max_new_tokens=max_new_tokens,
             is_chat=is_chat,
         )
-        costs, most = {}, learned_positions(opened.model)
-        for kind, text in texts.items():
-            ids = text_sequences(text, tokenizer=tokenizer, seq_len=seq_len, num_sequences=num_sequences)
-            if most is not None and ids.shape[1] > most:
-                raise UserError(
-                    f"{text} is measured in sequences of {ids.shape[1]} tokens; {ckpt} has {most} positions."
-                    " Give a smaller --seq-len."
-                )
-            costs[kind] = text_cost(opened.model, ids, layout=layout)
+        _check_lengths(ids[name], texts=texts, ckpt=ckpt, most=learned_positions(opened.model))
+        costs = {
+            kind: text_cost(opened.model, one, layout=layout, description=f"{name}, {kind}")
+            for kind, one in ids[name].items()
+        }
         fingerprints.add(tokenizer.fingerprint())
         models[name] = KeptLanguage(
             str(opened.folder), costs=costs, completions=completed, dtype=opened.dtype
@@ -303,6 +349,26 @@ def measure_forgetting(
             " and ".join(models),
         )
     return Forgetting(texts, prompts=prompts, models=models)
+
+
+def _positions(folder: Path, *, trust_remote_code: bool) -> int | None:
+    """Return the learned positions of a folder's model without reading its weights; None where that does not tell."""
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):  # shapes alone
+            return learned_positions(made_of(config, trust_remote_code=trust_remote_code))
+    except UserError:  # some classes are made with values only; loading them decides
+        return None
+
+
+def _check_lengths(ids: dict[str, Tensor], *, texts: dict[str, str], ckpt: str, most: int | None) -> None:
+    """Refuse sequences (N, S) of texts that are longer than a model's positions; None for any number of them."""
+    for kind, one in ids.items():
+        if most is not None and one.shape[1] > most:
+            raise UserError(
+                f"{texts[kind]} is measured in sequences of {one.shape[1]} tokens; {ckpt} has {most} positions."
+                " Give a smaller --seq-len."
+            )
 
 
 def _sums(model: PreTrainedModel, input_ids: Tensor, layout: VocabLayout) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
@@ -116,7 +117,8 @@ def _part(model: OpenedModel, input_ids: Tensor, labels: Tensor, *, kind: str, b
     network, layout = model.model, model.layout
     network.zero_grad(set_to_none=True)
     nats, count = 0.0, 0
-    for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
+    batches = list(zip(input_ids.split(batch_size), labels.split(batch_size), strict=True))
+    for ids, targets in tqdm(batches, desc=f"gradient of {kind}", unit="batch"):
         targets = targets.to(network.device)
         hidden = hidden_states(network, ids.to(network.device))  # (B, S, D)
         kinds = kinds_of(targets, num_text_rows=layout.num_text_rows, first_image_id=layout.first_image_id)

@@ -143,6 +143,7 @@ def caption_meter(
     batch_size: int,
     with_null: bool = True,
     should_stop: ShouldStop = never,
+    description: str = "",
 ) -> CaptionMeter:
     """Measure samples (caption_ids and codes each) under matched, shuffled and null captions.
 
@@ -150,6 +151,7 @@ def caption_meter(
 
     Args:
         with_null: measure the null caption too, which is the same whatever the others say.
+        description: as of sum_over_ranks.
 
     Raises:
         Interrupted: should_stop asked for it.
@@ -186,7 +188,9 @@ def caption_meter(
 
     places = [(kind, start) for kind in kinds for start in starts]
     size = NUM_SUMS * len(CAPTIONS)
-    sums = sum_over_ranks(places, measure, model=model, size=size, should_stop=should_stop)
+    sums = sum_over_ranks(
+        places, measure, model=model, size=size, should_stop=should_stop, description=description
+    )
     of = {kind: LossSums.unpack(row) for kind, row in zip(CAPTIONS, sums.view(-1, NUM_SUMS), strict=True)}
     return CaptionMeter(
         num_pictures=len(samples),

@@ -150,6 +150,11 @@ def caption_meters(checkpoint: OpenedModel, manifest: Manifest) -> dict[str, Cap
             for pair, row in zip(pairs, codes, strict=True)
         ]
         meters[split] = caption_meter(
-            checkpoint.model, samples, config=config, layout=checkpoint.layout, batch_size=32
+            checkpoint.model,
+            samples,
+            config=config,
+            layout=checkpoint.layout,
+            batch_size=32,
+            description=f"captions heard, {split}",
         )
     return meters

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from t2i.data.sources import Pair, open_source
 from t2i.errors import DataError
-from t2i.files import hash_uniform, values_sha256, whole_file
+from t2i.files import hash_uniform, values_sha256, write_bytes_whole
 from t2i.measure import descriptors
 from t2i.measure.attributes import NAMES, Attributes, attributes_of
 from t2i.measure.features import cache_folder
@@ -188,8 +188,8 @@ def _save(judge: Judge, file: Path) -> None:
     for name, head in judge.heads.items():
         tensors |= {f"{name}.weight": head.weight, f"{name}.bias": head.bias}
     facts = {"made_of": judge.made_of, "classes": {name: head.classes for name, head in judge.heads.items()}}
-    with whole_file(file) as part:
-        save_file(tensors, part, metadata={"judge": json.dumps(facts)})
+    # Not by save_file, which reports a full disk as an error of its own.
+    write_bytes_whole(file, save(tensors, metadata={"judge": json.dumps(facts)}))
 
 
 def _load(file: Path) -> Judge:

@@ -125,7 +125,12 @@ def remote_scores(pairing: Pairing, judge: RemoteJudge) -> JudgeScores:
     """Let a judge behind HTTP score every row: the mean over images of each measure that it gives."""
     rows, revisions = {}, set()
     for name, row in pairing.rows.items():
-        answers = ask(judge, pairing.sets[row.images], pairing.captions_of(name))
+        answers = ask(
+            judge,
+            pairing.sets[row.images],
+            pairing.captions_of(name),
+            description=f"{judge.name} of {name}",
+        )
         revisions.add(answers.revision)
         rows[name] = answers.means()
     return JudgeScores(judge.protocol(revisions, captions=pairing.captions), rows=rows, details={})

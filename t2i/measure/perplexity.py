@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i.config import DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
@@ -155,7 +156,13 @@ def measure_perplexity(
         samples = list(read_split(config.shards, split, num_samples=num_images, remote=config.remote))
         captions = [caption_ids_of(sample, tokenizer=to_apply) for sample in samples]
         ids = stack_sequences(samples, layout=model.layout, config=config, captions=captions)  # (N, S)
-        costs = split_costs(model, ids, batch_size=batch_size, image_size=manifest.image_size or None)
+        costs = split_costs(
+            model,
+            ids,
+            batch_size=batch_size,
+            image_size=manifest.image_size or None,
+            description=f"{split} losses",
+        )
         if config.mode == "text-to-image":
             if cut := sum(len(caption) > room for caption in captions):
                 logger.warning(
@@ -166,7 +173,12 @@ def measure_perplexity(
             costs = replace(costs, cut_captions=cut)
             heard = spread([with_ids(*one) for one in zip(samples, captions, strict=True)], METER_IMAGES)
             measure = partial(
-                caption_meter, model.model, config=config, layout=model.layout, batch_size=batch_size
+                caption_meter,
+                model.model,
+                config=config,
+                layout=model.layout,
+                batch_size=batch_size,
+                description=f"{split} captions",
             )
             labelled = {}
             if other := (manifest.wordings or {}).get(split):
@@ -232,14 +244,20 @@ def read_pairs_manifest(config: DataConfig, *, model: OpenedModel) -> Manifest:
 
 @torch.inference_mode()
 def split_costs(
-    model: OpenedModel, input_ids: Tensor, *, batch_size: int, image_size: int | None
+    model: OpenedModel, input_ids: Tensor, *, batch_size: int, image_size: int | None, description: str = ""
 ) -> SplitCosts:
-    """Measure sequences (N, S) with whole images, or without any; image_size is None for codes without pixels."""
+    """Measure sequences (N, S) with whole images, or without any.
+
+    Args:
+        image_size: None for codes without pixels.
+        description: of a bar; empty for none.
+    """
     layout, network = model.layout, model.model
     # float64: a split has millions of tokens, and fp32 sums of them lose what two models differ by.
     packed = torch.zeros(NUM_SUMS, dtype=torch.float64)
     by_code: list[Tensor] = []
-    for batch in input_ids.split(batch_size):
+    batches = input_ids.split(batch_size)
+    for batch in tqdm(batches, desc=description, unit="batch", disable=not description):
         labels = next_token_labels(batch, layout=layout).to(network.device)  # (B, S)
         hidden = hidden_states(network, batch.to(network.device))  # (B, S, D)
         losses, squares = token_losses(

@@ -113,16 +113,16 @@ class DrawingFacts:
     """What the caller knows of the drawing, for scores.json."""
 
     processes: int
-    seconds_to_draw: float
+    seconds_to_draw: float | None
+    """None where an earlier call has drawn some of the images."""
     captions_heard: "dict[str, CaptionMeter] | None" = None
     """Caption sensitivity by held-out split; None where it was not measured, as with COCO."""
 
     def to_json(self) -> dict[str, object]:
         """Give them the form of entries of scores.json."""
-        facts: dict[str, object] = {
-            "processes": self.processes,
-            "seconds_to_draw": self.seconds_to_draw,
-        }
+        facts: dict[str, object] = {"processes": self.processes}
+        if self.seconds_to_draw is not None:
+            facts["seconds_to_draw"] = self.seconds_to_draw
         if self.captions_heard is None:
             return facts
         meters = {split: asdict(meter) for split, meter in self.captions_heard.items()}

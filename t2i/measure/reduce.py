@@ -6,7 +6,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from t2i.distributed.collectives import rank_and_size
 
 T = TypeVar("T")
 ShouldStop = Callable[[], bool]
@@ -29,8 +32,12 @@ def sum_over_ranks(
     model: PreTrainedModel,
     size: int,
     should_stop: ShouldStop,
+    description: str = "",
 ) -> Tensor:
     """Sum measure(batch), (size,) in float64, over this rank's batches and then over ranks: one reduction.
+
+    Args:
+        description: of a bar that the first rank shows; empty for none.
 
     Raises:
         Interrupted: on every rank, if should_stop asked any of them before a batch, or one that has none.
@@ -40,7 +47,8 @@ def sum_over_ranks(
     was_training = model.training  # a measure stands between two training steps, and must leave no trace
     model.eval()
     sums[-1] = should_stop()  # a rank that has no batch may be the one that was asked
-    for batch in batches:
+    is_silent = not description or rank_and_size()[0] > 0
+    for batch in tqdm(batches, desc=description, unit="batch", disable=is_silent):
         if sums[-1] or should_stop():
             sums[-1] = 1
             break

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from t2i.errors import UserError
 from t2i.generate.best_of import Ranker
@@ -150,8 +151,13 @@ def check_revision(judge: RemoteJudge) -> RemoteJudge:
     return checked
 
 
-def ask(judge: RemoteJudge, images: Iterable[np.ndarray | Path], captions: Sequence[str]) -> Answers:
+def ask(
+    judge: RemoteJudge, images: Iterable[np.ndarray | Path], captions: Sequence[str], *, description: str = ""
+) -> Answers:
     """Let a judge score images, each under its caption, BATCH at a time; what is kept is not asked for again.
+
+    Args:
+        description: of a bar; empty for none.
 
     Raises:
         UserError: the service did not answer, or not with a finite number per image.
@@ -159,7 +165,13 @@ def ask(judge: RemoteJudge, images: Iterable[np.ndarray | Path], captions: Seque
     known = read_answers(judge.answers) if judge.answers else {}
     scores: list[Score] = []
     revisions = {judge.service_revision or ""}
-    pairs = zip(images, captions, strict=True)
+    pairs = tqdm(
+        zip(images, captions, strict=True),
+        total=len(captions),
+        desc=description,
+        unit="image",
+        disable=not description,
+    )
     for start, batch in enumerate(batches(pairs, size=BATCH)):
         items = [_item(judge, *pair, place=start * BATCH + place) for place, pair in enumerate(batch)]
         missing = [item for item in items if item.key not in known]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,7 +260,8 @@ def _keep_what_is_lost(file: Path, scores: Scores) -> None:
     """Keep a file of scores that has measures or rows which the new one lacks, under another name."""
     before = read_optional_json(file)
     if lost := sorted(_parts(before) - _parts(scores.to_json())):
-        kept = file.with_name(f"{file.stem}.before.json")
+        names = (f"{file.stem}.before{number if number > 1 else ''}.json" for number in count(1))
+        kept = next(path for path in map(file.with_name, names) if not path.exists())
         write_json(kept, before)
         logger.warning("%s had %s, which this score has not; it is kept as %s.", file, ", ".join(lost), kept)
 

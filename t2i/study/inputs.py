@@ -4,11 +4,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from t2i.config import EMBEDDED_SHARDS, RunConfig
+from t2i.data.sources.place import PATTERN_CHARACTERS, PREFIXES
 from t2i.files import hub_name
 from t2i.runs.loading import SHIPPED_MODEL
-from t2i.study.jobs import outputs_of, read_record, run_config, run_name, step_config, trial_config
-from t2i.study.spec import TRAIN, Study
+from t2i.study.jobs import (
+    filled,
+    outputs_of,
+    read_record,
+    run_config,
+    run_dir,
+    run_name,
+    step_config,
+    trial_config,
+)
+from t2i.study.spec import TRAIN, Settings, Study
 from t2i.study.tuning import trial_name, trials
+
+SOURCE_READERS = ("launchers/prepare.py", "launchers/tokenizer.py")
+"""Scripts whose --captions is a choice, not a file."""
+INPUTS = (
+    *("model", "checkpoint", "reference", "before", "clip", "inception", "features_folder", "align_to"),
+    *("image_tokenizer", "text_tokenizer", "tokenizer"),
+    *("source", "text", "captions", "coco", "shards", "heldout_shards"),
+)
+"""Flags of steps and measures that name what they read."""
+EMBEDDED = ("openmoji", "docstrings", "code", SHIPPED_MODEL)
+"""What comes with t2i, or with the packages that it needs."""
 
 
 def training_runs(study: Study, *, out: Path) -> dict[str, RunConfig]:
@@ -24,20 +45,60 @@ def training_runs(study: Study, *, out: Path) -> dict[str, RunConfig]:
 
 
 def missing_inputs(study: Study, *, out: Path) -> list[str]:
-    """Say what runs that are not done need, and is neither here nor made by a step of the study, each once."""
+    """Say what jobs that are not done need, and is neither here nor made by a job of the study, each once."""
     made = {path for step in study.steps for path in outputs_of(step, out=out)}
+    runs = training_runs(study, out=out)
+    made |= {config.run_dir for config in runs.values()}
+    needed = [(name, key, path) for name, config in runs.items() for key, path in _inputs(config)]
+    needed += [
+        (name, key, path)
+        for name, command, flags in _other_jobs(study, out=out)
+        for key, path in _named_inputs(flags, command=command)
+    ]
     found: dict[str, str] = {}
-    for name, config in training_runs(study, out=out).items():
-        if read_record(out, name).state == "done":  # and needs nothing any more
-            continue
-        for key, path in _inputs(config):
-            is_made = made & {path, *path.parents}
-            if not is_made and not path.exists():
-                found.setdefault(
-                    f"{key} is {path}",
-                    f"{key} is {path} (in {name}), which is not here, and no step makes it",
-                )
+    for name, key, path in needed:
+        is_made = made & {path, *path.parents}
+        # A job that is done needs nothing any more.
+        if not is_made and not path.exists() and read_record(out, name).state != "done":
+            found.setdefault(
+                f"{key} is {path}",
+                f"{key} is {path} (in {name}), which is not here, and no step makes it",
+            )
     return list(found.values())
+
+
+def _other_jobs(study: Study, *, out: Path) -> Iterator[tuple[str, str, Settings]]:
+    """List the jobs that do not train: name, command and flags."""
+    for step in study.steps:
+        if step.command != TRAIN:
+            yield step.name, step.command, filled(step.flags, out=out)
+    for measure in study.measures:
+        for arm in measure.arms or study.arms:
+            for seed in measure.seeds or study.seeds_of(arm):
+                flags = filled(measure.flags, out=out, run=run_dir(out, arm, seed))
+                yield f"{measure.name}-{run_name(arm, seed)}", measure.command, flags
+
+
+def _named_inputs(flags: Settings, *, command: str) -> Iterator[tuple[str, Path]]:
+    """List the paths that flags name as inputs, by the names that t2i's commands have for them."""
+    for flag, value in flags.items():
+        key = flag.replace("-", "_")
+        if isinstance(value, dict):
+            # Remote shards are downloaded.
+            inner = {name: one for name, one in value.items() if name != "shards" or not value.get("remote")}
+            yield from ((f"{key}.{name}", path) for name, path in _named_inputs(inner, command=command))
+        is_choice = key == "captions" and command.startswith(SOURCE_READERS)
+        is_input = isinstance(value, str) and key.rpartition(".")[2] in INPUTS and not is_choice
+        place = _place_of(f"text:{value}" if key == "text" else str(value)) if is_input else ""
+        if place:
+            yield key, Path(place)
+
+
+def _place_of(source: str) -> str:
+    """Return the path that a source names; empty for one that comes with t2i, a name on the hub, and a pattern."""
+    path = source.removeprefix(next((prefix for prefix in PREFIXES if source.startswith(prefix)), ""))
+    is_pattern = not PATTERN_CHARACTERS.isdisjoint(path)
+    return "" if is_pattern or hub_name(source) or hub_name(path) or path.split(":")[0] in EMBEDDED else path
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, Path]]:

@@ -3,7 +3,9 @@
 import logging
 import math
 import os
+import pickle
 from collections.abc import Iterator
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,15 +19,18 @@ from t2i.config import AlignConfig, AlignRun, DataConfig
 from t2i.data.dataset import caption_ids_of, stack_sequences, tokenizer_to_apply
 from t2i.data.loader import StepLoader, num_trained_on
 from t2i.data.shards.integrity import Sample
+from t2i.data.shards.manifest import Manifest
 from t2i.data.shards.reader import read_split
 from t2i.disk import share
-from t2i.errors import DataError, UserError
+from t2i.distributed.collectives import any_rank
+from t2i.distributed.signals import StopFlag, stop_flag
+from t2i.errors import DataError, Stopped, UserError, exit_code
 from t2i.files import whole_file, write_json
 from t2i.model.contrastive_loss import MAX_SCALE
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, ends_of, grow_vocabulary, new_rows
 from t2i.model.uniform_start import Probe, shift_to_uniform
 from t2i.runs.metrics_log import MetricsRow
-from t2i.runs.run_folder import open_run, record_run, write_status
+from t2i.runs.run_folder import State, open_run, record_run, write_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.contrastive import AlignedRows, loss_and_gradient, retrieval_accuracy, retrieval_hits
@@ -44,11 +49,12 @@ HITS = "hits.json"
 def align(run: AlignRun) -> dict[str, dict[str, float]]:
     """Align, write rows.safetensors for model.new_embeddings, and return the held-out retrieval of each space.
 
-    Needs torch.distributed. Resumes from its last save.
+    Needs torch.distributed. Resumes from its last save; SIGTERM and Ctrl-C save after the step.
 
     Raises:
         UserError: more pairs per step than the data has, or a model that was trained on these codes already.
         DataError: the shards have no images, or too few held-out pairs to measure retrieval among.
+        Stopped: a signal asked for it, and all is saved.
     """
     manifest, config = manifest_of(run.data), run.align
     if manifest.is_text:
@@ -63,8 +69,21 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
             f"{run.data.shards} holds out {heldout_count} pairs; retrieval is measured among at least 2. Prepare with a"
             " larger --heldout-share."
         )
-    is_first = dist.get_rank() == 0
-    lock = open_run(run, ds_config={}) if is_first else None
+    lock = open_run(run, ds_config={}) if dist.get_rank() == 0 else None
+    try:
+        with stop_flag() as flag:
+            return _align(run, manifest=manifest, flag=flag)
+    except (Exception, KeyboardInterrupt) as error:
+        if lock is not None:
+            _report(run.run_dir, error)
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _align(run: AlignRun, *, manifest: Manifest, flag: StopFlag) -> dict[str, dict[str, float]]:
+    config, is_first = run.align, dist.get_rank() == 0
     # A dropped caption leaves no pair, nor does replayed text, and only text-to-image sequences hold both an image and
     # its caption.
     data = replace(run.data, mode="text-to-image", caption_dropout=0.0, replay_ratio=0.0, replay_shards=None)
@@ -89,7 +108,7 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
     )
     if is_first:
         record_run(run, ds_config={})
-    has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir)
+    has_learned = _train(sides, config=config, loader=loader, heldout=heldout, run_dir=run.run_dir, flag=flag)
     hits = {name: heldout.hits(side) for name, side in sides.items()}
     summary = {
         name: heldout.retrieval(hits[name]) | {"temperature": side.temperature}
@@ -109,9 +128,22 @@ def align(run: AlignRun) -> dict[str, dict[str, float]]:
         write_json(run.run_dir / HITS, {"keys": [pair["key"] for pair in pairs], "spaces": spaces})
         write_json(run.run_dir / SUMMARY, {**summary, "settings": asdict(config)})
         write_status(run.run_dir, state="done", step=config.max_steps, code=0)
-    if lock is not None:
-        lock.close()
     return summary
+
+
+def _report(run_dir: Path, error: BaseException) -> None:
+    """Write status.json; a disk that refuses must not hide the error."""
+    state: State = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+    with suppress(OSError):
+        write_status(
+            run_dir,
+            state=state,
+            step=_saved_step(run_dir / STATE_FILE),
+            code=exit_code(error),
+            reason=str(error) or type(error).__name__,
+            # A command that was refused would be refused again.
+            next_command="" if isinstance(error, UserError) else None,
+        )
 
 
 def make_sides(start: Start, *, temperature: float, seed: int) -> dict[str, AlignedRows]:
@@ -182,9 +214,19 @@ class _State:
 
 
 def _train(
-    sides: dict[str, AlignedRows], *, config: AlignConfig, loader: StepLoader, heldout: Heldout, run_dir: Path
+    sides: dict[str, AlignedRows],
+    *,
+    config: AlignConfig,
+    loader: StepLoader,
+    heldout: Heldout,
+    run_dir: Path,
+    flag: StopFlag,
 ) -> bool:
-    """Train up to max_steps; tell whether there was a step left to take."""
+    """Train up to max_steps; tell whether there was a step left to take.
+
+    Raises:
+        Stopped: a signal met one of the ranks, and all is saved.
+    """
     modules = nn.ModuleDict(sides)
     state = _State(modules, torch.optim.Adam(modules.parameters(), lr=config.lr), loader)
     first_step = _restore(run_dir / STATE_FILE, state)
@@ -195,17 +237,23 @@ def _train(
         writer.start(step=first_step if first_step else -1)
     batches = iter(loader)
     bar = tqdm(range(first_step + 1, config.max_steps + 1), unit="step", disable=writer is None)
-    for step in bar:
-        losses = _step(sides, next(batches)["input_ids"].to(_device()), optimizer=state.optimizer)
-        bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
-        is_due = step % config.save_every == 0 or step == config.max_steps
-        if writer:
-            for row in _rows(sides, losses, heldout=heldout if is_due else None):
-                writer.write({"step": step, **row})
-            if is_due:
-                _save(run_dir / STATE_FILE, state, step=step)
-    if writer:
-        writer.close()
+    flag.begin()
+    with closing(writer) if writer else nullcontext():
+        for step in bar:
+            losses = _step(sides, next(batches)["input_ids"].to(_device()), optimizer=state.optimizer)
+            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+            is_due = step % config.save_every == 0 or step == config.max_steps
+            is_asked = any_rank(flag.is_set())
+            if writer:
+                # Not measured where it stops, so that metrics do not depend on that.
+                for row in _rows(sides, losses, heldout=heldout if is_due else None):
+                    writer.write({"step": step, **row})
+                if is_due or is_asked:
+                    _save(run_dir / STATE_FILE, state, step=step)
+            if is_asked and step < config.max_steps:
+                raise Stopped(
+                    f"Stopped at step {step} of {config.max_steps}; run the same command to resume."
+                )
     return True
 
 
@@ -250,6 +298,13 @@ def _restore(path: Path, state: _State) -> int:
     state.loader.load_state_dict(saved["loader"])
     logger.warning("resuming from step %d", saved["step"])
     return int(saved["step"])
+
+
+def _saved_step(path: Path) -> int:
+    """Read how many steps a save holds; 0 where there is none that can be read."""
+    with suppress(OSError, RuntimeError, pickle.UnpicklingError):
+        return int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["step"])
+    return 0
 
 
 def _all_rows(sides: dict[str, AlignedRows], *, start: Start, config: AlignConfig) -> dict[str, Tensor]:

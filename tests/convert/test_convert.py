@@ -185,7 +185,11 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
         convert_open_lm(home / "epoch_3.pt", out=converted, **arguments)
     with pytest.raises(UserError, match="give --config"):
         convert_open_lm(
-            home / "epoch_3.pt", config_names=(), text_tokenizer=None, out=tmp_path / "model", tell=print
+            home / "epoch_3.pt",
+            config_names=(),
+            text_tokenizer=str(home / "tokenizer"),
+            out=tmp_path / "model",
+            tell=print,
         )
     with pytest.raises(UserError, match=r"has 2048 ids; the model has 432 embeddings"):
         convert_open_lm(
@@ -195,14 +199,16 @@ def test_nothing_is_written_over_or_left_behind(home, converted, tmp_path, monke
             out=tmp_path / "model",
             tell=print,
         )
+    told = []
     with pytest.raises(UserError, match="the hub gives no text tokenizer hf:nobody/nothing"):
         convert_open_lm(
             home / "epoch_3.pt",
             config_names=[str(home / "old.json")],
             text_tokenizer="hf:nobody/nothing",
             out=tmp_path / "model",
-            tell=print,
+            tell=told.append,
         )
+    assert not any("SHA-256" in line for line in told)  # before gigabytes are hashed
 
     def swapped(tensors, **settings):
         """A mistake of the kind that shapes do not show: gate and value of the feed-forward swapped."""

@@ -127,6 +127,14 @@ def test_checks_count_and_read_everything(prepared, tokenizer):
     (prepared / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_a_share_of_nothing_holds_nothing_out(folder, tokenizer, tmp_path):
+    manifest = prepare(folder, tmp_path / "all", tokenizer, heldout_share=0.0)
+    assert manifest.counts.keys() == manifest.documents.keys() == manifest.floors_nats.keys() == {"train"}
+    assert manifest.documents["train"] == 60
+    assert check_shards(tmp_path / "all") == manifest.counts
+    assert list(read_split(tmp_path / "all", "heldout")) == []
+
+
 def test_other_uses_are_refused(prepared, folder, tokenizer):
     config = DataConfig(shards=prepared, mode="text-only", seq_len=16)
     manifest = read_manifest(prepared)

@@ -197,6 +197,28 @@ def test_a_second_preparation_of_the_same_folder_is_refused_by_name(tmp_path, of
     check_shards(tmp_path / "shards")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "file"], "--out file exists and is no shard folder"),
+        (["--out", "file/shards"], "file cannot be written: Not a directory"),
+        (["--source", "text:docstrings", "--out", "file/shards"], "file cannot be written: Not a directory"),
+        (["--out", "shards", "--image-size", 60], "image size 60 is no multiple of the tokenizer's 8"),
+        (["--out", "shards", "--text-tokenizer", "nowhere"], "nowhere is no text tokenizer"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_source_is_listed(
+    words, said, tmp_path, call, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in ("t2i.data.sources.open_source", "t2i.data.sources.documents.open_documents"):
+        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("it was listed"))
+    assert call("launchers/prepare.py", *words) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_disks_without_locks_or_modes_serve(tmp_path, of_ids, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

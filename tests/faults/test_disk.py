@@ -318,8 +318,12 @@ def test_no_run_begins_anew_by_itself(finished, tmp_path, observed):
 )
 def test_a_place_that_cannot_be_written_is_said_at_once(shards, tmp_path, observed):
     (tmp_path / "file").write_text("")
-    job = Job(shards, tmp_path / "file" / "run", ranks=0, beside=tmp_path).run()
+    listing = {"PYTHONPROFILEIMPORTTIME": "1"}
+    job = Job(shards, tmp_path / "file" / "run", ranks=0, beside=tmp_path, environment=listing).run()
     assert job.code == 5, job.said()[-2000:]
+    listed = [line for line in job.said().splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in listed}
+    assert "yaml" in imported and not imported & {"torch", "transformers", "deepspeed"}
     assert "cannot be written: Not a directory. Choose another --run-dir" in job.said()
     assert "Traceback" not in job.said()
     observed(f"exit 5 after {job.seconds:.1f} s, start of Python included")

@@ -105,6 +105,15 @@ def test_prompts_of_another_kind_are_refused(model_folder, draw, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_of_sheets_that_cannot_be_written_is_refused_before_the_model_is_read(draw, tmp_path, capsys):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "1.txt").write_text("a red cup\n")
+    (tmp_path / "dpg").write_text("a file")
+    asked = ("no/such/model", "--layout", "dpg", "--prompts", tmp_path / "prompts", "--out", tmp_path / "dpg")
+    assert draw(*asked) == 2
+    assert "dpg cannot be written: Not a directory" in capsys.readouterr().err
+
+
 def test_dpg_bench_is_drawn_beside_the_working_folder_too(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "prompts").mkdir()

@@ -1,6 +1,7 @@
 """Codes that are aligned to captions: the sentence encoder, CLIP's loss from codes, and a training that resumes."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import UserError
+from t2i.image_tokenizer import make
 from t2i.image_tokenizer import train as image_tokenizer
-from t2i.image_tokenizer.alignment import Alignment, sentence_embeddings
+from t2i.image_tokenizer.alignment import Alignment, SentenceEncoder
 from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.train import train_image_tokenizer
@@ -54,7 +56,7 @@ def encoder(tmp_path_factory):
 
 def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
     captions = ["red", "a very very green square", "a blue", "red"]
-    found = sentence_embeddings(captions, folder=encoder)
+    found = SentenceEncoder.load(encoder).embed(captions)
     assert found.norm(dim=-1).allclose(torch.ones(4)) and torch.equal(found[0], found[3])
     model = BertModel.from_pretrained(encoder).eval()
     for row, caption in zip(found, captions, strict=True):
@@ -66,10 +68,10 @@ def test_a_sentence_is_the_mean_of_its_own_tokens(encoder):
 
 def test_a_folder_that_is_no_encoder_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="--align-to is .*nowhere, which has no config.json"):
-        sentence_embeddings(["a"], folder=tmp_path / "nowhere")
+        SentenceEncoder.load(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="cannot be opened as a sentence encoder"):
-        sentence_embeddings(["a"], folder=tmp_path)
+        SentenceEncoder.load(tmp_path)
 
 
 def test_the_loss_is_that_of_pairs_among_all_of_the_batch():
@@ -193,3 +195,21 @@ def test_a_source_is_aligned_by_its_captions_and_the_card_says_to_what(few_laten
     source = open_source(str(tmp_path / "images"))
     make_tokenizer(source, out=tmp_path / "out", config=replace(TINY, align_to=str(encoder)), command="test")
     assert f"- align_to: {encoder}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_that_is_no_encoder_is_refused_before_an_image_is_read(encoder, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for index in range(6):
+        Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text("a square")
+    (tmp_path / "broken").mkdir()
+    shutil.copy(encoder / "model.safetensors", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(make, "read_captioned", lambda *_, **__: pytest.fail("images were read"))
+    with pytest.raises(UserError, match="cannot be opened as a sentence encoder"):
+        make_tokenizer(
+            open_source(str(tmp_path / "images"), heldout_share=0.5),
+            out=tmp_path / "out",
+            config=replace(TINY, align_to=str(tmp_path / "broken")),
+            command="test",
+        )

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import re
@@ -7,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from PIL import Image
 from t2i.config import SourceConfig, TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import DataError, NumericalError, Stopped, UserError
-from t2i.image_tokenizer import codebook
+from t2i.image_tokenizer import codebook, make
 from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.card import read_card
 from t2i.image_tokenizer.codebook import Codebook, kmeans
@@ -227,6 +230,70 @@ def test_a_kill_while_files_are_put_in_place_leaves_what_the_same_command_finish
     made = make_tokenizer(source, out=out, config=TINY, command="test")
     assert made.num_pictures >= 2
     assert ImageTokenizer.load(out).num_codes(16) == 64
+
+
+def test_a_second_training_in_the_same_folder_is_refused_by_name(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    begun, may_end, read = processes.FORK.Event(), processes.FORK.Event(), make.read_captioned
+
+    def wait(*args, **settings):
+        begun.set()
+        may_end.wait(60)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(make, "read_captioned", wait)
+    source, out = open_source(folder, heldout_share=0.3), tmp_path / "made"
+    arguments = {"out": out, "config": replace(TINY, max_steps=3), "command": "test"}
+    first = processes.fork(make_tokenizer, source, **arguments)
+    assert begun.wait(60)
+    with pytest.raises(UserError, match=rf"made is being written by process {first.pid} on .* another --out"):
+        make_tokenizer(source, **arguments)
+    may_end.set()
+    first.join(60)
+    assert first.exitcode == 0
+    assert make_tokenizer(source, **arguments).num_pictures >= 2
+
+
+def test_a_finished_tokenizer_is_not_replaced_where_a_disk_has_no_locks(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    source, out, config = (
+        open_source(folder, heldout_share=0.3),
+        tmp_path / "made",
+        replace(TINY, max_steps=3),
+    )
+    train, finished = make.train_image_tokenizer, []
+
+    def overtaken(*args, **settings):
+        model = train(*args, **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr(make, "train_image_tokenizer", train)
+            finished.append(make_tokenizer(source, out=out, config=config, command="the quicker one"))
+        return model
+
+    monkeypatch.setattr(make, "train_image_tokenizer", overtaken)
+    assert make_tokenizer(source, out=out, config=config, command="the slower one") == finished[0]
+    assert "the quicker one" in (out / "README.md").read_text()
+    assert not list(out.glob("*.pt")) and not (out / ".part").exists()
+
+
+def test_a_place_or_settings_that_do_not_serve_are_refused_before_an_image_is_read(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
+    source, out, config = open_source(folder, heldout_share=0.3), tmp_path / "out", replace(TINY, max_steps=3)
+    train_image_tokenizer(squares(), config=config, out=out)
+    monkeypatch.setattr(make, "read_captioned", lambda *_, **__: pytest.fail("images were read"))
+    with pytest.raises(UserError, match=r"other settings \(lr\)"):
+        make_tokenizer(source, out=out, config=replace(config, lr=0.1), command="test")
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match="cannot be written: Not a directory"):
+            make_tokenizer(source, out=place, config=config, command="test")
 
 
 def test_channels_must_suit_spatial_norms():

@@ -200,6 +200,8 @@ def test_a_second_run_draws_and_computes_nothing_again_and_other_settings_are_re
     again = json.loads((out / "scores.json").read_text())
     seconds = {"seconds_to_draw": 0, "seconds_to_measure": 0}
     assert {**again, **seconds} == {**first, **seconds}
+    # Of a drawing that an earlier call has made this one knows no time.
+    assert "seconds_to_draw" in first and "seconds_to_draw" not in again
     assert times == {path: path.stat().st_mtime_ns for path in (out / "model").iterdir()}
     for changed, sentence in (
         (["--guidance-scale", 3], "guidance_scale: 2.0 there, 3.0 asked"),
@@ -429,7 +431,7 @@ def test_another_kind_of_clip_is_refused(clip_folder, tmp_path):
         load_clip(folder)
 
 
-def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
+def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder, capsys):
     clip = load_clip(clip_folder)
     rng = np.random.default_rng(0)
     pictures = list(rng.integers(0, 256, (5, 40, 24, 3), dtype=np.uint8))
@@ -437,6 +439,8 @@ def test_clip_score_is_the_mean_cosine_that_is_never_negative(clip_folder):
     # Half of them turned round: in which direction random weights point depends on transformers' release.
     signs = torch.tensor([1.0, -1, 1, -1, 1])
     found = clip_score(embed_images(pictures, clip), embed_captions(captions, clip) * signs[:, None])
+    said = capsys.readouterr().err
+    assert "CLIP of images: 100%" in said and "CLIP of captions: 100%" in said
     cosines = []
     for picture, caption, sign in zip(pictures, captions, signs.tolist(), strict=True):
         tokens = clip.tokenizer(caption, truncation=True, return_tensors="pt")

@@ -66,6 +66,64 @@ def test_completions_are_the_likeliest_text_step_by_step(model):
         complete(model.model, [""], tokenizer=model.text_tokenizer, layout=model.layout)
 
 
+def test_completions_do_not_depend_on_a_folders_own_penalties():
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    count = tokenizer.num_tokens
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=count, **sizes)).eval()
+    ask = partial(complete, model, ["a"], tokenizer=tokenizer, layout=VocabLayout(count, count, 0))
+    (found,) = ask(max_new_tokens=8)
+    assert found[-4:-2] == found[-2:]  # it repeats itself, which both penalties forbid
+    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert ask(max_new_tokens=8) == [found]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "positions", "chat"])
+def test_what_a_reference_refuses_is_said_before_the_first_model_is_read(
+    kind, finished, tmp_path, monkeypatch
+):
+    tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    config = AutoConfig.for_model("gpt2", vocab_size=tokenizer.num_tokens, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "reference")
+    tokenizer.tokenizer.save_pretrained(tmp_path / "reference")
+    text = str(finished.data.shards)
+    if kind == "tokenizer":
+        (tmp_path / "text.txt").write_text("\n\n".join(f"Text {n} is a number." for n in range(90)))
+        text = str(tmp_path / "shards")
+        prepare_text(
+            open_documents(f"text:{tmp_path / 'text.txt'}"),
+            out=tmp_path / "shards",
+            text_tokenizer=tokenizer,
+            seq_len=16,
+            heldout_share=0.5,
+        )
+        file = tmp_path / "reference" / "tokenizer.json"
+        values = json.loads(file.read_text())
+        values["pre_tokenizer"] = {"type": "Whitespace"}
+        file.write_text(json.dumps(values))
+    monkeypatch.setattr("t2i.measure.forgetting.open_model", lambda *_, **__: pytest.fail("it was read"))
+    sentence = {
+        "tokenizer": "was made with the text tokenizer",
+        "positions": "more than the model's 24 positions",
+        "chat": "has no chat template",
+    }[kind]
+    with pytest.raises(UserError, match=sentence):
+        measure_forgetting(
+            {"model": str(finished.run_dir), "reference": str(tmp_path / "reference")}
+            if kind != "chat"
+            else {"reference": str(tmp_path / "reference")},
+            texts={"text": text},
+            prompts=["a"],
+            seq_len=16,
+            num_sequences=2,
+            max_new_tokens=30 if kind == "positions" else 1,
+            is_chat=kind == "chat",
+        )
+
+
 def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_path):
     (tmp_path / "text.txt").write_text(
         "\n\n".join(f"Text {n} says that {n} is a number." for n in range(300))
@@ -92,7 +150,7 @@ def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_
         text_sequences(str(tmp_path / "short.txt"), **settings)
 
 
-def test_a_model_is_measured_beside_its_reference(finished, tmp_path):
+def test_a_model_is_measured_beside_its_reference(finished, tmp_path, capsys):
     first = str(finished.run_dir / "checkpoints" / "step_000003")
     results = measure_forgetting(
         {"model": str(finished.run_dir), "reference": first},
@@ -102,6 +160,7 @@ def test_a_model_is_measured_beside_its_reference(finished, tmp_path):
         num_sequences=4,
         max_new_tokens=3,
     )
+    assert "reference, text: 100%" in capsys.readouterr().err
     costs = [results.models[name].costs["text"] for name in ("model", "reference")]
     assert costs[0].perplexity < costs[1].perplexity
     assert costs[0].perplexity > costs[0].perplexity_text_rows

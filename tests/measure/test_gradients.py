@@ -8,7 +8,7 @@ from t2i.runs.loading import open_model
 from t2i.tokens.sequence import encode_sequence
 
 
-def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
+def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path, capsys):
     model = open_model(str(model_folder), needs_images=False)
     layout, network = model.layout, model.model
     generator = torch.Generator().manual_seed(0)
@@ -25,6 +25,7 @@ def test_shares_equal_those_of_a_loss_written_out(model_folder, tmp_path):
         ]
     )
     found = gradient_shares(model, ids, batch_size=2)
+    assert "gradient of image: 100%" in capsys.readouterr().err
     logits = network(ids).logits[:, :-1].log_softmax(-1)
     labels = ids[:, 1:]
     nats = -logits.gather(-1, labels[..., None])[..., 0]

@@ -65,7 +65,7 @@ def test_a_folder_of_too_few_images_in_all_says_so(tmp_path):
         heldout_halves(source, num_samples=None)
 
 
-def test_shards_of_another_image_size_are_measured_at_the_models(model_folder, shards):
+def test_shards_of_another_image_size_are_measured_at_the_models(model_folder, shards, capsys):
     opened = open_model(
         str(model_folder), needs_images=True
     )  # it draws 32 pixels per side; the shards have 64
@@ -73,3 +73,4 @@ def test_shards_of_another_image_size_are_measured_at_the_models(model_folder, s
     assert task_of(command, opened).reference.image_size == opened.image_size() == 32
     meters = caption_meters(opened, manifest_of(command, opened))
     assert meters["heldout"].own is not None
+    assert "captions heard, heldout: 100%" in capsys.readouterr().err

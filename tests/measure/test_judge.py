@@ -1,6 +1,7 @@
 """The exact judge: what it reads, and that other judges have other names."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -144,6 +145,21 @@ def test_descriptions_are_counted_by_hand():
     # The step lies on columns 31 and 32: one in cell 3, one in cell 4, to the right, each 8 x 0.5 strong.
     assert np.flatnonzero(cells.sum((0, 2))).tolist() == [3, 4]
     assert cells[0, 3, 0] == pytest.approx(4 / 5) and cells[0, 3, 1:].sum() == 0
+
+
+def test_a_full_disk_is_no_end_of_a_judge(tmp_path, monkeypatch, caplog):
+    images, captions = coloured(["red", "blue", "green"] * 8)
+    trained = train_judge(images, captions, made_of={"data": "colours"})
+    monkeypatch.setattr(judging, "train_judge", lambda *_, **__: trained)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, limits[1]))
+    try:
+        assert judging.load_judge(folder=tmp_path) is trained
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written (File too large)" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    assert judging.load_judge(folder=tmp_path).heads["colour"].classes == trained.heads["colour"].classes
 
 
 def test_a_judge_that_finds_no_place_judges_all_the_same(tmp_path, monkeypatch, caplog):

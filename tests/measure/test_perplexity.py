@@ -26,10 +26,14 @@ def results(model, finished):
     return measure_perplexity(model, config=data_of(model, shards=None, mode=None), batch_size=5)
 
 
-def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(model, finished, results, tmp_path):
+def test_shards_that_lie_elsewhere_are_measured_as_if_they_were_here(
+    model, finished, results, tmp_path, capsys
+):
     settings = data_of(model, shards=None, mode=None)
     config = replace(settings, shards=tmp_path / "cache", remote=str(finished.data.shards))
     assert measure_perplexity(model, config=config, batch_size=5) == results
+    said = capsys.readouterr().err
+    assert "heldout losses: 100%" in said and "heldout captions: 100%" in said
     elsewhere = replace(config, shards=tmp_path / "another cache")
     assert len(heldout_sequences(model, config=elsewhere, num_sequences=2)) == 2
 

@@ -10,12 +10,13 @@ from t2i.measure.features import load_features
 from t2i.tokens.image import ImageTokenizer
 
 
-def test_measures_of_a_round_trip_equal_their_formulas():
+def test_measures_of_a_round_trip_equal_their_formulas(capsys):
     tokenizer = ImageTokenizer.load(ASSETS / "image_tokenizer")
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     images[0] = 90  # one that is easy
     extractor = load_features("efficientnet_lite0")
     found, back = evaluate_tokenizer(tokenizer, images, extractor=extractor, batch_size=2)
+    assert "reconstruct: 100%" in capsys.readouterr().err
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     codes = tokenizer.encode(pixels)
     errors = [((a.astype(float) - b.astype(float)) ** 2).mean() for a, b in zip(images, back, strict=True)]

@@ -16,9 +16,11 @@ IMAGES = [np.full((8, 8, 3), value, dtype=np.uint8) for value in range(0, 200, 1
 CAPTIONS = [f"caption {place}" for place, _ in enumerate(IMAGES)]
 
 
-def test_each_image_is_scored_under_its_caption(service, judge, tmp_path):
+def test_each_image_is_scored_under_its_caption(service, judge, tmp_path, capsys):
     Image.fromarray(IMAGES[3]).save(tmp_path / "a.png")
-    answers = ask(judge, [*IMAGES[:3], tmp_path / "a.png", *IMAGES[4:]], CAPTIONS)
+    images = [*IMAGES[:3], tmp_path / "a.png", *IMAGES[4:]]
+    answers = ask(judge, images, CAPTIONS, description="judge of model")
+    assert "judge of model: 100%" in capsys.readouterr().err
     wanted = [10.0 * place + 100 * len(caption) for place, caption in enumerate(CAPTIONS)]
     assert [each["hpsv3"] for each in answers.scores] == wanted
     assert answers.means() == {"hpsv3": np.mean(wanted), "hpsv3_style": 1}

@@ -199,6 +199,13 @@ def test_a_score_that_measures_less_keeps_what_was_there(tmp_path, caplog):
     scoring._keep_what_is_lost(file, less)
     assert json.loads((tmp_path / "scores.before.json").read_text()) == before
     assert "had clip_sha256, hpsv3, redrawn, which this score has not" in caplog.text
+    # What was said to be kept stays when the same happens to a later score.
+    later = {"measures": ["fid", "kid"], "rows": {"model": {}}}
+    write_json(file, later)
+    scoring._keep_what_is_lost(file, less)
+    assert json.loads((tmp_path / "scores.before.json").read_text()) == before
+    assert json.loads((tmp_path / "scores.before2.json").read_text()) == later
+    write_json(file, before)
     (tmp_path / "scores.before.json").unlink()
     scoring._keep_what_is_lost(file, SimpleNamespace(to_json=lambda: before))
     assert not (tmp_path / "scores.before.json").exists()

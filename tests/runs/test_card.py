@@ -170,6 +170,14 @@ def test_an_export_can_be_pushed_as_a_private_repository(monkeypatch, tmp_path):
         export_main()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(loading, "open_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(sys, "argv", ["export", "runs/x", "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(UserError, match="file cannot be written: Not a directory"):
+        export_main()
+
+
 def test_a_report_of_an_export_is_refused_in_a_sentence(exported):
     with pytest.raises(
         UserError, match=r"is no run folder: it has no .*environment\.json\. An exported folder has"

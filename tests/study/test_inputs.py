@@ -10,6 +10,7 @@ from t2i.commands import study as command
 from t2i.errors import UserError
 from t2i.study.cost import run_costs
 from t2i.study.inputs import missing_inputs
+from t2i.study.job_flags import check_job_flags
 from t2i.study.jobs import Record, jobs_of, read_study, write_record
 
 
@@ -63,16 +64,80 @@ def test_what_a_step_makes_or_the_hub_has_is_not_missed(own):
     assert missing.startswith("model.init is runs/mine/made/checkpoints/best (in tune-pretrained-0.0003)")
 
 
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "launchers" / "studies").glob("*.yaml")), ids=lambda file: file.stem
+@pytest.fixture(
+    scope="module",
+    params=sorted((ROOT / "launchers" / "studies").glob("*.yaml")),
+    ids=lambda file: file.stem,
 )
+def shipped(request):
+    """A study that comes with t2i, read once for all that is asked of it."""
+    return read_study(request.param)
+
+
+def test_the_studies_that_ship_have_flags_that_their_commands_take(shipped):
+    check_job_flags(shipped, jobs_of(shipped, out=Path("out")))
+
+
 def test_every_study_that_comes_with_t2i_has_a_price_before_any_of_its_steps_is_made(
-    file, tmp_path, monkeypatch
+    shipped, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    study = read_study(file)
-    costs = run_costs(study, out=tmp_path / "out")
-    assert len(costs) >= len(study.arms) and all(one.flops > 0 for one in costs)
+    costs = run_costs(shipped, out=Path("out"))
+    assert len(costs) >= len(shipped.arms) and all(one.flops > 0 for one in costs)
+
+
+def test_what_measures_and_steps_read_is_asked_for_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = missing_inputs(read_study(ROOT / "launchers/studies/paper.yaml"), out=Path("out"))
+    said = [one.partition(" (in")[0] for one in missing]
+    assert said == [
+        "model.init is models/open_lm_1b",
+        "data.shards is data/pairs256",
+        "model is models/open_lm_1b",
+        "text is data/text",
+        "captions is data/pairs256",
+        "reference is models/open_lm_1b",
+        "coco is data/coco",
+    ]
+    for place in ("models/open_lm_1b", "data/pairs256", "data/text"):
+        Path(place).mkdir(parents=True)
+    (missing,) = missing_inputs(read_study(ROOT / "launchers/studies/paper.yaml"), out=Path("out"))
+    assert missing.startswith("coco is data/coco (in coco-pretrained-seed0), which is not here")
+
+
+def test_sources_of_t2i_and_the_hub_and_what_jobs_make_are_not_missed(own):
+    study = yaml.safe_load(own.read_text())
+    flags = {
+        "made": {"source": "text:shuffled:{out}/shards/notes.txt", "text_tokenizer": "hf:somebody/something"},
+        "code": {"source": "text:code:torch", "captions": "all", "image-tokenizer": "{out}/shards/tokenizer"},
+        "pattern": {"source": "cc3m/{00..31}.tar"},
+        "icons": {"source": "iconify:data/icons"},
+        "remote": {"data": {"shards": "cache/shards", "remote": "s3://bucket/shards"}, "model": "demo"},
+    }
+    study["steps"] = [
+        {"name": "shards", "command": "launchers/prepare.py", "flags": {"out": "{out}/shards"}},
+        *({"name": name, "command": "launchers/prepare.py", "flags": one} for name, one in flags.items()),
+    ]
+    study["measures"] = [
+        {
+            "name": "kept",
+            "command": "eval/forgetting.py",
+            "flags": {
+                "text": "docstrings",
+                "reference": "{run}/checkpoints/step_000001",
+                "captions": "images",
+            },
+        }
+    ]
+    study["report"] = []
+    own.write_text(yaml.safe_dump(study))
+    said = [one.partition(" (in")[0] for one in missing_inputs(read_study(own), out=Path("runs/mine"))]
+    assert said == [
+        "model.init is models/mine",
+        "data.shards is data/mine",
+        "source is data/icons",
+        "captions is images",
+    ]
 
 
 def test_what_finished_runs_needed_may_be_gone(own):

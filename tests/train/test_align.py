@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig
 from t2i.data.shards.manifest import read_manifest
 from t2i.distributed.launch import start_processes
-from t2i.errors import UserError
+from t2i.errors import Stopped, UserError
 from t2i.model.contrastive_loss import contrastive_loss
 from t2i.model.resize import INPUT_ROWS, OUTPUT_ROWS, grow_vocabulary
 from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import read_status
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.align import align, heldout_pairs
@@ -219,6 +221,30 @@ def test_a_killed_alignment_goes_on_and_ends_the_same(run, tmp_path):
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
+def test_a_signal_saves_after_the_step_and_the_same_command_resumes(run, tmp_path):
+    from t2i.train import align as module
+
+    again, step, steps = replace(run, run_dir=tmp_path / "run"), module._step, []
+
+    def told_at_seven(*arguments, **keywords):
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_step", told_at_seven)
+        with pytest.raises(Stopped, match="Stopped at step 7 of 40"):
+            align(again)
+    status = read_status(again.run_dir)
+    assert (len(steps), status.state, status.step, status.code) == (7, "stopped", 7, 75)
+    align(again)
+    assert read_status(again.run_dir).state == "done"
+    files = [load_file(one.run_dir / "rows.safetensors") for one in (run, again)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert read_metrics(again.run_dir) == read_metrics(run.run_dir)
+
+
 def test_more_pairs_than_the_data_has_are_refused(run):
     with pytest.raises(UserError, match="align.num_pairs is 1024; expected <= .* training pairs"):
         align(replace(run, align=AlignConfig()))
@@ -227,3 +253,4 @@ def test_more_pairs_than_the_data_has_are_refused(run):
 def test_a_model_that_knows_the_codes_is_refused(run, finished, tmp_path):
     with pytest.raises(UserError, match="was trained on the codes of"):
         align(replace(run, run_dir=tmp_path / "run", model=str(finished.run_dir)))
+    assert read_status(tmp_path / "run").state == "failed"

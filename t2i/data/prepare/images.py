@@ -63,9 +63,9 @@ def prepare(
         CheckpointError: the disk is full.
         LostRankError: a rank with pending units has no heartbeat.
     """
+    out = place_of(out)
     listing = list_source(source)
     arguments = arguments_of(source, image_tokenizer, text_tokenizer, config, listing=listing)
-    out = place_of(out)
     part = out.with_name(out.name + ".part")
     with saying_full_disk(part):
         if not is_done(out) and rank == 0:

@@ -77,20 +77,32 @@ def claimed(part: Path, *, rank: int) -> Iterator[None]:
     Raises:
         ClaimedError: another process works there as the same rank.
     """
-    (part / RANKS).mkdir(parents=True, exist_ok=True)
+    with locked(_lock_file(part, rank), folder=part):
+        yield
+
+
+@contextmanager
+def locked(file: Path, *, folder: Path) -> Iterator[None]:
+    """Keep other processes that lock the same file out of a folder, in which it is.
+
+    Raises:
+        ClaimedError: another process works there.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
     # By lockf, not flock: a decoding process that outlives this one must not hold its lock.
-    with _lock_file(part, rank).open("a+") as lock:
+    with file.open("a+") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
             raise ClaimedError(
-                f"{part} is being written by {lock.read() or 'another process'}. Wait for it, or choose another --out."
+                f"{folder} is being written by {lock.read() or 'another process'}. Wait for it, or choose another"
+                " --out."
             ) from error
         except OSError as error:
             # Some network disks have no locks at all.
             logger.warning(
-                "%s cannot be locked (%s): nothing keeps a second preparation out.", part, error.strerror
+                "%s cannot be locked (%s): nothing keeps a second process out.", folder, error.strerror
             )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}")

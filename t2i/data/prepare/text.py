@@ -6,7 +6,8 @@ language models are trained. The result is a plain language model.
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +38,13 @@ from t2i.errors import DataError, UserError
 from t2i.files import HASH, hash_uniform, write_json
 from t2i.tokens.text import TextTokenizer
 
-TEXT_SPLITS = ("train", "heldout")
 FLOOR_SEQUENCES = 20_000
 """Sequences per split, from its start, that the count-based baselines are computed on."""
+
+
+def splits_of(heldout_share: float) -> tuple[str, ...]:
+    """List the splits that documents are packed into; with a share of 0 nothing is held out."""
+    return ("train", "heldout") if heldout_share else ("train",)
 
 
 @dataclass
@@ -149,13 +154,13 @@ def _pack(
         gathered_sha256=digest,
         split_rule=f"sha256 of the document below {heldout_share} of its range is heldout",
         heldout_share=heldout_share,
-        counts={split: packs[split].num_sequences for split in TEXT_SPLITS},
-        documents={split: packs[split].num_documents for split in TEXT_SPLITS},
+        counts={split: pack.num_sequences for split, pack in packs.items()},
+        documents={split: pack.num_documents for split, pack in packs.items()},
         seen=tally.seen,
         left_out=dict(tally.left_out),
         sequence_tokens=seq_len,
         text_tokenizer=text_maker_of(text_tokenizer),
-        floors_nats=text_floors(part, num_tokens=text_tokenizer.num_tokens),
+        floors_nats=text_floors(part, splits=packs, num_tokens=text_tokenizer.num_tokens),
         files=side_files(part),
         arguments=arguments,
     )
@@ -163,10 +168,10 @@ def _pack(
     manifest.write(part)
 
 
-def text_floors(folder: Path, *, num_tokens: int) -> dict[str, dict[str, float]]:
+def text_floors(folder: Path, *, splits: Iterable[str], num_tokens: int) -> dict[str, dict[str, float]]:
     """Compute the uniform, unigram and bigram baselines of each split, counted on train, in nats per token."""
     ids = {}
-    for split in TEXT_SPLITS:
+    for split in splits:
         samples = zip(range(FLOOR_SEQUENCES), read_split(folder, split), strict=False)
         ids[split] = np.stack([sample["caption_ids"] for _, sample in samples]).astype(np.int64)
     floors = code_floors(ids, codebook_size=num_tokens)
@@ -181,17 +186,17 @@ def _write(
     """Write both splits; return per split what was packed, what was left out, and the hash of all documents."""
     kind = "uint16" if tokenizer.num_tokens <= 2**16 else "uint32"
     columns = {"key": "str", "caption_ids": f"ndarray:{kind}"}
-    packs = {split: _Pack(seq_len) for split in TEXT_SPLITS}
+    packs = {split: _Pack(seq_len) for split in splits_of(heldout_share)}
     seen: set[bytes] = set()
     tally = Tally()
     digest = hashlib.sha256()
     # Once, because these look-ups build the whole vocabulary.
     start_ids, end_id = tokenizer.start_ids, tokenizer.end_id
-    with (
-        MDSWriter(out=str(part / "train"), columns=columns, hashes=[HASH]) as train,
-        MDSWriter(out=str(part / "heldout"), columns=columns, hashes=[HASH]) as heldout,
-    ):
-        writers = {"train": train, "heldout": heldout}
+    with ExitStack() as opened:
+        writers = {
+            split: opened.enter_context(MDSWriter(out=str(part / split), columns=columns, hashes=[HASH]))
+            for split in packs
+        }
         for text in tqdm(documents.texts, unit="document", desc="pack"):
             # Sixteen bytes per document are kept, not its text, which may not fit in memory.
             key = hashlib.sha256(text.encode()).digest()[:16]
