@@ -20,8 +20,10 @@ from t2i.generate.grid import grid
 from t2i.generate.image_files import CANDIDATE, IMAGE_SEED, draw_images, settings_of
 from t2i.generate.others.family import AnyTokenizer
 from t2i.model.backbone import trained_seq_len
+from t2i.model.open_lm.forms_open_lm import ClassForm
 from t2i.model.open_lm.reading_open_lm import compiles
 from t2i.model.open_lm.sampling_open_lm import sample_codes
+from t2i.model.resize import bias_of
 from t2i.runs.loading import OpenedModel
 from t2i.settings import MAX_WHOLE
 from t2i.tokens.image import ImageTokenizer, images_of
@@ -59,12 +61,8 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
     if opened.model.config.sequence_mode == "text-only":
         raise UserError(f"{opened.folder} was trained on text alone; it draws no images.")
     _warn_of_guidance(settings.guidance_scale)
-    if settings.compile and not compiles(opened.model):
-        kind = type(opened.model).__name__
-        raise UserError(
-            f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
-            " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
-        )
+    if settings.compile:
+        _check_compiles(opened)
     if (
         settings.best_of > 1
         and settings.best_by == "likelihood"
@@ -78,6 +76,20 @@ def drawer_of(opened: OpenedModel, *, settings: SampleConfig, ranker: Ranker | N
     return Drawer(
         opened.model, opened.text_tokenizer, opened.needed_image_tokenizer(), opened.layout, settings, ranker
     )
+
+
+def _check_compiles(opened: OpenedModel) -> None:
+    kind = type(opened.model).__name__
+    if not ClassForm.of(opened.model).is_plain(bias_of(opened.model)):
+        raise UserError(
+            f"--compile: {opened.folder} is a {kind}, which scales, caps or shifts its logits, and that is not compiled"
+            " here. Leave --compile out."
+        )
+    if not compiles(opened.model):
+        raise UserError(
+            f"--compile: {opened.folder} is a {kind}, whose step cannot be compiled as a whole with a KV cache of"
+            " fixed shape; expected open_lm, or a class such as Llama's, Qwen2's or Qwen3's. Leave --compile out."
+        )
 
 
 @functools.cache  # once per process, though a score draws several rows

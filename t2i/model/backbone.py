@@ -4,6 +4,7 @@ A forward pass decides whether a backbone can be trained. A list of names would 
 release.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,8 +34,10 @@ from t2i.model.foreign_folder import (
 from t2i.model.open_lm.class_reading_open_lm import reader_of
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.configuration_routed import RoutedConfig
+from t2i.model.open_lm.forms_open_lm import ClassForm
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
+from t2i.model.unpacked import unpacked
 from t2i.tokens.image import ROUND_TRIP
 from t2i.tokens.vocab import VocabLayout
 
@@ -43,6 +46,8 @@ OURS: dict[str, tuple[Any, Any]] = {
     RoutedConfig.model_type: (RoutedConfig, RoutedForCausalLM),
 }
 """Configuration and class of the model types that transformers does not have."""
+QUANTISED, QUANTIZER = "quantization_config", "hf_quantizer"
+"""Attributes of a quantised model's configuration, and of the model."""
 
 
 def is_open_lm(folder: Path) -> bool:
@@ -83,10 +88,12 @@ def load_model(
     """Load a causal language model in its own class, in fp32 unless asked otherwise; "stored" as its file has it.
 
     Raises:
-        UserError: no causal language model, weights that do not fit config.json, code of its own, or logits that are
-            more than hidden states times LM head.
+        UserError: no causal language model, weights that do not fit config.json or are quantised so that they cannot be
+            trained, code of its own, or logits that are more than hidden states times LM head.
     """
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    _keep_soft_caps(config)
+    was_quantised = hasattr(config, QUANTISED)
     model: Any
     report: dict[str, Any]
     kind: Any = OURS.get(config.model_type, (None, AutoModelForCausalLM))[1]
@@ -116,6 +123,10 @@ def load_model(
             f"{folder} holds a {config.model_type} model of several parts, and transformers cannot load its language"
             f" model alone ({type(model).__name__}) from a folder again. Choose a model of text alone."
         )
+    if was_quantised:
+        _check_quantised(model, name=str(folder))
+        if getattr(model, QUANTIZER, None) is None:
+            model.to(model.dtype if dtype == "stored" else dtype)  # what was dequantised may be of another
     settle_generation(model, name=str(folder))
     if not isinstance(config, OpenLMConfig):
         check_head(model, name=str(folder))
@@ -128,6 +139,10 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
     Raises:
         UserError: the configuration is of no causal language model, or of code that is not trusted.
     """
+    _keep_soft_caps(config)
+    # Drawn weights are plain ones, and a checkpoint of them must not be opened as quantised ones.
+    for part in (config, config.get_text_config(decoder=True)):
+        part.__dict__.pop(QUANTISED, None)
     if config.model_type in OURS:
         return cast(PreTrainedModel, OURS[config.model_type][1](config))
     try:
@@ -141,10 +156,34 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
     return cast(PreTrainedModel, made)
 
 
+def _keep_soft_caps(config: PretrainedConfig) -> None:
+    """Let attention be computed eagerly where its scores are capped, as in Gemma 2: SDPA would leave the cap out."""
+    for part in (config, config.get_text_config(decoder=True)):
+        is_capped = getattr(part, "attn_logit_softcapping", None) is not None
+        if is_capped and part._attn_implementation in (None, "sdpa"):
+            part._attn_implementation = "eager"
+
+
+def _check_quantised(model: PreTrainedModel, *, name: str) -> None:
+    """Refuse quantised weights through which no gradient can be had.
+
+    Raises:
+        UserError: the model has such.
+    """
+    quantizer: Any = getattr(model, QUANTIZER, None)
+    if quantizer is not None and not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method
+        raise UserError(
+            f"{name} is quantised by {getattr(method, 'value', method)}, whose weights cannot be trained. Choose the"
+            " folder of the model that it was made from, or dequantise it."
+        )
+
+
 def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Compute the last hidden states (B, S, D) of ids (B, S); the LM head turns them into logits."""
     # No logits here: (B, S, V) would be most of a step's memory, so model/loss.py computes them in chunks.
-    return cast(Tensor, reader_of(model)(input_ids, use_cache=False).last_hidden_state)
+    with nullcontext() if ClassForm.of(model).is_masked else unpacked():
+        return cast(Tensor, reader_of(model)(input_ids, use_cache=False).last_hidden_state)
 
 
 def trained_seq_len(model: PreTrainedModel) -> int:
@@ -219,7 +258,9 @@ def weight_files(path: Path) -> list[Path]:
     # Safetensors first: a folder with both has the same weights twice, and .bin files are pickles.
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         # An exported folder has the round trip of its image tokenizer beside its weights.
-        if files := sorted(file for file in path.glob(pattern) if file.name != ROUND_TRIP):
+        # Mistral's folders have their weights a second time, in a file that transformers does not read.
+        files = [file for file in path.glob(pattern) if not file.name.startswith("consolidated")]
+        if files := sorted(file for file in files if file.name != ROUND_TRIP):
             return files
     raise UserError(f"{path} is no weight file, and no folder with .safetensors or pytorch_model.bin.")
 

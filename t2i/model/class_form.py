@@ -20,6 +20,7 @@ from t2i.model.open_lm.class_reading_open_lm import body_of, reader_of
 from t2i.model.open_lm.forms_open_lm import PADDED, UNPADDED, WHOLE, ClassForm
 from t2i.model.open_lm.reading_open_lm import begin_any
 from t2i.model.softmax import Head
+from t2i.model.unpacked import unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
     try:
         with evaluating(model):
             small = _seen(model, ids)
+            with unpacked():
+                unmasked = _seen(model, ids)
             large = _seen(model, ids, factor=LARGE_LOGIT / max(small.product.abs().max().item(), 1e-6))
             hidden = _of_body(model, ids)
     except UNUSABLE as error:
@@ -76,7 +79,9 @@ def check_head(model: PreTrainedModel, *, name: str) -> None:
             f"the logits of {name} ({kind}) are not hidden states times LM head, nor that scaled or capped by a number"
             " of its config.json. Such a model cannot be trained here."
         )
-    replace(form, is_transformed=is_transformed, reading=ClassForm.of(model).reading).write(model)
+    is_masked = not are_close(unmasked.given, small.given, dtype=model.dtype)
+    reading = ClassForm.of(model).reading
+    replace(form, is_transformed=is_transformed, is_masked=is_masked, reading=reading).write(model)
 
 
 def _is_matrix(module: Any) -> bool:

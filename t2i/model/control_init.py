@@ -6,14 +6,15 @@ If pre-training helps only because its weights have a good scale or distribution
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from transformers import PreTrainedModel
 
 from t2i.errors import UserError
 from t2i.model.trainable import layers_of
 
 
 @torch.no_grad()
-def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
+def control_init(model: PreTrainedModel, *, kind: str, seed: int) -> None:
     """Turn a model's weights into a control, in place.
 
     Args:
@@ -28,12 +29,12 @@ def control_init(model: nn.Module, *, kind: str, seed: int) -> None:
     CONTROLS[kind](model, Generator().manual_seed(seed))
 
 
-def _shuffle(model: nn.Module, generator: Generator) -> None:
+def _shuffle(model: PreTrainedModel, generator: Generator) -> None:
     for value in model.parameters():
         value.copy_(_shuffled(value, generator))
 
 
-def _redraw(model: nn.Module, generator: Generator) -> None:
+def _redraw(model: PreTrainedModel, generator: Generator) -> None:
     for value in model.parameters():
         value.copy_(_redrawn(value, generator))
 
@@ -48,7 +49,7 @@ def _redrawn(value: Tensor, generator: Generator) -> Tensor:
     return value.float().mean() + noise * value.float().std(correction=0)
 
 
-def _move_layers(model: nn.Module, generator: Generator) -> None:
+def _move_layers(model: PreTrainedModel, generator: Generator) -> None:
     """Give every layer the weights of the next one in a random cycle, so that no layer keeps its place."""
     layers = layers_of(model)
     if len(layers) < 2:
@@ -68,7 +69,7 @@ def _move_layers(model: nn.Module, generator: Generator) -> None:
         layers[place].load_state_dict(states[source])
 
 
-CONTROLS: dict[str, Callable[[nn.Module, Generator], None]] = {
+CONTROLS: dict[str, Callable[[PreTrainedModel, Generator], None]] = {
     "within-tensors": _shuffle,
     "moments": _redraw,
     "layer-order": _move_layers,

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.errors import UserError, first_line
-from t2i.model.class_form import are_close, difference, evaluating
+from t2i.model.class_form import are_close, difference, evaluating, num_ids
 from t2i.model.foreign_folder import UNUSABLE
 from t2i.model.open_lm.class_reading_open_lm import reader_of
+from t2i.model.open_lm.modeling_routed import RoutedForCausalLM
 
 
 @torch.no_grad()
@@ -46,7 +47,35 @@ def check_reads(model: PreTrainedModel, ids: range, *, name: str) -> None:
     Raises:
         UserError: its class cannot.
     """
-    few = torch.tensor([*ids[:4], *ids[-4:]], device=model.device)  # (8,)
+    try:
+        _differentiate(model, [*ids[:4], *ids[-4:]])
+    except UNUSABLE as error:
+        raise UserError(
+            f"{name} ({type(model).__name__}) cannot be trained with ids beyond its own vocabulary:"
+            f" {first_line(error)}. Choose a model of another class."
+        ) from error
+
+
+def check_routed(model: RoutedForCausalLM) -> None:
+    """Read a few ids of text and a few beyond it with a routed model, and differentiate what it computes.
+
+    Raises:
+        UserError: its class hands the routed parts something else than one row per position.
+    """
+    config, end = model.config, num_ids(model)
+    text, image = range(config.num_text_rows), range(config.num_text_rows, end)
+    try:
+        _differentiate(model, [*text[:3], *image[:4], *image[-4:]])
+    except UNUSABLE as error:
+        raise UserError(
+            f"model.image_weights is {config.image_weights}, which {type(model.language_model).__name__} cannot have:"
+            f" {first_line(error)}. Choose another kind, or a model of another class."
+        ) from error
+
+
+def _differentiate(model: PreTrainedModel, ids: list[int]) -> None:
+    """Compute the hidden states of a few rows of these ids, and their gradient by the embeddings."""
+    few = torch.tensor(ids, device=model.device)
     embedded: list[Tensor] = []
 
     def keep(_: torch.nn.Module, __: object, output: Tensor) -> Tensor:
@@ -59,11 +88,6 @@ def check_reads(model: PreTrainedModel, ids: range, *, name: str) -> None:
             hidden = reader_of(model)(few.expand(num_sequences, -1), use_cache=False).last_hidden_state
             # Back to the embeddings' output alone: the weights' gradients would be as large as the model.
             torch.autograd.grad(hidden.sum(), embedded[-1], allow_unused=True)
-    except UNUSABLE as error:
-        raise UserError(
-            f"{name} ({type(model).__name__}) cannot be trained with ids beyond its own vocabulary:"
-            f" {first_line(error)}. Choose a model of another class."
-        ) from error
     finally:
         watcher.remove()
 

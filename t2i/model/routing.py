@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from t2i.errors import CheckpointError, UserError
+from t2i.model.growth_checks import check_routed
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.model.open_lm.modeling_routed import Routed, RoutedForCausalLM
 from t2i.model.resize import split_rows
@@ -20,7 +21,7 @@ def route(model: PreTrainedModel, *, kind: str, rank: int, num_text_rows: int) -
     """Give a grown language model image weights, split its embeddings, and freeze all that text passes.
 
     Raises:
-        UserError: it has image weights of another kind, or no part of this kind.
+        UserError: it has image weights of another kind, no part of this kind, or parts that cannot be routed.
     """
     if isinstance(model, RoutedForCausalLM):
         found = (model.config.image_weights, model.config.image_rank)
@@ -45,6 +46,7 @@ def route(model: PreTrainedModel, *, kind: str, rank: int, num_text_rows: int) -
     split_rows(routed, num_old=num_text_rows)
     for name, value in routed.named_parameters():
         value.requires_grad_(is_of_images(name))
+    check_routed(routed)
     return routed
 
 

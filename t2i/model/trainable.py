@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from t2i.config import Trainable
 from t2i.errors import UserError, first_line
-from t2i.model.open_lm.class_reading_open_lm import FEED_FORWARD_NAMES, is_norm
+from t2i.model.open_lm.class_reading_open_lm import FEED_FORWARD_NAMES, find_layers, is_norm, of_text
 
 ADAPTER = "default"
 SCALE = 2.0
@@ -48,14 +48,13 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, is_trainable in sizes if is_trainable), sum(size for size, _ in sizes)
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Find the stack of layers: the outermost ModuleList.
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Find the stack of layers.
 
     Raises:
         UserError: there is none.
     """
-    # modules() goes from the outside in, so lists within a layer, such as experts, come later.
-    found = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
+    found = find_layers(model)
     if found is None:
         raise UserError(f"{type(model).__name__} has no list of layers.")
     return found
@@ -72,7 +71,7 @@ def _with_norms(model: PreTrainedModel) -> list[nn.Module]:
 def _norms_and_positions(model: PreTrainedModel) -> list[nn.Module]:
     """Find norms and embeddings of positions."""
     found: list[nn.Module] = []
-    for module in model.modules():
+    for module in of_text(model):
         is_position = isinstance(module, nn.Embedding) and module is not model.get_input_embeddings()
         if is_norm(module) or is_position:
             found.append(module)
@@ -114,7 +113,7 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
     The adapters' second matrices are zero, so the model first computes what it did before.
 
     Raises:
-        UserError: there is no matrix to adapt.
+        UserError: there is no matrix to adapt, or one that cannot be.
     """
     from peft import LoraConfig, inject_adapter_in_model  # here: it takes seconds, and few runs have adapters
 
@@ -129,7 +128,11 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> None:
             f"model.lora_rank is {rank}; expected 0, because the layers of {type(model).__name__} have no nn.Linear."
         )
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=targets)
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:  # Mamba's kernels read some weights past their modules
+        kind = type(model).__name__
+        raise UserError(f"model.lora_rank is {rank}; expected 0 for {kind}: {first_line(error)}") from error
     for name, value in model.named_parameters():
         # New image embeddings have no pre-trained value to adapt: they are trained in full (resize.split_rows).
         value.requires_grad_(".lora_" in name or name.endswith(".new"))

@@ -68,15 +68,16 @@ def shift_to_uniform(model: PreTrainedModel, probe: Probe) -> None:
     The shift is along the mean hidden state of the places that precede a code. It prefers no code, so among image codes
     the cost stays as it is. Where no shift reaches the uniform cost, the rows stay where they are.
     """
-    wanted, head = uniform_cost(model), head_of(model).weight
+    wanted, head = uniform_cost(model), head_of(model)
+    largest = LARGEST_SHIFT / head.scale  # of products, which the scale turns into nats
     for _ in range(ROUNDS):
         measured = _Measured.by(model, probe)
-        excess = [measured.cost(shift) - wanted for shift in (-LARGEST_SHIFT, LARGEST_SHIFT)]
+        excess = [measured.cost(shift) - wanted for shift in (-largest, largest)]
         # The cost falls as the shift grows. `not`, so that nan is no reason to go on.
         if not excess[0] > 0 > excess[1]:
             return
-        shift = brentq(lambda shift: measured.cost(shift) - wanted, -LARGEST_SHIFT, LARGEST_SHIFT, xtol=1e-3)  # noqa: B023
-        head[probe.num_old :] += (shift * measured.direction).to(head.dtype)
+        shift = brentq(lambda shift: measured.cost(shift) - wanted, -largest, largest, xtol=1e-3)  # noqa: B023
+        head.weight[probe.num_old :] += (shift * measured.direction).to(head.weight.dtype)
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ class _Measured:
     direction: Tensor
     """(D,) along the mean hidden state; its product with that is 1."""
     reach: Tensor
-    """(N,) what one nat of shift adds to the products of each place."""
+    """(N,) what a shift of one adds to the products of each place."""
     codes: slice
     """The places of the codes among the new ids."""
 

@@ -38,6 +38,11 @@ DATA_MANIFEST = "data_manifest.json"
 """Copy of the manifest of the shards that the model was trained on."""
 SHIPPED_MODEL = "demo"
 """The CKPT that comes with t2i: what `make demo` has trained."""
+OTHER_FORMATS = [
+    *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*"),
+    *("consolidated*", "*.h5", "*.msgpack", "*.ot", "*.tflite"),
+]
+"""Files of a hub's model that hold its weights once more, in forms that are not read here."""
 MOST_TRIES = 5
 """Checkpoints that are tried one after the other, while the run that makes them removes them."""
 
@@ -134,7 +139,7 @@ def find(name: str) -> tuple[Path, Path | None]:
 def _downloaded(name: str) -> Path:
     """Return the folder of a hub's model in the cache, downloaded if it is not there yet."""
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=OTHER_FORMATS))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
         raise UserError(f"the hub gives no model {HUB}{name}: {first_line(error)}") from error
 

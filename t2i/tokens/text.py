@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2i.errors import UserError, first_line
-from t2i.files import HUB, hub_name, not_here, read_optional_json, values_sha256
-from t2i.tokens.pieces import read_pieces, tokenizer_of_pieces
+from t2i.files import HUB, hub_name, not_here, read_json, read_optional_json, values_sha256
+from t2i.tokens.pieces import begin_texts, read_pieces, tokenizer_of_pieces
 
 NEOX = "hf:EleutherAI/gpt-neox-20b"
 """Hub name of the tokenizer of every released open_lm model: 50,277 ids."""
@@ -183,9 +184,33 @@ def _from_file(file: Path) -> PreTrainedTokenizerFast:
     try:
         if not file.with_name(CONFIG).is_file():
             return PreTrainedTokenizerFast(**given)
-        return PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False, **given)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, trust_remote_code=False, **given)
+        _settle_start(tokenizer, read_json(file.with_name(CONFIG), error=UserError))
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # tokenizers has no class of its own for a broken file
         raise UserError(f"the text tokenizer {file.parent} cannot be read: {first_line(error)}") from error
+
+
+def _settle_start(tokenizer: PreTrainedTokenizerFast, named: dict[str, Any]) -> None:
+    """Put the start token before each text, or leave it out, as add_bos_token of tokenizer_config.json says.
+
+    tokenizer.json may say otherwise: DeepSeek's has no start, which its class adds when it is opened.
+    """
+    wish, start = named.get("add_bos_token"), tokenizer.bos_token
+    if start is None or tokenizer.backend_tokenizer.token_to_id(start) is None:
+        return
+    is_there = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if wish is True and not is_there:
+        begin_texts(tokenizer.backend_tokenizer, start)
+    if wish is False and is_there and _writes_start(str(named.get("tokenizer_class"))):
+        tokenizer.backend_tokenizer.post_processor = None
+
+
+def _writes_start(name: str) -> bool:
+    """Tell whether a tokenizer's own class goes by add_bos_token, whatever tokenizer.json holds."""
+    return hasattr(getattr(transformers, f"{name.removesuffix('Fast')}Fast", None), "update_post_processor")
 
 
 def _from_pieces(folder: Path) -> PreTrainedTokenizerFast:

@@ -29,6 +29,9 @@ from t2i.tokens.vocab import VocabLayout
 
 logger = logging.getLogger(__name__)
 
+DEVIATIONS = ("initializer_range", "init_std")
+"""Names in config.json of the deviation that weights are drawn with: most classes', and OPT's."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -50,12 +53,16 @@ def fresh_start(config: ModelConfig, *, manifest: Manifest, text_tokenizer: Text
     folder, _ = find(config.init)
     description = read_model_config(folder, trust_remote_code=config.trust_remote_code)
     if config.init_std is not None:
-        if not hasattr(description, "initializer_range"):
+        # A language model of several parts draws by the description of its own part.
+        parts = (description, description.get_text_config(decoder=True))
+        named = [(part, name) for part in parts for name in DEVIATIONS if hasattr(part, name)]
+        if not named:
             raise UserError(
                 f"model.init_std is {config.init_std}; expected None, because {type(description).__name__} draws by a"
                 " rule without such a deviation."
             )
-        description.initializer_range = config.init_std
+        for part, name in named:
+            setattr(part, name, config.init_std)
     model = made_of(description, trust_remote_code=config.trust_remote_code)
     check_head(model, name=config.init)  # a loaded model has passed it
     return _kept_rows(model, knows_codes=False, manifest=manifest, text_tokenizer=text_tokenizer)

@@ -1,15 +1,17 @@
 import pytest
 import torch
+from backbones.tiny import tiny_config
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from t2i.config import ModelConfig
 from t2i.errors import UserError
 from t2i.model.control_init import control_init
+from t2i.model.open_lm.class_reading_open_lm import parts_of
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.model.resize import split_rows
-from t2i.model.trainable import add_lora, num_parameters, set_trainable
+from t2i.model.trainable import add_lora, layers_of, num_parameters, set_trainable
 
 
 def tiny(**changes):
@@ -104,6 +106,46 @@ def test_norms_have_learned_positions_where_a_class_has_them():
     assert learned(model) == {"transformer.wte.weight", "transformer.wpe.weight"} | norms
 
 
+def drawn(model_type):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, vocab_size=64))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "git"])
+def test_layers_and_norms_are_those_that_text_passes_and_not_a_vision_towers(model_type):
+    model = drawn(model_type)
+    hidden = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda _, inputs, output: hidden.append(inputs[0].shape))
+    model(torch.tensor([[1, 2, 3]]))
+    assert hidden == [(1, 3, 32)] * 2
+    set_trainable(model, recipe="norms")
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    unused = {name for name, value in model.named_parameters() if value.requires_grad and value.grad is None}
+    # The projectors' norms, which are beside the towers.
+    assert all("projector" in name or "projection" in name for name in unused)
+
+
+def test_lora_and_image_weights_go_into_the_language_model_of_gemma_3():
+    model = drawn("gemma3")
+    names = {id(module): name for name, module in model.named_modules()}
+    routed = {names[id(part)] for _, _, part in parts_of(model, "all")}
+    assert "model.language_model.norm" in routed
+    add_lora(model, rank=2)
+    assert all(name.startswith("model.language_model.") for name in routed | learned(model))
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "gpt_oss", "bert"])
+def test_norms_hold_no_matrix(model_type):
+    model = drawn(model_type)
+    set_trainable(model, recipe="embeddings")
+    rows = learned(model)
+    set_trainable(model, recipe="norms")
+    matrices = {name for name, value in model.named_parameters() if value.requires_grad and value.dim() > 1}
+    assert {name for name in matrices - rows if "embeddings" not in name} == set()
+    assert len(learned(model)) > len(matrices)
+
+
 def test_recipes_that_name_nothing_are_refused():
     with pytest.raises(UserError, match="model.trainable is 'half'; expected one of all, embeddings"):
         ModelConfig(trainable="half")
@@ -125,6 +167,13 @@ def test_adapters_need_a_matrix_to_stand_beside():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(UserError, match="the layers of GPT2LMHeadModel have no nn.Linear"):
         add_lora(model, rank=2)
+
+
+def test_a_class_whose_matrices_cannot_be_adapted_is_refused():
+    with pytest.raises(
+        UserError, match=r"model\.lora_rank is 2; expected 0 for MambaForCausalLM: .*out_proj"
+    ):
+        add_lora(drawn("mamba"), rank=2)
 
 
 def tensors(model):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from t2i.model.class_form import check_head, head_of
 from t2i.model.resize import grow_vocabulary
 from t2i.model.uniform_start import Probe, code_cost, narrow_to_fair, shift_to_uniform, uniform_cost
 from t2i.tokens.sequence import encode_sequence
@@ -73,6 +74,24 @@ def test_the_cost_before_the_first_step_is_that_of_the_models_own_logits():
     probe = grown(model, rows="random")
     assert code_cost(model, probe) == pytest.approx(cost_by_hand(model, probe)[0], abs=1e-4)
     assert uniform_cost(model) == pytest.approx(math.log(LAYOUT.vocab_size))
+
+
+def test_logits_that_are_scaled_are_shifted_as_far():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = GraniteForCausalLM(GraniteConfig(vocab_size=200, **sizes, logits_scaling=16.0)).eval()
+    with torch.no_grad():
+        model.lm_head.weight += 40 * torch.linspace(-1, 1, 32)
+        model.model.norm.weight *= 3
+    check_head(model, name="granite")
+    assert head_of(model).scale == 1 / 16
+    probe = grown(model, rows="uniform")
+    with torch.no_grad():  # codes cost some 20 nats too much, which are 320 in products
+        hidden = model.model(probe.ids).last_hidden_state.flatten(0, 1).mean(0)
+        model.lm_head.weight[200:] -= 320 * hidden / hidden.square().sum()
+    assert code_cost(model, probe) > uniform_cost(model) + 10
+    shift_to_uniform(model, probe)
+    assert cost_by_hand(model, probe)[0] == pytest.approx(uniform_cost(model), abs=0.01)
 
 
 def test_rows_that_no_shift_can_help_stay_where_they_are():

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from t2i.config import ASSETS, SampleConfig
 from t2i.errors import UserError
@@ -34,11 +35,31 @@ def test_hf_asks_the_hub_whatever_exists_here(tmp_path, monkeypatch):
     (tmp_path / "hf:").mkdir()
     asked = []
     monkeypatch.setattr(
-        loading, "snapshot_download", lambda name: asked.append(name) or str(tmp_path / "cache")
+        loading, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "cache")
     )
     assert loading.find("hf:somebody/something") == (tmp_path / "cache", None)
     assert asked == ["somebody/something"]
     assert [hub_name(name) for name in ("./hf:a/b", "somebody/something", "hf:")] == ["", "", ""]
+
+
+def test_weights_in_forms_that_are_not_read_are_not_downloaded(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **how: asked.update(how) or "somewhere")
+    loading.find("hf:somebody/something")
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "modeling.py"]
+    ours = [*files, "model-00001-of-00002.safetensors", "pytorch_model.bin", "image_tokenizer/config.json"]
+    others = [
+        "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.onnx", "metal/model.bin",
+        "tf_model.h5", "flax_model.msgpack",
+    ]  # fmt: skip
+    assert list(filter_repo_objects([*ours, *others], **asked)) == ours
+
+
+def test_a_second_copy_of_the_weights_is_not_hashed(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = loading.weights_sha256(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"the same in another form")
+    assert loading.weights_sha256(tmp_path) == before
 
 
 def test_what_the_hub_does_not_give_is_said_in_one_sentence():
@@ -49,7 +70,7 @@ def test_what_the_hub_does_not_give_is_said_in_one_sentence():
 
 def test_a_model_of_the_hub_is_called_by_its_name_there(model_folder, tmp_path, monkeypatch):
     snapshot = shutil.copytree(model_folder, tmp_path / "snapshots" / "0c1d2e")
-    monkeypatch.setattr(loading, "snapshot_download", lambda name: str(snapshot))
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: str(snapshot))
     assert loading.open_model("hf:somebody/tiny", needs_images=False).name == "somebody/tiny"
     assert loading.open_model(str(model_folder), needs_images=False).name == model_folder.name
 

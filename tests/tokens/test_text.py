@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from backbones.tiny import IS_NEWEST
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils import hub
 from twins.text_tokenizer import train_text_tokenizer
 
 from t2i.errors import UserError
+from t2i.tokens.pieces import begin_texts
 from t2i.tokens.text import NEOX, TextTokenizer
 from t2i.tokens.vocab import VocabLayout
 
@@ -75,6 +77,35 @@ def test_a_saved_tokenizer_is_transformers_own(neox, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert (again.eos_token, again.padding_side) == ("<|endoftext|>", "left")
     assert again("a red apple")["input_ids"] == TextTokenizer.load(neox).encode("a red apple").tolist()
+
+
+def named(folder, source, *, start, **settings):
+    """Write a folder whose tokenizer.json puts a start token before each text or not, with settings beside it."""
+    backend = TextTokenizer.load(source).tokenizer.backend_tokenizer
+    if start:
+        begin_texts(backend, "<|endoftext|>")
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **settings}))
+    return TextTokenizer.load(folder)
+
+
+def test_texts_begin_as_the_tokenizers_own_class_begins_them(neox, tmp_path):
+    llama = {"tokenizer_class": "LlamaTokenizerFast"}
+    plain = named(tmp_path / "plain", neox, start=False)
+    deepseek = named(tmp_path / "deepseek", neox, start=False, add_bos_token=True, **llama)
+    bare = named(tmp_path / "bare", neox, start=True, add_bos_token=False, **llama)
+    if not IS_NEWEST:  # whose class makes the whole tokenizer anew
+        theirs = [AutoTokenizer.from_pretrained(tmp_path / name)("a red") for name in ("deepseek", "bare")]
+        assert [found["input_ids"][0] == 0 for found in theirs] == [True, False]
+    assert (plain.start_ids, deepseek.start_ids, bare.start_ids) == ([], [0], [])
+    assert named(tmp_path / "twice", neox, start=True, add_bos_token=True, **llama).start_ids == [0]
+    # What was prepared before stays valid, captions are as before, and a saved folder says the same.
+    assert deepseek.fingerprint() == plain.fingerprint() == bare.fingerprint()
+    assert deepseek.encode(CAPTION).equal(plain.encode(CAPTION))
+    deepseek.tokenizer.save_pretrained(tmp_path / "saved")
+    assert TextTokenizer.load(tmp_path / "saved").start_ids == [0]
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c", "/nowhere", "somebody/something", "something"])

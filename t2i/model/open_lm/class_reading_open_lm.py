@@ -33,11 +33,32 @@ def body_of(model: PreTrainedModel) -> Any:
     return inner[0] if len(inner) == 1 else model
 
 
+def of_text(model: PreTrainedModel) -> list[nn.Module]:
+    """List the modules of a model from the outside in, without those of vision and audio towers."""
+    # Towers are models of their own, which no id enters.
+    words = model.get_input_embeddings()
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    towers = [part for part in parts if all(module is not words for module in part.modules())]
+    of_towers = {module for tower in towers for module in tower.modules()}
+    return [module for module in model.modules() if module not in of_towers]
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """Find the stack of layers, or None: the outermost list with as many modules as config.json names layers.
+
+    Where none has, as in LongCat's class, it is the outermost list of all.
+    """
+    # Lists within a layer, such as experts, come later.
+    lists = [module for module in of_text(model) if isinstance(module, nn.ModuleList)]
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return next((found for found in lists if len(found) == count), lists[0] if lists else None)
+
+
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a norm: it owns vectors only."""
-    # By shape, not by name or class: every model family has its own RMSNorm.
+    """Tell whether a module is a norm: it owns vectors, and there is nothing else in it."""
+    # By shape, not by name or class: every model family has its own RMSNorm. Mixers own vectors beside matrices.
     own = list(module.parameters(recurse=False))
-    return bool(own) and all(value.dim() == 1 for value in own)
+    return bool(own) and all(value.dim() == 1 for value in module.parameters())
 
 
 def parts_of(model: PreTrainedModel, kind: str) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -50,10 +71,11 @@ def parts_of(model: PreTrainedModel, kind: str) -> list[tuple[nn.Module, str, nn
     Raises:
         ValueError: there are none.
     """
-    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    body = body_of(model)
-    inside = [(layer, *part) for layer in layers for part in layer.named_modules()]
-    beside = [(body, *part) for part in body.named_children()]
+    layers = find_layers(model)
+    inside = [(layer, *part) for layer in layers or () for part in layer.named_modules()]
+    holders = [module for module in model.modules() if any(child is layers for child in module.children())]
+    around = dict.fromkeys([body_of(model), *holders])
+    beside = [(module, *part) for module in around for part in module.named_children()]
     matrices = [part for part in inside if isinstance(part[2], nn.Linear | Conv1D)]
     found = {
         "feed-forward": [part for part in inside if part[1] in FEED_FORWARD_NAMES],

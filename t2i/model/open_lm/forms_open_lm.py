@@ -27,6 +27,8 @@ class ClassForm:
     """None for logits of any size."""
     reading: str = PADDED
     """How prompts are read: padded to one length, by length and with a cache, or whole sequences at every step."""
+    is_masked: bool = False
+    """Attention looks ahead where it is given no mask, as in Doge's class."""
 
     @classmethod
     def of(cls, model: Any) -> "ClassForm":

@@ -81,6 +81,9 @@ class Routed(ByKind):
         if not (len(text) and len(image)):
             return self.image(hidden) if len(image) else self.text(hidden)
         rows = hidden.flatten(0, 1)  # (N, ...): each position is multiplied once, as in the plain model
+        if len(rows) != len(text) + len(image):  # Gemma 3 normalises heads before positions
+            shape = tuple(hidden.shape)
+            raise ValueError(f"{type(self.text).__name__} is given {shape}; expected (batch, positions, ...)")
         of_images = self.image(rows[image])
         out = of_images.new_empty(len(rows), *of_images.shape[1:])
         out = out.index_copy(0, image, of_images).index_copy(0, text, self.text(rows[text]))
