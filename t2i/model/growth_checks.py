@@ -52,7 +52,7 @@ def check_reads(model: PreTrainedModel, ids: range, *, name: str) -> None:
     except UNUSABLE as error:
         raise UserError(
             f"{name} ({type(model).__name__}) cannot be trained with ids beyond its own vocabulary:"
-            f" {first_line(error)}. Choose a model of another class."
+            f" {first_line(error).rstrip('.')}. Choose a model of another class."
         ) from error
 
 
@@ -69,7 +69,7 @@ def check_routed(model: RoutedForCausalLM) -> None:
     except UNUSABLE as error:
         raise UserError(
             f"model.image_weights is {config.image_weights}, which {type(model.language_model).__name__} cannot have:"
-            f" {first_line(error)}. Choose another kind, or a model of another class."
+            f" {first_line(error).rstrip('.')}. Choose another kind, or a model of another class."
         ) from error
 
 
@@ -80,7 +80,7 @@ def _differentiate(model: PreTrainedModel, ids: list[int]) -> None:
 
     def keep(_: torch.nn.Module, __: object, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # GIT adds to it in place, which a leaf does not allow
 
     watcher = model.get_input_embeddings().register_forward_hook(keep)
     try:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones.tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2i.errors import UserError
@@ -110,6 +111,8 @@ def test_a_grown_model_that_gives_other_text_logits_is_refused():
 def test_a_class_that_cannot_read_new_ids_or_load_again_is_refused():
     model = made("llama")
     check_reads(model, range(32, 64), name="x")
+    in_place = AutoModelForCausalLM.from_config(tiny_config("git", vocab_size=64))  # it adds to its embeddings so
+    check_reads(in_place, range(32, 64), name="x")
     assert all(value.grad is None for value in model.parameters())
     with pytest.raises(
         UserError, match=r"x \(LlamaForCausalLM\) cannot be trained with ids beyond its own vocabulary"
