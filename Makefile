@@ -75,9 +75,9 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# By file: what a file's tests share is made once.
+# By file: what a file's tests share is made once. In the order of tests/conftest.py, where long files come first.
 test: install
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 mutations: install
 	$(BIN)/python tests/mutations.py

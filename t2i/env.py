@@ -200,8 +200,10 @@ def shared_memory_problem(*, num_ranks: int, num_samples: int = 0, on_gpus: bool
 
 def unusable_gpu() -> str:
     """Say why torch cannot use the NVIDIA GPU of this machine; empty if it can, or there is none to use."""
-    import torch  # here: it takes seconds, and `python -m t2i.env` may lack it
-
+    try:
+        import torch  # here: it takes seconds, and the report may be that it is broken
+    except (ImportError, OSError):
+        return ""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
     if is_hidden or not NVIDIA_DRIVER.is_file() or torch.cuda.is_available():
         return ""

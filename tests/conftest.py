@@ -1,6 +1,7 @@
 """No test may reach the network or leave a process; arithmetic is single-threaded so that it repeats."""
 
 import atexit
+import gc
 import logging
 import os
 import resource
@@ -37,6 +38,46 @@ hypothesis_settings.load_profile("t2i")
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
 ROOT = Path(__file__).parents[1]
+LONG_FIRST = (
+    "faults/test_process.py",
+    "study/test_law.py",
+    "test_walk.py",
+    "train/test_resume.py",
+    "test_cluster.py",
+    "train/test_train.py",
+    "measure/test_coco.py",
+    "report/test_study_report.py",
+    "data/test_ranks.py",
+    "train/test_image_weights.py",
+    "test_real_parts.py",
+    "train/test_forgetting_less.py",
+    "test_console.py",
+    "study/test_jobs.py",
+    "train/test_resume_elsewhere.py",
+    "faults/test_data.py",
+    "test_tutorial.py",
+    "study/test_inputs.py",
+    "test_stages.py",
+    "image_tokenizer/test_alignment.py",
+    "test_gpu_benchmark.py",
+    "train/test_backbones.py",
+    "faults/test_disk.py",
+    "faults/test_security.py",
+)
+"""Files that take a minute or so, about the longest first; those that wait for processes stand beside those that
+calculate."""
+
+
+def pytest_collection_modifyitems(items):
+    """Put long files first: one that began last would keep a single process at work (`make test` keeps this order)."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish():
+    """Keep what was imported from the collector: each training ends with a look through all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

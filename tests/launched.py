@@ -6,7 +6,9 @@ import re
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import processes
@@ -56,6 +58,33 @@ def ds_config(folder):
     return path
 
 
+def ranks_of(count, *, port):
+    """List the variables that the deepspeed launcher sets, by rank."""
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def run_ranks(words, *, count=2, timeout=DEADLINE_SECONDS):
+    """Run words as so many ranks, as processes.start_warm does; return each one's exit status and all that it said."""
+    with ExitStack() as files:
+        said = [files.enter_context(TemporaryFile("w+")) for _ in range(count)]
+        ranks = [
+            processes.start_warm(words, env=processes.environment(**variables), stdout=file, stderr=file)
+            for variables, file in zip(ranks_of(count, port=str(processes.free_port())), said, strict=True)
+        ]
+        try:
+            codes = [rank.wait(timeout=timeout) for rank in ranks]
+        finally:
+            for rank in ranks:
+                processes.end(rank)
+        return [(code, file.seek(0) or file.read()) for code, file in zip(codes, said, strict=True)]
+
+
 class Job:
     """`deepspeed launchers/train.py` in a session of its own; use it as a context."""
 
@@ -65,6 +94,7 @@ class Job:
         run_dir,
         *,
         ranks=2,
+        warm=False,
         fault="",
         environment=None,
         port=None,
@@ -76,16 +106,16 @@ class Job:
 
         Args:
             ranks: 0 for one process without a launcher.
+            warm: start the ranks as processes.start_warm does, each in a session of its own, instead of the launcher.
             beside: where the log goes; None for beside the run folder.
             command: of launchers/.
         """
         beside = beside or run_dir.parent
         self.run_dir, self.log = run_dir, beside / f"{run_dir.name}.log"
         self.environment = processes.environment(T2I_FAULT=fault, **(environment or {}))
-        launcher = [
-            str(Path(sys.executable).with_name("deepspeed")),
-            *("--num_gpus", str(ranks), "--master_port", str(port or processes.free_port())),
-        ]
+        port = str(port or processes.free_port())
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", port]
         values = {
             **SETTINGS,
             "data.shards": shards,
@@ -98,23 +128,35 @@ class Job:
             "--run-dir",
             str(run_dir),
         ]
-        self.command = [*(launcher if ranks else [sys.executable]), *script, *flags(values)]
+        words = [*script, *flags(values)]
+        self.command = [*(launcher if ranks else [sys.executable]), *words]
+        self.is_warm = warm
+        self.ranks_words = [
+            ([words[0], f"--local_rank={rank}", *words[1:]], self.environment | variables)
+            for rank, variables in enumerate(ranks_of(ranks, port=port))
+        ] or [(words, self.environment)]
 
     def __enter__(self):
         self.started = time.monotonic()
         self.file = self.log.open("w")
-        self.process = processes.start(
-            self.command,
-            cwd=ROOT,
-            env=self.environment,
-            stdout=self.file,
-            stderr=self.file,
-        )
+        written = {"stdout": self.file, "stderr": self.file}
+        if self.is_warm:
+            self.processes = [
+                processes.start_warm(words, env=env, **written) for words, env in self.ranks_words
+            ]
+        else:
+            self.processes = [processes.start(self.command, cwd=ROOT, env=self.environment, **written)]
         return self
 
     def __exit__(self, *_):
-        processes.end(self.process)
+        for process in self.processes:
+            processes.end(process)
         self.file.close()
+
+    @property
+    def process(self):
+        """The command, or the first rank of those that are started warm."""
+        return self.processes[0]
 
     def run(self):
         """Start, wait for the end, and return self."""
@@ -123,8 +165,9 @@ class Job:
         return self
 
     def wait(self, timeout=DEADLINE_SECONDS):
-        """Wait for the command's end and return its exit status."""
-        self.code = self.process.wait(timeout=timeout)
+        """Wait for the command's end and return its exit status, which is that of the first rank that failed."""
+        codes = [process.wait(timeout=timeout) for process in self.processes]
+        self.code = next(filter(None, codes), 0)
         self.seconds = time.monotonic() - self.started
         return self.code
 
@@ -142,7 +185,8 @@ class Job:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                is_ours = os.getsid(process.pid) in [one.pid for one in self.processes]
+                if is_ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue

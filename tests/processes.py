@@ -3,16 +3,27 @@
 The ranks of a launcher are its children, in other sessions than the tests: killing the launcher, or pytest, does not
 reach them. So whatever is started carries a mark in its environment, which children inherit. A watcher in a session of
 its own kills all that carry the mark once the process that started them is gone, be it by SIGKILL.
+
+Importing torch and DeepSpeed takes longer than a tiny run. So there is a server as well, which has imported them and
+nothing else, and forks what tests start warm; the fork ends as any interpreter does. Hashes of text are the server's,
+so they are the same on all ranks: what must not depend on that is for ranks that a launcher starts.
 """
 
 import ctypes
+import functools
+import gc
+import importlib
 import itertools
+import json
 import multiprocessing
 import os
+import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +37,16 @@ TIMEOUT_SECONDS = 600
 FORK = multiprocessing.get_context("fork")
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent dies."""
+
+ROOT = Path(__file__).parents[1]
+WARM = (
+    "t2i.train.main",
+    "t2i.measure.score",
+    *(f"t2i.commands.{verb}" for verb in ("train", "sample", "score")),
+)
+"""What the server imports, and all that these import."""
+REQUEST_BYTES = 2**17
+"""Of one request to the server, whose environment and words are far fewer."""
 
 _marks: dict[int, str] = {}
 _numbers = itertools.count()
@@ -88,8 +109,122 @@ def run(command, *, timeout=TIMEOUT_SECONDS, check=False, capture_output=False, 
 
 def end(process):
     """Kill what is left of a started process and of all that it started."""
-    kill_marked(process.mark)
+    kill_marked(process.mark, session=process.pid)
     process.wait()
+
+
+class Forked:
+    """A process that the server has forked, with what tests ask of subprocess.Popen."""
+
+    def __init__(self, words, *, connection, mark):
+        self.args, self.connection, self.mark = words, connection, mark
+        self.returncode = None
+        self.pid = int(connection.recv(32))
+
+    def wait(self, timeout=None):
+        """Wait for the end and return the exit status.
+
+        Raises:
+            TimeoutExpired: it has not ended by then.
+        """
+        if self.returncode is None:
+            if not select.select([self.connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self.connection.recv(32))
+        return self.returncode
+
+    def poll(self):
+        """Return the exit status; None while it runs."""
+        try:
+            return self.wait(timeout=0)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def start_warm(words, *, stdout, stderr, env=None, cwd=ROOT):
+    """Run a script or `-c` code as Python does, in a fork of a process that has imported t2i's training.
+
+    It has a session of its own. PYTHONPATH is not read.
+    """
+    mark = f"{guard()}/{next(_numbers)}"
+    words = list(map(str, words))
+    request = {"words": words, "cwd": str(cwd), "env": (env or environment()) | {MARK: mark}}
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with theirs:
+        files = [stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        socket.send_fds(_server(), [json.dumps(request).encode()], files)
+    return Forked(words, connection=ours, mark=mark)
+
+
+def run_warm(words, *, timeout=TIMEOUT_SECONDS, **settings):
+    """Run as `start_warm` does until the end; return status and texts as subprocess.run does."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start_warm(words, stdout=out, stderr=err, **settings)
+        try:
+            process.wait(timeout)
+        finally:
+            end(process)
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, process.returncode, *texts)
+
+
+@functools.cache
+def _server():
+    """Start the server, once; it ends when this process does. Return the socket for requests."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, __file__, "serve", str(theirs.fileno())]
+        start(command, env=environment(TQDM_MININTERVAL="10"), pass_fds=[theirs.fileno()], cwd=ROOT)
+    return ours
+
+
+def serve(control):
+    """Fork a process for each request, and return in this fork alone, with its words."""
+    from t2i.distributed.launch import prepare_environment
+
+    prepare_environment()  # before DeepSpeed, as commands do
+    for name in WARM:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else each fork would copy what its collector looks through
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    while True:
+        request, files, *_ = socket.recv_fds(control, REQUEST_BYTES, 3)
+        if not request:  # the tests are over
+            raise SystemExit
+        if os.fork() == 0:
+            break
+        for file in files:
+            os.close(file)
+    control.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *outputs, answer = files
+    if own := os.fork():
+        _, status = os.waitpid(own, 0)
+        os.write(answer, str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    os.setsid()
+    os.write(answer, str(os.getpid()).encode())
+    for number, file in enumerate(outputs, start=1):
+        os.dup2(file, number)
+    for file in files:
+        os.close(file)
+    request = json.loads(request)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    return request["words"]
+
+
+def run_words(words):
+    """Do what Python does with the words behind its name."""
+    code, *rest = words
+    if code == "-c":
+        sys.path[0], sys.argv = "", ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.path[0], sys.argv = str(Path(code).resolve().parent), words
+        runpy.run_path(code, run_name="__main__")
 
 
 def fork(target, *args, **keywords):
@@ -107,24 +242,30 @@ def _live_with_parent(parent, target, args, keywords):
         target(*args, **keywords)
 
 
-def marked(mark):
-    """Find the processes whose mark is this one, or begins with it."""
+def marked(mark, *, session=None):
+    """Find the processes whose mark is this one, or begins with it, and those of a session."""
     found = []
     for process in psutil.process_iter():
         try:
             its_mark = process.environ().get(MARK, "")
             is_alive = process.status() != psutil.STATUS_ZOMBIE
+            # A fork of the server shows the server's mark.
+            is_of_session = os.getsid(process.pid) == session
         except (psutil.Error, OSError):  # gone, or somebody else's
             continue
-        if is_alive and (its_mark == mark or its_mark.startswith(f"{mark}/")):
+        if is_alive and (is_of_session or its_mark == mark or its_mark.startswith(f"{mark}/")):
             found.append(process)
     return found
 
 
-def kill_marked(mark, *, timeout=60):
-    """Kill marked processes until there are none: one may start another while it is looked for."""
+def kill_marked(mark, *, session=None, timeout=60):
+    """Kill what `marked` finds until there is nothing: one may start another while it is looked for."""
     ended, locks = time.monotonic() + timeout, set()
-    while (found := [one for one in marked(mark) if one.pid != os.getpid()]) and time.monotonic() < ended:
+
+    def others():
+        return [one for one in marked(mark, session=session) if one.pid != os.getpid()]
+
+    while (found := others()) and time.monotonic() < ended:
         for process in found:
             with suppress(psutil.Error):
                 locks |= locks_of(process)
@@ -151,4 +292,7 @@ def watch(parent, mark):
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), sys.argv[2])
+    if sys.argv[1] == "serve":
+        run_words(serve(socket.socket(fileno=int(sys.argv[2]))))
+    else:
+        watch(int(sys.argv[1]), sys.argv[2])

@@ -112,19 +112,14 @@ def test_an_environment_of_another_folder_is_made_anew(made_in, is_made, tmp_pat
     assert ("pip install" in said) == is_made
 
 
-def test_advice_names_the_command_as_it_was_typed(tmp_path):
-    words = ("--check", str(tmp_path))
-    typed = start("prepare", *words)
-    script = processes.run(
-        [sys.executable, "launchers/prepare.py", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (typed.returncode, script.returncode) == (3, 3)
-    assert typed.stderr.endswith("Make one with t2i prepare.\n")
-    assert script.stderr.endswith("Make one with launchers/prepare.py.\n")
+def test_advice_names_the_command_as_it_was_typed(tmp_path, call, monkeypatch, capsys):
+    assert call("launchers/prepare.py", "--check", tmp_path) == 3
+    assert capsys.readouterr().err.endswith("Make one with launchers/prepare.py.\n")
+    monkeypatch.setattr(sys, "argv", ["t2i", "prepare", "--check", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        console.main()
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.endswith("Make one with t2i prepare.\n")
 
 
 def test_the_console_command_is_declared():

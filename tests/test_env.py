@@ -60,6 +60,11 @@ def test_several_gpus_need_room_for_what_they_say_to_each_other(monkeypatch):
     assert env.shared_memory_problem(num_ranks=1, on_gpus=True) == ""
 
 
+def test_facts_are_told_where_torch_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert env.unusable_gpu() == "" and "cannot be imported" in env.machine_facts()["accelerators"]
+
+
 def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(monkeypatch, tmp_path):
     assert env.unusable_gpu() == "", "there is no GPU here, or torch can use it"
     driver = tmp_path / "version"

@@ -33,27 +33,31 @@ def run(*words):
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_no_torch(command):
+def test_help_imports_no_torch():
+    """In one process: what one command imported would be seen in all later ones, and is seen at once."""
     check = f"""
 import runpy, sys
-sys.argv = [{command!r}, "--help"]
-try:
-    runpy.run_path({command!r}, run_name="__main__")
-except SystemExit as end:
-    assert end.code in (0, None), end.code
-heavy = {{"torch", "transformers", "diffusers", "numpy", "PIL"}} & set(sys.modules)
-assert not heavy, heavy
+for command in {COMMANDS!r}:
+    print("command", command)
+    sys.argv = [command, "--help"]
+    try:
+        runpy.run_path(command, run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (0, None), (command, end.code)
+    heavy = {{"torch", "transformers", "diffusers", "numpy", "PIL"}} & set(sys.modules)
+    assert not heavy, (command, heavy)
 """
     done = run("-c", check)
     assert done.returncode == 0, done.stderr
-    assert "Example" in done.stdout
+    said = re.split(r"^command (.+)\n", done.stdout, flags=re.M)[1:]
+    helps = dict(zip(said[::2], said[1::2], strict=True))
+    assert list(helps) == COMMANDS
+    assert [command for command, text in helps.items() if "Example" not in text] == []
 
 
-def test_a_wrong_key_names_the_nearest_right_one():
-    done = run("launchers/train.py", "--train.warmup-step", "3")
-    assert done.returncode == 2
-    assert "--train.warmup-steps" in done.stderr
+def test_a_wrong_key_names_the_nearest_right_one(call, capsys):
+    assert call("launchers/train.py", "--train.warmup-step", "3") == 2
+    assert "--train.warmup-steps" in capsys.readouterr().err
 
 
 def test_wrong_use_is_a_sentence_and_status_2():
@@ -64,10 +68,9 @@ def test_wrong_use_is_a_sentence_and_status_2():
     )
 
 
-def test_a_missing_source_is_status_3(tmp_path):
-    done = run("launchers/prepare.py", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
-    assert done.returncode == 3
-    assert "nowhere is not `openmoji`" in done.stderr
+def test_a_missing_source_is_status_3(tmp_path, call, capsys):
+    assert call("launchers/prepare.py", "--source", tmp_path / "nowhere", "--out", tmp_path / "out") == 3
+    assert "nowhere is not `openmoji`" in capsys.readouterr().err
 
 
 def test_a_path_that_cannot_be_written_is_a_sentence_and_status_5(tmp_path, capsys):
@@ -115,15 +118,15 @@ def test_the_environments_own_programs_are_found_without_activating_it(monkeypat
     assert Path(shutil.which("ninja")).parent == Path(sys.executable).parent
 
 
-def test_a_value_that_no_sampler_can_have_is_a_sentence():
-    done = run("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2")
-    assert (done.returncode, done.stderr.strip().startswith("--top-p is 2.0; expected")) == (2, True)
+def test_a_value_that_no_sampler_can_have_is_a_sentence(call, capsys):
+    assert call("launchers/sample.py", "x", "--prompts", "a", "--out", "b", "--top-p", "2") == 2
+    assert capsys.readouterr().err.strip().startswith("--top-p is 2.0; expected")
 
 
-def test_a_share_that_leaves_nothing_to_train_on_is_refused():
-    done = run("launchers/prepare.py", "--out", "b", "--heldout-share", "1")
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(call, capsys):
+    assert call("launchers/prepare.py", "--out", "b", "--heldout-share", "1") == 2
     sentence = "--heldout-share is 1.0; expected a number >= 0 and < 1 or None."
-    assert (done.returncode, done.stderr.strip()) == (2, sentence)
+    assert capsys.readouterr().err.strip() == sentence
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,51 @@ def test_what_is_left_of_a_command_ends_when_its_time_is_over():
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 
+WARM = """
+import atexit, os, sys, threading, time
+assert {"torch", "deepspeed", "streaming", "t2i.train.main"} <= set(sys.modules)
+assert threading.enumerate() == [threading.main_thread()] and os.getsid(0) == os.getpid()
+atexit.register(print, "at the end")
+print(sys.argv, os.environ["OWN"], os.getcwd(), flush=True)
+if "stay" in sys.argv:
+    import subprocess
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    if os.fork() == 0:
+        time.sleep(600)
+    print("up", flush=True)
+    time.sleep(600)
+sys.exit(7)
+"""
+
+
+def test_a_warm_process_begins_and_ends_as_any_other(tmp_path):
+    words = ["-c", WARM, "a word"]
+    done = processes.run_warm(words, env=environment(OWN="own"), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout == f"['-c', 'a word'] own {tmp_path}\nat the end\n"
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint(sys.argv, __name__, sys.path[0])\nraise ValueError('why')")
+    done = processes.run_warm([script])
+    assert (done.returncode, done.stdout) == (1, f"['{script}'] __main__ {tmp_path}\n")
+    assert done.stderr.endswith("ValueError: why\n")
+    done = processes.run_warm(["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_a_warm_process_started_ends_with_it(tmp_path):
+    with (tmp_path / "said").open("w") as file:
+        words = ["-c", WARM, "stay"]
+        process = processes.start_warm(words, env=environment(OWN="own"), stdout=file, stderr=file)
+    wait_until(lambda: "up" in (tmp_path / "said").read_text(), seconds=30)
+    assert process.poll() is None
+    with pytest.raises(processes.subprocess.TimeoutExpired):
+        process.wait(timeout=0.1)
+    assert len(marked(process.mark, session=process.pid)) == 3
+    processes.end(process)
+    assert marked(process.mark, session=process.pid) == []
+    assert process.poll() == -signal.SIGKILL
+
+
 def test_a_build_that_is_killed_leaves_no_lock(tmp_path):
     folders = {name: tmp_path / name for name in ("ours", "theirs", "no-build")}
     for name, folder in folders.items():

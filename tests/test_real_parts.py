@@ -12,6 +12,7 @@ import processes
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from launched import run_ranks
 from measure.conftest import write_inception
 from PIL import Image
 from twins.image_tokenizers import SMALL, Released
@@ -105,14 +106,13 @@ def test_released_weights_and_coco_go_all_the_way_to_a_folder_that_draws_alone(d
     )  # fmt: skip
     assert "20 train, 4 heldout; 0 broken" in told
 
-    subprocess_of(
-        Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port",
-        str(processes.free_port()), "launchers/train.py",
-        "--ds_config", "ds_configs/zero2_fp32.json", "--run-dir", run, "--data.shards", shards,
+    words = [
+        "launchers/train.py", "--ds_config", "ds_configs/zero2_fp32.json", "--run-dir", run, "--data.shards", shards,
         "--data.seq-len", SEQ_LEN, "--model.init", model, "--train.global-batch-tokens", 4 * SEQ_LEN,
         "--train.max-steps", "2", "--train.warmup-steps", "1", "--train.eval-every", "2",
-        cwd=ROOT,
-    )  # fmt: skip
+    ]  # fmt: skip
+    for code, said in run_ranks(words):
+        assert code == 0, said[-3000:]
     rows = read_metrics(run)
     assert [row["image_tokens"] for row in rows if "split" not in row] == [4 * 16, 4 * 16]
     assert [row["num_pictures"] for row in rows if row.get("split") == "heldout"] == [4]

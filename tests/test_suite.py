@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mutations
 import pytest
+from conftest import LONG_FIRST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,11 @@ def test_one_module_starts_the_processes_of_all_tests():
     found = {path.name for path in HERE.rglob("*.py") if starts.search(path.read_text())}
     # The second holds a script that stands for a launcher.
     assert found == {"processes.py", "test_processes.py", Path(__file__).name}
+
+
+def test_long_files_are_those_that_there_are():
+    assert [name for name in LONG_FIRST if not (HERE / name).is_file()] == []
+    assert len(set(LONG_FIRST)) == len(LONG_FIRST)
 
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda one: one.name)

@@ -7,12 +7,15 @@ Examples:
 Then train with them: launchers/train.py --model.init MODEL --model.new-embeddings OUT/rows.safetensors
 """
 
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from t2i.cli import CKPT, parse
 from t2i.config import AlignConfig, AlignRun, DataConfig
+from t2i.errors import Stopped
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,6 @@ def main() -> None:
     from t2i.distributed.launch import start_processes
 
     start_processes()
-    from t2i.distributed.ending import said_once_per_machine
     from t2i.train.align import ROWS_FILE, align
 
     run = AlignRun(
@@ -46,8 +48,12 @@ def main() -> None:
         trust_remote_code=command.trust_remote_code,
         align=command.align,
     )
-    with said_once_per_machine():  # all ranks raise Stopped
+    try:
         summary = align(run)
+    except Stopped:
+        if os.environ["LOCAL_RANK"] != "0":  # all ranks stop, and one of a machine says it
+            sys.exit(Stopped.exit_code)
+        raise
     for name, found in summary.items():
         print(
             f"{name}: of {found['num_pairs']} held-out pairs {found['image_to_text']:.1%} of images find their"

@@ -88,8 +88,8 @@ def load_model(
     """Load a causal language model in its own class, in fp32 unless asked otherwise; "stored" as its file has it.
 
     Raises:
-        UserError: no causal language model, weights that do not fit config.json or are quantised so that they cannot be
-            trained, code of its own, or logits that are more than hidden states times LM head.
+        UserError: no causal language model, weights that do not fit config.json, code of its own, or logits that are
+            more than hidden states times LM head.
     """
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
     _keep_soft_caps(config)
@@ -123,10 +123,8 @@ def load_model(
             f"{folder} holds a {config.model_type} model of several parts, and transformers cannot load its language"
             f" model alone ({type(model).__name__}) from a folder again. Choose a model of text alone."
         )
-    if was_quantised:
-        _check_quantised(model, name=str(folder))
-        if getattr(model, QUANTIZER, None) is None:
-            model.to(model.dtype if dtype == "stored" else dtype)  # what was dequantised may be of another
+    if was_quantised and getattr(model, QUANTIZER, None) is None:
+        model.to(model.dtype if dtype == "stored" else dtype)  # what was dequantised may be of another
     settle_generation(model, name=str(folder))
     if not isinstance(config, OpenLMConfig):
         check_head(model, name=str(folder))
@@ -156,15 +154,19 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
     return cast(PreTrainedModel, made)
 
 
+def soft_cap_of(config: PretrainedConfig) -> float | None:
+    """Return what a language model's attention scores are capped at; None for no cap."""
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+
+
 def _keep_soft_caps(config: PretrainedConfig) -> None:
     """Let attention be computed eagerly where its scores are capped, as in Gemma 2: SDPA would leave the cap out."""
     for part in (config, config.get_text_config(decoder=True)):
-        is_capped = getattr(part, "attn_logit_softcapping", None) is not None
-        if is_capped and part._attn_implementation in (None, "sdpa"):
+        if soft_cap_of(part) is not None and part._attn_implementation in (None, "sdpa"):
             part._attn_implementation = "eager"
 
 
-def _check_quantised(model: PreTrainedModel, *, name: str) -> None:
+def check_trainable(model: PreTrainedModel, *, name: str) -> None:
     """Refuse quantised weights through which no gradient can be had.
 
     Raises:

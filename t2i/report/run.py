@@ -1,6 +1,7 @@
 """The report of one run: report.html, a page with everything inside it."""
 
 import base64
+import functools
 import io
 import logging
 import time
@@ -98,15 +99,19 @@ def write_report(run_dir: Path, *, refresh_seconds: int = 0) -> Path:
             raise UserError(
                 f"{run_dir} is no run folder: it has no {name}. An exported folder has its numbers in README.md."
             )
-    template = jinja2.Template(
+    path = run_dir / "report.html"
+    write_whole(path, _template().render(vars(_page(run_dir)), refresh_seconds=refresh_seconds))
+    return path
+
+
+@functools.cache  # a page that follows a run is written again and again
+def _template() -> jinja2.Template:
+    return jinja2.Template(
         TEMPLATE.read_text(),
         autoescape=True,  # captions are anybody's text
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = run_dir / "report.html"
-    write_whole(path, template.render(vars(_page(run_dir)), refresh_seconds=refresh_seconds))
-    return path
 
 
 def follow_run(run_dir: Path, *, every_seconds: int) -> None:

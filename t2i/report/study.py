@@ -1,5 +1,6 @@
 """The report of a study: report.md with figures beside it, and report.html with everything inside it."""
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
@@ -99,10 +100,14 @@ def _made(spec: SectionSpec, *, study: Study, out: Path) -> Section:
 
 def rendered(page: StudyPage, template: Path, *, is_html: bool) -> str:
     """Fill a template."""
+    return _compiled(template, is_html).render(vars(page), flags=page.flags) + "\n"
+
+
+@functools.cache
+def _compiled(template: Path, is_html: bool) -> jinja2.Template:
     # Captions, completions and arms' names are anybody's text, so HTML escapes them all. Markdown stays as it is: what
     # shows it decides which HTML it lets through.
-    made = jinja2.Template(template.read_text(), autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
-    return made.render(vars(page), flags=page.flags) + "\n"
+    return jinja2.Template(template.read_text(), autoescape=is_html, trim_blocks=True, lstrip_blocks=True)
 
 
 def _commits(study: Study, out: Path) -> list[str]:

@@ -16,6 +16,7 @@ from t2i.config import ASSETS
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.files import hub_name, read_optional_json, read_yaml
+from t2i.model.backbone import soft_cap_of
 from t2i.model.open_lm.configuration_routed import RoutedConfig
 from t2i.runs.eval_results import model_index
 from t2i.runs.loading import DATA_MANIFEST, SHIPPED_MODEL, OpenedModel, run_around
@@ -69,6 +70,8 @@ def model_card(
         captions=captions_of(folder, settings),
         num_parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
         python=python,
+        # transformers' other kernels leave the cap out.
+        is_capped=soft_cap_of(checkpoint.model.config) is not None,
         is_remote="auto_map" in read_optional_json(folder / "config.json"),
         draws_itself=not (folder / SAMPLER).exists(),
         sampler=SAMPLER,

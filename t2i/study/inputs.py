@@ -19,6 +19,7 @@ from t2i.study.jobs import (
 )
 from t2i.study.spec import TRAIN, Settings, Study
 from t2i.study.tuning import trial_name, trials
+from t2i.verbs import SCRIPTS
 
 SOURCE_READERS = ("launchers/prepare.py", "launchers/tokenizer.py")
 """Scripts whose --captions is a choice, not a file."""
@@ -28,6 +29,8 @@ INPUTS = (
     *("source", "text", "captions", "coco", "shards", "heldout_shards"),
 )
 """Flags of steps and measures that name what they read."""
+SHARDS = ("shards", "heldout_shards", "captions")
+"""Those that name shards, or may."""
 EMBEDDED = ("openmoji", "docstrings", "code", SHIPPED_MODEL)
 """What comes with t2i, or with the packages that it needs."""
 
@@ -68,15 +71,22 @@ def missing_inputs(study: Study, *, out: Path) -> list[str]:
 
 
 def _other_jobs(study: Study, *, out: Path) -> Iterator[tuple[str, str, Settings]]:
-    """List the jobs that do not train: name, command and flags."""
+    """List the jobs of t2i's other commands: name, command and flags."""
     for step in study.steps:
-        if step.command != TRAIN:
+        if step.command != TRAIN and _is_ours(step.command):
             yield step.name, step.command, filled(step.flags, out=out)
     for measure in study.measures:
+        if not _is_ours(measure.command):
+            continue
         for arm in measure.arms or study.arms:
             for seed in measure.seeds or study.seeds_of(arm):
                 flags = filled(measure.flags, out=out, run=run_dir(out, arm, seed))
                 yield f"{measure.name}-{run_name(arm, seed)}", measure.command, flags
+
+
+def _is_ours(command: str) -> bool:
+    # Commands of one's own may call anything `model` or `source`.
+    return command.split(" ")[0] in SCRIPTS.values()
 
 
 def _named_inputs(flags: Settings, *, command: str) -> Iterator[tuple[str, Path]]:
@@ -84,11 +94,13 @@ def _named_inputs(flags: Settings, *, command: str) -> Iterator[tuple[str, Path]
     for flag, value in flags.items():
         key = flag.replace("-", "_")
         if isinstance(value, dict):
-            # Remote shards are downloaded.
-            inner = {name: one for name, one in value.items() if name != "shards" or not value.get("remote")}
-            yield from ((f"{key}.{name}", path) for name, path in _named_inputs(inner, command=command))
+            yield from ((f"{key}.{name}", path) for name, path in _named_inputs(value, command=command))
+        above, _, last = key.rpartition(".")
+        # Remote shards are downloaded, and the embedded ones made on first use.
+        remote = f"{above}.remote" if above else "remote"
+        is_made = last in SHARDS and (flags.get(remote) or Path(str(value)) == EMBEDDED_SHARDS)
         is_choice = key == "captions" and command.startswith(SOURCE_READERS)
-        is_input = isinstance(value, str) and key.rpartition(".")[2] in INPUTS and not is_choice
+        is_input = isinstance(value, str) and last in INPUTS and not (is_choice or is_made)
         place = _place_of(f"text:{value}" if key == "text" else str(value)) if is_input else ""
         if place:
             yield key, Path(place)

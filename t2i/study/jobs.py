@@ -1,5 +1,6 @@
 """The jobs of a study: processes with their commands, what they wait for, and how they ended."""
 
+import functools
 import os
 import re
 from collections import Counter
@@ -228,9 +229,10 @@ def _steps_named(command: list[str], made: dict[str, list[Path]]) -> tuple[str, 
     A word names a folder that it is, or that is within or around it, also behind a prefix: `text:PATH`.
     """
     named = {Path(one).resolve() for word in command for one in (word, *re.split("[:=,]", word)) if one}
+    around = named.union(*(one.parents for one in named))
 
     def is_named(folder: Path) -> bool:
-        return any(one.is_relative_to(folder) or folder.is_relative_to(one) for one in named)
+        return folder in around or not named.isdisjoint(folder.parents)
 
     # What is made elsewhere may be a setting's default, or in a file that a setting names.
     return tuple(step for step, folders in made.items() if not folders or any(map(is_named, folders)))
@@ -276,11 +278,16 @@ def _run_flags(study: Study, arm: str, seed: int, *, out: Path) -> list[str]:
 
 def _parsed(flags: list[str], *, where: str) -> RunConfig:
     try:
-        return read_flags(RunConfig, flags)
+        return _read_run(tuple(flags))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except SystemExit as error:  # tyro has printed which flag, and exits as if this were the training command
         raise UserError(f"{where} has settings that {TRAIN} does not take.") from error
+
+
+@functools.cache  # a study asks for each run's settings several times, and tyro takes 0.1 seconds for one answer
+def _read_run(flags: tuple[str, ...]) -> RunConfig:
+    return read_flags(RunConfig, flags)
 
 
 def _filled(value: Setting, *, out: Path, run: Path | None) -> Setting:

@@ -13,6 +13,7 @@ from t2i.errors import UserError
 from t2i.files import read_json, read_optional_json, write_json
 from t2i.model.backbone import (
     check_head,
+    check_trainable,
     known_layout,
     load_model,
     made_of,
@@ -122,6 +123,7 @@ def loaded_start(
     with reading(folder):
         # fp32 whatever the file holds: DeepSpeed's JSON says in which precision to train.
         model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    check_trainable(model, name=name)
     return _kept_rows(
         model,
         knows_codes=not manifest.is_text and _knows_codes(run_dir or folder, manifest),

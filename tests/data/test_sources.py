@@ -8,6 +8,7 @@ import made_sources as made
 import pytest
 
 from t2i.config import ASSETS, DataConfig, ModelConfig, PrepareConfig, RunConfig, SourceConfig, TrainConfig
+from t2i.data.loader import StepLoader
 from t2i.data.prepare.images import prepare
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
@@ -16,6 +17,7 @@ from t2i.errors import DataError, UserError
 from t2i.runs.metrics_log import read_metrics
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize, to_pixels
 from t2i.tokens.text import TextTokenizer
+from t2i.tokens.vocab import VocabLayout
 from t2i.train.main import train
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,22 @@ def run_config(shards, run_dir):
     )
 
 
+def step_loader(config, tokenizer):
+    manifest = read_manifest(config.data.shards)
+    return StepLoader(
+        config.data,
+        layout=VocabLayout(tokenizer.num_tokens, tokenizer.num_tokens, manifest.codebook_size),
+        global_batch=4,
+        world_size=1,
+        seed=0,
+        tokenizer=tokenizer,
+    )
+
+
+TRAINED = ("text_folder", "hub_tars")
+"""Training reads shards, whose form no source changes: one source here and one of the hub stand for all."""
+
+
 @pytest.mark.parametrize("kind", made.KINDS)
 def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, tokenizers, wanted):
     name = made.KINDS[kind](tmp_path / "source")
@@ -66,6 +84,10 @@ def test_each_source_gives_the_same_pairs_and_codes_and_trains(kind, tmp_path, t
     assert {sample["key"] for sample in samples(out)} == set(again)
     assert all(pair.open().image.size == (90, 60) for pair in again.values())
     config = run_config(out, tmp_path / "run")
+    if kind not in TRAINED:
+        batch = next(iter(step_loader(config, tokenizers["text_tokenizer"])))
+        assert batch["input_ids"].shape == (4, 90) and set(batch["key"]) <= set(again)
+        return
     train(config, ds_config_path=ROOT / "ds_configs" / "zero2_fp32.json")
     assert [row["step"] for row in read_metrics(config.run_dir) if "split" not in row] == [1, 2]
 

@@ -2,17 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import config_of
-from launched import ROOT, Job, ds_config, first_difference, record, state_of_last, steps
+from launched import Job, ds_config, first_difference, record, run_ranks, state_of_last, steps
 from PIL import Image
 
 from t2i.config import ASSETS, PrepareConfig
@@ -288,24 +285,9 @@ except NumericalError as error:
     expected="exit 4 on both ranks at the next save, naming the tensor",
 )
 def test_one_bit_between_ranks_is_found(observed):
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())}
-    ranks = [
-        processes.start(
-            [sys.executable, "-c", DRIFT],
-            env={**os.environ, **place, "RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            processes.end(rank)
-    assert [rank.returncode for rank in ranks] == [4, 4]
-    assert all("different weights in 1 tensors, the first is 2.weight" in text for text in said)
+    ranks = run_ranks(["-c", DRIFT], timeout=120)
+    assert [code for code, _ in ranks] == [4, 4]
+    assert all("different weights in 1 tensors, the first is 2.weight" in said for _, said in ranks)
     observed("exit 4 on both, 2.weight named")
 
 

@@ -5,18 +5,14 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
-import processes
 import pytest
 import torch
 from conftest import config_of
 from launched import (
     LEARN,
-    ROOT,
     Job,
     copy_run,
     ds_config,
@@ -28,8 +24,11 @@ from launched import (
     steps_lost,
 )
 
+from t2i.config import RunConfig
+from t2i.errors import UserError
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.metrics_log import read_metrics
+from t2i.runs.run_folder import open_run
 from t2i.train import resume_check as verify
 from t2i.train.main import train
 
@@ -69,7 +68,7 @@ def test_the_proof_names_the_first_difference(whole, tmp_path):
 
 def test_a_new_start_goes_on_bit_for_bit(shards, whole, half):
     assert steps_lost(half) == 4
-    again = Job(shards, half, **LEARN).run()
+    again = Job(shards, half, warm=True, **LEARN).run()
     assert again.code == 0, again.said()[-3000:]
     assert "resuming at step 4 of 8" in again.said()
     same_as(whole, half)
@@ -138,7 +137,7 @@ def test_one_rank_goes_on_as_two(shards, tmp_path, observed):
     train(config, ds_config_path=ds_config(tmp_path))
     run_dir = copy_run(config.run_dir, tmp_path / "run")
     forget_after(run_dir, step=4)
-    job = Job(shards, run_dir, train__save_every=4, train__keep_last=9, **LEARN).run()
+    job = Job(shards, run_dir, warm=True, train__save_every=4, train__keep_last=9, **LEARN).run()
     assert job.code == 0, job.said()[-3000:]
     assert "made by 1 rank in fp32 with torch's Adam, for 2 ranks in fp32" in job.said()
     same_but_for_rounding(config.run_dir, run_dir, observed)
@@ -396,7 +395,7 @@ def test_a_taken_port_is_said(shards, tmp_path, observed):
 )
 def test_a_missing_compiler_is_said(shards, tmp_path, observed):
     environment = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
-    job = Job(shards, tmp_path / "run", ranks=0, environment=environment).run()
+    job = Job(shards, tmp_path / "run", ranks=0, warm=True, environment=environment).run()
     assert job.code == 2, job.said()[-3000:]
     assert "g++ not found, so DeepSpeed's operators" in job.said()
     assert "Traceback" not in job.said()
@@ -410,20 +409,10 @@ def test_a_missing_compiler_is_said(shards, tmp_path, observed):
     expected="exit 2 naming process, machine and time",
 )
 def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
-    holder = (
-        "import sys; from pathlib import Path; from t2i.config import RunConfig;"
-        "from t2i.runs.run_folder import open_run;"
-        f"lock = open_run(RunConfig(run_dir=Path({str(tmp_path / 'run')!r})), ds_config={{}});"
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    with processes.start(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as other:
-        assert other.stdout.readline() == "held\n"
-        job = Job(shards, tmp_path / "run", ranks=0).run()
-        other.stdin.close()
+    with open_run(RunConfig(run_dir=tmp_path / "run"), ds_config={}):
+        job = Job(shards, tmp_path / "run", ranks=0, warm=True).run()
     assert job.code == 2, job.said()[-3000:]
-    assert f"is in use by process {other.pid} on" in job.said()
+    assert f"is in use by process {os.getpid()} on" in job.said()
     observed(f"exit 2 naming the process, after {job.seconds:.0f} s")
 
 
@@ -434,9 +423,6 @@ def test_a_folder_in_use_is_refused(shards, tmp_path, observed):
     expected="science stops with exit 2 and the difference; the machine's keys may change",
 )
 def test_changed_science_is_refused_and_a_changed_machine_is_not(finished, tmp_path, observed):
-    from t2i.errors import UserError
-    from t2i.runs.run_folder import open_run
-
     run_dir = copy_run(finished.run_dir, tmp_path / "run")
     config = replace(finished, run_dir=run_dir)
     with pytest.raises(UserError, match=r"train\.lr is 0\.0015 there, 0\.1 here") as refusal:

@@ -219,14 +219,14 @@ def test_tars_are_never_extracted(tmp_path, observed):
 def test_tars_fill_no_memory(tmp_path, observed, monkeypatch):
     many = tmp_path / "many.tar"
     made.write_tar(many, [(f"{index:06d}.txt", b"x") for index in range(10_000)])
-    peaks = []
     for _ in range(3):  # the least counts: threads that earlier tests left in this process allocate too
         tracemalloc.start()
         left_out = left_out_of(many)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert left_out == {"no image beside the caption in a tar": 10_000}
-    peak = min(peaks)
+        if peak < 8 * 2**20:
+            break
     assert peak < 8 * 2**20
     claim = header("x", kind=tarfile.XHDTYPE, size=8 * 2**30).tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "claim.tar").write_bytes(claim + bytes(10_240))

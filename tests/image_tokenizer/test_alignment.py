@@ -149,7 +149,7 @@ def test_codes_come_to_tell_captions_apart(few_latents, tmp_path, monkeypatch):
     pictures, sentences = coloured()
     losses, forward = [], Alignment.forward
     monkeypatch.setattr(Alignment, "forward", lambda *args: losses.append(forward(*args)) or losses[-1])
-    config = replace(TINY, max_steps=150, lr=5e-3, channel_swap_share=0.0, batch_size=12)
+    config = replace(TINY, max_steps=60, lr=5e-3, channel_swap_share=0.0, batch_size=12)
     train_image_tokenizer(pictures, config=config, out=tmp_path, sentences=sentences)
     # Four of twelve share a caption, so telling the three apart leaves ln 4.
     assert float(losses[0]) > math.log(12) - 0.3

@@ -111,7 +111,9 @@ def test_a_grown_model_that_gives_other_text_logits_is_refused():
 def test_a_class_that_cannot_read_new_ids_or_load_again_is_refused():
     model = made("llama")
     check_reads(model, range(32, 64), name="x")
-    in_place = AutoModelForCausalLM.from_config(tiny_config("git", vocab_size=64))  # it adds to its embeddings so
+    in_place = AutoModelForCausalLM.from_config(
+        tiny_config("git", vocab_size=64)
+    )  # it adds to its embeddings so
     check_reads(in_place, range(32, 64), name="x")
     assert all(value.grad is None for value in model.parameters())
     with pytest.raises(

@@ -10,7 +10,8 @@ from transformers.quantizers import auto as quantizers
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from t2i.errors import UserError
-from t2i.model.backbone import load_model, made_of, read_model_config
+from t2i.model.backbone import check_trainable, load_model, made_of, read_model_config
+from t2i.model.open_lm.language_model_t2i import LanguageModel
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -62,9 +63,9 @@ def quantised(tmp_path, monkeypatch):
 
 
 def test_quantised_weights_that_cannot_be_trained_are_refused(quantised):
-    folder = quantised()
-    with pytest.raises(UserError, match=f"{folder} is quantised by halved, whose weights cannot be trained"):
-        load_model(folder)
+    model = load_model(quantised())  # what measures, and trains nothing, takes it
+    with pytest.raises(UserError, match="it is quantised by halved, whose weights cannot be trained"):
+        check_trainable(model, name="it")
 
 
 def test_dequantised_weights_are_of_one_precision(quantised):
@@ -95,7 +96,8 @@ def test_capped_attention_is_computed_with_its_cap(tmp_path):
     loaded = load_model(tmp_path)
     drawn = made_of(read_model_config(tmp_path)).eval()
     drawn.load_state_dict(model.state_dict())
-    for one in (loaded, drawn):
+    of_pipeline = LanguageModel.from_pretrained(tmp_path / "language_model")  # it opens the folder above
+    for one in (loaded, drawn, of_pipeline):
         with torch.no_grad():
             # fp32 rounding; without the cap, logits differ by a tenth.
             torch.testing.assert_close(one(IDS).logits, expected, atol=1e-5, rtol=1e-4)

@@ -49,6 +49,11 @@ def test_two_alignments_are_compared_image_by_image(tmp_path):
     alone = section(made, "{out}/aligned").found
     said = "Among held-out pairs, an image retrieves its caption at most 4.5 times as often as by chance"
     assert alone == f"{said}, each among those of its own style (4 styles)."
+    # Two rules, of which the second is that of a source without styles.
+    written(tmp_path / "other", aligned, share=0.45)
+    write_json(tmp_path / "other" / "align.json", {"input": {**ONES, "chance": 1 / 40}})
+    both = section(made, {"aligned": "{out}/aligned", "other": "{out}/other"}).found
+    assert "(1 or 4 styles)" in both and "other and aligned are not compared image by image" in both
     # Forty pairs of one style, or of a source without styles.
     write_json(
         tmp_path / "one" / "align.json", {"input": {**ONES, "chance": 1 / 40, "image_to_text": 0.1125}}

@@ -113,10 +113,18 @@ def test_sources_of_t2i_and_the_hub_and_what_jobs_make_are_not_missed(own):
         "pattern": {"source": "cc3m/{00..31}.tar"},
         "icons": {"source": "iconify:data/icons"},
         "remote": {"data": {"shards": "cache/shards", "remote": "s3://bucket/shards"}, "model": "demo"},
+        "dotted": {"data.shards": "cache/shards", "data.remote": "s3://bucket/shards"},
+        "embedded": {"data": {"shards": "data/openmoji64"}, "heldout_shards": "data/openmoji64"},
     }
     study["steps"] = [
         {"name": "shards", "command": "launchers/prepare.py", "flags": {"out": "{out}/shards"}},
         *({"name": name, "command": "launchers/prepare.py", "flags": one} for name, one in flags.items()),
+        # What a command of one's own means by its flags is its own.
+        {
+            "name": "own",
+            "command": "scripts/fetch.py",
+            "flags": {"model": "somebody/something", "text": "hello"},
+        },
     ]
     study["measures"] = [
         {

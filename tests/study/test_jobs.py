@@ -15,7 +15,6 @@ import processes
 import pytest
 
 from t2i.errors import CheckpointError, Stopped, UserError
-from t2i.study.job_flags import check_job_flags
 from t2i.study.jobs import (
     Job,
     Record,
@@ -681,14 +680,6 @@ def test_flags_of_measures_are_read_before_anything_runs(
     assert call("launchers/study.py", tmp_path / "one.yaml", "--out", tmp_path / "out") == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "launchers" / "studies").glob("*.yaml")), ids=lambda file: file.stem
-)
-def test_the_studies_that_ship_have_flags_that_their_commands_take(file):
-    study = read_study(file)
-    check_job_flags(study, jobs_of(study, out=Path("out")))
 
 
 def test_an_arm_without_seeds_is_refused(tmp_path):

@@ -1,14 +1,13 @@
 """Ways against forgetting: text mixed in, adapters, a pull towards the start."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 from built_models import built
+from launched import run_ranks
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
@@ -277,27 +276,12 @@ Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(keys))
 
 def test_two_ranks_read_the_steps_of_one(finished, text, tokenizer, tmp_path):
     codes = read_manifest(finished.data.shards).codebook_size
-    script, out = tmp_path / "read.py", tmp_path / "keys"
-    script.write_text(READER)
-    words = [finished.data.shards, text, ASSETS / "text_tokenizer", codes]
-    environment = processes.environment(PYTHONPATH=str(ROOT))
+    out = tmp_path / "keys"
+    words = ["-c", READER, finished.data.shards, text, ASSETS / "text_tokenizer", codes]
     found = []
     for world_size in (1, 2):
-        port = processes.free_port()
-        readers = [
-            processes.start(
-                [sys.executable, str(script), *map(str, words), f"{out}.{world_size}"],
-                env=environment
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-                | {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            assert [reader.wait(timeout=300) for reader in readers] == [0] * world_size
-        finally:
-            for reader in readers:
-                processes.end(reader)
+        for code, said in run_ranks([*words, f"{out}.{world_size}"], count=world_size):
+            assert code == 0, said[-3000:]
         ranks = [json.loads(Path(f"{out}.{world_size}.{rank}").read_text()) for rank in range(world_size)]
         found.append([sorted(key for part in parts for key in part) for parts in zip(*ranks, strict=True)])
     assert found[0] == found[1]

@@ -1,13 +1,13 @@
 """What a step's losses add up to over micro-batches and ranks, against one sum over all tokens by hand."""
 
-import importlib
 import math
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from launched import run_ranks
 
 from t2i.model.loss import NUM_SUMS, LossSums
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
@@ -67,22 +67,29 @@ def test_z_loss_is_the_mean_squared_log_partition_over_unequal_micro_batches(one
     assert of_means != pytest.approx(z_loss, rel=1e-2)  # what the test would not tell apart otherwise
 
 
-def one_of_two(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+PROGRAM = f"""
+import runpy, sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+runpy.run_path(sys.argv[1])["one_of_two"](sys.argv[2])
+"""
+
+
+def one_of_two(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     learner, ids, labels = learner_and_step()
     mine = labels[rank : rank + 1]
     tokens = tokens_of_all(mine, device=torch.device("cpu"))
     read = read_step(
         sums_of(learner, ids, labels)[rank], positions=48, should_stop=rank == 1, should_save=False
     )
-    torch.save((float(tokens), read), folder / f"{rank}.pt")
+    torch.save((float(tokens), read), Path(folder, f"{rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_read_the_same_sums_and_whatever_one_was_asked(tmp_path):
-    # By the name that tests/ on the path gives it: pytest's own begins with `tests.`, which some packages install too.
-    importable = importlib.import_module("train.test_step_sums")
-    mp.spawn(importable.one_of_two, args=(tmp_path,), nprocs=2)
+    for code, said in run_ranks(["-c", PROGRAM, __file__, tmp_path]):
+        assert code == 0, said[-3000:]
     loss, z_loss = by_hand(*learner_and_step())
     for rank in range(2):
         tokens, read = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

@@ -1,4 +1,4 @@
-"""The whole training path on tiny pictures: one process here, two through the real launcher."""
+"""The whole training path on tiny pictures, in one process and as two ranks."""
 
 import json
 import re
@@ -15,6 +15,7 @@ import torch
 import yaml
 from built_models import built
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from launched import run_ranks
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
@@ -224,15 +225,13 @@ def test_bf16_with_fused_adam_trains_and_a_stop_signal_loses_no_step(finished, t
     assert all(row["loss"] is not None and not row["skipped"] for row in rows)
 
 
-def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_path):
+def test_two_ranks_take_the_same_step_as_one(finished, tmp_path):
     """With two micro-batches a rank, and token counts that differ between ranks and micro-batches."""
     run_dir = tmp_path / "two"
     ds_config = {**json.loads(DS_CONFIG.read_text()), "train_micro_batch_size_per_gpu": 2}
     (tmp_path / "small.json").write_text(json.dumps(ds_config))
     model, settings = finished.model, finished.train
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port",
-        str(processes.free_port()),
         "launchers/train.py",
         "--ds_config", str(tmp_path / "small.json"), "--run-dir", str(run_dir),
         "--data.shards", str(finished.data.shards),
@@ -243,10 +242,8 @@ def test_two_ranks_through_the_launcher_take_the_same_step_as_one(finished, tmp_
         "--train.global-batch-tokens", str(settings.global_batch_tokens), "--train.warmup-steps", "2",
         "--train.eval-every", "6", "--train.eval-images", "4",
     ]  # fmt: skip
-    done = processes.run(
-        command, cwd=ROOT, env=processes.environment(), capture_output=True, text=True, timeout=540
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for code, said in run_ranks(command):
+        assert code == 0, said[-3000:]
     one = [row for row in read_metrics(finished.run_dir) if "split" not in row]
     two = [row for row in read_metrics(run_dir) if "split" not in row]
     assert [row["image_tokens"] for row in two] == [row["image_tokens"] for row in one]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 class LanguageModel(PreTrainedModel):
@@ -18,6 +18,9 @@ class LanguageModel(PreTrainedModel):
     def from_pretrained(cls, folder: str, **settings: Any) -> PreTrainedModel:
         """Open the model of the folder above; diffusers was told to trust code before it ran this file."""
         home = complete(Path(folder).absolute().parent)
+        config = AutoConfig.from_pretrained(home, trust_remote_code=True).get_text_config(decoder=True)
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            settings.setdefault("attn_implementation", "eager")  # SDPA leaves the cap out
         return AutoModelForCausalLM.from_pretrained(home, trust_remote_code=True, **settings)
 
 

@@ -37,7 +37,12 @@ def alignment(study: Study, out: Path, *, folder: str | dict[str, str]) -> Secti
         f"{_best(sides):.1f} times as often as by chance" + (f" ({name})" if name else "")
         for name, sides in found.items()
     )
-    sentence += f"{_styles_in_words(found)}." + _compared({name: folders[name] for name in found})
+    counts = {name: max(one.num_styles for one in sides.values()) for name, sides in found.items()}
+    # Found among all and found within a style are not the same.
+    alike = [name for name in found if counts[name] == counts[next(iter(found))]]
+    sentence += f"{_styles_in_words(counts)}." + _compared(
+        {name: folders[name] for name in alike}, others=[name for name in found if name not in alike]
+    )
     return Section(
         "Alignment", sentence, _draw({name: (folders[name], [*found[name]]) for name in found}), table
     )
@@ -51,23 +56,29 @@ def _best(sides: dict[str, Retrieval]) -> float:
     return max(one.times_chance for one in sides.values())
 
 
-def _styles_in_words(found: dict[str, dict[str, Retrieval]]) -> str:
+def _styles_in_words(counts: dict[str, int]) -> str:
     """Say among which pairs a caption is looked for, where these are not all."""
-    counts = {one.num_styles for sides in found.values() for one in sides.values()}
-    if max(counts) == 1:
-        return ""
-    return f", each among those of its own style ({' or '.join(map(str, sorted(counts)))} styles)"
+    several = sorted(set(counts.values()))
+    return (
+        ""
+        if several == [1]
+        else f", each among those of its own style ({' or '.join(map(str, several))} styles)"
+    )
 
 
-def _compared(folders: dict[str, Path]) -> str:
-    """Compare every alignment with the first, image by image; empty for one."""
+def _compared(folders: dict[str, Path], *, others: list[str]) -> str:
+    """Compare every alignment with the first, image by image; empty for one.
+
+    Args:
+        others: alignments that were measured by another rule, which are named alone.
+    """
     hits = {name: read_hits(folder) for name, folder in folders.items()}
-    first, *others = folders
+    first, *rest = folders
     tests: dict[tuple[str, str], HitComparison] = {}
-    for name, side in product(others, hits[first]):
+    for name, side in product(rest, hits[first]):
         if found := compare_hits(hits[first][side], hits[name].get(side, {})):
             tests[name, side] = found
-    missing = [name for name in others if not any(name == of for of, _ in tests)]
+    missing = [*(name for name in rest if not any(name == of for of, _ in tests)), *others]
     holm = corrected([test.p_value for test in tests.values()])
     said = "".join(
         f" By {_label(name, side)}, an image finds its caption {_times(test)} times as often as by"
@@ -85,7 +96,7 @@ def _compared(folders: dict[str, Path]) -> str:
     if missing:
         said += (
             f" {', '.join(missing)} and {first} are not compared image by image: they have no hits.json of the same"
-            " held-out images."
+            " held-out images, looked for among the same."
         )
     return said
 

@@ -108,7 +108,7 @@ def overview(
     )
     if against and against not in tests:
         sentence += f" Without {against}, no difference from it is taken."
-    sentence += _shared_by_seeds(study)
+    sentence += _shared_by_seeds(study, has_codes=any(gaps[name].image_tokenizers for name in tests))
     label = f"difference of {LABELS.get(value, value)}{unit}\nmean and 95% interval of each alone"
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 
@@ -198,12 +198,12 @@ def _without_share(gaps: dict[str, Gap], relative_to: str) -> str:
     )
 
 
-def _shared_by_seeds(study: Study) -> str:
+def _shared_by_seeds(study: Study, *, has_codes: bool) -> str:
     """Say what was drawn or chosen once for all seeds, and is in no interval over them."""
-    once = ["the image tokenizers", "the held-out images"]
+    once = [*(["the image tokenizers"] if has_codes else []), "the held-out data"]
     if study.tuning is not None:
         once.append(f"each arm's {study.tuning.key}, chosen on seed {study.tuning.seed}")
-    return f" All seeds share {', '.join(once[:-1])} and {once[-1]}, so that no interval has what others would give."
+    return f" All seeds share {' and '.join(once)}, so that no interval has what others would give."
 
 
 def _learned(gap: Gap) -> str:
