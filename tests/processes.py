@@ -128,7 +128,9 @@ class Forked:
             TimeoutExpired: it has not ended by then.
         """
         if self.returncode is None:
-            if not select.select([self.connection], [], [], timeout)[0]:
+            ready = select.poll()  # not select, which knows no file beyond the 1,024th
+            ready.register(self.connection, select.POLLIN)
+            if not ready.poll(None if timeout is None else 1_000 * timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout)
             self.returncode = int(self.connection.recv(32))
         return self.returncode
