@@ -46,6 +46,8 @@ OURS: dict[str, tuple[Any, Any]] = {
     RoutedConfig.model_type: (RoutedConfig, RoutedForCausalLM),
 }
 """Configuration and class of the model types that transformers does not have."""
+SOFT_CAP = "attn_logit_softcapping"
+"""What a configuration calls the cap of attention scores."""
 QUANTISED, QUANTIZER = "quantization_config", "hf_quantizer"
 """Attributes of a quantised model's configuration, and of the model."""
 
@@ -156,13 +158,14 @@ def made_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Pre
 
 def soft_cap_of(config: PretrainedConfig) -> float | None:
     """Return what a language model's attention scores are capped at; None for no cap."""
-    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return getattr(config.get_text_config(decoder=True), SOFT_CAP, None)
 
 
 def _keep_soft_caps(config: PretrainedConfig) -> None:
     """Let attention be computed eagerly where its scores are capped, as in Gemma 2: SDPA would leave the cap out."""
     for part in (config, config.get_text_config(decoder=True)):
-        if soft_cap_of(part) is not None and part._attn_implementation in (None, "sdpa"):
+        is_capped = getattr(part, SOFT_CAP, None) is not None  # a stranger's part may be a plain dictionary
+        if is_capped and part._attn_implementation in (None, "sdpa"):
             part._attn_implementation = "eager"
 
 
