@@ -36,7 +36,7 @@ class SourceConfig:
     hub_subset: str = ""
     """Subset (configuration) of a Hugging Face dataset; empty for its default."""
     icon_size: Annotated[int, Ge(16), Le(16_384)] = 256
-    """Pixels per side at which vector icons (iconify:) are drawn, before they are resized. At 64, drawing is some four
+    """Pixels per side at which vector icons (iconify:) are drawn, before they are resized. At 64, drawing is about five
     times as fast."""
     # 2: images of one pixel count visits of web pages; many are in sets that were gathered from the web.
     min_side: Annotated[int, Ge(0)] = 2
