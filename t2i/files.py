@@ -366,17 +366,26 @@ def _has_keys(path: Path, keys: Collection[str]) -> bool:
     return isinstance(found, dict) and set(keys) <= found.keys()
 
 
+def try_writing(out: Path) -> None:
+    """Write a file that leaves no trace into a folder, or where it will be made.
+
+    Raises:
+        OSError: that cannot be.
+    """
+    # The folder itself is made when something is written into it.
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    with TemporaryFile(dir=there):
+        pass
+
+
 def check_writable(out: Path) -> None:
     """Refuse a folder that cannot be written before anything is measured or drawn for it.
 
     Raises:
         UserError: it cannot, as the folder of a model that others share may be.
     """
-    # The folder itself is made when something is written into it.
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        with TemporaryFile(dir=there):
-            pass
+        try_writing(out)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror}. Name another place with --out."

@@ -1,4 +1,4 @@
-"""Shards of images of noise, with captions of different lengths."""
+"""Shards of images of noise, with captions of different lengths, and shards of text."""
 
 from pathlib import Path
 
@@ -27,5 +27,23 @@ def make_shards(folder: Path, *, num_images: int, image_size: int = 64) -> Path:
         image_tokenizer=ImageTokenizer.load(ASSETS / "image_tokenizer"),
         text_tokenizer=TextTokenizer.load(ASSETS / "text_tokenizer"),
         config=PrepareConfig(image_size=image_size),
+    )
+    return out
+
+
+def make_text_shards(
+    documents, *, file: Path, out: Path, text_tokenizer, seq_len: int, heldout_share: float
+) -> Path:
+    """Write documents into a text file and pack them; return the folder of the shards."""
+    from t2i.data.prepare.text import prepare_text
+    from t2i.data.sources.documents import open_documents
+
+    file.write_text("\n\n".join(documents))
+    prepare_text(
+        open_documents(f"text:{file}"),
+        out=out,
+        text_tokenizer=text_tokenizer,
+        seq_len=seq_len,
+        heldout_share=heldout_share,
     )
     return out

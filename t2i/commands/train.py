@@ -17,8 +17,6 @@ from annotated_types import Ge, Le
 from t2i.cli import parse
 from t2i.config import RunConfig
 from t2i.config.size import DEMO, PAPER
-from t2i.errors import CheckpointError, UserError
-from t2i.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,9 @@ class TrainCommand(RunConfig):
 def main() -> None:
     command = parse(TrainCommand, description=__doc__ or "")
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank of a machine says it
-        _check_run_dir(command.run_dir)
+        from t2i.runs.run_folder import check_place
+
+        check_place(command.run_dir)  # before the seconds of importing torch and DeepSpeed
     from t2i.distributed.signals import stop_flag
 
     with stop_flag():  # importing takes seconds, in which a stop is a stop too
@@ -48,18 +48,3 @@ def main() -> None:
 
     config = RunConfig(run_dir=command.run_dir, data=command.data, model=command.model, train=command.train)
     train(config, ds_config_path=command.ds_config)
-
-
-def _check_run_dir(run_dir: Path) -> None:
-    """Check that a run folder can be written, before the seconds of importing torch and DeepSpeed.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
-    try:
-        check_writable(run_dir)
-    except UserError as error:
-        reason = getattr(error.__cause__, "strerror", "")
-        raise CheckpointError(
-            f"run folder {run_dir} cannot be written: {reason}. Choose another --run-dir, or make it writable."
-        ) from error

@@ -1,7 +1,5 @@
 """Make an image tokenizer from a source of images: train it, measure it on held-out images, write its card."""
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ from t2i.data.sources.listing import list_source
 from t2i.data.sources.source import first_of_each_image
 from t2i.disk import share
 from t2i.errors import DataError, UserError
-from t2i.files import check_writable, hash_uniform, read_json, write_json
+from t2i.files import check_writable, hash_uniform, read_json, values_sha256, write_json
 from t2i.image_tokenizer.alignment import SentenceEncoder
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
@@ -93,8 +91,7 @@ def _make(
     if encoder is not None:
         sentences = encoder.embed(captions)
         # Not of the embeddings, whose last bits are the device's.
-        said = json.dumps([captions, asked["encoder"]])
-        aligned_with = hashlib.sha256(said.encode()).hexdigest()
+        aligned_with = values_sha256([captions, asked["encoder"]])
         del encoder
     model = train_image_tokenizer(
         images, config=config, out=out, sentences=sentences, aligned_with=aligned_with

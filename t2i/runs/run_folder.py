@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, Protocol
@@ -20,7 +21,7 @@ from t2i.config import DsConfig
 from t2i.config.renamed import LAST_RELEASE, with_new_keys
 from t2i.distributed.run_id import give_run_id
 from t2i.errors import CheckpointError, UserError
-from t2i.files import lines_of, read_optional_json, read_yaml, write_json, write_whole
+from t2i.files import lines_of, read_optional_json, read_yaml, try_writing, write_json, write_whole
 from t2i.runs.checkpoint_manifest import MANIFEST
 from t2i.runs.checkpoint_store import CHECKPOINTS, last_step
 from t2i.runs.metrics_log import has_step
@@ -182,10 +183,26 @@ def make_folder(run_dir: Path) -> None:
         CheckpointError: it is not.
         UserError: it holds something else, of which a run would replace a part.
     """
-    try:
+    with _saying_unwritable(run_dir):
         _refuse_other_content(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / LOCK).open("a").close()
+
+
+def check_place(run_dir: Path) -> None:
+    """Check that a run folder can be written, without making it.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    with _saying_unwritable(run_dir):
+        try_writing(run_dir)
+
+
+@contextmanager
+def _saying_unwritable(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"run folder {run_dir} cannot be written: {error.strerror}. Choose another --run-dir, or make it writable."

@@ -4,11 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from made_shards import make_text_shards
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2i.config import ASSETS
-from t2i.data.prepare.text import prepare_text
-from t2i.data.sources.documents import open_documents
 from t2i.errors import DataError, UserError
 from t2i.measure.forgetting import (
     PROMPTS,
@@ -21,6 +20,17 @@ from t2i.model.backbone import learned_positions
 from t2i.runs.loading import open_model
 from t2i.tokens.text import TextTokenizer
 from t2i.tokens.vocab import VocabLayout
+
+
+def shards_of_text(folder, documents, tokenizer):
+    return make_text_shards(
+        documents,
+        file=folder / "text.txt",
+        out=folder / "shards",
+        text_tokenizer=tokenizer,
+        seq_len=16,
+        heldout_share=0.5,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +101,7 @@ def test_what_a_reference_refuses_is_said_before_the_first_model_is_read(
     tokenizer.tokenizer.save_pretrained(tmp_path / "reference")
     text = str(finished.data.shards)
     if kind == "tokenizer":
-        (tmp_path / "text.txt").write_text("\n\n".join(f"Text {n} is a number." for n in range(90)))
-        text = str(tmp_path / "shards")
-        prepare_text(
-            open_documents(f"text:{tmp_path / 'text.txt'}"),
-            out=tmp_path / "shards",
-            text_tokenizer=tokenizer,
-            seq_len=16,
-            heldout_share=0.5,
-        )
+        text = str(shards_of_text(tmp_path, (f"Text {n} is a number." for n in range(90)), tokenizer))
         file = tmp_path / "reference" / "tokenizer.json"
         values = json.loads(file.read_text())
         values["pre_tokenizer"] = {"type": "Whitespace"}
@@ -125,22 +127,13 @@ def test_what_a_reference_refuses_is_said_before_the_first_model_is_read(
 
 
 def test_text_comes_from_files_shards_of_text_and_captions(model, finished, tmp_path):
-    (tmp_path / "text.txt").write_text(
-        "\n\n".join(f"Text {n} says that {n} is a number." for n in range(300))
-    )
     tokenizer = model.text_tokenizer
+    shards_of_text(tmp_path, (f"Text {n} says that {n} is a number." for n in range(300)), tokenizer)
     settings = {"tokenizer": tokenizer, "seq_len": 16, "num_sequences": 5}
     from_file = text_sequences(str(tmp_path / "text.txt"), **settings)
     assert from_file.shape == (5, 16)
     assert tokenizer.decode(from_file.flatten()).startswith(
         "Text 0 says that 0 is a number.<|endoftext|>Text 1"
-    )
-    prepare_text(
-        open_documents(f"text:{tmp_path / 'text.txt'}"),
-        out=tmp_path / "shards",
-        text_tokenizer=tokenizer,
-        seq_len=16,
-        heldout_share=0.5,
     )
     assert text_sequences(str(tmp_path / "shards"), **settings).shape == (5, 16)
     captions = text_sequences(str(finished.data.shards), **settings)
@@ -172,14 +165,8 @@ def test_a_model_is_measured_beside_its_reference(finished, tmp_path, capsys):
 
 
 def test_text_shards_of_another_tokenizer_are_refused(model, finished, tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"Text {n} says that {n} is a number." for n in range(90)))
-    prepare_text(
-        open_documents(f"text:{tmp_path / 'text.txt'}"),
-        out=tmp_path / "shards",
-        text_tokenizer=model.text_tokenizer,
-        seq_len=16,
-        heldout_share=0.5,
-    )
+    documents = (f"Text {n} says that {n} is a number." for n in range(90))
+    shards_of_text(tmp_path, documents, model.text_tokenizer)
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     manifest["text_tokenizer"]["fingerprint"] = "0" * 64
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))

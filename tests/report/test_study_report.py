@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import config_of
+from made_shards import make_text_shards
 
 from t2i.config import ASSETS, AlignConfig, AlignRun, DataConfig, PlanConfig
 from t2i.cost.plan import make_plan
-from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
-from t2i.data.sources.documents import open_documents
 from t2i.errors import NumericalError, UserError
 from t2i.measure import perplexity
 from t2i.measure.embeddings import compare_rows, write_nearest
@@ -84,9 +83,9 @@ report:
 def made(finished, tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     tokenizer = TextTokenizer.load(ASSETS / "text_tokenizer")
-    (out / "text.txt").write_text("\n\n".join(f"Text {n} says that {n} is a number." for n in range(400)))
-    prepare_text(
-        open_documents(f"text:{out / 'text.txt'}"),
+    make_text_shards(
+        (f"Text {n} says that {n} is a number." for n in range(400)),
+        file=out / "text.txt",
         out=out / "text",
         text_tokenizer=tokenizer,
         seq_len=90,

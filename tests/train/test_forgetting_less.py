@@ -8,14 +8,13 @@ import pytest
 import torch
 from built_models import built
 from launched import run_ranks
+from made_shards import make_text_shards
 from safetensors.torch import load_file
 
 from t2i.config import ASSETS
 from t2i.data.loader import StepLoader
-from t2i.data.prepare.text import prepare_text
 from t2i.data.shards.manifest import read_manifest
 from t2i.data.shards.reader import read_split
-from t2i.data.sources.documents import open_documents
 from t2i.distributed.signals import StopFlag
 from t2i.errors import Stopped, UserError
 from t2i.model.resize import merged_state_dict
@@ -39,17 +38,14 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def text(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    (folder / "all.txt").write_text(
-        "\n\n".join(f"Paragraph {n} of a text says that {n} follows {n - 1}." for n in range(300))
-    )
-    prepare_text(
-        open_documents(f"text:{folder / 'all.txt'}"),
+    return make_text_shards(
+        (f"Paragraph {n} of a text says that {n} follows {n - 1}." for n in range(300)),
+        file=folder / "all.txt",
         out=folder / "shards",
         text_tokenizer=tokenizer,
         seq_len=90,
         heldout_share=0.2,
     )
-    return folder / "shards"
 
 
 def checkpoint(run_dir, step):
