@@ -197,8 +197,9 @@ class TokenizerConfig:
     commitment_weight: Annotated[float, Ge(0)] = 0.25
     """Weight of the squared distance of latents to their codes."""
     align_to: str = ""
-    """Folder of a sentence encoder, such as all-MiniLM-L6-v2, to whose embeddings of the captions codes are aligned.
-    Empty for no alignment. The loss is over a batch, so batch_size 64 aligns better than 16."""
+    """What codes are aligned to: the captions, by a folder of a sentence encoder (such as all-MiniLM-L6-v2), or what a
+    vision encoder sees where a code is, by the folder of one (CLIP, SigLIP, DINOv2) or efficientnet_lite0, which is
+    installed. Empty for no alignment. Captions are told apart within a batch: batch_size 64 aligns better than 16."""
     align_weight: Annotated[float, Ge(0)] = 0.02
     """Weight of the alignment loss. More meaning costs fidelity: compare PSNR with that of 0."""
     codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99

@@ -21,15 +21,21 @@ from t2i.data.sources.source import first_of_each_image
 from t2i.disk import share
 from t2i.errors import DataError, UserError
 from t2i.files import check_writable, hash_uniform, read_json, values_sha256, write_json
-from t2i.image_tokenizer.alignment import SentenceEncoder
+from t2i.image_tokenizer.alignment import (
+    CaptionTarget,
+    Target,
+    VisionTarget,
+    encoder_sha256,
+    load_encoder,
+)
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
 from t2i.image_tokenizer.train import STATE_FILE, check_settings, train_image_tokenizer
+from t2i.image_tokenizer.vision_encoder import VisionEncoder
 from t2i.measure.extractor import metric_key
 from t2i.measure.features import load_features
 from t2i.measure.heldout_images import how_to_hold_out
 from t2i.measure.images import readable
-from t2i.runs.loading import weights_sha256
 from t2i.runs.run_folder import plain
 from t2i.tokens.image import ImageTokenizer, centre_crop_resize
 
@@ -51,7 +57,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
 
     Raises:
         UserError: `out` cannot be written, is used by another process, or holds another tokenizer or the state of a
-            training with other settings; config.align_to is no sentence encoder.
+            training with other settings; config.align_to is no encoder.
         DataError: there are no images to train on, or too few to measure it on.
     """
     asked = {
@@ -60,7 +66,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
         "settings": plain(config),
         "reading": changed_from_defaults(source.config),
         "listed": list_source(source).fingerprint,
-        **({"encoder": weights_sha256(Path(config.align_to))} if config.align_to else {}),
+        **({"encoder": encoder_sha256(config.align_to)} if config.align_to else {}),
     }
     if (out / CONFIG).exists():
         return _made_before(out, asked)
@@ -85,17 +91,17 @@ def _make(
 ) -> Reconstruction:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Before minutes of reading images.
-    encoder = SentenceEncoder.load(Path(config.align_to), device=device) if config.align_to else None
+    encoder = load_encoder(config.align_to, device=device) if config.align_to else None
     images, captions = read_captioned(source, split="train", image_size=config.image_size)
-    sentences, aligned_with = None, ""
-    if encoder is not None:
-        sentences = encoder.embed(captions)
-        # Not of the embeddings, whose last bits are the device's.
-        aligned_with = values_sha256([captions, asked["encoder"]])
+    target: Target | None = None
+    # Not of the embeddings, whose last bits are the device's.
+    aligned_with = values_sha256([captions, asked["encoder"]]) if encoder is not None else ""
+    if isinstance(encoder, VisionEncoder):
+        target = VisionTarget(encoder)
+    elif encoder is not None:
+        target = CaptionTarget(encoder.embed(captions).to(device))
         del encoder
-    model = train_image_tokenizer(
-        images, config=config, out=out, sentences=sentences, aligned_with=aligned_with
-    )
+    model = train_image_tokenizer(images, config=config, out=out, target=target, aligned_with=aligned_with)
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)

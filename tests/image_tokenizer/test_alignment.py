@@ -17,7 +17,11 @@ from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import make
 from t2i.image_tokenizer import train as image_tokenizer
-from t2i.image_tokenizer.alignment import Alignment, SentenceEncoder
+from t2i.image_tokenizer.alignment import (
+    Alignment,
+    CaptionTarget,
+    SentenceEncoder,
+)
 from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.train import train_image_tokenizer
@@ -77,7 +81,7 @@ def test_a_folder_that_is_no_encoder_is_refused_by_name(tmp_path):
 def test_the_loss_is_that_of_pairs_among_all_of_the_batch():
     torch.manual_seed(0)
     sentences = F.normalize(torch.randn(9, 5), dim=-1)
-    alignment, latents = Alignment(sentences, latent_channels=4), torch.randn(3, 4, 2, 2)
+    alignment, latents = Alignment(CaptionTarget(sentences), latent_channels=4), torch.randn(3, 4, 2, 2)
     picks = torch.tensor([7, 0, 4])
     features = []
     for image in latents:
@@ -85,7 +89,7 @@ def test_the_loss_is_that_of_pairs_among_all_of_the_batch():
         features.append(F.normalize(torch.stack(codes).mean(0), dim=0))
     scores = torch.stack([torch.stack([one @ sentences[pick] for pick in picks]) for one in features]) / 0.07
     wanted = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
-    assert alignment(latents, picks).allclose(wanted, atol=1e-5)
+    assert alignment(latents, torch.zeros(3, 3, 16, 16), picks).allclose(wanted, atol=1e-5)
 
 
 def coloured(count=24):
@@ -107,7 +111,9 @@ def test_the_encoder_is_moved_by_the_captions_and_only_where_they_weigh(few_late
 
     def encoder_after(name, *, weight, embeddings=sentences):
         config = replace(TINY, align_weight=weight)
-        model = train_image_tokenizer(pictures, config=config, out=tmp_path / name, sentences=embeddings)
+        model = train_image_tokenizer(
+            pictures, config=config, out=tmp_path / name, target=CaptionTarget(embeddings)
+        )
         return model.encoder.conv_in.weight
 
     assert torch.equal(encoder_after("none", weight=0.0), encoder_after("none-again", weight=0.0))
@@ -139,7 +145,9 @@ def test_trainings_of_one_seed_see_the_same_images_however_many_codes_are_revive
         monkeypatch.setattr(image_tokenizer, "_step_loss", of_step)
         monkeypatch.setattr(Codebook, "revive", revive_some)
         config = replace(TINY, align_weight=weight, revive_every=2)
-        train_image_tokenizer(pictures, config=config, out=tmp_path / str(weight), sentences=sentences)
+        train_image_tokenizer(
+            pictures, config=config, out=tmp_path / str(weight), target=CaptionTarget(sentences)
+        )
     assert len(seen[0.0]) == TINY.max_steps
     for (one, picks), (other, others) in zip(seen[0.0], seen[0.5], strict=True):
         assert torch.equal(picks, others) and torch.equal(one, other)
@@ -150,7 +158,7 @@ def test_codes_come_to_tell_captions_apart(few_latents, tmp_path, monkeypatch):
     losses, forward = [], Alignment.forward
     monkeypatch.setattr(Alignment, "forward", lambda *args: losses.append(forward(*args)) or losses[-1])
     config = replace(TINY, max_steps=60, lr=5e-3, channel_swap_share=0.0, batch_size=12)
-    train_image_tokenizer(pictures, config=config, out=tmp_path, sentences=sentences)
+    train_image_tokenizer(pictures, config=config, out=tmp_path, target=CaptionTarget(sentences))
     # Four of twelve share a caption, so telling the three apart leaves ln 4.
     assert float(losses[0]) > math.log(12) - 0.3
     assert float(torch.stack(losses[-5:]).mean()) < math.log(4) + 0.5
@@ -158,7 +166,9 @@ def test_codes_come_to_tell_captions_apart(few_latents, tmp_path, monkeypatch):
 
 def test_an_aligned_training_resumes_as_if_it_had_not_stopped(few_latents, tmp_path, monkeypatch):
     pictures, sentences = coloured()
-    whole = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "whole", sentences=sentences)
+    whole = train_image_tokenizer(
+        pictures, config=TINY, out=tmp_path / "whole", target=CaptionTarget(sentences)
+    )
     step_loss, calls = image_tokenizer._step_loss, []
 
     def stop_at_seven(*args):
@@ -170,16 +180,20 @@ def test_an_aligned_training_resumes_as_if_it_had_not_stopped(few_latents, tmp_p
     with monkeypatch.context() as patched:
         patched.setattr(image_tokenizer, "_step_loss", stop_at_seven)
         with pytest.raises(KeyboardInterrupt):
-            train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
+            train_image_tokenizer(
+                pictures, config=TINY, out=tmp_path / "stopped", target=CaptionTarget(sentences)
+            )
     with pytest.raises(UserError, match=r"other settings \(aligned_with\)"):
         train_image_tokenizer(
             pictures,
             config=TINY,
             out=tmp_path / "stopped",
-            sentences=sentences,
+            target=CaptionTarget(sentences),
             aligned_with="other captions",
         )
-    resumed = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped", sentences=sentences)
+    resumed = train_image_tokenizer(
+        pictures, config=TINY, out=tmp_path / "stopped", target=CaptionTarget(sentences)
+    )
     assert all(
         torch.equal(a, b)
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
