@@ -270,7 +270,7 @@ def _draw_difference(
             0.5, 0.5, f"not reached by {names[1]}", transform=right.transAxes, ha="center", va="bottom"
         )
     right.set_xlim(left.get_xlim())  # so that one place across is one moment of training in both
-    right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"extra tokens that {names[1]} needs")
+    right.set(xlabel=f"tokens that {names[0]} was trained on", ylabel=f"extra tokens\nthat {names[1]} needs")
     for axis, tokens in ((both_axis, "x"), (left, "x"), (right, "xy")):
         finish(axis, tokens=tokens)
     return figure
