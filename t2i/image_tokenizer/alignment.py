@@ -47,11 +47,7 @@ class SentenceEncoder:
         Raises:
             UserError: it holds no model and tokenizer that transformers opens.
         """
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"--align-to is {folder}, which has no config.json; expected a folder of a sentence encoder or a"
-                f" vision encoder, or {EFFICIENTNET}."
-            )
+        _check_description(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             opened = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
@@ -107,7 +103,18 @@ def encoder_sha256(name: str) -> str:
     Raises:
         UserError: there are none.
     """
-    return sha256_of(efficientnet_file()) if name == EFFICIENTNET else weights_sha256(Path(name))
+    if name == EFFICIENTNET:
+        return sha256_of(efficientnet_file())
+    _check_description(Path(name))
+    return weights_sha256(Path(name))
+
+
+def _check_description(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--align-to is {folder}, which has no config.json; expected a folder of a sentence encoder or a"
+            f" vision encoder, or {EFFICIENTNET}."
+        )
 
 
 class Target(Protocol):

@@ -28,7 +28,13 @@ from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import alignment as alignments
 from t2i.image_tokenizer import train as image_tokenizer
-from t2i.image_tokenizer.alignment import Alignment, SentenceEncoder, VisionTarget, load_encoder
+from t2i.image_tokenizer.alignment import (
+    Alignment,
+    SentenceEncoder,
+    VisionTarget,
+    encoder_sha256,
+    load_encoder,
+)
 from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.train import train_image_tokenizer
 from t2i.image_tokenizer.vision_encoder import EFFICIENTNET, VisionEncoder
@@ -204,3 +210,6 @@ def test_captions_are_for_sentence_encoders_alone(tmp_path):
         UserError, match="expected a folder of a sentence encoder or a vision encoder, or effic"
     ):
         SentenceEncoder.load(tmp_path / "nowhere")
+    # Hashed before it is opened.
+    with pytest.raises(UserError, match="--align-to is .*nowhere, which has no config.json"):
+        encoder_sha256(str(tmp_path / "nowhere"))
