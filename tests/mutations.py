@@ -1017,8 +1017,8 @@ MUTATIONS = (
     Mutation(
         "codes-aligned-to-others-captions",
         "t2i/image_tokenizer/alignment.py",
-        '("sentences")[images.to(quantised.device)]',
-        '("sentences")[: len(images)]',
+        "self.sentences[images.to(self.sentences.device)]",
+        "self.sentences[: len(images)]",
         "codes are drawn towards the captions of other images",
         ALIGNED_CODES,
     ),

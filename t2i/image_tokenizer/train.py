@@ -243,7 +243,8 @@ def _step_loss(
     loss = reconstruction_loss(
         output, pixels, edge_weight=config.edge_weight, colour_weight=config.colour_weight
     )
-    if "alignment" in trained:
+    # Not computed where it weighs nothing, as an encoder may cost more than the step.
+    if "alignment" in trained and config.align_weight:
         loss = loss + config.align_weight * trained["alignment"](quantised, pixels, picks)
     return loss + config.commitment_weight * commitment, flat.detach()
 

@@ -16,11 +16,7 @@ from transformers import AutoModel
 
 from t2i.errors import UserError, first_line
 from t2i.measure.clip import whole_model
-from t2i.measure.features import (
-    EFFICIENTNET_DIMS,
-    EFFICIENTNET_SIZE,
-    efficientnet_maps,
-)
+from t2i.measure.features import EFFICIENTNET_DIMS, EFFICIENTNET_SIZE, efficientnet_maps
 from t2i.measure.folder_features import LOADING, PREPROCESSOR, read_preprocessing
 from t2i.model.foreign_folder import UNUSABLE, read_description
 

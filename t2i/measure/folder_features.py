@@ -98,9 +98,8 @@ def read_preprocessing(file: Path) -> tuple[int, list[float], list[float]]:
         UserError: the file says none, or sides that differ.
     """
     values = read_json(file, error=UserError)
-    size = _side(values.get("crop_size")) or _side(
-        values.get("size")
-    )  # a processor that does not crop has no crop_size
+    # A processor that does not crop has no crop_size.
+    size = _side(values.get("crop_size")) or _side(values.get("size"))
     mean, deviation = values.get("image_mean"), values.get("image_std")
     if not (size and _is_three(mean) and _is_three(deviation)):
         shown = json.dumps({key: values.get(key) for key in ("crop_size", "size", "image_mean", "image_std")})

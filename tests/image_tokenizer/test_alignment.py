@@ -100,12 +100,6 @@ def coloured(count=24):
     return pictures, torch.eye(3)[torch.from_numpy(kinds)]
 
 
-@pytest.fixture
-def few_latents(monkeypatch):
-    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
-    torch.set_num_threads(1)
-
-
 def test_the_encoder_is_moved_by_the_captions_and_only_where_they_weigh(few_latents, tmp_path):
     pictures, sentences = coloured()
 

@@ -27,7 +27,6 @@ from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import alignment as alignments
-from t2i.image_tokenizer import train as image_tokenizer
 from t2i.image_tokenizer.alignment import (
     Alignment,
     SentenceEncoder,
@@ -173,12 +172,6 @@ CONFIG = TokenizerConfig(
     align_weight=0.5,
     lr=5e-3,
 )
-
-
-@pytest.fixture
-def few_latents(monkeypatch):
-    monkeypatch.setattr(image_tokenizer, "KMEANS_LATENTS", 512)
-    torch.set_num_threads(1)
 
 
 def test_codes_come_to_say_what_is_seen(few_latents, tmp_path, monkeypatch):
