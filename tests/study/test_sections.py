@@ -569,6 +569,29 @@ def test_wordings_are_worth_what_a_shuffled_caption_costs_more(tmp_path, section
     assert not any("training captions" in head or "usual" in head for head in found.table[0])
 
 
+def test_other_wordings_cannot_tell_before_the_usual_one_is_worth_anything(tmp_path, section):
+    made = Made(tmp_path, pretrained=[0, 1, 2], random=[0, 1, 2])
+    worths = {"pretrained": [0.5, 0.4, 0.6], "random": [0.02, -0.01, 0.01]}
+    for arm, values in worths.items():
+        for seed, worth in enumerate(values):
+            made.run(arm, seed, heldout=held_out(3.0))
+            # What is seen by other words does not stand in for it.
+            other = {"num_pictures": 30, "own": 3.0, "wrong": 3.5 + worth / 10, "empty": None}
+            splits = {
+                "heldout": {"captions": {"num_pictures": 40, "own": 3.0, "wrong": 3.0 + worth}},
+                "heldout-french": {"captions": other, "label_captions": other},
+            }
+            write_json(made.folder(arm, seed) / "perplexity.json", {"splits": splits})
+    found = section(made, "wordings", arms=["pretrained", "random"]).found
+    low, high = stats.ttest_1samp(worths["random"], 0).confidence_interval()
+    said = f"worth anything to random (heldout +0.0067 (95%: {low:+.4f} to {high:+.4f})): before"
+    assert said in found
+    assert "worth anything" not in section(made, "wordings", arms=["pretrained"]).found
+    for seed in (1, 2):  # a single seed shows nothing, either way
+        (made.folder("random", seed) / "perplexity.json").unlink()
+    assert "worth anything" not in section(made, "wordings", arms=["random"]).found
+
+
 def test_wordings_are_corrected_for_their_number_and_stand_beside_the_usual_captions(tmp_path, section):
     made = Made(tmp_path, pretrained=[0, 1, 2], random=[0, 1, 2])
     worths = {

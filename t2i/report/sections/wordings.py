@@ -53,7 +53,7 @@ def wordings(study: Study, out: Path, *, arms: list[str]) -> Section:
         "What a caption is worth: image loss under a shuffled caption minus under the matched one, in nats per code."
         " Words that training captions have may have been learned there. A gain by other words speaks for a language"
         f" known before, as far as these share no tokens with those. {_of_other_images(has_labels)}{compared}"
-        f"{_truncated([run for of_arm in runs.values() for run in of_arm])}"
+        f"{_not_read_yet(found, labels)}{_truncated([run for of_arm in runs.values() for run in of_arm])}"
     )
     return Section("Wordings", sentence, _draw(found, splits), table)
 
@@ -64,6 +64,30 @@ def _of_other_images(has_labels: bool) -> str:
             "Rows are of different images: a worth compares with that of the usual captions in its own row."
         )
     return "Rows are of different images, so that they do not compare with one another."
+
+
+def _not_read_yet(found: dict[str, Worths], labels: dict[str, Worths]) -> str:
+    """Say to which arms captions in the words of training are not shown to be worth anything; empty for none."""
+    arms = []
+    for arm, worths in found.items():
+        usual = {
+            split: seeds for split, seeds in worths.items() if split not in labels[arm] and len(seeds) > 1
+        }
+        tests = {split: _test_of_any(list(seeds.values())) for split, seeds in usual.items()}
+        if tests and all(test.verdict != "higher" for test in tests.values()):
+            seen = (f"{split} {difference(test.mean, test.low, test.high)}" for split, test in tests.items())
+            arms.append(f"{arm} ({', '.join(seen)})")
+    if not arms:
+        return ""
+    return (
+        f" Not even in the words of training are captions shown to be worth anything to {' and '.join(arms)}:"
+        " before they are, other words cannot tell much."
+    )
+
+
+def _test_of_any(seeds: list[CaptionLosses]) -> PairedTest:
+    """Test whether captions are worth anything, over seeds."""
+    return paired_test([one.worth for one in seeds], [0.0] * len(seeds))
 
 
 def _truncated(runs: list[Run]) -> str:
