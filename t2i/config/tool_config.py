@@ -200,7 +200,7 @@ class TokenizerConfig:
     """What codes are aligned to: the captions, by a folder of a sentence encoder (such as all-MiniLM-L6-v2), or what a
     vision encoder sees where a code is, by the folder of one (CLIP, SigLIP, DINOv2) or efficientnet_lite0, which is
     installed. Empty for no alignment. Captions are told apart within a batch: batch_size 64 aligns better than 16."""
-    align_weight: Annotated[float, Ge(0)] = 0.02
+    align_weight: Annotated[float, Ge(0)] = 0.5
     """Weight of the alignment loss. More meaning costs fidelity: compare PSNR with that of 0."""
     codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay rate of the moving averages of latents that codes follow."""

@@ -22,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 Dash = str | tuple[int, tuple[int, ...]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 """Six dashes and eight colours: the first 24 lines all differ, and without colour the dashes still do."""
+MARKERS = ("s", "^", "D", "v", "P", "X")
 LABELS = {
     "loss": "loss, nats per token",
     "text_loss": "text loss, nats per token",

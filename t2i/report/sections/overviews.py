@@ -109,7 +109,10 @@ def overview(
     if against and against not in tests:
         sentence += f" Without {against}, no difference from it is taken."
     sentence += _shared_by_seeds(study, has_codes=any(gaps[name].image_tokenizers for name in tests))
-    label = f"difference of {LABELS.get(value, value)}{unit}\nmean and 95% interval of each alone"
+    # A share has no unit. On two lines, because names of comparisons may leave half of the width to it.
+    as_share = f"{value.replace('_', ' ')} as a\nshare of what was learned beyond {relative_to}"
+    what = as_share if relative_to else LABELS.get(value, value)
+    label = f"difference of {what}\nmean and 95% interval of each alone"
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 
 
@@ -222,7 +225,7 @@ def _draw(tests: dict[str, PairedTest], *, label: str) -> Figure:
         axis.errorbar(test.mean, -place, xerr=reach, color=COLOURS[0], marker="o", markersize=4, capsize=3)
     # Downwards, so that the figure has the order of the table.
     axis.set_yticks([-place for place in range(len(tests))], list(tests), fontsize=8)
-    axis.set_xlabel(label, fontsize=9)  # names of comparisons may leave half of the width to it
+    axis.set_xlabel(label, fontsize=9)
     finish(axis)
     return figure
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from t2i.errors import UserError
-from t2i.report.figures import COLOURS, finish, panels
+from t2i.report.figures import COLOURS, MARKERS, panels
 from t2i.report.sections.overviews import BASELINES, gap_of
 from t2i.report.sections.section import Section, SectionKind, in_folder, interval, p_value
 from t2i.study.measured import read_alignment
@@ -139,17 +140,22 @@ def _draw(amounts: dict[str, np.ndarray], worths: np.ndarray, names: list[str], 
     """Draw worth against each likeness: seeds as dots, and the line through their means."""
     figure, axes = panels(len(amounts))
     for place, (axis, (name, amount)) in enumerate(zip(axes, amounts.items(), strict=True)):
-        for row in worths:
-            axis.plot(amount, row, color="0.6", marker="o", markersize=3, linestyle="")
         mean = worths.mean(0)
-        axis.plot(amount, mean, color=COLOURS[0], marker="s", markersize=5, linestyle="")
         if np.ptp(amount) > 0:
             ends = np.array([amount.min(), amount.max()])
-            axis.plot(ends, np.polyval(np.polyfit(amount, mean, 1), ends), color=COLOURS[0], linewidth=0.9)
-        for one, x, y in zip(names, amount, mean, strict=True):
-            axis.annotate(one, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            axis.plot(ends, np.polyval(np.polyfit(amount, mean, 1), ends), color="0.5", linewidth=0.9)
+        for one, x, seeds, colour, marker in zip(
+            names, amount, worths.T, cycle(COLOURS), cycle(MARKERS), strict=False
+        ):
+            axis.plot(
+                [x] * len(seeds), seeds, color=colour, marker="o", markersize=3, linestyle="", alpha=0.4
+            )
+            axis.plot(x, seeds.mean(), color=colour, marker=marker, markersize=6, linestyle="", label=one)
         axis.set(xlabel=name, ylabel="" if place else label)
-        finish(axis)
+        axis.grid(alpha=0.2)
+    # Above and not beside the points, where long names would lie over other panels.
+    figure.set_size_inches(figure.get_figwidth(), 3.2 + 0.17 * len(names))
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, fontsize=8, frameon=False)
     return figure
 
 
