@@ -162,6 +162,20 @@ def test_differences_on_two_image_tokenizers_compare_as_shares_of_what_was_learn
         section(made, "overview", **arguments, relative_to="unigram", value="text_loss")
 
 
+@pytest.mark.parametrize(("random", "said"), [((3.0, 2.0), "before the first"), ((9.0, 8.0), "not reached")])
+def test_a_loss_that_no_token_count_is_known_for_is_said_as_the_table_says_it(
+    tmp_path, section, random, said
+):
+    made = Made(tmp_path, pretrained=[0, 1], random=[0, 1])
+    for seed in (0, 1):
+        made.run("pretrained", seed, heldout=held_out(5.0, 4.0))
+        made.run("random", seed, heldout=held_out(*random))
+    found = section(made, "comparison", arms=["pretrained", "random"], value="image_loss")
+    (text,) = found.figure.axes[2].texts
+    assert said in text.get_text()
+    assert all(said in cell for cell in column(found, "extra tokens"))
+
+
 def test_worth_is_set_against_how_like_text_codes_are_seed_by_seed(tmp_path, section):
     kinds = {"plain": (1.5, 6.5, 6.0), "some": (2.0, 6.25, 5.5), "much": (4.0, 6.0, 4.5)}
     arms = {arm: [0, 1, 2] for name in kinds for arm in (f"{name}-known", f"{name}-random")}
