@@ -33,8 +33,8 @@ def expand(pattern: str) -> list[Path]:
             raise DataError(f"--source {pattern} names {other}, which is not a file; expected files.")
         if not found or other is not None:
             raise DataError(
-                f"--source {one} is not `openmoji`, an existing file or folder, coco:DIR, ids:DIR, or a Hugging Face"
-                " dataset (hf:USER/NAME)."
+                f"--source {one} is not `openmoji`, an existing file or folder, coco:DIR, iconify:DIR, ids:DIR,"
+                " text:NAME, or a Hugging Face dataset (hf:USER/NAME)."
             )
         files += found
     return list(dict.fromkeys(files))
