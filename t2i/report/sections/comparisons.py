@@ -266,8 +266,9 @@ def _draw_difference(
         if not np.isnan(low).all():
             right.fill_between(at, low, high, color=COLOURS[1], alpha=0.2, label="95% interval")
     else:
-        earlier = "\nbefore the first measurement" if any(one.is_earlier for one in worth) else ""
-        said = f"reached by {names[1]}{earlier}" if earlier else f"not reached by {names[1]}"
+        said = f"not reached by {names[1]}"
+        if any(one.is_earlier for one in worth):
+            said = f"reached by {names[1]}\nbefore the first measurement"
         right.text(0.5, 0.5, said, transform=right.transAxes, ha="center", va="bottom")
         right.set_yticks([])
     right.set_xlim(left.get_xlim())  # so that one place across is one moment of training in both

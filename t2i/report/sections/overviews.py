@@ -65,14 +65,14 @@ def overview(
     every = tests | between
     # Twenty tests at 5% find one difference where there is none; Holm's correction keeps that chance at 5% for all.
     holm = dict(zip(every, corrected([test.p_value for test in every.values()]), strict=True))
-    unit = f", share of what was learned beyond {relative_to}" if relative_to else ""
+    share = f"share of what was learned beyond {relative_to}" if relative_to else ""
     learned = ["learned by the second arm, nats per code"] if relative_to else []
     table = [
         [
             "comparison",
             "arms",
             "seeds",
-            f"difference{unit}",
+            f"difference, {share}" if share else "difference",
             "p",
             "p, corrected",
             "detectable alone, 80% power",
@@ -110,8 +110,7 @@ def overview(
         sentence += f" Without {against}, no difference from it is taken."
     sentence += _shared_by_seeds(study, has_codes=any(gaps[name].image_tokenizers for name in tests))
     # A share has no unit. On two lines, because names of comparisons may leave half of the width to it.
-    as_share = f"{value.replace('_', ' ')} as a\nshare of what was learned beyond {relative_to}"
-    what = as_share if relative_to else LABELS.get(value, value)
+    what = f"image loss as a\n{share}" if share else LABELS.get(value, value)
     label = f"difference of {what}\nmean and 95% interval of each alone"
     return Section("Comparisons", sentence, _draw(every, label=label), table)
 

@@ -144,13 +144,13 @@ def _draw(amounts: dict[str, np.ndarray], worths: np.ndarray, names: list[str], 
         if np.ptp(amount) > 0:
             ends = np.array([amount.min(), amount.max()])
             axis.plot(ends, np.polyval(np.polyfit(amount, mean, 1), ends), color="0.5", linewidth=0.9)
-        for one, x, seeds, colour, marker in zip(
-            names, amount, worths.T, cycle(COLOURS), cycle(MARKERS), strict=False
+        for one, x, y, seeds, colour, marker in zip(
+            names, amount, mean, worths.T, cycle(COLOURS), cycle(MARKERS), strict=False
         ):
             axis.plot(
                 [x] * len(seeds), seeds, color=colour, marker="o", markersize=3, linestyle="", alpha=0.4
             )
-            axis.plot(x, seeds.mean(), color=colour, marker=marker, markersize=6, linestyle="", label=one)
+            axis.plot(x, y, color=colour, marker=marker, markersize=6, linestyle="", label=one)
         axis.set(xlabel=name, ylabel="" if place else label)
         axis.grid(alpha=0.2)
     # Above and not beside the points, where long names would lie over other panels.
