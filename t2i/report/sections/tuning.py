@@ -60,6 +60,10 @@ def _draw(found: dict[str, Tuned], *, key: str, loss: str) -> Figure:
             label=arm,
         )
     axis.set_xscale("log")
+    # A logarithmic axis marks 2, 3 and 4 of each power of ten, whose labels lie over one another.
+    tried = sorted({value for one in found.values() for value in one.losses})
+    axis.set_xticks(tried, [f"{value:g}" for value in tried])
+    axis.minorticks_off()
     axis.set(xlabel=key, ylabel=f"held-out {LABELS.get(loss, loss)}")
     finish(axis)
     return figure
