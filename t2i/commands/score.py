@@ -60,6 +60,8 @@ class ScoreCommand:
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None
     """Captions drawn: by default 30,000 of COCO, or half of the held-out ones, of which there must be so many."""
+    other_half: bool = False
+    """Swap the halves of the held-out images: settings that were chosen on one are confirmed on the other."""
     list_seed: Annotated[int, Ge(0)] = 0
     """Seed of the choice of COCO captions."""
     captions: Path | None = None
@@ -156,6 +158,8 @@ def check_flags(command: ScoreCommand) -> None:
         raise UserError(
             f"--list-seed is {command.list_seed}, the seed of a choice of COCO's captions: it wants --coco."
         )
+    if command.coco and command.other_half:
+        raise UserError("--other-half is of a model's own held-out images, which --coco takes the place of.")
     if command.coco and command.heldout_shards:
         raise UserError("--coco and --heldout-shards both name images; expected one of them.")
     if command.coco:
@@ -220,7 +224,9 @@ def task_of(command: ScoreCommand, checkpoint: "Contestant") -> "Task":
     from t2i.measure.heldout_images import halves_task
 
     if command.coco is None:
-        return halves_task(manifest_of(command, checkpoint), num_samples=command.num_samples)
+        return halves_task(
+            manifest_of(command, checkpoint), num_samples=command.num_samples, other_half=command.other_half
+        )
     coco = read_val2014(command.coco)
     if command.captions:
         choice = listed_captions(coco, command.captions, num_samples=command.num_samples)

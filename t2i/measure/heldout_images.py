@@ -30,6 +30,7 @@ LEAST_IMAGES = 20
 METER_IMAGES = 2_048
 """Images of a split that caption sensitivity is measured on; a mean is settled long before a large split is read."""
 HALF_RULE = "held-out captions of {source}, by hash of the key"
+OTHER_HALF_RULE = f"{HALF_RULE}, the other half"
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,17 @@ def how_to_hold_out(
     return f"Of its {len(places):,} images `--heldout-share {share:g}` holds out enough{again}."
 
 
-def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
-    """Make the task of scoring on a manifest's held-out images; num_samples as in heldout_halves."""
+def halves_task(manifest: Manifest, *, num_samples: int | None, other_half: bool = False) -> Task:
+    """Make the task of scoring on a manifest's held-out images.
+
+    Args:
+        num_samples: as in heldout_halves.
+        other_half: draw the captions of the half that is the reference otherwise, and compare with the half that is
+            drawn otherwise.
+    """
     halves = heldout_halves(reopen_source(manifest), num_samples=num_samples)
+    if other_half:
+        halves = Halves(reference=halves.drawn, drawn=halves.reference)
     source, size = manifest.source, manifest.image_size
     reference = Reference(
         name=f"{len(halves.reference)} held-out images of {source}",
@@ -105,7 +114,7 @@ def halves_task(manifest: Manifest, *, num_samples: int | None) -> Task:
     return Task(
         data=f"{source}, held-out images",
         captions={f"{index:05d}": pair.caption for index, pair in enumerate(halves.drawn)},
-        captions_rule=HALF_RULE.format(source=source),
+        captions_rule=(OTHER_HALF_RULE if other_half else HALF_RULE).format(source=source),
         own=images_of_pairs(halves.drawn, size=size),
         # No own_places: the two halves share no image, so no row is compared with itself.
         reference=reference,

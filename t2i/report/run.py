@@ -207,17 +207,20 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def _images(folder: Path, manifest: Manifest) -> list[DrawnImage]:
-    """Pair drawn images with the real ones of their captions, evenly spread over the drawn half."""
+    """Pair drawn images with the real ones of their captions, evenly spread over the half that was drawn."""
     drawn = sorted(folder.glob("*.png"))
     if not drawn:
         return []
     # Every n-th and never the best: a page of chosen images says nothing of the others.
     step = max(1, len(drawn) // NUM_IMAGES)
     try:
-        pairs = heldout_halves(reopen_source(manifest), num_samples=len(drawn)).drawn
+        halves = heldout_halves(reopen_source(manifest), num_samples=len(drawn))
     except (DataError, UserError) as error:
         logger.warning("The page shows drawn images alone. %s", error)
         return [_drawn_alone(path) for path in drawn[::step][:NUM_IMAGES]]
+    # `t2i score --other-half` draws the captions of the reference.
+    is_other = _image(drawn[0]).info.get("caption") == halves.reference[0].caption
+    pairs = halves.reference if is_other else halves.drawn
     shown = [
         (pair, path, _image(path)) for pair, path in list(zip(pairs, drawn, strict=True))[::step][:NUM_IMAGES]
     ]

@@ -264,6 +264,7 @@ def test_flags_that_would_change_nothing_are_refused(model_folder, coco_folder, 
     for words, sentence in (
         (["--list-seed", 3], "it wants --coco"),
         (["--coco", coco_folder, "--heldout-shards", tmp_path], "expected one of them"),
+        (["--coco", coco_folder, "--other-half"], "--other-half is of a model's own held-out images"),
         (["--image-size", 256], "it is for an Emu3"),
         (["--bootstrap", 1], "--bootstrap"),
     ):

@@ -7,7 +7,8 @@ from measure.conftest import write_coco
 from PIL import Image
 
 from t2i.commands.score import ScoreCommand, manifest_of, task_of
-from t2i.data.sources import open_source
+from t2i.data.shards.manifest import read_manifest
+from t2i.data.sources import open_source, reopen_source
 from t2i.errors import DataError, UserError
 from t2i.measure.heldout_images import caption_meters, heldout_halves
 from t2i.runs.loading import open_model
@@ -74,3 +75,17 @@ def test_shards_of_another_image_size_are_measured_at_the_models(model_folder, s
     meters = caption_meters(opened, manifest_of(command, opened))
     assert meters["heldout"].own is not None
     assert "captions heard, heldout: 100%" in capsys.readouterr().err
+
+
+def test_the_other_half_is_drawn_and_compared_with_the_one_that_is_drawn_otherwise(model_folder, shards):
+    opened = open_model(str(model_folder), needs_images=True)
+    one, other = (
+        task_of(ScoreCommand(str(model_folder), heldout_shards=shards, other_half=swapped), opened)
+        for swapped in (False, True)
+    )
+    halves = heldout_halves(reopen_source(read_manifest(shards)), num_samples=None)
+    assert one.reference.which["keys"] == [pair.key for pair in halves.reference]
+    assert other.reference.which["keys"] == [pair.key for pair in halves.drawn]
+    assert list(one.captions.values()) == [pair.caption for pair in halves.drawn]
+    assert list(other.captions.values()) == [pair.caption for pair in halves.reference]
+    assert other.captions_rule == f"{one.captions_rule}, the other half"

@@ -139,7 +139,7 @@ def test_drawn_images_stand_beside_real_ones_of_their_own_captions_alone(tmp_pat
         image = SimpleNamespace(image=Image.new("RGB", (8, 8)))
         return SimpleNamespace(caption=caption, split="heldout", open=lambda: image)
 
-    halves = SimpleNamespace(drawn=[pair("a cat"), pair("a dog")])
+    halves = SimpleNamespace(drawn=[pair("a cat"), pair("a dog")], reference=[pair("a hat"), pair("a log")])
     monkeypatch.setattr(run_page, "reopen_source", lambda manifest: None)
     monkeypatch.setattr(run_page, "heldout_halves", lambda *_, **__: halves)
     for number, pair_ in enumerate(halves.drawn):
@@ -148,6 +148,9 @@ def test_drawn_images_stand_beside_real_ones_of_their_own_captions_alone(tmp_pat
         )
     manifest = SimpleNamespace(image_size=8)
     assert all(one.real for one in run_page._images(tmp_path, manifest)) and not caplog.records
+    halves.drawn, halves.reference = halves.reference, halves.drawn  # `t2i score --other-half` drew them
+    assert all(one.real for one in run_page._images(tmp_path, manifest)) and not caplog.records
+    halves.drawn, halves.reference = halves.reference, halves.drawn
     halves.drawn[1] = pair("a bus")  # an image more in the source, and every later one is another
     found = run_page._images(tmp_path, manifest)
     assert [(one.caption, one.real) for one in found] == [("a cat", ""), ("a dog", "")]
