@@ -63,13 +63,16 @@ def only_point(values: Sized) -> str:
 
 def draw_baselines(axis: Axes, baselines: dict[str, float], *, perplexity: bool = False) -> None:
     """Draw count-based baselines as named horizontal lines."""
-    # Names at the left and in the middle in turn: two baselines are often so near that their names would overlap.
-    for share, (name, baseline) in zip(cycle((0.01, 0.5)), baselines.items(), strict=False):
+    # Names of neighbours stand beside one another: baselines are often so near that they would overlap.
+    ordered = sorted(baselines.items(), key=lambda one: one[1])
+    for share, (name, baseline) in zip(cycle((0.01, 0.3, 0.6)), ordered, strict=False):
         # A perplexity is the exponential of nats, so its baselines are too.
         level = math.exp(baseline) if perplexity else baseline
         axis.axhline(level, color="0.6", linewidth=0.7, linestyle=":")
         place = axis.get_yaxis_transform()  # across by share of the axis, up by value
-        axis.text(share, level, name.replace("_", " "), transform=place, fontsize=6, color="0.4", va="bottom")
+        label = axis.text(share, level, name.replace("_", " "), transform=place, fontsize=6, va="bottom")
+        label.set(color="0.4", zorder=1.5)  # over raw lines, under their means
+        label.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3})
 
 
 def finish(axis: Axes, *, tokens: str = "") -> None:

@@ -55,6 +55,7 @@ def test_curves_without_a_finished_run_say_so_and_other_codes_have_other_baselin
     made = Made(tmp_path, fast=[0], slow=[0])
     empty = section(made, "curves", arms=["fast", "slow"], values=["image_loss"])
     assert empty.found == "No run of fast, slow with image_loss is finished." and empty.figure is None
+    assert column(section(made, "ends", arms=["fast"]), "ended") == ["not begun"]
     for arm, floor in (("fast", 4.0), ("slow", 4.5)):
         made.run(
             arm, 0, train=[{"image_loss": 5.0}], manifest={"floors_nats": {"heldout": {"unigram": floor}}}

@@ -85,7 +85,7 @@ def ends(study: Study, out: Path, *, arms: list[str]) -> Section:
 def _end(run: Run) -> list[str]:
     """Write one run as a row of the table."""
     if not run.is_done:
-        return [run.folder.name, f"{run.state or 'not begun'}: {run.reason}", *[""] * 5]
+        return [run.folder.name, ": ".join(filter(None, (run.state or "not begun", run.reason))), *[""] * 5]
     end = [row for row in run.rows if row.split == TRAIN_ROWS][-1]
     # Of the newest checkpoint: the last step has a row only in runs since 0.1.
     facts = read_checkpoint_manifest(step_folder(run.folder, last_step(run.folder))).facts
@@ -107,14 +107,16 @@ def _smoothed_end(one: Curve) -> float:
 def _draw_curves(
     values: dict[str, dict[str, Curve]], *, decay: float, perplexity: bool, baselines: dict[str, float]
 ) -> Figure:
-    """Draw each value's panel: every seed raw and pale, with the mean of smoothed seeds on top."""
+    """Draw each value's panel: every seed raw and pale, with the means of smoothed seeds on top of them all."""
     figure, axes = panels(len(values))
     for axis, (value, arms) in zip(axes, values.items(), strict=True):
         for (arm, one), (colour, dash) in zip(arms.items(), styles(), strict=False):
+            alpha = 0.3 / len(arms) ** 0.5  # raw lines of many arms would hide the means
             smoothed = np.array([ema(row.tolist(), decay=decay) for row in one.values])
             shown = [np.exp(each) if perplexity else each for each in (one.values, smoothed.mean(0))]
             for row in shown[0]:
-                axis.plot(one.tokens, row, color=colour, alpha=0.25, linewidth=0.5, marker=only_point(row))
+                marker = only_point(row)
+                axis.plot(one.tokens, row, color=colour, alpha=alpha, linewidth=0.5, marker=marker, zorder=1)
             count = len(one.seeds)
             label = f"{arm} ({count} seed{'s' if count > 1 else ''})"
             marker = only_point(shown[1])
