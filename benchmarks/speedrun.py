@@ -219,7 +219,10 @@ def page_of(tries: list[dict]) -> str:
     """Write docs/speedrun.md."""
     met = sorted(filter(is_met, tries), key=lambda one: mean(one, "seconds"))
     missed = [one for one in tries if not is_met(one)]
-    return "\n".join([INTRODUCTION, *table(met), MISSED, *table(missed)]) + "\n"
+    state = (
+        [] if record_of(tries) else [f"No record is set yet: these have fewer than {ENOUGH_SEEDS} seeds.\n"]
+    )
+    return "\n".join([INTRODUCTION, *state, *table(met), MISSED, *table(missed)]) + "\n"
 
 
 def table(tries: list[dict]) -> list[str]:

@@ -231,6 +231,13 @@ def not_here(name: Path | str) -> str:
     return f"{name!s:.200} does not exist here; a name on the Hugging Face hub is written {HUB}USER/NAME"
 
 
+def why_lacking(folder: Path | str, name: str) -> str:
+    """Say why a folder does not have the file `name`: the folder does not exist, is a file, or has none."""
+    if os.path.isdir(folder):  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+        return f"it has no {name}"
+    return "it is a file" if os.path.exists(folder) else "it does not exist here"  # noqa: PTH110
+
+
 def is_inside(name: str) -> bool:
     """Tell whether a relative name stays inside its folder."""
     path = Path(name)

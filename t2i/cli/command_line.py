@@ -104,7 +104,7 @@ def quiet_libraries() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.basicConfig(level=logging.ERROR, format="%(message)s")  # some libraries log to the root itself
     logging.getLogger("t2i").setLevel(logging.INFO)
-    for name in ("DeepSpeed", "streaming", "transformers", "torch.utils.cpp_extension"):
+    for name in ("DeepSpeed", "streaming", "transformers", "huggingface_hub", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # A filter, not a level: DeepSpeed sets its own level when it is imported, and plans are read from stdout.
     logging.getLogger("DeepSpeed").addFilter(_is_error)

@@ -47,27 +47,27 @@ class ForgettingCommand:
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
-    """Results file. Default: forgetting.json in the run or model folder."""
+    """Results file. Default: forgetting.json in the run or model folder, or in demo_measures/ for demo."""
 
 
 def main() -> None:
     command = parse(ForgettingCommand, description=__doc__ or "")
     from t2i.data.shards.manifest import MANIFEST
-    from t2i.files import check_results_file, results_file, write_json
+    from t2i.files import check_results_file, results_file, why_lacking, write_json
     from t2i.measure.forgetting import FORGETTING, PROMPTS, check_text, measure_forgetting
-    from t2i.runs.loading import find
+    from t2i.runs.loading import find, measures_home
 
     # All of it before the first model is measured: a slip in the last flag would cost what the others took.
     check_results_file(command.out, name=FORGETTING, keys=("prompts", "models"))
     folder, run_dir = find(command.ckpt)
-    path = results_file(command.out, default=(run_dir or folder) / FORGETTING)
+    path = results_file(command.out, default=measures_home(run_dir or folder) / FORGETTING)
     if command.reference:
         find(command.reference)
     check_text(command.text, name="--text")
     if command.captions is not None and not (command.captions / MANIFEST).is_file():
         raise UserError(
-            f"--captions {command.captions} is no folder of shards: it has no {MANIFEST}. Captions of images that were"
-            " not prepared are --text."
+            f"--captions {command.captions} is no folder of shards: {why_lacking(command.captions, MANIFEST)}. Captions"
+            " of images that were not prepared are --text."
         )
     results = measure_forgetting(
         {"model": command.ckpt, **({"reference": command.reference} if command.reference else {})},

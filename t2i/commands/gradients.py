@@ -22,14 +22,15 @@ class GradientsCommand:
     """The model and the held-out data."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i;
+    with image codes."""
     data: HeldoutData = field(default_factory=HeldoutData)
     num_sequences: Annotated[int, Ge(1), Le(1_000_000_000)] = 64
     """Held-out pairs that are measured."""
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
-    """Results file. Default: gradients.json in the run or exported folder."""
+    """Results file. Default: gradients.json in the run or exported folder, or in demo_measures/ for demo."""
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
         dtype="float32",  # whatever is stored: gradients of bf16 weights round at every layer
         trust_remote_code=command.trust_remote_code,
     )
-    path = results_file(command.out, default=model.home / GRADIENTS)
+    path = results_file(command.out, default=model.measures / GRADIENTS)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     ids = heldout_sequences(model, config=config, num_sequences=command.num_sequences)
     results = gradient_shares(model, ids)

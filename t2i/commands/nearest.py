@@ -24,7 +24,8 @@ class NearestCommand:
     """The model, and an earlier one to compare with."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME), with image codes."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i;
+    with image codes."""
     before: Annotated[str | None, CKPT] = None
     """An earlier CKPT with the same codes; adds linear CKA between its image embeddings and today's."""
     num_shown: Annotated[int, Ge(0), Le(1_000_000_000)] = 8
@@ -32,7 +33,7 @@ class NearestCommand:
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
-    """Results file. Default: nearest.json in the run or exported folder."""
+    """Results file. Default: nearest.json in the run or exported folder, or in demo_measures/ for demo."""
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     check_results_file(command.out, name=NEAREST, keys=("checkpoint", "input"))
     open_one = partial(open_model, needs_images=False, trust_remote_code=command.trust_remote_code)
     model = open_one(command.ckpt)
-    path = results_file(command.out, default=model.home / NEAREST)
+    path = results_file(command.out, default=model.measures / NEAREST)
     results = compare_rows(model, before=open_one(command.before) if command.before else None)
     write_nearest(results, model=model, path=path)
     for side, found in (

@@ -36,7 +36,7 @@ class PerplexityCommand:
     trust_remote_code: bool = False
     """Run the Python code that the model's folder brings for its class. Read it first: it can do all that you can."""
     out: Path | None = None
-    """Results file. Default: perplexity.json in the run or exported folder."""
+    """Results file. Default: perplexity.json in the run or exported folder, or in demo_measures/ for demo."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         dtype=command.dtype,
         trust_remote_code=command.trust_remote_code,
     )
-    path = results_file(command.out, default=model.home / PERPLEXITY)
+    path = results_file(command.out, default=model.measures / PERPLEXITY)
     config = data_of(model, shards=command.data.shards, mode=command.data.mode)
     results = measure_perplexity(
         model, config=config, batch_size=command.batch_size, num_images=command.num_images or None

@@ -50,8 +50,8 @@ class ScoreCommand:
     """The model, the images and the measures."""
 
     ckpt: Ckpt
-    """A run folder, a checkpoint, an exported folder or a hub name (hf:USER/NAME); a Janus, an Emu3 or a Chameleon of
-    transformers; or the word `compare` or `judge`."""
+    """A run folder, a checkpoint, an exported folder, a hub name (hf:USER/NAME), or demo, which comes with t2i; a
+    Janus, an Emu3 or a Chameleon of transformers; or the word `compare` or `judge`."""
     image_size: Annotated[int | None, Ge(1)] = None
     """Pixels per side that an Emu3 draws. Default: 720."""
     heldout_shards: Path | None = None
@@ -59,7 +59,7 @@ class ScoreCommand:
     coco: Path | None = None
     """Folder with annotations/captions_val2014.json and val2014/*.jpg; by default held-out images are used."""
     num_samples: Annotated[int | None, Ge(2)] = None
-    """Captions drawn: by default 30,000 of COCO, or half of the held-out ones, of which there must be so many."""
+    """Captions drawn: by default 30,000 of COCO, or half of the held-out ones. Without --coco from 10 to that half."""
     other_half: bool = False
     """Swap the halves of the held-out images: settings that were chosen on one are confirmed on the other."""
     list_seed: Annotated[int, Ge(0)] = 0
@@ -68,7 +68,8 @@ class ScoreCommand:
     """A published list of COCO captions instead of --list-seed: .txt with one caption per line, or .csv, .tsv, .jsonl,
     .parquet with a column caption, text or prompt, and image_id, coco_id, uid or file_name if there is one."""
     out: Path | None = None
-    """Folder for images and scores.json. Default: eval/ or coco/ in the run (by step) or exported folder."""
+    """Folder for images and scores.json. Default: eval/ or coco/ in the run (by step) or exported folder, or in
+    demo_measures/ for demo."""
     features: Literal["efficientnet_lite0", "inception", "dinov2", "clip"] | None = None
     """Feature network. Default: inception with --coco, else efficientnet_lite0. clip measures CMMD as well."""
     features_folder: Path | None = None
@@ -203,12 +204,12 @@ def contestant_of(command: ScoreCommand, processes: "PartialState") -> "Contesta
 
 
 def manifest_of(command: ScoreCommand, checkpoint: "Contestant") -> "Manifest":
-    from t2i.data.shards.manifest import read_manifest_file
+    from t2i.data.shards.manifest import read_manifest
     from t2i.measure.heldout_images import read_data_manifest
     from t2i.runs.loading import OpenedModel
 
     if command.heldout_shards is not None:
-        manifest = read_manifest_file(command.heldout_shards / "manifest.json")
+        manifest = read_manifest(command.heldout_shards)
     elif isinstance(checkpoint, OpenedModel):
         manifest = read_data_manifest(checkpoint)
     else:

@@ -22,7 +22,7 @@ class CompareCommand:
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
     """scores.json of one model, its folder, a file of an export's .eval_results/, or the export's card, README.md."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Those of another, in any of these forms."""
+    """scores.json of the other model, its folder, a file of its .eval_results/, or its card."""
 
 
 @dataclass(frozen=True)

@@ -256,3 +256,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        if model.init == "random" and model.hidden_size % (2 * model.num_heads):
+            raise UserError(
+                f"model.num_heads is {model.num_heads}; expected a number that divides model.hidden_size"
+                f" ({model.hidden_size}) into even widths."
+            )

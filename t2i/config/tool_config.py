@@ -81,15 +81,15 @@ class PlanConfig:
     price: Annotated[float, Ge(0), Le(1_000_000)] = 0.0
     """US dollars per GPU-hour; 0 for no cost."""
     text_vocab_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 50_432
-    """Size of the text vocabulary (open_lm-1b's), unless model.init gives it."""
+    """Size of the text vocabulary (open_lm-1b's), unless model.init or shards that are there give it."""
     codebook_size: Annotated[int, Ge(1), Le(1_000_000_000)] = 16_384
-    """Image codes (paper sec. 2.1)."""
+    """Image codes (paper sec. 2.1), while no shards are there."""
     codes_per_image: Annotated[int, Ge(1), Le(1_000_000_000)] = 1_024
-    """Codes per image (paper sec. 2.1)."""
+    """Codes per image (paper sec. 2.1), while no shards are there."""
     num_pairs: Annotated[int, Ge(1)] = 134_000_000
-    """Captioned images to train on (paper sec. 2.1)."""
+    """Captioned images to train on (paper sec. 2.1), while no shards are there."""
     caption_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 30
-    """Mean tokens per caption (paper sec. 2.1)."""
+    """Mean tokens per caption (paper sec. 2.1), while no shards are there."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -90,9 +90,9 @@ def convert_open_lm(
             config_of(read_values(config_names), source=" ".join(config_names))
         tell(memory_needed(checkpoint))
         has_own = any((checkpoint / name).is_file() for name in (JSON, MODEL, *OLDER))
+        tensors = open_lm_tensors(read_weights(checkpoint))  # before a hub is asked
         tokenizer = TextTokenizer.load(text_tokenizer or (checkpoint if has_own else NEOX))
         releases = identify(checkpoint, tell=tell)
-        tensors = open_lm_tensors(read_weights(checkpoint))
         config = _config(
             config_names, tensors=tensors, positions=positions, checkpoint=checkpoint, releases=releases
         )

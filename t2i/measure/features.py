@@ -77,16 +77,19 @@ def load_features(
     if name not in FEATURE_NAMES or resize not in RESIZES:
         wanted = f"expected one of {', '.join(FEATURE_NAMES)} and one of {', '.join(RESIZES)}"
         raise UserError(f"Features {name} with resize {resize} are not known; {wanted}.")
-    if (folder is not None) != (name in FOLDER_FEATURES):
-        names = " and ".join(FOLDER_FEATURES)
+    if name in FOLDER_FEATURES and folder is None:
         raise UserError(
-            f"--features-folder is {folder} with features {name}; expected a folder with {names}, and only with them."
+            f"--features {name} wants --features-folder DIR, such a network in transformers' layout."
+        )
+    if folder is not None and name not in FOLDER_FEATURES:
+        raise UserError(
+            f"--features-folder is {folder} with features {name}; it is for --features {' or '.join(FOLDER_FEATURES)}."
         )
     if name == "inception":
         return _inception(weights or cached_inception(), resize, torch.device(device))
     if weights is not None or resize != "clean":
         raise UserError(
-            f"{name} has its own weights and the resize rule clean; found weights {weights}, resize {resize}."
+            f"--inception and --resize are for --features inception; found {weights} and {resize} with {name}."
         )
     if folder is not None:
         return folder_features(name, folder, device=torch.device(device))

@@ -15,7 +15,7 @@ from PIL import Image
 from t2i.data.shards.manifest import Manifest
 from t2i.data.sources import reopen_source
 from t2i.errors import DataError, UserError
-from t2i.files import check_keys, read_json, read_optional_json, write_whole
+from t2i.files import check_keys, read_json, read_optional_json, why_lacking, write_whole
 from t2i.measure.heldout_images import heldout_halves
 from t2i.measure.protocol import SCORES
 from t2i.report.figures import loss_curves
@@ -97,7 +97,8 @@ def write_report(run_dir: Path, *, refresh_seconds: int = 0) -> Path:
     for name in (RESOLVED, ENVIRONMENT):  # an exported folder has only the first
         if not (run_dir / name).is_file():
             raise UserError(
-                f"{run_dir} is no run folder: it has no {name}. An exported folder has its numbers in README.md."
+                f"{run_dir} is no run folder: {why_lacking(run_dir, name)}. An exported folder has its numbers in"
+                " README.md."
             )
     path = run_dir / "report.html"
     write_whole(path, _template().render(vars(_page(run_dir)), refresh_seconds=refresh_seconds))

@@ -37,6 +37,8 @@ from t2i.tokens.vocab import VocabLayout
 DATA_MANIFEST = "data_manifest.json"
 """Copy of the manifest of the shards that the model was trained on."""
 SHIPPED_MODEL = "demo"
+SHIPPED_MEASURES = Path("demo_measures")
+"""Where the shipped model's measures are written, below the current folder: its own folder is the package's."""
 """The CKPT that comes with t2i: what `make demo` has trained."""
 OTHER_FORMATS = [
     *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*"),
@@ -74,8 +76,13 @@ class OpenedModel:
 
     @property
     def home(self) -> Path:
-        """The folder that holds its measures: its run folder, else its own folder."""
+        """Its run folder, else its own folder."""
         return self.run_dir or self.folder
+
+    @property
+    def measures(self) -> Path:
+        """The folder that its measures are written to: its home, unless that is the package's."""
+        return measures_home(self.home)
 
     @property
     def dtype(self) -> str:
@@ -84,7 +91,7 @@ class OpenedModel:
 
     def measures_folder(self, name: str) -> Path:
         """Name the folder of this checkpoint's measures: NAME/step_NNNNNN in its run, NAME in an exported folder."""
-        return self.folder / name if self.run_dir is None else self.run_dir / name / self.folder.name
+        return self.measures / name if self.run_dir is None else self.run_dir / name / self.folder.name
 
     def needed_image_tokenizer(self) -> ImageTokenizer:
         """Return the image tokenizer of a model that was opened for images."""
@@ -99,6 +106,11 @@ class OpenedModel:
 
 class _RemovedError(CheckpointError):
     """A checkpoint was removed while it was read, as a run that trains removes old ones."""
+
+
+def measures_home(home: Path) -> Path:
+    """Name the folder for the measures of a run folder or another model's own folder."""
+    return SHIPPED_MEASURES if home == ASSETS / SHIPPED_MODEL else home
 
 
 def find(name: str) -> tuple[Path, Path | None]:
@@ -133,6 +145,8 @@ def find(name: str) -> tuple[Path, Path | None]:
         return path if is_named else path.resolve(), run_dir
     if (path / "config.json").is_file():
         return path, None
+    if path.is_file():
+        raise UserError(f"{refusal}: it is a file.")
     raise UserError(f"{refusal}: it has neither {CHECKPOINTS}/ nor config.json.")
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i.errors import DataError, UserError, first_line
-from t2i.files import read_json
+from t2i.files import read_json, why_lacking
 
 if TYPE_CHECKING:
     from diffusers import VQModel
@@ -120,7 +120,10 @@ class ImageTokenizer:
             UserError: the folder is not a VQModel folder, or its weights are broken or more than tensors.
         """
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no image tokenizer: it has no config.json of a diffusers VQModel.")
+            lacks = why_lacking(folder, "config.json")
+            raise UserError(
+                f"{folder} is no image tokenizer: {lacks}. Expected the folder of a diffusers VQModel."
+            )
         kind = read_json(folder / "config.json", error=UserError).get("_class_name")
         if kind != KIND:
             raise UserError(f"{folder} is no image tokenizer: its config.json is of {kind}; expected {KIND}.")

@@ -242,7 +242,10 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **OPTIONS)
     except (OSError, ValueError) as error:
-        raise UserError(f"the hub gives no text tokenizer {HUB}{name}: {first_line(error)}") from error
+        raise UserError(
+            f"the hub gives no text tokenizer {HUB}{name}: {first_line(error)} A folder with tokenizer.json is taken"
+            " too."
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{HUB}{name} is a {type(tokenizer).__name__}; expected one with tokenizer.json.")
     return tokenizer

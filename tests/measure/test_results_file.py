@@ -78,6 +78,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
             "runs/pretrianed is no run folder, checkpoint or exported folder",
         ),
         (["--captions", "images"], "--captions images is no folder of shards: it has no manifest.json"),
+        (["--captions", "notes.txt"], "--captions notes.txt is no folder of shards: it is a file"),
+        (["--captions", "imagse"], "--captions imagse is no folder of shards: it does not exist here"),
         (
             ["--text", "data/mien"],
             "--text is data/mien, of which no text can be read: data/mien does not exist",

@@ -1,6 +1,7 @@
 """Which names are paths and which are asked of the hub."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import filter_repo_objects
@@ -86,6 +87,8 @@ def test_demo_is_the_model_that_comes_with_t2i(tmp_path, monkeypatch):
     assert codes.shape == (opened.model.config.codes_per_image,)
     # What it is known by are its weights, as those of the checkpoint that it was exported from.
     assert opened.weights == sha256_of(folder / "model.safetensors")
+    # Its own folder is the package's: a measure there would end up in the next wheel.
+    assert opened.measures_folder("eval") == Path("demo_measures/eval") and opened.home == folder
     # A folder of the user's own comes first.
     (tmp_path / "demo").mkdir()
     with pytest.raises(UserError, match=r"it has neither checkpoints/ nor config\.json\.$"):

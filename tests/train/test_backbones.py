@@ -265,6 +265,10 @@ def test_a_deviation_without_a_fresh_start_or_for_a_class_that_takes_none_is_ref
 ):
     with pytest.raises(UserError, match="model.init_std is 0.1; expected None unless control_init is fresh"):
         replace(finished.model, init_std=0.1)
+    with pytest.raises(
+        UserError, match=r"model.num_heads is 7; expected a number that divides model.hidden_size"
+    ):
+        replace(finished, model=replace(finished.model, num_heads=7))
     open_lm = replace(finished.model, init=str(finished.run_dir), control_init="fresh", init_std=0.1)
     with pytest.raises(UserError, match="OpenLMConfig draws by a rule without such a deviation"):
         start_of(replace(finished, model=open_lm), tokenizer)

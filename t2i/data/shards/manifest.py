@@ -7,7 +7,7 @@ from typing import Any
 
 from t2i.config import DataConfig
 from t2i.errors import DataError, UserError
-from t2i.files import Kind, check_keys, file_hash, is_inside, read_json, write_json
+from t2i.files import Kind, check_keys, file_hash, is_inside, read_json, why_lacking, write_json
 from t2i.tokens.image import ROUND_TRIP
 from t2i.tokens.text import TextTokenizer
 
@@ -170,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not (folder / MANIFEST).is_file():
         raise DataError(
-            f"{folder} is no shard folder: it has no {MANIFEST}. Make one with launchers/prepare.py."
+            f"{folder} is no shard folder: {why_lacking(folder, MANIFEST)}. Make one with launchers/prepare.py."
         )
     return read_manifest_file(folder / MANIFEST)
 
