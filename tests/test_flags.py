@@ -18,7 +18,7 @@ from t2i.__main__ import VERBS, module_of
 from t2i.cli import parse
 from t2i.cli.names import flag_names, nearest
 from t2i.cli.rules import PACKAGE
-from t2i.commands import gradients, perplexity, sample, train
+from t2i.commands import gradients, perplexity, sample, score, scores, train
 from t2i.errors import READER_GONE, CheckpointError, UserError, run_command
 from t2i.settings import MAX_WHOLE, expected, hints_of
 
@@ -150,6 +150,25 @@ def test_a_misspelt_flag_is_a_sentence_with_the_nearest_names(kind, words, sente
     with pytest.raises(UserError) as refusal:
         parsed(monkeypatch, kind, *words)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "sentence"),
+    [
+        (
+            score.ScoreCommand,
+            ["comapre", "a.json", "b c"],
+            "a.json 'b c': no flag takes this. `t2i verb` takes CKPT, and all else behind the names of flags, which"
+            " `t2i verb --help` lists.",
+        ),
+        (scores.CompareCommand, ["a", "b", "c"], "c: no flag takes this. `t2i verb` takes A and B, and all"),
+        (train.TrainCommand, ["6"], "6: no flag takes this. `t2i verb` takes all behind the names of flags"),
+    ],
+)
+def test_a_word_too_many_is_a_sentence(kind, words, sentence, monkeypatch):
+    with pytest.raises(UserError) as refusal:
+        parsed(monkeypatch, kind, *words)
+    assert str(refusal.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(("verb", "name"), COMMANDS)

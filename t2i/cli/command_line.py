@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import tyro
 
-from t2i.cli.names import check_names, flag_hints, flag_names
+from t2i.cli.names import check_left, check_names, flag_hints, flag_names
 from t2i.cli.rules import REGISTRY, Refused
 from t2i.cli.run_file import run_file_flags
 from t2i.config.renamed import with_new_flags
@@ -53,15 +53,19 @@ def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") ->
     """Read flags into a dataclass, with a warning of old spellings.
 
     Raises:
-        UserError: an unknown flag, or a setting that is out of range or of another type.
+        UserError: an unknown flag, a word too many, or a setting that is out of range or of another type.
         SystemExit: a flag is missing, or has no value; tyro has reported it.
     """
     renamed = with_new_flags([_at_home(word) for word in words])
     check_names(renamed, hints=flag_hints(kind))
     try:
-        return tyro.cli(kind, args=renamed, description=description, registry=REGISTRY)
+        command, left = tyro.cli(
+            kind, args=renamed, description=description, registry=REGISTRY, return_unknown_args=True
+        )
     except Refused as refused:
         raise refused.error from None
+    check_left(left, kind=kind)
+    return command
 
 
 def _config_file(arguments: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Names of flags: those that a command has, what each takes, and the nearest to one that it has not."""
 
 import difflib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -79,6 +80,22 @@ def check_names(words: Sequence[str], *, hints: Mapping[str, Hint]) -> None:
                 f"{name} has the value {found!r}; expected no value: the switch alone, or with `no-` before the last"
                 " part of its name to turn it off."
             )
+
+
+def check_left(words: Sequence[str], *, kind: type) -> None:
+    """Refuse words that no flag and no place of a command has taken."""
+    if words:
+        named = [
+            getattr(mark, "metavar", None) or name.upper()
+            for name, hint in hints_of(kind).items()
+            for mark in getattr(hint, "__metadata__", ())
+            if POSITIONAL in hint.__metadata__ and mark is not POSITIONAL
+        ]
+        places = f"{' and '.join(named)}, and all else" if named else "all"
+        raise UserError(
+            f"{shlex.join(words)}: no flag takes this. `{sys.argv[0]}` takes {places} behind the names of flags, which"
+            f" `{sys.argv[0]} --help` lists."
+        )
 
 
 def nearest(name: str, known: set[str], *, form: str) -> str:
