@@ -161,8 +161,13 @@ def read_spec(file: Path) -> Study:
     for key in ("steps", "measures", "report"):
         if said := misfit(values.get(key, []), list[object], name=key):
             raise UserError(f"{file}: {said}")
-    values["steps"] = [_made(Step, one, file) for one in values.get("steps", [])]
-    values["measures"] = [_made(Measure, one, file) for one in values.get("measures", [])]
+    values["steps"] = [
+        _made(Step, one, file, place=place) for place, one in enumerate(values.get("steps", []), start=1)
+    ]
+    values["measures"] = [
+        _made(Measure, one, file, place=place)
+        for place, one in enumerate(values.get("measures", []), start=1)
+    ]
     if values.get("tuning") is not None and not isinstance(values["tuning"], Tuning):
         values["tuning"] = _made(Tuning, values["tuning"], file)
     values["report"] = [_section(one, file) for one in values.get("report", [])]
@@ -288,22 +293,28 @@ def _section(values: object, file: Path) -> SectionSpec:
     )
 
 
-def _made(kind: type[Made], values: object, file: Path) -> Made:
-    """Make one entry from the values in the file."""
+def _made(kind: type[Made], values: object, file: Path, *, place: int = 0) -> Made:
+    """Make one entry from the values in the file.
+
+    Args:
+        place: where it stands in its list, from 1; 0 if it stands in none.
+    """
     what, known = kind.__name__.lower(), {one.name: one.type for one in fields(kind)}
+    what = f"{what} {place}" if place else f"a {what}"
     if not isinstance(values, dict):
-        raise UserError(f"{file}: a {what} is {values!r}; expected names with values.")
+        raise UserError(f"{file}: {what} is {values!r}; expected names with values.")
     unknown = sorted(set(map(str, values)) - known.keys())
     if unknown:
         right = nearest_name(unknown[0], sorted(known))
-        raise UserError(f"{file}: unknown key {unknown[0]} of a {what}; {right}.")
+        others = f" Unknown too: {', '.join(unknown[1:])}." if unknown[1:] else ""
+        raise UserError(f"{file}: unknown key {unknown[0]} of {what}; {right}.{others}")
     for key, value in values.items():
         if said := misfit(value, known[key], name=str(key)):
-            raise UserError(f"{file}: {'' if kind is Study else f'a {what}: '}{said}")
+            raise UserError(f"{file}: {'' if kind is Study else f'{what}: '}{said}")
     try:
         return kind(**values)
     except TypeError as error:
-        raise UserError(f"{file}: a {what} is incomplete: {error}.") from error
+        raise UserError(f"{file}: {what} is incomplete: {error}.") from error
 
 
 def _check_steps(study: Study) -> None:

@@ -225,6 +225,10 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
         (("seeds: [0, 1]", "arm_seeds: {another: [0]}"), "arm_seeds names arm another"),
         (("title: Tiny", "title: Tiny\nseed: 3"), "unknown key seed of a study; perhaps seeds was meant"),
         (
+            ("arms: [pretrained]", "arm: [pretrained], zebra: 1"),
+            "unknown key arm of measure 1; perhaps arms was meant. Unknown too: zebra",
+        ),
+        (
             ("arms: [pretrained]", "arms: [pretraind]"),
             "measures: near names arm pretraind; perhaps pretrained was meant",
         ),
@@ -246,8 +250,8 @@ def test_arms_differ_in_their_own_settings_alone_and_come_seed_by_seed(tmp_path)
         ),
         (("random: {}", "random: {model: {init: }}"), "random: model.init is empty; expected a text"),
         (("random: {}", "random: {train: }"), "random: train is empty; expected settings of its own"),
-        (("{name: first, command: step.py", "{command: step.py"), "a step is incomplete"),
-        (("  - {name: first", "  - first\n  - {name: more"), "a step is 'first'; expected"),
+        (("{name: first, command: step.py", "{command: step.py"), "step 1 is incomplete"),
+        (("  - {name: first", "  - first\n  - {name: more"), "step 1 is 'first'; expected"),
         (
             ("{name: first,", "{name: first, needs: [second],"),
             "step first needs second, which is no step before it",
@@ -334,7 +338,7 @@ def test_what_a_study_names_as_its_base_does_is_the_same_job(tmp_path):
             "arms: {random: {train: {lr: 0.25, min_lr_ratio: 0.5}}}",
             "random-seed0 is another job .*differs in 0.25 --train.min_lr_ratio",
         ),
-        (STUDY.replace("{name: first, ", "{"), "", "study.yaml: a step is incomplete"),
+        (STUDY.replace("{name: first, ", "{"), "", "study.yaml: step 1 is incomplete"),
     ],
 )  # fmt: skip
 def test_a_study_and_its_base_agree_on_what_they_share(tmp_path, base, more, sentence):
