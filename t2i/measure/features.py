@@ -89,7 +89,8 @@ def load_features(
         return _inception(weights or cached_inception(), resize, torch.device(device))
     if weights is not None or resize != "clean":
         raise UserError(
-            f"--inception and --resize are for --features inception; found {weights} and {resize} with {name}."
+            f"--inception and --resize are for --features inception; {name} has its own weights and the resize rule"
+            f" clean. Found weights {weights}, resize {resize}."
         )
     if folder is not None:
         return folder_features(name, folder, device=torch.device(device))
