@@ -18,7 +18,7 @@ from t2i.__main__ import VERBS, module_of
 from t2i.cli import parse
 from t2i.cli.names import flag_names, nearest
 from t2i.cli.rules import PACKAGE
-from t2i.commands import gradients, perplexity, sample, score, scores, train
+from t2i.commands import gradients, perplexity, report, sample, score, scores, tokenizer, train
 from t2i.errors import READER_GONE, CheckpointError, UserError, run_command
 from t2i.settings import MAX_WHOLE, expected, hints_of
 
@@ -162,6 +162,12 @@ def test_a_misspelt_flag_is_a_sentence_with_the_nearest_names(kind, words, sente
             " `t2i verb --help` lists.",
         ),
         (scores.CompareCommand, ["a", "b", "c"], "c: no flag takes this. `t2i verb` takes A and B, and all"),
+        (report.ReportCommand, ["a", "b"], "b: no flag takes this. `t2i verb` takes RUN, and all"),
+        (
+            tokenizer.Train | tokenizer.Evaluate,
+            ["evaluate", "x", "--source", "a", "--out", "b"],
+            "x: no flag takes this. `t2i verb` takes all behind",
+        ),
         (train.TrainCommand, ["6"], "6: no flag takes this. `t2i verb` takes all behind the names of flags"),
     ],
 )

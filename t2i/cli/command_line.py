@@ -64,7 +64,7 @@ def read_flags(kind: type[T], words: Sequence[str], *, description: str = "") ->
         )
     except Refused as refused:
         raise refused.error from None
-    check_left(left, kind=kind)
+    check_left(left, kind=type(command))  # of several kinds, the one that was chosen
     return command
 
 

@@ -83,19 +83,20 @@ def check_names(words: Sequence[str], *, hints: Mapping[str, Hint]) -> None:
 
 
 def check_left(words: Sequence[str], *, kind: type) -> None:
-    """Refuse words that no flag and no place of a command has taken."""
-    if words:
-        named = [
-            getattr(mark, "metavar", None) or name.upper()
-            for name, hint in hints_of(kind).items()
-            for mark in getattr(hint, "__metadata__", ())
-            if POSITIONAL in hint.__metadata__ and mark is not POSITIONAL
-        ]
-        places = f"{' and '.join(named)}, and all else" if named else "all"
-        raise UserError(
-            f"{shlex.join(words)}: no flag takes this. `{sys.argv[0]}` takes {places} behind the names of flags, which"
-            f" `{sys.argv[0]} --help` lists."
-        )
+    """Refuse words that no flag and no place of a dataclass has taken."""
+    if not words:
+        return
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints_of(kind).items()}
+    named = [
+        next((mark.metavar for mark in found if getattr(mark, "metavar", None)), name.upper())
+        for name, found in marks.items()
+        if POSITIONAL in found
+    ]
+    places = f"{' and '.join(named)}, and all else" if named else "all"
+    raise UserError(
+        f"{shlex.join(words)}: no flag takes this. `{sys.argv[0]}` takes {places} behind the names of flags, which"
+        f" `{sys.argv[0]} --help` lists."
+    )
 
 
 def nearest(name: str, known: set[str], *, form: str) -> str:

@@ -259,6 +259,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         model = self.model
+        # OpenLMConfig refuses it too, but only where the model is made, behind the run folder.
         if model.init == "random" and model.hidden_size % (2 * model.num_heads):
             raise UserError(
                 f"model.num_heads is {model.num_heads}; expected a number that divides model.hidden_size"

@@ -37,9 +37,9 @@ from t2i.tokens.vocab import VocabLayout
 DATA_MANIFEST = "data_manifest.json"
 """Copy of the manifest of the shards that the model was trained on."""
 SHIPPED_MODEL = "demo"
-SHIPPED_MEASURES = Path("demo_measures")
-"""Where the shipped model's measures are written, below the current folder: its own folder is the package's."""
 """The CKPT that comes with t2i: what `make demo` has trained."""
+SHIPPED_MEASURES = Path("demo_measures")
+"""Where its measures are written, below the current folder: its own folder is the package's."""
 OTHER_FORMATS = [
     *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*"),
     *("consolidated*", "*.h5", "*.msgpack", "*.ot", "*.tflite"),

@@ -161,13 +161,8 @@ def read_spec(file: Path) -> Study:
     for key in ("steps", "measures", "report"):
         if said := misfit(values.get(key, []), list[object], name=key):
             raise UserError(f"{file}: {said}")
-    values["steps"] = [
-        _made(Step, one, file, place=place) for place, one in enumerate(values.get("steps", []), start=1)
-    ]
-    values["measures"] = [
-        _made(Measure, one, file, place=place)
-        for place, one in enumerate(values.get("measures", []), start=1)
-    ]
+    values["steps"] = _listed(Step, values.get("steps", []), file)
+    values["measures"] = _listed(Measure, values.get("measures", []), file)
     if values.get("tuning") is not None and not isinstance(values["tuning"], Tuning):
         values["tuning"] = _made(Tuning, values["tuning"], file)
     values["report"] = [_section(one, file) for one in values.get("report", [])]
@@ -291,6 +286,10 @@ def _section(values: object, file: Path) -> SectionSpec:
         **{"section": "", **shared},
         arguments={key: value for key, value in values.items() if key not in shared},
     )
+
+
+def _listed(kind: type[Made], entries: list[object], file: Path) -> list[Made]:
+    return [_made(kind, one, file, place=place) for place, one in enumerate(entries, start=1)]
 
 
 def _made(kind: type[Made], values: object, file: Path, *, place: int = 0) -> Made:
