@@ -15,6 +15,7 @@ images of val2014 are used, on Inception features. Run the same command to resum
 not measured alike. `judge` trains the exact judge of the embedded images, and says how often it is right.
 """
 
+import difflib
 import logging
 import sys
 import time
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from t2i.measure.score import Contestant, Control, Rulers, Task
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("compare", "judge")
+"""Words in the place of a CKPT: each is a command of its own."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,10 @@ def captions_heard(command: ScoreCommand, checkpoint: "Contestant") -> "dict[str
 
 def main() -> None:
     verb = next(iter(sys.argv[1:]), "")
-    if verb in ("compare", "judge"):
+    meant = difflib.get_close_matches(verb, KINDS, n=1)
+    if meant and verb not in KINDS and not Path(verb).exists():
+        raise UserError(f"{verb} does not exist, so it is no CKPT; perhaps you meant {meant[0]}.")
+    if verb in KINDS:
         sys.argv[:2] = [f"{sys.argv[0]} {verb}"]  # the verb becomes part of the program's name
     if verb == "compare":
         compare(parse(CompareCommand, description=__doc__ or ""))

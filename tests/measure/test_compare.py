@@ -55,6 +55,11 @@ def test_a_judge_of_one_alone_is_named(tmp_path, call, capsys):
     assert f"as they judged {tmp_path / 'a.json'} alone: hpsv3." in capsys.readouterr().out
 
 
+def test_a_misspelt_compare_is_no_checkpoint(call, capsys):
+    assert call("eval/coco_fid.py", "comapre", "a.json", "b.json") != 0
+    assert "perhaps you meant compare" in capsys.readouterr().err
+
+
 def test_a_score_by_the_judge_that_chose_is_another_score(tmp_path):
     first = scores(tmp_path, "a", **judges())
     with pytest.raises(UserError, match=r"judges\.hpsv3\.chose_the_images: not stated \| True"):
