@@ -14,6 +14,7 @@ from t2i.config import DsConfig, TrainConfig, bucket_elements
 from t2i.data.batching import accumulation
 from t2i.distributed.collectives import rank_and_size
 from t2i.errors import UserError
+from t2i.model import learning_attention
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
 from t2i.tokens.vocab import VocabLayout
@@ -79,6 +80,7 @@ def make_engine(
     Raises:
         UserError: DeepSpeed refuses its JSON.
     """
+    learning_attention.register()
     groups = parameter_groups(learner, config=config)
     largest = max(value.numel() for group in groups for value in group["params"])
     whole = whole_ds_config(ds_config, config=config, per_rank=per_rank, largest=largest)

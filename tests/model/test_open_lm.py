@@ -7,7 +7,7 @@ import torch
 
 from t2i.errors import UserError
 from t2i.model.open_lm import fixed_shape_open_lm, sampling_open_lm
-from t2i.model.open_lm.attention_open_lm import mix, rotary_angles, rotate
+from t2i.model.open_lm.attention_open_lm import rotary_angles, rotate
 from t2i.model.open_lm.configuration_open_lm import NORM_TYPES, OpenLMConfig
 from t2i.model.open_lm.decoding_open_lm import Decoder, FixedDecoder, StaticCache
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -222,21 +222,6 @@ def test_the_compiler_itself_draws_the_same_codes(batch, monkeypatch):
     settings = {"seeds": range(batch), "guidance_scale": 3.0, **SETTINGS}
     wanted = sample_codes(model, PROMPTS[:batch], **settings)
     assert torch.equal(sample_codes(model, PROMPTS[:batch], **settings, is_compiled=True), wanted)
-
-
-@pytest.mark.parametrize("mask", [None, torch.ones(5, 5).tril().bool(), torch.ones(5, 5).triu(1) * -1e9])
-def test_bf16_attention_learns_by_the_gradients_of_fp32(mask):
-    torch.manual_seed(0)
-    narrow = [torch.randn(2, 4, 5, 8).bfloat16().requires_grad_() for _ in range(3)]
-    wide = [part.detach().float().requires_grad_() for part in narrow]
-    own = None if mask is None or mask.dtype == torch.bool else mask.bfloat16()
-    mixed = mix(*narrow, mask if own is None else own, is_causal=mask is None)
-    wanted = mix(*wide, mask, is_causal=mask is None)
-    for one in (mixed, wanted):
-        one.sum().backward()
-    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, wanted.bfloat16())
-    for part, twin in zip(narrow, wide, strict=True):
-        assert torch.equal(part.grad, twin.grad.bfloat16())
 
 
 def test_bf16_is_sampled_by_the_plain_product():

@@ -55,12 +55,21 @@ def eager_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 def mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
     """Mix values (B, H, T, head_dim) by SDPA, for queries (B, H, S, head_dim)."""
     dtype = query.dtype
-    # On a CPU the gradient takes about twice as long in bf16 as in fp32.
-    if dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
-        query, key, value = query.float(), key.float(), value.float()
-        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    query, key, value, mask = for_learning(query, key, value, mask)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     return mixed.to(dtype)
+
+
+def for_learning(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return what SDPA mixes: in fp32 if it is bf16, on a CPU, and of a model that learns; else as it is."""
+    # The gradient takes about twice as long in bf16 there.
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or not query.requires_grad:
+        return query, key, value, mask
+    if mask is not None and mask.is_floating_point():
+        mask = mask.float()
+    return query.float(), key.float(), value.float(), mask
 
 
 class Attention(nn.Module):
