@@ -122,6 +122,7 @@ def estimate_memory(
     num_gpus: int,
     num_tokens: int,
     is_checkpointed: bool,
+    on_cpu: bool = False,
 ) -> Memory:
     """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens tokens."""
     element = weight_bytes(ds_config)
@@ -147,28 +148,40 @@ def estimate_memory(
             num_tokens=num_tokens,
             element_bytes=element,
             is_checkpointed=is_checkpointed,
+            on_cpu=on_cpu,
         ),
     )
 
 
 def activation_bytes(
-    model: PretrainedConfig, *, inner_width: int, num_tokens: int, element_bytes: int, is_checkpointed: bool
+    model: PretrainedConfig,
+    *,
+    inner_width: int,
+    num_tokens: int,
+    element_bytes: int,
+    is_checkpointed: bool,
+    on_cpu: bool = False,
 ) -> float:
     """Estimate the bytes that the forward pass keeps for the backward pass; attention scores are never stored.
 
     Per token a layer keeps, in units of the width D: inputs and outputs of both norms (4), queries, keys and values
     (3, plus 2 if queries and keys are rotated or normalised), and the attention's output (1). In units of the
     feed-forward's width it keeps gate, value, activation and product (4). Gradient checkpointing keeps each layer's
-    input (1) and one whole layer.
+    input (1) and one whole layer. On a CPU attention in bf16 keeps its own queries, keys, values and output in fp32;
+    those before it only if they are normalised.
     """
     width = model.hidden_size
     # Rotary is what most other model classes have, which do not say so.
     positions = getattr(model, "positional_embedding_type", "rotary")
-    is_turned = positions == "rotary" or getattr(model, "qk_norm", False)
+    is_normalised = getattr(model, "qk_norm", False)
+    if on_cpu and element_bytes == 2:
+        mixing = 4 * 4 + 2 + 2 * 3 * is_normalised
+    else:
+        mixing = element_bytes * (6 if positions == "rotary" or is_normalised else 4)
     # In fp32: mean and deviation of two norms, and attention's normaliser of each head.
     heads = [getattr(layer, "num_attention_heads", None) or 0 for layer in _layers(model)]
     statistics = 4 * (4 + sum(heads) / len(heads))
-    layer = element_bytes * ((10 if is_turned else 8) * width + 4 * inner_width) + statistics
+    layer = (4 * element_bytes + mixing) * width + 4 * element_bytes * inner_width + statistics
     # Outside the layers: the last norm, and the hidden states, places and labels that the loss counts.
     outside = element_bytes * 2 * width + 24
     kept = layer if not is_checkpointed else element_bytes * width

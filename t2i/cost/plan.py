@@ -152,7 +152,12 @@ def make_plan(
     limit = ds_config["train_micro_batch_size_per_gpu"]
     steps, micro_batch = accumulation(sequences // plan.num_gpus, micro_batch=limit)
     memory = partial(
-        estimate_memory, work.model, counts=work.counts, ds_config=ds_config, num_gpus=plan.num_gpus
+        estimate_memory,
+        work.model,
+        counts=work.counts,
+        ds_config=ds_config,
+        num_gpus=plan.num_gpus,
+        on_cpu=plan.gpu == "cpu",
     )
     return Plan(
         init=model.init,

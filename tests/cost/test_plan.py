@@ -35,6 +35,7 @@ from t2i.data.batching import accumulation, global_batch
 from t2i.data.shards.reader import read_split
 from t2i.errors import UserError
 from t2i.model import loss
+from t2i.model.open_lm import attention_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.tokens.vocab import VocabLayout
@@ -319,10 +320,16 @@ def test_states_are_those_that_a_real_engine_holds(ds_config, one_process):
     assert gradients == pytest.approx(want.gradients, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "on_cpu"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"positional_embedding_type": "head_rotary"}, {"qk_norm": True}])
-def test_activations_are_those_that_a_forward_pass_keeps(settings, is_checkpointed, dtype):
+def test_activations_are_those_that_a_forward_pass_keeps(
+    settings, is_checkpointed, dtype, on_cpu, monkeypatch
+):
+    if not on_cpu:  # what a GPU keeps
+        monkeypatch.setattr(attention_open_lm, "for_learning", lambda *parts: parts)
     config = tiny_config(**settings)
     learner = learner_of(config, is_checkpointed=is_checkpointed).to(dtype)
     ids, labels = batch()
@@ -344,6 +351,7 @@ def test_activations_are_those_that_a_forward_pass_keeps(settings, is_checkpoint
         inner_width=config.intermediate_size,
         num_tokens=ids.numel(),
         element_bytes=dtype.itemsize,
+        on_cpu=on_cpu,
     )
     whole = estimate(config, is_checkpointed=is_checkpointed)
     # With checkpointing the estimate holds one layer whole, which exists only in the backward pass.
