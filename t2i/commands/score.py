@@ -282,11 +282,10 @@ def captions_heard(command: ScoreCommand, checkpoint: "Contestant") -> "dict[str
 
 def main() -> None:
     verb = next(iter(sys.argv[1:]), "")
-    meant = difflib.get_close_matches(verb, KINDS, n=1)
-    if meant and verb not in KINDS and not Path(verb).exists():
-        raise UserError(f"{verb} does not exist, so it is no CKPT; perhaps you meant {meant[0]}.")
     if verb in KINDS:
         sys.argv[:2] = [f"{sys.argv[0]} {verb}"]  # the verb becomes part of the program's name
+    elif (meant := difflib.get_close_matches(verb, KINDS, n=1)) and not Path(verb).exists():
+        raise UserError(f"{verb} does not exist, so it is no CKPT; perhaps you meant {meant[0]}.")
     if verb == "compare":
         compare(parse(CompareCommand, description=__doc__ or ""))
     elif verb == "judge":
