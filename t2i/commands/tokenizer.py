@@ -24,7 +24,7 @@ from t2i.verbs import own_command_line
 
 @dataclass(frozen=True)
 class Train:
-    """Train a VQModel with spatial norms (MoVQGAN's family)."""
+    """Train a VQModel: one with spatial norms (MoVQGAN's family), or the one that --init-from names."""
 
     out: Path
     """Folder of the tokenizer, in diffusers format."""

@@ -168,6 +168,10 @@ class TokenizerConfig:
     # Structural similarity looks through a window of 11 pixels.
     image_size: Annotated[int, Ge(16), Le(16_384)] = 64
     """Pixels per side, a multiple of what a code covers."""
+    init_from: str = ""
+    """Folder of a VQModel whose weights and codebook the training begins with, to fine-tune it on your own images. Its
+    channels, layers_per_block, latent_channels and codebook_size are taken over. Optimizer and schedule begin anew: a
+    smaller lr, such as 1e-4, keeps more of it. Empty for random weights."""
     # Four levels: 64 pixels per side become 8 x 8 codes.
     channels: tuple[Annotated[int, Ge(32), Le(1_000_000), MultipleOf(32)], ...] = (32, 32, 64, 96)
     """Channels per resolution, finest first. A code covers 2^(levels - 1) pixels per side. Spatial norms need multiples
@@ -187,7 +191,8 @@ class TokenizerConfig:
     """Peak learning rate of Adam, reached after 100 steps, then cosine to a fiftieth."""
     # k-means on the latents of an autoencoder that is trained already gives a codebook that is used.
     continuous_share: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of the steps that train the autoencoder before the codebook is used; the last step always uses it."""
+    """Share of the steps that train the autoencoder before the codebook is used; the last step always uses it. None
+    with init_from, which brings its codebook."""
     edge_weight: Annotated[float, Ge(0)] = 1.0
     """Weight of the L1 loss of image gradients, at full and half size, beside the L1 loss of pixels."""
     colour_weight: Annotated[float, Ge(0)] = 4.0
@@ -202,6 +207,14 @@ class TokenizerConfig:
     installed. Empty for no alignment. Captions are told apart within a batch: batch_size 64 aligns better than 16."""
     align_weight: Annotated[float, Ge(0)] = 0.5
     """Weight of the alignment loss. More meaning costs fidelity: compare PSNR with that of 0."""
+    adversarial_weight: Annotated[float, Ge(0)] = 0.0
+    """Weight of a discriminator that learns to tell images from reconstructions, as by blurred edges. Of 1, it
+    changes the decoder's last weights as much as the pixels do. 0 for none; VQGAN's is 0.8."""
+    adversarial_after_share: Annotated[float, Ge(0), Lt(1)] = 0.5
+    """Share of the steps before the discriminator begins: early images are too blurred to pass."""
+    discriminator_channels: tuple[Annotated[int, Ge(8), Le(1_000_000), MultipleOf(8)], ...] = (32, 64, 128)
+    """Channels per level of the discriminator. Each but the last halves the size; of three, a verdict is on 34 x 34
+    pixels."""
     codebook_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay rate of the moving averages of latents that codes follow."""
     revive_every: Annotated[int, Ge(1)] = 50
@@ -215,8 +228,22 @@ class TokenizerConfig:
         check_values(self)
         if not self.channels:
             raise UserError("--channels is empty; expected a number per resolution.")
+        if not self.discriminator_channels:
+            raise UserError("--discriminator-channels is empty; expected a number per level.")
+        least = 3 * 2 ** (len(self.discriminator_channels) - 1)
+        if self.adversarial_weight and self.image_size < least:
+            raise UserError(
+                f"--discriminator-channels has {len(self.discriminator_channels)} levels, which need images of {least}"
+                f" pixels per side; --image-size is {self.image_size}."
+            )
+        if self.init_from and self.continuous_share not in (0.0, type(self).continuous_share):
+            raise UserError(
+                f"--continuous-share is {self.continuous_share}: it is for a codebook that is made anew, and"
+                " --init-from brings one. Leave it out."
+            )
         covered = 2 ** (len(self.channels) - 1)
-        if self.image_size % covered:
+        # What init_from names has a shape of its own.
+        if not self.init_from and self.image_size % covered:
             raise UserError(
                 f"--image-size is {self.image_size}; expected a multiple of {covered}, the pixels per side of a code"
                 f" with {len(self.channels)} --channels."

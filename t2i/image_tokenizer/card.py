@@ -30,6 +30,8 @@ def card_text(
     config: TokenizerConfig,
     *,
     num_trained: int,
+    norm_type: str,
+    begun_with: str,
     command: str,
     features: str,
 ) -> str:
@@ -37,15 +39,23 @@ def card_text(
 
     Args:
         num_trained: images that it was trained on.
+        norm_type: VQModel's.
+        begun_with: fingerprint of what config.init_from names; empty for random weights.
         command: the command that made it.
         features: the name of the distance between reconstructions and images.
     """
     settings = "\n".join(f"- {key}: {value}" for key, value in asdict(config).items())
+    start = (
+        f"\nIt began with the weights of `{config.init_from}` (fingerprint {begun_with[:12]}). What those were trained"
+        " on is not known here: their licence holds as well, and held-out images may have been among it.\n"
+        if begun_with
+        else ""
+    )
     return f"""# Image tokenizer
 
-diffusers `VQModel(norm_type="spatial")`, trained by `{command}` on {num_trained} training images of
+diffusers `VQModel(norm_type="{norm_type}")`, trained by `{command}` on {num_trained} training images of
 `{source.name}` (licence of the images: {source.licence}; split: {source.split_rule}).
-
+{start}
 Measured on {measures.num_pictures} held-out images (weights stored in fp16, computed in fp32):
 
 | PSNR | SSIM | codes in use | {features} |

@@ -26,6 +26,11 @@ class Codebook:
         self.counts = weight.new_ones(len(weight)) if counts is None else counts
         self.sums = weight.detach() * self.counts[:, None]
 
+    def count_as(self, count: float) -> None:
+        """Weigh codes as if each had been chosen so many times per step until now."""
+        self.counts.fill_(count)
+        self.sums.copy_(self.weight * count)
+
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the nearest codes (M,) of latents (M, C)."""
         return torch.cdist(latents, self.weight).argmin(1)

@@ -30,7 +30,8 @@ from t2i.image_tokenizer.alignment import (
 )
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
-from t2i.image_tokenizer.train import STATE_FILE, check_settings, train_image_tokenizer
+from t2i.image_tokenizer.start import open_start, shaped_as
+from t2i.image_tokenizer.train import STATE_FILE, check_settings, train_image_tokenizer, with_defaults
 from t2i.image_tokenizer.vision_encoder import VisionEncoder
 from t2i.measure.extractor import metric_key
 from t2i.measure.features import load_features
@@ -60,18 +61,22 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
             training with other settings; config.align_to is no encoder.
         DataError: there are no images to train on, or too few to measure it on.
     """
+    start = open_start(config)
+    config = shaped_as(config, start)
+    begun_with = "" if start is None else start.fingerprint()
     asked = {
         "source": source.name,
         "split_rule": source.split_rule,
-        "settings": plain(config),
+        "settings": with_defaults(plain(config)),
         "reading": changed_from_defaults(source.config),
         "listed": list_source(source).fingerprint,
         **({"encoder": encoder_sha256(config.align_to)} if config.align_to else {}),
+        "begun_with": begun_with,
     }
     if (out / CONFIG).exists():
         return _made_before(out, asked)
     check_writable(out)
-    check_settings(out / STATE_FILE, config=config)
+    check_settings(out / STATE_FILE, config=config, begun_with=begun_with)
     is_begun = (out / STATE_FILE).exists() or (out / ".part").exists()
     if not is_begun and (there := [name for name in (CARD, GRID) if (out / name).exists()]):
         raise UserError(
@@ -83,11 +88,17 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     with locked(out / LOCK, folder=out):
         if (out / CONFIG).exists():  # another process finished it since
             return _made_before(out, asked)
-        return _make(source, out=out, config=config, command=command, asked=asked)
+        return _make(source, out=out, config=config, start=start, command=command, asked=asked)
 
 
 def _make(
-    source: Source, *, out: Path, config: TokenizerConfig, command: str, asked: Mapping[str, object]
+    source: Source,
+    *,
+    out: Path,
+    config: TokenizerConfig,
+    start: ImageTokenizer | None,
+    command: str,
+    asked: Mapping[str, object],
 ) -> Reconstruction:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Before minutes of reading images.
@@ -101,7 +112,9 @@ def _make(
     elif encoder is not None:
         target = CaptionTarget(encoder.embed(captions).to(device))
         del encoder
-    model = train_image_tokenizer(images, config=config, out=out, target=target, aligned_with=aligned_with)
+    model = train_image_tokenizer(
+        images, config=config, out=out, start=start, target=target, aligned_with=aligned_with
+    )
     # Aside: while `out` has no config.json, the same command resumes the training.
     part = out / ".part"
     model.half().save_pretrained(part)
@@ -110,7 +123,14 @@ def _make(
     measures = measure_folder(part, source=source, image_size=config.image_size, grid=part / GRID)
     (part / CARD).write_text(
         card_text(
-            source, measures, config, num_trained=len(images), command=command, features=metric_key(FEATURES)
+            source,
+            measures,
+            config,
+            num_trained=len(images),
+            norm_type=model.config.norm_type,
+            begun_with=str(asked["begun_with"]),
+            command=command,
+            features=metric_key(FEATURES),
         )
     )
     write_json(part / MADE, {**asked, "measures": asdict(measures)})
@@ -135,6 +155,7 @@ def _made_before(out: Path, asked: Mapping[str, object]) -> Reconstruction:
     made = read_json(out / MADE) if (out / MADE).exists() else {}
     # Those that were made before these were written down do not say what their source consisted of.
     known = {key: asked[key] for key in ("reading", "listed", "encoder") if key in asked} | made
+    known = {"begun_with": ""} | known | {"settings": with_defaults(made.get("settings", {}))}
     if {key: known.get(key) for key in asked} != asked:
         raise UserError(f"--out {out} already holds a tokenizer of other images or settings; choose another.")
     logger.warning("%s holds this tokenizer already: nothing to do.", out)

@@ -1,16 +1,17 @@
 """Train a small MoVQ image tokenizer on your own images: diffusers' VQModel with spatial norms.
 
 The autoencoder is first trained without a codebook. K-means on its latents then makes the first codebook. From there
-on, codes are exponential averages of their latents, and unused codes are moved onto latents.
+on, codes are exponential averages of their latents, and unused codes are moved onto latents. One that is there already
+can be trained further (start.py), and a discriminator can join the losses (adversary.py).
 """
 
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from t2i.config import TokenizerConfig
 from t2i.distributed.signals import stop_flag
 from t2i.errors import NumericalError, Stopped, UserError
 from t2i.files import hash_uniform, whole_file
+from t2i.image_tokenizer.adversary import Adversary
 from t2i.image_tokenizer.alignment import Alignment, Target
 from t2i.image_tokenizer.codebook import Codebook, kmeans
-from t2i.tokens.image import pixels_of
+from t2i.tokens.image import ImageTokenizer, pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +66,13 @@ class Training:
     """Hash of the training images."""
     aligned_with: str
     """What the alignment is to, in hashes of captions and encoder; empty without one."""
+    begun_with: str
+    """Fingerprint of the image tokenizer that it began with; empty where its weights were random."""
     trained: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     codebook: Codebook
     generator: torch.Generator
+    adversary: Adversary | None
 
     def save(self, path: Path, *, step: int) -> None:
         """Write all of it; `step` is the next one."""
@@ -75,12 +80,14 @@ class Training:
             "config": asdict(self.config),
             "images": self.images,
             "aligned_with": self.aligned_with,
+            "begun_with": self.begun_with,
             "step": step,
             **{name: module.state_dict() for name, module in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "counts": self.codebook.counts,
             "sums": self.codebook.sums,
             "generator": self.generator.get_state(),
+            **({"adversary": self.adversary.state_dict()} if self.adversary is not None else {}),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         # A kill leaves the old state or the new one.
@@ -92,7 +99,7 @@ class Training:
         if not path.exists():
             return 0
         state = torch.load(path, map_location="cpu", weights_only=True)  # a generator's state stays there
-        changed = _changed(state["config"], self.config)
+        changed = _changed(state, self.config, begun_with=self.begun_with)
         # Of another share too: images that were held out would be trained on.
         for what in ("images", "aligned_with"):
             changed += [what] if state.get(what, getattr(self, what)) != getattr(self, what) else []
@@ -104,26 +111,42 @@ class Training:
         self.codebook.counts.copy_(state["counts"])
         self.codebook.sums.copy_(state["sums"])
         self.generator.set_state(state["generator"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
         logger.info("resuming from step %d of %d", state["step"], self.config.max_steps)
         return int(state["step"])
 
 
-def check_settings(path: Path, *, config: TokenizerConfig) -> None:
+def check_settings(path: Path, *, config: TokenizerConfig, begun_with: str) -> None:
     """Check that a saved state, if there is one, was started with these settings.
+
+    Args:
+        begun_with: fingerprint of the image tokenizer that it begins with, or empty.
 
     Raises:
         UserError: it was not.
     """
     if path.exists():
         # Mapped: only the settings are read.
-        begun = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["config"]
-        _refuse_changed(_changed(begun, config), folder=path.parent)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _refuse_changed(_changed(state, config, begun_with=begun_with), folder=path.parent)
 
 
-def _changed(begun: dict[str, object], config: TokenizerConfig) -> list[str]:
-    # Trainings that were begun before a setting was there had its default.
-    begun = {**asdict(TokenizerConfig()), **begun}
-    return [key for key, value in asdict(config).items() if begun[key] != value]
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete settings that were written before some were there, to be compared; tuples are lists, as in JSON.
+
+    init_from is left out: what it names is known by its weights.
+    """
+    default = asdict(TokenizerConfig())
+    del default["init_from"]
+    whole = {key: settings.get(key, value) for key, value in default.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in whole.items()}
+
+
+def _changed(state: Mapping[str, Any], config: TokenizerConfig, *, begun_with: str) -> list[str]:
+    begun, asked = with_defaults(state["config"]), with_defaults(asdict(config))
+    changed = [key for key, value in asked.items() if begun[key] != value]
+    return changed + (["init_from"] if state.get("begun_with", "") != begun_with else [])
 
 
 def _refuse_changed(changed: list[str], *, folder: Path) -> None:
@@ -149,6 +172,7 @@ def train_image_tokenizer(
     *,
     config: TokenizerConfig,
     out: Path,
+    start: ImageTokenizer | None = None,
     target: Target | None = None,
     aligned_with: str = "",
 ) -> VQModel:
@@ -157,6 +181,7 @@ def train_image_tokenizer(
     The state is saved in `out` from time to time, and on SIGTERM or Ctrl-C; training resumes from it.
 
     Args:
+        start: what config.init_from names, which is trained itself; None for random weights.
         target: what the codes are aligned to; None for no alignment.
         aligned_with: what that is made of, which a training that is resumed must have again.
 
@@ -168,26 +193,44 @@ def train_image_tokenizer(
     torch.manual_seed(config.seed)
     # On the CPU whatever computes, so that every device sees the same images in the same order.
     generator = torch.Generator().manual_seed(config.seed)
-    model = build_vq_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    if bool(config.init_from) != (start is not None):
+        raise ValueError(f"init_from is {config.init_from!r}, and start is {start}.")
+    begun_with = "" if start is None else start.fingerprint()
+    model = build_vq_model(config) if start is None else start.model.float().requires_grad_(True).train()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     trained = nn.ModuleDict({"model": model})
     if target is not None:
         trained["alignment"] = Alignment(target, latent_channels=config.latent_channels).to(model.device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=config.codebook_decay)
+    weight = model.quantize.embedding.weight.requires_grad_(False)
+    codebook = Codebook(weight, decay=config.codebook_decay)
+    if start is not None:
+        # As if each had been chosen evenly so far: with less behind them, codes would jump onto the first batch.
+        codebook.count_as(config.batch_size * start.num_codes(config.image_size) / len(weight))
+    adversary = None
+    if config.adversarial_weight:
+        adversary = Adversary.begin(config.discriminator_channels, lr=config.lr, device=model.device)
     seen = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    training = Training(config, seen, aligned_with, trained, optimizer, codebook, generator)
+    training = Training(
+        config, seen, aligned_with, begun_with, trained, optimizer, codebook, generator, adversary
+    )
     first_step = training.restore(out / STATE_FILE)
-    num_continuous = min(round(config.max_steps * config.continuous_share), config.max_steps - 1)
+    num_continuous, num_unopposed = (
+        min(round(config.max_steps * share), config.max_steps - 1)
+        for share in (config.continuous_share, config.adversarial_after_share)
+    )
     batches = ((pixels.to(model.device), picks) for pixels, picks in _batches(images, config, generator))
     bar = tqdm(range(first_step, config.max_steps), initial=first_step, total=config.max_steps, unit="step")
     with stop_flag() as flag:
         flag.begin()
         for step in bar:
-            if step == num_continuous:
+            if step == num_continuous and start is None:
                 _start_codebook(model, codebook, batches, generator)
             _set_lr(optimizer, config, step)
-            loss, latents = _step_loss(
-                trained, next(batches), codebook if step >= num_continuous else None, config
+            batch = next(batches)
+            opposed = adversary if step >= num_unopposed else None
+            loss, latents, output = _step_loss(
+                trained, batch, codebook if step >= num_continuous else None, opposed, config
             )
             if not torch.isfinite(loss):
                 raise NumericalError(
@@ -197,6 +240,9 @@ def train_image_tokenizer(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
+            if opposed is not None:
+                _set_lr(opposed.optimizer, config, step)
+                opposed.learn(batch[0], output)
             # Not in the last tenth: a revived code needs steps until the decoder knows it.
             if (
                 step >= num_continuous
@@ -223,9 +269,16 @@ def _revival_generator(seed: int, step: int) -> torch.Generator:
 
 
 def _step_loss(
-    trained: nn.ModuleDict, batch: Batch, codebook: Codebook | None, config: TokenizerConfig
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of one batch and its latents (M, C); without a codebook they are not quantised."""
+    trained: nn.ModuleDict,
+    batch: Batch,
+    codebook: Codebook | None,
+    adversary: Adversary | None,
+    config: TokenizerConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of one batch, its latents (M, C) and its reconstructions (B, 3, H, W).
+
+    Without a codebook latents are not quantised.
+    """
     (pixels, picks), model = batch, cast(VQModel, trained["model"])
     latents = model.encode(pixels).latents  # (B, C, h, w)
     flat = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (M, C)
@@ -239,14 +292,20 @@ def _step_loss(
         commitment = F.mse_loss(latents, chosen)
         # Straight-through: the decoder sees the codes, and the encoder gets the decoder's gradient.
         quantised = latents + (chosen - latents).detach()
-    output = model.decoder(model.post_quant_conv(quantised), quantised)
+    output = model.decoder(
+        model.post_quant_conv(quantised), quantised if model.config.norm_type == "spatial" else None
+    )
     loss = reconstruction_loss(
         output, pixels, edge_weight=config.edge_weight, colour_weight=config.colour_weight
     )
+    if adversary is not None:
+        last = model.decoder.conv_out.weight
+        opposition = adversary.loss(output, reconstruction=loss, last=last)
+        loss = loss + config.adversarial_weight * opposition
     # Not computed where it weighs nothing, as an encoder may cost more than the step.
     if "alignment" in trained and config.align_weight:
         loss = loss + config.align_weight * trained["alignment"](quantised, pixels, picks)
-    return loss + config.commitment_weight * commitment, flat.detach()
+    return loss + config.commitment_weight * commitment, flat.detach(), output
 
 
 def _gradients(pixels: Tensor) -> Tensor:

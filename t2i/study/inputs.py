@@ -24,7 +24,17 @@ from t2i.verbs import SCRIPTS
 SOURCE_READERS = ("launchers/prepare.py", "launchers/tokenizer.py")
 """Scripts whose --captions is a choice, not a file."""
 INPUTS = (
-    *("model", "checkpoint", "reference", "before", "clip", "inception", "features_folder", "align_to"),
+    *(
+        "model",
+        "checkpoint",
+        "reference",
+        "before",
+        "clip",
+        "inception",
+        "features_folder",
+        "align_to",
+        "init_from",
+    ),
     *("image_tokenizer", "text_tokenizer", "tokenizer"),
     *("source", "text", "captions", "coco", "shards", "heldout_shards"),
 )

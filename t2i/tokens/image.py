@@ -183,7 +183,7 @@ class ImageTokenizer:
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             found = f"{int(codes.min())} to {int(codes.max())}"
             raise ValueError(f"found codes {found}; expected 0 to {self.codebook_size - 1}.")
-        shape = (batch, side, side, self.model.config.vq_embed_dim)
+        shape = (batch, side, side, self.model.quantize.vq_embed_dim)
         flat = codes.flatten().to(self.model.device)
         with self._precision():
             return self.model.decode(flat, force_not_quantize=True, shape=shape).sample.float()

@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from PIL import Image
+from tiny_tokenizers import TINY, squares
 
 from t2i.config import SourceConfig, TokenizerConfig
 from t2i.data.sources import open_source
@@ -25,31 +26,6 @@ from t2i.image_tokenizer.make import make_tokenizer, read_captioned
 from t2i.image_tokenizer.quality import structural_similarity
 from t2i.image_tokenizer.train import build_vq_model, train_image_tokenizer
 from t2i.tokens.image import ImageTokenizer
-
-TINY = TokenizerConfig(
-    image_size=16,
-    channels=(32, 32),
-    codebook_size=8,
-    max_steps=20,
-    batch_size=4,
-    save_every=10,
-    revive_every=5,
-)
-
-
-def squares(count=24):
-    rng = np.random.default_rng(0)
-    return np.broadcast_to(rng.integers(0, 255, (count, 1, 1, 3), dtype=np.uint8), (count, 16, 16, 3)).copy()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Forty images, of which a share of 2% holds out none or one."""
-    (tmp_path / "images").mkdir()
-    for index in range(40):
-        Image.new("RGB", (16, 16), (6 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
-        (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
-    return str(tmp_path / "images")
 
 
 def test_a_folder_without_held_out_images_is_refused_before_training_with_a_share_that_suffices(

@@ -25,6 +25,7 @@ from t2i.distributed import launch, rendezvous
 from t2i.env import cuda_compiler_problem, operators_needed
 from t2i.errors import UserError, run_command
 from t2i.generate import sample
+from t2i.image_tokenizer.adversary import Discriminator
 from t2i.image_tokenizer.codebook import Codebook
 from t2i.image_tokenizer.train import _step_loss, build_vq_model
 from t2i.model.backbone import load_model
@@ -333,11 +334,12 @@ def test_an_image_tokenizer_trains_with_all_its_tensors_on_one_gpu():
     with FakeTensorMode():
         with torch.device("cuda"):
             model = build_vq_model(config)
-            pixels = torch.zeros(2, 3, 16, 16)
+            pixels, discriminator = torch.zeros(2, 3, 16, 16), Discriminator((8, 8))
         codebook = Codebook(model.quantize.embedding.weight.requires_grad_(False), decay=0.99)
         trained, picks = torch.nn.ModuleDict({"model": model}), torch.zeros(2, dtype=torch.long)
-        loss, latents = _step_loss(trained, (pixels, picks), codebook, config)
+        loss, latents, output = _step_loss(trained, (pixels, picks), codebook, None, config)
         assert {loss.device.type, latents.device.type, codebook.sums.device.type} == {"cuda"}
+        assert {output.device.type, discriminator(output).device.type} == {"cuda"}
 
 
 def test_a_grid_is_decoded_where_the_model_is_and_the_memory_given_back(monkeypatch):

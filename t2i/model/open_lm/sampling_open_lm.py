@@ -270,7 +270,7 @@ def prompt_ids(text_ids: Sequence[int], *, num_text_rows: int, mode: str = "text
 def codes_to_pixels(image_tokenizer: Any, codes: Tensor) -> Tensor:
     """Decode codes (B, K) of square images to uint8 pixels (B, 3, H, W)."""
     side = round(codes.shape[1] ** 0.5)
-    shape = (len(codes), side, side, image_tokenizer.config.vq_embed_dim)
+    shape = (len(codes), side, side, image_tokenizer.quantize.vq_embed_dim)
     # force_not_quantize: these are codes already, and VQModel would look up the nearest codebook entry of each.
     flat = codes.flatten().to(image_tokenizer.device)
     pixels = image_tokenizer.decode(flat, force_not_quantize=True, shape=shape).sample
