@@ -2,6 +2,8 @@
 
 Examples:
   python launchers/tokenizer.py train --source openmoji --out tokenizers/mine
+  python launchers/tokenizer.py train --source my_images --init-from tokenizers/movqgan_270m --image-size 256
+    --lr 1e-4 --out tokenizers/fine_tuned
   python launchers/tokenizer.py evaluate --tokenizer tokenizers/mine --source openmoji --out measured
   python launchers/tokenizer.py evaluate --tokenizer tokenizers/movqgan_270m --source my_images --split all
     --image-size 256 --out measured_256
