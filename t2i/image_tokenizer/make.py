@@ -30,7 +30,7 @@ from t2i.image_tokenizer.alignment import (
 )
 from t2i.image_tokenizer.card import CARD, card_text
 from t2i.image_tokenizer.quality import Reconstruction, evaluate_tokenizer
-from t2i.image_tokenizer.start import open_start, shaped_as
+from t2i.image_tokenizer.start import Start, open_start, shaped_as
 from t2i.image_tokenizer.train import STATE_FILE, check_settings, train_image_tokenizer, with_defaults
 from t2i.image_tokenizer.vision_encoder import VisionEncoder
 from t2i.measure.extractor import metric_key
@@ -63,7 +63,7 @@ def make_tokenizer(source: Source, *, out: Path, config: TokenizerConfig, comman
     """
     start = open_start(config)
     config = shaped_as(config, start)
-    begun_with = "" if start is None else start.fingerprint()
+    begun_with = "" if start is None else start.fingerprint
     asked = {
         "source": source.name,
         "split_rule": source.split_rule,
@@ -96,7 +96,7 @@ def _make(
     *,
     out: Path,
     config: TokenizerConfig,
-    start: ImageTokenizer | None,
+    start: Start | None,
     command: str,
     asked: Mapping[str, object],
 ) -> Reconstruction:

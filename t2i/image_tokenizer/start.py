@@ -1,7 +1,7 @@
 """A training that begins with the weights of another image tokenizer: what it takes over, and what it refuses."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,16 @@ logger = logging.getLogger(__name__)
 SAME_LENGTH = 1e-2
 
 
-def open_start(config: TokenizerConfig) -> ImageTokenizer | None:
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with, and itself changes."""
+
+    tokenizer: ImageTokenizer
+    fingerprint: str
+    """Of its weights as they were."""
+
+
+def open_start(config: TokenizerConfig) -> Start | None:
     """Open what `init_from` names; None where it names nothing.
 
     Raises:
@@ -23,17 +32,17 @@ def open_start(config: TokenizerConfig) -> ImageTokenizer | None:
     """
     if not config.init_from:
         return None
-    start = ImageTokenizer.load(Path(config.init_from))
-    lengths = start.code_vectors().norm(dim=1)
+    tokenizer = ImageTokenizer.load(Path(config.init_from))
+    lengths = tokenizer.code_vectors().norm(dim=1)
     if torch.allclose(lengths, torch.ones_like(lengths), atol=SAME_LENGTH):
         raise UserError(
             f"--init-from {config.init_from}: its codes all have length 1, as LlamaGen's, which compares directions."
             " Training here compares distances, and would lose what its decoder knows. Use the folder as it is."
         )
-    return start
+    return Start(tokenizer, tokenizer.fingerprint())
 
 
-def shaped_as(config: TokenizerConfig, start: ImageTokenizer | None) -> TokenizerConfig:
+def shaped_as(config: TokenizerConfig, start: Start | None) -> TokenizerConfig:
     """Return the settings with the shape of what the training begins with.
 
     Raises:
@@ -41,11 +50,12 @@ def shaped_as(config: TokenizerConfig, start: ImageTokenizer | None) -> Tokenize
     """
     if start is None:
         return config
-    found = start.model.config
+    model = start.tokenizer.model
+    found = model.config
     shape = {
         "channels": tuple(found.block_out_channels),
         "layers_per_block": found.layers_per_block,
-        "latent_channels": start.model.quantize.vq_embed_dim,
+        "latent_channels": model.quantize.vq_embed_dim,
         "codebook_size": found.num_vq_embeddings,
     }
     default = TokenizerConfig()
@@ -55,7 +65,7 @@ def shaped_as(config: TokenizerConfig, start: ImageTokenizer | None) -> Tokenize
                 f"--{key.replace('_', '-')} is {asked}, and --init-from {config.init_from} has {value}. Leave it out,"
                 " or begin without --init-from."
             )
-    start.num_codes(config.image_size)
+    start.tokenizer.num_codes(config.image_size)
     try:
         shaped = replace(config, continuous_share=0.0, **shape)
     except UserError as error:

@@ -27,7 +27,8 @@ from t2i.files import hash_uniform, whole_file
 from t2i.image_tokenizer.adversary import Adversary
 from t2i.image_tokenizer.alignment import Alignment, Target
 from t2i.image_tokenizer.codebook import Codebook, kmeans
-from t2i.tokens.image import ImageTokenizer, pixels_of
+from t2i.image_tokenizer.start import Start
+from t2i.tokens.image import pixels_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def train_image_tokenizer(
     *,
     config: TokenizerConfig,
     out: Path,
-    start: ImageTokenizer | None = None,
+    start: Start | None = None,
     target: Target | None = None,
     aligned_with: str = "",
 ) -> VQModel:
@@ -195,8 +196,8 @@ def train_image_tokenizer(
     generator = torch.Generator().manual_seed(config.seed)
     if bool(config.init_from) != (start is not None):
         raise ValueError(f"init_from is {config.init_from!r}, and start is {start}.")
-    begun_with = "" if start is None else start.fingerprint()
-    model = build_vq_model(config) if start is None else start.model.float().requires_grad_(True).train()
+    begun_with = "" if start is None else start.fingerprint
+    model = build_vq_model(config) if start is None else start.tokenizer.model.requires_grad_(True).train()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     trained = nn.ModuleDict({"model": model})
     if target is not None:
@@ -206,7 +207,7 @@ def train_image_tokenizer(
     codebook = Codebook(weight, decay=config.codebook_decay)
     if start is not None:
         # As if each had been chosen evenly so far: with less behind them, codes would jump onto the first batch.
-        codebook.count_as(config.batch_size * start.num_codes(config.image_size) / len(weight))
+        codebook.count_as(config.batch_size * start.tokenizer.num_codes(config.image_size) / len(weight))
     adversary = None
     if config.adversarial_weight:
         adversary = Adversary.begin(config.discriminator_channels, lr=config.lr, device=model.device)

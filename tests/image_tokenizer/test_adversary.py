@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_tokenizers import TINY, squares
+from tiny_tokenizers import TINY, Killed, at_step, kill, squares
 from torch import nn
 
 from t2i.config import TokenizerConfig
@@ -80,17 +80,9 @@ def test_it_changes_nothing_before_its_share_of_the_steps_and_the_model_after_it
 def test_a_stopped_training_resumes_with_its_discriminator(tmp_path, monkeypatch):
     config = replace(TINY, adversarial_weight=0.5, adversarial_after_share=0.2)
     whole = train_image_tokenizer(squares(), config=config, out=tmp_path / "whole")
-    step_loss, calls = image_tokenizer._step_loss, []
-
-    def killed_at_fifteen(*args):
-        calls.append(1)
-        if len(calls) == 15:
-            raise RuntimeError("killed")
-        return step_loss(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(image_tokenizer, "_step_loss", killed_at_fifteen)
-        with pytest.raises(RuntimeError, match="killed"):
+        at_step(patched, 15, kill)
+        with pytest.raises(Killed):
             train_image_tokenizer(squares(), config=config, out=tmp_path / "killed")
     resumed = train_image_tokenizer(squares(), config=config, out=tmp_path / "killed")
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_tokenizers import Killed, at_step, kill
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import make
@@ -27,15 +28,7 @@ from t2i.image_tokenizer.make import make_tokenizer
 from t2i.image_tokenizer.train import train_image_tokenizer
 
 WORDS = ("[PAD]", "[UNK]", "red", "blue", "green", "a", "very", "square")
-TINY = TokenizerConfig(
-    image_size=16,
-    channels=(32, 32),
-    codebook_size=8,
-    max_steps=12,
-    batch_size=4,
-    save_every=4,
-    align_weight=0.5,
-)
+TINY = replace(tiny_tokenizers.TINY, max_steps=12, save_every=4, revive_every=50)
 
 
 @pytest.fixture(scope="module")
@@ -163,17 +156,9 @@ def test_an_aligned_training_resumes_as_if_it_had_not_stopped(few_latents, tmp_p
     whole = train_image_tokenizer(
         pictures, config=TINY, out=tmp_path / "whole", target=CaptionTarget(sentences)
     )
-    step_loss, calls = image_tokenizer._step_loss, []
-
-    def stop_at_seven(*args):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return step_loss(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(image_tokenizer, "_step_loss", stop_at_seven)
-        with pytest.raises(KeyboardInterrupt):
+        at_step(patched, 7, kill)
+        with pytest.raises(Killed):
             train_image_tokenizer(
                 pictures, config=TINY, out=tmp_path / "stopped", target=CaptionTarget(sentences)
             )

@@ -13,7 +13,7 @@ import processes
 import pytest
 import torch
 from PIL import Image
-from tiny_tokenizers import TINY, squares
+from tiny_tokenizers import TINY, Killed, at_step, kill, squares
 
 from t2i.config import SourceConfig, TokenizerConfig
 from t2i.data.sources import open_source
@@ -106,20 +106,9 @@ def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monk
     torch.set_num_threads(1)
     whole = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "whole")
 
-    class Stop(Exception):
-        pass
-
-    step_loss, calls = image_tokenizer._step_loss, []
-
-    def stop_at_fifteen(*args):
-        calls.append(1)
-        if len(calls) == 15:
-            raise Stop
-        return step_loss(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(image_tokenizer, "_step_loss", stop_at_fifteen)
-        with pytest.raises(Stop):
+        at_step(patched, 15, kill)
+        with pytest.raises(Killed):
             train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped")
     resumed = train_image_tokenizer(pictures, config=TINY, out=tmp_path / "stopped")
     assert all(
@@ -127,16 +116,8 @@ def test_training_learns_and_resuming_equals_never_having_stopped(tmp_path, monk
         for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
     # A signal ends the step that it meets, saves, and leaves the state as if there had been none.
-    step_loss, calls = image_tokenizer._step_loss, []
-
-    def told_at_seven(*args):
-        calls.append(1)
-        if len(calls) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step_loss(*args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(image_tokenizer, "_step_loss", told_at_seven)
+        calls = at_step(patched, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Stopped, match="saved after step 7 of 20"):
             train_image_tokenizer(pictures, config=TINY, out=tmp_path / "told")
     assert len(calls) == 7

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,7 +24,6 @@ from transformers import (
     SwinModel,
 )
 
-from t2i.config import TokenizerConfig
 from t2i.data.sources import open_source
 from t2i.errors import UserError
 from t2i.image_tokenizer import alignment as alignments
@@ -163,15 +163,7 @@ def test_each_code_is_paired_with_its_own_place(monkeypatch):
     assert alignment(latents, pixels, images).allclose(loss(said[::3], seen[::3]), atol=1e-4)
 
 
-CONFIG = TokenizerConfig(
-    image_size=16,
-    channels=(32, 32),
-    codebook_size=8,
-    max_steps=40,
-    batch_size=8,
-    align_weight=0.5,
-    lr=5e-3,
-)
+CONFIG = replace(tiny_tokenizers.TINY, max_steps=40, batch_size=8, lr=5e-3, save_every=500, revive_every=50)
 
 
 def test_codes_come_to_say_what_is_seen(few_latents, tmp_path, monkeypatch):
