@@ -1,7 +1,22 @@
-"""A run's model as training builds it, before its first step."""
+"""Models as training builds them, before the first step."""
+
+import torch
 
 from t2i.data.shards.manifest import read_manifest
+from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
+from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.tokens.vocab import VocabLayout
 from t2i.train.build import build_model
+from t2i.train.engine import Learner
+
+LAYOUT = VocabLayout(num_text_rows=512, num_text_tokens=512, codebook_size=1_024)
+
+
+def learner():
+    """A small model whose embedding and LM head are large enough for parameter groups of their own."""
+    torch.manual_seed(0)
+    config = OpenLMConfig(LAYOUT.vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    return Learner(OpenLMForCausalLM(config).train(), layout=LAYOUT)
 
 
 def built(config, tokenizer, **given):

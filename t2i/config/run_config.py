@@ -166,12 +166,15 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimization: AdamW with a linear warm-up and a cosine schedule."""
+    """Optimization: AdamW or Muon, with a linear warm-up and a cosine schedule."""
 
     max_steps: Annotated[int, Ge(1), MAY_CHANGE] = 1_600
     """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
     global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
     """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What turns gradients into updates: AdamW; or Muon for the matrices of the layers, with AdamW for all else.
+    train.lr and train.weight_decay then hold for both."""
     lr: Annotated[float, Ge(0)] = 1.5e-3
     """Peak learning rate (paper: 3e-4)."""
     new_embeddings_lr: Annotated[float | None, Ge(0)] = None
@@ -264,4 +267,14 @@ class RunConfig:
             raise UserError(
                 f"model.num_heads is {model.num_heads}; expected a number that divides model.hidden_size"
                 f" ({model.hidden_size}) into even widths."
+            )
+        if self.train.optimizer == "muon" and model.lora_rank:
+            raise UserError(
+                f"train.optimizer is muon with model.lora_rank {model.lora_rank}; expected adamw: Muon is for whole"
+                " matrices, and nobody has measured here what it does to the two factors of an adapter."
+            )
+        if self.train.optimizer == "muon" and model.trainable in ("embeddings", "norms"):
+            raise UserError(
+                f"train.optimizer is muon with model.trainable {model.trainable}, which leaves it no matrix of a layer;"
+                " expected adamw."
             )

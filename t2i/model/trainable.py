@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from t2i.config import Trainable
 from t2i.errors import UserError, first_line
@@ -58,6 +59,17 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     if found is None:
         raise UserError(f"{type(model).__name__} has no list of layers.")
     return found
+
+
+def layer_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """List the trainable matrices that the layers multiply by, (R, C) each.
+
+    Left out are norms, biases, a state-space layer's own tensors, and experts that are kept as one tensor.
+    """
+    modules = (module for layer in find_layers(model) or () for module in layer.modules())
+    matrices = (module.weight for module in modules if isinstance(module, nn.Linear | Conv1D))
+    # Once each: layers may share theirs.
+    return list(dict.fromkeys(v for v in matrices if isinstance(v, nn.Parameter) and v.requires_grad))
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:

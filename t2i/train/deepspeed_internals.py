@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from t2i.config import DsConfig
 from t2i.distributed import faults
+from t2i.distributed.collectives import rank_and_size
 from t2i.errors import CheckpointError, disk_reason
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.runs.checkpoint_manifest import SealedFile
@@ -283,6 +284,57 @@ def adam_of(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a parameter group, which ZeRO lays out as one vector, padded at its end."""
+
+    value: Tensor
+    """(N,), fp32: the weights that the optimizer updates."""
+    begin: int
+    """Place of its first value in the whole vector."""
+    params: list[tuple[nn.Parameter, int]]
+    """The group's parameters, each with the place of its first value in the whole vector."""
+
+    @property
+    def end(self) -> int:
+        """Place behind its last value."""
+        return self.begin + self.value.numel()
+
+
+def shards_of(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
+    """List this rank's parts of all parameter groups."""
+    zero = engine.optimizer
+    return [
+        Shard(value, begin=rank_and_size()[0] * value.numel(), params=list(zip(params, places, strict=True)))
+        for value, params, places in zip(
+            zero.single_partition_of_fp32_groups,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            strict=True,
+        )
+    ]
+
+
+def hold_one_moment(shard: Shard, state: dict[str, Any]) -> Tensor:
+    """Let the optimizer's state of a shard hold one moment, (N,), in Adam's form but without the second's memory.
+
+    Returns:
+        the moment, which is at first 0.
+    """
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(shard.value)
+    moment: Tensor = state["exp_avg"]
+    if _takes_memory(state.get("exp_avg_sq")):
+        # DeepSpeed's converter wants both of Adam's moments, and makes the second whole again: all of it is one 0.
+        state["exp_avg_sq"] = moment.new_zeros(1).expand_as(moment)
+        mappings: list[Any] = [vars(value)["_hp_mapping"] for value, _ in shard.params]
+        for mapping in mappings:
+            if mapping is not None:  # of a parameter that this rank has no part of
+                mapping.set_optim_state_fragment(shard.value, state)
+    state["step"] = state.get("step", 0) + 1
+    return moment
+
+
 def count_steps_as(engine: deepspeed.DeepSpeedEngine) -> None:
     """Let the optimizer have its count of steps in the type that it takes, whichever Adam counted them."""
     adam = adam_of(engine)
@@ -295,6 +347,15 @@ def count_steps_as(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def moments_of(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """List Adam's moments on this rank."""
+    """List the optimizer's moments on this rank."""
     states = adam_of(engine).state.values()
-    return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [
+        value
+        for state in states
+        for value in state.values()
+        if isinstance(value, Tensor) and _takes_memory(value)
+    ]
+
+
+def _takes_memory(moment: Tensor | None) -> bool:
+    return moment is None or moment.untyped_storage().nbytes() >= moment.nbytes

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: its JSON decides about the machine, the run's settings about the result."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TypedDict
 
@@ -17,8 +17,10 @@ from t2i.errors import UserError
 from t2i.model import learning_attention
 from t2i.model.backbone import head_of, hidden_states, softmax_rows
 from t2i.model.loss import LossSums, split_sums, summed_loss
+from t2i.model.trainable import layer_matrices
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.deepspeed_internals import adam_of, measure_in_parts
+from t2i.train.muon import use_muon
 
 OWN_GROUP = 0.1
 """A matrix of at least this share of the trainable parameters is its own group, which DeepSpeed does not copy."""
@@ -81,7 +83,8 @@ def make_engine(
         UserError: DeepSpeed refuses its JSON.
     """
     learning_attention.register()
-    groups = parameter_groups(learner, config=config)
+    muon = muon_matrices(learner, config=config)
+    groups = parameter_groups(learner, config=config, muon=muon)
     largest = max(value.numel() for group in groups for value in group["params"])
     whole = whole_ds_config(ds_config, config=config, per_rank=per_rank, largest=largest)
     with _refusals():
@@ -89,6 +92,8 @@ def make_engine(
     measure_in_parts(engine.optimizer)
     if config.l2_sp:
         pull_to_start(adam_of(engine), share=config.l2_sp)
+    if muon:
+        use_muon(engine, muon)
     return engine
 
 
@@ -184,10 +189,32 @@ def pull_to_start(optimizer: torch.optim.Optimizer, *, share: float) -> None:
     optimizer.register_step_pre_hook(pull)
 
 
-def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[ParameterGroup]:
+def muon_matrices(learner: Learner, *, config: TrainConfig) -> list[nn.Parameter]:
+    """List the parameters that Muon updates: none, unless train.optimizer says so.
+
+    Raises:
+        UserError: it does, and there are none.
+    """
+    if config.optimizer == "adamw":
+        return []
+    found = layer_matrices(learner.model)
+    if not found:
+        raise UserError(
+            f"train.optimizer is muon, which updates matrices of the layers; expected adamw, because no layer of"
+            f" {type(learner.model).__name__} has a trainable one."
+        )
+    return found
+
+
+def parameter_groups(
+    module: nn.Module, *, config: TrainConfig, muon: Collection[nn.Parameter] = ()
+) -> list[ParameterGroup]:
     """Group parameters: matrices with weight decay, norms and biases without, new embeddings with their own rate.
 
     Frozen parameters are in no group.
+
+    Args:
+        muon: the matrices that Muon updates, which share no group with others.
     """
     # A factor, not a rate: the loop sets every group's lr at each step, from one schedule.
     scale = 1.0 if config.new_embeddings_lr is None else config.new_embeddings_lr / config.lr
@@ -200,10 +227,12 @@ def parameter_groups(module: nn.Module, *, config: TrainConfig) -> list[Paramete
     least = OWN_GROUP * sum(value.numel() for value in trainable.values())
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
+    of_muon = set(map(id, muon))
+    small_ones = [[value for value in small if (id(value) in of_muon) is flag] for flag in (False, True)]
     decay = config.weight_decay
     groups: list[ParameterGroup] = [
         {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
-        for values in (*large, small)
+        for values in (*large, *small_ones)
     ]
     groups += [
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},

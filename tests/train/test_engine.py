@@ -7,15 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from built_models import LAYOUT, learner
 from torch import nn
 
 from t2i.config import ASSETS, TrainConfig
 from t2i.errors import CheckpointError
-from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
-from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
 from t2i.runs import checkpoint_store as checkpoints
 from t2i.tokens.text import TextTokenizer
-from t2i.tokens.vocab import VocabLayout
 from t2i.train import deepspeed_internals as internals
 from t2i.train import engine as engines
 from t2i.train.checkpoint import Saver
@@ -24,14 +22,7 @@ from t2i.train.ds_config import read_ds_config
 from t2i.train.progress import Progress
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = VocabLayout(num_text_rows=512, num_text_tokens=512, codebook_size=1_024)
 CONFIG = TrainConfig(lr=1e-2, grad_clip=0.1)
-
-
-def learner():
-    torch.manual_seed(0)
-    config = OpenLMConfig(LAYOUT.vocab_size, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
-    return engines.Learner(OpenLMForCausalLM(config).train(), layout=LAYOUT)
 
 
 def engine_of(module):

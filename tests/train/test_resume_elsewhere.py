@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import config_of
+from launched import flags, forget_after, run_ranks
 
+from t2i.runs.checkpoint_manifest import read_checkpoint_manifest, step_folder
 from t2i.runs.metrics_log import read_metrics
 from t2i.train.main import train
 
@@ -63,3 +65,53 @@ def test_frozen_weights_beside_adapters_come_along(shards, tmp_path):
     # The converted copy is gone.
     assert {path.name for path in (tmp_path / "run" / "run" / "checkpoints").iterdir()} >= {"step_000004"}
     assert not (tmp_path / "run" / "run" / "checkpoints" / ".universal").exists()
+
+
+def with_muon(shards):
+    config = config_of(shards, None)
+    return replace(config, train=replace(config.train, optimizer="muon"))
+
+
+@pytest.mark.parametrize(
+    "resumed", [FP32, DEEPSPEEDS_ADAM, ROUND_ROBIN], ids=["same", "deepspeed", "round-robin"]
+)
+def test_a_run_with_muon_resumes(resumed, shards, tmp_path):
+    config = with_muon(shards)
+    whole = run(config, FP32, folder=tmp_path / "whole", steps=4)
+    run(config, FP32, folder=tmp_path / "half", steps=2)
+    assert run(config, resumed, folder=tmp_path / "half", steps=4) == pytest.approx(whole, rel=1e-6)
+    # A state that was converted takes no more room than one that was not.
+    sizes = [
+        read_checkpoint_manifest(step_folder(tmp_path / name / "run", 4)).facts.optimizer_state_bytes
+        for name in ("whole", "half")
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_two_ranks_take_the_steps_of_one_with_muon_and_one_resumes_theirs(shards, tmp_path):
+    config = with_muon(shards)
+    whole = run(config, FP32, folder=tmp_path / "one", steps=6)
+    run_dir = tmp_path / "two" / "run"
+    settings = {
+        "ds_config": tmp_path / "one" / "ds.json",
+        "run-dir": run_dir,
+        "data.shards": shards,
+        "data.seq-len": 90,
+        "model.hidden-size": 32,
+        "model.num-layers": 2,
+        "model.num-heads": 2,
+        "train.optimizer": "muon",
+        "train.max-steps": 6,
+        "train.warmup-steps": 1,
+        "train.save-every": 2,
+        "train.keep-last": 6,
+        "train.eval-every": 0,
+        "train.eval-images": 4,
+        "train.global-batch-tokens": config.train.global_batch_tokens,
+    }
+    for code, said in run_ranks(["launchers/train.py", *flags(settings)]):
+        assert code == 0, said[-3000:]
+    losses = [row["loss"] for row in read_metrics(run_dir)]
+    assert losses == pytest.approx(whole, abs=1e-4)
+    forget_after(run_dir, step=4)
+    assert run(config, FP32, folder=tmp_path / "two", steps=6) == pytest.approx(losses, abs=1e-5)
