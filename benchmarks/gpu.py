@@ -27,7 +27,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from guesses import counting
 
-from t2i.config import TrainConfig
+from t2i.config import Optimizer, TrainConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import count_parameters, estimate_memory, flops_a_token
 from t2i.distributed.launch import start_processes
@@ -112,31 +112,39 @@ def training(
         # MFU counts a step's model FLOPs alone, so time that goes elsewhere lowers it, whatever it is spent on.
         return a_token * SEQUENCES * SEQ_LEN / seconds / peak
 
-    for sequences in itertools.takewhile(lambda _: time.monotonic() < end, (2**power for power in range(10))):
-        try:
-            with optimizer_step(ds_config, sequences, is_compiled=is_compiled) as micro_batch:
-                inner = timed(functools.partial(micro_batch, is_last=False))
-                last = timed(functools.partial(micro_batch, is_last=True))
-                peak_bytes = torch.cuda.max_memory_allocated()
-        except torch.cuda.OutOfMemoryError:
-            break  # the expected end: the largest size that fits is what is looked for
-        # A whole step takes half a minute, so its two kinds of micro-batches are timed, and added up.
-        num_inner = math.ceil(SEQUENCES / sequences) - 1
-        shares = [mfu(num_inner * a + b) for a, b in zip(inner, last, strict=True)]
-        yield side_by_side.stated(
-            f"{what}, micro-batch {sequences}: MFU of the paper's step", shares, best=max, target=target
-        )
-        if max(shares) > most:
-            best, most = sequences, max(shares)
-        planned = estimate_memory(
+    def planned_bytes(sequences: int, *, optimizer: Optimizer) -> float:
+        return estimate_memory(
             CONFIG,
             counts=counts,
             ds_config=ds_config,
             num_gpus=1,
             num_tokens=sequences * SEQ_LEN,
             is_checkpointed=False,
+            optimizer=optimizer,
+        ).total
+
+    def measured(sequences: int, *, optimizer: Optimizer) -> tuple[list[float], int]:
+        # A whole step takes half a minute, so its two kinds of micro-batches are timed, and added up.
+        with optimizer_step(
+            ds_config, sequences, is_compiled=is_compiled, optimizer=optimizer
+        ) as micro_batch:
+            inner = timed(functools.partial(micro_batch, is_last=False))
+            last = timed(functools.partial(micro_batch, is_last=True))
+            peak_bytes = torch.cuda.max_memory_allocated()
+        num_inner = math.ceil(SEQUENCES / sequences) - 1
+        return [mfu(num_inner * a + b) for a, b in zip(inner, last, strict=True)], peak_bytes
+
+    for sequences in itertools.takewhile(lambda _: time.monotonic() < end, (2**power for power in range(10))):
+        try:
+            shares, peak_bytes = measured(sequences, optimizer="adamw")
+        except torch.cuda.OutOfMemoryError:
+            break  # the expected end: the largest size that fits is what is looked for
+        yield side_by_side.stated(
+            f"{what}, micro-batch {sequences}: MFU of the paper's step", shares, best=max, target=target
         )
-        share = peak_bytes / planned.total
+        if max(shares) > most:
+            best, most = sequences, max(shares)
+        share = peak_bytes / planned_bytes(sequences, optimizer="adamw")
         yield side_by_side.stated(f"{what}, micro-batch {sequences}: memory / plan", [share], target="<= 1.1")
     if best and time.monotonic() < end:
         with optimizer_step(ds_config, best, is_compiled=is_compiled) as micro_batch:
@@ -152,16 +160,29 @@ def training(
         yield side_by_side.stated(
             f"{what}, micro-batch {best}: MFU", [mfu(seconds[0])], target=target, note=note
         )
+    if best and time.monotonic() < end:
+        try:
+            shares, peak_bytes = measured(best, optimizer="muon")
+        except torch.cuda.OutOfMemoryError:
+            print(f"{what} with Muon, micro-batch {best}: out of memory")
+            return
+        yield side_by_side.stated(
+            f"{what} with Muon, micro-batch {best}: MFU of the paper's step", shares, best=max
+        )
+        share = peak_bytes / planned_bytes(best, optimizer="muon")
+        yield side_by_side.stated(
+            f"{what} with Muon, micro-batch {best}: memory / plan", [share], target="<= 1.1"
+        )
 
 
 @contextmanager
 def optimizer_step(
-    ds_config: dict, sequences: int, *, is_compiled: bool = False
+    ds_config: dict, sequences: int, *, is_compiled: bool = False, optimizer: Optimizer = "adamw"
 ) -> Iterator[Callable[..., None]]:
     """Make an engine, and yield a function that takes one micro-batch of `sequences` through it; then free it."""
     fresh()
     # In a list, which is emptied at the end: the caller's name for `micro_batch` would keep the engine alive.
-    engines = [engine_of(ds_config, sequences, is_compiled=is_compiled)]
+    engines = [engine_of(ds_config, sequences, is_compiled=is_compiled, optimizer=optimizer)]
     ids = LAYOUT.image_ids(torch.randint(LAYOUT.codebook_size, (sequences, SEQ_LEN), device=DEVICE))
 
     def micro_batch(*, is_last: bool) -> None:
@@ -179,7 +200,7 @@ def optimizer_step(
         fresh()
 
 
-def engine_of(ds_config: dict, sequences: int, *, is_compiled: bool) -> DeepSpeedEngine:
+def engine_of(ds_config: dict, sequences: int, *, is_compiled: bool, optimizer: Optimizer) -> DeepSpeedEngine:
     """Build t2i's own engine and loss."""
     with torch.device(DEVICE):
         model = OpenLMForCausalLM(CONFIG).train()
@@ -187,7 +208,7 @@ def engine_of(ds_config: dict, sequences: int, *, is_compiled: bool) -> DeepSpee
         compile_layers(model, seq_len=SEQ_LEN)
     return make_engine(
         Learner(model, layout=LAYOUT),
-        config=TrainConfig(),
+        config=TrainConfig(optimizer=optimizer),
         ds_config={**ds_config, "train_micro_batch_size_per_gpu": sequences},
         per_rank=2 * sequences,
     )

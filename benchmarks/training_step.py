@@ -12,7 +12,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import side_by_side
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from t2i.config import TrainConfig
+from t2i.config import Optimizer, TrainConfig
 from t2i.env import keep_memory
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -82,6 +82,14 @@ def main() -> None:
             note="another loss: train.image_vocab_only",
         )
     )
+    rows.append(
+        side_by_side.compared(
+            "training step: t2i with Muon / t2i",
+            seconds["t2i, Muon"],
+            ours,
+            note=f"its products are the same for any batch; here {SEQUENCES * (TEXT + IMAGE):,} tokens",
+        )
+    )
     if "t2i, layers compiled" in seconds:
         rows.append(
             side_by_side.compared(
@@ -117,7 +125,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return ids, F.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-def engine_of(path: Path = DS_CONFIG, *, is_compiled: bool = False, **settings: bool) -> "DeepSpeedEngine":
+def engine_of(
+    path: Path = DS_CONFIG, *, is_compiled: bool = False, optimizer: Optimizer = "adamw", **settings: bool
+) -> "DeepSpeedEngine":
     """Build t2i's own engine and loss; settings are of the model's configuration."""
     # Here, as the process of --memory for another candidate must not hold DeepSpeed.
     from t2i.distributed.launch import start_processes
@@ -131,10 +141,11 @@ def engine_of(path: Path = DS_CONFIG, *, is_compiled: bool = False, **settings: 
 
         compile_layers(model, seq_len=TEXT + IMAGE)
     learner = Learner(model, layout=LAYOUT)
-    return make_engine(learner, config=TrainConfig(), ds_config=read_ds_config(path), per_rank=SEQUENCES)
+    config = TrainConfig(optimizer=optimizer)
+    return make_engine(learner, config=config, ds_config=read_ds_config(path), per_rank=SEQUENCES)
 
 
-def through_deepspeed(path: Path = DS_CONFIG, **settings: bool) -> Callable[[], None]:
+def through_deepspeed(path: Path = DS_CONFIG, **settings: Any) -> Callable[[], None]:
     """Build t2i's own step."""
     engine = engine_of(path, **settings)
     ids, labels = batch()
@@ -209,6 +220,7 @@ CANDIDATES: dict[str, Callable[[], Callable[[], None]]] = {
     "limit": products_alone,
     "t2i": through_deepspeed,
     "t2i, layers compiled": lambda: through_deepspeed(is_compiled=True),
+    "t2i, Muon": lambda: through_deepspeed(optimizer="muon"),
     "t2i, image vocabulary only": lambda: through_deepspeed(image_vocab_only=True),
     "Llama, plain loop": lambda: plain_loop(LlamaForCausalLM(LlamaConfig(**SIZES))),
     "GPT-NeoX, plain loop": lambda: plain_loop(GPTNeoXForCausalLM(GPTNeoXConfig(**UNGATED))),

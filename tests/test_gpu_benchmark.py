@@ -78,15 +78,16 @@ def test_rows_are_kept_as_they_come_and_engines_are_freed(gpu, monkeypatch, tmp_
     monkeypatch.setattr(gpu, "encoding", end_of_the_lease)
     with pytest.raises(KeyboardInterrupt):
         gpu.main()
-    # Sizes are doubled until memory ends; then the best one is taken once more, for a whole step.
+    # Sizes are doubled until memory ends; then the best one is taken twice more, for a whole step and with Muon.
     sizes = [sequences for sequences, _ in found]
-    assert sizes[:3] == [1, 2, 4] and sizes[3] in (1, 2) and len(sizes) == 4
+    assert sizes[:3] == [1, 2, 4] and sizes[3] in (1, 2) and sizes[4:] == [sizes[3]]
     assert {others for _, others in found} == {0}
     assert alive() == before
     found = {row["what"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
     rows = list(found)
     assert "training, micro-batch 2: MFU of the paper's step" in rows
     assert f"training, micro-batch {sizes[3]}: MFU" in rows
+    assert f"training with Muon, micro-batch {sizes[3]}: MFU of the paper's step" in rows
     assert "sampling, batch 64, compiled: images per second" in rows
     assert not any("batch 8, compiled" in row for row in rows)
     assert "sampling, batch 8, compiled: out of memory" in capsys.readouterr().out

@@ -64,4 +64,6 @@ def main() -> None:
     if difference:
         print(f"Not equal. {difference} The two runs are in {command.run_dir}.", file=sys.stderr)
         sys.exit(4)
-    print(f"equal: {command.num_steps} steps, their metrics, weights, Adam's moments and place in the data")
+    print(
+        f"equal: {command.num_steps} steps, their metrics, weights, the optimizer's moments and place in the data"
+    )

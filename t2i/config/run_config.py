@@ -14,6 +14,7 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 
 Mode = Literal["text-to-image", "image-only", "text-only"]
 Trainable = Literal["all", "embeddings", "norms", "first-half", "feed-forward"]
+Optimizer = Literal["adamw", "muon"]
 ControlInit = Literal["none", "fresh", "within-tensors", "moments", "layer-order"]
 ImageWeights = Literal["none", "feed-forward", "all", "lora"]
 Family = Literal["open_lm", "llama", "qwen2", "gpt_neox"]
@@ -172,7 +173,7 @@ class TrainConfig:
     """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
     global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
     """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """What turns gradients into updates: AdamW; or Muon for the matrices of the layers, with AdamW for all else.
     train.lr and train.weight_decay then hold for both."""
     lr: Annotated[float, Ge(0)] = 1.5e-3

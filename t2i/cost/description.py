@@ -34,7 +34,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     names = {
         "weights": "weights",
         "gradients": f"gradients, 1/{plan.asked.num_gpus}",
-        "optimizer": f"fp32 weights and Adam, 1/{plan.asked.num_gpus}",
+        "optimizer": f"fp32 weights, moments, 1/{plan.asked.num_gpus}",
         "buckets": "buckets for reduction",
         "logits": "logits of a chunk, head's gradient",
         "activations": f"activations of {plan.micro_batch} sequences",

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import DsConfig, ImageWeights, Trainable, TrainConfig, bucket_elements
+from t2i.config import DsConfig, ImageWeights, Optimizer, Trainable, TrainConfig, bucket_elements
 from t2i.model import loss
 from t2i.model.backbone import made_of
 from t2i.model.resize import split_rows
 from t2i.model.routing import num_idle, route
-from t2i.model.trainable import add_lora, set_trainable
+from t2i.model.trainable import add_lora, layer_matrices, set_trainable
 
 # Kernels of open_lm's forward and backward pass, counted on a model of 24 layers: 2,013.
 LAUNCHES_PER_LAYER, LAUNCHES_OUTSIDE = 80, 100
 LAUNCH_SECONDS = 1e-5
 """Time that PyTorch takes to start a kernel, autograd included; a guess."""
+MUON_ROUNDS = 5
+"""Rounds of products by which Muon makes a matrix orthogonal."""
 SAMPLE_SECONDS = 5e-4
 """Time to read a sample from its shard and build its sequence, in the training process; a guess."""
 
@@ -38,6 +40,10 @@ class Counts:
     """Width inside a layer's feed-forward part: the widest input that a matrix has."""
     largest_learned: int
     """Elements of the largest trainable tensor."""
+    of_muon: int
+    """Parameters that Muon updates if train.optimizer says so."""
+    muon_flops: int
+    """Floating-point operations of its products for these in one step, over all devices."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Memory:
     gradients: float
     """This rank's shard of the gradients, in the precision of their sum."""
     optimizer: float
-    """This rank's shard of the fp32 weights and Adam's two moments."""
+    """This rank's shard of the fp32 weights and the optimizer's moments."""
     buckets: float
     logits: float
     """One chunk's logits, the LM head's gradient in fp32, and four copies of the chunk's hidden states."""
@@ -101,6 +107,7 @@ def counts_of(model: PreTrainedModel) -> Counts:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     looked_up = set(embedding.parameters()) - set(head.parameters())
     products = [value for value in values if value.dim() == 2 and value not in looked_up]
+    matrices = layer_matrices(model)
     return Counts(
         total=sum(value.numel() for value in values),
         learned=sum(value.numel() for value in values if value.requires_grad),
@@ -111,7 +118,14 @@ def counts_of(model: PreTrainedModel) -> Counts:
         # Matrices say it alike in every class, whose configurations call it by many names or not at all.
         inner_width=max(value.shape[1] for value in products),
         largest_learned=max((value.numel() for value in values if value.requires_grad), default=0),
+        of_muon=sum(value.numel() for value in matrices),
+        muon_flops=sum(_orthogonal_flops(*sorted(value.shape)) for value in matrices),
     )
+
+
+def _orthogonal_flops(rows: int, columns: int) -> int:
+    """Count the floating-point operations that make a matrix, (R, C) with R <= C, orthogonal (train/muon.py)."""
+    return MUON_ROUNDS * (4 * rows**2 * columns + 2 * rows**3)
 
 
 def estimate_memory(
@@ -123,6 +137,7 @@ def estimate_memory(
     num_tokens: int,
     is_checkpointed: bool,
     on_cpu: bool = False,
+    optimizer: Optimizer = "adamw",
 ) -> Memory:
     """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens tokens."""
     element = weight_bytes(ds_config)
@@ -136,7 +151,7 @@ def estimate_memory(
     return Memory(
         weights=element * counts.total,
         gradients=(4 if summed_in == "fp32" else 2) * counts.learned / num_gpus,
-        optimizer=12 * counts.learned / num_gpus,
+        optimizer=optimizer_bytes(counts, optimizer=optimizer) / num_gpus,
         buckets=element
         * num_buckets
         * bucket_elements(zero, largest=counts.largest_learned, num_ranks=num_gpus),
@@ -253,6 +268,11 @@ def num_checkpoints(train: TrainConfig) -> tuple[int, int]:
     return min(saves, kept), min(saves, kept + 1)
 
 
-def checkpoint_bytes(counts: Counts, *, element_bytes: int) -> float:
-    """Estimate the bytes of a checkpoint: weights twice (export and DeepSpeed's), fp32 weights, Adam's moments."""
-    return 2 * element_bytes * counts.total + 12 * counts.learned
+def optimizer_bytes(counts: Counts, *, optimizer: Optimizer) -> int:
+    """Count the bytes of the fp32 weights and the moments, over all ranks: Adam has two, Muon one."""
+    return 12 * counts.learned - (4 * counts.of_muon if optimizer == "muon" else 0)
+
+
+def checkpoint_bytes(counts: Counts, *, element_bytes: int, optimizer: Optimizer = "adamw") -> float:
+    """Estimate the bytes of a checkpoint: weights twice (export and DeepSpeed's), fp32 weights and moments."""
+    return 2 * element_bytes * counts.total + optimizer_bytes(counts, optimizer=optimizer)

@@ -158,6 +158,7 @@ def make_plan(
         ds_config=ds_config,
         num_gpus=plan.num_gpus,
         on_cpu=plan.gpu == "cpu",
+        optimizer=train.optimizer,
     )
     return Plan(
         init=model.init,
@@ -184,9 +185,10 @@ def make_plan(
             for flag in (False, True)
         },
         flops_a_token=work.flops_per_token,
-        product_seconds=sequences
-        * seq_len
-        * work.executed_flops_per_token
+        product_seconds=(
+            sequences * seq_len * work.executed_flops_per_token
+            + (work.counts.muon_flops if train.optimizer == "muon" else 0)
+        )
         / (plan.num_gpus * plan.mfu * device.peak_flops),
         least_seconds=0.0
         if plan.gpu == "cpu"
@@ -196,7 +198,7 @@ def make_plan(
             accumulation=steps,
             num_workers=data.num_workers,
         ),
-        checkpoint_bytes=checkpoint_bytes(work.counts, element_bytes=element),
+        checkpoint_bytes=checkpoint_bytes(work.counts, element_bytes=element, optimizer=train.optimizer),
     )
 
 

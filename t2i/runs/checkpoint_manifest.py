@@ -61,7 +61,7 @@ class Facts:
     optimizer_state_bytes: int = 0
     """Of the first rank."""
     optimizer_bits: list[int] = field(default_factory=list)
-    """Per rank, a sum over Adam's moments that changes with any bit of them."""
+    """Per rank, a sum over the optimizer's moments that changes with any bit of them."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ REFUSED = {
     "zero_optimization.cpu_offload": "offloaded gradients that are not finite would stay for the next step",
     "zero_optimization.zenflow": "it updates weights with old gradients",
     "bf16.bf16_master_weights_and_grads": "weights are kept in fp32",
-    "bf16.bf16_optimizer_states": "Adam's moments are kept in fp32",
+    "bf16.bf16_optimizer_states": "the optimizer's moments are kept in fp32",
 }
 """Keys of DeepSpeed that t2i cannot honour, each with the reason."""
 HONOURED = {
@@ -124,7 +124,10 @@ def _keys(ds_config: Mapping[str, Any]) -> Iterator[str]:
             if name in OWNED_BY_THE_RUN:
                 yield f"{name} is decided by --{OWNED_BY_THE_RUN[name]}; remove it"
             elif holder == "optimizer":
-                yield f"{name} is decided by --train.lr and the settings beside it; expected params.torch_adam at most"
+                yield (
+                    f"{name} is decided by --train.optimizer, --train.lr and the settings beside them; expected"
+                    " params.torch_adam at most"
+                )
             elif name in REFUSED:
                 yield f"{name} is not supported, because {REFUSED[name]}; remove it"
             elif holder == "zero_optimization" and key.startswith(("stage3_", "zero_", "mics_", "sub_group")):

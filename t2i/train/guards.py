@@ -55,7 +55,7 @@ def check_updates(progress: Progress, *, run_dir: Path) -> None:
 
 
 def check_finite(engine: deepspeed.DeepSpeedEngine, progress: Progress, *, run_dir: Path) -> None:
-    """Check all weights and Adam's moments, on every rank together, before they are saved.
+    """Check all weights and the optimizer's moments, on every rank together, before they are saved.
 
     Raises:
         NumericalError: some are not finite; no later step can change that.
@@ -64,7 +64,7 @@ def check_finite(engine: deepspeed.DeepSpeedEngine, progress: Progress, *, run_d
     values = [*parameters.values(), *moments_of(engine)]
     # One read from the device for all tensors.
     are_finite = torch.stack([value.isfinite().all() for value in values]).tolist()
-    names = [*parameters, *["Adam's moments"] * (len(values) - len(parameters))]
+    names = [*parameters, *["the optimizer's moments"] * (len(values) - len(parameters))]
     found = of_all_ranks([name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite])
     if found:
         raise NumericalError(
@@ -101,7 +101,7 @@ def check_ranks_agree(module: nn.Module) -> None:
 
 
 def optimizer_bits(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Sum the bits of Adam's moments on this rank; different states have equal sums by rare chance only."""
+    """Sum the bits of the optimizer's moments on this rank; different states have equal sums by rare chance only."""
     return sum(int(_bits(value).item()) for value in moments_of(engine))
 
 

@@ -110,7 +110,6 @@ class MuonStep:
         Yields:
             the matrix and its update, (R, C), in the precision of the model's weights.
         """
-        direction = direction.to(self.precision)
         for batch in self.whole:
             parts = [self.part(direction, matrix).view(matrix.shape) for matrix in batch]
             yield from zip(batch, orthogonal(torch.stack(parts)), strict=True)
@@ -123,7 +122,7 @@ class MuonStep:
     def of_all_ranks(self, direction: Tensor, batch: list[Matrix]) -> list[Tensor]:
         """Collect whole matrices from the ranks that have their parts; every rank calls this."""
         sizes = [_size(matrix) for matrix in batch]
-        found = direction.new_zeros(sum(sizes))
+        found = direction.new_zeros(sum(sizes), dtype=self.precision)
         values = list(found.split(sizes))
         for matrix, into in zip(batch, values, strict=True):
             begin, end = self.overlap(matrix)
@@ -138,9 +137,9 @@ class MuonStep:
         return max(matrix.begin, self.shard.begin), min(matrix.end, self.shard.end)
 
     def part(self, direction: Tensor, matrix: Matrix) -> Tensor:
-        """Return this rank's part of a matrix."""
+        """Return this rank's part of a matrix, in the precision of the model's weights."""
         begin, end = self.overlap(matrix)
-        return direction[begin - self.shard.begin : end - self.shard.begin]
+        return direction[begin - self.shard.begin : end - self.shard.begin].to(self.precision)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

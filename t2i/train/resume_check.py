@@ -100,7 +100,7 @@ def _differing_checkpoint(found: Path, wanted: Path) -> str:
                     distance = (ours.get_tensor(name) - theirs.get_tensor(name)).abs().max().item()
                     return f"weights of {name} differ by up to {distance:.2e} after {other.step} steps."
     for what, one, two in (
-        ("Adam's moments", resumed.facts.optimizer_bits, other.facts.optimizer_bits),
+        ("the optimizer's moments", resumed.facts.optimizer_bits, other.facts.optimizer_bits),
         ("the place in the data", resumed.facts.loader, other.facts.loader),
     ):
         if one != two:

@@ -38,9 +38,11 @@ from t2i.model import loss
 from t2i.model.open_lm import attention_open_lm
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
+from t2i.model.trainable import layer_matrices
 from t2i.tokens.vocab import VocabLayout
 from t2i.train.ds_config import read_ds_config
 from t2i.train.engine import Learner, make_engine
+from t2i.train.muon import orthogonal
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "launchers" / "configs" / "paper_1b.yaml"
@@ -293,9 +295,10 @@ TORCH_ADAM = {"optimizer": {"params": {"torch_adam": True}}}
 
 
 @pytest.mark.parametrize("ds_config", [ZERO2_FP32, {**ZERO2, **TORCH_ADAM}], ids=["fp32", "bf16"])
-def test_states_are_those_that_a_real_engine_holds(ds_config, one_process):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_are_those_that_a_real_engine_holds(optimizer, ds_config, one_process):
     learner = learner_of(tiny_config())
-    engine = make_engine(learner, config=TrainConfig(), ds_config=ds_config, per_rank=4)
+    engine = make_engine(learner, config=TrainConfig(optimizer=optimizer), ds_config=ds_config, per_rank=4)
     zero = engine.optimizer
     loss, _ = engine(*batch())
     engine.backward(loss)
@@ -304,7 +307,7 @@ def test_states_are_those_that_a_real_engine_holds(ds_config, one_process):
     engine.step()
     states = [value for state in zero.optimizer.state.values() for value in state.values()]
     averages = [value for value in states if torch.is_tensor(value) and value.numel() > 1]
-    optimizer = sum(storages([*averages, *zero.single_partition_of_fp32_groups]).values())
+    held = sum(storages([*averages, *zero.single_partition_of_fp32_groups]).values())
     weights = sum(storages(engine.module.parameters()).values())
     want = estimate_memory(
         tiny_config(),
@@ -313,11 +316,34 @@ def test_states_are_those_that_a_real_engine_holds(ds_config, one_process):
         num_gpus=1,
         num_tokens=0,
         is_checkpointed=False,
+        optimizer=optimizer,
     )
     # DeepSpeed aligns each parameter to 16 bytes.
     assert weights == pytest.approx(want.weights, rel=0.01)
-    assert optimizer == pytest.approx(want.optimizer, rel=0.01)
+    assert held == pytest.approx(want.optimizer, rel=0.01)
     assert gradients == pytest.approx(want.gradients, rel=0.01)
+
+
+def test_products_of_muon_are_those_that_torch_counts():
+    matrices = layer_matrices(OpenLMForCausalLM(tiny_config()))
+    with FlopCounterMode(display=False) as counter:
+        for value in matrices:
+            orthogonal(value.detach()[None])
+    assert count_parameters(tiny_config()).muon_flops == counter.get_total_flops()
+
+
+def test_a_plan_with_muon_needs_less_memory_and_more_time():
+    settings = {"ds_config": ZERO2, "plan": PlanConfig(num_gpus=8, gpu="a100")}
+    config = paper()
+    plain = plan_of(config, **settings)
+    muon = plan_of(replace(config, train=replace(config.train, optimizer="muon")), **settings)
+    saved = 4 * plain.counts.of_muon
+    assert plain.memory[False].optimizer - muon.memory[False].optimizer == saved / 8
+    assert plain.checkpoint_bytes - muon.checkpoint_bytes == saved
+    added = plain.counts.muon_flops / (plain.tokens_a_step * plain.flops_a_token)
+    assert 0 < added < 0.03  # of a step of a million tokens
+    executed = 4 / 3 if plain.is_checkpointed else 1
+    assert muon.product_seconds / plain.product_seconds == pytest.approx(1 + added / executed)
 
 
 @pytest.mark.parametrize(
