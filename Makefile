@@ -60,7 +60,8 @@ demo: install
 	$(BIN)/python launchers/prepare.py --source openmoji --views 8 --out data/openmoji64
 	@echo "[2/5] a language model learns to draw"
 	$(BIN)/deepspeed --quiet launchers/train.py --ds_config $(CPU_CONFIG) --run-dir $(OUT) \
-		--train.global-batch-tokens 1536 --train.max-steps 5600 --train.lr 2e-3 --train.sample-every 1400
+		--train.global-batch-tokens 1536 --train.max-steps 4400 --train.lr 2e-3 --train.optimizer muon \
+		--train.sample-every 1100
 	@echo "[3/5] its images beside their yardsticks"
 	test -f $(OUT)/eval/$$(basename $$(cat $(OUT)/latest))/scores.json || $(BIN)/python eval/coco_fid.py $(OUT)
 	@echo "[4/5] an export that draws without t2i"

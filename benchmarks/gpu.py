@@ -27,7 +27,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from guesses import counting
 
-from t2i.config import Optimizer, TrainConfig
+from t2i.config import OptimizerName, TrainConfig
 from t2i.cost.devices import peak_flops_of
 from t2i.cost.estimates import count_parameters, estimate_memory, flops_a_token
 from t2i.distributed.launch import start_processes
@@ -112,7 +112,7 @@ def training(
         # MFU counts a step's model FLOPs alone, so time that goes elsewhere lowers it, whatever it is spent on.
         return a_token * SEQUENCES * SEQ_LEN / seconds / peak
 
-    def planned_bytes(sequences: int, *, optimizer: Optimizer) -> float:
+    def planned_bytes(sequences: int, *, optimizer: OptimizerName) -> float:
         return estimate_memory(
             CONFIG,
             counts=counts,
@@ -123,7 +123,7 @@ def training(
             optimizer=optimizer,
         ).total
 
-    def measured(sequences: int, *, optimizer: Optimizer) -> tuple[list[float], int]:
+    def measured(sequences: int, *, optimizer: OptimizerName) -> tuple[list[float], int]:
         # A whole step takes half a minute, so its two kinds of micro-batches are timed, and added up.
         with optimizer_step(
             ds_config, sequences, is_compiled=is_compiled, optimizer=optimizer
@@ -177,7 +177,7 @@ def training(
 
 @contextmanager
 def optimizer_step(
-    ds_config: dict, sequences: int, *, is_compiled: bool = False, optimizer: Optimizer = "adamw"
+    ds_config: dict, sequences: int, *, is_compiled: bool = False, optimizer: OptimizerName = "adamw"
 ) -> Iterator[Callable[..., None]]:
     """Make an engine, and yield a function that takes one micro-batch of `sequences` through it; then free it."""
     fresh()
@@ -200,7 +200,9 @@ def optimizer_step(
         fresh()
 
 
-def engine_of(ds_config: dict, sequences: int, *, is_compiled: bool, optimizer: Optimizer) -> DeepSpeedEngine:
+def engine_of(
+    ds_config: dict, sequences: int, *, is_compiled: bool, optimizer: OptimizerName
+) -> DeepSpeedEngine:
     """Build t2i's own engine and loss."""
     with torch.device(DEVICE):
         model = OpenLMForCausalLM(CONFIG).train()

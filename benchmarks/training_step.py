@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from t2i.config import Optimizer, TrainConfig
+from t2i.config import OptimizerName, TrainConfig
 from t2i.env import keep_memory
 from t2i.model.open_lm.configuration_open_lm import OpenLMConfig
 from t2i.model.open_lm.modeling_open_lm import OpenLMForCausalLM
@@ -126,7 +126,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def engine_of(
-    path: Path = DS_CONFIG, *, is_compiled: bool = False, optimizer: Optimizer = "adamw", **settings: bool
+    path: Path = DS_CONFIG, *, is_compiled: bool = False, optimizer: OptimizerName = "adamw", **settings: bool
 ) -> "DeepSpeedEngine":
     """Build t2i's own engine and loss; settings are of the model's configuration."""
     # Here, as the process of --memory for another candidate must not hold DeepSpeed.

@@ -14,7 +14,7 @@ EMBEDDED_SHARDS = Path("data/openmoji64")
 
 Mode = Literal["text-to-image", "image-only", "text-only"]
 Trainable = Literal["all", "embeddings", "norms", "first-half", "feed-forward"]
-Optimizer = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon"]
 ControlInit = Literal["none", "fresh", "within-tensors", "moments", "layer-order"]
 ImageWeights = Literal["none", "feed-forward", "all", "lora"]
 Family = Literal["open_lm", "llama", "qwen2", "gpt_neox"]
@@ -170,10 +170,10 @@ class TrainConfig:
     """Optimization: AdamW or Muon, with a linear warm-up and a cosine schedule."""
 
     max_steps: Annotated[int, Ge(1), MAY_CHANGE] = 1_600
-    """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
+    """OptimizerName steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
     global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
     """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     """What turns gradients into updates: AdamW; or Muon for the matrices of the layers, with AdamW for all else.
     train.lr and train.weight_decay then hold for both."""
     lr: Annotated[float, Ge(0)] = 1.5e-3

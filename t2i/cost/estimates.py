@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from t2i.config import DsConfig, ImageWeights, Optimizer, Trainable, TrainConfig, bucket_elements
+from t2i.config import DsConfig, ImageWeights, OptimizerName, Trainable, TrainConfig, bucket_elements
 from t2i.model import loss
 from t2i.model.backbone import made_of
 from t2i.model.resize import split_rows
@@ -40,10 +40,13 @@ class Counts:
     """Width inside a layer's feed-forward part: the widest input that a matrix has."""
     largest_learned: int
     """Elements of the largest trainable tensor."""
-    of_muon: int
-    """Parameters that Muon updates if train.optimizer says so."""
-    muon_flops: int
-    """Floating-point operations of its products for these in one step, over all devices."""
+    muon_shapes: tuple[tuple[int, int], ...]
+    """Rows and columns of the matrices that Muon updates if train.optimizer says so."""
+
+    @property
+    def of_muon(self) -> int:
+        """Parameters that Muon updates if train.optimizer says so."""
+        return sum(rows * columns for rows, columns in self.muon_shapes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,6 @@ def counts_of(model: PreTrainedModel) -> Counts:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     looked_up = set(embedding.parameters()) - set(head.parameters())
     products = [value for value in values if value.dim() == 2 and value not in looked_up]
-    matrices = layer_matrices(model)
     return Counts(
         total=sum(value.numel() for value in values),
         learned=sum(value.numel() for value in values if value.requires_grad),
@@ -118,14 +120,25 @@ def counts_of(model: PreTrainedModel) -> Counts:
         # Matrices say it alike in every class, whose configurations call it by many names or not at all.
         inner_width=max(value.shape[1] for value in products),
         largest_learned=max((value.numel() for value in values if value.requires_grad), default=0),
-        of_muon=sum(value.numel() for value in matrices),
-        muon_flops=sum(_orthogonal_flops(*sorted(value.shape)) for value in matrices),
+        muon_shapes=tuple((value.shape[0], value.shape[1]) for value in layer_matrices(model)),
     )
 
 
-def _orthogonal_flops(rows: int, columns: int) -> int:
-    """Count the floating-point operations that make a matrix, (R, C) with R <= C, orthogonal (train/muon.py)."""
-    return MUON_ROUNDS * (4 * rows**2 * columns + 2 * rows**3)
+def muon_flops(counts: Counts, *, num_gpus: int) -> int:
+    """Count the floating-point operations of Muon's products in one step, on the GPU that has most of them.
+
+    Each GPU multiplies all matrices that its part of the parameters reaches into.
+    """
+    share = -(-counts.of_muon // num_gpus)
+    of_gpus = [0] * num_gpus
+    begin = 0
+    for shape in counts.muon_shapes:
+        end = begin + math.prod(shape)
+        rows, columns = sorted(shape)
+        for place in range(begin // share, (end - 1) // share + 1):
+            of_gpus[place] += MUON_ROUNDS * (4 * rows**2 * columns + 2 * rows**3)
+        begin = end
+    return max(of_gpus)
 
 
 def estimate_memory(
@@ -137,7 +150,7 @@ def estimate_memory(
     num_tokens: int,
     is_checkpointed: bool,
     on_cpu: bool = False,
-    optimizer: Optimizer = "adamw",
+    optimizer: OptimizerName = "adamw",
 ) -> Memory:
     """Estimate one device's memory under ZeRO-2 with a micro-batch of num_tokens tokens."""
     element = weight_bytes(ds_config)
@@ -268,11 +281,11 @@ def num_checkpoints(train: TrainConfig) -> tuple[int, int]:
     return min(saves, kept), min(saves, kept + 1)
 
 
-def optimizer_bytes(counts: Counts, *, optimizer: Optimizer) -> int:
+def optimizer_bytes(counts: Counts, *, optimizer: OptimizerName) -> int:
     """Count the bytes of the fp32 weights and the moments, over all ranks: Adam has two, Muon one."""
     return 12 * counts.learned - (4 * counts.of_muon if optimizer == "muon" else 0)
 
 
-def checkpoint_bytes(counts: Counts, *, element_bytes: int, optimizer: Optimizer = "adamw") -> float:
+def checkpoint_bytes(counts: Counts, *, element_bytes: int, optimizer: OptimizerName = "adamw") -> float:
     """Estimate the bytes of a checkpoint: weights twice (export and DeepSpeed's), fp32 weights and moments."""
     return 2 * element_bytes * counts.total + optimizer_bytes(counts, optimizer=optimizer)

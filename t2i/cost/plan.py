@@ -22,6 +22,7 @@ from t2i.cost.estimates import (
     estimate_memory,
     flops_a_token,
     least_step_seconds,
+    muon_flops,
     num_checkpoints,
     weight_bytes,
 )
@@ -186,10 +187,10 @@ def make_plan(
         },
         flops_a_token=work.flops_per_token,
         product_seconds=(
-            sequences * seq_len * work.executed_flops_per_token
-            + (work.counts.muon_flops if train.optimizer == "muon" else 0)
+            sequences * seq_len * work.executed_flops_per_token / plan.num_gpus
+            + (muon_flops(work.counts, num_gpus=plan.num_gpus) if train.optimizer == "muon" else 0)
         )
-        / (plan.num_gpus * plan.mfu * device.peak_flops),
+        / (plan.mfu * device.peak_flops),
         least_seconds=0.0
         if plan.gpu == "cpu"
         else least_step_seconds(

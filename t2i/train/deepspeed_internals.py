@@ -209,7 +209,9 @@ class StateKind:
     """Parameters are dealt out to ranks in another order (round_robin_gradients)."""
 
     def __str__(self) -> str:
-        return f"{self.num_ranks} {'rank' if self.num_ranks == 1 else 'ranks'} in {self.precision} with {self.adam}"
+        order = " and round_robin_gradients" if self.is_round_robin else ""
+        ranks = "rank" if self.num_ranks == 1 else "ranks"
+        return f"{self.num_ranks} {ranks} in {self.precision} with {self.adam}{order}"
 
 
 def kind_of(ds_config: DsConfig, *, num_ranks: int) -> StateKind:
@@ -301,38 +303,45 @@ class Shard:
         return self.begin + self.value.numel()
 
 
-def shards_of(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
-    """List this rank's parts of all parameter groups."""
+def muon_shards(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
+    """List this rank's parts of the parameter groups that Muon updates."""
     zero = engine.optimizer
     return [
         Shard(value, begin=rank_and_size()[0] * value.numel(), params=list(zip(params, places, strict=True)))
-        for value, params, places in zip(
+        for value, params, places, group in zip(
             zero.single_partition_of_fp32_groups,
             zero.round_robin_bit16_groups,
             zero.round_robin_bit16_offsets,
+            zero.optimizer.param_groups,
             strict=True,
         )
+        if group.get("is_muon")  # which checkpoints of before do not have
     ]
 
 
-def hold_one_moment(shard: Shard, state: dict[str, Any]) -> Tensor:
-    """Let the optimizer's state of a shard hold one moment, (N,), in Adam's form but without the second's memory.
+def one_moment(value: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return the one moment, (N,), that Muon needs of a shard's state; if there is none yet, begin it, and its steps.
 
-    Returns:
-        the moment, which is at first 0.
+    The state has Adam's form, which DeepSpeed's converter asks for: of the second moment it holds one zero.
     """
-    if "exp_avg" not in state:
-        state["exp_avg"] = torch.zeros_like(shard.value)
-    moment: Tensor = state["exp_avg"]
-    if _takes_memory(state.get("exp_avg_sq")):
-        # DeepSpeed's converter wants both of Adam's moments, and makes the second whole again: all of it is one 0.
-        state["exp_avg_sq"] = moment.new_zeros(1).expand_as(moment)
-        mappings: list[Any] = [vars(value)["_hp_mapping"] for value, _ in shard.params]
-        for mapping in mappings:
-            if mapping is not None:  # of a parameter that this rank has no part of
+    if not state:
+        state["step"] = torch.zeros((), device=value.device)
+        state["exp_avg"] = torch.zeros_like(value)
+        state["exp_avg_sq"] = value.new_zeros(1).expand_as(value)
+    return state["exp_avg"]  # type: ignore[no-any-return]
+
+
+def drop_second_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Free what a load makes of the zeros that stand for second moments in Muon's groups: it copies each as a whole."""
+    for shard in muon_shards(engine):
+        state = adam_of(engine).state[shard.value]
+        state["exp_avg_sq"] = shard.value.new_zeros(1).expand_as(shard.value)
+        for value, _ in shard.params:
+            mapping: Any = vars(value)["_hp_mapping"]
+            if (
+                mapping is not None
+            ):  # of a parameter that this rank has a part of; else views would keep the memory
                 mapping.set_optim_state_fragment(shard.value, state)
-    state["step"] = state.get("step", 0) + 1
-    return moment
 
 
 def count_steps_as(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -353,9 +362,6 @@ def moments_of(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
         value
         for state in states
         for value in state.values()
-        if isinstance(value, Tensor) and _takes_memory(value)
+        # Not the one zero that stands for Muon's second moment.
+        if isinstance(value, Tensor) and value.untyped_storage().nbytes() >= value.nbytes
     ]
-
-
-def _takes_memory(moment: Tensor | None) -> bool:
-    return moment is None or moment.untyped_storage().nbytes() >= moment.nbytes

@@ -23,6 +23,7 @@ from t2i.runs.checkpoint_store import CONVERTED
 from t2i.runs.trust import only_plain_values
 from t2i.train.deepspeed_internals import (
     count_steps_as,
+    drop_second_moments,
     kind_of,
     names_as_they_are,
     reading_universal,
@@ -65,14 +66,23 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: Path, *, num_ranks: in
         num_ranks: of the run that saved it.
 
     Raises:
-        CheckpointError: the state is damaged, or the conversion failed.
+        CheckpointError: the state is damaged, or cannot be converted.
     """
     with only_plain_values(folder / "engine"):
         saved = kind_of(saved_ds_config(folder), num_ranks=num_ranks)
     own = kind_of(engine.config, num_ranks=dist.get_world_size())
     if saved == own:
         load_engine(engine, folder)
+        drop_second_moments(engine)
         return
+    for kind in (saved, own):
+        if kind.is_round_robin and kind.num_ranks > 1:
+            # DeepSpeed 0.19.8 notes the places that parameters would have in their own order.
+            raise CheckpointError(
+                f"{folder} was made by {saved} and would be loaded by {own}, but DeepSpeed cannot convert the state of"
+                f" several ranks with round_robin_gradients: it would take some weights for others. Resume with the"
+                f" number of ranks and the DeepSpeed JSON that made it."
+            )
     # Converted when it is needed, not at each save: that would double a save's time and size.
     converted = folder.with_name(CONVERTED)
     logger.info("converting %s, made by %s, for %s", folder, saved, own)
@@ -80,6 +90,7 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: Path, *, num_ranks: in
     with reading_universal(engine):
         load_engine(engine, converted)
     count_steps_as(engine)
+    drop_second_moments(engine)
     load_frozen(engine.module, folder)
     dist.barrier()  # until every rank has read it
     on_first_rank(lambda: shutil.rmtree(converted))

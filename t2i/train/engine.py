@@ -35,6 +35,8 @@ class ParameterGroup(TypedDict):
     """What the schedule's learning rate is multiplied by."""
     is_new: bool
     """These are new embeddings, which L2-SP leaves alone."""
+    is_muon: bool
+    """Muon updates these, not Adam."""
 
 
 class Learner(nn.Module):
@@ -93,7 +95,7 @@ def make_engine(
     if config.l2_sp:
         pull_to_start(adam_of(engine), share=config.l2_sp)
     if muon:
-        use_muon(engine, muon)
+        use_muon(engine)
     return engine
 
 
@@ -228,15 +230,16 @@ def parameter_groups(
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
     of_muon = set(map(id, muon))
-    small_ones = [[value for value in small if (id(value) in of_muon) is flag] for flag in (False, True)]
+    apart = [[value for value in small if (id(value) in of_muon) is flag] for flag in (False, True)]
     decay = config.weight_decay
+    plain = ParameterGroup(params=[], weight_decay=decay, lr_scale=1.0, is_new=False, is_muon=False)
     groups: list[ParameterGroup] = [
-        {"params": values, "weight_decay": decay, "lr_scale": 1.0, "is_new": False}
-        for values in (*large, *small_ones)
+        {**plain, "params": values, "is_muon": any(id(value) in of_muon for value in values)}
+        for values in (*large, *apart)
     ]
     groups += [
-        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0, "is_new": False},
-        {"params": new_rows, "weight_decay": decay, "lr_scale": scale, "is_new": True},
+        {**plain, "params": vectors, "weight_decay": 0.0},
+        {**plain, "params": new_rows, "lr_scale": scale, "is_new": True},
     ]
     # ZeRO cannot flatten a group without parameters.
     return [group for group in groups if group["params"]]

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from t2i.train.deepspeed_internals import Shard, adam_of, hold_one_moment, shards_of
+from t2i.train.deepspeed_internals import Shard, adam_of, muon_shards, one_moment
 
 MOMENTUM = 0.95
 """Decay rate of the momentum, which is Nesterov's."""
@@ -27,7 +27,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """A round turns a singular value x into a x + b x^3 + c x^5: all but the smallest are soon between 0.7 and 1.2."""
 ROUNDS = 5
 BATCH = 2**26
-"""Values of matrices that are multiplied, or sent, at a time, which bounds the memory that a step takes for it."""
+"""Values of matrices that are multiplied, or sent, at a time; in bf16 a step takes under 1 GB for it, for a moment."""
 
 
 class Matrix(NamedTuple):
@@ -38,18 +38,9 @@ class Matrix(NamedTuple):
     end: int
 
 
-def use_muon(engine: deepspeed.DeepSpeedEngine, matrices: list[nn.Parameter]) -> None:
-    """Let Muon update these matrices, and the engine's Adam all else.
-
-    Args:
-        matrices: (R, C) each; all that a parameter group has, or none of it.
-    """
-    chosen = set(map(id, matrices))
-    steps = {
-        id(shard.value): MuonStep(shard)
-        for shard in shards_of(engine)
-        if all(id(value) in chosen for value, _ in shard.params)
-    }
+def use_muon(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let Muon update the parameter groups that are marked for it, and the engine's Adam all others."""
+    steps = {id(shard.value): MuonStep(shard) for shard in muon_shards(engine)}
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
@@ -76,7 +67,7 @@ class MuonStep:
         for matrix in matrices:
             if shard.begin <= matrix.begin and matrix.end <= shard.end:
                 by_shape[matrix.shape].append(matrix)
-        self.whole = [batch for group in by_shape.values() for batch in _batches(group)]
+        self.own = [batch for group in by_shape.values() for batch in _batches(group)]
         """Matrices of this rank alone, those of one shape together."""
         self.cut = list(_batches(cut))
         """Matrices that several ranks have parts of, the same list on every rank."""
@@ -90,7 +81,8 @@ class MuonStep:
         """
         value, gradient = self.shard.value, self.shard.value.grad
         assert gradient is not None  # which ZeRO has just put there
-        momentum = hold_one_moment(self.shard, state)
+        momentum = one_moment(value, state)
+        state["step"] += 1
         momentum.lerp_(gradient, 1 - MOMENTUM)
         direction = gradient.lerp_(momentum, MOMENTUM)  # in place: nobody reads this gradient again
         value.grad = None
@@ -110,17 +102,17 @@ class MuonStep:
         Yields:
             the matrix and its update, (R, C), in the precision of the model's weights.
         """
-        for batch in self.whole:
-            parts = [self.part(direction, matrix).view(matrix.shape) for matrix in batch]
-            yield from zip(batch, orthogonal(torch.stack(parts)), strict=True)
+        for batch in self.own:
+            whole = torch.stack([self.part(direction, matrix).view(matrix.shape) for matrix in batch])
+            yield from zip(batch, orthogonal(whole), strict=True)
         for batch in self.cut:
-            for matrix, values in zip(batch, self.of_all_ranks(direction, batch), strict=True):
+            for matrix, values in zip(batch, self.joined(direction, batch), strict=True):
                 begin, end = self.overlap(matrix)
                 if begin < end:
                     yield matrix, orthogonal(values.view(1, *matrix.shape))[0]
 
-    def of_all_ranks(self, direction: Tensor, batch: list[Matrix]) -> list[Tensor]:
-        """Collect whole matrices from the ranks that have their parts; every rank calls this."""
+    def joined(self, direction: Tensor, batch: list[Matrix]) -> list[Tensor]:
+        """Join matrices from the parts that ranks have; every rank calls this."""
         sizes = [_size(matrix) for matrix in batch]
         found = direction.new_zeros(sum(sizes), dtype=self.precision)
         values = list(found.split(sizes))

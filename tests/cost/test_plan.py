@@ -28,6 +28,7 @@ from t2i.cost.estimates import (
     counts_of,
     estimate_memory,
     flops_a_token,
+    muon_flops,
     num_checkpoints,
 )
 from t2i.cost.plan import make_plan
@@ -329,18 +330,31 @@ def test_products_of_muon_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         for value in matrices:
             orthogonal(value.detach()[None])
-    assert count_parameters(tiny_config()).muon_flops == counter.get_total_flops()
+    assert muon_flops(count_parameters(tiny_config()), num_gpus=1) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_gpus", [2, 3, 5, 64])
+def test_the_busiest_gpu_multiplies_what_its_part_reaches_into(num_gpus):
+    counts = count_parameters(tiny_config())
+    owners = torch.arange(counts.of_muon) // math.ceil(counts.of_muon / num_gpus)
+    parts = owners.split([rows * columns for rows, columns in counts.muon_shapes])
+    costs = [5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for shape in counts.muon_shapes]
+    totals = [
+        sum(cost for cost, part in zip(costs, parts, strict=True) if (part == gpu).any())
+        for gpu in range(num_gpus)
+    ]
+    assert muon_flops(counts, num_gpus=num_gpus) == max(totals)
 
 
 def test_a_plan_with_muon_needs_less_memory_and_more_time():
-    settings = {"ds_config": ZERO2, "plan": PlanConfig(num_gpus=8, gpu="a100")}
+    settings = {"ds_config": ZERO2, "plan": PlanConfig(num_gpus=8, gpu="a100-80gb")}
     config = paper()
     plain = plan_of(config, **settings)
     muon = plan_of(replace(config, train=replace(config.train, optimizer="muon")), **settings)
     saved = 4 * plain.counts.of_muon
     assert plain.memory[False].optimizer - muon.memory[False].optimizer == saved / 8
     assert plain.checkpoint_bytes - muon.checkpoint_bytes == saved
-    added = plain.counts.muon_flops / (plain.tokens_a_step * plain.flops_a_token)
+    added = 8 * muon_flops(plain.counts, num_gpus=8) / (plain.tokens_a_step * plain.flops_a_token)
     assert 0 < added < 0.03  # of a step of a million tokens
     executed = 4 / 3 if plain.is_checkpointed else 1
     assert muon.product_seconds / plain.product_seconds == pytest.approx(1 + added / executed)
