@@ -179,7 +179,7 @@ def test_help_shows_text_range_and_default(monkeypatch, capsys):
     assert "--train.beta1 FLOAT Adam's decay rate of the first moment. (>= 0 and < 1) (default: 0.9)" in shown
     assert "--amount INT How many. (>= 2) (default: 2)" in shown
     assert (
-        "Optimization: AdamW with a linear warm-up and a cosine schedule." in shown
+        "Optimization: AdamW or Muon, with a linear warm-up and a cosine schedule." in shown
     )  # the text of the group
 
 
