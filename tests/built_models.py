@@ -19,6 +19,16 @@ def learner():
     return Learner(OpenLMForCausalLM(config).train(), layout=LAYOUT)
 
 
+def adamw(parameters, config):
+    """Make torch's own AdamW of a run's settings: matrices have weight decay, vectors none."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+
+
 def built(config, tokenizer, **given):
     """Build the model of a run's settings: it and its vocabulary layout."""
     return build_model(

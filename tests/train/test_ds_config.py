@@ -56,7 +56,10 @@ def written(tmp_path):
         ({"optimizer": None}, r"optimizer is None; expected an object"),
         ({"optimizer": {"params": 1}}, r"optimizer.params is 1, but --train.lr"),
         ({"optimizer": {"params": {"torch_adam": "auto"}}}, r"expected torch_adam, true or false"),
-        ({"optimizer": {"type": "Lamb", "params": {}}}, r"optimizer.type is decided by --train.optimizer, --train.lr"),
+        (
+            {"optimizer": {"type": "Lamb", "params": {}}},
+            r"optimizer.type is decided by --train.optimizer, --train.lr",
+        ),
         ({"zero_optimization": 2}, r"zero_optimization is 2; expected an object"),
         (
             {"zero_optimization": {**ZERO, "offload_optimizer": {"device": "cpu"}}},

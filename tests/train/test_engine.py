@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from built_models import LAYOUT, learner
+from built_models import LAYOUT, adamw, learner
 from torch import nn
 
 from t2i.config import ASSETS, TrainConfig
@@ -33,14 +33,7 @@ def engine_of(module):
 def test_steps_and_their_norms_are_those_of_torch(one_process, monkeypatch):
     monkeypatch.setattr(internals, "NORM_PART", 1_000)  # which divides no matrix
     plain = learner()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": CONFIG.weight_decay},
-            {"params": [p for p in plain.parameters() if p.dim() == 1], "weight_decay": 0},
-        ],
-        lr=CONFIG.lr,
-        betas=(CONFIG.beta1, CONFIG.beta2),
-    )
+    optimizer = adamw(plain.parameters(), CONFIG)
     engine = engine_of(deepcopy(plain))
     for _ in range(3):
         ids = torch.randint(LAYOUT.vocab_size - 8, (4, 40))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from built_models import LAYOUT, learner
+from built_models import LAYOUT, adamw, learner
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -54,14 +54,7 @@ def test_steps_are_those_of_torch(name, least, one_process):
             momentum=muon.MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() > 1], "weight_decay": CONFIG.weight_decay},
-                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0},
-            ],
-            lr=CONFIG.lr,
-            betas=(CONFIG.beta1, CONFIG.beta2),
-        ),
+        adamw(rest, CONFIG),
     ]
     ds_config = read_ds_config(ZERO2.with_name(name))
     engine = engines.make_engine(deepcopy(plain), config=MUON, ds_config=ds_config, per_rank=4)
