@@ -29,6 +29,20 @@ def adamw(parameters, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
+def step_both(engine, plain, *optimizers, grad_clip):
+    """Take a step of an engine, and by torch alone of a plain copy; return the plain gradient's norm."""
+    ids = torch.randint(LAYOUT.vocab_size - 8, (4, 40))
+    loss, _ = engine(ids, ids.roll(-1, 1))
+    engine.backward(loss)
+    engine.step()
+    plain.zero_grad()
+    plain(ids, ids.roll(-1, 1))[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return float(norm)
+
+
 def built(config, tokenizer, **given):
     """Build the model of a run's settings: it and its vocabulary layout."""
     return build_model(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from built_models import LAYOUT, adamw, learner
+from built_models import LAYOUT, adamw, learner, step_both
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -60,15 +60,7 @@ def test_steps_are_those_of_torch(name, least, one_process):
     engine = engines.make_engine(deepcopy(plain), config=MUON, ds_config=ds_config, per_rank=4)
     start = [value.detach().clone() for value in plain.parameters()]
     for _ in range(3):
-        ids = torch.randint(LAYOUT.vocab_size - 8, (4, 40))
-        loss, _ = engine(ids, ids.roll(-1, 1))
-        engine.backward(loss)
-        engine.step()
-        plain.zero_grad()
-        plain(ids, ids.roll(-1, 1))[0].backward()
-        assert nn.utils.clip_grad_norm_(plain.parameters(), CONFIG.grad_clip) > CONFIG.grad_clip
-        for optimizer in optimizers:
-            optimizer.step()
+        assert step_both(engine, plain, *optimizers, grad_clip=CONFIG.grad_clip) > CONFIG.grad_clip
     assert len(group_sizes(engine)) == 4  # embedding, LM head, Muon's, vectors
     for (label, ours), theirs, first in zip(
         engine.module.named_parameters(), plain.parameters(), start, strict=True
