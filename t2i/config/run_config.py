@@ -170,7 +170,7 @@ class TrainConfig:
     """Optimization: AdamW or Muon, with a linear warm-up and a cosine schedule."""
 
     max_steps: Annotated[int, Ge(1), MAY_CHANGE] = 1_600
-    """OptimizerName steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
+    """Optimizer steps (paper: 100B tokens). Another number on resume moves the end of the cosine schedule."""
     global_batch_tokens: Annotated[int, Ge(1), Le(1_000_000_000)] = 3_072
     """Tokens per step over all ranks, including padding (paper: 1M), rounded to whole sequences."""
     optimizer: OptimizerName = "adamw"

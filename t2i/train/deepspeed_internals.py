@@ -305,14 +305,14 @@ class Shard:
 
 def muon_shards(engine: deepspeed.DeepSpeedEngine) -> list[Shard]:
     """List this rank's parts of the parameter groups that Muon updates."""
-    zero = engine.optimizer
+    zero, rank = engine.optimizer, rank_and_size()[0]
     return [
-        Shard(value, begin=rank_and_size()[0] * value.numel(), params=list(zip(params, places, strict=True)))
+        Shard(value, begin=rank * value.numel(), params=list(zip(params, places, strict=True)))
         for value, params, places, group in zip(
             zero.single_partition_of_fp32_groups,
             zero.round_robin_bit16_groups,
             zero.round_robin_bit16_offsets,
-            zero.optimizer.param_groups,
+            adam_of(engine).param_groups,
             strict=True,
         )
         if group.get("is_muon")  # which checkpoints of before do not have
@@ -334,14 +334,14 @@ def one_moment(value: Tensor, state: dict[str, Any]) -> Tensor:
 def drop_second_moments(engine: deepspeed.DeepSpeedEngine) -> None:
     """Free what a load makes of the zeros that stand for second moments in Muon's groups: it copies each as a whole."""
     for shard in muon_shards(engine):
-        state = adam_of(engine).state[shard.value]
+        state = adam_of(engine).state.get(shard.value)
+        if not state:  # saved before the first update
+            continue
         state["exp_avg_sq"] = shard.value.new_zeros(1).expand_as(shard.value)
-        for value, _ in shard.params:
-            mapping: Any = vars(value)["_hp_mapping"]
-            if (
-                mapping is not None
-            ):  # of a parameter that this rank has a part of; else views would keep the memory
-                mapping.set_optim_state_fragment(shard.value, state)
+        # Each parameter that this rank has a part of has views, which would keep the memory.
+        mappings: list[Any] = [vars(value)["_hp_mapping"] for value, _ in shard.params]
+        for mapping in filter(None, mappings):
+            mapping.set_optim_state_fragment(shard.value, state)
 
 
 def count_steps_as(engine: deepspeed.DeepSpeedEngine) -> None:

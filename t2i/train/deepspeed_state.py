@@ -73,7 +73,6 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: Path, *, num_ranks: in
     own = kind_of(engine.config, num_ranks=dist.get_world_size())
     if saved == own:
         load_engine(engine, folder)
-        drop_second_moments(engine)
         return
     for kind in (saved, own):
         if kind.is_round_robin and kind.num_ranks > 1:
@@ -90,7 +89,6 @@ def load_state(engine: deepspeed.DeepSpeedEngine, folder: Path, *, num_ranks: in
     with reading_universal(engine):
         load_engine(engine, converted)
     count_steps_as(engine)
-    drop_second_moments(engine)
     load_frozen(engine.module, folder)
     dist.barrier()  # until every rank has read it
     on_first_rank(lambda: shutil.rmtree(converted))
@@ -131,6 +129,7 @@ def load_engine(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         loaded, client_state = engine.load_checkpoint(str(folder), tag="engine")
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {folder / 'engine'}.")
+    drop_second_moments(engine)
     restore_random_states(client_state)
 
 

@@ -230,12 +230,13 @@ def parameter_groups(
     large = [[value] for value in matrices if value.numel() >= least]
     small = [value for value in matrices if value.numel() < least]
     of_muon = set(map(id, muon))
-    apart = [[value for value in small if (id(value) in of_muon) is flag] for flag in (False, True)]
+    small_of_adam = [value for value in small if id(value) not in of_muon]
+    small_of_muon = [value for value in small if id(value) in of_muon]
     decay = config.weight_decay
     plain = ParameterGroup(params=[], weight_decay=decay, lr_scale=1.0, is_new=False, is_muon=False)
     groups: list[ParameterGroup] = [
         {**plain, "params": values, "is_muon": any(id(value) in of_muon for value in values)}
-        for values in (*large, *apart)
+        for values in (*large, small_of_adam, small_of_muon)
     ]
     groups += [
         {**plain, "params": vectors, "weight_decay": 0.0},

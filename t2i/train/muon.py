@@ -88,10 +88,9 @@ class MuonStep:
         value.grad = None
         value.mul_(1 - group["lr"] * group["weight_decay"])
         for matrix, update in self.updates(direction):
-            begin, end = self.overlap(matrix)
-            own = update.flatten()[begin - matrix.begin : end - matrix.begin]
+            in_shard, in_matrix = self.overlap(matrix)
             factor = group["lr"] * ADAMS_SIZE * max(matrix.shape) ** 0.5
-            value[begin - self.shard.begin : end - self.shard.begin].add_(own, alpha=-factor)
+            value[in_shard].add_(update.flatten()[in_matrix], alpha=-factor)
 
     def updates(self, direction: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
         """Make orthogonal each matrix that this rank has a part of.
@@ -103,12 +102,13 @@ class MuonStep:
             the matrix and its update, (R, C), in the precision of the model's weights.
         """
         for batch in self.own:
-            whole = torch.stack([self.part(direction, matrix).view(matrix.shape) for matrix in batch])
+            parts = (direction[self.overlap(matrix)[0]].view(matrix.shape) for matrix in batch)
+            whole = torch.stack([part.to(self.precision) for part in parts])
             yield from zip(batch, orthogonal(whole), strict=True)
         for batch in self.cut:
             for matrix, values in zip(batch, self.joined(direction, batch), strict=True):
-                begin, end = self.overlap(matrix)
-                if begin < end:
+                in_shard, _ = self.overlap(matrix)
+                if in_shard.start < in_shard.stop:
                     yield matrix, orthogonal(values.view(1, *matrix.shape))[0]
 
     def joined(self, direction: Tensor, batch: list[Matrix]) -> list[Tensor]:
@@ -117,21 +117,18 @@ class MuonStep:
         found = direction.new_zeros(sum(sizes), dtype=self.precision)
         values = list(found.split(sizes))
         for matrix, into in zip(batch, values, strict=True):
-            begin, end = self.overlap(matrix)
-            if begin < end:
-                into[begin - matrix.begin : end - matrix.begin] = self.part(direction, matrix)
+            in_shard, in_matrix = self.overlap(matrix)
+            into[in_matrix] = direction[in_shard]
         # A sum, to which each rank adds zeros where it has no part: exact, and any number of ranks may share a matrix.
         dist.all_reduce(found)
         return values
 
-    def overlap(self, matrix: Matrix) -> tuple[int, int]:
-        """Return where this rank's part of a matrix begins and ends in the group's vector; it may be empty."""
-        return max(matrix.begin, self.shard.begin), min(matrix.end, self.shard.end)
-
-    def part(self, direction: Tensor, matrix: Matrix) -> Tensor:
-        """Return this rank's part of a matrix, in the precision of the model's weights."""
-        begin, end = self.overlap(matrix)
-        return direction[begin - self.shard.begin : end - self.shard.begin].to(self.precision)
+    def overlap(self, matrix: Matrix) -> tuple[slice, slice]:
+        """Return where this rank's part of a matrix is, in the shard and in the matrix; it may be empty."""
+        first, last = self.shard.begin, self.shard.end
+        begin, end = (min(max(place, first), last) for place in (matrix.begin, matrix.end))
+        in_matrix = slice(begin - matrix.begin, end - matrix.begin)
+        return slice(begin - first, end - first), in_matrix
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from t2i.errors import UserError
 from t2i.model.trainable import layer_matrices, layers_of, set_trainable
 from t2i.train import engine as engines
 from t2i.train import muon
-from t2i.train.deepspeed_internals import Shard, group_sizes, moments_of
+from t2i.train.deepspeed_internals import Shard, drop_second_moments, group_sizes, moments_of
 from t2i.train.ds_config import read_ds_config
 
 CONFIG = TrainConfig(lr=1e-2, grad_clip=0.1)
@@ -81,6 +81,15 @@ def test_the_second_moment_of_what_muon_updates_takes_no_memory(one_process):
     num_all = sum(value.numel() for value in module.parameters())
     held = sum(value.numel() for value in moments_of(engine))
     assert held == pytest.approx(2 * num_all - num_muon, abs=64)  # what pads the groups, and counts of steps
+
+
+def test_a_state_that_was_saved_before_the_first_update_is_begun_after_its_load(one_process):
+    module = learner()
+    engine = engines.make_engine(module, config=MUON, ds_config=read_ds_config(ZERO2), per_rank=4)
+    drop_second_moments(engine)  # as at a load
+    before = [value.clone() for value in layer_matrices(module.model)]
+    step_both(engine, learner(), grad_clip=CONFIG.grad_clip)
+    assert not any(map(torch.equal, before, layer_matrices(module.model)))
 
 
 class Ranks:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import config_of
-from launched import flags, forget_after, run_ranks
+from launched import SETTINGS, flags, forget_after, run_ranks
 
 from t2i.errors import CheckpointError
 from t2i.model.trainable import layer_matrices
@@ -121,21 +121,15 @@ def test_two_ranks_take_the_steps_of_one_with_muon_and_one_resumes_theirs(
     whole = run(config, ds_config, folder=tmp_path / "one", steps=6)
     run_dir = tmp_path / "two" / "run"
     settings = {
+        **SETTINGS,
         "ds_config": tmp_path / "one" / "ds.json",
-        "run-dir": run_dir,
+        "run_dir": run_dir,
         "data.shards": shards,
-        "data.seq-len": 90,
-        "model.hidden-size": 32,
-        "model.num-layers": 3,
-        "model.num-heads": 2,
+        "model.num_layers": 3,
         "train.optimizer": "muon",
-        "train.max-steps": 6,
-        "train.warmup-steps": 1,
-        "train.save-every": 2,
-        "train.keep-last": 6,
-        "train.eval-every": 0,
-        "train.eval-images": 4,
-        "train.global-batch-tokens": config.train.global_batch_tokens,
+        "train.max_steps": 6,
+        "train.warmup_steps": 1,
+        "train.keep_last": 6,
     }
     for code, said in run_ranks(["launchers/train.py", *flags(settings)]):
         assert code == 0, said[-3000:]
